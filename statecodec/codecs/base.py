@@ -1,0 +1,149 @@
+"""What a codec is, and what it makes.
+
+A codec is a frozen dataclass whose fields are its JSON config. From (config, shape, dtype) alone `parts()` states
+every stored part's dtype and shape: that gives byte counts, file headers before encoding, the check of an untrusted
+file before any allocation and the zero state of a live optimizer.
+
+Tensors are seen as rows: `()` is 1 x 1, `(n,)` is 1 x n, `(..., q)` is prod x q. Nothing ever crosses a row, so a tensor
+may be cut between rows (and inside a row at multiples of `align()`), each piece encoded alone, and the pieces' parts
+concatenated: the result equals encoding it whole. A codec whose `align()` is None needs the whole tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.errors import FormatError, UnsupportedTensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class PartSpec:
+    """dtype and shape of one stored part."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(..., q)` -> (prod, q)."""
+    if not shape:
+        return 1, 1
+    return math.prod(shape[:-1]), shape[-1]
+
+
+@dataclass(frozen=True)
+class Codec(ABC):
+    """A number representation for one tensor. Subclasses are frozen dataclasses; their fields are the config."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        """Every stored part of a tensor of this shape and dtype, in storage order.
+
+        Raises UnsupportedTensor if the codec does not take such a tensor.
+        """
+
+    @abstractmethod
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues."""
+
+    @abstractmethod
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        """Decode parts into `out` (contiguous; the tensor's own shape and dtype)."""
+
+    @abstractmethod
+    def error_bound(self, x: Tensor) -> Tensor:
+        """Elementwise bound on |decode(encode(x)) - x|, float64, same shape as `x`; 0 where the codec is exact."""
+
+    def align(self, shape: tuple[int, ...]) -> int | None:
+        """Cut points inside a row must be multiples of this; None if the tensor cannot be cut at all."""
+        return 1
+
+    def encode(self, x: Tensor, backend: str | None = None) -> EncodedTensor:
+        """Encode a whole tensor. `backend` is `reference`, `cpu` or `triton`; by default the one for x's device."""
+        shape, x = tuple(x.shape), x.detach().contiguous()
+        chosen = kernels.resolve(backend, x.device)
+        specs = self.parts(shape, x.dtype)
+        parts = {k: torch.empty(s.shape, dtype=s.dtype, device=x.device) for k, s in specs.items()}
+        self.encode_into(x, parts, chosen)
+        return EncodedTensor(self, shape, x.dtype, parts)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> EncodedTensor:
+        """The encoding of an all-zero tensor (all parts zero), without encoding one."""
+        specs = self.parts(shape, dtype)
+        return EncodedTensor(
+            self, shape, dtype, {k: torch.zeros(s.shape, dtype=s.dtype, device=device) for k, s in specs.items()}
+        )
+
+    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+        """Bytes of all parts before packing."""
+        return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
+
+    def config(self) -> dict[str, Any]:
+        """JSON config: {"name": ..., "version": ..., field: value, ...}; nested codecs are nested configs."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        plain = {k: v.config() if isinstance(v, Codec) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {"name": self.name, "version": self.version, **plain}
+
+    def require_float(self, dtype: torch.dtype) -> None:
+        """Raise UnsupportedTensor unless dtype is one of fp32, fp16, bf16, fp64."""
+        if dtype not in FLOATS:
+            raise UnsupportedTensor(f"{self} takes fp32, fp16, bf16 or fp64 tensors, not {dtype}; use raw")
+
+
+@dataclass(frozen=True)
+class EncodedTensor:
+    """A tensor in encoded form: the codec, the decoded tensor's shape and dtype, and the named parts."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        specs = self.codec.parts(self.shape, self.dtype)
+        found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in self.parts.items()}
+        if found != specs:
+            raise FormatError(f"parts of {self.codec} for {self.dtype} {self.shape}: expected {specs}, found {found}")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.parts.values())
+
+    @property
+    def device(self) -> torch.device:
+        for part in self.parts.values():
+            return part.device
+        return torch.device("cpu")
+
+    def decode(self, out: Tensor | None = None, backend: str | None = None) -> Tensor:
+        """The decoded tensor, into `out` if given (contiguous, same shape and dtype)."""
+        if out is None:
+            out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        self.codec.decode_into(self.parts, out, kernels.resolve(backend, self.device))
+        return out
+
+    def to(self, device: torch.device | str) -> EncodedTensor:
+        """The same encoding with its parts on another device."""
+        return EncodedTensor(self.codec, self.shape, self.dtype, {k: t.to(device) for k, t in self.parts.items()})

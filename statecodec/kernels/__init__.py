@@ -1,0 +1,66 @@
+"""Kernels: pure functions on tensors, one name and one signature, one file per backend.
+
+`reference` (torch ops) is the executable specification, `cpu` (numba) is what runs on a CPU, `triton` on a GPU. Decoding is
+bit-exact across backends, and so is encoding. Choosing is explicit: a backend that is asked for and is not there raises
+BackendUnavailable and says which ones are; nothing falls back silently.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import cache
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from statecodec.errors import BackendUnavailable
+from statecodec.kernels.curves import Curve
+
+# What an encoding kernel found in its input; it returns the bits, the codec raises.
+NAN, INF, NEGATIVE, OUT_OF_RANGE = 1, 2, 4, 8
+
+
+class Backend(Protocol):
+    """The functions every backend module has. `x` and `out` are contiguous; 2-D is rows x cols; floats are fp32."""
+
+    def encode_companded(
+        self, x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int
+    ) -> int: ...
+
+    def decode_companded(
+        self, codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int
+    ) -> None: ...
+
+    def encode_split(self, x: Tensor, high: Tensor, low: Tensor) -> int: ...
+
+    def decode_split(self, high: Tensor, low: Tensor, out: Tensor) -> None: ...
+
+    def fold_mean(self, x: Tensor, out: Tensor, *, block: int) -> int: ...
+
+    def unfold(self, mean: Tensor, out: Tensor, *, block: int) -> None: ...
+
+
+BACKENDS = {"reference": (), "cpu": ("numba",), "triton": ("triton",)}
+
+
+def available() -> list[str]:
+    """Names of the backends whose packages are installed."""
+    return [name for name, needs in BACKENDS.items() if all(importlib.util.find_spec(n) for n in needs)]
+
+
+@cache
+def get(name: str) -> Backend:
+    """The backend of that name. Raises BackendUnavailable."""
+    if name not in BACKENDS:
+        raise BackendUnavailable(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
+    if name not in available():
+        need = " and ".join(BACKENDS[name])
+        raise BackendUnavailable(f"backend {name!r} needs {need}, which is not installed; available: {', '.join(available())}")
+    return cast(Backend, importlib.import_module(f"statecodec.kernels.{name}"))
+
+
+def resolve(name: str | None, device: torch.device) -> Backend:
+    """The named backend, or the fast one for a device: `triton` on cuda, `cpu` otherwise."""
+    return get(name or ("triton" if device.type == "cuda" else "cpu"))

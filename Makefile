@@ -1,0 +1,49 @@
+# Everything here bootstraps itself: a machine with make and python3 >= 3.10 needs nothing else.
+#
+#   make demo     train a small GPT for a minute, compress its checkpoint, resume from both, compare
+#   make test     the tests
+#   make check    linters, types, import contracts, and the tests: what CI runs
+#   make format   let ruff rewrite the sources
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+DEMO   ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint check format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+venv: $(STAMP)
+
+# torch goes first and alone: nothing that follows may pull in another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/statecodec demo --dir $(DEMO) --force
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

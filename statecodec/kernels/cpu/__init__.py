@@ -1,0 +1,11 @@
+"""The CPU backend: numba kernels that release the GIL and run at a good part of memory speed.
+
+They compile on first use (a second or two each, cached on disk) and need no compiler. Same names, same signatures and same bits as
+`statecodec.kernels.reference`.
+"""
+
+from statecodec.kernels.cpu.companding import decode_companded, encode_companded
+from statecodec.kernels.cpu.folding import fold_mean, unfold
+from statecodec.kernels.cpu.splitting import decode_split, encode_split
+
+__all__ = ["decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "unfold"]

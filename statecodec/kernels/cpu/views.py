@@ -1,0 +1,30 @@
+"""Tensors as numpy arrays without a copy, including the dtypes numpy lacks, and the jit that every kernel uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def kernel(function: F) -> F:
+    """Compile to machine code that releases the GIL; cached on disk; IEEE division (no exceptions, no fast-math)."""
+    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def bits_of(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as a numpy array of signed integers (unsigned bytes for one-byte dtypes), same shape."""
+    return cast(NDArray[Any], tensor.detach().view(_BITS[tensor.element_size()]).numpy())
+
+
+def array_of(tensor: Tensor) -> NDArray[Any]:
+    """The tensor's memory as a numpy array of its own dtype (one that numpy has), same shape."""
+    return cast(NDArray[Any], tensor.detach().numpy())

@@ -1,0 +1,80 @@
+"""Companding curves: the tables that every backend shares.
+
+A curve maps a magnitude r in [0, 1] (the value over its group's scale) to a code in 0..top. Decoding is one table look-up and
+one fp32 multiplication, so it is bit-exact everywhere; the table is computed once, in float64.
+
+    linear    y = r                      softsign  y = 2r / (1 + r)        (FlashOptim section 3.2, first moment)
+    sqrt      y = sqrt(r)                log       y = 1 + log2(r) * steps / top, `steps` codes per octave
+
+Encoding rounds y * top half up. For `log` it takes the octave from the exponent bits and log2 of the mantissa from LOG2, a
+polynomial in separately rounded fp32 operations: backends agree to the bit although their log2 do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+LINEAR, SOFTSIGN, SQRT, LOG = range(4)
+KINDS = {"linear": LINEAR, "softsign": SOFTSIGN, "sqrt": SQRT, "log": LOG}
+
+# log2(1 + f) = f * (c0 + f * (c1 + f * (c2 + f * c3))) for f in [0, 1), within 1.2e-4 octaves (Horner, no fused operations).
+LOG2 = (1.438725471496582, -0.6777824759483337, 0.32118651270866394, -0.08212951570749283)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One companding curve at one code width.
+
+    `bits` is 8 or 4; a signed curve has codes -top..top, an unsigned one 0..top and code 0 only for an exact zero.
+    """
+
+    name: str
+    bits: int
+    signed: bool
+    steps: int = 16
+
+    @property
+    def kind(self) -> int:
+        return KINDS[self.name]
+
+    @property
+    def top(self) -> int:
+        """The largest code: 127 / 7 signed, 255 / 15 unsigned."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @cached_property
+    def levels(self) -> NDArray[np.float32]:
+        """Decoded magnitude of the codes 0..top, fp32, levels[0] == 0 and levels[top] == 1."""
+        code = np.arange(self.top + 1, dtype=np.float64)
+        y = code / self.top
+        if self.kind == LINEAR:
+            r = y
+        elif self.kind == SOFTSIGN:
+            r = y / (2 - y)
+        elif self.kind == SQRT:
+            r = y * y
+        else:
+            r = np.where(code == 0, 0.0, np.exp2((code - self.top) / self.steps))
+        return r.astype(np.float32)
+
+    @cached_property
+    def table(self) -> NDArray[np.float32]:
+        """Decoded value over scale for every byte (8 bits) or nibble (4 bits), indexed by the unsigned code."""
+        if not self.signed:
+            return self.levels
+        half = 2 ** (self.bits - 1)
+        negative = -self.levels[np.minimum(np.arange(half, 0, -1), self.top)]
+        return np.concatenate([self.levels, negative])
+
+    @cached_property
+    def min_scale(self) -> int:
+        """bf16 bits of the smallest scale whose lowest level is still a positive fp32 number."""
+        needed = 2.0**-149 / float(self.levels[1])
+        bits = max(int(np.float32(needed).view(np.uint32)) >> 16, 1)
+        while np.float32(np.uint32(bits << 16).view(np.float32)) * self.levels[1] <= 0:
+            bits += 1
+        return bits

@@ -1,0 +1,7 @@
+"""The executable specification: every kernel in plain torch operations, written to be read."""
+
+from statecodec.kernels.reference.companding import decode_companded, encode_companded
+from statecodec.kernels.reference.folding import fold_mean, unfold
+from statecodec.kernels.reference.splitting import decode_split, encode_split
+
+__all__ = ["decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "unfold"]

@@ -1,0 +1,32 @@
+"""Block means along the rows (FOAM section 1: fold and unfold), with the true mean in a row's tail."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from statecodec.kernels import INF, NAN
+
+
+def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
+    """Means of `block` (a power of two) neighbours of fp32 `x` (rows x cols) into `out` (rows x ceil(cols / block)).
+
+    The sum is a binary tree over neighbours, so that every backend rounds alike; a short tail divides by its own length.
+    Returns NAN | INF if a block's sum is not finite.
+    """
+    rows, cols = x.shape
+    blocks = -(-cols // block)
+    total = torch.nn.functional.pad(x, (0, blocks * block - cols)).view(rows, blocks, block)
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    total = total.squeeze(-1)
+    count = torch.full((blocks,), float(block), device=x.device)
+    if cols % block:
+        count[-1] = float(cols % block)
+    out.copy_(total / count)
+    return NAN * bool(total.isnan().any()) | INF * bool(total.isinf().any())
+
+
+def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:
+    """Repeat every mean over its block: `mean` (rows x ceil(cols / block)) into `out` (rows x cols)."""
+    out.copy_(mean.repeat_interleave(block, -1)[:, : out.shape[-1]])

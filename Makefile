@@ -15,7 +15,7 @@ DEMO   ?= demo
 .PHONY: help venv demo test lint check format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 venv: $(STAMP)
 

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.errors import FormatError, UnsupportedTensor
+from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor
+
+_FLAG_TEXTS = {
+    kernels.NAN: "NaN",
+    kernels.INF: "infinities (or sums or casts beyond fp32)",
+    kernels.NEGATIVE: "negative values in an unsigned state",
+    kernels.OUT_OF_RANGE: "values beyond fp16's range",
+}
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -48,6 +55,23 @@ def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
     if not shape:
         return 1, 1
     return math.prod(shape[:-1]), shape[-1]
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """`x` (contiguous) as an fp32 matrix of rows: a view if it is fp32 already."""
+    return x.to(torch.float32).view(rows_cols(tuple(x.shape)))
+
+
+def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The parts of a nested codec, which are stored under `prefix.`."""
+    return {k.removeprefix(prefix + "."): t for k, t in parts.items() if k.startswith(prefix + ".")}
+
+
+def rounding(bound: Tensor, x: Tensor) -> Tensor:
+    """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32 product."""
+    unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
+    size = x.to(torch.float64).abs() + bound
+    return bound + size * (unit[0] + 2.0**-22) + unit[1] + 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -109,7 +133,18 @@ class Codec(ABC):
     def require_float(self, dtype: torch.dtype) -> None:
         """Raise UnsupportedTensor unless dtype is one of fp32, fp16, bf16, fp64."""
         if dtype not in FLOATS:
-            raise UnsupportedTensor(f"{self} takes fp32, fp16, bf16 or fp64 tensors, not {dtype}; use raw")
+            raise UnsupportedTensor(f"{self.name} takes fp32, fp16, bf16 or fp64 tensors, not {dtype}; use raw")
+
+    def require(self, condition: bool, message: str) -> None:
+        """Raise InvalidCodec with this codec's name unless the condition holds."""
+        if not condition:
+            raise InvalidCodec(f"{self.name}: {message}")
+
+    def refuse(self, flags: int) -> None:
+        """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""
+        if flags:
+            found = ", ".join(text for bit, text in _FLAG_TEXTS.items() if flags & bit)
+            raise UnencodableValues(f"{self.name} cannot represent this tensor: it holds {found}; raw keeps it as it is")
 
 
 @dataclass(frozen=True)

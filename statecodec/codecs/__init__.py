@@ -1,0 +1,20 @@
+"""Codecs: number representations of tensors, the same on disk and in a live optimizer.
+
+To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`, a section to docs/codecs.md.
+"""
+
+from statecodec.codecs.base import Codec, EncodedTensor, PartSpec, rows_cols
+from statecodec.codecs.cast import Cast
+from statecodec.codecs.companded import Companded
+from statecodec.codecs.dropped import Dropped
+from statecodec.codecs.folded import Folded
+from statecodec.codecs.lowrank import LowRank
+from statecodec.codecs.raw import Raw
+from statecodec.codecs.shared import Shared
+from statecodec.codecs.spec import format_codec, from_config, get, names, parse
+from statecodec.codecs.split import Split
+
+__all__ = [
+    "Cast", "Codec", "Companded", "Dropped", "EncodedTensor", "Folded", "LowRank", "PartSpec", "Raw", "Shared", "Split",
+    "format_codec", "from_config", "get", "names", "parse", "rows_cols",
+]  # fmt: skip

@@ -1,0 +1,53 @@
+"""A narrower float: bf16 or fp16 (or fp32, for fp64 tensors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec
+
+_TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_UNITS = {"bf16": (2.0**-9, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2.0**-24, 2.0**-150)}
+
+
+@dataclass(frozen=True)
+class Cast(Codec):
+    """Round to nearest even into `to` (bf16, fp16, fp32): part `data`.
+
+    NaN stays NaN, infinities and -0.0 stay. A finite value that would become infinite is refused.
+    Error: half a unit in the last place of the target.
+    """
+
+    name: ClassVar[str] = "cast"
+
+    to: str = "bf16"
+
+    def __post_init__(self) -> None:
+        self.require(self.to in _TARGETS, f"to={self.to!r}, expected one of {', '.join(_TARGETS)}")
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        return {"data": PartSpec(_TARGETS[self.to], shape)}
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        data = parts["data"]
+        data.copy_(x.view(data.shape))
+        largest = torch.finfo(data.dtype).max
+        if x.dtype.itemsize >= data.dtype.itemsize and not data.abs().amax().le(largest) if data.numel() else False:
+            overflowed = data.isinf() & x.view(data.shape).isfinite()
+            self.refuse(kernels.INF * bool(overflowed.any()))
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        out.copy_(parts["data"].view(out.shape))
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        relative, absolute = _UNITS[self.to]
+        size = x.to(torch.float64).abs()
+        exact = x.to(_TARGETS[self.to]).to(torch.float64) == x.to(torch.float64)
+        return torch.where(exact, torch.zeros_like(size), size * relative + absolute)

@@ -1,0 +1,120 @@
+"""Companded quantisation: 8 or 4 bits per value and one bf16 scale per group (FlashOptim section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import lcm
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding, rows_cols
+from statecodec.kernels.curves import KINDS, LINEAR, LOG, SOFTSIGN, Curve
+
+_DEFAULT_STEPS = {8: 16, 4: 2}
+_MAX_OCTAVES = 100  # keeps every level a normal fp32 number
+
+
+@dataclass(frozen=True)
+class Companded(Codec):
+    """Parts `codes` (int8 / uint8; 4-bit codes two a byte along the row, low nibble first) and `scales` (bf16 per group).
+
+    `softsign` and `linear` are signed (first moments), `sqrt` and `log` unsigned (second moments). Groups of `group` values
+    run along the last dimension and restart at each row. The scale is the group's largest magnitude in bf16, rounded
+    before encoding, so it has fp32's range and is what decoding will use. `steps` (log only): codes per octave;
+    0 means 16 for 8 bits, 2 for 4 bits.
+
+    Zeros decode to exact zeros and, for unsigned curves, nothing else does: a positive value gets at least code 1 (a second
+    moment that decodes to 0 would divide its update by eps). -0.0 becomes 0.0. NaN, infinities and, for unsigned curves,
+    negative values are refused. Error: half a code step in the curve's own domain.
+    """
+
+    name: ClassVar[str] = "companded"
+
+    curve: str = "softsign"
+    bits: int = 8
+    group: int = 128
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.require(self.curve in KINDS, f"curve={self.curve!r}, expected one of {', '.join(KINDS)}")
+        self.require(self.bits in (8, 4), f"bits={self.bits}, expected 8 or 4")
+        self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
+        self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
+        octaves = 2**self.bits / (self.steps or _DEFAULT_STEPS[self.bits])
+        self.require(self.steps >= 0 and octaves <= _MAX_OCTAVES, f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves")
+        self.require(self.steps <= 64, f"steps={self.steps}, expected at most 64")
+
+    @property
+    def signed(self) -> bool:
+        return self.curve in ("softsign", "linear")
+
+    @cached_property
+    def levels(self) -> Curve:
+        """The curve with its decode table."""
+        return Curve(self.curve, self.bits, self.signed, self.steps or _DEFAULT_STEPS[self.bits])
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        _, cols = rows_cols(shape)
+        lead = shape[:-1]
+        packed = shape if self.bits == 8 else (*lead, -(-cols // 2))
+        return {
+            "codes": PartSpec(torch.int8 if self.signed and self.bits == 8 else torch.uint8, packed),
+            "scales": PartSpec(torch.bfloat16, (*lead, -(-cols // self.group))),
+        }
+
+    def align(self, shape: tuple[int, ...]) -> int | None:
+        return lcm(self.group, 2)
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        flags = backend.encode_companded(
+            as_rows(x), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
+        )
+        self.refuse(flags)
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        exact = out.dtype == torch.float32
+        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        rows = target.view(rows_cols(tuple(out.shape)))
+        backend.decode_companded(parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group)
+        if not exact:
+            out.copy_(target)
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        values = as_rows(x.contiguous()).to(torch.float64)
+        rows, cols = values.shape
+        groups = -(-cols // self.group)
+        padded = torch.nn.functional.pad(values.abs(), (0, groups * self.group - cols)).view(rows, groups, self.group)
+        scale = padded.amax(-1, keepdim=True).to(torch.bfloat16).to(torch.float64)
+        scale = scale.clamp(max=torch.finfo(torch.bfloat16).max, min=2.0**-133)
+        r = padded / scale
+        half = 0.51 / self.levels.top  # half a code, and a little for the fp32 arithmetic of the encoder
+        y = self._curve(r.clamp(max=1.0))
+        near = torch.maximum(self._inverse(y + half) - self._inverse(y), self._inverse(y) - self._inverse(y - half))
+        lowest = 0.0 if self.signed and self.curve != "log" else float(self.levels.levels[1])
+        bound = torch.maximum(near + (r - 1.0).clamp(min=0), torch.full_like(r, lowest)) * scale
+        bound = torch.where(padded == 0, torch.zeros_like(bound), bound)
+        return rounding(bound.view(rows, -1)[:, :cols].reshape(x.shape), x)
+
+    def _curve(self, r: Tensor) -> Tensor:
+        if self.levels.kind == LINEAR:
+            return r
+        if self.levels.kind == SOFTSIGN:
+            return 2 * r / (1 + r)
+        if self.levels.kind == LOG:
+            return (1 + r.clamp(min=1e-300).log2() * self.levels.steps / self.levels.top).clamp(min=0)
+        return r.sqrt()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        if self.levels.kind == LINEAR:
+            return y
+        if self.levels.kind == SOFTSIGN:
+            return y / (2 - y)
+        if self.levels.kind == LOG:
+            return torch.exp2((y - 1) * self.levels.top / self.levels.steps)
+        return y.clamp(min=0).square()

@@ -1,0 +1,32 @@
+"""Nothing at all: the tensor is gone, and decodes to zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec
+
+
+@dataclass(frozen=True)
+class Dropped(Codec):
+    """No parts. For moments that inference does not need; training cannot resume from zeros as if nothing had happened."""
+
+    name: ClassVar[str] = "dropped"
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        return {}
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        return
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        out.zero_()
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        return x.to(torch.float64).abs()

@@ -1,0 +1,76 @@
+"""Block means along the last dimension (FOAM, arXiv 2512.07112, section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec, as_rows, inner_parts, rounding, rows_cols
+from statecodec.codecs.raw import Raw
+
+
+@dataclass(frozen=True)
+class Folded(Codec):
+    """One fp32 mean per block of 2**level neighbours in a row, encoded by `inner`: parts `mean.*`.
+
+    A row's short tail block is the mean of the entries it has (the published code divides by the full block). Decoding repeats
+    the mean: what varies within a block is lost, so the error is the distance to the block's mean plus the inner codec's.
+    NaN and infinities are refused: they would spread over their block.
+    """
+
+    name: ClassVar[str] = "folded"
+
+    level: int = 3
+    inner: Codec = field(default_factory=Raw)
+
+    def __post_init__(self) -> None:
+        self.require(0 <= self.level <= 16, f"level={self.level}, expected 0 to 16")
+
+    @property
+    def block(self) -> int:
+        return 1 << self.level
+
+    def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the means of a tensor of this shape: the last dimension over the block, rounded up."""
+        return (*shape[:-1], -(-rows_cols(shape)[1] // self.block))
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        inner = self.inner.parts(self.mean_shape(shape), torch.float32)
+        return {f"mean.{k}": spec for k, spec in inner.items()}
+
+    def align(self, shape: tuple[int, ...]) -> int | None:
+        inner = self.inner.align(self.mean_shape(shape))
+        return None if inner is None else inner * self.block
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        mean = torch.empty(self.mean_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
+        self.refuse(backend.fold_mean(as_rows(x), mean.view(rows_cols(tuple(mean.shape))), block=self.block))
+        self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        shape = tuple(out.shape)
+        mean = torch.empty(self.mean_shape(shape), dtype=torch.float32, device=out.device)
+        self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
+        exact = out.dtype == torch.float32
+        target = out if exact else torch.empty(shape, dtype=torch.float32, device=out.device)
+        backend.unfold(mean.view(rows_cols(tuple(mean.shape))), target.view(rows_cols(shape)), block=self.block)
+        if not exact:
+            out.copy_(target)
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        shape = tuple(x.shape)
+        values = as_rows(x.contiguous())
+        mean = torch.empty(self.mean_shape(shape), dtype=torch.float32)
+        reference = kernels.get("reference")
+        reference.fold_mean(values, mean.view(rows_cols(tuple(mean.shape))), block=self.block)
+        repeat = torch.empty(values.shape, dtype=torch.float64)
+        reference.unfold(mean.view(rows_cols(tuple(mean.shape))).to(torch.float64), repeat, block=self.block)
+        inner = torch.empty(values.shape, dtype=torch.float64)
+        reference.unfold(self.inner.error_bound(mean).view(rows_cols(tuple(mean.shape))), inner, block=self.block)
+        return rounding(((values.to(torch.float64) - repeat).abs() + inner).view(x.shape), x)

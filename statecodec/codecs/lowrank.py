@@ -1,0 +1,108 @@
+"""Low-rank factors of a matrix (LoRA-Pre, arXiv 2602.24283; the rank-one non-negative form is Adafactor's)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec, rounding, rows_cols
+
+_FORMS = ("product", "square", "rank_one")
+_EXACT_SVD = 1024  # up to this smaller side; beyond, seeded subspace iteration
+
+
+@dataclass(frozen=True)
+class LowRank(Codec):
+    """A matrix (rows x cols) by fp32 factors `left` (rows x rank) and `right` (rank x cols).
+
+    `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2 elementwise, factors of
+    sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean, for second moments: never
+    negative, and never zero where x is not. A rank above the smaller side is lowered to it. NaN and infinities are
+    refused, and negative values by `square` and `rank_one`. Error: the first left-out singular value (`product`). Needs the whole
+    tensor at once.
+    """
+
+    name: ClassVar[str] = "lowrank"
+
+    rank: int = 8
+    form: str = "product"
+
+    def __post_init__(self) -> None:
+        self.require(1 <= self.rank <= 65536, f"rank={self.rank}, expected 1 to 65536")
+        self.require(self.form in _FORMS, f"form={self.form!r}, expected one of {', '.join(_FORMS)}")
+        self.require(self.form != "rank_one" or self.rank == 1, "form=rank_one needs rank=1")
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        rows, cols = rows_cols(shape)
+        rank = min(self.rank, rows, cols)
+        return {"left": PartSpec(torch.float32, (rows, rank)), "right": PartSpec(torch.float32, (rank, cols))}
+
+    def align(self, shape: tuple[int, ...]) -> int | None:
+        return None
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        matrix = x.view(rows_cols(tuple(x.shape))).to(torch.float64)
+        self.refuse(
+            kernels.NAN * bool(matrix.isnan().any())
+            | kernels.INF * bool(matrix.isinf().any())
+            | kernels.NEGATIVE * bool(self.form != "product" and (matrix < 0).any())
+        )
+        if not matrix.numel():
+            return
+        left, right = self._factors(matrix)
+        parts["left"].copy_(left)
+        parts["right"].copy_(right)
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        product = parts["left"] @ parts["right"]
+        if self.form == "square":
+            product.square_()
+        out.copy_(product.view(out.shape))
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        matrix = x.to(torch.float64).reshape(rows_cols(tuple(x.shape)))
+        if not matrix.numel():
+            return torch.zeros(x.shape, dtype=torch.float64)
+        if self.form == "rank_one":
+            left, right = self._factors(matrix)
+            return rounding((matrix - left @ right).abs().view(x.shape), x) + 2.0**-149
+        values = torch.linalg.svdvals(matrix.sqrt() if self.form == "square" else matrix)
+        left_out = float(values[self.rank]) if self.rank < len(values) else 0.0
+        # Beyond _EXACT_SVD subspace iteration finds a rank-r space within a few per cent of the best.
+        slack = 1.0 if min(matrix.shape) <= _EXACT_SVD else 1.2
+        bound = torch.full_like(matrix, left_out * slack + float(values[0]) * 1e-5 + 1e-44)
+        if self.form == "square":
+            bound = bound * (2 * matrix.sqrt() + bound)
+        return rounding(bound.view(x.shape), x)
+
+    def _factors(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "rank_one":
+            # Row and column means are each scaled by the root of the overall mean: products stay in fp32's range.
+            root = matrix.mean().sqrt().clamp(min=1e-300)
+            return matrix.mean(1, keepdim=True) / root, matrix.mean(0, keepdim=True) / root
+        target = matrix.sqrt() if self.form == "square" else matrix
+        rank = min(self.rank, *target.shape)
+        if min(target.shape) <= _EXACT_SVD:
+            u, s, vh = torch.linalg.svd(target, full_matrices=False)
+        else:
+            u, s, vh = _subspace_svd(target, rank)
+        root = s[:rank].sqrt()
+        return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def _subspace_svd(matrix: Tensor, rank: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Leading singular triplets by subspace iteration with oversampling, from a fixed seed: the same bits every time."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    width = min(rank + max(8, rank // 4), *matrix.shape)
+    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(iterations):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vh

@@ -1,0 +1,32 @@
+"""The identity: any dtype, any values, every bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec
+
+
+@dataclass(frozen=True)
+class Raw(Codec):
+    """Part `data`: the tensor itself. NaN payloads, -0.0 and subnormals survive; packing may still make it smaller."""
+
+    name: ClassVar[str] = "raw"
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        return {"data": PartSpec(dtype, shape)}
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        parts["data"].copy_(x.view(parts["data"].shape))
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        out.copy_(parts["data"].view(out.shape))
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape, dtype=torch.float64)

@@ -1,0 +1,66 @@
+"""One value shared along whole dimensions (SlimAdam, arXiv 2503.01843, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import Codec, PartSpec, inner_parts, rounding
+from statecodec.codecs.raw import Raw
+from statecodec.errors import UnsupportedTensor
+
+
+@dataclass(frozen=True)
+class Shared(Codec):
+    """The fp32 mean over the dimensions `dims` (kept as size 1), encoded by `inner`: parts `mean.*`.
+
+    Dimensions count from 0; a matrix (fan_out, fan_in) shared over 1 keeps one value per row. Decoding broadcasts, so the
+    error is the distance to the mean plus the inner codec's. NaN and infinities are refused: they would spread.
+    Needs the whole tensor at once.
+    """
+
+    name: ClassVar[str] = "shared"
+
+    dims: tuple[int, ...] = (1,)
+    inner: Codec = field(default_factory=Raw)
+
+    def __post_init__(self) -> None:
+        legal = self.dims and all(0 <= d < 16 for d in self.dims) and list(self.dims) == sorted(set(self.dims))
+        self.require(bool(legal), f"dims={list(self.dims)}, expected distinct dimensions in rising order, from 0")
+
+    def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape with the shared dimensions of size 1."""
+        if self.dims[-1] >= len(shape):
+            raise UnsupportedTensor(f"shared over dimensions {list(self.dims)} needs more dimensions than shape {list(shape)}")
+        return tuple(min(n, 1) if d in self.dims else n for d, n in enumerate(shape))
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        return {f"mean.{k}": spec for k, spec in self.inner.parts(self.mean_shape(shape), torch.float32).items()}
+
+    def align(self, shape: tuple[int, ...]) -> int | None:
+        return None
+
+    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+        mean = self._mean(x)
+        self.refuse(kernels.NAN * bool(mean.isnan().any()) | kernels.INF * bool(mean.isinf().any()))
+        self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
+
+    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+        mean = torch.empty(self.mean_shape(tuple(out.shape)), dtype=torch.float32, device=out.device)
+        self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
+        out.copy_(mean.expand(out.shape))
+
+    def error_bound(self, x: Tensor) -> Tensor:
+        mean = self._mean(x)
+        return rounding((x.to(torch.float64) - mean.to(torch.float64)).abs() + self.inner.error_bound(mean), x)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return torch.zeros(self.mean_shape(tuple(x.shape)), device=x.device)
+        return x.mean(self.dims, keepdim=True, dtype=torch.float64).to(torch.float32).contiguous()

@@ -1,0 +1,167 @@
+"""Writing a codec as text: NAME or NAME(key=value,...), nested where a field is a codec.
+
+    companded(curve=log,bits=8,group=128)      shared(dims=[0,1])      folded(level=2,inner=companded(bits=4))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from statecodec.codecs.base import Codec
+from statecodec.codecs.cast import Cast
+from statecodec.codecs.companded import Companded
+from statecodec.codecs.dropped import Dropped
+from statecodec.codecs.folded import Folded
+from statecodec.codecs.lowrank import LowRank
+from statecodec.codecs.raw import Raw
+from statecodec.codecs.shared import Shared
+from statecodec.codecs.split import Split
+from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
+
+CODECS: dict[str, type[Codec]] = {
+    c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped)
+}
+
+_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|-?\d+|[()\[\],=])")
+_MAX_DEPTH = 4
+
+
+def names() -> list[str]:
+    """Names of all codecs."""
+    return list(CODECS)
+
+
+def get(name: str) -> type[Codec]:
+    """The codec class of that name. Raises UnknownCodec."""
+    if name not in CODECS:
+        raise UnknownCodec(f"no codec {name!r}; there are {', '.join(CODECS)}")
+    return CODECS[name]
+
+
+def parse(text: str) -> Codec:
+    """A codec from its text. Raises UnknownCodec or InvalidCodec."""
+    tokens, position = [], 0
+    while position < len(text.rstrip()):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            raise InvalidCodec(f"codec {text!r}: unexpected {text[position:].strip()[:10]!r}")
+        tokens.append(match.group(1))
+        position = match.end()
+    codec = _parse_codec(tokens, text, 0)
+    if tokens:
+        raise InvalidCodec(f"codec {text!r}: nothing may follow {format_codec(codec)}")
+    return codec
+
+
+def format_codec(codec: Codec) -> str:
+    """The shortest text that `parse` turns into this codec: fields at their defaults are left out."""
+    shown = []
+    for f in dataclasses.fields(codec):
+        value = getattr(codec, f.name)
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        if value != default:
+            shown.append(f"{f.name}={_format_value(value)}")
+    return f"{codec.name}({','.join(shown)})" if shown else codec.name
+
+
+def from_config(config: Mapping[str, Any]) -> Codec:
+    """A codec from its JSON config (untrusted). Raises UnknownCodec, InvalidCodec or UnsupportedVersion."""
+    return _from_config(config, 0)
+
+
+def _from_config(config: object, depth: int) -> Codec:
+    if not isinstance(config, Mapping) or not isinstance(config.get("name"), str) or depth > _MAX_DEPTH:
+        raise InvalidCodec(f"a codec config is an object with a name, not {str(config)[:80]!r}")
+    kind = get(config["name"])
+    if config.get("version", kind.version) != kind.version:
+        raise UnsupportedVersion(f"codec {kind.name} version {config['version']}: this reader knows {kind.version}")
+    fields = {k: v for k, v in config.items() if k not in ("name", "version")}
+    return _build(kind, {k: _from_config(v, depth + 1) if isinstance(v, Mapping) else v for k, v in fields.items()})
+
+
+def _build(kind: type[Codec], values: Mapping[str, Any]) -> Codec:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise InvalidCodec(f"{kind.name} has no field {key!r}; its fields are: {known}")
+        if not _fits(str(fields[key].type), value):
+            raise InvalidCodec(f"{kind.name}: {key}={value!r} is not {fields[key].type}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _fits(annotation: str, value: object) -> bool:
+    if annotation == "int":
+        return type(value) is int
+    if annotation == "str":
+        return isinstance(value, str)
+    if annotation == "tuple[int, ...]":
+        return isinstance(value, list | tuple) and all(type(v) is int for v in value)
+    return isinstance(value, Codec)
+
+
+def _parse_codec(tokens: list[str], text: str, depth: int) -> Codec:
+    name = _take(tokens, text)
+    kind = get(name)
+    values: dict[str, Any] = {}
+    if tokens and tokens[0] == "(":
+        tokens.pop(0)
+        while tokens and tokens[0] != ")":
+            key = _take(tokens, text)
+            _expect(tokens, "=", text)
+            values[key] = _parse_value(tokens, text, depth + 1)
+            if tokens and tokens[0] == ",":
+                tokens.pop(0)
+            elif tokens and tokens[0] != ")":
+                raise InvalidCodec(f"codec {text!r}: expected ',' or ')', found {tokens[0]!r}")
+        _expect(tokens, ")", text)
+    if "dims" in values and isinstance(values["dims"], int):
+        values["dims"] = (values["dims"],)
+    return _build(kind, values)
+
+
+def _parse_value(tokens: list[str], text: str, depth: int) -> Any:
+    if depth > _MAX_DEPTH:
+        raise InvalidCodec(f"codec {text!r} is nested too deeply")
+    if tokens and tokens[0] == "[":
+        tokens.pop(0)
+        numbers = []
+        while tokens and tokens[0] != "]":
+            numbers.append(_number(_take(tokens, text), text))
+            if tokens and tokens[0] == ",":
+                tokens.pop(0)
+        _expect(tokens, "]", text)
+        return tuple(numbers)
+    if tokens and (tokens[0] in CODECS or (len(tokens) > 1 and tokens[1] == "(")):
+        return _parse_codec(tokens, text, depth)
+    word = _take(tokens, text)
+    return _number(word, text) if re.fullmatch(r"-?\d+", word) else word
+
+
+def _number(word: str, text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,9}", word):
+        raise InvalidCodec(f"codec {text!r}: {word!r} is not a number of at most nine digits")
+    return int(word)
+
+
+def _take(tokens: list[str], text: str) -> str:
+    if not tokens or not re.fullmatch(r"[A-Za-z_]\w*|-?\d+", tokens[0]):
+        raise InvalidCodec(f"codec {text!r}: expected a name or number, found {tokens[0] if tokens else 'the end'!r}")
+    return tokens.pop(0)
+
+
+def _expect(tokens: list[str], token: str, text: str) -> None:
+    if not tokens or tokens[0] != token:
+        raise InvalidCodec(f"codec {text!r}: expected {token!r}, found {tokens[0] if tokens else 'the end'!r}")
+    tokens.pop(0)
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, Codec):
+        return format_codec(value)
+    if isinstance(value, tuple):
+        return f"[{','.join(str(v) for v in value)}]"
+    return str(value)

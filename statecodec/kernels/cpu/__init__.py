@@ -6,6 +6,17 @@ They compile on first use (a second or two each, cached on disk) and need no com
 
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
+from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 
-__all__ = ["decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "unfold"]
+__all__ = [
+    "constant_byte",
+    "decode_companded",
+    "decode_split",
+    "encode_companded",
+    "encode_split",
+    "fold_mean",
+    "merge_planes",
+    "split_planes",
+    "unfold",
+]

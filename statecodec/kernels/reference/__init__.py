@@ -2,6 +2,17 @@
 
 from statecodec.kernels.reference.companding import decode_companded, encode_companded
 from statecodec.kernels.reference.folding import fold_mean, unfold
+from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 
-__all__ = ["decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "unfold"]
+__all__ = [
+    "constant_byte",
+    "decode_companded",
+    "decode_split",
+    "encode_companded",
+    "encode_split",
+    "fold_mean",
+    "merge_planes",
+    "split_planes",
+    "unfold",
+]

@@ -1,0 +1,127 @@
+"""Byte planes in numba: split a tensor into one array per byte of its elements, and merge them again.
+
+`split` works on blocks that stay in the first-level cache and writes one plane per loop: LLVM vectorises a loop with one
+output pointer, but gives up on four at once (too many alias checks). `merge` has one output and vectorises as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from statecodec.kernels.reference.planes import SIGNED, plane_layout
+
+Array = NDArray[Any]
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+BLOCK = 4096
+
+
+def _splitter(width: int) -> Any:
+    """The split loop for one element width: a constant, so that the shifts are constants and stay narrow."""
+    word = UNSIGNED[width]
+    top = 8 * width - 1
+
+    @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+    def split(x: Array, planes: Array, rotate: bool) -> None:
+        rotated = np.empty(BLOCK, x.dtype)
+        for start in range(0, x.size, BLOCK):
+            n = min(BLOCK, x.size - start)
+            source = x[start : start + n]
+            if rotate:
+                for i in range(n):
+                    rotated[i] = word(source[i] << word(1)) | word(source[i] >> word(top))
+                source = rotated[:n]
+            for k in range(width):
+                out = planes[k, start : start + n]
+                for i in range(n):
+                    out[i] = np.uint8(source[i] >> word(8 * k))
+
+    return split
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _merge2(p0: Array, p1: Array, out: Array, rotate: bool) -> None:
+    u = np.uint16
+    if rotate:
+        for i in range(out.size):
+            word = u(p0[i]) | u(u(p1[i]) << u(8))
+            out[i] = u(word >> u(1)) | u(word << u(15))
+    else:
+        for i in range(out.size):
+            out[i] = u(p0[i]) | u(u(p1[i]) << u(8))
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _merge4(p0: Array, p1: Array, p2: Array, p3: Array, out: Array, rotate: bool) -> None:
+    u = np.uint32
+    if rotate:
+        for i in range(out.size):
+            word = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
+            out[i] = u(word >> u(1)) | u(word << u(31))
+    else:
+        for i in range(out.size):
+            out[i] = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _merge8(
+    p0: Array, p1: Array, p2: Array, p3: Array, p4: Array, p5: Array, p6: Array, p7: Array, out: Array, rotate: bool
+) -> None:
+    u = np.uint64
+    for i in range(out.size):
+        low = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
+        high = u(p4[i]) | (u(p5[i]) << u(8)) | (u(p6[i]) << u(16)) | (u(p7[i]) << u(24))
+        word = low | (high << u(32))
+        out[i] = ((word >> u(1)) | (word << u(63))) if rotate else word
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _constant(x: Array) -> int:
+    first = x[0]
+    for start in range(0, x.size, BLOCK):
+        block = x[start : start + BLOCK]
+        different = np.uint8(0)
+        for i in range(block.size):
+            different |= block[i] ^ first
+        if different:
+            return -1
+    return int(first)
+
+
+SPLIT = {width: _splitter(width) for width in (2, 4, 8)}
+MERGE = {2: _merge2, 4: _merge4, 8: _merge8}
+
+
+def _flat(x: Tensor, width: int) -> Array:
+    return x.view(-1).view(SIGNED[width]).numpy().view(UNSIGNED[width])
+
+
+def split_planes(x: Tensor, planes: Tensor) -> None:
+    """Split `x` (contiguous, any shape and dtype) into `planes` (uint8, width x n, rows contiguous)."""
+    width, rotate = plane_layout(x.dtype)
+    if width == 1:
+        planes.view(-1).copy_(x.view(-1).view(torch.uint8))
+    else:
+        SPLIT[width](_flat(x, width), planes.numpy(), rotate)
+
+
+def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
+    """The inverse: merge `width` planes (uint8, n each) into `out` (contiguous)."""
+    width, rotate = plane_layout(out.dtype)
+    if width == 1:
+        out.view(-1).view(torch.uint8).copy_(planes[0])
+        return
+    if any(len(plane) != out.numel() * (2 if out.dtype.is_complex else 1) for plane in planes):
+        raise ValueError("every plane holds one byte per element")
+    MERGE[width](*(plane.numpy() for plane in planes), _flat(out, width), rotate)
+
+
+def constant_byte(x: Tensor) -> int:
+    """The value of every byte of `x` (uint8, not empty) if they are all the same, else -1."""
+    return int(_constant(x.numpy()))

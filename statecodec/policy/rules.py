@@ -1,0 +1,152 @@
+"""Ordered rules, first match wins.
+
+A rule is written `PATTERN=CODEC`. PATTERN is a shell pattern over the tensor's name or its parameter's name, or a role, each optionally
+with conditions after a colon:
+
+    exp_avg_sq=companded(curve=log)          every second moment
+    *.wte.*=raw                              by name
+    weight:fp32,ndim>=2,numel>=4096=split    fp32 weights of two or more dimensions and at least 4096 elements
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from statecodec import codecs
+from statecodec.codecs import Codec
+from statecodec.errors import CodecError, PolicyError
+
+ROLES = ("weight", "exp_avg", "exp_avg_sq", "momentum", "max_exp_avg_sq", "step", "other")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+_CONDITION = re.compile(r"(ndim|numel|cols)(>=|<=|==|<|>)(\d{1,18})")
+_MAX_RULES_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a rule can see of a tensor."""
+
+    name: str
+    role: str
+    param: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`pattern` (name pattern or role), `conditions` (all must hold) and the codec for what matches."""
+
+    pattern: str
+    codec: Codec
+    conditions: tuple[str, ...] = ()
+
+    def matches(self, subject: Subject) -> bool:
+        """Whether this rule speaks of that tensor."""
+        if self.pattern in ROLES:
+            named = subject.role == self.pattern
+        else:
+            named = fnmatchcase(subject.name, self.pattern) or (
+                subject.param is not None and fnmatchcase(subject.param, self.pattern)
+            )
+        return named and all(_holds(condition, subject) for condition in self.conditions)
+
+    def __str__(self) -> str:
+        where = ":" + ",".join(self.conditions) if self.conditions else ""
+        return f"{self.pattern}{where}={codecs.format_codec(self.codec)}"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Ordered rules; a tensor that no rule matches is kept `raw`."""
+
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, subject: Subject) -> Rule | None:
+        """The first rule that matches, if any."""
+        return next((rule for rule in self.rules if rule.matches(subject)), None)
+
+    def codec_for(self, subject: Subject) -> Codec:
+        """The codec of the first rule that matches; `raw` if none does."""
+        rule = self.rule_for(subject)
+        return rule.codec if rule else codecs.Raw()
+
+
+def parse_rule(text: str) -> Rule:
+    """A rule from `PATTERN[:CONDITION,...]=CODEC`. Raises PolicyError."""
+    depth, equals = 0, -1
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        comparison = text[i - 1 : i] in ("<", ">", "=") or text[i + 1 : i + 2] == "="
+        if char == "=" and depth == 0 and not comparison:
+            equals = i
+            break
+    if equals <= 0:
+        raise PolicyError(f"rule {text!r}: expected PATTERN=CODEC, for example 'exp_avg_sq=companded(curve=log)'")
+    left, right = text[:equals].strip(), text[equals + 1 :].strip()
+    pattern, _, where = left.partition(":")
+    conditions = tuple(c.strip() for c in where.split(",") if c.strip())
+    for condition in conditions:
+        if condition not in DTYPES and not _CONDITION.fullmatch(condition):
+            raise PolicyError(
+                f"rule {text!r}: condition {condition!r} is neither a dtype ({', '.join(DTYPES)}) nor like 'ndim>=2', 'numel>=4096'"
+            )
+    try:
+        return Rule(pattern.strip() or "*", codecs.parse(right), conditions)
+    except CodecError as error:
+        raise PolicyError(f"rule {text!r}: {error}") from error
+
+
+def load_rules(path: str | Path) -> tuple[Rule, ...]:
+    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec"}, ...]}. Raises PolicyError."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > _MAX_RULES_BYTES:
+            raise PolicyError(f"rules file {path}: larger than {_MAX_RULES_BYTES} bytes")
+        document = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PolicyError(f"rules file {path}: {error}") from error
+    entries = document.get("rules") if isinstance(document, dict) else document
+    if not isinstance(entries, list):
+        raise PolicyError(f"rules file {path}: expected a list of rules, or an object with one under 'rules'")
+    return tuple(_entry(path, entry) for entry in entries)
+
+
+def policy(groups: Iterable[Sequence[Rule]]) -> Policy:
+    """One policy of several groups of rules, the earlier ones first."""
+    return Policy(tuple(rule for group in groups for rule in group))
+
+
+def _entry(path: Path, entry: object) -> Rule:
+    if isinstance(entry, str):
+        return parse_rule(entry)
+    if isinstance(entry, dict) and isinstance(entry.get("pattern"), str) and isinstance(entry.get("codec"), str):
+        return parse_rule(f"{entry['pattern']}={entry['codec']}")
+    raise PolicyError(f"rules file {path}: a rule is text or has 'pattern' and 'codec', not {str(entry)[:80]!r}")
+
+
+def _holds(condition: str, subject: Subject) -> bool:
+    if condition in DTYPES:
+        return subject.dtype == DTYPES[condition]
+    match = _CONDITION.fullmatch(condition)
+    assert match is not None  # parse_rule checked it
+    quantity, operator, bound = match.group(1), match.group(2), int(match.group(3))
+    numel = 1
+    for n in subject.shape:
+        numel *= n
+    value = {"ndim": len(subject.shape), "numel": numel, "cols": subject.shape[-1] if subject.shape else 1}[quantity]
+    return {
+        ">=": value >= bound,
+        "<=": value <= bound,
+        "==": value == bound,
+        "<": value < bound,
+        ">": value > bound,
+    }[operator]

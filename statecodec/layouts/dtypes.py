@@ -1,0 +1,79 @@
+"""How checkpoint files spell dtypes: torch storage classes, `torch.float32` globals, safetensors names."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)
+}
+"""Global name in module `torch` -> dtype."""
+
+# Quantised storages hold plain integers; the scale stands elsewhere in the pickle. Sub-byte ones are opaque bytes.
+QUANTISED: Final[dict[torch.dtype, torch.dtype]] = {
+    torch.qint8: torch.int8,
+    torch.quint8: torch.uint8,
+    torch.qint32: torch.int32,
+    torch.quint4x2: torch.uint8,
+    torch.quint2x4: torch.uint8,
+}
+
+_STORAGES: Final[dict[str, torch.dtype]] = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexDoubleStorage": torch.complex128,
+    "ComplexFloatStorage": torch.complex64,
+    "QInt8Storage": torch.int8,
+    "QUInt8Storage": torch.uint8,
+    "QInt32Storage": torch.int32,
+    "QUInt4x2Storage": torch.uint8,
+    "QUInt2x4Storage": torch.uint8,
+}
+_UNTYPED: Final = frozenset({"UntypedStorage", "_UntypedStorage"})
+_STORAGE_MODULES: Final = frozenset({"torch", "torch.storage", "torch.cuda"})
+
+SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""dtypes whose elements fill whole bytes."""
+
+SAFETENSORS_SUB_BYTE_BITS: Final[dict[str, int]] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""dtypes that pack several elements into a byte; carried as bytes."""
+
+
+def storage_dtype(module: str, name: str) -> tuple[torch.dtype, bool] | None:
+    """(dtype, untyped) of a storage class by its global name; None if it is not one."""
+    if module not in _STORAGE_MODULES:
+        return None
+    if name in _UNTYPED:
+        return torch.uint8, True
+    dtype = _STORAGES.get(name)
+    return None if dtype is None else (dtype, False)

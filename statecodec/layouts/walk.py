@@ -1,0 +1,88 @@
+"""Walks a description and names what holds numbers: every tensor by its key path, every shared container once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+from statecodec.errors import MalformedCheckpoint
+from statecodec.layouts.nodes import DictNode, Opaque, SetNode, StorageNode, TensorNode, children
+
+MAX_NAMED: Final = 400_000
+_MAX_DEPTH: Final = 48
+_MAX_KEY: Final = 256
+_CONTAINERS: Final = frozenset({DictNode, list, tuple, SetNode, Opaque})
+_LEAVES: Final = frozenset({TensorNode, StorageNode})
+
+
+class Place:
+    """A key path, shared between siblings: building 10^5 names must not copy 10^5 prefixes."""
+
+    __slots__ = ("key", "parent")
+
+    def __init__(self, parent: Place | None, key: Any) -> None:
+        self.parent, self.key = parent, key
+
+    def __str__(self) -> str:
+        """The dotted path; of very deep paths the last components."""
+        keys: list[str] = []
+        place: Place | None = self
+        while place is not None and place.parent is not None:
+            if len(keys) == _MAX_DEPTH:
+                keys.append("...")
+                break
+            keys.append(_spell(place.key))
+            place = place.parent
+        return ".".join(reversed(keys)) or "tensor"
+
+
+def _spell(key: Any) -> str:
+    if type(key) is str:
+        return key if len(key) <= _MAX_KEY else key[:_MAX_KEY] + "..."
+    if type(key) in (bool, float, type(None)) or (type(key) is int and key.bit_length() < 256):
+        return str(key)
+    if type(key) is tuple and len(key) <= 8 and all(type(k) in (str, int, float, bool) for k in key):
+        return "(" + ",".join(_spell(k) for k in key) + ")"
+    return f"<{type(key).__name__}>"
+
+
+def walk(root: Any) -> Iterator[tuple[Place, Any]]:
+    """Every container, tensor and storage below `root`, in order, each container once. Iterative; cycles are harmless.
+
+    Raises MalformedCheckpoint beyond MAX_NAMED tensors.
+    """
+    seen: set[int] = set()
+    leaves = 0
+    pending: list[tuple[Place, Any]] = [(Place(None, ""), root)]
+    while pending:
+        place, node = pending.pop()
+        if type(node) in _LEAVES:
+            leaves += 1
+            if leaves > MAX_NAMED:
+                raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
+        if type(node) not in _LEAVES or getattr(node, "state", None) is not None:
+            if id(node) in seen:
+                if type(node) in _LEAVES:
+                    yield place, node
+                continue
+            seen.add(id(node))
+            below = [
+                (Place(place, key), child) for key, child in children(node) if type(child) in _CONTAINERS or type(child) in _LEAVES
+            ]
+            below.reverse()
+            pending.extend(below)
+        yield place, node
+
+
+class Names:
+    """Hands out names that are unique in a file: the second `x` becomes `x#2`."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        count = self._taken.get(name, 0) + 1
+        self._taken[name] = count
+        if count == 1:
+            return name
+        return self.unique(f"{name}#{count}")

@@ -8,8 +8,11 @@ from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
+from statecodec.kernels.cpu.statistics import compare, compare_updates
 
 __all__ = [
+    "compare",
+    "compare_updates",
     "constant_byte",
     "decode_companded",
     "decode_split",

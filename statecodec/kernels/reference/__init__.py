@@ -4,8 +4,11 @@ from statecodec.kernels.reference.companding import decode_companded, encode_com
 from statecodec.kernels.reference.folding import fold_mean, unfold
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
+from statecodec.kernels.reference.statistics import compare, compare_updates
 
 __all__ = [
+    "compare",
+    "compare_updates",
     "constant_byte",
     "decode_companded",
     "decode_split",

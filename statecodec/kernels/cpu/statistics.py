@@ -1,0 +1,109 @@
+"""Error sums for CPUs. Unlike the codecs' kernels these may reassociate additions: they agree with `reference` to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from statecodec.kernels.cpu.views import array_of
+from statecodec.kernels.reference import statistics as reference
+from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
+
+_SLICE = 256
+_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+
+
+def compare(a: Tensor, b: Tensor) -> Comparison:
+    """See `reference.statistics.compare`; fp32 runs here, fp64 there."""
+    if a.dtype != torch.float32:
+        return reference.compare(a, b)
+    sum_sq, sum_sq_diff, largest, mismatched = _compare(array_of(a), array_of(b))
+    return Comparison(sum_sq, sum_sq_diff, float(largest), int(mismatched))
+
+
+def compare_updates(
+    m: Tensor, v: Tensor, m_other: Tensor, v_other: Tensor, *, correction1: float, correction2: float, eps: float
+) -> UpdateComparison:
+    """See `reference.statistics.compare_updates`."""
+    arrays = (array_of(m), array_of(v), array_of(m_other), array_of(v_other))
+    *sums, nonfinite = _compare_updates(*arrays, 1.0 / correction1, 1.0 / correction2, eps)
+    return UpdateComparison(*(float(s) for s in sums), int(nonfinite))
+
+
+@_sums  # type: ignore[untyped-decorator]
+def _compare(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
+    sum_sq, sum_sq_diff, largest = 0.0, 0.0, np.int32(0)
+    for start in range(0, a.size, _SLICE):
+        x, y = a[start : start + _SLICE], b[start : start + _SLICE]
+        part, part_diff = 0.0, 0.0
+        for i in range(x.size):
+            value = np.float64(x[i])
+            difference = np.float64(y[i]) - value
+            part += value * value
+            part_diff += difference * difference
+        sum_sq += part
+        sum_sq_diff += part_diff
+        for i in range(x.size):  # magnitudes order like their bits, and integer max vectorises
+            largest = max(largest, np.float32(abs(y[i] - x[i])).view(np.int32))
+    if sum_sq < np.inf and sum_sq_diff < np.inf:
+        return sum_sq, sum_sq_diff, np.float64(np.int32(largest).view(np.float32)), 0
+    return _compare_any(a, b)
+
+
+@_sums  # type: ignore[untyped-decorator]
+def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
+    sum_sq, sum_sq_diff, largest, mismatched = 0.0, 0.0, 0.0, 0
+    for i in range(a.size):
+        x, y = np.float64(a[i]), np.float64(b[i])
+        difference = abs(y - x)
+        if difference < np.inf:
+            sum_sq += x * x
+            sum_sq_diff += difference * difference
+            largest = max(largest, difference)
+        elif not (x == y or (x != x and y != y)):
+            mismatched += 1
+    return sum_sq, sum_sq_diff, largest, mismatched
+
+
+@_sums  # type: ignore[untyped-decorator]
+def _compare_updates(
+    m: NDArray[Any], v: NDArray[Any], m2: NDArray[Any], v2: NDArray[Any], rate1: float, rate2: float, eps: float
+) -> tuple[float, float, float, float, float, float, int]:
+    sum_sq, sum_sq_other, sum_sq_diff, dot, nonfinite = 0.0, 0.0, 0.0, 0.0, 0
+    largest, largest_other = np.int32(0), np.int32(0)
+    u, w = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
+    for start in range(0, m.size, _SLICE):
+        stop = min(start + _SLICE, m.size)
+        _update(m[start:stop], v[start:stop], np.float32(rate1), np.float32(rate2), np.float32(eps), u)
+        _update(m2[start:stop], v2[start:stop], np.float32(rate1), np.float32(rate2), np.float32(eps), w)
+        part, part_other, part_diff, part_dot = 0.0, 0.0, 0.0, 0.0
+        for i in range(stop - start):
+            finite = abs(u[i]) < np.inf and abs(w[i]) < np.inf
+            if not finite:
+                u[i], w[i] = 0.0, 0.0
+                nonfinite += 1
+        for i in range(stop - start):
+            x, y = np.float64(u[i]), np.float64(w[i])
+            part += x * x
+            part_other += y * y
+            part_diff += (y - x) * (y - x)
+            part_dot += x * y
+        for i in range(stop - start):
+            largest = max(largest, np.float32(abs(u[i])).view(np.int32))
+            largest_other = max(largest_other, np.float32(abs(w[i])).view(np.int32))
+        sum_sq, sum_sq_other = sum_sq + part, sum_sq_other + part_other
+        sum_sq_diff, dot = sum_sq_diff + part_diff, dot + part_dot
+    top = np.float64(np.int32(largest).view(np.float32))
+    top_other = np.float64(np.int32(largest_other).view(np.float32))
+    return sum_sq, sum_sq_other, sum_sq_diff, dot, top, top_other, nonfinite
+
+
+@_sums  # type: ignore[untyped-decorator]
+def _update(m: NDArray[Any], v: NDArray[Any], rate1: float, rate2: float, eps: float, u: NDArray[Any]) -> None:
+    for i in range(m.size):
+        u[i] = m[i] * rate1 / (np.sqrt(v[i] * rate2) + eps)

@@ -1,0 +1,59 @@
+"""Sums that errors are reported from, in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Comparison(NamedTuple):
+    """Of two tensors a (original) and b: sums over the elements where both are finite, and how many are not alike."""
+
+    sum_sq: float
+    """Sum of a**2."""
+    sum_sq_diff: float
+    """Sum of (b - a)**2."""
+    max_abs_diff: float
+    mismatched: int
+    """Elements that are NaN or infinite in one and something else in the other."""
+
+
+class UpdateComparison(NamedTuple):
+    """Of two Adam update directions u (original) and w: sums over all elements where both are finite."""
+
+    sum_sq: float
+    sum_sq_other: float
+    sum_sq_diff: float
+    dot: float
+    max_abs: float
+    max_abs_other: float
+    nonfinite: int
+
+
+def compare(a: Tensor, b: Tensor) -> Comparison:
+    """Compare flat float tensors of one dtype (fp32 or fp64)."""
+    finite = a.isfinite() & b.isfinite()
+    alike = finite | (a == b) | (a.isnan() & b.isnan())
+    x, y = a[finite].to(torch.float64), b[finite].to(torch.float64)
+    largest = float((y - x).abs().max()) if x.numel() else 0.0
+    return Comparison(float((x * x).sum()), float(((y - x) ** 2).sum()), largest, int((~alike).sum()))
+
+
+def compare_updates(
+    m: Tensor, v: Tensor, m_other: Tensor, v_other: Tensor, *, correction1: float, correction2: float, eps: float
+) -> UpdateComparison:
+    """Compare u = (m / correction1) / (sqrt(v / correction2) + eps) of two pairs of moments (flat fp32 tensors)."""
+
+    def update(first: Tensor, second: Tensor) -> Tensor:
+        return (first.double() / correction1) / ((second.double() / correction2).sqrt() + eps)
+
+    u, w = update(m, v), update(m_other, v_other)
+    finite = u.isfinite() & w.isfinite()
+    nonfinite = int((~finite).sum())
+    u, w = u[finite], w[finite]
+    if not u.numel():
+        return UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, nonfinite)
+    sums = ((u * u).sum(), (w * w).sum(), ((w - u) ** 2).sum(), (u * w).sum(), u.abs().max(), w.abs().max())
+    return UpdateComparison(*(float(s) for s in sums), nonfinite)

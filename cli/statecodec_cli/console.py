@@ -1,0 +1,104 @@
+"""Where words go: data to standard output, messages to standard error, and how sizes and ratios are written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+_PIPED_WIDTH = 160  # a table in a pipe or a file is not folded at a terminal's 80 columns
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
+    return Console(file=stream, width=width, highlight=False, emoji=False)
+
+
+def stderr() -> Console:
+    """A console on standard error."""
+    return _console(sys.stderr)
+
+
+def show(*renderables: RenderableType) -> None:
+    """Print to standard output."""
+    out = _console(sys.stdout)
+    for renderable in renderables:
+        out.print(renderable)
+
+
+def say(message: str) -> None:
+    """Print one message to standard error, as it is (no markup)."""
+    stderr().print(message, markup=False, soft_wrap=True)
+
+
+def emit(document: Any) -> None:
+    """Print a document as JSON to standard output. NaN and infinities, which JSON lacks, become strings."""
+    json.dump(_finite(document), sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+def fail(code: str, message: str, *, as_json: bool) -> None:
+    """Report an error: one red line on standard error, and with `--json` also a document on standard output."""
+    if as_json:
+        emit({"error": {"code": code, "message": message}})
+    from rich.text import Text
+
+    stderr().print(Text.assemble(("error: ", "bold red"), message, (f"  [{code}]", "dim")), soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, three significant figures: 999 B, 12.3 kB, 4.56 GB."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    value = float(nbytes)
+    while abs(value) >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{figures(value)} {units[0]}"
+
+
+def figures(value: float) -> str:
+    """Three significant figures without an exponent: 0.123, 1.23, 12.3, 123."""
+    if not math.isfinite(value):
+        return str(value)
+    magnitude = abs(value)
+    return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
+
+
+def ratio(before: float, after: float) -> str:
+    """How many times smaller: 2.94x."""
+    return f"{before / after:.2f}x" if after else "-"
+
+
+def seconds(value: float) -> str:
+    """A duration: 0.42 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    if value < 10:
+        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def error(value: Any) -> str:
+    """An error figure: `exact` for zero, else two significant figures with an exponent."""
+    if value is None:
+        return ""
+    return "exact" if value == 0 else f"{float(value):.1e}"

@@ -1,0 +1,144 @@
+"""The demo in five acts: train, compress, restore, resume from both, compare."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from statecodec_cli import console, tables
+
+PRESETS = ("lossless", "resume", "small", "tiny")
+_RESUMED = "resume"  # the preset whose restored file is trained on
+
+
+def tell(directory: Path, *, steps: int, resume_steps: int, seed: int, force: bool, quiet: bool) -> dict[str, Any]:
+    """Run the demo in `directory` and return its document. Raises OutputExists unless `force`."""
+    from statecodec_cli.demo.data import standard_library
+    from statecodec_cli.demo.train import TrainConfig, Trainer
+
+    say: Callable[[str], None] = (lambda message: None) if quiet else console.say
+    checkpoint = directory / "ckpt.pt"
+    packed = {preset: directory / f"ckpt.{preset}.sc.safetensors" for preset in PRESETS}
+    restored = {preset: directory / f"restored.{preset}.pt" for preset in ("lossless", _RESUMED)}
+    _refuse_existing([checkpoint, *packed.values(), *restored.values()], force=force)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    say(f"1/5 training a small GPT on the Python standard library for {steps} steps")
+    corpus = standard_library()
+    started = time.perf_counter()
+    trainer = Trainer(TrainConfig(seed=seed), corpus=corpus)
+    trainer.run(steps, _reporter(say, steps, steps))
+    val_loss = trainer.validate()
+    trainer.save(checkpoint)
+    training: dict[str, Any] = {
+        "steps": steps, "num_params": trainer.num_params, "seconds": time.perf_counter() - started,
+        "first_loss": trainer.losses[0], "final_loss": trainer.losses[-1], "val_loss": val_loss,
+        "checkpoint": str(checkpoint), "bytes": checkpoint.stat().st_size,
+    }  # fmt: skip
+
+    say(f"2/5 compressing {checkpoint} ({console.size(training['bytes'])}) with {', '.join(PRESETS)}")
+    presets = [_compress(checkpoint, packed[preset], preset) for preset in PRESETS]
+    say("3/5 restoring")
+    same = _restore(checkpoint, packed, restored)
+    resumed = {}
+    for act, (name, path) in enumerate({"exact": checkpoint, "restored": restored[_RESUMED]}.items(), 4):
+        say(f"{act}/5 resuming from {path} for {resume_steps} steps")
+        run = Trainer.resume(path, corpus=corpus)
+        losses = run.run(resume_steps, _reporter(say, resume_steps, steps + resume_steps))
+        resumed[name] = {"path": str(path), "losses": losses, "val_loss": run.validate()}
+    return {
+        "training": training, "presets": presets, "lossless_same_sha256": same, "resumed": resumed,
+        "difference": _difference(resumed["exact"], resumed["restored"]),
+    }  # fmt: skip
+
+
+def summary(document: Mapping[str, Any]) -> list[RenderableType]:
+    """The document as two tables and a verdict."""
+    training, difference = document["training"], document["difference"]
+    losses = f"loss {training['first_loss']:.3f} -> {training['final_loss']:.3f}, validation {training['val_loss']:.3f}"
+    head = Text.assemble(
+        (training["checkpoint"], "bold"),
+        f"  {console.size(training['bytes'])}  {training['num_params']:,} parameters, {training['steps']} steps, {losses}",
+    )
+    columns = ("preset", "file", "size", "ratio", "B/param", "update u-rms", "max |u|", "exact max |u|")
+    rows = [
+        (p["preset"], p["path"], console.size(p["bytes"]), console.ratio(training["bytes"], p["bytes"]),
+         f"{p['bytes_per_param']:.2f}", *tables.update_cells(p["update"])[:3])
+        for p in document["presets"]
+    ]  # fmt: skip
+    verdict = "the same SHA-256" if document["lossless_same_sha256"] else "ANOTHER SHA-256"
+    curves = tables.table(
+        ("step", "loss from the exact file", "loss from the restored file", "difference"), _curve(document)
+    )
+    last = Text.assemble(
+        "validation loss  exact ", (f"{document['resumed']['exact']['val_loss']:.5f}", "bold"),
+        "   restored ", (f"{document['resumed']['restored']['val_loss']:.5f}", "bold"),
+        f"   difference {difference['val_loss']:+.1e}",
+    )  # fmt: skip
+    lossless = Text(f"restored from lossless: {verdict} as {training['checkpoint']}")
+    return [head, tables.table(columns, rows, left=2), lossless, curves, last]
+
+
+def _curve(document: Mapping[str, Any], rows: int = 8) -> list[tuple[str, ...]]:
+    exact, restored = document["resumed"]["exact"]["losses"], document["resumed"]["restored"]["losses"]
+    every = max(1, len(exact) // rows)
+    start = document["training"]["steps"]
+    picked = sorted({0, *range(every - 1, len(exact), every), len(exact) - 1})
+    return [
+        (str(start + i + 1), f"{exact[i]:.5f}", f"{restored[i]:.5f}", f"{restored[i] - exact[i]:+.1e}") for i in picked
+    ]
+
+
+def _compress(checkpoint: Path, target: Path, preset: str) -> dict[str, Any]:
+    import statecodec
+
+    report = statecodec.compress(checkpoint, target, preset=preset, force=True).to_json()
+    total = statecodec.diff(checkpoint, target).to_json()["total"]
+    keep = ("path", "bytes", "ratio", "bytes_per_param", "seconds")
+    return {"preset": preset, **{key: report[key] for key in keep}, "update": total}
+
+
+def _restore(checkpoint: Path, packed: Mapping[str, Path], restored: Mapping[str, Path]) -> bool:
+    """Restore what is asked for; True if the lossless one is the original bit for bit."""
+    import statecodec
+
+    for preset, path in restored.items():
+        statecodec.restore(packed[preset], path, force=True)
+    return _sha256(checkpoint) == _sha256(restored["lossless"])
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _difference(exact: Mapping[str, Any], restored: Mapping[str, Any]) -> dict[str, float]:
+    gaps = [b - a for a, b in zip(exact["losses"], restored["losses"], strict=True)]
+    return {
+        "final_loss": gaps[-1],
+        "largest": max(gaps, key=abs),
+        "val_loss": restored["val_loss"] - exact["val_loss"],
+    }
+
+
+def _refuse_existing(paths: list[Path], *, force: bool) -> None:
+    from statecodec.errors import OutputExists
+
+    there = [path for path in paths if path.exists()]
+    if there and not force:
+        raise OutputExists(f"{there[0]} exists; choose another --dir, or --force to replace the demo's own files")
+
+
+def _reporter(say: Callable[[str], None], steps: int, last: int) -> Callable[[int, float], None]:
+    every = max(1, steps // 5)
+
+    def on_step(step: int, loss: float) -> None:
+        if (last - step) % every == 0:
+            say(f"    step {step:4d}  loss {loss:.4f}")
+
+    return on_step

@@ -1,0 +1,120 @@
+"""`statecodec`: the table of verbs, and the one place where an exception becomes a message and an exit code.
+
+Exit codes: 0 done, 1 refused or a check failed, 2 the call itself is wrong, 130 Ctrl-C, 143 SIGTERM. Standard output
+carries data only; everything said about it goes to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from statecodec_cli import console
+from statecodec_cli.verbs import codecs, compress, demo, diff, inspect, restore, verify
+
+VERBS: dict[str, Callable[..., None]] = {
+    "compress": compress.run,
+    "restore": restore.run,
+    "inspect": inspect.run,
+    "verify": verify.run,
+    "diff": diff.run,
+    "codecs": codecs.run,
+    "demo": demo.run,
+}
+
+app = typer.Typer(
+    name="statecodec",
+    help="Training checkpoints at a third of their size, from which training resumes as if nothing had happened.",
+    epilog="`statecodec VERB --help` explains a verb. Exit codes: 0 done, 1 refused or a check failed, 2 usage.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _name, _run in VERBS.items():
+    app.command(_name)(_run)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"statecodec {version('statecodec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; never raises for anything a user can cause."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    with _terminable() as received:
+        try:
+            code = app(arguments, prog_name="statecodec", standalone_mode=False)
+            sys.stdout.flush()
+        except typer.TyperException as error:  # unknown option, bad value: the call is wrong
+            console.fail("usage", error.format_message(), as_json=as_json)
+            return error.exit_code
+        except typer.Abort:
+            return 1
+        except BrokenPipeError:  # the reader of our output left, as in `statecodec inspect x | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            console.fail("io", _describe(error), as_json=as_json)
+            return 1
+        except Exception as error:
+            return _deliberate(error, as_json=as_json)
+        if received:
+            return 128 + received[-1]
+    return code if isinstance(code, int) else 0
+
+
+def _deliberate(error: Exception, *, as_json: bool) -> int:
+    """The exit code for one of the library's own errors, after saying it; anything else is a bug and is re-raised."""
+    from statecodec.errors import StatecodecError, UsageError
+
+    if not isinstance(error, StatecodecError):
+        raise error
+    console.fail(error.code, str(error), as_json=as_json)
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _describe(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Make SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed; yields what was received."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    try:
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: the embedding program owns the signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,82 @@
+"""`statecodec compress`: a checkpoint file or directory into a statecodec file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from statecodec_cli import console, options
+from statecodec_cli.progress import reporting
+
+Preset = Literal["lossless", "resume", "small", "tiny", "weights"]
+
+
+def run(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint file or directory.")
+    ],
+    output: options.Output = None,
+    preset: Annotated[Preset, typer.Option("--preset", "-p", help="See `statecodec codecs`.")] = "resume",
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--rule",
+            metavar="PATTERN=CODEC",
+            show_default=False,
+            help="Before the preset's own rules; the first match wins. Repeatable.",
+        ),
+    ] = None,
+    rules: Annotated[
+        Path | None,
+        typer.Option(
+            "--rules", metavar="FILE", exists=True, dir_okay=False, show_default=False, help="A JSON file of rules."
+        ),
+    ] = None,
+    pack: Annotated[
+        str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
+    ] = "zstd",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Split the output into files of at most this size.")
+    ] = "5GB",
+    device: options.DeviceOption = "auto",
+    threads: options.Threads = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the result back and check it.")] = False,
+    force: options.Force = False,
+    every: options.All = False,
+    plot: options.Plot = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Compress a checkpoint.
+
+    Writes ckpt.sc.safetensors beside ckpt.pt: a third of the size with the default preset, and training resumes from
+    it as if nothing had happened. The file is whole and verified on disk before it appears under its name.
+    """
+    import statecodec
+    from statecodec_cli import plots, tables
+
+    plots.require(plot)
+    with reporting(quiet=quiet) as progress:
+        report = statecodec.compress(
+            src,
+            output,
+            preset=preset,
+            rules=tuple(rule or ()),
+            rules_file=rules,
+            pack=pack,
+            device=device,
+            max_shard_size=max_shard_size,
+            verify=verify,
+            force=force,
+            progress=progress,
+            threads=threads,
+        )
+    document = report.to_json()
+    if plot:
+        plots.save(plots.report(document), plot)
+    if as_json:
+        console.emit(document)
+    else:
+        console.show(*tables.compressed(document, every=every))

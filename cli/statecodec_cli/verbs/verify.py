@@ -1,0 +1,41 @@
+"""`statecodec verify`: is a statecodec file intact, and does it stand for this original?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from statecodec_cli import console, options
+from statecodec_cli.progress import reporting
+
+
+def run(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A file that `compress` wrote.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            "--against",
+            metavar="ORIGINAL",
+            exists=True,
+            show_default=False,
+            help="Also decode, and hold every number to the error that the file states.",
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check every checksum of a compressed file; with --against also the numbers. Exit code 1 if anything is wrong."""
+    import statecodec
+    from statecodec_cli import tables
+
+    with reporting(quiet=quiet) as progress:
+        report = statecodec.verify(src, against, progress=progress)
+    document = report.to_json()
+    if as_json:
+        console.emit(document)
+    else:
+        console.show(*tables.verified(document, against=against is not None))

@@ -18,6 +18,7 @@
     |   `-- MalformedCheckpoint     layout.malformed      truncated, lying or hostile input file
     |-- PolicyError                 policy                a rule or rules file that cannot be read
     |-- OutputExists                output.exists         the destination is there and --force was not given
+    |-- OutputFailed                output.failed         the output cannot be written: disk full, no such directory ...
     |-- VerificationFailed          verify.failed         the file is intact but not what it was compared with
     `-- OptimizerError              optim                 a state or setting that the optimizer cannot take
 
@@ -133,6 +134,12 @@ class OutputExists(StatecodecError):
     """The destination exists and overwriting was not asked for."""
 
     code = "output.exists"
+
+
+class OutputFailed(StatecodecError):
+    """The output cannot be written: disk full, I/O error, no such directory, no permission."""
+
+    code = "output.failed"
 
 
 class VerificationFailed(StatecodecError):

@@ -105,7 +105,7 @@ def difference(document: Document, *, every: bool = False) -> list[RenderableTyp
 
 
 def _one_sided(document: Document) -> list[Text]:
-    """What the figures above cannot say: tensors without a counterpart, elements that are NaN or infinite on one side."""
+    """What the figures cannot say: tensors without a counterpart, elements that are NaN or infinite on one side."""
     lines = []
     for side in ("a", "b"):
         names = document.get(f"only_in_{side}") or []
@@ -124,14 +124,14 @@ def codecs(document: Document) -> list[RenderableType]:
     """The codecs with their fields, then the presets with their rules."""
     rows = []
     for codec in document["codecs"]:
-        fields = ", ".join(f"{name}={default}" for name, default in codec["fields"].items())
+        fields = ",".join(f"{name}={default}" for name, default in codec["fields"].items())
         rows.append((codec["name"], f"{codec['name']}({fields})" if fields else codec["name"], codec["summary"]))
     presets = [
         (name, "\n".join(rules) if rules else "everything exact, losslessly packed")
         for name, rules in document["presets"].items()
     ]
     return [
-        table(("codec", "fields and defaults", "what it keeps"), rows, left=3, fold=True),
+        table(("codec", "fields and defaults", "what it is"), rows, left=3, fold=True),
         table(("preset", "rules, first match wins; what no rule names stays exact"), presets, left=2, fold=True),
     ]
 

@@ -64,7 +64,8 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     losses = f"loss {training['first_loss']:.3f} -> {training['final_loss']:.3f}, validation {training['val_loss']:.3f}"
     head = Text.assemble(
         (training["checkpoint"], "bold"),
-        f"  {console.size(training['bytes'])}  {training['num_params']:,} parameters, {training['steps']} steps, {losses}",
+        f"  {console.size(training['bytes'])}  {training['num_params']:,} parameters, ",
+        f"{training['steps']} steps, {losses}",
     )
     columns = ("preset", "file", "size", "ratio", "B/param", "update u-rms", "max |u|", "exact max |u|")
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 from statecodec_cli import console, options
@@ -27,20 +28,19 @@ def run(as_json: options.AsJson = False) -> None:
 
 
 def _describe(codec: Any) -> dict[str, Any]:
-    """Name, version, first docstring line and fields of one codec class."""
+    """Name, version, fields and defaults of one codec class, and the first line of its module."""
     return {
         "name": codec.name,
         "version": codec.version,
-        "summary": (codec.__doc__ or "").strip().partition("\n")[0],
-        "fields": {field.name: _default(field) for field in dataclasses.fields(codec)},
+        "summary": (inspect.getmodule(codec).__doc__ or "").strip().partition("\n")[0],
+        "fields": {field.name: _written(getattr(codec(), field.name)) for field in dataclasses.fields(codec)},
     }
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default is not dataclasses.MISSING:
-        value = field.default
-    elif field.default_factory is not dataclasses.MISSING:
-        value = field.default_factory()
-    else:
-        return None
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+def _written(value: Any) -> Any:
+    """A default as `statecodec.codecs.parse` reads it."""
+    from statecodec import codecs
+
+    if isinstance(value, codecs.Codec):
+        return codecs.format_codec(value)
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else value

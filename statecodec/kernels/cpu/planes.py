@@ -1,7 +1,7 @@
 """Byte planes in numba: split a tensor into one array per byte of its elements, and merge them again.
 
-`split` works on blocks that stay in the first-level cache and writes one plane per loop: LLVM vectorises a loop with one
-output pointer, but gives up on four at once (too many alias checks). `merge` has one output and vectorises as it stands.
+`split` works on blocks that stay in the first-level cache and writes one plane per loop: LLVM vectorises a loop with
+one output, but gives up on four at once (too many alias checks). `merge` has one output and vectorises as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from statecodec.kernels.reference.planes import SIGNED, plane_layout
 
 Array = NDArray[Any]
-UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 BLOCK = 4096
 
 
@@ -27,7 +27,7 @@ def _splitter(width: int) -> Any:
     word = UNSIGNED[width]
     top = 8 * width - 1
 
-    @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+    @numba.njit(nogil=True, cache=True)
     def split(x: Array, planes: Array, rotate: bool) -> None:
         rotated = np.empty(BLOCK, x.dtype)
         for start in range(0, x.size, BLOCK):
@@ -45,9 +45,9 @@ def _splitter(width: int) -> Any:
     return split
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _merge2(p0: Array, p1: Array, out: Array, rotate: bool) -> None:
-    u = np.uint16
+    u: Any = np.uint16
     if rotate:
         for i in range(out.size):
             word = u(p0[i]) | u(u(p1[i]) << u(8))
@@ -57,9 +57,9 @@ def _merge2(p0: Array, p1: Array, out: Array, rotate: bool) -> None:
             out[i] = u(p0[i]) | u(u(p1[i]) << u(8))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _merge4(p0: Array, p1: Array, p2: Array, p3: Array, out: Array, rotate: bool) -> None:
-    u = np.uint32
+    u: Any = np.uint32
     if rotate:
         for i in range(out.size):
             word = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
@@ -69,11 +69,11 @@ def _merge4(p0: Array, p1: Array, p2: Array, p3: Array, out: Array, rotate: bool
             out[i] = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _merge8(
     p0: Array, p1: Array, p2: Array, p3: Array, p4: Array, p5: Array, p6: Array, p7: Array, out: Array, rotate: bool
 ) -> None:
-    u = np.uint64
+    u: Any = np.uint64
     for i in range(out.size):
         low = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
         high = u(p4[i]) | (u(p5[i]) << u(8)) | (u(p6[i]) << u(16)) | (u(p7[i]) << u(24))
@@ -81,7 +81,7 @@ def _merge8(
         out[i] = ((word >> u(1)) | (word << u(63))) if rotate else word
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _constant(x: Array) -> int:
     first = x[0]
     for start in range(0, x.size, BLOCK):
@@ -95,7 +95,7 @@ def _constant(x: Array) -> int:
 
 
 SPLIT = {width: _splitter(width) for width in (2, 4, 8)}
-MERGE = {2: _merge2, 4: _merge4, 8: _merge8}
+MERGE: dict[int, Any] = {2: _merge2, 4: _merge4, 8: _merge8}
 
 
 def _flat(x: Tensor, width: int) -> Array:

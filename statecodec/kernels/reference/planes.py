@@ -1,7 +1,7 @@
 """Byte planes: plane k holds byte k (0 = least significant) of every element.
 
-Floating-point elements are rotated left by one bit first, so that the sign goes to the low end and the exponent of fp32 and
-bf16 fills the top byte alone: that plane packs well, the others are noise. Complex elements count as two floats.
+Floating-point elements are rotated left by one bit first, so that the sign goes to the low end and the exponent of fp32
+and bf16 fills the top byte alone: that plane packs well, the others are noise. Complex elements count as two floats.
 """
 
 from __future__ import annotations

@@ -1,0 +1,15 @@
+"""The file format: a valid safetensors file that carries a manifest, checksums and, where it pays, packed chunks.
+
+docs/format.md is normative. `Writer` and `Reader` move encoded parts and never look at numbers.
+"""
+
+from statecodec.format.limits import Limits
+from statecodec.format.manifest import StoredChunk, StoredItem
+from statecodec.format.packing import Packing
+from statecodec.format.plan import Item
+from statecodec.format.reader import ItemCheck, Reader
+from statecodec.format.writer import PackedChunk, Writer, Written
+
+__all__ = [
+    "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem", "Writer", "Written",
+]  # fmt: skip

@@ -1,0 +1,299 @@
+"""Reading a file: everything is checked when it is opened, every chunk when it is read; nothing is trusted in between."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import stat
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from statecodec.codecs import EncodedTensor, PartSpec
+from statecodec.errors import CorruptFile, FormatError, UsageError
+from statecodec.format.buffers import Bytes, Pool
+from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
+from statecodec.format.limits import Limits
+from statecodec.format.manifest import PACKED, Manifest, StoredItem
+from statecodec.format.packing import decode_record
+from statecodec.format.strict import parse_json
+from statecodec.format.writer import index_json
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ItemCheck:
+    """The result of verifying one item: its stored bytes, and what is wrong with it, if anything."""
+
+    name: str
+    nbytes: int
+    error: FormatError | None
+
+
+class Reader:
+    """An open file. `path` is a file, or the index of a sharded output (or the name the output was written under).
+
+    Raises FormatError and its subclasses only. `read_chunk` and `read` are thread-safe and touch only the item's bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
+        self.path = Path(path)
+        self.limits = limits or Limits()
+        self._pool = Pool(32 << 20)
+        self._fds: list[int] = []
+        self._known_offsets: dict[int, _Offsets] = {}
+        self._finalizer = weakref.finalize(self, _close_all, self._fds)
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        index = self._index_path()
+        value = None if index is None else self._read_index(index)
+        last = self.path if index is None else index.with_name(_last_shard(value, index))
+        header = self._open_shard(last)
+        data = self._manifest_bytes(header, last)
+        manifest = Manifest.parse(data, header.version, header.newer, self.limits)
+        self._headers = [header]
+        for i, other in enumerate(manifest.shards):
+            found = self._open_shard(last.with_name(other.file))
+            if found.digest != other.header:
+                raise CorruptFile(f"{other.file}: not the shard that {last.name} was written with")
+            self._headers.insert(i, found)
+        self._fds.append(self._fds.pop(0))  # the last shard was opened first
+        self.items: tuple[StoredItem, ...] = manifest.items
+        self.document: Mapping[str, Any] = manifest.document
+        self.format_version, self.writer = manifest.version, manifest.writer
+        self.files = tuple(last.with_name(name) for name in [*(s.file for s in manifest.shards), last.name])
+        self.nbytes = sum(os.fstat(fd).st_size for fd in self._fds)
+        self._by_name = {item.name: i for i, item in enumerate(self.items)}
+        self._check_entries()
+        if index is not None:
+            self._check_index(value, index)
+
+    def _index_path(self) -> Path | None:
+        if self.path.name.endswith(INDEX_SUFFIX):
+            return self.path
+        index = self.path.with_name(self.path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
+        return index if not os.path.lexists(self.path) and os.path.lexists(index) else None
+
+    def _open_file(self, path: Path) -> int:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
+        self._fds.append(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise FormatError(f"{path} is not a regular file")
+        return fd
+
+    def _open_shard(self, path: Path) -> Header:
+        fd = self._open_file(path)
+        try:
+            return read_header(fd, path.name, self.limits)
+        except OSError as error:
+            raise FormatError(f"cannot read {path}: {error.strerror}") from error
+
+    def _manifest_bytes(self, header: Header, path: Path) -> bytes:
+        entry, digest = header.entries.get(MANIFEST_ENTRY), header.metadata.get("statecodec.manifest")
+        if entry is None or digest is None:
+            shard = header.metadata.get("statecodec.shard", "?")
+            raise FormatError(f"{path.name} is shard {shard[:20]} without the manifest: open the {INDEX_SUFFIX} file beside it")
+        size = entry.stop - entry.start
+        self.limits.check(f"{path.name}: manifest bytes", size, self.limits.max_manifest_bytes)
+        buffer = bytearray(size)
+        self._pread(self._fds[0], memoryview(buffer), header.data + entry.start)
+        if xxhash.xxh3_128_hexdigest(buffer) != digest:
+            raise CorruptFile(f"{path.name}: the manifest's checksum does not match: the file is damaged")
+        return bytes(buffer)
+
+    def _read_index(self, path: Path) -> Any:
+        fd = self._open_file(path)
+        size = os.fstat(fd).st_size
+        self.limits.check(f"{path.name}: bytes", size, self.limits.max_manifest_bytes)
+        buffer = bytearray(size)
+        self._pread(fd, memoryview(buffer), 0)
+        os.close(self._fds.pop())
+        return parse_json(bytes(buffer), path.name, self.limits)
+
+    def _check_index(self, value: Any, path: Path) -> None:
+        digest = self._headers[-1].metadata["statecodec.manifest"]
+        total = sum(os.fstat(fd).st_size - header.data for fd, header in zip(self._fds, self._headers, strict=True))
+        expected = index_json(self.items, [file.name for file in self.files], total, digest)
+        if json.dumps(value, sort_keys=True) != json.dumps(expected, sort_keys=True):
+            raise CorruptFile(f"{path.name} does not describe the shards beside it: damaged, or of another run")
+
+    def _check_entries(self) -> None:
+        """The header's entries must be exactly those of the manifest."""
+        expected: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in self._headers]
+        for item in self.items:
+            entries = item.entries()
+            if entries.keys() & expected[item.shard].keys() or MANIFEST_ENTRY in entries:
+                raise FormatError(f"item {item.name[:200]!r}: another item has its entry")
+            expected[item.shard].update(entries)
+        for i, header in enumerate(self._headers):
+            found = {e.name: (e.dtype, e.shape) for e in header.entries.values()}
+            if i == len(self._headers) - 1:
+                found.pop(MANIFEST_ENTRY)
+            if found != expected[i]:
+                wrong = min(k for k in found.keys() | expected[i].keys() if found.get(k) != expected[i].get(k))
+                raise FormatError(
+                    f"{self.files[i].name}: entry {wrong[:200]!r} is {found.get(wrong)}, "
+                    f"the manifest says {expected[i].get(wrong)}"
+                )
+
+    def index(self, name: str) -> int:
+        """The position of an item in `items`. Raises UsageError."""
+        if name not in self._by_name:
+            raise UsageError(f"{self.path} has no item {name!r}")
+        return self._by_name[name]
+
+    def read(self, name: str) -> EncodedTensor:
+        """One whole item, verified."""
+        i = self.index(name)
+        item = self.items[i]
+        parts = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in item.parts.items()}
+        offsets = self._offsets(i)
+        flat = {k: part.view(-1).view(torch.uint8) for k, part in parts.items()}
+        for k, chunk in enumerate(item.chunks):
+            specs = item.codec.parts(chunk.shape, item.dtype)
+            out = {n: flat[n][offsets.parts[n][k] :][: s.nbytes].view(s.dtype).view(s.shape) for n, s in specs.items()}
+            self.read_chunk(i, k, out)
+        return EncodedTensor(item.codec, item.shape, item.dtype, parts)
+
+    def stored_nbytes(self, item: int) -> int:
+        """Bytes of an item in the file."""
+        return self.items[item].stored_nbytes
+
+    def verify(self) -> Iterator[ItemCheck]:
+        """Read every chunk of every item, one item at a time; damage is reported, not raised."""
+        out: dict[str, Tensor] = {}
+        for i, item in enumerate(self.items):
+            error = None
+            try:
+                for k, chunk in enumerate(item.chunks):
+                    specs = item.codec.parts(chunk.shape, item.dtype)
+                    fits = {n: PartSpec(t.dtype, tuple(t.shape)) for n, t in out.items()} == specs
+                    out = self.read_chunk(i, k, out if fits else None)
+            except FormatError as found:
+                error = found
+            yield ItemCheck(item.name, item.stored_nbytes, error)
+
+    def read_chunk(self, item: int, chunk: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The parts of one chunk, verified; into `out` if given (contiguous CPU tensors of the chunk's parts)."""
+        stored = self.items[item]
+        specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
+        parts = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in specs.items()} if out is None else _checked(out, specs)
+        try:
+            if stored.storage == PACKED:
+                self._read_packed(item, chunk, list(parts.values()))
+            else:
+                self._read_plain(item, chunk, parts)
+        except FormatError as error:
+            where = f"{self.files[stored.shard].name}: item {stored.name[:200]!r}, chunk {chunk}"
+            raise type(error)(f"{where}: {error}") from error
+        return parts
+
+    def _read_packed(self, i: int, chunk: int, outs: Sequence[Tensor]) -> None:
+        item = self.items[i]
+        header = self._headers[item.shard]
+        offset = header.data + header.entries[item.entry].start + self._offsets(i).records[chunk]
+        size = item.chunks[chunk].nbytes
+        buffer = self._pool.take(size)
+        record = buffer[:size]
+        self._pread(self._fds[item.shard], memoryview(record), offset)
+        _check(record, item.chunks[chunk].checksums[0])
+        decode_record(record, outs, self._pool)
+        self._pool.give(buffer)
+
+    def _read_plain(self, i: int, chunk: int, parts: Mapping[str, Tensor]) -> None:
+        item = self.items[i]
+        header = self._headers[item.shard]
+        for (name, part), checksum in zip(parts.items(), item.chunks[chunk].checksums, strict=True):
+            start = header.entries[f"{item.entry}/{name}"].start
+            target: Bytes = part.view(-1).view(torch.uint8).numpy()
+            self._pread(
+                self._fds[item.shard], memoryview(target), header.data + start + self._offsets(i).parts[name][chunk]
+            )
+            _check(target, checksum)
+
+    def _offsets(self, i: int) -> _Offsets:
+        if i not in self._known_offsets:
+            item = self.items[i]
+            sizes = [item.codec.parts(chunk.shape, item.dtype) for chunk in item.chunks]
+            parts = {name: _running([specs[name].nbytes for specs in sizes]) for name in item.parts}
+            self._known_offsets[i] = _Offsets(_running([chunk.nbytes for chunk in item.chunks]), parts)
+        return self._known_offsets[i]
+
+    def _pread(self, fd: int, view: memoryview, offset: int) -> None:
+        """Fill `view` from the file."""
+        try:
+            while len(view):
+                n = os.preadv(fd, [view], offset)
+                if n == 0:
+                    raise CorruptFile("the file ends early: it was truncated")
+                view, offset = view[n:], offset + n
+        except OSError as error:
+            raise FormatError(f"cannot read: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the files. The reader is of no use after that."""
+        self._finalizer()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class _Offsets:
+    """Where each chunk of an item starts: its record in the item's entry, and its share of each part."""
+
+    records: Sequence[int]
+    parts: Mapping[str, Sequence[int]]
+
+
+def _running(sizes: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)][:-1]
+
+
+def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
+    found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in out.items()}
+    if found != dict(specs):
+        raise UsageError(f"out should have parts {dict(specs)}, found {found}")
+    if any(t.device.type != "cpu" or not t.is_contiguous() for t in out.values()):
+        raise UsageError("out must be contiguous CPU tensors")
+    return {k: out[k] for k in specs}
+
+
+def _check(data: Bytes, checksum: str) -> None:
+    if xxhash.xxh3_64_hexdigest(data) != checksum:
+        raise CorruptFile("the checksum does not match: the file is damaged")
+
+
+def _last_shard(value: Any, index: Path) -> str:
+    names = value.get("weight_map") if isinstance(value, dict) else None
+    name = names.get(MANIFEST_ENTRY) if isinstance(names, dict) else None
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
+        raise FormatError(f"{index.name}: no weight_map with a file name for {MANIFEST_ENTRY}: not an index of statecodec")
+    return name
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        with contextlib.suppress(OSError):
+            os.close(fds.pop())

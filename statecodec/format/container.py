@@ -4,7 +4,8 @@
     N bytes   JSON header: `__metadata__` and one object per entry, padded with spaces
     ...       the entries' bytes, without holes or overlap, to the end of the file
 
-The header protects itself: `statecodec.header` in its metadata is the XXH3-64 of the N bytes with those 16 digits as zeros.
+The header protects itself: `statecodec.header` in its metadata is the XXH3-64 of the N bytes with those 16 digits set
+to zeros.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def read_header(fd: int, path: str, limits: Limits) -> Header:
         raise FormatError(f"{path}: {size} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
     if length > size - 8:
-        raise FormatError(f"{path}: the header claims {length:,} bytes, the file has {size:,}: truncated or not safetensors")
+        raise FormatError(f"{path}: the header claims {length:,} of {size:,} bytes: truncated, or not safetensors")
     limits.check(f"{path}: header bytes", length, limits.max_header_bytes)
     text = os.pread(fd, length, 8)
     if len(text) != length or not text.startswith(b"{"):
@@ -102,14 +103,14 @@ def _metadata(value: object, path: str) -> dict[str, str]:
 
 def _version(metadata: Mapping[str, str], path: str) -> tuple[int, int]:
     if metadata.get("format") != "statecodec":
-        raise FormatError(f"{path}: a safetensors file, but not one of statecodec (no format=statecodec in its metadata)")
+        raise FormatError(f"{path}: a safetensors file, but not of statecodec: its metadata has no format=statecodec")
     text = metadata.get("statecodec.version", "")
     major, dot, minor = text.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal() and major.isascii() and minor.isascii() and len(text) < 12):
         raise FormatError(f"{path}: statecodec.version is {text[:20]!r}, expected MAJOR.MINOR")
     version = int(major), int(minor)
     if version[0] != VERSION[0]:
-        raise UnsupportedVersion(f"{path}: format version {text}; this reader knows {VERSION[0]}.x: use a newer statecodec")
+        raise UnsupportedVersion(f"{path}: format {text}; this reader knows {VERSION[0]}.x: use a newer statecodec")
     return version
 
 
@@ -128,10 +129,11 @@ def _entries(values: Mapping[str, object], data_bytes: int, path: str) -> dict[s
     end = 0
     for e in sorted(entries, key=lambda e: (e.start, e.stop)):
         if e.start != end:
-            raise FormatError(f"{path}: entry {e.name[:200]!r} starts at {e.start}, expected {end}: a hole or an overlap")
+            where = f"{path}: entry {e.name[:200]!r}"
+            raise FormatError(f"{where} starts at {e.start}, expected {end}: a hole or an overlap")
         end = e.stop
     if end != data_bytes:
-        raise FormatError(f"{path}: the entries end at {end:,}, the file at {data_bytes:,}: truncated, or trailing bytes")
+        raise FormatError(f"{path}: the entries end at {end:,}, the file at {data_bytes:,}: truncated or too long")
     return {e.name: e for e in entries}
 
 

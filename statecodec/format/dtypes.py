@@ -33,7 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def entry_type(spec: PartSpec) -> tuple[str, tuple[int, ...]]:
-    """dtype and shape of a plain part in the safetensors header: U8 with one more dimension where it knows no such dtype."""
+    """dtype and shape of a plain part in the header: U8 with one more dimension where safetensors has no such dtype."""
     if spec.dtype in SAFETENSORS:
         return SAFETENSORS[spec.dtype], spec.shape
     return "U8", (*spec.shape, spec.dtype.itemsize)

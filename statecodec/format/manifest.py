@@ -1,7 +1,7 @@
 """The manifest: what a file holds, as frozen dataclasses and as the JSON at the file's end.
 
-The JSON is untrusted. Unknown fields are refused, except in files of a newer minor version, which by definition only adds what
-older readers may ignore.
+The JSON is untrusted. Unknown fields are refused, except in files of a newer minor version, which by definition only
+adds what older readers may ignore.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PLAIN, PACKED = "plain", "packed"
 
 @dataclass(frozen=True)
 class StoredChunk(Chunk):
-    """A chunk in a file. `nbytes`: of its record (packed), or of its parts (plain). `checksums`: one, or one per part."""
+    """A chunk in a file. `nbytes`: of its record (packed) or its parts (plain). `checksums`: one, or one per part."""
 
     nbytes: int
     checksums: tuple[str, ...]
@@ -132,10 +132,15 @@ def _chunk_json(chunk: StoredChunk, storage: str) -> dict[str, Any]:
     return {"shape": list(chunk.shape), "checksums": list(chunk.checksums)}
 
 
+def is_file_name(name: str) -> bool:
+    """Whether an untrusted name is a file name: no path, nothing that leaves the directory."""
+    return 0 < len(name) < 256 and name not in (".", "..") and not any(c in "/\\" or ord(c) < 32 for c in name)
+
+
 def _shard(value: object, newer: bool) -> OtherShard:
     fields = Fields(value, "manifest: shard")
     name = fields.take("file", str)
-    if not name or len(name) > 255 or name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
+    if not is_file_name(name):
         raise FormatError(f"manifest: {name[:80]!r} is not a file name")
     shard = OtherShard(name, fields.hexadecimal("header", 16))
     fields.done(newer)
@@ -246,7 +251,7 @@ class _Cut:
         nbytes = sum(spec.nbytes for spec in self.specs(shape, self.dtype).values())
         if self.storage == PACKED:
             if nbytes > MAX_PACKED_CHUNK:
-                raise LimitExceeded(f"{self.where}: a packed chunk of {nbytes:,} bytes; at most {MAX_PACKED_CHUNK:,} are allowed")
+                raise LimitExceeded(f"{self.where}: a packed chunk of {nbytes:,} bytes; at most {MAX_PACKED_CHUNK:,}")
             nbytes = fields.integer("nbytes", 1 << 40)
             checksums: tuple[str, ...] = (fields.hexadecimal("checksum", 16),)
         else:

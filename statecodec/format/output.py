@@ -1,8 +1,8 @@
 """Nothing is visible until it is whole: temporary files beside the destination, fsync, rename, fsync of the directory.
 
-A temporary file is `.NAME.<16 hex digits>.tmp` and is locked (flock) for as long as its writer lives. So a later writer of the
-same destination can tell what a killed process left from what another is writing, on any number of hosts that share locks,
-and removes only the former.
+A temporary file is `.NAME.<16 hex digits>.tmp` and is locked (flock) for as long as its writer lives. So a later writer
+of the same destination can tell what a killed process left from what another is writing, on any number of hosts that
+share locks, and removes only the former.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from statecodec.errors import FormatError, OutputExists, OutputFailed, UsageError
-from statecodec.format.buffers import Bytes
 from statecodec.format.container import read_header
 from statecodec.format.limits import Limits
 
-Data: TypeAlias = bytes | memoryview | Bytes
+Data: TypeAlias = bytes | memoryview
 
 
 @contextlib.contextmanager
@@ -55,7 +54,7 @@ class TemporaryFile:
 
     def write_at(self, data: Data, offset: int) -> None:
         """Write all of `data` at a file offset."""
-        view = memoryview(data)
+        view = data if isinstance(data, memoryview) else memoryview(data)
         with os_errors(self.destination):
             while len(view):
                 done = os.pwrite(self.fd, view, offset)
@@ -138,15 +137,18 @@ class Destination:
                 raise OutputExists(f"{file} exists; use force to replace it")
 
     def mode(self) -> int | None:
-        """Permissions of the file that will be replaced, if there is one: a temporary file's own would be lost on them."""
+        """Permissions of the file that will be replaced, if there is one: the new file takes them over."""
         for file in (self.path, self.index):
             with contextlib.suppress(FileNotFoundError):
                 return stat.S_IMODE(file.stat().st_mode)
         return None
 
     def publish(self, files: Sequence[TemporaryFile], index: TemporaryFile | None) -> None:
-        """Make finished files visible. Of a sharded output the index comes last and its predecessor goes first, so that at no
-        moment an index names shards of another run."""
+        """Make finished files visible.
+
+        Of a sharded output the index comes last and its predecessor goes first, so that at no moment an index names
+        shards of another run.
+        """
         shown: list[Path] = []
         try:
             if index is not None and self.force:
@@ -165,7 +167,7 @@ class Destination:
             raise
 
     def _remove_predecessor(self) -> None:
-        """Remove what an earlier output under this name leaves over: other shards of ours, the index, the single file."""
+        """Remove what an earlier output of this name leaves over: other shards of ours, the index, the single file."""
         keep = {*self.files, self.index} if self.sharded else {self.path}
         shards = [self.path.with_name(n) for n in os.listdir(self.path.parent) if self._shard.fullmatch(n)]
         for file in [self.index, *(f for f in shards if _is_ours(f)), self.path]:

@@ -3,8 +3,8 @@
     record  = table payload*                table = one row per plane, parts in order, planes from the least significant
     row     = method u8, length u32 (little-endian)
 
-zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs better and
-four times as fast as level 1. Planes of noise are found by a sample and stored.
+zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs
+better and several times as fast as level 1. Planes of noise are found by a sample and stored.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
     """Pack contiguous CPU tensors into a pooled buffer; returns it and the record's length."""
     table = ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
     buffer = pool.take(table + sum(p.nbytes for p in parts))
-    view, compressor = memoryview(buffer), packing.compressor()
+    view, compressor = buffer.data, packing.compressor()
     row, position = 0, table
     for part in parts:
         width = plane_layout(part.dtype)[0]
@@ -125,7 +125,7 @@ def _pack_plane(plane: Bytes, compressor: Any) -> tuple[int, bytes | None]:
 
 
 def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
-    """Unpack a record into contiguous CPU tensors. Raises FormatError or CorruptFile; allocates nothing the outs did not."""
+    """Unpack a record into contiguous CPU tensors, in no more memory than they take. Raises FormatError."""
     rows = _rows(record, outs)
     position = ROW.size * len(rows)
     row = 0
@@ -191,7 +191,7 @@ def _decompress(frame: Bytes, plane: Bytes) -> None:
                 f"window at most {MAX_WINDOW}"
             )
         with _local.decompressor.stream_reader(frame.data) as stream:
-            done, target = 0, memoryview(plane)
+            done, target = 0, plane.data
             while done < plane.size and (n := stream.readinto(target[done:])):
                 done += n
             if done != plane.size or stream.read(1):

@@ -1,7 +1,7 @@
 """Where everything goes, decided before the first byte is written: chunks, storage, shards, entry names, plain offsets.
 
-A shard's data section is: the plain parts, widest dtype first (so that each is naturally aligned); the packed items, whose
-sizes are known only once they are written; in the last shard, the manifest.
+A shard's data section is: the plain parts, widest dtype first (so that each is naturally aligned); the packed items,
+whose sizes are known only once they are written; in the last shard, the manifest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PlannedItem:
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its plain entries, where its packed region starts (in the data section), and the header's reserved size."""
+    """One file: its plain entries, where the packed region starts in the data section, the header's reserved size."""
 
     plain: Sequence[Entry]
     packed_start: int
@@ -65,7 +65,7 @@ class Plan:
 
 
 def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]) -> Plan:
-    """Plan a file. `metadata` is what its headers will hold, digests as placeholders. Raises UsageError and CodecError."""
+    """Plan a file. `metadata`: what its headers will hold, placeholders for digests. Raises UsageError, CodecError."""
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError(f"max_shard_size={max_shard_size}, expected at least 1 byte")
     names = _Names()

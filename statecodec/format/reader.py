@@ -1,4 +1,4 @@
-"""Reading a file: everything is checked when it is opened, every chunk when it is read; nothing is trusted in between."""
+"""Reading a file: its structure is checked when it is opened, every chunk when it is read; nothing is trusted."""
 
 from __future__ import annotations
 
@@ -22,13 +22,11 @@ from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
 from statecodec.format.buffers import Bytes, Pool
 from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
+from statecodec.format.index import INDEX_SUFFIX, index_json, last_shard
 from statecodec.format.limits import Limits
 from statecodec.format.manifest import PACKED, Manifest, StoredItem
 from statecodec.format.packing import decode_record
 from statecodec.format.strict import parse_json
-from statecodec.format.writer import index_json
-
-INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Reader:
     def _open(self) -> None:
         index = self._index_path()
         value = None if index is None else self._read_index(index)
-        last = self.path if index is None else index.with_name(_last_shard(value, index))
+        last = self.path if index is None else index.with_name(last_shard(value, index))
         header = self._open_shard(last)
         data = self._manifest_bytes(header, last)
         manifest = Manifest.parse(data, header.version, header.newer, self.limits)
@@ -110,7 +108,7 @@ class Reader:
         entry, digest = header.entries.get(MANIFEST_ENTRY), header.metadata.get("statecodec.manifest")
         if entry is None or digest is None:
             shard = header.metadata.get("statecodec.shard", "?")
-            raise FormatError(f"{path.name} is shard {shard[:20]} without the manifest: open the {INDEX_SUFFIX} file beside it")
+            raise FormatError(f"{path.name} is shard {shard[:20]}, without manifest: open the {INDEX_SUFFIX} beside it")
         size = entry.stop - entry.start
         self.limits.check(f"{path.name}: manifest bytes", size, self.limits.max_manifest_bytes)
         buffer = bytearray(size)
@@ -164,7 +162,7 @@ class Reader:
         """One whole item, verified."""
         i = self.index(name)
         item = self.items[i]
-        parts = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in item.parts.items()}
+        parts = _empty(item.parts)
         offsets = self._offsets(i)
         flat = {k: part.view(-1).view(torch.uint8) for k, part in parts.items()}
         for k, chunk in enumerate(item.chunks):
@@ -195,7 +193,7 @@ class Reader:
         """The parts of one chunk, verified; into `out` if given (contiguous CPU tensors of the chunk's parts)."""
         stored = self.items[item]
         specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
-        parts = {k: torch.empty(s.shape, dtype=s.dtype) for k, s in specs.items()} if out is None else _checked(out, specs)
+        parts = _empty(specs) if out is None else _checked(out, specs)
         try:
             if stored.storage == PACKED:
                 self._read_packed(item, chunk, list(parts.values()))
@@ -213,7 +211,7 @@ class Reader:
         size = item.chunks[chunk].nbytes
         buffer = self._pool.take(size)
         record = buffer[:size]
-        self._pread(self._fds[item.shard], memoryview(record), offset)
+        self._pread(self._fds[item.shard], record.data, offset)
         _check(record, item.chunks[chunk].checksums[0])
         decode_record(record, outs, self._pool)
         self._pool.give(buffer)
@@ -224,9 +222,8 @@ class Reader:
         for (name, part), checksum in zip(parts.items(), item.chunks[chunk].checksums, strict=True):
             start = header.entries[f"{item.entry}/{name}"].start
             target: Bytes = part.view(-1).view(torch.uint8).numpy()
-            self._pread(
-                self._fds[item.shard], memoryview(target), header.data + start + self._offsets(i).parts[name][chunk]
-            )
+            offset = header.data + start + self._offsets(i).parts[name][chunk]
+            self._pread(self._fds[item.shard], target.data, offset)
             _check(target, checksum)
 
     def _offsets(self, i: int) -> _Offsets:
@@ -255,7 +252,9 @@ class Reader:
     def __enter__(self) -> Reader:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -271,6 +270,10 @@ def _running(sizes: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)][:-1]
 
 
+def _empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
+    return {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+
 def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
     found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in out.items()}
     if found != dict(specs):
@@ -281,16 +284,8 @@ def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[s
 
 
 def _check(data: Bytes, checksum: str) -> None:
-    if xxhash.xxh3_64_hexdigest(data) != checksum:
+    if xxhash.xxh3_64_hexdigest(data.data) != checksum:
         raise CorruptFile("the checksum does not match: the file is damaged")
-
-
-def _last_shard(value: Any, index: Path) -> str:
-    names = value.get("weight_map") if isinstance(value, dict) else None
-    name = names.get(MANIFEST_ENTRY) if isinstance(names, dict) else None
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name):
-        raise FormatError(f"{index.name}: no weight_map with a file name for {MANIFEST_ENTRY}: not an index of statecodec")
-    return name
 
 
 def _close_all(fds: list[int]) -> None:

@@ -19,7 +19,7 @@ _REQUIRED = object()
 
 
 def parse_json(data: bytes, what: str, limits: Limits) -> Any:
-    """The value of a JSON text. Refuses duplicate keys, NaN and infinities, and, before parsing, depth and number of values."""
+    """The value of a JSON text. Refuses duplicate keys, NaN, infinities and, before it parses, too much of it."""
     bare = _STRING.sub(b"", data)
     brackets = np.frombuffer(bare.translate(None, _NOT_BRACKETS), np.uint8)
     opening = (brackets == ord("[")) | (brackets == ord("{"))
@@ -35,7 +35,7 @@ def parse_json(data: bytes, what: str, limits: Limits) -> Any:
 
 
 def dump_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON. Raises ValueError or TypeError for what JSON cannot hold (NaN, infinities, lone surrogates)."""
+    """Compact UTF-8 JSON. Raises ValueError or TypeError for what it cannot hold (NaN, infinities, lone surrogates)."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
 
 

@@ -1,8 +1,7 @@
-"""Writing a file: chunks are packed by any number of threads, appended in order by one, and visible only when closed."""
+"""Writing a file: any number of threads pack chunks, one appends them in order, and `close` makes them visible."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -20,11 +19,12 @@ from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.format.buffers import Bytes, Pool
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
+from statecodec.format.index import index_json
 from statecodec.format.limits import Limits
 from statecodec.format.manifest import PACKED, Manifest, OtherShard, StoredChunk, StoredItem
 from statecodec.format.output import Destination, TemporaryFile, sweep
 from statecodec.format.packing import Packing, encode_record
-from statecodec.format.plan import Item, PlannedItem, Shard, plan
+from statecodec.format.plan import Item, PlannedItem, plan
 from statecodec.format.strict import dump_json
 
 PACKAGE_VERSION = "0.1.0"
@@ -55,7 +55,7 @@ class Writer:
     """Writes items whose names, codecs, shapes and dtypes are known beforehand; memory does not grow with their size.
 
     Use it as a context manager: leaving it without `close`, by an exception or not, removes everything it wrote.
-    Raises OutputExists, OutputFailed (disk full, I/O errors), UsageError (wrong order, wrong parts, values JSON cannot hold).
+    Raises OutputExists, OutputFailed (disk full, I/O errors) and UsageError (wrong order or parts, not JSON).
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Writer:
         index = self._index(item, chunk)
         if planned.storage == PACKED:
             buffer, size = encode_record(tensors, self.packing, self._pool)
-            return PackedChunk(item, index, buffer, (size,), (xxhash.xxh3_64_hexdigest(buffer[:size]),))
+            return PackedChunk(item, index, buffer, (size,), (xxhash.xxh3_64_hexdigest(buffer[:size].data),))
         lengths = tuple(t.nbytes for t in tensors)
         buffer = self._pool.take(sum(lengths))
         checksums, position = [], 0
         for tensor, length in zip(tensors, lengths, strict=True):
             target = buffer[position : position + length]
             target[:] = tensor.view(-1).view(torch.uint8).numpy()
-            checksums.append(xxhash.xxh3_64_hexdigest(target))
+            checksums.append(xxhash.xxh3_64_hexdigest(target.data))
             position += length
         return PackedChunk(item, index, buffer, lengths, tuple(checksums))
 
@@ -125,7 +125,7 @@ class Writer:
         return index
 
     def append(self, packed: PackedChunk) -> None:
-        """Write a packed chunk; chunks come strictly in the order of items and of their chunks. One thread at a time."""
+        """Write a packed chunk; they come strictly in the order of items and their chunks. One thread at a time."""
         if not self._files:
             raise UsageError("this writer is closed")
         if (packed.item, packed.index) != self._next:
@@ -133,7 +133,7 @@ class Writer:
         planned = self._plan.items[packed.item]
         file, base = self._files[planned.shard], self._plan.shards[planned.shard].header_size
         if planned.storage == PACKED:
-            file.write_at(packed.buffer[: packed.lengths[0]], base + self._ends[planned.shard])
+            file.write_at(packed.buffer[: packed.lengths[0]].data, base + self._ends[planned.shard])
             self._append_packed(planned, packed)
         else:
             self._append_plain(planned, packed, file, base)
@@ -160,7 +160,7 @@ class Writer:
         position = 0
         for part, length in zip(planned.parts, packed.lengths, strict=True):
             data = packed.buffer[position : position + length]
-            file.write_at(data, base + planned.offsets[part] + self._part_done[part])
+            file.write_at(data.data, base + planned.offsets[part] + self._part_done[part])
             self._part_done[part] += length
             position += length
 
@@ -245,15 +245,10 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.abort()
-
-
-def index_json(items: Sequence[StoredItem], files: Sequence[str], total_size: int, digest: str) -> dict[str, Any]:
-    """The Hugging Face index of a sharded output: which file holds which entry."""
-    weight_map = {name: files[item.shard] for item in items for name in item.entries()}
-    weight_map[MANIFEST_ENTRY] = files[-1]
-    return {"metadata": {"total_size": total_size, "statecodec.manifest": digest}, "weight_map": weight_map}
 
 
 def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:

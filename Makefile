@@ -4,6 +4,7 @@
 #   make test     the tests
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
+#   make docs     bring the option tables of docs/cli.md up to date
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -12,10 +13,10 @@ STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format clean
+.PHONY: help venv demo test lint check format docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 venv: $(STAMP)
 
@@ -44,6 +45,9 @@ check: lint test
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(STAMP)
+	$(BIN)/python -m statecodec_cli.reference docs/cli.md
 
 clean:
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

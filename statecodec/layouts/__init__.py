@@ -1,0 +1,38 @@
+"""Locates the tensors inside somebody else's checkpoint, byte for byte, without ever running it.
+
+`locate` takes a file of torch.save or safetensors, or a directory of any files, and says which byte ranges hold which
+tensors. `tree` rebuilds the nested Python object from the same bytes. Nothing in this package imports, calls or
+unpickles what a file names.
+"""
+
+from __future__ import annotations
+
+from statecodec.layouts.base import (
+    ROLES,
+    ByteSource,
+    Crc32,
+    FileBytes,
+    MemoryBytes,
+    Moments,
+    Region,
+    Role,
+    Source,
+    SourceFile,
+    View,
+)
+from statecodec.layouts.directory import locate
+
+__all__ = [
+    "ROLES",
+    "ByteSource",
+    "Crc32",
+    "FileBytes",
+    "MemoryBytes",
+    "Moments",
+    "Region",
+    "Role",
+    "Source",
+    "SourceFile",
+    "View",
+    "locate",
+]

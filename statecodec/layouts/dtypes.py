@@ -11,14 +11,8 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
 }
 """Global name in module `torch` -> dtype."""
 
-# Quantised storages hold plain integers; the scale stands elsewhere in the pickle. Sub-byte ones are opaque bytes.
-QUANTISED: Final[dict[torch.dtype, torch.dtype]] = {
-    torch.qint8: torch.int8,
-    torch.quint8: torch.uint8,
-    torch.qint32: torch.int32,
-    torch.quint4x2: torch.uint8,
-    torch.quint2x4: torch.uint8,
-}
+SUB_BYTE: Final = frozenset({torch.quint4x2, torch.quint2x4})
+"""Quantised dtypes whose shapes count more elements than there are bytes; only their storages are described."""
 
 _STORAGES: Final[dict[str, torch.dtype]] = {
     "DoubleStorage": torch.float64,
@@ -33,11 +27,12 @@ _STORAGES: Final[dict[str, torch.dtype]] = {
     "BoolStorage": torch.bool,
     "ComplexDoubleStorage": torch.complex128,
     "ComplexFloatStorage": torch.complex64,
+    # Quantised storages hold plain integers; the scale stands elsewhere in the pickle.
     "QInt8Storage": torch.int8,
     "QUInt8Storage": torch.uint8,
     "QInt32Storage": torch.int32,
-    "QUInt4x2Storage": torch.uint8,
-    "QUInt2x4Storage": torch.uint8,
+    "QUInt4x2Storage": torch.quint4x2,
+    "QUInt2x4Storage": torch.quint2x4,
 }
 _UNTYPED: Final = frozenset({"UntypedStorage", "_UntypedStorage"})
 _STORAGE_MODULES: Final = frozenset({"torch", "torch.storage", "torch.cuda"})

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.dtypes import QUANTISED
+from statecodec.layouts.dtypes import SUB_BYTE
 from statecodec.layouts.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode
 
 _MAX_RANK: Final = 64
@@ -47,7 +47,7 @@ def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtyp
     """A checked window: every element that it can reach lies inside the storage's claimed size."""
     if type(storage) is not StorageNode or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise MalformedCheckpoint("pickle rebuilds a tensor from something that is no storage, shape and stride")
-    dtype = QUANTISED.get(dtype or storage.dtype, dtype or storage.dtype)
+    dtype = dtype or storage.dtype
     if len(shape) != len(stride) or len(shape) > _MAX_RANK:
         raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: {len(shape)} dimensions but {len(stride)} strides")
     numel, last = 1, offset
@@ -115,6 +115,8 @@ def _rebuild_from_type(args: tuple[Any, ...]) -> Any:
 
 def _rebuild_qtensor(args: tuple[Any, ...]) -> Opaque | None:
     if len(args) != 7:  # storage, offset, shape, stride, quantizer, requires_grad, hooks
+        return None
+    if type(args[0]) is StorageNode and args[0].dtype in SUB_BYTE:
         return None
     return Opaque("torch._utils", "_rebuild_qtensor", (tensor(*args[:4]), *args[4:]))
 

@@ -13,15 +13,20 @@ _MAX_DEPTH: Final = 48
 _MAX_KEY: Final = 256
 _CONTAINERS: Final = frozenset({DictNode, list, tuple, SetNode, Opaque})
 _LEAVES: Final = frozenset({TensorNode, StorageNode})
+_NODES: Final = _CONTAINERS | _LEAVES
 
 
 class Place:
     """A key path, shared between siblings: building 10^5 names must not copy 10^5 prefixes."""
 
-    __slots__ = ("key", "parent")
+    __slots__ = ("inside", "key", "parent", "top")
 
     def __init__(self, parent: Place | None, key: Any) -> None:
         self.parent, self.key = parent, key
+        self.inside: str = "" if parent is None else parent.inside
+        """A mark that everything below inherits (roles.py: "optimizer", "other")."""
+        self.top: Any = None if parent is None else key if parent.parent is None else parent.top
+        """The key of the root's child that this is or is in."""
 
     def __str__(self) -> str:
         """The dotted path; of very deep paths the last components."""
@@ -56,22 +61,22 @@ def walk(root: Any) -> Iterator[tuple[Place, Any]]:
     pending: list[tuple[Place, Any]] = [(Place(None, ""), root)]
     while pending:
         place, node = pending.pop()
-        if type(node) in _LEAVES:
+        kind = type(node)
+        if kind in _LEAVES:
             leaves += 1
             if leaves > MAX_NAMED:
                 raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
-        if type(node) not in _LEAVES or getattr(node, "state", None) is not None:
-            if id(node) in seen:
-                if type(node) in _LEAVES:
-                    yield place, node
+            yield place, node
+            if kind is StorageNode or node.state is None:
                 continue
-            seen.add(id(node))
-            below = [
-                (Place(place, key), child) for key, child in children(node) if type(child) in _CONTAINERS or type(child) in _LEAVES
-            ]
-            below.reverse()
-            pending.extend(below)
-        yield place, node
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if kind in _CONTAINERS:
+            yield place, node  # before its children are made: what the caller sets on `place` they inherit
+        below = [(Place(place, key), child) for key, child in children(node) if type(child) in _NODES]
+        below.reverse()
+        pending.extend(below)
 
 
 class Names:

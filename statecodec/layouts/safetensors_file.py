@@ -1,0 +1,130 @@
+"""Locates the tensors in a safetensors file, with a header check of our own.
+
+Layout (https://github.com/huggingface/safetensors, "Format"): 8 bytes little-endian header length, a JSON object of
+name -> {dtype, shape, data_offsets} plus an optional `__metadata__` of strings, then the byte buffer without holes.
+Stricter than the published reader: duplicate keys and shapes that no memory could hold are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, Final
+
+from statecodec.errors import MalformedCheckpoint
+from statecodec.layouts.base import ByteSource
+from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
+from statecodec.layouts.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_SUB_BYTE_BITS
+from statecodec.layouts.nodes import DictNode, StorageNode, TensorNode
+from statecodec.layouts.walk import MAX_NAMED
+
+MAX_HEADER_BYTES: Final = 100_000_000
+_MAX_RANK: Final = 64
+_INT64: Final = 1 << 63
+
+
+def is_safetensors(head: bytes, size: int) -> bool:
+    """Whether a file's first bytes look like a safetensors header (the length may still lie)."""
+    return size >= 10 and len(head) >= 9 and head[8:9] == b"{" and (int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES)
+
+
+def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
+    """(entries by name in file order, without `__metadata__`; file offset of the byte buffer). Raises MalformedCheckpoint."""
+    if source.size < 8:
+        raise MalformedCheckpoint("too short to be a safetensors file")
+    length = int.from_bytes(source.read(0, 8), "little")
+    if length > MAX_HEADER_BYTES or 8 + length > source.size:
+        raise MalformedCheckpoint(
+            f"safetensors header is said to have {length} bytes, the file has {source.size}; it is truncated or damaged"
+        )
+    text = source.read(8, length)
+    if text.count(b"{") + text.count(b"[") > 4 * MAX_NAMED:  # before the JSON parser makes an object of each
+        raise MalformedCheckpoint(f"safetensors header describes more than {MAX_NAMED} tensors")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise MalformedCheckpoint(f"safetensors header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise MalformedCheckpoint("safetensors header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise MalformedCheckpoint("safetensors __metadata__ is not an object of strings")
+    if len(header) > MAX_NAMED:
+        raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
+    """(node, begin, end) of one header entry, checked."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise MalformedCheckpoint(f"safetensors entry {name!r:.80} is not {{dtype, shape, data_offsets}}")
+    shape, offsets, dtype_name = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MAX_RANK:
+        raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape or data_offsets are not lists of sizes")
+    begin, end = offsets
+    # Without the zeros: a shape like [2**60, 0] fits into no byte count but still breaks whoever multiplies it out.
+    if math.prod(n for n in shape if n) >= _INT64:
+        raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape {shape} is beyond any memory")
+    numel = math.prod(shape)
+    if dtype_name in SAFETENSORS_SUB_BYTE_BITS:
+        nbytes, left = divmod(numel * SAFETENSORS_SUB_BYTE_BITS[dtype_name], 8)
+        dtype, view_shape = SAFETENSORS_DTYPES["U8"], (nbytes,)
+    elif isinstance(dtype_name, str) and dtype_name in SAFETENSORS_DTYPES:
+        dtype, view_shape, left = SAFETENSORS_DTYPES[dtype_name], tuple(shape), 0
+        nbytes = numel * dtype.itemsize
+    else:
+        raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: unknown dtype {dtype_name!r:.80}")
+    if left or end - begin != nbytes or end > buffer:
+        raise MalformedCheckpoint(
+            f"safetensors entry {name!r:.80}: {dtype_name} {shape} needs {nbytes} bytes, data_offsets are {offsets} of {buffer}"
+        )
+    storage = StorageNode(name, dtype, "cpu", nbytes // dtype.itemsize, untyped=False)
+    return TensorNode(storage, dtype, view_shape, contiguous(view_shape), 0), begin, end
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, as torch counts them (dimensions of size 0 as 1)."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _INT64 for n in value)
+
+
+def read_tensors(source: ByteSource) -> tuple[DictNode, dict[str, Span]]:
+    """The file as a dict of tensor nodes, in file order, and where each lies. Raises MalformedCheckpoint."""
+    header, start = read_header(source)
+    buffer = source.size - start
+    found = [(*_tensor(name, entry, buffer), name) for name, entry in header.items()]
+    found.sort(key=lambda t: (t[1], t[2]))
+    root, spans, at = DictNode(), {}, 0
+    for node, begin, end, name in found:
+        if begin != at:
+            problem = "overlaps the tensor before it" if begin < at else f"leaves {begin - at} bytes unused before it"
+            raise MalformedCheckpoint(f"safetensors entry {name!r:.80} {problem}")
+        at = end
+        root.items.append((name, node))
+        spans[name] = Span(start + begin, end - begin)
+    if at != buffer:
+        raise MalformedCheckpoint(f"{buffer - at} bytes behind the last tensor of the safetensors file")
+    return root, spans
+
+
+def describe(source: ByteSource, path: str, mode: int) -> Described:
+    """Locate the tensors of a safetensors file. Reads its header, no payload. Raises MalformedCheckpoint."""
+    root, spans = read_tensors(source)
+    cuts, names = cut_all(root, spans)
+    return Described(
+        path, source.size, mode, "safetensors", root, False, cuts, names, (), read_scalars(source, cuts)
+    )  # fmt: skip

@@ -28,7 +28,8 @@ _STYLE: Any = {
     "xtick.color": QUIET, "ytick.color": INK, "axes.titlesize": 10.0, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.spines.top": False, "axes.spines.right": False,
     "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "x", "grid.color": GRID, "axes.axisbelow": True,
-    "xtick.major.size": 0, "ytick.major.size": 0, "svg.fonttype": "none", "svg.hashsalt": "statecodec",
+    "xtick.major.size": 0, "xtick.minor.size": 0, "ytick.major.size": 0, "svg.fonttype": "none",
+    "svg.hashsalt": "statecodec",
 }  # fmt: skip
 
 
@@ -109,9 +110,9 @@ def losses(curves: Mapping[str, Sequence[tuple[int, float]]], heading: str) -> F
     colours = ("#7b8794", "#0072b2", "#d55e00", "#009e73")
     with rc_context(_STYLE):
         figure, axes = _canvas(3.2, 0.0)
-        for (name, points), colour in zip(curves.items(), colours, strict=False):
+        for i, ((name, points), colour) in enumerate(zip(curves.items(), colours, strict=False)):
             steps, values = [p[0] for p in points], [p[1] for p in points]
-            axes[0].plot(steps, values, color=colour, linewidth=1.6, label=name, alpha=0.9)
+            axes[0].plot(steps, values, color=colour, linewidth=1.4 if i else 4.5, alpha=1.0 if i else 0.45, label=name)
         axes[0].set_title("Training loss")
         axes[0].set_xlabel("step")
         axes[0].grid(axis="y")
@@ -173,7 +174,8 @@ def _strip(axes: Axes, groups: Mapping[str, Sequence[float]], title: str) -> Non
     """One row per group, one dot per tensor on a logarithmic axis, spread so that dots do not hide each other."""
     for y, (role, values) in enumerate(groups.items()):
         ordered = sorted(values)
-        offsets = [y + 0.3 * (((i * 0.618034) % 1.0) - 0.5) for i in range(len(ordered))]
+        spread = 0.3 if len(ordered) > 1 else 0.0
+        offsets = [y + spread * (((i * 0.618034) % 1.0) - 0.5) for i in range(len(ordered))]
         axes.scatter(ordered, offsets, s=16, color=ROLES.get(role, INK), alpha=0.65, linewidths=0)
         middle = ordered[len(ordered) // 2]
         axes.plot([middle, middle], [y - 0.28, y + 0.28], color=INK, linewidth=1.2)

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM in the middle of real work: the exit code, and an untouched folder."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.run import finished, process
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose compression takes long enough to be interrupted."""
+    path = tmp_path_factory.mktemp("big") / "ckpt.pt"
+    torch.save({"model": {f"w{i}": torch.randn(4096, 4096) for i in range(4)}}, path)
+    return path
+
+
+def interrupt_when_writing(verb: str, source: Path, output: Path, number: signal.Signals) -> tuple[int, str]:
+    """Start the verb, send the signal once something appears beside `output`, and return the exit code and stderr."""
+    before = set(output.parent.iterdir())
+    child = process(verb, source, "-o", output, "--threads", "1")
+    deadline = time.monotonic() + 60
+    while set(output.parent.iterdir()) == before and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(number)
+    _, err = child.communicate(timeout=60)
+    return child.returncode, err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_compress_leaves_nothing(big: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    returned, err = interrupt_when_writing("compress", big, tmp_path / "out.sc.safetensors", number)
+    assert returned == code, err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_restore_leaves_nothing(big: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "in" / "packed.sc.safetensors"
+    packed.parent.mkdir()
+    assert finished("compress", big, "-o", packed, "-q").code == 0
+    output = tmp_path / "out" / "ckpt.pt"
+    output.parent.mkdir()
+    code, err = interrupt_when_writing("restore", packed, output, signal.SIGINT)
+    assert code == 130, err
+    assert list(output.parent.iterdir()) == []

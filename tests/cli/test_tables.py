@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+
+from statecodec_cli import tables
+from tests.cli import documents
+
+
+def text(renderables: Iterable[Any]) -> str:
+    out = Console(file=io.StringIO(), width=160)
+    for renderable in renderables:
+        out.print(renderable)
+    return out.file.getvalue()  # type: ignore[attr-defined]
+
+
+def row(printed: str, *starts: str) -> list[str]:
+    found = [line.split() for line in printed.splitlines() if line.split()[: len(starts)] == list(starts)]
+    assert len(found) == 1, printed
+    return found[0]
+
+
+def test_compress_summarises_by_role_and_codec() -> None:
+    printed = text(tables.compressed(documents.report()))
+    assert "12.0 MB  ->  ckpt.sc.safetensors  4.00 MB   3.00x   4.00 B/param   2.0 s, 6.00 MB/s" in printed
+    assert row(printed, "weight", "split") == [
+        "weight",
+        "split",
+        "2",
+        "4.00",
+        "MB",
+        "2.00",
+        "MB",
+        "2.00x",
+        "2.00",
+        "2.0e-06",
+    ]
+    assert row(printed, "weight", "raw")[-1] == "exact"
+    assert row(printed, "step", "raw")[-1] == "4.00"
+    assert "Adam update  u-rms 9.1e-03   max |u| 1.25 (exact 1.03)   cosine 0.999960" in printed
+    assert "note: something to know" in printed
+
+
+def test_roles_come_in_the_order_people_think_in() -> None:
+    document = documents.report()
+    document["tensors"].reverse()
+    lines = text(tables.compressed(document)).splitlines()
+    roles = [line.split()[0] for line in lines if line.strip() and line.split()[0] in tables._ROLES]
+    assert roles == ["weight", "weight", "exp_avg", "exp_avg_sq", "step"]
+
+
+def test_a_nan_error_is_not_hidden_by_a_larger_one() -> None:
+    document = documents.report()
+    document["tensors"][0]["error"]["relative_rms"] = "nan"
+    assert row(text(tables.compressed(document)), "weight", "split")[-1] == "nan"
+    document["tensors"][0]["error"]["relative_rms"] = math.inf
+    assert row(text(tables.compressed(document)), "weight", "split")[-1] == "inf"
+
+
+def test_all_lists_every_tensor_by_name() -> None:
+    printed = text(tables.compressed(documents.report(), every=True))
+    for tensor in documents.report()["tensors"]:
+        assert row(printed, tensor["name"])
+
+
+def test_inspect_of_a_plain_checkpoint_claims_no_compression() -> None:
+    printed = text(tables.inspected(documents.plain()))
+    assert "1,000,000 parameters" in printed
+    assert "after" not in printed
+    assert "ratio" not in printed
+    assert row(printed, "exp_avg", "raw") or row(printed, "exp_avg", "float32")
+
+
+def test_diff_states_update_error_and_what_has_no_counterpart() -> None:
+    printed = text(tables.difference(documents.difference()))
+    assert row(printed, "exp_avg_sq") == ["exp_avg_sq", "1", "1,000,000", "9.0e-03", "2.7e-02"]
+    assert "over 1 parameters" in printed
+    assert "only in b.pt: extra" in printed
+    assert "identical" not in printed
+    every = text(tables.difference(documents.difference(), every=True))
+    assert row(every, "w.0") == ["w.0", "9.1e-03", "1.25", "1.03", "0.999960"]
+
+
+def test_mismatched_elements_are_shouted() -> None:
+    document = documents.difference()
+    document["tensors"][0]["mismatched"] = 3
+    assert "3 elements are NaN or infinite on one side only" in text(tables.difference(document))
+
+
+def test_a_file_of_100000_tensors_prints_a_bounded_table() -> None:
+    document = documents.report()
+    document["tensors"] = [documents.tensor(f"t{i}", "weight", "raw", 4, 4, None) for i in range(1000)]
+    printed = text(tables.compressed(document, every=True))
+    assert "600 more; --json lists all" in printed
+    assert len(printed.splitlines()) < 420
+
+
+def test_names_are_not_read_as_markup() -> None:
+    document = documents.report()
+    document["tensors"][0]["name"] = "[bold]x[/wrong]"
+    assert row(text(tables.compressed(document, every=True)), "[bold]x[/wrong]")

@@ -1,0 +1,181 @@
+"""The verbs on real files: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.run import Cli, checkpoint, finished
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_lossless_there_and_back(cli: Cli, ckpt: Path) -> None:
+    before = sha256(ckpt)
+    assert cli("compress", ckpt, "--preset", "lossless", "--verify").code == 0
+    assert names(ckpt.parent) == ["ckpt.pt", "ckpt.sc.safetensors"]
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    assert packed.stat().st_size < ckpt.stat().st_size
+    ckpt.unlink()
+    assert cli("restore", packed).code == 0
+    assert sha256(ckpt) == before
+
+
+def test_compress_reports_what_it_did(cli: Cli, ckpt: Path) -> None:
+    document = cli("compress", ckpt, "--json").json()
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    assert document["bytes"] == packed.stat().st_size
+    assert document["source"]["bytes"] == ckpt.stat().st_size
+    assert document["source"]["layout"] == "torch_zip"
+    assert document["ratio"] > 2.5
+    assert document["num_params"] == 2 * (96 * 96 + 96)
+    codecs = {t["role"]: t["codec"] for t in document["tensors"] if t["shape"] == [96, 96]}
+    assert codecs["weight"].startswith("split")
+    assert codecs["exp_avg"].startswith("companded")
+
+
+def test_the_table_goes_to_stdout_and_nothing_else_does(ckpt: Path) -> None:
+    done = finished("compress", ckpt)
+    assert done.code == 0
+    assert done.err == ""
+    assert "exp_avg_sq" in done.out
+    assert "B/param" in done.out
+
+
+def test_rules_go_before_the_preset(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text('["exp_avg=cast(to=bf16)"]')
+    words = ("compress", ckpt, "--rule", "weight=raw", "--rules", rules, "--json")
+    codecs = {t["role"]: t["codec"] for t in cli(*words).json()["tensors"] if t["shape"] == [96, 96]}
+    assert codecs["weight"] == "raw"
+    assert codecs["exp_avg"].startswith("cast")
+    assert codecs["exp_avg_sq"].startswith("companded")
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--rule", "weight=quantum"), "codec.unknown"),
+        (("--rule", "weight=companded(bits=7)"), "codec.invalid"),
+        (("--rule", "no equals sign"), "policy"),
+    ],
+)
+def test_a_bad_rule_is_refused_by_name(cli: Cli, ckpt: Path, words: tuple[str, ...], code: str) -> None:
+    done = cli("compress", ckpt, *words, "--json")
+    assert done.code == 1
+    assert done.json()["error"]["code"] == code
+    assert names(ckpt.parent) == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("words", [("--pack", "lzma"), ("--max-shard-size", "many")])
+def test_a_bad_setting_is_refused(cli: Cli, ckpt: Path, words: tuple[str, ...]) -> None:
+    done = cli("compress", ckpt, *words, "--json")
+    assert done.code == 2
+    assert done.json()["error"]["code"] == "usage"
+    assert names(ckpt.parent) == ["ckpt.pt"]
+
+
+def test_an_existing_output_needs_force(cli: Cli, ckpt: Path) -> None:
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    packed.write_text("precious")
+    done = cli("compress", ckpt, "--json")
+    assert done.code == 1
+    assert done.json()["error"]["code"] == "output.exists"
+    assert packed.read_text() == "precious"
+    assert cli("compress", ckpt, "--force").code == 0
+    before = sha256(ckpt)
+    assert cli("restore", packed, "--json").json()["error"]["code"] == "output.exists"
+    assert sha256(ckpt) == before
+    assert cli("restore", packed, "--force").code == 0
+
+
+def test_what_is_no_checkpoint_is_refused(cli: Cli, tmp_path: Path) -> None:
+    stranger = tmp_path / "notes.txt"
+    stranger.write_text("hello")
+    for verb in ("compress", "inspect"):
+        done = cli(verb, stranger, "--json")
+        assert done.code == 1
+        assert done.json()["error"]["code"].startswith("layout")
+    for verb in ("restore", "verify"):
+        done = cli(verb, stranger, "--json")
+        assert done.code == 1
+        assert done.json()["error"]["code"].startswith(("format", "layout"))
+    assert names(tmp_path) == ["notes.txt"]
+
+
+def test_inspect_of_both_kinds(cli: Cli, ckpt: Path) -> None:
+    plain = cli("inspect", ckpt, "--json").json()
+    assert plain["format_version"] is None
+    assert plain["num_params"] == 2 * (96 * 96 + 96)
+    cli("compress", ckpt)
+    packed = cli("inspect", ckpt.with_name("ckpt.sc.safetensors"), "--json").json()
+    assert packed["format_version"][0] == 1
+    assert packed["preset"] == "resume"
+    assert packed["source"]["sha256"] == sha256(ckpt)
+    assert sorted(t["name"] for t in packed["tensors"]) == sorted(t["name"] for t in plain["tensors"])
+    assert "exp_avg" in cli("inspect", ckpt).out
+    assert "optimizer.state.0.exp_avg" in cli("inspect", ckpt, "--all").out
+
+
+def test_verify_finds_a_flipped_bit(cli: Cli, ckpt: Path) -> None:
+    cli("compress", ckpt)
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    assert cli("verify", packed).code == 0
+    assert cli("verify", packed, "--against", ckpt).code == 0
+    content = bytearray(packed.read_bytes())
+    content[len(content) // 2] ^= 4
+    packed.write_bytes(content)
+    done = cli("verify", packed, "--json")
+    assert done.code == 1
+    assert done.json()["error"]["code"].startswith("format")
+    assert cli("restore", packed, "-o", ckpt.with_name("again.pt")).code == 1
+    assert names(ckpt.parent) == ["ckpt.pt", "ckpt.sc.safetensors"]
+
+
+def test_verify_against_another_checkpoint_fails(cli: Cli, ckpt: Path) -> None:
+    cli("compress", ckpt)
+    other = checkpoint(ckpt.with_name("other.pt"), steps=5)
+    done = cli("verify", ckpt.with_name("ckpt.sc.safetensors"), "--against", other, "--json")
+    assert done.code == 1
+    assert done.json()["error"]["code"] == "verify.failed"
+
+
+def test_diff_measures_the_update(cli: Cli, ckpt: Path) -> None:
+    cli("compress", ckpt)
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    document = cli("diff", ckpt, packed, "--json").json()
+    assert 0 < document["total"]["u_rms"] < 0.02
+    assert document["total"]["max_u"] <= 1.3 * document["total"]["max_u_exact"]
+    assert {t["role"] for t in document["tensors"]} >= {"weight", "exp_avg", "exp_avg_sq"}
+    assert "Adam update" in cli("diff", ckpt, packed).out
+    same = cli("diff", ckpt, ckpt)
+    assert same.code == 0
+    assert "identical" in same.out
+
+
+def test_what_is_restored_loads_in_torch(cli: Cli, ckpt: Path) -> None:
+    cli("compress", ckpt, "--preset", "tiny")
+    again = ckpt.with_name("again.pt")
+    assert cli("restore", ckpt.with_name("ckpt.sc.safetensors"), "-o", again).code == 0
+    exact, lossy = (torch.load(path, weights_only=True) for path in (ckpt, again))
+    assert exact["optimizer"]["param_groups"] == lossy["optimizer"]["param_groups"]
+    for name, weight in exact["model"].items():
+        torch.testing.assert_close(lossy["model"][name], weight, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_plots(cli: Cli, ckpt: Path, tmp_path: Path, suffix: str) -> None:
+    packed = ckpt.with_name("ckpt.sc.safetensors")
+    for verb, *words in (("compress", ckpt, "--force"), ("inspect", packed), ("inspect", ckpt), ("diff", ckpt, packed)):
+        target = tmp_path / f"{verb}.{suffix}"
+        assert cli(verb, *words, "--plot", target).code == 0
+        assert target.stat().st_size > 3000

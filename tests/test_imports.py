@@ -1,0 +1,36 @@
+"""What importing costs: nothing heavy may come in before it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("numba", "triton", "fastapi", "typer", "rich", "matplotlib", "ray", "dbos", "transformers", "lightning")
+
+
+def loaded_by(program: str) -> set[str]:
+    """Top-level names of the modules that a fresh interpreter has loaded after the program."""
+    ending = "; import sys; sys.stdout.write('\\n' + ' '.join({name.partition('.')[0] for name in sys.modules}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program + ending], capture_output=True, text=True, check=True, timeout=60
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_library_is_light() -> None:
+    assert loaded_by("import torch, statecodec").isdisjoint(HEAVY)
+
+
+def test_the_public_names_are_there_and_still_light() -> None:
+    names = ("compress", "restore", "inspect", "verify", "diff", "open", "load", "save")
+    program = "import statecodec; " + "; ".join(f"statecodec.{name}" for name in names)
+    assert loaded_by(program).isdisjoint(set(HEAVY) - {"numba"})
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"]])
+def test_help_imports_no_torch(words: list[str]) -> None:
+    loaded = loaded_by(f"from statecodec_cli.main import main; main({words!r})")
+    assert loaded.isdisjoint({"torch", "numpy", "numba", "matplotlib", "safetensors"})
+    assert "statecodec_cli" in loaded

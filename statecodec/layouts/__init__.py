@@ -21,6 +21,7 @@ from statecodec.layouts.base import (
     View,
 )
 from statecodec.layouts.directory import locate
+from statecodec.layouts.tree import OpaqueObject, tree, tree_from_pickle
 
 __all__ = [
     "ROLES",
@@ -29,10 +30,13 @@ __all__ = [
     "FileBytes",
     "MemoryBytes",
     "Moments",
+    "OpaqueObject",
     "Region",
     "Role",
     "Source",
     "SourceFile",
     "View",
     "locate",
+    "tree",
+    "tree_from_pickle",
 ]

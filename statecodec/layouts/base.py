@@ -138,13 +138,15 @@ class FileBytes:
     def read(self, offset: int, nbytes: int) -> bytes:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise MalformedCheckpoint(
-                f"{self.name}: needs bytes {offset}..{offset + nbytes} but the file has {self.size}; it is truncated or damaged"
+                f"{self.name}: needs bytes {offset}..{offset + nbytes} but the file has {self.size}; it is truncated"
             )
         pieces, got = [], 0
         while got < nbytes:
             piece = os.pread(self.fd, nbytes - got, offset + got)
             if not piece:
-                raise MalformedCheckpoint(f"{self.name}: ends at byte {offset + got}; the file shrank while it was read")
+                raise MalformedCheckpoint(
+                    f"{self.name}: ends at byte {offset + got}; the file shrank while it was read"
+                )
             pieces.append(piece)
             got += len(piece)
         return b"".join(pieces)

@@ -2,8 +2,8 @@
 
 What a file is, its content decides, never its extension. A single file must be understood. In a directory nothing is
 refused for its content: a file that is not understood, or that looks like a checkpoint and is damaged, is carried as
-opaque bytes with a note, so that one half-written shard does not keep a user from packing the rest. What is refused is what
-cannot be carried faithfully or safely: symbolic links, devices, sockets, pipes, and names that are not UTF-8.
+opaque bytes with a note, so that one half-written shard does not keep a user from packing the rest. What is refused is
+what cannot be carried faithfully or safely: symbolic links, devices, sockets, pipes, and names that are not UTF-8.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _MAX_DEPTH: Final = 64
 def locate(path: str | os.PathLike[str]) -> Source:
     """Locate the tensors of a checkpoint file or directory, reading headers, directories and pickles but no payload.
 
-    Raises UnknownLayout (a single file that is nothing we know; a path that is neither file nor directory), LegacyTorchFile
-    (a torch file from before 1.6) and MalformedCheckpoint (truncated, lying or hostile).
+    Raises UnknownLayout (a single file that is nothing we know; a path that is neither file nor directory),
+    LegacyTorchFile (a torch file from before 1.6) and MalformedCheckpoint (truncated, lying or hostile).
     """
     root = Path(path)
     try:
@@ -76,7 +76,9 @@ def _describe(source: FileBytes, path: str, mode: int) -> Described:
         raise UnknownLayout("a bare pickle, which cannot be read without running it; save it with torch.save")
     if b"PK\x03\x04" in head:
         raise MalformedCheckpoint("unknown bytes before what looks like a zip archive")
-    raise UnknownLayout("neither a torch.save file nor a safetensors file (those two are known, and directories of files)")
+    raise UnknownLayout(
+        "neither a torch.save file nor a safetensors file (those two are known, and directories of files)"
+    )
 
 
 def _with_roles(described: list[Described]) -> list[SourceFile]:

@@ -1,4 +1,4 @@
-"""Which weight does an optimizer's parameter number i belong to? Only shapes are there to tell, so the answer may be: unknown.
+"""Which weight does an optimizer's parameter number i belong to? Only shapes tell, so the answer may be: unknown.
 
 An optimizer's groups list parameters in the model's order, but each group takes only some of them (decay and no-decay
 groups, frozen layers). A match is accepted only when there is exactly one way to deal the weights out to the groups.
@@ -56,8 +56,10 @@ def deal(weights: Sequence[Shape], groups: Sequence[Sequence[Shape | None]]) -> 
     return [found[::-1] for found in dealt]
 
 
-def deal_unordered(weights: Sequence[tuple[str, Shape]], groups: Sequence[Sequence[Shape | None]]) -> dict[tuple[int, int], int]:
-    """(group, position) -> weight index, wherever shapes alone settle it; `weights` are (name, shape) in no useful order.
+def deal_unordered(
+    weights: Sequence[tuple[str, Shape]], groups: Sequence[Sequence[Shape | None]]
+) -> dict[tuple[int, int], int]:
+    """(group, position) -> weight index, wherever shapes settle it; `weights` are (name, shape) in no useful order.
 
     safetensors files are sorted by name, so the model's order is lost. What is certain without it: a shape that one
     weight and one parameter have; and a shape that only the same weight of repeated layers has (`h.#.mlp.c_fc.weight`),

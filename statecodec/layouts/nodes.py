@@ -31,7 +31,8 @@ class DictNode:
     __slots__ = ("_strings", "factory", "items", "kind", "state")
 
     def __init__(self, kind: str = "dict", factory: Any = None) -> None:
-        self.kind, self.factory, self.state = kind, factory, None
+        self.kind, self.factory = kind, factory
+        self.state: Any = None
         self.items: list[tuple[Any, Any]] = []
         self._strings: dict[str, Any] | None = None
 
@@ -87,7 +88,8 @@ class Opaque:
     __slots__ = ("args", "elements", "items", "kwargs", "module", "name", "state")
 
     def __init__(self, module: str, name: str, args: tuple[Any, ...] = (), kwargs: DictNode | None = None) -> None:
-        self.module, self.name, self.args, self.kwargs, self.state = module, name, args, kwargs, None
+        self.module, self.name, self.args, self.kwargs = module, name, args, kwargs
+        self.state: Any = None
         self.elements: list[Any] = []
         """What was appended (list subclasses, sets, deques)."""
         self.items: list[tuple[Any, Any]] = []

@@ -1,31 +1,20 @@
 """Reads the pickle of a torch checkpoint (protocols 0-5) into descriptions, executing nothing.
 
-One small function per opcode works on a stack of nodes (nodes.py); calls are interpreted by name in rebuild.py. Time and
-memory are bounded by the length of the stream: nothing that the stream claims is allocated before the bytes are there,
-and the number of objects is limited in proportion to it. Opcode meanings: CPython's Lib/pickletools.py.
+One small function per opcode (opcodes.py) works on a stack of nodes (nodes.py); calls are interpreted by name
+(rebuild.py). Time and memory are bounded by the length of the stream: nothing that the stream claims is allocated
+before the bytes are there, and the number of objects is limited in proportion to it.
 """
 
 from __future__ import annotations
 
-import codecs
 import struct
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Callable
 from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.dtypes import TORCH_DTYPES, storage_dtype
-from statecodec.layouts.nodes import DictNode, Global, Opaque, SetNode, StorageNode
-from statecodec.layouts.rebuild import build, call
+from statecodec.layouts.machine import Machine
+from statecodec.layouts.opcodes import STOP, TABLE
 
 MAX_PICKLE_BYTES: Final = 512 << 20
-_MAX_INT_BYTES: Final = 1 << 16
-_FREE_OBJECTS: Final = 500_000
-_INT32: Final = struct.Struct("<i").unpack_from
-_UINT16: Final = struct.Struct("<H").unpack_from
-_UINT32: Final = struct.Struct("<I").unpack_from
-_UINT64: Final = struct.Struct("<Q").unpack_from
-_FLOAT64: Final = struct.Struct(">d").unpack_from
 
 
 def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
@@ -36,356 +25,24 @@ def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise MalformedCheckpoint(f"{name} has {len(data)} bytes; more than {MAX_PICKLE_BYTES} are not read")
-    machine = _Machine(data)
+    machine = Machine(data)
     try:
-        return machine.run()
+        return _run(machine)
     except MalformedCheckpoint as error:
         raise MalformedCheckpoint(f"{name}, byte {machine.pos}: {error}") from None
     except (IndexError, KeyError, ValueError, OverflowError, struct.error) as error:
         raise MalformedCheckpoint(
-            f"{name}, byte {machine.pos}: not a whole pickle stream ({type(error).__name__}); the file is truncated or damaged"
+            f"{name}, byte {machine.pos}: not a whole pickle stream ({type(error).__name__}); it is damaged"
         ) from None
 
 
-class _Machine:
-    __slots__ = ("data", "globals", "limit", "made", "marks", "memo", "pos", "stack", "storages")
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.pos, self.made = data, 0, 0
-        self.limit = _FREE_OBJECTS + len(data) // 4
-        self.stack: list[Any] = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.globals: dict[tuple[str, str], Any] = {}
-        self.storages: dict[str, StorageNode] = {}
-
-    def run(self) -> Any:
-        data, stack, limit, table = self.data, self.stack, self.limit, _TABLE
-        while True:
-            op = data[self.pos]
-            self.pos += 1
-            if op == 0x2E:  # STOP
-                return stack.pop()
-            table[op](self)
-            if len(stack) > limit or self.made > limit:
-                raise MalformedCheckpoint(f"makes more than {limit} objects from {len(data)} bytes")
-
-    def take(self, n: int) -> bytes:
-        start, end = self.pos, self.pos + n
-        if end > len(self.data):
-            raise MalformedCheckpoint(f"claims {n} bytes where {len(self.data) - start} are left")
-        self.pos = end
-        return self.data[start:end]
-
-    def line(self) -> bytes:
-        end = self.data.index(b"\n", self.pos)
-        found = self.data[self.pos : end]
-        self.pos = end + 1
-        return found
-
-    def push(self, node: Any) -> None:
-        self.made += 1
-        self.stack.append(node)
-
-    def since_mark(self) -> list[Any]:
-        start = self.marks.pop()
-        found = self.stack[start:]
-        del self.stack[start:]
-        return found
-
-    def remember(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
-        if len(self.memo) > self.limit:
-            raise MalformedCheckpoint(f"remembers more than {self.limit} objects")
-
-    def named(self, module: Any, name: Any) -> Any:
-        if type(module) is not str or type(name) is not str:
-            raise MalformedCheckpoint("names a global by something that is no string")
-        found = self.globals.get((module, name))
-        if found is None:
-            # Protocols below 3 spell modules as Python 2 did; no module of Python 3 has one of those names.
-            new = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
-            found = TORCH_DTYPES.get(name) if module == "torch" else None
-            found = self.globals[module, name] = Global(*new) if found is None else found
-        return found
-
-
-# ---- constants, numbers, strings
-
-
-def _constant(value: Any) -> Callable[[_Machine], None]:
-    return lambda m: m.stack.append(value)
-
-
-def _fixed(unpack: Callable[[bytes, int], tuple[Any, ...]], size: int) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
-        m.stack.append(unpack(m.data, m.pos)[0])
-        m.pos += size
-
-    return op
-
-
-def _binint1(m: _Machine) -> None:
-    m.stack.append(m.data[m.pos])
-    m.pos += 1
-
-
-def _int(m: _Machine) -> None:
-    text = m.line()
-    m.stack.append(text == b"01" if text in (b"00", b"01") else int(text))
-
-
-def _long(m: _Machine) -> None:
-    m.stack.append(int(m.line().rstrip(b"L")))
-
-
-def _float(m: _Machine) -> None:
-    m.stack.append(float(m.line()))
-
-
-def _long_bytes(m: _Machine, n: int) -> None:
-    if not 0 <= n <= _MAX_INT_BYTES:
-        raise MalformedCheckpoint(f"holds an integer of {n} bytes; more than {_MAX_INT_BYTES} are not read")
-    m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
-
-
-def _sized(size: int, then: Callable[[_Machine, int], None]) -> Callable[[_Machine], None]:
-    """An opcode whose argument is a `size`-byte count followed by that many bytes."""
-
-    def op(m: _Machine) -> None:
-        then(m, int.from_bytes(m.take(size), "little"))
-
-    return op
-
-
-def _text(m: _Machine, n: int) -> None:
-    m.stack.append(str(m.take(n), "utf-8", "surrogatepass"))
-
-
-def _raw(m: _Machine, n: int) -> None:
-    m.push(m.take(n))
-
-
-def _raw_array(m: _Machine, n: int) -> None:
-    m.push(bytearray(m.take(n)))
-
-
-def _python2_text(m: _Machine, n: int) -> None:
-    found = m.take(n)
-    try:
-        m.stack.append(found.decode("utf-8"))
-    except UnicodeDecodeError:  # Python 2 bytes: they have no encoding
-        m.stack.append(found)
-
-
-def _quoted(m: _Machine) -> None:
-    text = m.line().strip()
-    if len(text) < 2 or text[:1] != text[-1:] or text[:1] not in b"\"'":
-        raise MalformedCheckpoint("holds a string without its quotes")
-    decoded: bytes = codecs.escape_decode(text[1:-1])[0]  # type: ignore[attr-defined]
-    m.stack.append(decoded.decode("latin-1"))
-
-
-def _unicode(m: _Machine) -> None:
-    m.stack.append(str(m.line(), "raw-unicode-escape"))
-
-
-# ---- containers
-
-
-def _mark(m: _Machine) -> None:
-    m.marks.append(len(m.stack))
-    m.made += 1
-
-
-def _tuple(m: _Machine) -> None:
-    m.push(tuple(m.since_mark()))
-
-
-def _tuple_n(n: int) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
-        stack = m.stack
-        if len(stack) < n:
-            raise MalformedCheckpoint("takes more objects than there are")
-        stack[-n:] = [tuple(stack[-n:])]
-        m.made += 1
-
-    return op
-
-
-def _pairs(found: list[Any]) -> list[tuple[Any, Any]]:
-    if len(found) % 2:
-        raise MalformedCheckpoint("sets a key without a value")
-    return list(zip(found[::2], found[1::2], strict=True))
-
-
-def _set_pairs(m: _Machine, pairs: list[tuple[Any, Any]]) -> None:
-    target = m.stack[-1]
-    if type(target) is not DictNode and type(target) is not Opaque:
-        raise MalformedCheckpoint(f"sets keys of a {type(target).__name__}")
-    target.items.extend(pairs)
-
-
-def _extend(m: _Machine, found: list[Any]) -> None:
-    target = m.stack[-1]
-    if type(target) is list:
-        target.extend(found)
-    elif type(target) is Opaque:
-        target.elements.extend(found)
-    else:
-        raise MalformedCheckpoint(f"appends to a {type(target).__name__}")
-
-
-def _setitem(m: _Machine) -> None:
-    value, key = m.stack.pop(), m.stack.pop()
-    _set_pairs(m, [(key, value)])
-
-
-def _dict(m: _Machine) -> None:
-    node = DictNode()
-    node.items = _pairs(m.since_mark())
-    m.push(node)
-
-
-def _additems(m: _Machine) -> None:
-    found, target = m.since_mark(), m.stack[-1]
-    if type(target) is SetNode:
-        target.items.extend(found)
-    else:
-        _extend(m, found)
-
-
-# ---- memo and stack
-
-
-def _binget(m: _Machine) -> None:
-    m.stack.append(m.memo[m.data[m.pos]])
-    m.pos += 1
-
-
-def _binput(m: _Machine) -> None:
-    m.remember(m.data[m.pos])
-    m.pos += 1
-
-
-def _long_binget(m: _Machine) -> None:
-    m.stack.append(m.memo[_UINT32(m.data, m.pos)[0]])
-    m.pos += 4
-
-
-def _long_binput(m: _Machine) -> None:
-    m.remember(_UINT32(m.data, m.pos)[0])
-    m.pos += 4
-
-
-def _get(m: _Machine) -> None:
-    m.stack.append(m.memo[int(m.line())])
-
-
-def _pop(m: _Machine) -> None:
-    if m.marks and m.marks[-1] == len(m.stack):
-        m.marks.pop()
-    else:
-        m.stack.pop()
-
-
-def _frame(m: _Machine) -> None:
-    length = _UINT64(m.data, m.pos)[0]
-    m.pos += 8
-    if m.pos + length > len(m.data):
-        raise MalformedCheckpoint(f"claims a frame of {length} bytes where {len(m.data) - m.pos} are left")
-
-
-def _protocol(m: _Machine) -> None:
-    if m.take(1)[0] > 5:
-        raise MalformedCheckpoint(f"pickle protocol {m.data[m.pos - 1]}; 0 to 5 are known")
-
-
-# ---- objects
-
-
-def _global(m: _Machine) -> None:
-    module = m.line().decode()
-    m.stack.append(m.named(module, m.line().decode()))
-
-
-def _stack_global(m: _Machine) -> None:
-    name, module = m.stack.pop(), m.stack.pop()
-    m.stack.append(m.named(module, name))
-
-
-def _reduce(m: _Machine) -> None:
-    args, func = m.stack.pop(), m.stack.pop()
-    m.push(call(func, args))
-
-
-def _newobj_ex(m: _Machine) -> None:
-    kwargs, args, cls = m.stack.pop(), m.stack.pop(), m.stack.pop()
-    if type(kwargs) is not DictNode:
-        raise MalformedCheckpoint("makes an object with keyword arguments that are no dict")
-    m.push(call(cls, args, kwargs))
-
-
-def _build(m: _Machine) -> None:
-    state = m.stack.pop()
-    build(m.stack[-1], state)
-
-
-def _inst(m: _Machine) -> None:
-    module = m.line().decode()
-    cls = m.named(module, m.line().decode())
-    m.push(call(cls, tuple(m.since_mark())))
-
-
-def _obj(m: _Machine) -> None:
-    found = m.since_mark()
-    m.push(call(found[0], tuple(found[1:])))
-
-
-def _persistent(m: _Machine) -> None:
-    pid = m.stack.pop()
-    if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
-        raise MalformedCheckpoint("refers to something outside of the pickle that is no torch storage")
-    _, cls, key, location, numel = pid[:5]
-    kind = storage_dtype(cls.module, cls.name) if type(cls) is Global else None
-    if kind is None or type(key) is not str or type(location) is not str or type(numel) is not int or not 0 <= numel < 1 << 63:
-        raise MalformedCheckpoint(f"refers to a storage that cannot be understood (class {cls!r:.80})")
-    known = m.storages.get(key)
-    if known is None or known.dtype is not kind[0] or known.numel != numel:
-        known = StorageNode(key, kind[0], location, numel, kind[1])
-        m.storages.setdefault(key, known)
-    m.push(known)
-
-
-def _refused(what: str) -> Callable[[_Machine], None]:
-    def op(m: _Machine) -> None:
-        raise MalformedCheckpoint(what)
-
-    return op
-
-
-_OPCODES: Final[dict[bytes, Callable[[_Machine], None]]] = {
-    b"N": _constant(None), b"\x88": _constant(True), b"\x89": _constant(False), b")": lambda m: m.push(()),
-    b"K": _binint1, b"M": _fixed(_UINT16, 2), b"J": _fixed(_INT32, 4), b"G": _fixed(_FLOAT64, 8),
-    b"I": _int, b"L": _long, b"F": _float, b"\x8a": _sized(1, _long_bytes), b"\x8b": _sized(4, _long_bytes),
-    b"\x8c": _sized(1, _text), b"X": _sized(4, _text), b"\x8d": _sized(8, _text),
-    b"C": _sized(1, _raw), b"B": _sized(4, _raw), b"\x8e": _sized(8, _raw), b"\x96": _sized(8, _raw_array),
-    b"U": _sized(1, _python2_text), b"T": _sized(4, _python2_text), b"S": _quoted, b"V": _unicode,
-    b"(": _mark, b"t": _tuple, b"\x85": _tuple_n(1), b"\x86": _tuple_n(2), b"\x87": _tuple_n(3),
-    b"]": lambda m: m.push([]), b"}": lambda m: m.push(DictNode()), b"\x8f": lambda m: m.push(SetNode([], frozen=False)),
-    b"l": lambda m: m.push(m.since_mark()), b"d": _dict, b"\x91": lambda m: m.push(SetNode(m.since_mark(), frozen=True)),
-    b"a": lambda m: _extend(m, [m.stack.pop()]), b"e": lambda m: _extend(m, m.since_mark()), b"\x90": _additems,
-    b"s": _setitem, b"u": lambda m: _set_pairs(m, _pairs(m.since_mark())),
-    b"h": _binget, b"j": _long_binget, b"g": _get, b"q": _binput, b"r": _long_binput,
-    b"p": lambda m: m.remember(int(m.line())), b"\x94": lambda m: m.remember(len(m.memo)),
-    b"0": _pop, b"1": lambda m: m.since_mark().clear(), b"2": lambda m: m.stack.append(m.stack[-1]),
-    b"c": _global, b"\x93": _stack_global, b"R": _reduce, b"\x81": _reduce, b"\x92": _newobj_ex, b"b": _build,
-    b"i": _inst, b"o": _obj, b"Q": _persistent, b"\x80": _protocol, b"\x95": _frame,
-    b"P": _refused("refers to a persistent object by text, which torch never does"),
-    b"\x82": _refused("uses the extension registry, which torch never does"),
-    b"\x83": _refused("uses the extension registry, which torch never does"),
-    b"\x84": _refused("uses the extension registry, which torch never does"),
-    b"\x97": _refused("keeps buffers out of band, which torch never does"),
-    b"\x98": _refused("keeps buffers out of band, which torch never does"),
-}  # fmt: skip
-_TABLE: Final = [_OPCODES.get(bytes([op]), _refused(f"{op:#04x} is no pickle opcode")) for op in range(256)]
+def _run(machine: Machine) -> Any:
+    data, stack, limit, table = machine.data, machine.stack, machine.limit, TABLE
+    while True:
+        op = data[machine.pos]
+        machine.pos += 1
+        if op == STOP:
+            return stack.pop()
+        table[op](machine)
+        if len(stack) > limit or machine.made > limit:
+            raise MalformedCheckpoint(f"makes more than {limit} objects from {len(data)} bytes")

@@ -23,8 +23,11 @@ _PLAIN_TENSOR_TYPES: Final = frozenset(
 
 
 def call(func: Any, args: Any, kwargs: DictNode | None = None) -> Any:
-    """The description of `func(*args, **kwargs)`. Raises MalformedCheckpoint for tensors that reach outside of their storage."""
-    if type(args) is not tuple and not isinstance(args, tuple):
+    """The description of `func(*args, **kwargs)`.
+
+    Raises MalformedCheckpoint for tensors that reach outside of their storage.
+    """
+    if not isinstance(args, tuple):
         raise MalformedCheckpoint(f"pickle calls {func!r} with a {type(args).__name__} instead of an argument tuple")
     if type(func) is not Global:  # a callable that itself was computed
         return Opaque("", "call", (func, *args), kwargs)
@@ -49,11 +52,11 @@ def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtyp
         raise MalformedCheckpoint("pickle rebuilds a tensor from something that is no storage, shape and stride")
     dtype = dtype or storage.dtype
     if len(shape) != len(stride) or len(shape) > _MAX_RANK:
-        raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: {len(shape)} dimensions but {len(stride)} strides")
+        raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: {len(shape)} dimensions, {len(stride)} strides")
     numel, last = 1, offset
     for value in (offset, *shape, *stride):
         if type(value) is not int or not 0 <= value < _INT64:
-            raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: shape, stride or offset is not a sane integer")
+            raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: a shape, stride or offset is out of range")
     for size, step in zip(shape, stride, strict=True):
         numel *= size
         last += (size - 1) * step
@@ -62,13 +65,13 @@ def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtyp
     have = storage.numel * storage.dtype.itemsize
     if numel and (last + 1) * dtype.itemsize > have:
         raise MalformedCheckpoint(
-            f"tensor of storage {storage.key!r} reaches to byte {(last + 1) * dtype.itemsize}, the storage claims {have}"
+            f"tensor of storage {storage.key!r} reaches byte {(last + 1) * dtype.itemsize} of {have}"
         )
     return TensorNode(storage, dtype, tuple(shape), tuple(stride), offset)
 
 
 def _rebuild_tensor(args: tuple[Any, ...]) -> TensorNode | None:
-    return tensor(*args) if len(args) == 4 else None
+    return tensor(args[0], args[1], args[2], args[3]) if len(args) == 4 else None
 
 
 def _finish(node: TensorNode, requires_grad: Any, metadata: Any) -> TensorNode:

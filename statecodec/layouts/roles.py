@@ -23,8 +23,8 @@ from statecodec.layouts.survey import Optimizer, Weight, parameter_name, survey
 
 _MAX_ELSEWHERE: Final = 8
 _SCALARS: Final[dict[torch.dtype, str]] = {
-    torch.float32: "<f", torch.float64: "<d", torch.float16: "<e", torch.int64: "<q", torch.int32: "<i", torch.int16: "<h",
-    torch.uint8: "<B", torch.int8: "<b",
+    torch.float32: "<f", torch.float64: "<d", torch.float16: "<e",
+    torch.int64: "<q", torch.int32: "<i", torch.int16: "<h", torch.uint8: "<B", torch.int8: "<b",
 }  # fmt: skip
 
 
@@ -185,10 +185,15 @@ def _match_unordered(candidate: _Candidate, optimizer: Optimizer) -> list[list[s
     found = deal_unordered(pairs, groups)
     if not found:
         return None
-    return [[pairs[found[g, i]][0] if (g, i) in found else None for i in range(len(group))] for g, group in enumerate(groups)]
+    return [
+        [pairs[found[g, i]][0] if (g, i) in found else None for i in range(len(group))]
+        for g, group in enumerate(groups)
+    ]
 
 
-def _describe(file: FileRoles, optimizer: Optimizer, names: list[list[str | None]], weights: dict[str, TensorNode]) -> None:
+def _describe(
+    file: FileRoles, optimizer: Optimizer, names: list[list[str | None]], weights: dict[str, TensorNode]
+) -> None:
     """Name one optimizer's state tensors and collect its Adam moments."""
     masters = _masters(optimizer)
     position = 0
@@ -208,7 +213,7 @@ def _describe(file: FileRoles, optimizer: Optimizer, names: list[list[str | None
 
 
 def _masters(optimizer: Optimizer) -> dict[int, TensorNode]:
-    """DeepSpeed ZeRO-1/2: parameter number g of the inner optimizer is flat fp32 partition number g, by construction."""
+    """DeepSpeed ZeRO-1/2: parameter g of the inner optimizer is flat fp32 partition g, by construction."""
     flat = optimizer.parent.get("single_partition_of_fp32_groups") if optimizer.parent is not None else None
     if type(flat) is not list or len(flat) != sum(len(g.ids) for g in optimizer.groups):
         return {}
@@ -222,7 +227,7 @@ def _adam(
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
         return None
     betas = group.get("betas")
-    if type(betas) not in (tuple, list) or len(betas) != 2:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return None
     beta1, beta2, eps = (_number(file, value) for value in (*betas, group.get("eps")))
     if beta1 is None or beta2 is None or eps is None or not m.dtype.is_floating_point or not v.dtype.is_floating_point:
@@ -247,4 +252,3 @@ def _number(file: FileRoles, value: Any) -> float | None:
     if type(value) is int and value.bit_length() > 1000:
         return None
     return float(value) if type(value) in (int, float) and math.isfinite(value) else None
-

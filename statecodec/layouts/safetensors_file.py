@@ -25,11 +25,16 @@ _INT64: Final = 1 << 63
 
 def is_safetensors(head: bytes, size: int) -> bool:
     """Whether a file's first bytes look like a safetensors header (the length may still lie)."""
-    return size >= 10 and len(head) >= 9 and head[8:9] == b"{" and (int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES)
+    return (
+        size >= 10 and len(head) >= 9 and head[8:9] == b"{" and (int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES)
+    )
 
 
 def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
-    """(entries by name in file order, without `__metadata__`; file offset of the byte buffer). Raises MalformedCheckpoint."""
+    """(entries by name in header order, without `__metadata__`; file offset of the byte buffer).
+
+    Raises MalformedCheckpoint.
+    """
     if source.size < 8:
         raise MalformedCheckpoint("too short to be a safetensors file")
     length = int.from_bytes(source.read(0, 8), "little")
@@ -83,7 +88,7 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: unknown dtype {dtype_name!r:.80}")
     if left or end - begin != nbytes or end > buffer:
         raise MalformedCheckpoint(
-            f"safetensors entry {name!r:.80}: {dtype_name} {shape} needs {nbytes} bytes, data_offsets are {offsets} of {buffer}"
+            f"safetensors entry {name!r:.80}: {dtype_name} {shape} needs {nbytes} bytes, not {offsets} of {buffer}"
         )
     storage = StorageNode(name, dtype, "cpu", nbytes // dtype.itemsize, untyped=False)
     return TensorNode(storage, dtype, view_shape, contiguous(view_shape), 0), begin, end

@@ -21,14 +21,22 @@ STATE_ROLES: Final[dict[str, Role]] = {
     "master_param": "weight",
 }
 _MASTER_KEYS: Final = frozenset(
-    {"single_partition_of_fp32_groups", "fp32_flat_groups", "fp32_from_fp16_params", "fp32_from_fp16_groups", "master_params"}
+    {
+        "single_partition_of_fp32_groups",
+        "fp32_flat_groups",
+        "fp32_from_fp16_params",
+        "fp32_from_fp16_groups",
+        "master_params",
+    }
 )
 _OTHER_WORDS: Final = ("rng", "random", "sched", "scaler", "callback", "loops", "sampler", "metric")
 _BUFFER: Final = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias"
     r"|(attn_|causal_|tril_)?mask|tril|cos_cached|sin_cached|freqs_cis|freqs_cos|freqs_sin|relative_position_index|n_averaged)$"
 )
-_WRAPPERS: Final = re.compile(r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters)\.")
+_WRAPPERS: Final = re.compile(
+    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters)\."
+)
 
 
 @dataclass
@@ -129,7 +137,11 @@ def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
         if node.dtype.is_floating_point:
             found.roles[id(node)] = STATE_ROLES[leaf]
         return
-    if (place.inside != "state dict" and not node.is_parameter) or not node.dtype.is_floating_point or _is_buffer(place, node):
+    if (
+        (place.inside != "state dict" and not node.is_parameter)
+        or not node.dtype.is_floating_point
+        or _is_buffer(place, node)
+    ):
         return
     path = str(place)
     top = "" if bare or place.parent is None or place.parent.parent is None else str(place.top)

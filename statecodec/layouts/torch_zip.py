@@ -45,7 +45,12 @@ def is_zip(head: bytes) -> bool:
 def refuse_legacy(head: bytes, name: str) -> None:
     """Raise LegacyTorchFile if a file's first 512 bytes are those of a pre-1.6 torch.save."""
     bare_stream = head[:1] == b"\x80" and _LEGACY_MAGIC in head[:16]
-    old_tar = head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (b"sys_info", b"pickle", b"storages", b"tensors")
+    old_tar = head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (
+        b"sys_info",
+        b"pickle",
+        b"storages",
+        b"tensors",
+    )
     if bare_stream or old_tar:
         raise LegacyTorchFile(f"{name} {_WAY_OUT}")
 
@@ -61,7 +66,9 @@ def open_archive(source: ByteSource, name: str) -> Archive:
         ("archive_format", "a torch.export archive"),
     ):
         if any(entry_name.startswith(prefix + marker) for entry_name in entries):
-            raise UnknownLayout(f"{name} is {what}, which holds a program, not a checkpoint; save its state_dict() instead")
+            raise UnknownLayout(
+                f"{name} is {what}, which holds a program, not a checkpoint; save its state_dict() instead"
+            )
     pickle = entries.get(prefix + "data.pkl") if prefix else None
     if pickle is None:
         raise UnknownLayout(f"{name} is a zip archive, but not of torch.save: it has no data.pkl in one top folder")
@@ -94,7 +101,9 @@ def check_storages(root: Any, archive: Archive) -> None:
         if entry is None:
             raise MalformedCheckpoint(f"storage {storage.key!r:.80} has no entry in the archive")
         if entry.nbytes != claimed:
-            raise MalformedCheckpoint(f"storage {storage.key!r:.80} claims {claimed} bytes but its entry has {entry.nbytes}")
+            raise MalformedCheckpoint(
+                f"storage {storage.key!r:.80} claims {claimed} bytes but its entry has {entry.nbytes}"
+            )
 
 
 def describe(source: ByteSource, path: str, mode: int) -> Described:

@@ -1,7 +1,7 @@
 """A strict reader of the zip archives that torch.save writes: where each stored entry lies, and where its CRC stands.
 
-Structures: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12 (central directory),
-4.3.14-16 (end records), 4.5.3 (Zip64). Only what torch.save can write is accepted: STORED entries, one disk, no
+Structures: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12 (central
+directory), 4.3.14-16 (end records), 4.5.3 (Zip64). Only what torch.save can write is accepted: STORED entries, one disk, no
 encryption, no comment; central directory and local headers must tell the same story, and nothing may overlap.
 """
 
@@ -105,14 +105,14 @@ def _directory_bounds(source: ByteSource) -> tuple[int, int, int]:
         sig, disk64, end64_at, disks = _END64_LOCATOR.unpack(source.read(locator_at, _END64_LOCATOR.size))
         if sig == b"PK\x06\x07":
             if disk64 or disks != 1 or end64_at + _END64.size != locator_at:
-                raise MalformedCheckpoint("zip64 locator does not point at the zip64 end record: bytes were added or lost")
+                raise MalformedCheckpoint("zip64 locator does not point at its end record: bytes were added or lost")
             record = _END64.unpack(source.read(end64_at, _END64.size))
             sig, length, _, _, wide_disk, wide_disk2, wide_here, wide_count, wide_size, wide_start = record
             if sig != b"PK\x06\x06" or length != _END64.size - 12 or wide_disk or wide_disk2:
                 raise MalformedCheckpoint("zip64 end record is damaged")
-            for narrow, wide, top in (
-                (here, wide_here, 0xFFFF), (count, wide_count, 0xFFFF), (size, wide_size, _NARROW), (start, wide_start, _NARROW),
-            ):  # fmt: skip
+            tops = (0xFFFF, 0xFFFF, _NARROW, _NARROW)
+            wides = (wide_here, wide_count, wide_size, wide_start)
+            for narrow, wide, top in zip((here, count, size, start), wides, tops, strict=True):
                 if narrow not in (wide, top):
                     raise MalformedCheckpoint("zip end records disagree")
             here, count, size, start, behind = wide_here, wide_count, wide_size, wide_start, end64_at
@@ -120,7 +120,7 @@ def _directory_bounds(source: ByteSource) -> tuple[int, int, int]:
         raise MalformedCheckpoint("zip archive of several disks")
     if start + size != behind:
         raise MalformedCheckpoint(
-            f"zip directory is said to end at byte {start + size} but ends at {behind}: bytes were added in front or lost"
+            f"zip directory should end at byte {start + size} but ends at {behind}: bytes were added in front or lost"
         )
     if size > MAX_DIRECTORY_BYTES or count * _CENTRAL.size > size:
         raise MalformedCheckpoint(f"zip directory of {size} bytes for {count} entries")
@@ -140,7 +140,9 @@ def _central(directory: bytes, pos: int, start: int) -> tuple[_Central, int]:
     if flags & _ENCRYPTED:
         raise MalformedCheckpoint(f"zip entry {name!r} is encrypted")
     if method != 0:
-        raise MalformedCheckpoint(f"zip entry {name!r} is compressed (method {method}); torch.save only stores. Unpack it first")
+        raise MalformedCheckpoint(
+            f"zip entry {name!r} is compressed (method {method}), as torch.save never does; torch.load and save it again"
+        )
     wide = iter(_zip64(extra))
     try:
         nbytes = next(wide) if nbytes == _NARROW else nbytes
@@ -186,7 +188,7 @@ def _entry(source: ByteSource, central: _Central, directory: int) -> Entry:
     offset = central.header + _LOCAL.size + n_name + n_extra
     end = offset + central.nbytes
     if end > directory:
-        raise MalformedCheckpoint(f"zip entry {name!r} is said to end at byte {end}, inside or behind the zip directory")
+        raise MalformedCheckpoint(f"zip entry {name!r} is said to end at byte {end}, in the zip directory")
     at = [central.at + 16] + ([central.header + 14] if crc else [])
     if streamed:
         # The wide form belongs to a Zip64 local header, but writers differ; the sizes tell which one it is.
@@ -202,7 +204,8 @@ def _entry(source: ByteSource, central: _Central, directory: int) -> Entry:
             raise MalformedCheckpoint(f"zip entry {name!r}: data descriptor and directory disagree")
         at.append(end + 4)
         end += length
-    return Entry(name, central.header, offset, central.nbytes, central.crc, tuple(sorted(at)) if central.crc else (), end)
+    crc_at = tuple(sorted(at)) if central.crc else ()
+    return Entry(name, central.header, offset, central.nbytes, central.crc, crc_at, end)
 
 
 def _name(central: _Central) -> str:

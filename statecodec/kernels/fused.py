@@ -1,26 +1,31 @@
 """The seam between the optimizers and a fused step: what one launch per parameter group is given.
 
-`statecodec.optim` always has a generic path (decode a chunk, `reference.steps` / `cpu.steps`, encode it back) and that path is the
-definition. A backend that can do a whole parameter group at once offers, in its package,
+`statecodec.optim` always has a generic path (decode a chunk, `reference.steps` / `cpu.steps`, encode it back) and that
+path is the definition. A backend that can do a whole parameter group at once offers, in its
+package (`statecodec.kernels.triton`),
 
-    supports(method, formats, param, low) -> bool     # may this combination be fused? (dtypes and codec configs, no tensors)
+    supports(method, formats, param, low) -> bool     # may this combination be fused? (no tensors)
     step(method, slots, formats, hyper) -> None       # do it, in place, for every slot
 
 and the optimizer calls it with the slots of one group that share method, formats and dtypes. Contract of `step`:
 
-* Per slot: if any element of `grad` is not finite, nothing of that slot changes except `skipped += 1`. Otherwise `step += 1` and
-  the arithmetic of `reference.steps.<method>` is applied to decoded fp32 values, with t = the incremented step; results are
-  encoded by the arithmetic of the codec kernels (same codes and scales as `encode_companded`, same bits as `encode_split`).
-* `step` and `skipped` are read and written on their device, never on the host: a step is CUDA-graph capturable when `lr` is a tensor.
-  The bias corrections 1 - beta**t need 1e-6 relative accuracy (expm1 of t * log(beta), with log(beta) computed on the host).
-* `grad` has any strides and dtype fp32, bf16 or fp16; `param` and every part are contiguous. Sizes may exceed 2**31 elements.
-* `formats[state]` is that state's codec config (`Codec.config()`: raw, companded, folded with an inner codec, shared with dims
-  and an inner codec); `slot.states[state]` are the parts under the codec's part names. Rows and groups: `codecs.base`.
-* `low is None`: `param` is stepped in its own dtype (fp32 in place; bf16 / fp16 widened, stepped, rounded to nearest even, or
-  stochastically). Otherwise param and low are the two parts of a split: decode, step, encode.
-* `hyper.stochastic`: before the weight is split (or rounded to bf16), the bits that the stored form drops are dithered by
-  `reference.steps.dither`; the random number of an element depends on (seed, slot.index, t, element) only, so every backend,
-  chunking and resume draws the same ones.
+* Per slot: if any element of `grad` is NaN or beyond LARGEST_GRADIENT in magnitude (infinities are), nothing of that
+  slot changes except `skipped += 1`. Otherwise `step += 1` and the arithmetic of `reference.steps.<method>` is applied
+  to decoded fp32 values, with t = the incremented step; results are encoded by the arithmetic of the codec kernels
+  (same codes and scales as `encode_companded`, same bits as `encode_split`).
+* `step` and `skipped` are read and written on their device, never on the host: a step is CUDA-graph capturable when
+  `lr` is a tensor. The bias corrections 1 - beta**t need 1e-6 relative accuracy (expm1 of t * log(beta), with log(beta)
+  computed on the host).
+* `grad` has any strides and dtype fp32, bf16 or fp16; `param` and every part are contiguous. Sizes may exceed 2**31
+  elements.
+* `formats[state]` is that state's codec config (`Codec.config()`: raw, companded, folded with an inner codec, shared
+  with dims and an inner codec); `slot.states[state]` are the parts under the codec's part names. Rows and groups:
+  `codecs.base`.
+* `low is None`: `param` is stepped in its own dtype (fp32 in place; bf16 / fp16 widened, stepped, rounded to nearest
+  even, or stochastically). Otherwise param and low are the two parts of a split: decode, step, encode.
+* `hyper.stochastic`: before the weight is split (or rounded to bf16), the bits that the stored form drops are dithered
+  by `reference.steps.dither`; the random number of an element depends on (seed, slot.index, t, element) only, so every
+  backend, chunking and resume draws the same ones.
 * `hyper.maximize` negates the gradient first; then `hyper.l2` adds l2 * weight to it.
 """
 
@@ -32,6 +37,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+# Gradients beyond this are treated like infinite ones: their squares, summed over a block, would leave fp32's range.
+LARGEST_GRADIENT = 2.0**60
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,7 @@ class Slot:
     low: Tensor | None  # int8 or int16, same shape as param; None without master weights
     states: Mapping[str, Mapping[str, Tensor]]
     index: int  # position of the parameter in the optimizer; seeds the dither
+    shape: tuple[int, ...]  # as the states see the parameter (trailing dimensions may be flattened)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +87,4 @@ class FusedStep(Protocol):
         self, method: str, formats: Mapping[str, dict[str, Any]], param: torch.dtype, low: torch.dtype | None
     ) -> bool: ...
 
-    def step(
-        self, method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any]], hyper: Hyper
-    ) -> None: ...
+    def step(self, method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any]], hyper: Hyper) -> None: ...

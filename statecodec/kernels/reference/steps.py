@@ -1,8 +1,8 @@
 """The step arithmetic of every elementwise method, once, in plain torch operations on decoded values.
 
-All tensors are fp32 (or all fp64), updated in place, and of one shape unless stated; `g` is read only. Scalars are computed on
-the host in float64. `decay` is the factor that decoupled weight decay multiplies the weight with (1 for none). Bias corrections:
-c1 = 1 - beta1**t, c2 = 1 - beta2**t with t counting from 1.
+All tensors are fp32 (or all fp64), updated in place, and of one shape unless stated; `g` is read only. Scalars are
+computed on the host in float64. `decay` is the factor that decoupled weight decay multiplies the weight with (1 for
+none). Bias corrections: c1 = 1 - beta1**t, c2 = 1 - beta2**t with t counting from 1.
 
 Fused kernels implement these very lines (see `kernels.fused`), `cpu.steps` compiles them.
 """
@@ -40,10 +40,11 @@ def shared_adam(
 
 
 def sgd(
-    w: Tensor, g: Tensor, m: Tensor | None, *,
+    w: Tensor, g: Tensor, m: Tensor | None = None, *,
     lr: float, momentum: float, dampening: float, nesterov: bool, first: bool, decay: float,
 ) -> None:  # fmt: skip
-    """SGD with momentum as torch.optim.SGD: the first gradient enters the buffer undampened; `m` None without momentum."""
+    """SGD with momentum as torch.optim.SGD: the first gradient enters the buffer undampened; `m` None without
+    momentum."""
     w.mul_(decay)
     if m is None:
         w.add_(g, alpha=-lr)
@@ -66,8 +67,9 @@ def foam(
 ) -> None:  # fmt: skip
     """FOAM (section 3): Adam on block means plus the residual of the current gradient.
 
-    `w`, `g` are rows x cols, the moments rows x ceil(cols / block). `lr` times `scale` is the step; `decay` as above, before the
-    step, or after it if `decay_first` is False; `torch_bias` False puts eps next to the uncorrected root, as published.
+    `w`, `g` are rows x cols, the moments rows x ceil(cols / block). `lr` times `scale` is the step; `decay` as above,
+    before the step, or after it if `decay_first` is False; `torch_bias` False puts eps next to the uncorrected root, as
+    published.
     """
     mean = _block_mean(g, block, true_tail)
     square = _block_mean(g * g, block, true_tail) if mean_of_squares else mean * mean
@@ -100,8 +102,9 @@ def _block_mean(x: Tensor, block: int, true_tail: bool) -> Tensor:
 def dither(w: Tensor, *, drop: int, seed: int, index: int, step: int, start: int) -> None:
     """Stochastic rounding of fp32 `w` (flat, contiguous) to a grid that lacks the low `drop` bits, in place.
 
-    A uniform integer in [0, 2**drop) is added to the magnitude's bits, then the low bits are cleared: the expected value is the
-    input. Element i of `w` is element `start + i` of its parameter. Values that would leave the finite range, infinities and NaN stay.
+    A uniform integer in [0, 2**drop) is added to the magnitude's bits, then the low bits are cleared: the expected
+    value is the input. Element i of `w` is element `start + i` of its parameter. Values that would leave the finite
+    range, infinities and NaN stay.
     """
     mask = (1 << drop) - 1
     key = mix(mix(seed + index * GOLDEN) + step)

@@ -1,0 +1,131 @@
+"""The step arithmetic of `reference.steps`, compiled: one pass over a tile that is in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from statecodec.kernels.cpu.views import array_of, kernel
+from statecodec.kernels.reference.steps import shared_adam
+
+__all__ = ["adam", "foam", "lion", "sgd", "shared_adam"]
+
+
+def adam(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    lr: float, beta1: float, beta2: float, eps: float, c1: float, c2: float, decay: float,
+) -> None:  # fmt: skip
+    """See `reference.steps.adam`."""
+    f = _float(w)
+    _adam(
+        flat(w), flat(g), flat(m), flat(v),
+        f(1 - beta1), f(beta2), f(1 - beta2), f(eps), f(lr / c1), f(c2**0.5), f(decay),
+    )  # fmt: skip
+
+
+def sgd(
+    w: Tensor, g: Tensor, m: Tensor | None = None, *,
+    lr: float, momentum: float, dampening: float, nesterov: bool, first: bool, decay: float,
+) -> None:  # fmt: skip
+    """See `reference.steps.sgd`."""
+    f = _float(w)
+    if m is None:
+        w.mul_(decay).add_(g, alpha=-lr)
+        return
+    gain = 1.0 if first else 1 - dampening
+    ahead, fresh = (f(momentum), f(1)) if nesterov else (f(0), f(0))
+    _sgd(flat(w), flat(g), flat(m), f(lr), f(momentum), f(gain), ahead, fresh, f(decay))
+
+
+def lion(w: Tensor, g: Tensor, m: Tensor, *, lr: float, beta1: float, beta2: float, decay: float) -> None:
+    """See `reference.steps.lion`."""
+    f = _float(w)
+    _lion(flat(w), flat(g), flat(m), f(lr), f(beta1), f(1 - beta2), f(decay))
+
+
+def foam(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    block: int, lr: float, beta1: float, beta2: float, eps: float, c1: float, c2: float, decay: float,
+    scale: float, residual: float, mean_of_squares: bool, true_tail: bool, torch_bias: bool, decay_first: bool,
+) -> None:  # fmt: skip
+    """See `reference.steps.foam`."""
+    root = c2**0.5
+    step = lr * scale / c1 if torch_bias else lr * scale * root / c1
+    f = np.float32
+    _foam(
+        array_of(w), array_of(g), array_of(m), array_of(v), block, f(1 - beta1), f(beta2), f(1 - beta2), f(eps),
+        f(step), f(root if torch_bias else 1.0), f(decay if decay_first else 1.0), f(1.0 if decay_first else decay), f(residual),
+        mean_of_squares, true_tail,
+    )  # fmt: skip
+
+
+def flat(x: Tensor) -> NDArray[Any]:
+    """A contiguous tensor's memory as a flat numpy array."""
+    return array_of(x).reshape(-1)
+
+
+def _float(w: Tensor) -> Any:
+    return np.float64 if w.dtype == torch.float64 else np.float32
+
+
+@kernel
+def _adam(
+    w: NDArray[Any], g: NDArray[Any], m: NDArray[Any], v: NDArray[Any],
+    one_beta1: Any, beta2: Any, one_beta2: Any, eps: Any, step: Any, root: Any, decay: Any,
+) -> None:  # fmt: skip
+    for i in range(w.size):
+        m[i] = m[i] + one_beta1 * (g[i] - m[i])
+        v[i] = v[i] * beta2 + one_beta2 * g[i] * g[i]
+        w[i] = w[i] * decay - step * (m[i] / (np.sqrt(v[i]) / root + eps))
+
+
+@kernel
+def _sgd(
+    w: NDArray[Any], g: NDArray[Any], m: NDArray[Any],
+    lr: Any, momentum: Any, gain: Any, ahead: Any, fresh: Any, decay: Any,
+) -> None:  # fmt: skip
+    if fresh == 0:
+        for i in range(w.size):
+            m[i] = m[i] * momentum + gain * g[i]
+            w[i] = w[i] * decay - lr * m[i]
+    else:
+        for i in range(w.size):
+            m[i] = m[i] * momentum + gain * g[i]
+            w[i] = w[i] * decay - lr * (g[i] + ahead * m[i])
+
+
+@kernel
+def _lion(w: NDArray[Any], g: NDArray[Any], m: NDArray[Any], lr: Any, beta1: Any, one_beta2: Any, decay: Any) -> None:
+    for i in range(w.size):
+        w[i] = w[i] * decay - lr * np.sign(g[i] + beta1 * (m[i] - g[i]))
+        m[i] = m[i] + one_beta2 * (g[i] - m[i])
+
+
+@kernel
+def _foam(
+    w: NDArray[Any], g: NDArray[Any], m: NDArray[Any], v: NDArray[Any], block: int,
+    one_beta1: Any, beta2: Any, one_beta2: Any, eps: Any, step: Any, root: Any, decay: Any, decay_after: Any,
+    residual: Any,
+    mean_of_squares: bool, true_tail: bool,
+) -> None:  # fmt: skip
+    rows, cols = w.shape
+    for row in range(rows):
+        for b in range(m.shape[1]):
+            begin, stop = b * block, min((b + 1) * block, cols)
+            total, squares = np.float32(0), np.float32(0)
+            for i in range(begin, stop):
+                total += g[row, i]
+                squares += g[row, i] * g[row, i]
+            count = np.float32(stop - begin if true_tail else block)
+            mean = total / count
+            square = squares / count if mean_of_squares else mean * mean
+            m[row, b] = m[row, b] + one_beta1 * (mean - m[row, b])
+            v[row, b] = v[row, b] * beta2 + one_beta2 * square
+            for i in range(begin, stop):
+                rest = residual * (g[row, i] - mean)
+                size = np.sqrt(rest * rest + v[row, b]) / root + eps
+                w[row, i] = (w[row, i] * decay - step * ((m[row, b] + rest) / size)) * decay_after

@@ -1,0 +1,127 @@
+"""FOAM: Adam on block means, plus the residual of the current gradient (arXiv 2512.07112, algorithm 1 and its
+published code)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from statecodec.codecs import Folded, Raw
+from statecodec.errors import OptimizerError
+from statecodec.kernels.fused import Hyper
+from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
+from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr, matrix_shape
+from statecodec.optim.names import is_hidden_matrix
+from statecodec.optim.options import check_number, moment_codec
+
+# (mean of squares, true tail mean, eps next to the corrected root, decay before the step)
+VARIANTS = {
+    "safe": (True, True, True, True),
+    "official": (True, False, False, False),
+    "paper": (False, False, False, False),
+}
+
+
+class FoamMethod(Elementwise):
+    """Folded moments; the arithmetic is `kernels.reference.steps.foam`. Convolution kernels fold as out x everything
+    else."""
+
+    name: ClassVar[str] = "foam"
+
+    def __init__(self, level: int) -> None:
+        self._level = level
+
+    def view_shape(self, param: Tensor) -> tuple[int, ...]:
+        return matrix_shape(tuple(param.shape))
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        exact = param.numel() < group["dense_below"]
+        inner = {k: Raw() if exact else moment_codec(group["moments"], k) for k in ("exp_avg", "exp_avg_sq")}
+        shape = self.view_shape(param)
+        return {k: StateSpec(Folded(self._level, codec), shape, torch.float32) for k, codec in inner.items()}
+
+    def scalars(self, job: Job) -> dict[str, Any]:
+        mean_of_squares, true_tail, torch_bias, decay_first = VARIANTS[job.group["variant"]]
+        return {
+            **adam_scalars(job), "block": 1 << self._level, "scale": float(job.group["scale"]),
+            "residual": float(job.group["residual_scale"]), "mean_of_squares": mean_of_squares, "true_tail": true_tail,
+            "torch_bias": torch_bias, "decay_first": decay_first,
+        }  # fmt: skip
+
+    def hyper(self, group: Group) -> Hyper | None:
+        mean_of_squares, true_tail, torch_bias, decay_first = VARIANTS[group["variant"]]
+        beta1, beta2 = (float(b) for b in group["betas"])
+        return Hyper(
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=float(group["eps"]), decay=decay_per_lr(group),
+            maximize=group["maximize"], scale=float(group["scale"]), residual=float(group["residual_scale"]),
+            mean_of_squares=mean_of_squares, true_tail=true_tail, torch_bias=torch_bias, decay_first=decay_first,
+            stochastic=group["stochastic_rounding"], seed=group["seed"],
+        )  # fmt: skip
+
+
+class FOAM(StateOptimizer):
+    """FOAM: moments of hidden matrices folded to one value per 2**level neighbours of a row, everything else plain
+    Adam.
+
+    Args (further options: StateOptimizer):
+        level: fold blocks of 2**level; clamped so that a block is not wider than a row. 0 folds nothing.
+        scale: alpha, a factor of the step of folded matrices.
+        residual_scale: rho_r, how much of the current gradient's residual enters the step.
+        variant: `safe`: a short tail block is averaged over its own length, eps stands next to the corrected root and
+            decay comes before the step, as in torch.optim.AdamW. `official`: the published code: the tail divides by
+            the full block, eps is in effect eps / sqrt(1 - beta2**t), decay follows the step. `paper`: as official, but
+            the second moment averages the square of the folded gradient, not the folded squares.
+        moments: how the folded means are stored (and the moments of the other parameters): `dense` fp32 or e.g.
+            `companded8`.
+
+    Give `model.named_parameters()` so that embeddings and heads are exempt, or set `matrix` per group. What folding
+    does: the block
+    mean of a gradient gets Adam, its deviations within a block get the current gradient, normalised: do not expect
+    Adam's directions.
+    """
+
+    algorithm: ClassVar[str] = "foam"
+    torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        level: int = 2,
+        scale: float = 0.25,
+        residual_scale: float = 1.0,
+        variant: str = "safe",
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "level": level, "scale": scale,
+            "residual_scale": residual_scale, "variant": variant,
+        }  # fmt: skip
+        super().__init__(params, defaults, {"moments": "dense", **options})
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        check_adam_group(group)
+        check_number("level", group["level"], 0, 16)
+        check_number("scale", group["scale"], 0)
+        check_number("residual_scale", group["residual_scale"], 0)
+        if group["variant"] not in VARIANTS:
+            raise OptimizerError(f"variant={group['variant']!r}, expected one of {', '.join(VARIANTS)}")
+        for state in ("exp_avg", "exp_avg_sq"):
+            moment_codec(group["moments"], state)
+
+    def method(self, param: Tensor, name: str | None, group: Group) -> Method:
+        if not is_hidden_matrix(param, name, group):
+            return AdamMethod()
+        if param.dtype == torch.float64:
+            raise OptimizerError("FOAM keeps fp32 states; step fp64 parameters with AdamW(moments='dense')")
+        widest = (matrix_shape(tuple(param.shape))[1] - 1).bit_length()
+        return FoamMethod(min(int(group["level"]), widest))

@@ -1,0 +1,60 @@
+"""Lion (Chen et al. 2023, arXiv 2302.06675) over an encoded momentum."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from statecodec.kernels.fused import Hyper
+from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
+from statecodec.optim.options import check_number, moment_codec, stored_codec
+
+
+class LionMethod(Elementwise):
+    """The arithmetic is `kernels.reference.steps.lion`."""
+
+    name: ClassVar[str] = "lion"
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        codec = stored_codec(param, group, "exp_avg")
+        return {"exp_avg": StateSpec(codec, tuple(param.shape), self.state_dtype(param))}
+
+    def scalars(self, job: Job) -> dict[str, Any]:
+        beta1, beta2 = (float(b) for b in job.group["betas"])
+        return {"lr": job.lr, "beta1": beta1, "beta2": beta2, "decay": job.decay}
+
+    def hyper(self, group: Group) -> Hyper | None:
+        beta1, beta2 = (float(b) for b in group["betas"])
+        return Hyper(
+            lr=group["lr"], beta1=beta1, beta2=beta2, decay=decay_per_lr(group), maximize=group["maximize"],
+            stochastic=group["stochastic_rounding"], seed=group["seed"],
+        )  # fmt: skip
+
+
+class Lion(StateOptimizer):
+    """Lion: sign of an interpolated momentum, decoupled decay. Options: see StateOptimizer."""
+
+    algorithm: ClassVar[str] = "lion"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+        super().__init__(params, defaults, options)
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        check_number("betas[0]", group["betas"][0], 0, 1)
+        check_number("betas[1]", group["betas"][1], 0, 1)
+        moment_codec(group["moments"], "exp_avg")
+
+    def method(self, param: Tensor, name: str | None, group: Group) -> Method:
+        return LionMethod()

@@ -1,0 +1,245 @@
+"""LoRA-Pre: moments as low-rank factors that follow their average by block-wise Newton steps (arXiv 2602.24283,
+theorem 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from statecodec.codecs import EncodedTensor, LowRank
+from statecodec.errors import OptimizerError
+from statecodec.kernels.reference.steps import mix
+from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
+from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.method import Group, Job, Method, Plan, StateSpec, matrix_shape, whole_weight
+from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
+from statecodec.optim.names import is_hidden_matrix
+from statecodec.optim.options import check_number, moment_codec
+
+INIT_STD = 0.02
+# (factor update, damping relative to the Gram's mean eigenvalue, damping, cap)
+VARIANTS = {"safe": ("gauss_seidel", True, 1e-4, True), "paper": ("jacobi", False, 1e-6, False)}
+
+
+def track(
+    left: Tensor, right: Tensor, target: Tensor, keep: float, *, jacobi: bool, relative: bool, damping: float, cap: bool
+) -> None:
+    """Move factors (..., p, r) and (..., r, q) towards `target` (..., p, q), in place: their product follows an average
+    of targets.
+
+    B' = keep B + (1 - keep) T A^T (A A^T)^-1, then A' = keep A + (1 - keep) (B^T B)^-1 B^T T with B' for B
+    (Gauss-Seidel: at full rank the product is exactly the average with beta = keep**2) or with the old B (Jacobi, as
+    printed: overshoots when targets grow). `cap` bounds the product's norm by that of the average's recursion. With
+    relative damping the factors' common scale is free, and is
+    moved so that A has unit rms: in long stretches of zeros it would otherwise underflow, and never come back.
+    """
+    limit = None
+    if cap:
+        limit = keep**2 * _product_norm(left, right) + (1 - keep**2) * torch.linalg.matrix_norm(target)
+    old = left.clone() if jacobi else left
+    solved = _solve(right.mT, target.mT, relative, damping).mT
+    left.mul_(keep).add_(solved, alpha=1 - keep)
+    solved = _solve(old, target, relative, damping)
+    if jacobi:  # an all-zero B says nothing about A: without this the start would shrink it for nothing
+        empty = (old == 0).flatten(-2).all(-1)[..., None, None]
+        right.mul_(torch.where(empty, 1.0, keep)).add_(solved, alpha=1 - keep)
+    else:
+        right.mul_(keep).add_(solved, alpha=1 - keep)
+    if limit is not None:
+        norm = _product_norm(left, right)
+        left.mul_((limit / norm.clamp(min=1e-37)).clamp(max=1.0)[..., None, None])
+    if relative:
+        rms = right.square().mean((-2, -1), keepdim=True).sqrt()
+        rms = torch.where(rms > 0, rms, torch.ones_like(rms))
+        right.div_(rms)
+        left.mul_(rms)
+
+
+def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Tensor:
+    """(basis^T basis + damping)^-1 basis^T target for basis (..., n, r), target (..., n, k): r x r work in fp32."""
+    size = basis.abs().amax((-2, -1), keepdim=True) if relative else torch.ones_like(basis[..., :1, :1])
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    basis = basis / size  # so that the Gram neither underflows nor overflows, whatever the gradient's scale
+    gram = basis.mT @ basis
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    extra = diagonal.mean(-1, keepdim=True) * damping if relative else torch.full_like(diagonal, damping)
+    extra = torch.where(extra > 0, extra, torch.ones_like(extra))  # an all-zero basis: the solution is zero
+    diagonal.add_(extra)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    projected = basis.mT @ target
+    solved = torch.cholesky_solve(projected, factor) if not bool(info.any()) else torch.linalg.pinv(gram) @ projected
+    return solved / size
+
+
+def _product_norm(left: Tensor, right: Tensor) -> Tensor:
+    """Frobenius norm of left @ right, without forming it; scaled first, for fp32's range."""
+    a, b = (x.abs().amax((-2, -1), keepdim=True).clamp(min=1e-37) for x in (left, right))
+    left, right = left / a, right / b
+    square = ((left.mT @ left) * (right @ right.mT)).sum((-2, -1))
+    return square.clamp(min=0).sqrt() * (a * b)[..., 0, 0]
+
+
+class _LowRankMethod(Method):
+    """What both variants share: which states, how the factors start, how they are moved."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def init(self, param: Tensor, plan: Plan, group: Group) -> dict[str, EncodedTensor]:
+        """B = 0 and A ~ N(0, 0.02**2) from (seed, parameter, state): the row space that the first gradient is caught
+        in."""
+        states = super().init(param, plan, group)
+        for k, (name, state) in enumerate(states.items()):
+            generator = torch.Generator().manual_seed(mix(int(group["seed"]) + mix(2 * plan.index + k)))
+            right = state.parts["right"]
+            right.copy_(torch.randn(right.shape, generator=generator) * INIT_STD)
+            states[name] = state
+        return states
+
+    def view_shape(self, param: Tensor) -> tuple[int, ...]:
+        return matrix_shape(tuple(param.shape))
+
+    def track(self, state: EncodedTensor, target: Tensor, keep: float, group: Group) -> None:
+        update, relative, damping, cap = VARIANTS[group["variant"]]
+        update = group["factor_update"] or update
+        damping = damping if group["damping"] is None else float(group["damping"])
+        track(
+            state.parts["left"], state.parts["right"], target, keep,
+            jacobi=update == "jacobi", relative=relative, damping=damping, cap=cap,
+        )  # fmt: skip
+
+
+class LowRankAdamMethod(_LowRankMethod):
+    """Adam's step from the old factors and the fresh gradient at full rank; then the factors move.
+
+    `exp_avg_sq` is (left @ right)**2, whose factors follow |g|: an average with sqrt(beta2), squared.
+    """
+
+    name: ClassVar[str] = "lorapre_adam"
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        shape = self.view_shape(param)
+        forms = {"exp_avg": "product", "exp_avg_sq": "square"}
+        return {k: StateSpec(LowRank(self._rank, form), shape, torch.float32) for k, form in forms.items()}
+
+    def step(self, job: Job) -> None:
+        tile, w = whole_weight(job)
+        g, group, s = job.gradient(tile, w), job.group, adam_scalars(job)
+        beta1, beta2 = s["beta1"], s["beta2"]
+        m, v = (job.states[k] for k in ("exp_avg", "exp_avg_sq"))
+        first = job.scratch.take("exp_avg", tuple(w.shape), w.dtype, w.device)
+        second = job.scratch.take("exp_avg_sq", tuple(w.shape), w.dtype, w.device)
+        torch.matmul(m.parts["left"], m.parts["right"], out=first)
+        torch.matmul(v.parts["left"], v.parts["right"], out=second)
+        first.lerp_(g, 1 - beta1)
+        second.square_().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        self.track(m, g, beta1**0.5, group)
+        c2 = s["c2"]
+        if group["bias_correction"] == "matched":
+            c2 = beta2 * (1 - beta2 ** ((job.t - 1) / 2)) ** 2 + 1 - beta2
+        w.mul_(s["decay"])
+        w.addcdiv_(first, second.sqrt_().div_(c2**0.5).add_(s["eps"]), value=-s["lr"] * float(group["scale"]) / s["c1"])
+        self.track(v, torch.abs(g, out=first), beta2**0.25, group)
+        job.weight.store(tile, w)
+
+
+class LowRankMuonMethod(_LowRankMethod):
+    """Newton-Schulz of mu * (left @ right) + g; the factors follow the heavy ball, an average of g / (1 - mu)."""
+
+    name: ClassVar[str] = "lorapre_muon"
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        return {"momentum_buffer": StateSpec(LowRank(self._rank), self.view_shape(param), torch.float32)}
+
+    def step(self, job: Job) -> None:
+        tile, w = whole_weight(job)
+        g, group, state = job.gradient(tile, w), job.group, job.states["momentum_buffer"]
+        mu = float(group["momentum"])
+        heavy = job.scratch.take("momentum", tuple(w.shape), w.dtype, w.device)
+        torch.matmul(state.parts["left"], state.parts["right"], out=heavy)
+        heavy.mul_(mu).add_(g)
+        update = newton_schulz(heavy, int(group["ns_steps"]))
+        self.track(state, torch.div(g, 1 - mu, out=heavy), mu**0.5, group)
+        w.mul_(job.decay).add_(update, alpha=-job.lr * step_size(group, *w.shape))
+        job.weight.store(tile, w)
+
+
+class LoRAPre(StateOptimizer):
+    """LoRA-Pre for hidden matrices whose smaller side exceeds the rank; AdamW for everything else.
+
+    Args (further options: StateOptimizer):
+        rank: of the factors; 8 (p + q) rank bytes per Adam matrix (p, q), half for Muon.
+        base: `adam` or `muon`: what is done with the moments.
+        scale: factor of Adam's step for low-rank matrices (0.25 in the paper's setting); Muon has `adjust` instead.
+        variant: `safe`: Gauss-Seidel factors, damping 1e-4 relative to the Gram, product norm capped. `paper`: as
+            printed: both factors from the old ones (overshoots when gradients grow), absolute damping 1e-6 (loses small
+                gradients), no cap.
+        factor_update, damping: override the variant's `gauss_seidel` or `jacobi`, and its damping.
+        bias_correction: `paper` divides by 1 - beta2**t; `matched` by what the squared low-rank average really starts
+            like (needs lr
+            to be tuned again: the mismatch acts as a warm boost).
+        momentum, ns_steps, adjust: of Muon.
+        moments: how the other parameters' moments are stored; factors are always fp32 (their Grams amplify rounding).
+
+    Give `model.named_parameters()` so that embeddings and heads are exempt, or set `matrix` per group.
+    """
+
+    algorithm: ClassVar[str] = "lorapre"
+    torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 16,
+        base: str = "adam",
+        scale: float = 0.25,
+        variant: str = "safe",
+        factor_update: str | None = None,
+        damping: float | None = None,
+        bias_correction: str = "paper",
+        momentum: float = 0.95,
+        ns_steps: int = 5,
+        adjust: str = "match_rms_adamw",
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "base": base,
+            "scale": scale, "variant": variant, "factor_update": factor_update, "damping": damping,
+            "bias_correction": bias_correction,
+            "momentum": momentum, "ns_steps": ns_steps, "adjust": adjust,
+        }  # fmt: skip
+        super().__init__(params, defaults, options)
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        check_adam_group(group)
+        check_muon_group(group)
+        check_number("rank", group["rank"], 1, 65536)
+        check_number("scale", group["scale"], 0)
+        if group["damping"] is not None:
+            check_number("damping", group["damping"], 0)
+        choices = {
+            "base": ("adam", "muon"), "variant": tuple(VARIANTS), "bias_correction": ("paper", "matched"),
+            "factor_update": (None, "gauss_seidel", "jacobi"),
+        }  # fmt: skip
+        for key, legal in choices.items():
+            if group[key] not in legal:
+                raise OptimizerError(f"{key}={group[key]!r}, expected one of {legal}")
+        for state in ("exp_avg", "exp_avg_sq"):
+            moment_codec(group["moments"], state)
+
+    def method(self, param: Tensor, name: str | None, group: Group) -> Method:
+        rank = int(group["rank"])
+        if not is_hidden_matrix(param, name, group) or min(matrix_shape(tuple(param.shape))) <= rank:
+            return AdamMethod()
+        if param.dtype == torch.float64:
+            raise OptimizerError("LoRAPre keeps fp32 factors; step fp64 parameters with AdamW(moments='dense')")
+        return LowRankAdamMethod(rank) if group["base"] == "adam" else LowRankMuonMethod(rank)

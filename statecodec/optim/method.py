@@ -1,0 +1,172 @@
+"""An update rule over encoded states, for one parameter at a time.
+
+An optimizer class picks a Method per parameter (FOAM folds hidden matrices and leaves vectors to Adam); a Method is
+stateless: which states it keeps and how they are encoded follows from the parameter and its group, the numbers from the
+group at each step.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs import Codec, EncodedTensor
+from statecodec.kernels.fused import Hyper
+from statecodec.optim import tiles
+from statecodec.optim.weights import Weight, whole
+
+Group: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """How one state of one parameter is stored: codec, and shape and dtype of what it decodes to."""
+
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def zeros(self, device: torch.device) -> EncodedTensor:
+        return self.codec.zeros(self.shape, self.dtype, device)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is fixed for a parameter once its group is: method, states, and how to walk them."""
+
+    name: str | None
+    index: int
+    method: Method
+    specs: Mapping[str, StateSpec]
+    shape: tuple[int, ...]  # as the states see the parameter (trailing dimensions may be flattened)
+
+    @cached_property
+    def walk(self) -> tuple[tiles.Tile, ...]:
+        codecs = {k: s.codec for k, s in self.specs.items()}
+        return self.method.walk(self.shape, tiles.common_align(codecs, self.shape))
+
+    @cached_property
+    def accesses(self) -> dict[str, tiles.Access]:
+        return {k: tiles.access(s.codec, self.walk, s.dtype) for k, s in self.specs.items()}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step of one parameter. `grad` is contiguous and finite, `t` counts this step too."""
+
+    plan: Plan
+    weight: Weight
+    grad: Tensor
+    states: Mapping[str, EncodedTensor]
+    group: Group
+    t: int
+    scratch: tiles.Scratch
+    backend: kernels.Backend
+    steps: ModuleType
+
+    @property
+    def lr(self) -> float:
+        return float(self.group["lr"])
+
+    @property
+    def decay(self) -> float:
+        """The factor of decoupled weight decay."""
+        return 1 - self.lr * decay_per_lr(self.group)
+
+    def gradient(self, tile: tiles.Tile, w: Tensor, l2: float = 0.0) -> Tensor:
+        """The gradient of a tile in the weight's dtype, with `maximize` and L2 decay applied; may be a view: read
+        only."""
+        g = self.grad.view(-1)[tile.start : tile.stop].view(tile.rows, tile.cols)
+        if g.dtype == w.dtype and not l2 and not self.group["maximize"]:
+            return g
+        g = self.scratch.take("grad", (tile.rows, tile.cols), w.dtype, w.device).copy_(g)
+        if self.group["maximize"]:
+            g.neg_()
+        return g.add_(w, alpha=l2) if l2 else g
+
+
+def decay_per_lr(group: Group) -> float:
+    """Weight decay per unit of lr: `weight_decay`, or fully decoupled `weight_decay / initial_lr`."""
+    decay = float(group["weight_decay"])
+    return decay / float(group["initial_lr"]) if decay and group.get("decouple_lr") else decay
+
+
+class Method(ABC):
+    """One update rule. `name` is stable: it stands in checkpoints and names the fused kernel."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        """The states of this parameter, in order."""
+
+    @abstractmethod
+    def step(self, job: Job) -> None:
+        """Update states and weight in place."""
+
+    def view_shape(self, param: Tensor) -> tuple[int, ...]:
+        """The shape in which the states see the parameter."""
+        return tuple(param.shape)
+
+    def walk(self, shape: tuple[int, ...], align: int) -> tuple[tiles.Tile, ...]:
+        """The tiles of a parameter; `align` is where all its codecs can be cut inside a row."""
+        return tiles.tiles(shape, align)
+
+    def init(self, param: Tensor, plan: Plan, group: Group) -> dict[str, EncodedTensor]:
+        """States before the first step: zeros."""
+        return {k: s.zeros(param.device) for k, s in plan.specs.items()}
+
+    def hyper(self, group: Group) -> Hyper | None:
+        """The scalars of a fused step; None if the method has none."""
+        return None
+
+    def state_dtype(self, param: Tensor) -> torch.dtype:
+        """fp32, or fp64 for fp64 parameters."""
+        return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+class Elementwise(Method):
+    """A method that can go tile by tile: every state aligned with the parameter, or folded along its rows."""
+
+    @abstractmethod
+    def scalars(self, job: Job) -> dict[str, Any]:
+        """Keyword arguments of the arithmetic in `kernels.*.steps`, computed once per parameter."""
+
+    def l2(self, group: Group) -> float:
+        """Weight decay that goes through the gradient."""
+        return 0.0
+
+    def step(self, job: Job) -> None:
+        arithmetic = getattr(job.steps, self.name)
+        scalars, l2 = self.scalars(job), self.l2(job.group)
+        for at, tile in enumerate(job.plan.walk):
+            w = job.weight.load(tile)
+            g = job.gradient(tile, w, l2)
+            states = [
+                tiles.StateTile(k, job.states[k], how, at, job.scratch, job.backend)
+                for k, how in job.plan.accesses.items()
+            ]
+            arithmetic(w, g, *(s.values for s in states), **scalars)
+            for state in states:
+                state.store()
+            job.weight.store(tile, w)
+
+
+def whole_weight(job: Job) -> tuple[tiles.Tile, Tensor]:
+    """The whole weight as a matrix of values, for methods that cannot go tile by tile."""
+    tile = whole(job.weight.param)
+    return tile, job.weight.load(tile)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(out, everything else): how a convolution kernel is seen as a matrix."""
+    return shape[0], math.prod(shape[1:])

@@ -1,0 +1,133 @@
+"""Muon: momentum of hidden matrices, orthogonalised by Newton-Schulz (Jordan et al. 2024); everything else gets
+AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from statecodec.errors import OptimizerError
+from statecodec.optim.adamw import AdamMethod, check_adam_group
+from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.method import Group, Job, Method, StateSpec, matrix_shape, whole_weight
+from statecodec.optim.names import is_hidden_matrix
+from statecodec.optim.options import check_number, moment_codec, stored_codec
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ADJUSTMENTS = ("match_rms_adamw", "original")
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+    """An approximately orthogonal matrix with the singular vectors of `matrix` (..., rows, cols): singular values in
+    0.7..1.2.
+
+    Computed in `dtype`; None is bf16 on a GPU and fp32 elsewhere (fp64 for fp64 input): CPUs have no fast bf16 matmul.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if matrix.is_cuda else torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    a, b, c = COEFFICIENTS
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = (matrix.mT if tall else matrix).to(dtype)
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    result: Tensor = x.mT if tall else x
+    return result.to(matrix.dtype)
+
+
+def step_size(group: Group, rows: int, cols: int) -> float:
+    """The factor of lr for a matrix of this shape, as in torch.optim.Muon's `adjust_lr_fn`."""
+    if group["adjust"] == "original":
+        return float(max(1.0, rows / cols) ** 0.5)
+    return float(0.2 * max(rows, cols) ** 0.5)
+
+
+class MuonMethod(Method):
+    """Whole-matrix step: buffer = lerp(buffer, g, 1 - momentum), then Newton-Schulz of it (or of Nesterov's
+    look-ahead)."""
+
+    name: ClassVar[str] = "muon"
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        codec = stored_codec(param, group, "momentum_buffer")
+        return {"momentum_buffer": StateSpec(codec, tuple(param.shape), self.state_dtype(param))}
+
+    def step(self, job: Job) -> None:
+        group, state = job.group, job.states["momentum_buffer"]
+        tile, w = whole_weight(job)
+        g = job.gradient(tile, w)
+        buffer = job.scratch.take("momentum", tuple(state.shape), state.dtype, w.device)
+        state.codec.decode_into(state.parts, buffer, job.backend)
+        momentum = float(group["momentum"])
+        matrix = buffer.view(w.shape).lerp_(g, 1 - momentum)
+        state.codec.encode_into(buffer, state.parts, job.backend)
+        ahead = torch.lerp(g, matrix, momentum) if group["nesterov"] else matrix
+        rows, cols = matrix_shape(tuple(job.weight.param.shape))
+        update = newton_schulz(ahead.view(rows, cols), int(group["ns_steps"]))
+        w.mul_(job.decay).add_(update.view(w.shape), alpha=-job.lr * step_size(group, rows, cols))
+        job.weight.store(tile, w)
+
+
+def check_muon_group(group: Group) -> None:
+    """Raise OptimizerError for what Newton-Schulz and the momentum cannot take."""
+    check_number("momentum", group["momentum"], 0, 1, open_top=True)
+    check_number("ns_steps", group["ns_steps"], 1, 99)
+    if group["adjust"] not in ADJUSTMENTS:
+        raise OptimizerError(f"adjust={group['adjust']!r}, expected one of {', '.join(ADJUSTMENTS)}")
+
+
+class Muon(StateOptimizer):
+    """Muon for hidden matrices, AdamW for embeddings, heads and vectors, in one optimizer.
+
+    Args (further options: StateOptimizer):
+        momentum, nesterov, ns_steps: as in torch.optim.Muon.
+        adjust: `match_rms_adamw` scales updates by 0.2 sqrt(max(rows, cols)), so that lr and weight_decay of AdamW fit
+            both kinds; `original` by sqrt(max(1, rows / cols)).
+        betas, eps: of AdamW. `adam_lr_ratio`: AdamW's lr over Muon's.
+        moments: how the buffer (and AdamW's moments) are stored.
+
+    Give `model.named_parameters()` so that embeddings and heads go to AdamW, or set `matrix` per group.
+    """
+
+    algorithm: ClassVar[str] = "muon"
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.1,
+        *,
+        ns_steps: int = 5,
+        adjust: str = "match_rms_adamw",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        adam_lr_ratio: float = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "ns_steps": ns_steps,
+            "adjust": adjust, "betas": betas, "eps": eps, "adam_lr_ratio": adam_lr_ratio,
+        }  # fmt: skip
+        super().__init__(params, defaults, options)
+
+    def check_group(self, group: Group) -> None:
+        super().check_group(group)
+        check_adam_group(group)
+        check_muon_group(group)
+        check_number("adam_lr_ratio", group["adam_lr_ratio"], 0)
+        for state in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            moment_codec(group["moments"], state)
+
+    def method(self, param: Tensor, name: str | None, group: Group) -> Method:
+        matrix = is_hidden_matrix(param, name, group)
+        return MuonMethod() if matrix else AdamMethod(lr_ratio=float(group["adam_lr_ratio"]))
+
+    def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
+        return "ns_steps" in group and "nesterov" in group

@@ -1,0 +1,77 @@
+"""Is a step large enough to be seen? Stored weights have a grid; what is smaller than half its spacing rounds away,
+every time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from statecodec.optim.base import StateOptimizer
+from statecodec.optim.method import Group, decay_per_lr
+
+# Relative spacing at the top of a binade, where it is finest: 2**-(mantissa bits + 1) of the value.
+_MANTISSA = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
+
+
+@dataclass(frozen=True)
+class InvisibleStep:
+    """One parameter whose `what` (`step` or `decay`) is smaller than half the spacing of its stored weights.
+
+    `change` is the relative change asked for, `needed` the smallest that is sure to be stored.
+    """
+
+    param: str | int
+    what: str
+    change: float
+    needed: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.param}: a {self.what} of {self.change:.2e} relative rounds away (needed: {self.needed:.2e}); "
+            "use stochastic_rounding=True, master_weights='split32', or a larger lr"
+        )
+
+
+@torch.no_grad()
+def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> list[InvisibleStep]:
+    """What would not be seen at the present lr; empty if everything is.
+
+    A step of lr * `typical_update` (an Adam update is around 0.1 to 1, a sign update 1) is compared with the spacing at
+    the parameter's largest weight, weight decay (lr * weight_decay, relative) with the relative spacing. Parameters
+    that round stochastically are fine by construction. Reads every parameter once; call it at the start and when the
+    schedule has become small.
+    """
+    found = []
+    for group in optimizer.param_groups:
+        lr = float(group["lr"])
+        for p in group["params"]:
+            plan = optimizer.plan(p, group)
+            bits = _mantissa_bits(p, group)
+            if lr == 0 or bits is None or not p.numel():
+                continue
+            name = plan.name or plan.index
+            decay = lr * decay_per_lr(group)
+            # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
+            if 0 < decay < 2.0 ** -(bits + 2):
+                found.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
+            largest = float(p.abs().amax())
+            if not (0 < largest < math.inf):
+                continue
+            spacing = 2.0 ** (math.floor(math.log2(largest)) - bits)
+            if lr * typical_update < spacing / 2:
+                found.append(InvisibleStep(name, "step", lr * typical_update / largest, spacing / 2 / largest))
+    return found
+
+
+def _mantissa_bits(p: Tensor, group: Group) -> int | None:
+    """Mantissa bits of the stored weight; None if it rounds stochastically."""
+    bits = _MANTISSA[p.dtype]
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return bits
+    if group["stochastic_rounding"] and group["master_weights"] != "split32":
+        return None
+    extra = {None: 0, "split24": 8, "split32": 16}[group["master_weights"]]
+    return min(bits + extra, 23)

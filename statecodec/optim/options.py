@@ -1,0 +1,87 @@
+"""Reading the options that every optimizer shares: how moments are stored, what may be encoded, what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec.codecs import Cast, Codec, Companded, Raw, Split, format_codec, parse
+from statecodec.errors import CodecError, OptimizerError
+from statecodec.optim.method import Group
+
+# Second moments: never negative, and a stored zero must be an exact zero. Everything else is a first moment.
+SECOND_MOMENTS = ("exp_avg_sq",)
+
+# FlashOptim's group of 32. Square root rather than logarithm for a live second moment: its codes are so fine near the
+# top that an average with beta2 = 0.999 still moves, where a logarithmic code (4 % apart everywhere) would stand still.
+PRESETS: dict[str, tuple[Codec, Codec]] = {
+    "dense": (Raw(), Raw()),
+    "companded8": (Companded("softsign", 8, 32), Companded("sqrt", 8, 32)),
+}
+
+
+def moment_codec(moments: str | Mapping[str, str], state: str) -> Codec:
+    """The codec that a group's `moments` option gives one state. Raises OptimizerError."""
+    if isinstance(moments, str) and moments in PRESETS:
+        return PRESETS[moments][state in SECOND_MOMENTS]
+    text = moments if isinstance(moments, str) else moments.get(state)
+    if text is None:
+        raise OptimizerError(f"moments={dict(moments)!r} says nothing about {state}; name a codec for it, or raw")  # type: ignore[arg-type]
+    try:
+        codec = parse(text)
+    except CodecError as error:
+        names = ", ".join(PRESETS)
+        raise OptimizerError(f"moments={text!r} for {state} is neither {names} nor a codec: {error}") from error
+    if not isinstance(codec, Raw | Cast | Companded | Split):
+        raise OptimizerError(
+            f"moments={text!r}: a live {state} is raw, cast, split or companded; folded states are FOAM's, shared ones "
+            "SlimAdam's, low-rank ones LoRAPre's"
+        )
+    if isinstance(codec, Companded) and codec.signed == (state in SECOND_MOMENTS):
+        fit = "sqrt or log" if state in SECOND_MOMENTS else "softsign or linear"
+        raise OptimizerError(f"moments={text!r}: {state} needs a curve of {fit}")
+    return codec
+
+
+def plain_moments(moments: object) -> str | dict[str, str]:
+    """The `moments` option as it stands in a param group: text, or text by state name. Raises OptimizerError."""
+    if isinstance(moments, Codec):
+        return format_codec(moments)
+    if isinstance(moments, str):
+        return moments
+    if isinstance(moments, Mapping):
+        return {str(k): format_codec(v) if isinstance(v, Codec) else str(v) for k, v in moments.items()}
+    raise OptimizerError(f"moments={moments!r}: expected {', '.join(PRESETS)}, a codec, or codecs by state")
+
+
+def stored_codec(param: Tensor, group: Group, state: str) -> Codec:
+    """The codec of one full-size state of this parameter: small and fp64 ones stay exact."""
+    codec = moment_codec(group["moments"], state)
+    exact = param.numel() < group["dense_below"] or param.dtype == torch.float64
+    return Raw() if exact else codec
+
+
+def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_top: bool = False) -> None:
+    """Raise OptimizerError unless low <= value <= high (< high if `open_top`)."""
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    ok = isinstance(number, int | float) and low <= number <= high and not (open_top and number == high)
+    if not ok:
+        top = "" if high == math.inf else f" and {'<' if open_top else '<='} {high}"
+        raise OptimizerError(f"{name}={value!r}, expected a number >= {low}{top}")
+
+
+def check_param(param: Tensor) -> None:
+    """Raise OptimizerError for what no optimizer here can step."""
+    kind = type(param)
+    if kind.__module__.startswith("torch.distributed") or kind.__name__ == "DTensor":
+        raise OptimizerError(
+            "DTensor parameters (FSDP2, tensor parallelism) are not supported yet; use DDP, or step local tensors"
+        )
+    if param.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise OptimizerError(f"parameters are fp32, bf16, fp16 or fp64, found {param.dtype} {tuple(param.shape)}")
+    if param.layout != torch.strided:
+        raise OptimizerError(f"parameters are dense (strided) tensors, found {param.layout}")

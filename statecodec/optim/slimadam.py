@@ -1,0 +1,178 @@
+"""SlimAdam: second moments shared along whole dimensions (arXiv 2503.01843, section 5 and table 3)."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from statecodec.codecs import Shared
+from statecodec.errors import OptimizerError
+from statecodec.kernels.fused import Hyper
+from statecodec.optim import tiles
+from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
+from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.method import Group, Job, Method, StateSpec
+from statecodec.optim.options import moment_codec, stored_codec
+
+# Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
+# match nothing: their parts want different dimensions.
+STATIC_RULES: tuple[tuple[str, tuple[int, ...]], ...] = tuple(
+    (pattern, dims)
+    for dims, words in (
+        ((1,), "q_proj k_proj wq wk query key lm_head head embed_tokens embedding embeddings wte wpe"),
+        ((0,), "v_proj o_proj out_proj wv wo value c_proj up_proj gate_proj down_proj c_fc fc1 fc2 w1 w2 w3"),
+    )
+    for word in words.split()
+    for pattern in (f"{word}.weight", f"*.{word}.weight")
+)
+
+
+def read_rules(rules: object) -> list[list[Any]]:
+    """Rules as they stand in a param group: [[pattern, [dims]], ...], first match wins; [] shares nothing.
+
+    Takes "static" (STATIC_RULES), None, a mapping from name or pattern to dims (None or []: not shared), a sequence of
+    (pattern, dims), or the path of a JSON file {"rules": [{"pattern": ..., "dims": [...]}, ...]}. Patterns are shell
+    patterns on parameter names. Raises OptimizerError.
+    """
+    if rules is None:
+        return []
+    if rules == "static":
+        return [[p, list(d)] for p, d in STATIC_RULES]
+    if isinstance(rules, str | Path):
+        rules = _read_file(Path(rules))
+    if isinstance(rules, Mapping):
+        rules = list(rules.items())
+    if not isinstance(rules, Sequence):
+        raise OptimizerError(f"rules={rules!r}: expected 'static', None, a mapping, pairs, or the path of a rules file")
+    checked = []
+    for rule in rules:
+        pair = isinstance(rule, list | tuple) and len(rule) == 2 and isinstance(rule[0], str)
+        dims = (rule[1] if rule[1] is not None else ()) if pair else None
+        if not isinstance(dims, list | tuple) or not all(type(d) is int and d >= 0 for d in dims):
+            raise OptimizerError(f"a rule is a pattern and a list of dimensions from 0, found {str(rule)[:120]}")
+        checked.append([rule[0], sorted(set(dims))])
+    return checked
+
+
+def _read_file(path: Path) -> list[tuple[object, object]]:
+    try:
+        document = json.loads(path.read_text())
+        return [(rule["pattern"], rule["dims"]) for rule in document["rules"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = '{"rules": [{"pattern": ..., "dims": [...]}]}'
+        raise OptimizerError(f"{path}: not a rules file {expected}: {error}") from error
+
+
+class SlimMethod(Method):
+    """Adam with a second moment that has the shared dimensions of size 1; arithmetic:
+    `kernels.reference.steps.shared_adam`."""
+
+    name: ClassVar[str] = "slim"
+
+    def __init__(self, dims: tuple[int, ...]) -> None:
+        self._dims = dims
+
+    def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
+        shape = tuple(param.shape)
+        first = StateSpec(stored_codec(param, group, "exp_avg"), shape, torch.float32)
+        return {"exp_avg": first, "exp_avg_sq": StateSpec(Shared(self._dims), shape, torch.float32)}
+
+    def walk(self, shape: tuple[int, ...], align: int) -> tuple[tiles.Tile, ...]:
+        """Slabs of whole indices of dimension 0, so that every tile broadcasts against the shared moment."""
+        inner, cols = math.prod(shape[1:-1]), shape[-1]
+        return tiles.tiles(shape, max(cols, 1), unit=max(inner, 1))
+
+    def step(self, job: Job) -> None:
+        s, shape = adam_scalars(job), job.plan.shape
+        second = job.states["exp_avg_sq"].parts["mean.data"]
+        beta2 = s.pop("beta2")
+        second.mul_(beta2).add_(self._mean_square(job), alpha=1 - beta2)
+        slab = math.prod(shape[1:])
+        how = job.plan.accesses["exp_avg"]
+        for at, tile in enumerate(job.plan.walk):
+            full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
+            w = job.weight.load(tile)
+            g = job.gradient(tile, w)
+            m = tiles.StateTile("exp_avg", job.states["exp_avg"], how, at, job.scratch, job.backend)
+            v = second if 0 in self._dims else second[tile.start // max(slab, 1) :][: full[0]]
+            job.steps.shared_adam(w.view(full), g.view(full), m.values.view(full), v, **s)
+            m.store()
+            job.weight.store(tile, w)
+
+    def _mean_square(self, job: Job) -> Tensor:
+        """The mean of g * g over the shared dimensions, in their keepdim shape (fp32)."""
+        shape, slab = job.plan.shape, math.prod(job.plan.shape[1:])
+        total = torch.zeros_like(job.states["exp_avg_sq"].parts["mean.data"])
+        for tile in job.plan.walk:
+            full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
+            g = job.grad.view(-1)[tile.start : tile.stop].view(full).to(torch.float32)
+            part = g.square().sum(self._dims, keepdim=True)
+            where = total if 0 in self._dims else total[tile.start // max(slab, 1) :][: full[0]]
+            where.add_(part)
+        return total.div_(math.prod(shape[d] for d in self._dims))
+
+    def hyper(self, group: Group) -> Hyper | None:
+        return AdamMethod().hyper(group)
+
+
+class SlimAdam(StateOptimizer):
+    """SlimAdam: AdamW whose second moments are means over fan_in or fan_out, parameter by parameter.
+
+    Args (further options: StateOptimizer):
+        rules: which dimensions to share, by name: `static` (the paper's table 3), None, a mapping or pairs, or a rules
+            file, for instance one measured with the signal-to-noise ratio. First match wins. Vectors are never shared.
+        decay_vectors: False leaves parameters of fewer than two dimensions undecayed, as the published code does.
+        moments: how first moments, and second moments that are not shared, are stored; `dense` is the published form.
+
+    Rules need names: give `model.named_parameters()`.
+    """
+
+    algorithm: ClassVar[str] = "slimadam"
+    torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        *,
+        rules: object = "static",
+        decay_vectors: bool = False,
+        **options: Unpack[Options],
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rules": rules,
+            "decay_vectors": decay_vectors,
+        }  # fmt: skip
+        super().__init__(params, defaults, {"moments": "dense", **options})
+
+    def check_group(self, group: Group) -> None:
+        group["rules"] = read_rules(group["rules"])
+        super().check_group(group)
+        check_adam_group(group)
+        for state in ("exp_avg", "exp_avg_sq"):
+            moment_codec(group["moments"], state)
+
+    def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
+        return takes_torch_adam(group, l2=False)
+
+    def method(self, param: Tensor, name: str | None, group: Group) -> Method:
+        plain = AdamMethod(decays=param.ndim >= 2 or bool(group["decay_vectors"]))
+        dims = next((tuple(d) for pattern, d in group["rules"] if name and fnmatch.fnmatchcase(name, pattern)), ())
+        if param.ndim < 2 or not dims or not param.numel():
+            return plain
+        if dims[-1] >= param.ndim:
+            raise OptimizerError(f"rule for {name}: dimensions {list(dims)} of a shape {tuple(param.shape)}")
+        if param.dtype == torch.float64:
+            raise OptimizerError("SlimAdam keeps fp32 states; step fp64 parameters with AdamW(moments='dense')")
+        return SlimMethod(dims)

@@ -1,0 +1,128 @@
+"""The weight as a step sees it: fp32 values, whatever the parameter is stored as.
+
+With master weights the model's bf16 or fp16 parameter is the high part of a split and the optimizer keeps the low part,
+so the forward pass runs on the rounded weight and the step on 24 or 32 bits of it (FlashOptim section 3.1; arithmetic:
+`codecs.Split`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from statecodec import kernels
+from statecodec.codecs import Split
+from statecodec.errors import OptimizerError
+from statecodec.kernels.reference.steps import dither
+from statecodec.optim.tiles import Scratch, Tile
+
+if TYPE_CHECKING:
+    from statecodec.optim.base import StateOptimizer
+
+_HIGH = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+_LOW_BITS = {"split24": 8, "split32": 16}
+MASTER_WEIGHTS = (None, *_LOW_BITS)
+
+
+def split_codec(dtype: torch.dtype, master_weights: str | None) -> Split | None:
+    """The split whose high part is a parameter of this dtype; None where the parameter is its own master weight."""
+    if master_weights is None or dtype not in _HIGH:
+        return None
+    if master_weights not in _LOW_BITS:
+        raise OptimizerError(f"master_weights={master_weights!r}, expected split24, split32 or None")
+    return Split(_HIGH[dtype], _LOW_BITS[master_weights])
+
+
+@dataclass(frozen=True)
+class Dither:
+    """Stochastic rounding of the bits that the stored weight lacks; the draw depends on (seed, index, step, element)
+    only."""
+
+    seed: int
+    index: int
+    step: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter (contiguous), the low part of its split, and how to round."""
+
+    param: Tensor
+    low: Tensor | None
+    codec: Split | None
+    dither: Dither | None
+    scratch: Scratch
+    backend: kernels.Backend
+
+    def load(self, tile: Tile) -> Tensor:
+        """The values of a tile: a view of an fp32 or fp64 parameter, a scratch buffer otherwise."""
+        high = self.param.view(-1)[tile.start : tile.stop].view(tile.rows, tile.cols)
+        if high.dtype in (torch.float32, torch.float64):
+            return high
+        values = self.scratch.take("weight", (tile.rows, tile.cols), torch.float32, high.device)
+        if self.low is None or self.codec is None:
+            return values.copy_(high)
+        low = self.low.view(-1)[tile.start : tile.stop]
+        self.codec.decode_into({"high": high.view(-1), "low": low}, values.view(-1), self.backend)
+        return values
+
+    def store(self, tile: Tile, values: Tensor) -> None:
+        """Write the values of a tile back. Raises UnencodableValues where an fp16 weight leaves fp16's range."""
+        high = self.param.view(-1)[tile.start : tile.stop]
+        if high.dtype in (torch.float32, torch.float64):
+            return
+        values = values.view(-1)
+        drop = 16 if self.low is None else 16 - 8 * self.low.element_size()
+        if self.dither is not None and drop:
+            d = self.dither
+            dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=tile.start)
+        if self.low is None or self.codec is None:
+            high.copy_(values)
+        else:
+            low = self.low.view(-1)[tile.start : tile.stop]
+            self.codec.encode_into(values, {"high": high, "low": low}, self.backend)
+
+
+def whole(param: Tensor) -> Tile:
+    """The whole parameter as one tile, for methods that need all of it at once."""
+    rows = param.shape[0] if param.ndim > 1 else 1
+    return Tile(0, param.numel(), rows, param.numel() // max(rows, 1))
+
+
+def fp32_state_dict(model: nn.Module, optimizer: StateOptimizer) -> dict[str, Tensor]:
+    """The model's state_dict with the master weights of every parameter that the optimizer owns, in fp32, under the
+    same names."""
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    masters: dict[Tensor, Tensor] = {}
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p in owned:
+            state[name] = masters.setdefault(p, optimizer.master_weight(p))
+    return state
+
+
+def load_fp32_state_dict(model: nn.Module, optimizer: StateOptimizer, state: Mapping[str, Tensor]) -> None:
+    """Load full-precision weights into model and master weights: unlike a cast to bf16, no bit that the split can hold
+    is lost.
+
+    Raises OptimizerError for missing or unexpected names and for other shapes (before anything is changed).
+    """
+    expected = model.state_dict()
+    if state.keys() != expected.keys():
+        difference = sorted(state.keys() ^ expected.keys())
+        raise OptimizerError(f"weights and model differ in {len(difference)} names, among them {difference[:4]}")
+    shapes = [name for name, value in expected.items() if value.shape != state[name].shape]
+    if shapes:
+        raise OptimizerError(f"the weights have other shapes than the model at {shapes[:4]}")
+    owned = {p for group in optimizer.param_groups for p in group["params"]}
+    masters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p in owned}
+    with torch.no_grad():
+        for name, value in expected.items():
+            if name in masters:
+                optimizer.set_master_weight(masters[name], state[name])
+            else:
+                value.copy_(state[name])

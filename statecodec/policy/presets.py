@@ -15,8 +15,8 @@ _BIG = "numel>=4096"
 _MOMENTS_8 = (
     f"exp_avg:{_BIG}=companded(curve=softsign,bits=8,group=128)",
     f"momentum:{_BIG}=companded(curve=softsign,bits=8,group=128)",
-    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128)",
-    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128)",
+    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=15)",
+    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=15)",
 )
 _MOMENTS_4 = (
     f"exp_avg:{_BIG}=companded(curve=softsign,bits=4,group=32)",

@@ -1,0 +1,49 @@
+"""statecodec: training checkpoints and optimizer state at a third of their size.
+
+    report = statecodec.compress("ckpt.pt")                     -> ckpt.sc.safetensors
+    statecodec.restore("ckpt.sc.safetensors", "ckpt.pt")
+    ckpt = statecodec.load("ckpt.sc.safetensors")               what torch.load would give, nothing executed
+
+docs/ has the file format, the codecs, the command line and the optimizers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from statecodec._version import __version__
+
+if TYPE_CHECKING:
+    from statecodec.layouts.tree import OpaqueObject
+    from statecodec.pipeline.checkpoint import Checkpoint, load
+    from statecodec.pipeline.checkpoint import open_checkpoint as open
+    from statecodec.pipeline.compress import compress
+    from statecodec.pipeline.diff import diff
+    from statecodec.pipeline.inspect import inspect
+    from statecodec.pipeline.native import save
+    from statecodec.pipeline.report import DiffReport, Report
+    from statecodec.pipeline.restore import restore
+    from statecodec.pipeline.verify import verify
+
+__all__ = [
+    "Checkpoint", "DiffReport", "OpaqueObject", "Report", "__version__", "compress", "diff", "inspect", "load", "open", "restore",
+    "save", "verify",
+]  # fmt: skip
+
+# Imported when first used, so that `import statecodec` costs nothing beyond this file.
+_HOMES = {
+    "Checkpoint": "pipeline.checkpoint", "DiffReport": "pipeline.report", "OpaqueObject": "layouts.tree",
+    "Report": "pipeline.report", "compress": "pipeline.compress", "diff": "pipeline.diff", "inspect": "pipeline.inspect",
+    "load": "pipeline.checkpoint", "open": "pipeline.checkpoint", "restore": "pipeline.restore", "save": "pipeline.native",
+    "verify": "pipeline.verify",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    value = getattr(module, "open_checkpoint" if name == "open" else name)
+    globals()[name] = value
+    return value

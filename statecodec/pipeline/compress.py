@@ -1,0 +1,239 @@
+"""Source checkpoint -> compressed file, streamed: read a chunk, encode it, measure its error, pack it, append it."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from statecodec import codecs, kernels
+from statecodec._version import __version__
+from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.errors import BackendUnavailable, LayoutError, OutputExists, UnencodableValues, UsageError
+from statecodec.format import PackedChunk, Packing, Writer
+from statecodec.kernels.reference.statistics import Comparison
+from statecodec.layouts import Source, locate
+from statecodec.pipeline import document as documents
+from statecodec.pipeline.paths import compressed_path, parse_size
+from statecodec.pipeline.plan import Plan, PlannedItem, make_plan
+from statecodec.pipeline.report import Report
+from statecodec.pipeline.source_files import SourceFiles
+from statecodec.pipeline.stored import report_of
+from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map, read_exactly
+from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
+
+
+@dataclass(frozen=True)
+class _Job:
+    item: int
+    chunk: Chunk
+
+
+class _Refused(Exception):
+    """A tensor's values do not go into the codec that was planned for it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(reason)
+        self.name, self.reason = name, reason
+
+
+def compress(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    preset: str = "resume",
+    rules: Sequence[str | Rule] = (),
+    rules_file: str | Path | None = None,
+    pack: str = "zstd",
+    device: str = "auto",
+    max_shard_size: str | int | None = "5GB",
+    verify: bool = False,
+    force: bool = False,
+    sha256: bool = True,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress a checkpoint file or directory into `dst` (by default SRC's name with `.sc.safetensors`, beside it).
+
+    `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a tensor
+    decides. Tensors that a codec would falsify (NaN, infinities, negative second moments) are kept exact and named in
+    the report's notes. `verify` reads the result back and compares it with the source before returning. Memory is bounded
+    whatever the size of the checkpoint (codecs that need a whole tensor excepted). Nothing of the source is ever executed.
+
+    Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
+    """
+    started = time.perf_counter()
+    policy = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ()), *preset_rules(preset)))
+    packing, shard_size, where = Packing.parse(pack), parse_size(max_shard_size), target_device(device)
+    source = locate(src)
+    target = Path(dst) if dst is not None else compressed_path(source.root)
+    if not force and (target.exists() or target.with_name(target.name + ".index.json").exists()):
+        raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
+    run = partial(_write, target=target, packing=packing, shard_size=shard_size, force=force, sha256=sha256, preset=preset,
+                  policy=policy, device=where, threads=threads or default_threads(), progress=progress)  # fmt: skip
+    plan, refusals = make_plan(source, policy), {}
+    try:
+        run(plan, ())
+    except _Refused:
+        refusals = _find_refusals(plan, where, threads or default_threads(), progress)
+        plan = make_plan(source, policy, refusals)
+        run(plan, tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items()))
+    report = report_of(target)
+    if verify:
+        report = _verified(target, source.root, report, progress)
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def _write(
+    plan: Plan, notes: tuple[str, ...], *, target: Path, packing: Packing, shard_size: int | None, force: bool, sha256: bool,
+    preset: str, policy: Policy, device: torch.device, threads: int, progress: Progress | None,
+) -> None:  # fmt: skip
+    source = plan.source
+    files = SourceFiles(source)
+    own = [i for i, f in enumerate(source.files) if f.same_as is None]
+    hashes = FileHashes([(files.path(i), source.files[i].nbytes) for i in own] if sha256 else [])
+    meter = Meter(progress, plan.nbytes, "compressing")
+    hashes.start()
+    try:
+        stored = [p.item for p in plan.items]
+        with Writer(target, stored, packing=packing, max_shard_size=shard_size, force=force) as writer:
+            errors = _ErrorSums(plan)
+            encode = partial(_encode, plan, files, writer, device)
+            for job, packed, comparison in ordered_map(encode, _jobs(plan), threads):
+                writer.append(packed)
+                errors.add(job.item, comparison)
+                meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
+            for index, error in errors.results():
+                writer.set_attributes(index, {**plan.items[index].item.attributes, "error": error})
+            found = dict(zip(own, hashes.digests(), strict=False))
+            files.check_unchanged()
+            digests = [found.get(i) for i in range(len(source.files))]
+            writer.close(documents.to_json(_document(plan, notes, preset, policy, digests)))
+    finally:
+        hashes.cancel()
+
+
+def _jobs(plan: Plan) -> Iterator[_Job]:
+    for index, planned in enumerate(plan.items):
+        item = planned.item
+        for chunk in iterate(item.codec, item.shape, item.dtype):
+            yield _Job(index, chunk)
+
+
+def _encode(
+    plan: Plan, files: SourceFiles, writer: Writer, device: torch.device, job: _Job
+) -> tuple[_Job, PackedChunk, Comparison | None]:
+    planned = plan.items[job.item]
+    x = files.read(plan, planned, job.chunk)
+    parts, comparison = _encode_chunk(planned, x, device)
+    return job, writer.pack(job.item, job.chunk, parts), comparison
+
+
+def _encode_chunk(planned: PlannedItem, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Comparison | None]:
+    codec = planned.item.codec
+    if isinstance(codec, codecs.Raw):
+        return {"data": x}, None
+    try:
+        encoded = codec.encode(x.to(device))
+    except UnencodableValues as error:
+        raise _Refused(planned.item.name, str(error)) from error
+    decoded = encoded.decode().to("cpu")
+    if x.dtype not in (torch.float32, torch.float64):
+        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
+    comparison = kernels.get("cpu").compare(x.view(-1), decoded.view(-1))
+    return {name: part.to("cpu") for name, part in encoded.parts.items()}, comparison
+
+
+def _find_refusals(plan: Plan, device: torch.device, threads: int, progress: Progress | None) -> dict[str, str]:
+    """Every item that its codec refuses, with the reason: one pass over all lossy items."""
+    refusals: dict[str, str] = {}
+    meter = Meter(progress, plan.nbytes, "looking for values that cannot be encoded")
+
+    def attempt(job: _Job) -> tuple[_Job, _Refused | None]:
+        planned = plan.items[job.item]
+        try:
+            if planned.lossy and planned.item.name not in refusals:
+                _encode_chunk(planned, files.read(plan, planned, job.chunk), device)
+        except _Refused as refused:
+            return job, refused
+        return job, None
+
+    files = SourceFiles(plan.source)
+    for job, refused in ordered_map(attempt, _jobs(plan), threads):
+        if refused is not None:
+            refusals.setdefault(refused.name, refused.reason)
+        meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
+    return refusals
+
+
+class _ErrorSums:
+    """Adds the chunks' error sums up per item."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._numel = [math.prod(p.item.shape) for p in plan.items]
+        self._sums: dict[int, list[float]] = {}
+
+    def add(self, item: int, c: Comparison | None) -> None:
+        if c is not None:
+            sums = self._sums.setdefault(item, [0.0, 0.0, 0.0])
+            sums[0] += c.sum_sq
+            sums[1] += c.sum_sq_diff
+            sums[2] = max(sums[2], c.max_abs_diff)
+
+    def results(self) -> Iterator[tuple[int, dict[str, float]]]:
+        for item, (sum_sq, sum_sq_diff, largest) in self._sums.items():
+            relative = math.sqrt(sum_sq_diff / sum_sq) if sum_sq else 0.0
+            rms = math.sqrt(sum_sq_diff / max(self._numel[item], 1))
+            yield item, {"rms": rms, "relative_rms": relative, "max_abs": largest}
+
+
+def _document(
+    plan: Plan, notes: tuple[str, ...], preset: str, policy: Policy, digests: Sequence[str | None]
+) -> documents.Document:
+    source = plan.source
+    single = None if source.is_directory else source.files[0]
+    return documents.Document(
+        created_by=f"statecodec {__version__}",
+        preset=preset,
+        rules=tuple(str(rule) for rule in policy.rules),
+        source={
+            "name": source.root.name,
+            "layout": "directory" if single is None else single.layout,
+            "bytes": plan.nbytes,
+            "sha256": None if single is None else digests[0],
+        },
+        files=plan.stored_files(digests),
+        directories=source.directories,
+        notes=(*plan.notes, *notes),
+    )
+
+
+def _verified(target: Path, root: Path, report: Report, progress: Progress | None) -> Report:
+    from statecodec.pipeline.verify import verify
+
+    try:
+        checked = verify(target, against=root, progress=progress)
+    except BaseException:
+        for name in report.files:
+            Path(name).unlink(missing_ok=True)
+        raise
+    return replace(report, updates=checked.updates, total=checked.total)
+
+
+def _rule(rule: str | Rule) -> Rule:
+    return parse_rule(rule) if isinstance(rule, str) else rule
+
+
+def target_device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {name!r}: expected auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BackendUnavailable("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

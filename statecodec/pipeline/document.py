@@ -1,0 +1,236 @@
+"""The source's description inside a compressed file's manifest, and reading it back without trusting it.
+
+The document says how to rebuild the source: its files, which stored item fills which byte range of which file, the views that
+name tensors in those ranges, the zip CRCs to recompute, and the moments that belong together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar, cast
+
+import torch
+
+from statecodec.errors import FormatError
+from statecodec.layouts import Crc32, Moments, View
+
+T = TypeVar("T")
+
+_MAX_FILE = 1 << 50
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One source file as a compressed checkpoint describes it. `regions`: (offset in the file, item index), by offset."""
+
+    path: str
+    nbytes: int
+    mode: int
+    layout: str
+    sha256: str | None
+    regions: tuple[tuple[int, int], ...]
+    skeleton: int | None
+    views: tuple[View, ...]
+    crcs: tuple[Crc32, ...]
+    moments: tuple[Moments, ...]
+    same_as: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """Everything that a compressed checkpoint knows about its source."""
+
+    created_by: str
+    preset: str | None
+    rules: tuple[str, ...]
+    source: dict[str, Any]
+    files: tuple[StoredFile, ...]
+    directories: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def is_directory(self) -> bool:
+        return self.source.get("layout") == "directory"
+
+
+def to_json(document: Document) -> dict[str, Any]:
+    """Plain JSON values; `from_json` is the inverse."""
+    return {
+        "created_by": document.created_by,
+        "preset": document.preset,
+        "rules": list(document.rules),
+        "source": document.source,
+        "files": [_file_to_json(file) for file in document.files],
+        "directories": list(document.directories),
+        "notes": list(document.notes),
+    }
+
+
+def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
+    """The document, checked against the items' decoded sizes in bytes. Raises FormatError for anything that does not add up."""
+    files = tuple(_file_from_json(f, sizes) for f in _list(value, "files"))
+    paths = [f.path for f in files]
+    if len(set(paths)) != len(paths):
+        raise FormatError("the document names a file twice")
+    for file in files:
+        if file.same_as is not None and file.same_as not in paths[: paths.index(file.path)]:
+            raise FormatError(f"{file.path!r} is said to be the same as {str(file.same_as)!r}, which is no earlier file")
+    source = _get(value, "source", dict)
+    if source.get("layout") not in ("torch_zip", "safetensors", "directory", "opaque", "native"):
+        raise FormatError(f"unknown source layout {str(source.get('layout'))!r}; this file needs a newer reader")
+    if type(source.get("bytes")) is not int:
+        raise FormatError("the document does not say how many bytes the source had")
+    return Document(
+        created_by=_get(value, "created_by", str),
+        preset=_optional(value, "preset", str),
+        rules=tuple(_strings(value, "rules")),
+        source=source,
+        files=files,
+        directories=tuple(_safe_path(p) for p in _strings(value, "directories")),
+        notes=tuple(_strings(value, "notes")),
+    )
+
+
+def _file_to_json(file: StoredFile) -> dict[str, Any]:
+    plain: dict[str, Any] = {
+        "path": file.path,
+        "bytes": file.nbytes,
+        "mode": file.mode,
+        "layout": file.layout,
+        "sha256": file.sha256,
+        "regions": [list(r) for r in file.regions],
+        "skeleton": file.skeleton,
+        "views": [
+            [v.name, v.region, str(v.dtype).removeprefix("torch."), list(v.shape), list(v.stride), v.offset] for v in file.views
+        ],
+        "crcs": [[c.offset, c.nbytes, list(c.at)] for c in file.crcs],
+        "moments": [vars(m) for m in file.moments],
+    }
+    for key, value in (("same_as", file.same_as), ("note", file.note)):
+        if value is not None:
+            plain[key] = value
+    return plain
+
+
+def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:
+    if not isinstance(value, dict):
+        raise FormatError("a file of the document is not an object")
+    nbytes = _integer(value.get("bytes"), 0, _MAX_FILE)
+    regions = tuple((_integer(o, 0, nbytes), _integer(i, 0, len(sizes) - 1)) for o, i in _rows(value, "regions", 2))
+    skeleton = value.get("skeleton")
+    if skeleton is not None:
+        _integer(skeleton, 0, len(sizes) - 1)
+    _check_cover(value.get("path"), nbytes, regions, skeleton, sizes, value.get("same_as"))
+    views = tuple(_view(row, regions, sizes) for row in _rows(value, "views", 6))
+    crcs = tuple(
+        Crc32(_integer(o, 0, nbytes), _integer(n, 0, nbytes - o), tuple(_integer(at, 0, nbytes - 4) for at in _sequence(ats)))
+        for o, n, ats in _rows(value, "crcs", 3)
+    )
+    return StoredFile(
+        path=_safe_path(_get(value, "path", str)),
+        nbytes=nbytes,
+        mode=_integer(value.get("mode"), 0, 0o7777) & 0o777,
+        layout=_get(value, "layout", str),
+        sha256=_optional(value, "sha256", str),
+        regions=regions,
+        skeleton=skeleton,
+        views=views,
+        crcs=crcs,
+        moments=tuple(_moments(m) for m in _list(value, "moments")),
+        same_as=_optional(value, "same_as", str),
+        note=_optional(value, "note", str),
+    )
+
+
+def _check_cover(
+    path: Any, nbytes: int, regions: Sequence[tuple[int, int]], skeleton: int | None, sizes: Sequence[int], same_as: Any
+) -> None:
+    """Regions are disjoint, in order and inside the file, and together with the skeleton fill it exactly."""
+    end = 0
+    for offset, item in regions:
+        if offset < end or offset + sizes[item] > nbytes:
+            raise FormatError(f"regions of {str(path)!r} overlap or leave the file")
+        end = offset + sizes[item]
+    filled = sum(sizes[item] for _, item in regions) + (sizes[skeleton] if skeleton is not None else 0)
+    if same_as is None and filled != nbytes:
+        raise FormatError(f"{str(path)!r} is said to have {nbytes} bytes, but its parts fill {filled}")
+
+
+def _view(row: Sequence[Any], regions: Sequence[tuple[int, int]], sizes: Sequence[int]) -> View:
+    name, region, dtype_name, shape, stride, offset = row
+    dtype = getattr(torch, str(dtype_name), None)
+    if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
+        raise FormatError(f"view {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
+    _integer(region, 0, len(regions) - 1)
+    dims = tuple(_integer(n, 0, _MAX_FILE) for n in _sequence(shape))
+    steps = tuple(_integer(n, 0, _MAX_FILE) for n in _sequence(stride))
+    start = _integer(offset, 0, _MAX_FILE)
+    last = start + sum((n - 1) * s for n, s in zip(dims, steps, strict=True)) if len(dims) == len(steps) else -1
+    available = sizes[regions[region][1]] // dtype.itemsize
+    if last < 0 or (0 not in dims and last >= available) or (0 not in dims and math.prod(dims) > 1 << 48):
+        raise FormatError(f"view {name!r} does not fit into its region")
+    return View(name, region, dtype, dims, steps, start)
+
+
+def _moments(value: Any) -> Moments:
+    if not isinstance(value, dict):
+        raise FormatError("a pair of moments is not an object")
+    number = {k: value.get(k) for k in ("beta1", "beta2", "eps", "lr", "weight_decay", "step")}
+    text = {k: value.get(k) for k in ("param", "exp_avg", "exp_avg_sq", "weight")}
+    if not all(v is None or type(v) in (int, float) for v in number.values()):
+        raise FormatError("a pair of moments has a setting that is not a number")
+    if not all(v is None or isinstance(v, str) for v in text.values()):
+        raise FormatError("a pair of moments has a name that is not text")
+    return Moments(**cast(Any, text), **cast(Any, number))
+
+
+def _safe_path(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not path or path.startswith("/") or ".." in parts or "\0" in path or "\\" in path or str(PurePosixPath(path)) != path or path == ".":
+        raise FormatError(f"unsafe path {path[:200]!r} in the document")
+    return path
+
+
+def _integer(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise FormatError(f"{str(value)[:40]!r} in the document is not an integer from {low} to {high}")
+    return value
+
+
+def _get(value: Mapping[str, Any], key: str, kind: type[T]) -> T:
+    found = value.get(key)
+    if not isinstance(found, kind):
+        raise FormatError(f"the document's {key!r} is not a {kind.__name__}")
+    return found
+
+
+def _optional(value: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    return None if value.get(key) is None else _get(value, key, kind)
+
+
+def _list(value: Mapping[str, Any], key: str) -> list[Any]:
+    return _get(value, key, list)
+
+
+def _strings(value: Mapping[str, Any], key: str) -> list[str]:
+    found = _list(value, key)
+    if not all(isinstance(s, str) for s in found):
+        raise FormatError(f"the document's {key!r} holds something that is not text")
+    return found
+
+
+def _sequence(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise FormatError(f"{str(value)[:40]!r} in the document is not a list")
+    return value
+
+
+def _rows(value: Mapping[str, Any], key: str, width: int) -> list[list[Any]]:
+    rows = _list(value, key)
+    if not all(isinstance(row, list) and len(row) == width for row in rows):
+        raise FormatError(f"the document's {key!r} does not hold lists of {width}")
+    return rows

@@ -1,0 +1,39 @@
+"""Names of outputs, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from statecodec.errors import UsageError
+
+SUFFIX = ".sc.safetensors"
+INDEX_SUFFIX = ".index.json"
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SUFFIXES = (".pth.tar", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+def compressed_path(source: Path) -> Path:
+    """Where `compress` writes by default: ckpt.pt -> ckpt.sc.safetensors, a directory run/ -> run.sc.safetensors."""
+    name = source.name
+    for suffix in _SUFFIXES:
+        if name.lower().endswith(suffix) and len(name) > len(suffix) and source.is_file():
+            name = name[: -len(suffix)]
+            break
+    return source.with_name(name + SUFFIX)
+
+
+def restored_path(compressed: Path, original_name: str) -> Path:
+    """Where `restore` writes by default: the original's name, beside the compressed file."""
+    return compressed.parent / (Path(original_name).name or "restored")
+
+
+def parse_size(size: str | int | None) -> int | None:
+    """Bytes of `5GB`, `500 MiB`, `1000000` or None. Raises UsageError."""
+    if size is None or isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    if not match or match.group(2).upper() not in _UNITS or not float(match.group(1)):
+        raise UsageError(f"size {size!r}: expected a number with KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])

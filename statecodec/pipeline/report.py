@@ -1,0 +1,132 @@
+"""What the verbs return: frozen records whose `to_json()` is what the CLI prints with --json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+STATE_ROLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One stored tensor. `error` holds `rms`, `relative_rms` and `max_abs` of decoding where they were measured."""
+
+    name: str
+    role: str
+    param: str | None
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    bytes_before: int
+    bytes_after: int
+    error: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What encoding did to one parameter's Adam update direction u = m_hat / (sqrt(v_hat) + eps).
+
+    u_rms = ||u' - u|| / ||u||; max_u and max_u_exact are the largest |u'| and |u|; cosine of u' and u.
+    """
+
+    param: str | None
+    numel: int
+    u_rms: float
+    max_u: float
+    max_u_exact: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a checkpoint is made of, and what a verb did to it."""
+
+    path: str
+    format_version: tuple[int, int] | None
+    source: dict[str, Any]
+    bytes: int
+    tensors: tuple[TensorReport, ...]
+    seconds: float
+    preset: str | None = None
+    rules: tuple[str, ...] = ()
+    updates: tuple[UpdateReport, ...] = ()
+    total: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @property
+    def num_params(self) -> int:
+        """Elements of the weights; without weights, of the first moments; without either, of all float tensors."""
+        for roles in (("weight",), ("exp_avg",), ("momentum",)):
+            count = sum(math.prod(t.shape) for t in self.tensors if t.role in roles)
+            if count:
+                return count
+        return sum(math.prod(t.shape) for t in self.tensors if "float" in t.dtype)
+
+    @property
+    def ratio(self) -> float | None:
+        """Source bytes over bytes."""
+        return self.source["bytes"] / self.bytes if self.bytes else None
+
+    @property
+    def bytes_per_param(self) -> float | None:
+        """Bytes of the whole file over `num_params`."""
+        return self.bytes / self.num_params if self.num_params else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = {k: v for k, v in dataclasses.asdict(self).items()}
+        plain["format_version"] = list(self.format_version) if self.format_version else None
+        derived = {"ratio": self.ratio, "bytes_per_param": self.bytes_per_param, "num_params": self.num_params}
+        return _jsonable({**plain, **derived})
+
+
+@dataclass(frozen=True)
+class TensorDiff:
+    """Error of one tensor of B against A. `mismatched`: elements that are NaN or infinite on one side only."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    dtype: str
+    rms: float
+    relative_rms: float
+    max_abs: float
+    mismatched: int = 0
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """B against A: every tensor, every Adam update, totals; names that stand on one side only."""
+
+    a: str
+    b: str
+    tensors: tuple[TensorDiff, ...]
+    updates: tuple[UpdateReport, ...]
+    total: dict[str, float]
+    only_in_a: tuple[str, ...] = ()
+    only_in_b: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+
+    @property
+    def identical(self) -> bool:
+        """Every tensor is there on both sides and equal."""
+        return not self.only_in_a and not self.only_in_b and all(t.max_abs == 0 and not t.mismatched for t in self.tensors)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return _jsonable({**dataclasses.asdict(self), "identical": self.identical})
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no NaN and no infinity
+    return value

@@ -1,0 +1,224 @@
+"""Compressed file -> the original file or directory: skeleton bytes and decoded regions put back where they were."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import tempfile
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from zlib_ng import zlib_ng
+
+from statecodec import codecs
+from statecodec.errors import CorruptFile, OutputExists
+from statecodec.layouts import Crc32
+from statecodec.pipeline.compress import target_device
+from statecodec.pipeline.document import StoredFile
+from statecodec.pipeline.paths import restored_path
+from statecodec.pipeline.report import Report
+from statecodec.pipeline.skeleton import Skeleton
+from statecodec.pipeline.stored import Stored, report_of
+from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map, read_exactly, write_exactly
+
+_CRC_BLOCK = 1 << 20
+
+
+def restore(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Put a compressed checkpoint back as the original file or directory (by default its own name, beside SRC).
+
+    What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's. Lossy
+    tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under the
+    destination's name before it is complete.
+
+    Raises FormatError and its subclasses, OutputExists, OSError.
+    """
+    started = time.perf_counter()
+    where = target_device(device)
+    with Stored.open(src) as stored:
+        document = stored.document
+        if document.source["layout"] == "native":
+            from statecodec.pipeline.native import restore_native
+
+            target = Path(dst) if dst is not None else restored_path(Path(src), str(document.source.get("name")))
+            write: Callable[[Path], None] = partial(restore_native, stored)
+        else:
+            target = Path(dst) if dst is not None else restored_path(Path(src), str(document.source.get("name")))
+            meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
+            write = partial(_restore_all, stored, where, threads or default_threads(), meter)
+        if not force and (target.exists() or target.is_symlink()):
+            raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
+        _publish(target, write, document.is_directory)
+    return replace(report_of(src), path=str(target), seconds=time.perf_counter() - started)
+
+
+def _publish(target: Path, write: Callable[[Path], None], directory: bool) -> None:
+    """Let `write` fill a temporary neighbour, make it durable, and rename it into place."""
+    parent = target.absolute().parent
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=parent))
+    try:
+        made = holder / "made"
+        if directory:
+            made.mkdir()
+        write(made)
+        _sync_directories(made)
+        if target.is_dir() and not target.is_symlink():
+            target.rename(holder / "replaced")
+        os.replace(made, target)
+        _sync(parent)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, made: Path) -> None:
+    document = stored.document
+    if not document.is_directory:
+        _restore_file(stored, document.files[0], made, device, threads, meter)
+        return
+    for directory in document.directories:
+        (made / directory).mkdir(parents=True, exist_ok=True)
+    for file in document.files:
+        path = made / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file.same_as is not None:
+            os.link(made / file.same_as, path)
+        else:
+            _restore_file(stored, file, path, device, threads, meter)
+
+
+def _restore_file(stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter) -> None:
+    items = stored.reader.items
+    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not isinstance(items[i].codec, codecs.Raw)]
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    hashes = FileHashes([(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
+    hashes.start()
+    try:
+        os.ftruncate(fd, file.nbytes)
+        _write_skeleton(stored, file, fd, threads, meter)
+        crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
+        jobs = ((offset, index, chunk) for offset, index in file.regions for chunk in stored.chunks(index))
+
+        def decode(job: tuple[int, int, int]) -> tuple[int, Tensor]:
+            offset, index, chunk = job
+            data = stored.decode_chunk(index, chunk, device).reshape(-1).view(torch.uint8)
+            start = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize
+            write_exactly(fd, start, _bytes(data))
+            return start, data
+
+        for start, data in ordered_map(decode, jobs, threads):
+            crcs.add(start, _bytes(data))
+            hashes.advance(start + data.numel())
+            meter.add(data.numel())
+        crcs.finish()
+        hashes.advance(file.nbytes)
+        if hashes.files and hashes.digests() != [file.sha256]:
+            raise CorruptFile(f"{file.path}: the restored bytes do not have the source's SHA-256 {file.sha256}")
+        os.fsync(fd)
+        os.fchmod(fd, file.mode)
+    finally:
+        hashes.cancel()
+        os.close(fd)
+
+
+def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, meter: Meter) -> None:
+    if file.skeleton is None:
+        return
+    index, items = file.skeleton, stored.reader.items
+    skeleton = Skeleton(file.nbytes, ((offset, items[i].decoded_nbytes) for offset, i in file.regions))
+
+    def decode(chunk: int) -> int:
+        data = _bytes(stored.decode_chunk(index, chunk).reshape(-1).view(torch.uint8))
+        start, done = items[index].chunks[chunk].start, 0
+        for offset, length in skeleton.pieces(start, start + len(data)):
+            write_exactly(fd, offset, data[done : done + length])
+            done += length
+        return len(data)
+
+    for nbytes in ordered_map(decode, stored.chunks(index), threads):
+        meter.add(nbytes)
+
+
+class _Crcs:
+    """Recomputes zip CRCs while regions are written in file order; bytes between the regions are read back."""
+
+    def __init__(self, fd: int, crcs: list[Crc32], name: str) -> None:
+        self.fd, self.name = fd, name
+        self._spans: Iterator[Crc32] = iter(sorted(crcs, key=lambda c: c.offset))
+        self._span: Crc32 | None = next(self._spans, None)
+        self._value, self._at = 0, self._span.offset if self._span else 0
+
+    def add(self, start: int, data: memoryview) -> None:
+        """File bytes from `start` are `data`."""
+        while self._span is not None:
+            end = self._span.offset + self._span.nbytes
+            if start >= end:
+                self._close()
+                continue
+            if start + len(data) > self._at:
+                self._fill(max(start, self._at))
+                take = data[self._at - start : end - start]
+                self._value = zlib_ng.crc32(take, self._value)
+                self._at += len(take)
+            if start + len(data) < end:
+                return
+            self._close()
+
+    def finish(self) -> None:
+        """Close what is open."""
+        while self._span is not None:
+            self._close()
+
+    def _close(self) -> None:
+        assert self._span is not None
+        self._fill(self._span.offset + self._span.nbytes)
+        for at in self._span.at:
+            write_exactly(self.fd, at, memoryview(struct.pack("<I", self._value)))
+        self._span = next(self._spans, None)
+        self._value, self._at = 0, self._span.offset if self._span else 0
+
+    def _fill(self, stop: int) -> None:
+        block = memoryview(bytearray(min(_CRC_BLOCK, max(stop - self._at, 0))))
+        while self._at < stop:
+            piece = block[: min(len(block), stop - self._at)]
+            read_exactly(self.fd, self._at, piece, self.name)
+            self._value = zlib_ng.crc32(piece, self._value)
+            self._at += len(piece)
+
+
+def _touches(crc: Crc32, lossy: list[tuple[int, int]]) -> bool:
+    """Whether a span holds bytes of a lossy region (disjoint, by offset)."""
+    index = bisect_left(lossy, (crc.offset + crc.nbytes,)) - 1
+    return index >= 0 and sum(lossy[index]) > crc.offset
+
+
+def _bytes(data: Tensor) -> memoryview:
+    return memoryview(data.numpy()) if data.numel() else memoryview(b"")
+
+
+def _sync_directories(path: Path) -> None:
+    """Make directory entries durable; the files themselves already are."""
+    for root, _, _ in os.walk(path):
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,4 +1,4 @@
-"""Exit codes, the split between stdout and stderr, and --json for errors; a stand-in fails where failing is the point."""
+"""Exit codes, stdout against stderr, and --json for errors; a stand-in fails where failing is the point."""
 
 from __future__ import annotations
 

@@ -61,18 +61,12 @@ def test_rules_go_before_the_preset(cli: Cli, ckpt: Path, tmp_path: Path) -> Non
     assert codecs["exp_avg_sq"].startswith("companded")
 
 
-@pytest.mark.parametrize(
-    ("words", "code"),
-    [
-        (("--rule", "weight=quantum"), "codec.unknown"),
-        (("--rule", "weight=companded(bits=7)"), "codec.invalid"),
-        (("--rule", "no equals sign"), "policy"),
-    ],
-)
-def test_a_bad_rule_is_refused_by_name(cli: Cli, ckpt: Path, words: tuple[str, ...], code: str) -> None:
-    done = cli("compress", ckpt, *words, "--json")
+@pytest.mark.parametrize("rule", ["weight=quantum", "weight=companded(bits=7)", "no equals sign", "weight:fp7=raw"])
+def test_a_bad_rule_is_refused_by_name(cli: Cli, ckpt: Path, rule: str) -> None:
+    done = cli("compress", ckpt, "--rule", rule, "--json")
     assert done.code == 1
-    assert done.json()["error"]["code"] == code
+    assert done.json()["error"]["code"] == "policy"
+    assert rule in done.json()["error"]["message"]
     assert names(ckpt.parent) == ["ckpt.pt"]
 
 

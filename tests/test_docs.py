@@ -1,0 +1,94 @@
+"""The documents against the code: what exists is documented, what is documented exists, and the examples run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from statecodec import codecs, errors, policy
+from statecodec_cli import reference
+from statecodec_cli.main import VERBS
+from tests.cli.run import checkpoint
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CLI = (ROOT / "docs" / "cli.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def every_error(base: type[errors.StatecodecError] = errors.StatecodecError) -> list[type[errors.StatecodecError]]:
+    return [cls for child in base.__subclasses__() for cls in (child, *every_error(child))]
+
+
+def test_option_tables_are_up_to_date() -> None:
+    assert reference.rewrite(CLI) == CLI, "run `make docs`"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_section_with_its_options(verb: str) -> None:
+    assert f"\n## {verb}\n\n<!-- options: {verb} -->\n" in CLI
+
+
+@pytest.mark.parametrize("name", codecs.names())
+def test_every_codec_is_named(name: str) -> None:
+    assert f"`{name}`" in CLI
+
+
+@pytest.mark.parametrize("preset", policy.PRESETS)
+def test_every_preset_is_in_both_tables(preset: str) -> None:
+    assert f"| `{preset}`" in CLI
+    assert f"| `{preset}`" in README
+
+
+@pytest.mark.parametrize("code", sorted({cls.code for cls in every_error()}))
+def test_every_error_code_is_documented(code: str) -> None:
+    assert f"`{code}`" in CLI
+
+
+def test_no_error_code_is_invented() -> None:
+    table = CLI[CLI.index("## Errors") :]
+    cells = re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
+    documented = {code for cell in cells for code in re.findall(r"`([^`]+)`", cell)}
+    assert documented - {"io"} == {cls.code for cls in every_error()}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text()):
+        assert (document.parent / target).exists(), target
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(blocks(README, "sh")))) <= targets
+
+
+@pytest.mark.parametrize(
+    "block",
+    [block for text in (README, CLI) for block in blocks(text, "sh") if "statecodec " in block],
+    ids=lambda block: block.split("\n")[0][:40],
+)
+def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
+    checkpoint(tmp_path / "ckpt.pt")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-euo", "pipefail", "-c", block]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint(tmp_path / "ckpt.pt")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks(README, "python"):
+        exec(compile(block, "README.md", "exec"), {})

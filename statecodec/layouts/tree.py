@@ -127,7 +127,7 @@ def _safetensors_tree(source: ByteSource, read: BytesSource) -> dict[str, Tensor
 
 def window(storage: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
     """A strided tensor onto the memory of `storage` (1-D uint8, from its storage's first byte); nothing is copied."""
-    return torch.empty(0, dtype=dtype).set_(storage.untyped_storage(), offset, shape, stride)
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage.untyped_storage(), offset, shape, stride)
 
 
 class _Builder:
@@ -205,7 +205,9 @@ class _Builder:
                 made.update(items)
         elif type(node) is DictNode:
             keys = self.hashable([self.value(k) for k, _ in node.items])
-            dict.update(made, zip(keys, (self.value(v) for _, v in node.items), strict=True))
+            # Counter.update would add; dict.update on an OrderedDict would bypass its order.
+            update = OrderedDict.update if type(made) is OrderedDict else dict.update
+            update(made, zip(keys, (self.value(v) for _, v in node.items), strict=True))
             self.attributes(node, made)
         elif type(node) is TensorNode:
             self.attributes(node, made)

@@ -22,7 +22,7 @@ from statecodec.layouts.base import FileBytes, Source, SourceFile
 from statecodec.layouts.describe import Described, finish
 from statecodec.layouts.roles import assign
 
-_HEAD: Final = 512
+_HEAD: Final = 2048
 _MAX_FILES: Final = 200_000
 _MAX_DEPTH: Final = 64
 

@@ -90,7 +90,7 @@ def _rebuild_tensor_v2(args: tuple[Any, ...]) -> TensorNode | None:
 def _rebuild_tensor_v3(args: tuple[Any, ...]) -> TensorNode | None:
     if len(args) not in (7, 8) or type(args[6]) is not torch.dtype:
         return None
-    return _finish(tensor(*args[:4], args[6]), args[4], args[7] if len(args) == 8 else None)
+    return _finish(tensor(args[0], args[1], args[2], args[3], args[6]), args[4], args[7] if len(args) == 8 else None)
 
 
 def _rebuild_parameter(args: tuple[Any, ...]) -> TensorNode | None:

@@ -43,14 +43,10 @@ def is_zip(head: bytes) -> bool:
 
 
 def refuse_legacy(head: bytes, name: str) -> None:
-    """Raise LegacyTorchFile if a file's first 512 bytes are those of a pre-1.6 torch.save."""
+    """Raise LegacyTorchFile if a file's first bytes are those of a pre-1.6 torch.save."""
     bare_stream = head[:1] == b"\x80" and _LEGACY_MAGIC in head[:16]
-    old_tar = head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (
-        b"sys_info",
-        b"pickle",
-        b"storages",
-        b"tensors",
-    )
+    members = {head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)}  # tar headers are 512-byte blocks
+    old_tar = head[257:262] == b"ustar" and not members.isdisjoint({b"sys_info", b"pickle", b"storages", b"tensors"})
     if bare_stream or old_tar:
         raise LegacyTorchFile(f"{name} {_WAY_OUT}")
 

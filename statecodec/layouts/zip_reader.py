@@ -1,7 +1,7 @@
 """A strict reader of the zip archives that torch.save writes: where each stored entry lies, and where its CRC stands.
 
-Structures: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12 (central
-directory), 4.3.14-16 (end records), 4.5.3 (Zip64). Only what torch.save can write is accepted: STORED entries, one disk, no
+Structures: PKWARE APPNOTE.TXT 6.3.10, sections 4.3.7 (local header), 4.3.9 (data descriptor), 4.3.12 (directory),
+4.3.14-16 (end records), 4.5.3 (Zip64). Only what torch.save can write is accepted: STORED entries, one disk, no
 encryption, no comment; central directory and local headers must tell the same story, and nothing may overlap.
 """
 
@@ -141,7 +141,7 @@ def _central(directory: bytes, pos: int, start: int) -> tuple[_Central, int]:
         raise MalformedCheckpoint(f"zip entry {name!r} is encrypted")
     if method != 0:
         raise MalformedCheckpoint(
-            f"zip entry {name!r} is compressed (method {method}), as torch.save never does; torch.load and save it again"
+            f"zip entry {name!r} is compressed (method {method}), as torch.save never does; load and save it again"
         )
     wide = iter(_zip64(extra))
     try:

@@ -1,0 +1,5 @@
+"""`python -m statecodec_server` is `statecodec-server`."""
+
+from .main import main
+
+main()

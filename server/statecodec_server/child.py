@@ -1,0 +1,149 @@
+"""The process that does one conversion: `python -m statecodec_server.child`, a JSON request on stdin.
+
+It answers in JSON lines on its original stdout: {"progress": [done, total, stage]} now and then, and at the end
+{"result": ...} or {"error": {...}}. stdin stays open: when it closes, the worker is gone and so is this process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from . import sandbox
+from .problems import FULL_ERRNOS
+
+PROGRESS_SECONDS = 0.1
+
+
+class Channel:
+    """The line back to the worker; print() and warnings of the library go to stderr instead."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+        os.dup2(2, 1)
+        self._last = 0.0
+
+    def send(self, **message: Any) -> None:
+        """One line."""
+        self._out.write(json.dumps(message) + "\n")
+        self._out.flush()
+
+    def progress(self, done: int, total: int, stage: str) -> None:
+        """The library's progress callback, thinned out."""
+        now = time.monotonic()
+        if now - self._last >= PROGRESS_SECONDS or done == total:
+            self._last = now
+            self.send(progress=[int(done), int(total), str(stage)[:60]])
+
+
+def _follow_parent() -> None:
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os._exit(70)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _read_request() -> dict[str, Any]:
+    data = bytearray()
+    while not data.endswith(b"\n"):
+        block = os.read(0, 1 << 16)
+        if not block:
+            os._exit(70)
+        data += block
+    request: dict[str, Any] = json.loads(data)
+    return request
+
+
+def _describe(error: Exception) -> dict[str, Any]:
+    code = getattr(error, "code", None)
+    text = str(error).replace(os.getcwd() + os.sep, "")
+    if isinstance(code, str):
+        return {"code": code, "message": text}
+    if isinstance(error, MemoryError):
+        return {"code": "job.memory", "message": "The conversion needed more memory than it may have."}
+    if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
+        return {"code": "storage.full", "message": "The disk of this service is full; nothing was kept of this job."}
+    if "can't allocate memory" in text or "DefaultCPUAllocator" in text:
+        return {"code": "job.memory", "message": "The conversion needed more memory than it may have."}
+    kind = type(error).__name__
+    return {"code": "internal", "message": f"The conversion failed in a way it should not: {kind}: {text}"}
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
+
+
+def _report(value: Any, name: str) -> dict[str, Any]:
+    document = value.to_json() if hasattr(value, "to_json") else value
+    if not isinstance(document, dict):
+        raise TypeError(f"an operation returned {type(value).__name__}, not a report")
+    if isinstance(document.get("source"), dict):
+        document["source"] = {**document["source"], "name": name}
+    if document.get("path") is not None:
+        document["path"] = Path(str(document["path"])).name
+    return document
+
+
+def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
+    from .operations import Call, offered
+    from .segments import tar_sha256
+
+    operation = offered(request["backend"])[request["operation"]]
+    function = getattr(import_module(request["backend"]), operation.function)
+    output = Path(request["output"])
+    sandbox.lock_down([output.parent, Path(os.environ["NUMBA_CACHE_DIR"])])
+    other = request.get("other")
+    call = Call(
+        source=Path(request["source"]),
+        other=None if other is None else Path(other),
+        output=output,
+        name=request["name"],
+        options=request["options"],
+        threads=request["threads"],
+        progress=channel.progress,
+    )
+    report = _report(operation.run(function, call), request["display"])
+    channel.send(progress=[0, 0, "checking"])
+    files = _files(output)
+    sha256, each = tar_sha256(output, files) if operation.makes_files else ("", [])
+    (output.parent / "report.json").write_text(json.dumps(report))
+    return {
+        "files": [
+            {"name": name, "bytes": nbytes, "sha256": digest}
+            for (name, nbytes), digest in zip(files, each, strict=True)
+        ],
+        "tar_sha256": sha256,
+    }
+
+
+def main() -> None:
+    """Do what stdin says, once."""
+    isolated = sandbox.detach()
+    channel = Channel()
+    request = _read_request()
+    _follow_parent()
+    sandbox.limit(request["memory"], request["seconds"], request["file_size"], request["threads"])
+    channel.send(started=True, isolated=isolated)
+    try:
+        result = _work(request, channel)
+    except Exception as error:  # every failure becomes a message; the worker decides what to do about it
+        import traceback
+
+        traceback.print_exc()
+        channel.send(error=_describe(error))
+        sys.exit(1)
+    channel.send(result=result)
+
+
+if __name__ == "__main__":
+    main()

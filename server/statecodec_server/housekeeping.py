@@ -1,0 +1,70 @@
+"""What must happen now and then: expire, free space, and move the jobs of dead workers on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import sqlalchemy as sa
+from anyio.to_thread import run_sync
+
+from .context import Context
+from .database import jobs, uploads
+from .records import ENDED
+
+log = logging.getLogger("statecodec.server.housekeeping")
+SWEEP_SECONDS = 30.0
+RESUBMIT_SECONDS = 15.0
+
+
+def reap(here: Context) -> None:
+    """Give the jobs of silent workers back to the queue, and those whose submission was lost in a crash."""
+    for worker in here.jobs.silent():
+        moved = here.queue.recover(worker)
+        log.warning("a worker fell silent", extra={"fields": {"worker": worker, "jobs": moved}})
+        here.jobs.forget_worker(worker)
+    for row in here.jobs.left_queued(RESUBMIT_SECONDS):
+        here.queue.submit(row["id"], row["token"])
+        if here.queue.lost(row["id"]):
+            error = {"code": "internal", "message": "The job was given up after repeated failures of the service."}
+            here.jobs.end(row, "failed", error=error, any_attempt=True)
+
+
+def sweep(here: Context) -> None:
+    """Remove what has expired: files first, so that a crash leaves rows to find them by."""
+    now = time.time()
+    for row in here.database.all(sa.select(uploads.c.id).where(uploads.c.expires < now)):
+        log.info("an upload expired", extra={"fields": {"upload": row["id"]}})
+        here.uploads.remove(row["id"])
+    expired = here.database.all(sa.select(jobs.c.id).where(jobs.c.expires < now, jobs.c.state.in_(ENDED)))
+    for row in expired:
+        here.storage.delete(f"results/{row['id']}")
+        here.jobs.delete(row["id"])
+    here.queue.forget([row["id"] for row in expired])
+    _remove_orphans(here)
+
+
+def _remove_orphans(here: Context) -> None:
+    """Objects without a row: left by a crash between two writes."""
+    for kind, table in (("uploads", uploads), ("results", jobs)):
+        found = here.storage.prefixes(kind)
+        for start in range(0, len(found), 500):
+            some = found[start : start + 500]
+            known = {row["id"] for row in here.database.all(sa.select(table.c.id).where(table.c.id.in_(some)))}
+            for identity in set(some) - known:
+                here.storage.delete(f"{kind}/{identity}")
+
+
+async def run(here: Context) -> None:
+    """For ever: reap often, sweep sometimes. A failure is logged and the next round tries again."""
+    next_sweep = 0.0
+    while True:
+        try:
+            await run_sync(reap, here)
+            if time.monotonic() >= next_sweep:
+                await run_sync(sweep, here)
+                next_sweep = time.monotonic() + SWEEP_SECONDS
+        except Exception as error:
+            log.error("housekeeping failed; it will try again", exc_info=error)
+        await asyncio.sleep(min(here.settings.lease_seconds / 4, SWEEP_SECONDS))

@@ -1,0 +1,128 @@
+"""Taking one request body into a spool file: bounded memory, regular checkpoints, and every way it can end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, Protocol
+
+from anyio.to_thread import run_sync
+from starlette.requests import ClientDisconnect
+
+from .digests import Checksum
+from .problems import Problem
+from .settings import Settings
+from .spool import Spool
+from .storage import BLOCK
+
+CHECKPOINT = 32 << 20
+
+
+class Record(Protocol):
+    """Writes an acknowledged offset down."""
+
+    def __call__(self, offset: int, *, whole: bool) -> None: ...
+
+
+class Receiver:
+    """One body on its way into one upload; `stop()` ends it as if the client had gone away."""
+
+    def __init__(
+        self, settings: Settings, spool: Spool, row: Mapping[str, Any], checksum: Checksum | None, record: Record
+    ) -> None:
+        self._settings, self._spool, self._row = settings, spool, row
+        self._checksum, self._record = checksum, record
+        self._limit = settings.max_upload if row["length"] is None else row["length"]
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """Take no further byte; save what came."""
+        self._stop.set()
+
+    async def run(self, body: AsyncIterator[bytes]) -> None:
+        """Read until the end; raises a Problem when the body was wrong, after saving what can be saved."""
+        ended = False
+        try:
+            ended = await self._pump(body)
+        except (Problem, OSError):
+            await run_sync(self._spool.roll_back)
+            raise
+        if self._checksum is not None and not (ended and self._checksum.matches()):
+            await run_sync(self._spool.roll_back)
+            if ended:
+                raise Problem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
+        await self._save(ended)
+        if not ended and self._stop.is_set():
+            raise Problem(503, "unavailable", "This request was stopped; what came is saved. Ask for the offset.")
+        if not ended:
+            raise Problem(408, "body.timeout", "The body ended early or stayed silent; what came is saved.")
+
+    async def _save(self, ended: bool) -> None:
+        try:
+            offset = await run_sync(self._spool.sync)
+        except OSError:
+            await run_sync(self._spool.roll_back)
+            raise
+        length = self._row["length"]
+        whole = offset == length if length is not None else ended
+        await run_sync(lambda: self._record(offset, whole=whole))
+
+    async def _pump(self, body: AsyncIterator[bytes]) -> bool:
+        """True when the body came to its proper end."""
+        buffer = bytearray()
+        while chunk := await self._next(body):
+            if self._spool.end + len(buffer) + len(chunk) > self._limit:
+                known = self._row["length"] is not None
+                raise Problem(
+                    400 if known else 413,
+                    "upload.length" if known else "body.size",
+                    f"The body goes beyond {int(self._limit):,} bytes; its last part was not kept.",
+                )
+            buffer += chunk
+            if len(buffer) >= BLOCK:
+                await run_sync(self._take, bytes(buffer))
+                buffer.clear()
+                if self._checksum is None and self._spool.end - self._spool.synced >= CHECKPOINT:
+                    await self._save(False)
+        if buffer:
+            await run_sync(self._take, bytes(buffer))
+        return chunk is not None
+
+    def _take(self, data: bytes) -> None:
+        if self._checksum is not None:
+            self._checksum.update(data)
+        self._spool.write(data)
+
+    async def _next(self, body: AsyncIterator[bytes]) -> bytes | None:
+        """The next bytes; b"" at the end; None when the client went away, fell silent, or we were stopped."""
+        if self._stop.is_set():
+            return None
+        arrival = asyncio.ensure_future(_advance(body))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait(
+                {arrival, stopped}, timeout=self._settings.body_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not arrival.done():
+                arrival.cancel()
+                await asyncio.gather(arrival, return_exceptions=True)
+                return None
+            return arrival.result()
+        except ClientDisconnect:
+            return None
+        finally:
+            stopped.cancel()
+
+
+async def _advance(body: AsyncIterator[bytes]) -> bytes:
+    async for chunk in body:
+        if chunk:
+            return chunk
+    return b""
+
+
+async def never() -> AsyncIterator[bytes]:
+    """A body without a byte."""
+    nothing: tuple[bytes, ...] = ()
+    for chunk in nothing:
+        yield chunk

@@ -1,0 +1,96 @@
+"""What a conversion may do: limits the kernel enforces, and an audit hook that refuses what no conversion needs.
+
+The library runs nothing that a file contains. This is the second wall: no network, no other program, no unpickled
+global, no file written outside the job's folder, and bounded memory, time, file size and open files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_NO_NEW_PRIVS = 38
+_CLONE_NEWUSER = 0x10000000
+_CLONE_NEWNET = 0x40000000
+_ADDRESS_SLACK = 64 << 30  # mapped files and libraries are address space, not memory
+_REFUSED = frozenset({
+    "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto",
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
+    "pickle.find_class", "os.chroot",
+})  # fmt: skip
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_CHANGES = frozenset({
+    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
+    "shutil.rmtree",
+})  # fmt: skip
+
+
+def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
+    """Set the limits of this process; call before anything large is imported."""
+    cpu = int(seconds * max(threads, 1)) + 10
+    wanted = {
+        resource.RLIMIT_DATA: memory,
+        resource.RLIMIT_AS: memory + _ADDRESS_SLACK,
+        resource.RLIMIT_FSIZE: max(file_size, 1 << 20),
+        resource.RLIMIT_CPU: cpu,
+        resource.RLIMIT_NOFILE: 1024,
+        resource.RLIMIT_CORE: 0,
+    }
+    for kind, value in wanted.items():
+        _, hard = resource.getrlimit(kind)
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    os.umask(0o077)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def detach() -> bool:
+    """Die with the worker, gain no privileges, and leave the network if the kernel lets us; says whether it did."""
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    uid, gid = os.getuid(), os.getgid()
+    isolated = bool(libc.unshare(_CLONE_NEWNET) == 0)
+    if not isolated and libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+        isolated = True
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    return isolated
+
+
+def lock_down(writable: Sequence[Path]) -> None:
+    """From now on refuse what a conversion has no reason to do. Cannot be undone in this process."""
+    roots = tuple(str(path.resolve()) for path in writable)
+
+    def inside(path: Any) -> bool:
+        if isinstance(path, int) or path is None:
+            return True
+        text = str(os.path.realpath(os.fsdecode(path)))
+        return text == os.devnull or any(text == root or text.startswith(root + os.sep) for root in roots)
+
+    def refuse(what: str) -> None:
+        raise PermissionError(1, f"a conversion may not do this: {what}")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if flags & _WRITES and not inside(path):
+                refuse("write outside its folder")
+        elif event in _CHANGES:
+            places = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
+            if not all(inside(place) for place in places):
+                refuse(f"{event} outside its folder")
+        elif event in _REFUSED:
+            refuse(event)
+
+    sys.addaudithook(hook)

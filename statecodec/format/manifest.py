@@ -268,4 +268,3 @@ class _Cut:
         if shape[1] == cols and start % cols == 0:
             return True
         return shape[0] == 1 and start // cols == (stop - 1) // cols
-

@@ -82,13 +82,11 @@ class TemporaryFile:
                 if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
                     raise
                 os.rename(self.path, target)  # no hard links here: the check at the start has to do
-            else:
-                os.unlink(self.path)
 
     def close(self) -> None:
-        """Close the file, and remove it unless it was published."""
+        """Remove the temporary name, whether published under another or not, and close the file."""
         if self.fd >= 0:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # what cannot be removed now is swept later
                 os.unlink(self.path)
             os.close(self.fd)
             self.fd = -1
@@ -158,21 +156,23 @@ class Destination:
             for file, target in pairs:
                 file.publish(target, self.force)
                 shown.append(target)
-            if self.force:
-                self._remove_predecessor()
-            self._sync_directory()
+            if not self.force:
+                self._sync_directory()
         except BaseException:
             for target in shown:
                 target.unlink(missing_ok=True)
             raise
+        if self.force:  # the new output is whole and the old one gone: from here on nothing is taken back
+            self._remove_predecessor()
+            self._sync_directory()
 
     def _remove_predecessor(self) -> None:
         """Remove what an earlier output of this name leaves over: other shards of ours, the index, the single file."""
         keep = {*self.files, self.index} if self.sharded else {self.path}
-        shards = [self.path.with_name(n) for n in os.listdir(self.path.parent) if self._shard.fullmatch(n)]
-        for file in [self.index, *(f for f in shards if _is_ours(f)), self.path]:
-            if file not in keep:
-                with os_errors(file):
+        with os_errors(self.path):
+            shards = [self.path.with_name(n) for n in os.listdir(self.path.parent) if self._shard.fullmatch(n)]
+            for file in [self.index, *(f for f in shards if _is_ours(f)), self.path]:
+                if file not in keep:
                     file.unlink(missing_ok=True)
 
     def _sync_directory(self) -> None:

@@ -1,0 +1,113 @@
+"""Writing files for tests, and files that lie: correct checksums over chosen contents."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from statecodec.codecs import Codec, Raw, parse
+from statecodec.format import Item, Writer, Written
+
+
+def sample(seed: int = 0) -> dict[str, tuple[Tensor, Codec]]:
+    """Tensors of many kinds, small, each with a codec."""
+    g = torch.Generator().manual_seed(seed)
+    raw = Raw()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g) * 0.02
+
+    return {
+        "w": (normal(60, 50), raw),
+        "w16": (normal(33, 70).bfloat16(), raw),
+        "w64": (normal(700).double(), raw),
+        "ids": (torch.arange(3000), raw),
+        "mask": (normal(5000) > 0, raw),
+        "zeros": (torch.zeros(64, 64), raw),
+        "noise": (torch.randint(0, 256, (6000,), generator=g).to(torch.uint8), raw),
+        "step": (torch.tensor(3.0), raw),
+        "empty": (torch.empty(0, 5), raw),
+        "c": (normal(300, 2).to(torch.complex128), raw),
+        "m": (normal(40, 130), parse("companded(curve=softsign,bits=8,group=32)")),
+        "v": (normal(40, 130).square(), parse("companded(curve=log)")),
+        "s": (normal(64, 33), parse("split")),
+        "gone": (normal(10, 10), parse("dropped")),
+        'a/very long name \u00e9\u4e2d with "quotes" and \n': (normal(5), raw),
+    }
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, tuple[Tensor, Codec]],
+    *,
+    packing: str = "zstd",
+    max_shard_size: int | None = None,
+    force: bool = False,
+    document: dict[str, Any] | None = None,
+) -> Written:
+    items = [Item(k, c, tuple(t.shape), t.dtype, {"role": "other"}) for k, (t, c) in tensors.items()]
+    with Writer(path, items, packing=packing, max_shard_size=max_shard_size, force=force) as writer:
+        for i, (tensor, codec) in enumerate(tensors.values()):
+            for chunk in writer.chunks(i):
+                piece = tensor.reshape(-1)[chunk.start : chunk.stop].view(chunk.shape)
+                writer.append(writer.pack(i, chunk, codec.encode(piece, backend="reference").parts))
+        return writer.close({"note": "test"} if document is None else document)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def split_file(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """(header, data section) of a safetensors file."""
+    (n,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + n]), data[8 + n :]
+
+
+def join_file(header: dict[str, Any] | bytes, body: bytes) -> bytes:
+    """A file with a correct header digest, whatever the header says."""
+    text = (
+        header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    )
+    key = b'"statecodec.header":"'
+    at = text.find(key) + len(key)
+    if at >= len(key):
+        text = text[:at] + b"0" * 16 + text[at + 16 :]
+        text = text[:at] + xxhash.xxh3_64_hexdigest(text).encode() + text[at + 16 :]
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def forge(data: bytes, change: Callable[[dict[str, Any]], Any], raw: Callable[[bytes], bytes] | None = None) -> bytes:
+    """A single-file output with its manifest changed and every digest over it made right again."""
+    header, body = split_file(data)
+    start, stop = header["__manifest__"]["data_offsets"]
+    manifest = json.loads(body[start:stop])
+    manifest = change(manifest) or manifest
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode()
+    text = raw(text) if raw else text
+    header["__manifest__"] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [start, start + len(text)]}
+    header["__metadata__"]["statecodec.manifest"] = xxhash.xxh3_128_hexdigest(text)
+    return join_file(header, body[:start] + text)
+
+
+def build(items: Sequence[dict[str, Any]], entries: Mapping[str, tuple[str, list[int], bytes]]) -> bytes:
+    """A whole file from chosen manifest items and entries (name -> dtype, shape, bytes), all digests right."""
+    manifest = {
+        "format": "statecodec", "format_version": [1, 0], "writer": "test", "shards": [], "items": list(items),
+        "document": {},
+    }  # fmt: skip
+    text = json.dumps(manifest).encode()
+    metadata = {"format": "statecodec", "statecodec.version": "1.0", "statecodec.header": "0" * 16}
+    header: dict[str, Any] = {"__metadata__": {**metadata, "statecodec.manifest": xxhash.xxh3_128_hexdigest(text)}}
+    body = b""
+    for name, (dtype, shape, data) in {**entries, "__manifest__": ("U8", [len(text)], text)}.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
+        body += data
+    return join_file(header, body)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 Shape = tuple[int, ...]
-_MAX_WORK: Final = 2_000_000
+_MAX_WORK: Final = 1_000_000
 
 
 def deal(weights: Sequence[Shape], groups: Sequence[Sequence[Shape | None]]) -> list[list[int]] | None:
@@ -56,14 +56,14 @@ def deal(weights: Sequence[Shape], groups: Sequence[Sequence[Shape | None]]) -> 
     return [found[::-1] for found in dealt]
 
 
-def deal_unordered(
-    weights: Sequence[tuple[str, Shape]], groups: Sequence[Sequence[Shape | None]]
+def deal_by_shape(
+    weights: Sequence[tuple[str, Shape]], groups: Sequence[Sequence[Shape | None]], *, layers: bool
 ) -> dict[tuple[int, int], int]:
     """(group, position) -> weight index, wherever shapes settle it; `weights` are (name, shape) in no useful order.
 
     safetensors files are sorted by name, so the model's order is lost. What is certain without it: a shape that one
-    weight and one parameter have; and a shape that only the same weight of repeated layers has (`h.#.mlp.c_fc.weight`),
-    in the order of the layers' numbers, if one group holds them all.
+    weight and one parameter have; and, with `layers`, a shape that only the same weight of repeated layers has
+    (`h.#.mlp.c_fc.weight`), in the order of the layers' numbers, if one group holds them all and layer follows layer.
     """
     if any(shape is None for group in groups for shape in group):
         return {}
@@ -74,12 +74,32 @@ def deal_unordered(
     there: dict[Shape, list[int]] = defaultdict(list)
     for w, (_, shape) in enumerate(weights):
         there[shape].append(w)
-    found: dict[tuple[int, int], int] = {}
+    certain: dict[tuple[int, int], int] = {}
+    layered: dict[tuple[int, int], int] = {}
     for shape, places in wanted.items():
         candidates = there.get(shape, [])
         if len(candidates) != len(places) or len({g for g, _ in places}) != 1:
             continue
-        if len({re.sub(r"\d+", "#", weights[w][0]) for w in candidates}) == 1:
-            candidates.sort(key=lambda w: [int(n) for n in re.findall(r"\d{1,18}", weights[w][0])])
-            found.update(zip(places, candidates, strict=True))
-    return found
+        if len(candidates) == 1:
+            certain[places[0]] = candidates[0]
+        elif layers and len({re.sub(r"\d+", "#", weights[w][0]) for w in candidates}) == 1:
+            candidates.sort(key=lambda w: _numbers(weights[w][0]))
+            layered.update(zip(places, candidates, strict=True))
+    ordered = [(g, weights[w][0]) for (g, _), w in sorted(layered.items())]
+    return certain | layered if _in_layer_order(ordered) else certain
+
+
+def _numbers(name: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d{1,18}", name)]
+
+
+def _in_layer_order(names: list[tuple[int, str]]) -> bool:
+    """Whether layer 1 follows layer 0 and so on, within each group and stack of layers; `names` are (group, name)."""
+    latest: dict[tuple[int, str], int] = {}
+    for group, name in names:
+        stack, _, _ = re.sub(r"\d+", "#", name).partition("#")
+        number = _numbers(name)[0]
+        if number < latest.get((group, stack), 0):
+            return False
+        latest[group, stack] = number
+    return True

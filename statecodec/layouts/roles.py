@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 
 from statecodec.layouts.base import Role
-from statecodec.layouts.match import Shape, deal, deal_unordered
+from statecodec.layouts.match import Shape, deal, deal_by_shape
 from statecodec.layouts.nodes import TensorNode
 from statecodec.layouts.survey import Optimizer, Weight, parameter_name, survey
 
@@ -149,7 +149,7 @@ def _name_all(optimizers: list[Optimizer], scopes: list[list[_Candidate]]) -> li
     for scope in scopes:
         for i, optimizer in enumerate(optimizers):
             if named[i] is None:
-                named[i] = _agreed([_match_unordered(c, optimizer) for c in scope])
+                named[i] = _agreed([_match_shapes(c, optimizer) for c in scope])
     return [n or [[None] * len(g.ids) for g in o.groups] for n, o in zip(named, optimizers, strict=True)]
 
 
@@ -177,12 +177,13 @@ def _match_ordered(candidate: _Candidate, optimizers: list[Optimizer], *, exact:
     return None if dealt is None else [[names[w] for w in group] for group in dealt]
 
 
-def _match_unordered(candidate: _Candidate, optimizer: Optimizer) -> list[list[str | None]] | None:
+def _match_shapes(candidate: _Candidate, optimizer: Optimizer) -> list[list[str | None]] | None:
     groups = optimizer.shapes()
     if sum(len(g) for g in groups) > len(candidate.weights):
         return None
     pairs = list(zip(candidate.names(), candidate.shapes(), strict=True))
-    found = deal_unordered(pairs, groups)
+    # Where the order is known and did not fit, it cannot be leant on.
+    found = deal_by_shape(pairs, groups, layers=not candidate.ordered)
     if not found:
         return None
     return [

@@ -204,4 +204,5 @@ def _param_shape(state: DictNode | None) -> tuple[int, ...] | None:
         value = state.get(key)
         if type(value) is TensorNode:
             return value.shape
-    return None
+    others = {v.shape for k, v in state.items if type(v) is TensorNode and v.shape and k != "step"}
+    return others.pop() if len(others) == 1 else None

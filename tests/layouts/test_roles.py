@@ -1,0 +1,258 @@
+"""Roles, parameter names and moments on the layouts that frameworks write; and no name where none is certain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from statecodec.layouts import SourceFile, locate
+from tests.layouts.support import Net, check_file, split_groups, train
+
+
+def trained(**options: Any) -> tuple[Net, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.AdamW(split_groups(model), lr=1e-3, betas=(0.8, 0.95), eps=1e-7, **options)
+    train(model, optimizer)
+    return model, optimizer
+
+
+def expected_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names by optimizer index: the truth, by identity."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def by_name(file: SourceFile) -> dict[str, Any]:
+    return {r.name: r for r in file.regions}
+
+
+def test_nanogpt(saved: Any) -> None:
+    model, optimizer = trained()
+    compiled = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    state = {"model": compiled, "optimizer": optimizer.state_dict(), "best_val_loss": torch.tensor(2.0), "iter_num": 7}
+    _, file = saved(state)
+    regions = by_name(file)
+    for i, name in enumerate(expected_names(model, optimizer)):
+        for role in ("exp_avg", "exp_avg_sq", "step"):
+            region = regions[f"optimizer.state.{i}.{role}"]
+            assert (region.role, region.param) == (role, name)
+    assert regions["model._orig_mod.wte.weight"].role == "weight"
+    assert regions["model._orig_mod.wte.weight"].param == "wte.weight"
+    assert regions["model._orig_mod.bn.running_mean"].role == "other"
+    assert regions["model._orig_mod.bn.num_batches_tracked"].role == "other"
+    assert regions["best_val_loss"].role == "other"
+    assert "model._orig_mod.head.weight" not in regions  # tied: a view, not a region
+    moments = {m.param: m for m in file.moments}
+    assert set(moments) == set(expected_names(model, optimizer))
+    found = moments["fc.weight"]
+    assert (found.beta1, found.beta2, found.eps, found.lr, found.weight_decay, found.step) == (0.8, 0.95, 1e-7, 1e-3, 0.1, 2.0)
+    assert moments["fc.bias"].weight_decay == 0.0
+    assert found.weight == "model._orig_mod.fc.weight"
+
+
+def test_lr_may_be_a_tensor(saved: Any) -> None:
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.25))
+    train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert [m.lr for m in file.moments] == [0.25, 0.25]
+
+
+def test_param_names_in_the_file_win(saved: Any) -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4, bias=False) for _ in range(3)])
+    named = list(model.named_parameters())[::-1]
+    optimizer = torch.optim.AdamW(named)
+    train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert [m.param for m in file.moments] == ["2.weight", "1.weight", "0.weight"]
+
+
+def test_groups_that_could_be_dealt_in_two_ways_stay_anonymous(saved: Any) -> None:
+    """All weights have one shape: which layers are in which group, shapes cannot tell."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4, bias=False) for _ in range(4)])
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW([{"params": [params[2], params[0]]}, {"params": [params[3], params[1]]}])
+    train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert [m.param for m in file.moments] == [None] * 4
+    assert {r.param for r in file.regions if r.role == "exp_avg"} == {None}
+    assert {r.role for r in file.regions} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_an_order_that_contradicts_the_shapes_stays_anonymous(saved: Any) -> None:
+    shapes = [(4, 2), (4, 2), (2, 4), (2, 4)]
+    params = [torch.nn.Parameter(torch.randn(s)) for s in shapes]
+    optimizer = torch.optim.AdamW([params[i] for i in (2, 0, 3, 1)])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    _, file = saved({"model": {f"w{i}": p for i, p in enumerate(params)}, "optimizer": optimizer.state_dict()})
+    assert [m.param for m in file.moments] == [None] * 4
+
+
+def test_frozen_layers_are_matched_only_where_unique(saved: Any) -> None:
+    model, _ = trained()
+    trained_params = [model.conv.weight, model.conv.bias]
+    optimizer = torch.optim.AdamW(trained_params)
+    train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    # conv.weight is the only one of its shape; conv.bias, bn.weight and bn.bias look alike
+    assert [m.param for m in file.moments] in (["conv.weight", None], [None, None])
+
+
+def test_lightning(saved: Any) -> None:
+    model, optimizer = trained()
+    state = {
+        "epoch": 1,
+        "state_dict": {f"net.{k}": v for k, v in model.state_dict().items()},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [{"last_epoch": 3}],
+        "loops": {"fit_loop": {"state": torch.zeros(2)}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best": torch.tensor(1.0)}},
+    }
+    _, file = saved(state, name="last.ckpt")
+    assert [m.param for m in file.moments] == [f"net.{n}" for n in expected_names(model, optimizer)]
+    assert by_name(file)["loops.fit_loop.state"].role == "other"
+
+
+def test_timm_with_an_ema(saved: Any) -> None:
+    model, optimizer = trained()
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    state = {"arch": "x", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "state_dict_ema": ema}
+    _, file = saved(state, name="last.pth.tar")
+    assert [m.param for m in file.moments] == expected_names(model, optimizer)
+    assert by_name(file)["state_dict_ema.fc.weight"].role == "weight"
+
+
+def test_fsdp1_full_is_name_keyed(saved: Any) -> None:
+    model, optimizer = trained()
+    names = expected_names(model, optimizer)
+    plain = optimizer.state_dict()
+    groups = [{**g, "params": [names[i] for i in g["params"]]} for g in plain["param_groups"]]
+    _, file = saved({"state": {names[i]: s for i, s in plain["state"].items()}, "param_groups": groups})
+    assert [m.param for m in file.moments] == names
+    assert by_name(file)["state.fc.weight.exp_avg"].param == "fc.weight"
+
+
+def test_deepspeed_flat_partitions(saved: Any) -> None:
+    flats = [torch.randn(100), torch.randn(20)]
+    inner = torch.optim.AdamW([{"params": [f]} for f in flats], betas=(0.9, 0.95))
+    for f in flats:
+        f.grad = torch.randn_like(f)
+    inner.step()
+    state = {
+        "optimizer_state_dict": {
+            "loss_scaler": None,
+            "single_partition_of_fp32_groups": flats,
+            "base_optimizer_state": inner.state_dict(),
+            "group_paddings": [0, 0],
+        },
+        "ds_version": "x",
+    }
+    _, file = saved(state)
+    weights = [f"optimizer_state_dict.single_partition_of_fp32_groups.{i}" for i in range(2)]
+    assert [(m.param, m.weight, m.beta2) for m in file.moments] == [(None, w, 0.95) for w in weights]
+    assert [by_name(file)[w].role for w in weights] == ["weight", "weight"]
+
+
+def test_deepspeed_module_views_share_a_storage(saved: Any) -> None:
+    flat = torch.randn(24)
+    _, file = saved({"module": {"a.weight": flat[:16].view(4, 4), "a.bias": flat[16:20], "b": flat[20:]}})
+    assert [(r.param, r.shape, r.role, r.lossless) for r in file.regions] == [
+        ("a.weight", (4, 4), "weight", False),
+        ("a.bias", (4,), "weight", False),
+        ("b", (4,), "weight", False),
+    ]
+
+
+def test_eight_bit_states_pass_through(saved: Any) -> None:
+    state = {0: {"state1": torch.zeros(4, 4, dtype=torch.uint8), "absmax1": torch.ones(1), "qmap1": torch.ones(256), "step": 3}}
+    flash = {0: {"exp_avg::quantized": torch.zeros(16, dtype=torch.int8), "exp_avg::scales": torch.ones(1).half(), "step": torch.tensor(1)}}
+    groups = [{"params": [0], "betas": (0.9, 0.999), "eps": 1e-8, "lr": 1e-3}]
+    _, file = saved({"a": {"state": state, "param_groups": groups}, "b": {"state": flash, "param_groups": groups}})
+    assert {r.name: r.role for r in file.regions if not r.name.endswith("step")} == {
+        f"{prefix}.state.0.{key}": "other"
+        for prefix, keys in (("a", ("state1", "absmax1", "qmap1")), ("b", ("exp_avg::quantized", "exp_avg::scales")))
+        for key in keys
+    }
+    assert file.moments == ()
+
+
+@pytest.mark.parametrize(
+    ("make", "roles"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {"momentum"}),
+        (lambda p: torch.optim.Muon(p), {"momentum"}),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"}),
+        (lambda p: torch.optim.RMSprop(p), {"exp_avg_sq", "step"}),
+        (lambda p: torch.optim.Adagrad(p), {"other", "step"}),
+    ],
+    ids=["sgd", "muon", "amsgrad", "rmsprop", "adagrad"],
+)
+def test_other_optimizers(saved: Any, make: Any, roles: set[str]) -> None:
+    model = torch.nn.Linear(4, 4, bias=False)
+    optimizer = make(model.parameters())
+    train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    assert {r.role for r in file.regions if r.name.startswith("optimizer")} == roles
+    assert {r.param for r in file.regions} == {"weight"}
+
+
+def test_two_optimizers_over_one_model(saved: Any) -> None:
+    model, _ = trained()
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    pair = [torch.optim.SGD(matrices, lr=0.1, momentum=0.9), torch.optim.AdamW(rest)]
+    for optimizer in pair:
+        train(model, optimizer)
+    _, file = saved({"model": model.state_dict(), "optimizers": [o.state_dict() for o in pair]})
+    assert [m.param for m in file.moments] == expected_names(model, pair[1])
+
+
+def hugging_face(folder: Path) -> tuple[Net, torch.optim.AdamW]:
+    model, optimizer = trained()
+    weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "head.weight"}
+    save_file(weights, folder / "model.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    return model, optimizer
+
+
+def test_hugging_face_names_across_files(tmp_path: Path) -> None:
+    """safetensors are sorted by name, so only shapes that settle it give names; none may be wrong."""
+    model, optimizer = hugging_face(tmp_path)
+    files = {f.path: f for f in locate(tmp_path).files}
+    for file in files.values():
+        check_file(file)
+    assert {r.role for r in files["model.safetensors"].regions} == {"weight", "other"}
+    truth = expected_names(model, optimizer)
+    found = [m.param for m in files["optimizer.pt"].moments]
+    assert all(f in (None, t) for f, t in zip(found, truth, strict=True))
+    assert {"wte.weight", "conv.weight"} <= set(found)
+    assert {m.weight for m in files["optimizer.pt"].moments} == {None}
+
+
+def test_accelerate_names_across_torch_files(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
+    files = {f.path: f for f in locate(tmp_path).files}
+    assert [m.param for m in files["optimizer.bin"].moments] == expected_names(model, optimizer)
+
+
+def test_checkpoints_side_by_side_keep_to_their_own_model(tmp_path: Path) -> None:
+    for name, width in (("checkpoint-1", 4), ("checkpoint-2", 4)):
+        model = torch.nn.Sequential(torch.nn.Linear(width, 3), torch.nn.Linear(3, width))
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer)
+        (tmp_path / name).mkdir()
+        torch.save({f"{name}.{k}": v for k, v in model.state_dict().items()}, tmp_path / name / "pytorch_model.bin")
+        torch.save(optimizer.state_dict(), tmp_path / name / "optimizer.bin")
+    for file in locate(tmp_path).files:
+        for moments in file.moments:
+            assert moments.param is not None
+            assert moments.param.startswith(file.path.split("/")[0])

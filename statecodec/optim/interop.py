@@ -181,8 +181,9 @@ def _load_param(
     name = plan.name or plan.index
     found = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, "weight_low")}
     state = optimizer.fresh_state(p, group)
-    for counter in ("step", "skipped"):
-        state[counter].fill_(float(values.get(counter, 0)))
+    # torch.optim.SGD counts no steps; a buffer that exists has seen one.
+    state["step"].fill_(_counter(values.get("step", 1 if found else 0), name, "step"))
+    state["skipped"].fill_(_counter(values.get("skipped", 0), name, "skipped"))
     if "max_exp_avg_sq" in values:
         log.changes.append(StateChange(name, "max_exp_avg_sq", "dropped", "amsgrad", "nothing"))
     _load_low(state, found.pop("weight_low", None), name, log)
@@ -197,6 +198,13 @@ def _load_param(
         source = ", ".join(found) or "nothing"
         log.changes.extend(StateChange(name, k, "reset", source, format_codec(s.codec)) for k, s in plan.specs.items())
     return {**state, **moments}
+
+
+def _counter(value: object, name: str | int, key: str) -> float:
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if not isinstance(number, int | float) or not 0 <= number < 2**53:
+        raise OptimizerError(f"{name}: {key} is a number of steps, found {str(value)[:80]}")
+    return float(number)
 
 
 def _encoded(value: object, name: str | int, state: str, p: Tensor) -> EncodedTensor:
@@ -254,8 +262,6 @@ def _through_dense(
     dense, kinds = _every_moment(decode_moments(found, tuple(p.shape), step, saved), saved, group)
     if not dense.keys() >= plan.specs.keys():
         return None
-    if step == 0:  # torch.optim.SGD counts no steps; a buffer that exists has seen one
-        state["step"].fill_(1.0)
     for k in found.keys() - plan.specs.keys():
         log.changes.append(StateChange(name, k, "dropped", format_codec(found[k].codec), "nothing"))
     moments, decoded = {}, {}

@@ -56,7 +56,8 @@ class Plan:
 
     @cached_property
     def accesses(self) -> dict[str, tiles.Access]:
-        return {k: tiles.access(s.codec, self.walk, s.dtype) for k, s in self.specs.items()}
+        cut = {k: s for k, s in self.specs.items() if s.codec.align(self.shape) is not None}
+        return {k: tiles.access(s.codec, self.walk, s.dtype) for k, s in cut.items()}
 
 
 @dataclass(frozen=True)

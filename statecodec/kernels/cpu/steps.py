@@ -58,8 +58,8 @@ def foam(
     f = np.float32
     _foam(
         array_of(w), array_of(g), array_of(m), array_of(v), block, f(1 - beta1), f(beta2), f(1 - beta2), f(eps),
-        f(step), f(root if torch_bias else 1.0), f(decay if decay_first else 1.0), f(1.0 if decay_first else decay), f(residual),
-        mean_of_squares, true_tail,
+        f(step), f(root if torch_bias else 1.0), f(decay if decay_first else 1.0), f(1.0 if decay_first else decay),
+        f(residual), mean_of_squares, true_tail,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from statecodec._version import __version__
 from statecodec.codecs import PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
@@ -26,8 +27,6 @@ from statecodec.format.output import Destination, TemporaryFile, sweep
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.plan import Item, PlannedItem, plan
 from statecodec.format.strict import dump_json
-
-PACKAGE_VERSION = "0.1.0"
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ class Writer:
             OtherShard(self._destination.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1)
         )
         items = tuple(self._stored_item(i) for i in range(len(self.items)))
-        manifest = Manifest(VERSION, f"statecodec {PACKAGE_VERSION}", others, items, document)
+        manifest = Manifest(VERSION, f"statecodec {__version__}", others, items, document)
         data = _json(manifest.to_json(), "attributes or document")
         if len(data) > Limits().max_manifest_bytes:
             raise UsageError(f"the manifest would take {len(data):,} bytes, above what readers accept")

@@ -142,7 +142,7 @@ def test_links_devices_and_directories(tmp_path: Path) -> None:
 def test_a_failing_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard: int | None, force: bool, call: str, code: int
 ) -> None:
-    """The n-th call fails, for every n: OutputFailed; what is visible then is whole, and nothing if nothing was before."""
+    """The n-th call fails, for every n: OutputFailed; what is visible then is whole, or nothing."""
     if call == ("link" if force else "replace"):
         return
     real: Callable[..., Any] = getattr(os, call)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_opens_with_the_safetensors_library(tmp_path: Path, packing: str) -> Non
     for file in write(tmp_path / "x.safetensors", tensors, packing=packing, max_shard_size=30_000).files:
         with safe_open(file, "pt") as f:
             assert f.metadata()["format"] == "statecodec"
-            for name in f.keys():
+            for name in f.keys():  # noqa: SIM118
                 found = f.get_tensor(name)
                 if packing == "none" and name.endswith("/data") and found.dtype == tensors[name[:-5]][0].dtype:
                     assert torch.equal(found, tensors[name[:-5]][0])
@@ -124,18 +125,18 @@ def test_any_shapes(
 
 def test_reading_one_item_touches_only_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"t{i}": (torch.randn(2000, 700), Raw()) for i in range(4)} | {"small": (torch.ones(10), Raw())}
+    spans: list[tuple[int, int]] = []
+    real = os.preadv
+
+    def counted(fd: int, views: list[memoryview], offset: int) -> int:
+        n = real(fd, views, offset)
+        spans.append((offset, offset + n))
+        return n
+
+    monkeypatch.setattr(os, "preadv", counted)
     for packing in ("none", "zstd"):
         write(tmp_path / packing, tensors, packing=packing)
         with Reader(tmp_path / packing) as reader:
-            spans: list[tuple[int, int]] = []
-            real = os.preadv
-
-            def counted(fd: int, views: list[memoryview], offset: int) -> int:
-                n = real(fd, views, offset)
-                spans.append((offset, offset + n))  # noqa: B023
-                return n
-
-            monkeypatch.setattr(os, "preadv", counted)
             for name in ("t2", "small"):
                 spans.clear()
                 reader.read(name)
@@ -144,7 +145,6 @@ def test_reading_one_item_touches_only_its_bytes(tmp_path: Path, monkeypatch: py
                 low = reader._headers[0].data + min(e.start for e in entries)
                 assert sum(b - a for a, b in spans) == item.stored_nbytes
                 assert all(low <= a and b <= low + item.stored_nbytes for a, b in spans)
-            monkeypatch.undo()
 
 
 def test_parts_may_be_reused_as_soon_as_pack_returns(tmp_path: Path) -> None:
@@ -212,3 +212,49 @@ def test_packing_text() -> None:
     for wrong in ("", "gzip", "zstd:", "zstd:x", "zstd:99", "none:1"):
         with pytest.raises(UsageError):
             Packing.parse(wrong)
+
+
+def test_threads_pack_and_one_appends(tmp_path: Path) -> None:
+    """The same bytes as with one thread, whatever the number of threads; and reading is thread-safe too."""
+    x = torch.randn(6000, 1000) * 0.02
+    item = Item("x", Raw(), (6000, 1000), torch.float32)
+
+    def run(path: Path, threads: int) -> bytes:
+        with Writer(path, [item]) as writer, ThreadPoolExecutor(threads) as pool:
+            pieces = writer.chunks(0)
+            for packed in pool.map(
+                lambda c: writer.pack(0, c, {"data": x.view(-1)[c.start : c.stop].view(c.shape)}), pieces
+            ):
+                writer.append(packed)
+            writer.close({})
+        return path.read_bytes()
+
+    assert run(tmp_path / "a", 1) == run(tmp_path / "b", 4)
+    with Reader(tmp_path / "a") as reader, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda k: reader.read_chunk(0, k)["data"], [*range(len(reader.items[0].chunks))] * 3))
+        assert torch.equal(torch.cat(found[: len(found) // 3]), x)
+        assert torch.equal(torch.cat(found), x.repeat(3, 1))
+
+
+@pytest.mark.parametrize("packing", ["none", "zstd"])
+def test_memory_does_not_grow_with_the_item(tmp_path: Path, packing: str) -> None:
+    """A 512 MB tensor, written and read in chunks, stays within 64 MiB."""
+    rows, cols = 32, 1 << 22
+    piece = torch.zeros(1, 1 << 20)
+    piece.view(-1)[::7] = 0.5
+    writer = Writer(tmp_path / "x", [Item("x", Raw(), (rows, cols), torch.float32)], packing=packing)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    with writer:
+        for chunk in writer.chunks(0):
+            writer.append(writer.pack(0, chunk, {"data": piece}))
+        writer.close({})
+    with Reader(tmp_path / "x") as reader:
+        out = {"data": torch.empty(1, 1 << 20)}
+        for k in range(len(reader.items[0].chunks)):
+            assert torch.equal(reader.read_chunk(0, k, out)["data"], piece)
+    assert peak() - before < 64 << 20
+
+
+def peak() -> int:
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding, rows_cols
-from statecodec.kernels.curves import KINDS, LINEAR, LOG, SOFTSIGN, Curve
+from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 
-_DEFAULT_STEPS = {8: 16, 4: 2}
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
 
 
@@ -45,7 +44,7 @@ class Companded(Codec):
         self.require(self.bits in (8, 4), f"bits={self.bits}, expected 8 or 4")
         self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
         self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
-        octaves = 2**self.bits / (self.steps or _DEFAULT_STEPS[self.bits])
+        octaves = 2**self.bits / (self.steps or DEFAULT_STEPS[self.bits])
         self.require(self.steps >= 0 and octaves <= _MAX_OCTAVES, f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves")
         self.require(self.steps <= 64, f"steps={self.steps}, expected at most 64")
 
@@ -56,7 +55,7 @@ class Companded(Codec):
     @cached_property
     def levels(self) -> Curve:
         """The curve with its decode table."""
-        return Curve(self.curve, self.bits, self.signed, self.steps or _DEFAULT_STEPS[self.bits])
+        return Curve(self.curve, self.bits, self.signed, self.steps or DEFAULT_STEPS[self.bits])
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         self.require_float(dtype)
@@ -86,6 +85,8 @@ class Companded(Codec):
             out.copy_(target)
 
     def error_bound(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return torch.zeros(x.shape, dtype=torch.float64)
         values = as_rows(x.contiguous()).to(torch.float64)
         rows, cols = values.shape
         groups = -(-cols // self.group)

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 LINEAR, SOFTSIGN, SQRT, LOG = range(4)
+# Codes per octave of a logarithmic curve, by its bits: 16 and 8 octaves below the largest value.
+DEFAULT_STEPS = {8: 16, 4: 2}
 KINDS = {"linear": LINEAR, "softsign": SOFTSIGN, "sqrt": SQRT, "log": LOG}
 
 # log2(1 + f) = f * (c0 + f * (c1 + f * (c2 + f * c3))) for f in [0, 1), within 1.2e-4 octaves (Horner, no fused operations).

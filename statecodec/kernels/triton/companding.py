@@ -1,0 +1,262 @@
+"""Companded quantisation in Triton: the device arithmetic, shared with the fused steps, and the stand-alone kernels.
+
+Same bits as `reference.companding`. A tile is [groups, width]: `width` is the group size rounded up to a power of two, and the
+lanes beyond a group or a row are masked. Addresses are 64-bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.kernels import curves
+from statecodec.kernels.curves import Curve
+from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, TILE, decode_table, flag_word, on, power_of_two
+
+_NAN, _INF, _NEGATIVE = (tl.constexpr(f) for f in (kernels.NAN, kernels.INF, kernels.NEGATIVE))
+_LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
+_C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
+_MAGNITUDE, _INF_BITS, _BF16_MAX = (tl.constexpr(b) for b in (0x7FFFFFFF, 0x7F800000, 0x7F7F))
+
+WIDEST = TILE if INTERPRETED else 8192  # a group up to this size is held in registers; a larger one is read twice
+
+
+@triton.jit
+def magnitude_bits(x):
+    """Bits of |x|: they order like the magnitudes, with infinity and NaN on top."""
+    return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def scale_bits(absmax_bits, MIN_SCALE: tl.constexpr):
+    """bf16 bits of a group's scale: nearest even, finite, never 0 for a group that is not all zero."""
+    bits = tl.minimum(absmax_bits, _INF_BITS)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(bits > 0, tl.minimum(tl.maximum(rounded, MIN_SCALE), _BF16_MAX), 0)
+
+
+@triton.jit
+def scale_value(bits):
+    """The fp32 value of bf16 bits held in an int32."""
+    return (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def ratio(magnitude, scale_bits):
+    """min(magnitude / scale, 1), correctly rounded wherever a code could depend on it; 0 in a group of zeros.
+
+    `scale_bits` broadcasts. Division by one number of many others (Markstein): both sides are brought near 1 by an exact power of
+    two, the reciprocal is rounded once per group, and one fused remainder step makes the quotient correctly rounded. Only
+    quotients below 2**-60 can be off by an ulp, far below every curve's lowest threshold. A bf16 divisor is never the theorem's exception.
+    """
+    exponent = tl.minimum(tl.maximum(254 - (scale_bits >> 7), 1), 253)
+    power = (exponent << 23).to(tl.float32, bitcast=True)
+    divisor = tl.where(scale_bits > 0, scale_value(scale_bits) * power, 1.0)  # the magnitudes of such a group are all 0
+    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
+    value = magnitude * power
+    quotient = value * reciprocal
+    quotient = tl.fma(tl.fma(-quotient, divisor, value), reciprocal, quotient)
+    return tl.minimum(quotient, 1.0)  # 1 for NaN too, which only a refused tensor can hold
+
+
+@triton.jit
+def codes_of(r, KIND: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr):
+    """Codes 0..TOP (int32) of magnitudes r in [0, 1]."""
+    if KIND == _LOG:
+        bits = r.to(tl.int32, bitcast=True)
+        f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+        log2 = f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
+        within = (log2 * STEPS + 0.5).to(tl.int32)
+        code = TOP + ((bits >> 23) - 127) * STEPS + within
+        code = tl.where(r >= HALF_LOWEST, tl.minimum(tl.maximum(code, 1), TOP), 0)
+    else:
+        if KIND == _LINEAR:
+            y = r
+        elif KIND == _SOFTSIGN:
+            y = tl.div_rn(r + r, 1.0 + r)
+        else:
+            y = tl.sqrt_rn(r)
+        code = (y * TOP + 0.5).to(tl.int32)
+    return code
+
+
+@triton.jit
+def quantise(
+    x, scale_bits, KIND: tl.constexpr, TOP: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr,
+    HALF_LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Codes (int32, signed) of fp32 `x` under scales that broadcast over it."""
+    code = codes_of(ratio(tl.abs(x), scale_bits), KIND, TOP, STEPS, HALF_LOWEST)
+    if SIGNED:
+        code = tl.where(x < 0, -code, code)
+    else:
+        code = tl.where(magnitude_bits(x) > 0, tl.maximum(code, 1), code)
+    return code
+
+
+@triton.jit
+def pack_nibbles(codes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, WIDTH] codes to [ROWS, WIDTH / 2] bytes (int32), even elements in the low nibble."""
+    even, odd = tl.split(tl.reshape(codes & 0xF, [ROWS, WIDTH // 2, 2]))
+    return even | (odd << 4)
+
+
+@triton.jit
+def unpack_nibbles(packed, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `pack_nibbles`, on int32."""
+    return tl.reshape(tl.join(packed & 0xF, packed >> 4), [ROWS, WIDTH])
+
+
+@triton.jit
+def group_bounds(rows, cols, groups, start, group, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """For COUNT groups from `start` on: element offset of each, and how many elements it has (0 past the last row)."""
+    index = start + tl.arange(0, COUNT)
+    if EVEN:
+        begin = index * group
+        size = tl.where(index < rows * groups, group, 0)
+    else:
+        row = index // groups
+        first = (index - row * groups) * group
+        begin = row * cols + first
+        size = tl.where(row < rows, tl.minimum(cols - first, group), 0)
+    return index, begin, size
+
+
+@triton.jit
+def inside_groups(column, size, WHOLE: tl.constexpr):
+    """Which lanes of a tile hold an element."""
+    # With whole groups the mask is the same along a group, which is what lets the compiler use wide loads and stores.
+    if WHOLE:
+        inside = (size > 0)[:, None] & (column >= 0)[None, :]
+    else:
+        inside = column[None, :] < size[:, None]
+    return inside
+
+
+@triton.jit
+def _encode(
+    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr, KIND: tl.constexpr,
+    TOP: tl.constexpr, SIGNED: tl.constexpr, MIN_SCALE: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr,
+):  # fmt: skip
+    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    index, begin, size = group_bounds(rows, cols, groups.to(tl.int64), start, GROUP, COUNT, EVEN)
+    lane = tl.arange(0, WIDTH)
+    absmax = tl.zeros([COUNT], tl.int32)
+    lowest = tl.zeros([COUNT], tl.int32)
+    for chunk in tl.static_range(CHUNKS):
+        inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
+        x = tl.load(x_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0.0)
+        bits = magnitude_bits(x)
+        absmax = tl.maximum(absmax, tl.max(bits, axis=1))
+        if not SIGNED:
+            # A negative number's bits are a negative integer; its magnitude tells it from -0.0 and from NaN.
+            negative = (x.to(tl.int32, bitcast=True) < 0) & (bits > 0) & (bits <= _INF_BITS)
+            lowest = tl.maximum(lowest, tl.max(negative.to(tl.int32), axis=1))
+        if tl.max(tl.max(bits, axis=1), axis=0) >= _INF_BITS:
+            found = tl.max(tl.max(tl.where(bits > _INF_BITS, _NAN, 0), axis=1), axis=0)
+            found = found | tl.max(tl.max(tl.where(bits == _INF_BITS, _INF, 0), axis=1), axis=0)
+            tl.atomic_or(flags_ptr, found)
+    if not SIGNED:
+        if tl.max(lowest, axis=0) > 0:
+            tl.atomic_or(flags_ptr, _NEGATIVE)
+    scale = scale_bits(absmax, MIN_SCALE)
+    tl.store(scales_ptr + index, scale.to(tl.int16), mask=size > 0)
+    for chunk in tl.static_range(CHUNKS):
+        if CHUNKS > 1:  # a wide group is read a second time, mostly from L2
+            inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
+            x = tl.load(x_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0.0)
+        code = quantise(x, scale[:, None], KIND, TOP, SIGNED, STEPS, HALF_LOWEST)
+        if NIBBLES:
+            pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
+            if EVEN:
+                target = begin // 2
+            else:
+                row = index // groups
+                target = row * packed_cols + (begin - row * cols) // 2
+            bytes_ = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
+            tl.store(codes_ptr + target[:, None] + pair[None, :], bytes_, mask=inside_groups(2 * pair, size, WHOLE))
+        else:
+            tl.store(
+                codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], code.to(tl.uint8),
+                mask=inside_groups(chunk * WIDTH + lane, size, WHOLE),
+            )  # fmt: skip
+
+
+@triton.jit
+def _decode(
+    codes_ptr, scales_ptr, table_ptr, out_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
+):  # fmt: skip
+    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    index, begin, size = group_bounds(rows, cols, groups.to(tl.int64), start, GROUP, COUNT, EVEN)
+    scale = scale_value(tl.load(scales_ptr + index, mask=size > 0, other=0).to(tl.int32))
+    lane = tl.arange(0, WIDTH)
+    for chunk in tl.static_range(CHUNKS):
+        inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
+        if NIBBLES:
+            pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
+            if EVEN:
+                source = begin // 2
+            else:
+                row = index // groups
+                source = row * packed_cols + (begin - row * cols) // 2
+            mask = inside_groups(2 * pair, size, WHOLE)
+            packed = tl.load(codes_ptr + source[:, None] + pair[None, :], mask=mask, other=0)
+            code = unpack_nibbles(packed.to(tl.int32), COUNT, WIDTH)
+        else:
+            code = tl.load(codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0).to(tl.int32)
+        value = tl.load(table_ptr + code) * scale[:, None]
+        tl.store(out_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], value, mask=inside)
+
+
+def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+    """See `reference.companding.encode_companded`. Reading the flags synchronises with the device, once."""
+    rows, cols = x.shape
+    with on(x):
+        if not rows or not cols:
+            return 0
+        flags = flag_word(x)
+        shape = _shape(rows, cols, group, bits)
+        _encode[_grid(rows, cols, group, shape["COUNT"])](
+            x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), -(-cols // 2),
+            **shape, KIND=curve.kind, TOP=curve.top, SIGNED=curve.signed, MIN_SCALE=curve.min_scale, STEPS=curve.steps,
+            HALF_LOWEST=float(curve.levels[1]) * 0.5, **OPTIONS,
+        )  # fmt: skip
+        return int(flags.item())
+
+
+def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
+    """See `reference.companding.decode_companded`."""
+    rows, cols = out.shape
+    with on(out):
+        if not rows or not cols:
+            return
+        shape = _shape(rows, cols, group, bits)
+        _decode[_grid(rows, cols, group, shape["COUNT"])](
+            codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device), out,
+            rows, cols, -(-cols // group), -(-cols // 2), **shape, **OPTIONS,
+        )  # fmt: skip
+
+
+def _shape(rows: int, cols: int, group: int, bits: int) -> dict[str, int | bool]:
+    """The tile for this shape. A group wider than its row is the row."""
+    size = min(group, cols + cols % 2)
+    width = min(max(power_of_two(size), 2), WIDEST)
+    count = max(1, min(TILE // width, power_of_two(rows * -(-cols // group))))
+    # The tables of nibbles run to whole bytes at each row's end, so flat addressing needs even rows.
+    even = cols % group == 0 and (bits == 8 or cols % 2 == 0)
+    chunks = -(-size // width)
+    return {
+        "GROUP": group, "COUNT": count, "WIDTH": width, "CHUNKS": chunks, "EVEN": even, "WHOLE": even and group == width * chunks,
+        "NIBBLES": bits == 4,
+    }  # fmt: skip
+
+
+def _grid(rows: int, cols: int, group: int, count: int | bool) -> tuple[int]:
+    return (-(-rows * -(-cols // group) // count),)

@@ -1,0 +1,53 @@
+"""What every Triton launch here shares: the device check, the interpreter, options, the flag word.
+
+Kernels are compiled with `enable_fp_fusion=False`, because a contracted multiply-add rounds once where the specification rounds
+twice; where a fused operation is wanted it is written `tl.fma`. Division and square root are `div_rn` and `sqrt_rn`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from statecodec.errors import BackendUnavailable
+from statecodec.kernels.curves import Curve
+
+# Decided when the kernels are decorated, so it is read once, at import.
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+# The interpreter pays per operation, not per element: it gets huge tiles. On a GPU 16 elements a thread, 4 warps.
+TILE = 1 << 16 if INTERPRETED else 2048
+OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The context to launch in. Raises BackendUnavailable for tensors that Triton cannot reach."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "cpu" and INTERPRETED:
+        return nullcontext()
+    raise BackendUnavailable(
+        f"backend 'triton' was given a tensor on {tensor.device}: it needs CUDA tensors "
+        "(on the CPU use 'cpu' or 'reference'; TRITON_INTERPRET=1, set before Python starts, is for tests)"
+    )
+
+
+def flag_word(like: Tensor) -> Tensor:
+    """A zeroed int32 on the device, which kernels OR their findings into; reading it is the launch's one synchronisation."""
+    return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n (1 for n < 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=64)
+def decode_table(curve: Curve, device: torch.device) -> Tensor:
+    """`curve.table` on the device; 1 KiB at most, so it stays in the L1 caches."""
+    return torch.from_numpy(curve.table).to(device)

@@ -1,0 +1,192 @@
+"""Compile every Triton kernel for sm_90 without a GPU, from the arguments that the real launches pass.
+
+A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted, compiled for
+`cuda:90` and described, as JSON on stdout. Nothing runs.
+
+    python tests/kernels/sm90.py            what the tests read
+    python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from statecodec.kernels import triton as backend
+from statecodec.kernels.curves import Curve
+from statecodec.kernels.fused import Hyper, Slot
+from statecodec.kernels.triton import companding, folding, plan, runtime, splitting
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8", torch.uint8: "u8",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+OPTION_NAMES = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Recorder:
+    """Stands in for JITFunction.run: compiles instead of launching, once per distinct specialisation."""
+
+    def __init__(self, keep: Path | None) -> None:
+        self.keep, self.seen, self.rows = keep, set[str](), list[dict[str, Any]]()
+
+    def run(self, function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert not warmup
+        assert all(size > 0 for size in grid)
+        options = {k: kwargs.pop(k) for k in OPTION_NAMES if k in kwargs}
+        values = dict(zip(function.arg_names, args, strict=False)) | kwargs
+        assert set(values) == set(function.arg_names), set(values) ^ set(function.arg_names)
+        signature, constants, attributes = {}, {}, {}
+        for i, param in enumerate(function.params):
+            value = values[param.name]
+            signature[param.name] = self.type_of(value, param)
+            if signature[param.name] == "constexpr":
+                constants[(i,)] = value
+            elif not param.do_not_specialize and not isinstance(value, float) and (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        key = f"{function.__name__} {signature} {constants} {attributes} {options}"
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        source = ASTSource(function, signature, constants, attributes)
+        compiled = triton.compile(source, target=TARGET, options=options)
+        self.rows.append({"kernel": function.__name__, "options": options, **self.describe(compiled, function.__name__)})
+
+    @staticmethod
+    def type_of(value: Any, param: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            return f"*{TYPES[value.dtype]}"
+        if param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    def describe(self, compiled: Any, name: str) -> dict[str, Any]:
+        ptx, sass, usage = compiled.asm["ptx"], *self.dump(compiled.asm["cubin"])
+        if self.keep:
+            self.keep.mkdir(parents=True, exist_ok=True)
+            stem = self.keep / f"{len(self.rows):03d}{name}"
+            for suffix, text in ((".ptx", ptx), (".sass", sass), (".ttgir", compiled.asm["ttgir"])):
+                stem.with_suffix(suffix).write_text(text)
+        return {
+            "ftz": len(re.findall(r"\.ftz", ptx)),
+            "approximate": len(re.findall(r"\.(?:approx|full)\.", ptx)),
+            "fused": len(re.findall(r"\sfma\.rn\.f32", ptx)),
+            "written_fused": compiled.asm["ttir"].count("math.fma"),
+            "wide_loads": len(re.findall(r"ld\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
+            "wide_stores": len(re.findall(r"st\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
+            "layout_changes": compiled.asm["ttgir"].count("ttg.convert_layout"),
+            "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
+            "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+            "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        }
+
+    @staticmethod
+    def dump(cubin: bytes) -> tuple[str, str]:
+        """(machine code, resource usage) as text."""
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        import tempfile
+
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+            usage = subprocess.run(
+                [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+            ).stdout
+        return sass, usage
+
+
+def stand_alone() -> None:
+    """Call every stand-alone kernel on the shapes that lead to different code."""
+    curves = [
+        Curve(name, bits, name in ("softsign", "linear"), 16 if bits == 8 else 2)
+        for name in ("softsign", "linear", "sqrt", "log")
+        for bits in (8, 4)
+    ]
+    for curve in curves:
+        for cols, group in ((256, 128), (200, 128)) + (((40000, 20000),) if curve.name == "log" else ()):
+            x, scales = torch.zeros(4, cols), torch.zeros(4, -(-cols // group), dtype=torch.bfloat16)
+            codes = torch.zeros(4, cols if curve.bits == 8 else cols // 2, dtype=torch.uint8)
+            backend.encode_companded(x, codes, scales, curve=curve, bits=curve.bits, group=group)
+            backend.decode_companded(codes, scales, x, curve=curve, bits=curve.bits, group=group)
+    for high in (torch.bfloat16, torch.float16):
+        for low in (torch.int8, torch.int16):
+            x = torch.zeros(4096)
+            parts = torch.zeros(4096, dtype=high), torch.zeros(4096, dtype=low)
+            backend.encode_split(x, *parts)
+            backend.decode_split(*parts, x)
+    for block in (1, 4, 256, 8192):
+        x, mean = torch.zeros(4, 16384), torch.zeros(4, 16384 // block)
+        backend.fold_mean(x, mean, block=block)
+        backend.unfold(mean, x, block=block)
+
+
+def fused_steps() -> None:
+    """Call a fused step in every combination that leads to different code."""
+    eight = {"name": "companded", "bits": 8, "group": 32, "steps": 0}
+    m8, v8 = {**eight, "curve": "softsign"}, {**eight, "curve": "sqrt"}
+    log, four = {**eight, "curve": "log", "group": 128}, {**eight, "curve": "softsign", "bits": 4, "group": 128}
+    dense = {"name": "raw"}
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    adam = {"exp_avg": m8, "exp_avg_sq": v8}
+    fused_step("adam", adam, bf16, torch.int8, Hyper(1e-3))
+    fused_step("adam", adam, bf16, torch.int8, Hyper(1e-3, stochastic=True, maximize=True), shape=(64, 100))
+    fused_step("adam", adam, bf16, torch.int16, Hyper(torch.tensor(1e-3), l2=0.1))
+    fused_step("adam", adam, fp16, torch.int8, Hyper(1e-3), grad=fp32)
+    fused_step("adam", {"exp_avg": four, "exp_avg_sq": log}, fp32, None, Hyper(1e-3))
+    fused_step("adam", {"exp_avg": dense, "exp_avg_sq": dense}, bf16, None, Hyper(1e-3))
+    fused_step("lion", {"exp_avg": m8}, bf16, torch.int8, Hyper(1e-3))
+    fused_step("sgd", {"momentum_buffer": m8}, bf16, torch.int8, Hyper(1e-3, momentum=0.9, nesterov=True))
+    fused_step("sgd", {}, bf16, torch.int8, Hyper(1e-3))
+
+
+def fused_step(
+    method: str, formats: dict[str, Any], dtype: torch.dtype, low: torch.dtype | None, hyper: Hyper,
+    shape: tuple[int, int] = (64, 256), grad: torch.dtype | None = None,
+) -> None:  # fmt: skip
+    rows, cols = shape
+    states = {}
+    for name, config in formats.items():
+        if config["name"] == "raw":
+            states[name] = {"data": torch.zeros(shape)}
+        else:
+            width = cols if config["bits"] == 8 else -(-cols // 2)
+            scales = torch.zeros(rows, -(-cols // config["group"]), dtype=torch.bfloat16)
+            states[name] = {"codes": torch.zeros(rows, width, dtype=torch.uint8), "scales": scales}
+    slot = Slot(
+        torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=grad or dtype), torch.zeros(()), torch.zeros(()),
+        None if low is None else torch.zeros(shape, dtype=low), states, 0, shape,
+    )  # fmt: skip
+    assert backend.supports(method, formats, dtype, low)
+    backend.step(method, [slot], formats, hyper)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--keep", type=Path)
+    recorder = Recorder(parser.parse_args().keep)
+    JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
+    for module in (companding, folding, plan, runtime, splitting):
+        module.on = lambda tensor: contextlib.nullcontext()
+    import os
+    os.environ.get("X") or stand_alone()
+    fused_steps()
+    print(json.dumps(recorder.rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

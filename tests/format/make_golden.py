@@ -1,0 +1,135 @@
+"""Makes the golden files, and the hex dump in docs/format.md.
+
+    python -m tests.format.make_golden            writes what is missing, and refuses to change what is there
+    python -m tests.format.make_golden --renew    writes everything anew: only while a format version is being made
+
+A golden file is a promise: every later reader reads it. To add one, add it to FILES and run this once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec.codecs import Codec, EncodedTensor, LowRank, parse
+from statecodec.format import Reader
+from tests.format.support import bytes_of, write
+
+GOLDEN = Path(__file__).parent / "golden"
+DOCS = Path(__file__).parents[2] / "docs" / "format.md"
+EXPECTED = GOLDEN / "expected.json"
+MARK = "make_golden.py -->\n```text\n"
+FILES = {
+    "plain.safetensors": ("none", None),
+    "packed.safetensors": ("zstd", None),
+    "sharded.safetensors": ("zstd", 40_000),
+    "example.safetensors": ("zstd", None),
+}
+
+
+def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
+    """Bell-shaped numbers from integer arithmetic alone: the same on every machine."""
+    n = 1
+    for d in shape:
+        n *= d
+    i = torch.arange(n, dtype=torch.int64) + seed * 1_000_003
+    total = torch.zeros(n, dtype=torch.float64)
+    for k in range(1, 5):
+        total += ((i * 2654435761 * k + (i >> 3) * 40503) % (1 << 20)).double() / (1 << 20) - 0.5
+    return (total * scale).float().reshape(shape)
+
+
+def tensors() -> dict[str, tuple[Tensor, Codec]]:
+    """One item per codec and dtype, large enough to be packed where it can be."""
+    w = values(40, 64)
+    special = w.clone().view(-1)
+    special[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0, 1e-42, 3e38])
+    return {
+        "raw.float32": (special.view(40, 64), parse("raw")),
+        "raw.bfloat16": (w.bfloat16(), parse("raw")),
+        "raw.float16": (w.half(), parse("raw")),
+        "raw.float64": (w.double() / 3, parse("raw")),
+        "raw.int64": (torch.arange(600), parse("raw")),
+        "raw.bool": (w[:10] > 0, parse("raw")),
+        "raw.uint8": (torch.arange(5000).to(torch.uint8), parse("raw")),
+        "raw.complex64": (torch.view_as_complex(values(300, 2)), parse("raw")),
+        "raw.zeros": (torch.zeros(64, 32), parse("raw")),
+        "raw.scalar": (torch.tensor(3.0), parse("raw")),
+        "raw.empty": (torch.empty(0, 3), parse("raw")),
+        "split.bf16.8": (w, parse("split")),
+        "split.bf16.16": (w, parse("split(low_bits=16)")),
+        "cast": (w, parse("cast")),
+        "companded.softsign": (w, parse("companded(curve=softsign)")),
+        "companded.log": (w.square(), parse("companded(curve=log)")),
+        "companded.sqrt": (w.square(), parse("companded(curve=sqrt)")),
+        "companded.linear": (w, parse("companded(curve=linear)")),
+        "companded.4": (w, parse("companded(bits=4,group=32)")),
+        "folded": (w, parse("folded(level=2)")),
+        "folded.companded": (values(40, 200), parse("folded(level=1,inner=companded)")),
+        "shared": (w.square(), parse("shared(dims=[1])")),
+        "lowrank": (values(40, 3) @ values(3, 64, seed=2), parse("lowrank(rank=4)")),
+        "dropped": (w, parse("dropped")),
+    }
+
+
+def example() -> dict[str, tuple[Tensor, Codec]]:
+    return {"step": (torch.tensor(3.0), parse("raw")), "exp_avg": (torch.zeros(32, 32), parse("raw"))}
+
+
+def expected(path: Path) -> dict[str, Any]:
+    """Digests of a golden: of its file or files, and of every item decoded by the reference kernels."""
+    with Reader(path) as reader:
+        items = {i.name: _numbers(reader.read(i.name)) for i in reader.items}
+        files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (*reader.files, reader.path)}
+        decoded = {name: hashlib.sha256(bytes_of(t)).hexdigest() for name, t in items.items()}
+        return {"opened": reader.path.name, "files": files, "decoded": decoded}
+
+
+def _numbers(encoded: EncodedTensor) -> Tensor:
+    """The decoded tensor; of a low-rank item its parts, as a matrix product is not the same to the bit everywhere."""
+    if isinstance(encoded.codec, LowRank):
+        return torch.cat([part.reshape(-1).view(torch.uint8) for part in encoded.parts.values()])
+    return encoded.decode(backend="reference")
+
+
+def hexdump(data: bytes) -> str:
+    """Offset, 16 bytes, their characters; a run of equal lines as one `*`."""
+    lines, last = [], b""
+    for at in range(0, len(data), 16):
+        row = data[at : at + 16]
+        if row == last:
+            if lines[-1] != "*":
+                lines.append("*")
+            continue
+        last = row
+        text = "".join(chr(b) if 32 <= b < 127 else "." for b in row)
+        lines.append(f"{at:06x}  {row.hex(' '):<47}  {text}")
+    return "\n".join([*lines, f"{len(data):06x}"]) + "\n"
+
+
+def main(renew: bool) -> None:
+    GOLDEN.mkdir(exist_ok=True)
+    known = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
+    for name, (packing, shard) in FILES.items():
+        if name in known and not renew:
+            continue
+        content = example() if name.startswith("example") else tensors()
+        if name.startswith("packed"):  # of several chunks, and constant, or it would be large
+            content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
+        written = write(GOLDEN / name, content, packing=packing, max_shard_size=shard, force=renew)
+        known[name] = expected(written.path)
+        print(f"wrote {written.path.name} and its shards, {written.nbytes:,} bytes", file=sys.stderr)
+    EXPECTED.write_text(json.dumps(known, indent=1) + "\n")
+    before, mark, rest = DOCS.read_text().partition(MARK)
+    after = rest[rest.index("```") :]
+    DOCS.write_text(before + mark + hexdump((GOLDEN / "example.safetensors").read_bytes()) + after)
+
+
+if __name__ == "__main__":
+    main(renew="--renew" in sys.argv)

@@ -1,0 +1,86 @@
+"""A second reader, written from docs/format.md alone: json, struct, zstandard and numpy, nothing of statecodec.
+
+It trusts its input, knows the codec `raw` only, and exists to show that the page is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+
+WIDTH = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "complex64": 4, "complex128": 8,
+         "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # fmt: skip
+
+
+class MinimalReader:
+    """`raw_bytes(name)`: the little-endian bytes of a raw item's tensor."""
+
+    def __init__(self, path: Path) -> None:
+        if path.name.endswith(".index.json"):  # section 6
+            path = path.with_name(json.loads(path.read_text())["weight_map"]["__manifest__"])
+        entries, data = self._open(path)
+        metadata = entries["__metadata__"]
+        assert metadata["format"] == "statecodec"
+        start, stop = entries["__manifest__"]["data_offsets"]
+        text = data[start:stop]
+        assert xxhash.xxh3_128_hexdigest(text) == metadata["statecodec.manifest"]
+        self.manifest: dict[str, Any] = json.loads(text)
+        self.shards = [self._open(path.with_name(s["file"])) for s in self.manifest["shards"]] + [(entries, data)]
+        for shard, known in zip(self.shards, self.manifest["shards"], strict=False):
+            assert shard[0]["__metadata__"]["statecodec.header"] == known["header"]
+
+    def _open(self, path: Path) -> tuple[dict[str, Any], bytes]:  # section 2
+        data = path.read_bytes()
+        (n,) = struct.unpack("<Q", data[:8])
+        header = data[8 : 8 + n]
+        entries = json.loads(header)
+        digest = entries["__metadata__"]["statecodec.header"].encode()
+        zeroed = header.replace(b'"statecodec.header":"' + digest, b'"statecodec.header":"' + b"0" * 16)
+        assert xxhash.xxh3_64_hexdigest(zeroed).encode() == digest
+        return entries, data[8 + n :]
+
+    def raw_bytes(self, name: str) -> bytes:
+        item = next(i for i in self.manifest["items"] if i["name"] == name)
+        assert item["codec"]["name"] == "raw"
+        entries, data = self.shards[item["shard"]]
+        base = item.get("entry", name)
+        if item["storage"] == "plain":  # section 4
+            start, stop = entries[f"{base}/data"]["data_offsets"]
+            if len(item["chunks"]) == 1:
+                assert [xxhash.xxh3_64_hexdigest(data[start:stop])] == item["chunks"][0]["checksums"]
+            return data[start:stop]
+        start, stop = entries[base]["data_offsets"]
+        out = b""
+        for chunk in item["chunks"]:
+            record = data[start : start + chunk["nbytes"]]
+            assert xxhash.xxh3_64_hexdigest(record) == chunk["checksum"]
+            out += self._record(record, item["dtype"], int(np.prod(chunk["shape"])))
+            start += chunk["nbytes"]
+        assert start == stop
+        return out
+
+    def _record(self, record: bytes, dtype: str, elements: int) -> bytes:  # section 5
+        width = WIDTH.get(dtype, 1)
+        n = elements * (2 if dtype.startswith("complex") else 1)
+        at, planes = 5 * width, []
+        for k in range(width):
+            method, length = struct.unpack_from("<BI", record, 5 * k)
+            payload = record[at : at + length]
+            at += length
+            planes.append({0: lambda p: p, 1: zstandard.decompress, 2: lambda p: p * n}[method](payload))
+        assert at == len(record)
+        if width == 1:
+            return planes[0]
+        words = np.zeros(n, f"<u{width}")
+        for k, plane in enumerate(planes):
+            words |= np.frombuffer(plane, np.uint8).astype(words.dtype) << np.array(8 * k, words.dtype)
+        if "float" in dtype or "complex" in dtype:
+            top = np.array(8 * width - 1, words.dtype)
+            words = (words >> np.array(1, words.dtype)) | (words << top)
+        return words.tobytes()

@@ -80,7 +80,9 @@ def _numpy(node: Opaque) -> Any:
         return _array(args[0], args[1], args[2], fortran=args[3] == "F") if args[3] in ("C", "F") else None
     made = _is(node, "multiarray", "_reconstruct") and len(args) == 3 and repr(args[0]) == "numpy.ndarray"
     if made and type(state) is tuple and len(state) == 5:  # version, shape, dtype, is_fortran, bytes
-        return _array(state[4], state[2], state[1], fortran=state[3] is True)
+        array = _array(state[4], state[2], state[1], fortran=state[3] is True)
+        # ndarray.__setstate__ swaps to the machine's byte order, and so must we to give the same dtype.
+        return None if array is None else array.astype(array.dtype.newbyteorder("="), copy=False)
     return None
 
 

@@ -78,7 +78,7 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
     if math.prod(n for n in shape if n) >= _INT64:
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape {shape} is beyond any memory")
     numel = math.prod(shape)
-    if dtype_name in SAFETENSORS_SUB_BYTE_BITS:
+    if isinstance(dtype_name, str) and dtype_name in SAFETENSORS_SUB_BYTE_BITS:
         nbytes, left = divmod(numel * SAFETENSORS_SUB_BYTE_BITS[dtype_name], 8)
         dtype, view_shape = SAFETENSORS_DTYPES["U8"], (nbytes,)
     elif isinstance(dtype_name, str) and dtype_name in SAFETENSORS_DTYPES:

@@ -1,0 +1,110 @@
+"""Directories: by content, deterministic, links and special files refused, damaged files carried with a note."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from statecodec.errors import UnknownLayout
+from statecodec.layouts import locate, tree
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "checkpoint-3"
+    (root / "empty" / "inner").mkdir(parents=True)
+    (root / "sub").mkdir()
+    save_file({"w": torch.ones(4, 4)}, root / "model.safetensors")
+    torch.save({"x": torch.zeros(3)}, root / "sub" / "optimizer.pt")
+    (root / "trainer_state.json").write_text('{"step": 3}')
+    (root / "zero.bin").write_bytes(b"")
+    return root
+
+
+def test_files_by_content_sorted_with_empty_directories(folder: Path) -> None:
+    source = locate(folder)
+    assert source.is_directory
+    assert [(f.path, f.layout) for f in source.files] == [
+        ("model.safetensors", "safetensors"),
+        ("sub/optimizer.pt", "torch_zip"),
+        ("trainer_state.json", "opaque"),
+        ("zero.bin", "opaque"),
+    ]
+    assert source.directories == ("empty", "empty/inner", "sub")
+    assert source == locate(folder)
+    assert all(f.note is None for f in source.files)
+
+
+def test_modes_are_kept(folder: Path) -> None:
+    (folder / "zero.bin").chmod(0o600)
+    assert {f.path: f.mode for f in locate(folder).files}["zero.bin"] == 0o600
+
+
+def test_hard_links_are_found(folder: Path) -> None:
+    os.link(folder / "model.safetensors", folder / "sub" / "best.safetensors")
+    files = {f.path: f for f in locate(folder).files}
+    link = files["sub/best.safetensors"]
+    assert (link.same_as, link.layout, link.regions) == ("model.safetensors", "safetensors", ())
+    assert files["model.safetensors"].same_as is None
+
+
+@pytest.mark.parametrize("what", ["truncated", "legacy", "text"])
+def test_what_cannot_be_read_is_carried_with_a_note(folder: Path, what: str) -> None:
+    path = folder / "odd.pt"
+    if what == "truncated":
+        torch.save({"x": torch.randn(100)}, path)
+        path.write_bytes(path.read_bytes()[:-30])
+    elif what == "legacy":
+        torch.save({"x": torch.randn(100)}, path, _use_new_zipfile_serialization=False)
+    else:
+        path.write_text("nothing known")
+    file = next(f for f in locate(folder).files if f.path == "odd.pt")
+    assert (file.layout, file.regions) == ("opaque", ())
+    assert (file.note is None) == (what == "text")
+
+
+def test_symbolic_links_are_refused_by_name(folder: Path) -> None:
+    (folder / "sub" / "link").symlink_to("/etc/passwd")
+    with pytest.raises(UnknownLayout, match="sub/link is a symbolic link"):
+        locate(folder)
+
+
+def test_linked_directories_are_refused(folder: Path) -> None:
+    (folder / "up").symlink_to("..", target_is_directory=True)
+    with pytest.raises(UnknownLayout, match="up is a symbolic link"):
+        locate(folder)
+
+
+def test_pipes_are_refused_without_waiting(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(UnknownLayout, match="pipe is a device, socket or pipe"):
+        locate(folder)
+    with pytest.raises(UnknownLayout, match="neither a file nor a directory"):
+        locate(folder / "pipe")
+
+
+def test_names_must_be_utf8(folder: Path) -> None:
+    with open(os.fsencode(folder) + b"/\xff.bin", "wb"):
+        pass
+    with pytest.raises(UnknownLayout, match="not UTF-8"):
+        locate(folder)
+
+
+def test_the_root_itself_may_be_a_link(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(folder, target_is_directory=True)
+    assert locate(tmp_path / "latest").files == locate(folder).files
+
+
+def test_an_empty_directory_is_a_source(tmp_path: Path) -> None:
+    assert locate(tmp_path).files == ()
+
+
+def test_tree_of_a_directory(folder: Path) -> None:
+    found = tree(folder)
+    assert list(found) == ["model.safetensors", "sub/optimizer.pt", "trainer_state.json", "zero.bin"]
+    assert torch.equal(found["model.safetensors"]["w"], torch.ones(4, 4))
+    assert found["trainer_state.json"] == b'{"step": 3}'

@@ -27,10 +27,12 @@ def stderr() -> Console:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print to standard output."""
+    """Print to standard output. Lines of text are left for the terminal to wrap, so that a path stays whole."""
+    from rich.text import Text
+
     out = _console(sys.stdout)
     for renderable in renderables:
-        out.print(renderable)
+        out.print(renderable, soft_wrap=isinstance(renderable, Text), crop=False)
 
 
 def say(message: str) -> None:

@@ -73,13 +73,12 @@ class Lines:
         now = self._clock()
         if stage != self._stage:
             self._stage, self._started, self._skipped = stage, now, done
-        if now - self._last < _LINE_EVERY:
+        if now - self._last < _LINE_EVERY or done == total:
             return
         self._last = now
         elapsed = now - self._started
         rate = (done - self._skipped) / elapsed if elapsed > 0 else 0.0
-        percent = 100 * done / total if total else 100.0
-        line = f"{stage}: {percent:.0f}% of {console.size(total)}"
+        line = f"{stage}: {100 * done / total:.0f}% of {console.size(total)}" if total else stage
         if rate > 0:
             line += f", {console.size(rate)}/s, {console.seconds((total - done) / rate)} left"
         self._write(line)

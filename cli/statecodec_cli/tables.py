@@ -6,12 +6,12 @@ Input is always the JSON document, so what is shown is what --json gives. A figu
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +19,7 @@ from statecodec_cli import console
 
 Document = Mapping[str, Any]
 _MANY = 400  # rows; more are cut with a remark, --json has them all
-_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other")
+_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton")
 
 
 def compressed(document: Document, *, every: bool = False) -> list[RenderableType]:
@@ -46,7 +46,7 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
     else:
         line.append(f"  {source.get('layout', '')}")
     line.append(_per_param(document))
-    facts = [f"{document['num_params']:,} parameters", f"{len(document['tensors']):,} tensors"]
+    facts = [f"{document['num_params']:,} parameters", f"{_count(document):,} tensors"]
     if document.get("preset"):
         facts.append(f"preset {document['preset']}")
     if document.get("format_version"):
@@ -72,7 +72,7 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
     what = "intact, and within its stated errors of the original" if against else "intact"
     line = Text.assemble(
         ("ok ", "bold green"), (str(document["path"]), "bold"),
-        f"  {what}: {len(document['tensors']):,} tensors, {console.size(document['bytes'])} checked",
+        f"  {what}: {_count(document):,} tensors, {console.size(document['bytes'])} checked",
     )  # fmt: skip
     return [line, *_notes(document)]
 
@@ -131,8 +131,8 @@ def codecs(document: Document) -> list[RenderableType]:
         for name, rules in document["presets"].items()
     ]
     return [
-        table(("codec", "fields and defaults", "what it is"), rows, left=3, fold=True),
-        table(("preset", "rules, first match wins; what no rule names stays exact"), presets, left=2, fold=True),
+        table(("codec", "fields and defaults", "what it is"), rows, left=3, fold=2),
+        table(("preset", "rules, first match wins; what no rule names stays exact"), presets, left=2, fold=1),
     ]
 
 
@@ -150,10 +150,10 @@ def _body(document: Document, *, every: bool) -> Table:
             return table(head, rows, left=5)
         return _columns(("tensor", "role", "shape", "dtype", "codec", "size"), rows, keep=(0, 1, 2, 3, 5), left=4)
     head = ("role", "codec", "tensors", "before", "after", "ratio", "B/value", "rel. error")
-    groups = _groups(tensors, lambda t: (t["role"], t.get("codec") or t["dtype"]))
+    groups = _groups(tensors, lambda t: (t["role"], t["codec"] if packed else t["dtype"]))
     rows = [_summary(key, group) for key, group in groups]
     if packed:
-        return table(head, rows, left=2)
+        return table(head, rows, left=2, fold=1)
     return _columns(("role", "dtype", "tensors", "size"), rows, keep=(0, 1, 2, 3), left=2)
 
 
@@ -190,7 +190,7 @@ def _worst(group: Sequence[Document], figure: str) -> str:
     """The largest of one error figure over the group; NaN, should there be any, wins."""
     values = [float(e[figure]) for t in group if (e := t.get("error", t)) and e.get(figure) is not None]
     if not values:
-        return ""
+        return "exact" if all(t.get("codec") == "raw" for t in group) else ""
     return console.error(math.nan if any(math.isnan(v) for v in values) else max(values))
 
 
@@ -234,6 +234,11 @@ def _number(value: float | str | None) -> str:
     return "" if value is None else f"{float(value):.4g}"
 
 
+def _count(document: Document) -> int:
+    """Tensors: the skeleton (everything in the source that is none) is listed with them but is no tensor."""
+    return sum(t["role"] != "skeleton" for t in document["tensors"])
+
+
 def _shape(tensor: Document) -> str:
     return "x".join(str(n) for n in tensor["shape"]) or "scalar"
 
@@ -242,13 +247,20 @@ def _numel(tensor: Document) -> int:
     return math.prod(tensor["shape"])
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, fold: bool = False) -> Table:
-    """A table whose first `left` columns are text and whose others are figures."""
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, fold: int | None = None) -> Table:
+    """A table whose first `left` columns are text and whose others are figures.
+
+    Where the terminal is too narrow, column `fold` is folded; without one the lines run over, one row a line.
+    """
+    made = Table(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline", title=" ", title_justify="left"
+    )
     for i, name in enumerate(head):
-        made.add_column(name, justify="left" if i < left else "right", no_wrap=not fold or i == 0)
+        made.add_column(name, justify="left" if i < left else "right", no_wrap=i != fold, overflow="fold")
     for row in rows[:_MANY]:
         made.add_row(*(Text(str(cell)) for cell in row))
-    if len(rows) > _MANY:
-        made.caption = f"{len(rows) - _MANY:,} more; --json lists all"
+    made.caption = f"{len(rows) - _MANY:,} more; --json lists all" if len(rows) > _MANY else " "
+    made.caption_justify = "left"
+    if fold is None:
+        made.width = Console(width=100_000, file=io.StringIO()).measure(made).maximum
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -110,10 +111,9 @@ def test_the_example_resumes(tmp_path: Path) -> None:
 
 
 def test_the_demo_tells_the_whole_story(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = TrainConfig(batch_size=2, eval_batches=1, model=GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16))
-    monkeypatch.setattr(
-        "statecodec_cli.demo.train.TrainConfig", lambda seed: TrainConfig(**{**vars(small), "seed": seed})
-    )
+    sizes = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16)
+    small = functools.partial(TrainConfig, batch_size=2, eval_batches=1, model=sizes)
+    monkeypatch.setattr("statecodec_cli.demo.train.TrainConfig", small)
     folder = tmp_path / "demo"
     words = ("demo", "--dir", folder, "--steps", 4, "--resume-steps", 3)
     document = cli(*words, "--json", "--plot", tmp_path / "losses.svg").json()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from statecodec_cli.progress import Lines, reporting
 
 
@@ -42,12 +44,13 @@ def test_a_new_stage_starts_its_own_rate() -> None:
     assert lines[-1] == "verify: 50% of 100 MB, 5.00 MB/s, 10 s left"
 
 
-def test_nothing_to_do_is_done() -> None:
+@pytest.mark.parametrize("total", [0, 100])
+def test_what_is_done_needs_no_line(total: int) -> None:
     clock, lines = Clock(), []
     progress = Lines(lines.append, clock)
     clock.now += 6
-    progress(0, 0, "compress")
-    assert lines == ["compress: 100% of 0 B"]
+    progress(total, total, "compress")
+    assert lines == []
 
 
 def test_quiet_asks_the_library_for_no_callbacks() -> None:

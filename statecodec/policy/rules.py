@@ -6,6 +6,7 @@ with conditions after a colon:
     exp_avg_sq=companded(curve=log)          every second moment
     *.wte.*=raw                              by name
     weight:fp32,ndim>=2,numel>=4096=split    fp32 weights of two or more dimensions and at least 4096 elements
+    *.v_proj.weight:exp_avg_sq=shared        the second moments of these parameters, not the parameters themselves
 """
 
 from __future__ import annotations
@@ -95,9 +96,10 @@ def parse_rule(text: str) -> Rule:
     pattern, _, where = left.partition(":")
     conditions = tuple(c.strip() for c in where.split(",") if c.strip())
     for condition in conditions:
-        if condition not in DTYPES and not _CONDITION.fullmatch(condition):
+        if condition not in DTYPES and condition not in ROLES and not _CONDITION.fullmatch(condition):
             raise PolicyError(
-                f"rule {text!r}: condition {condition!r} is neither a dtype ({', '.join(DTYPES)}) nor like 'ndim>=2', 'numel>=4096'"
+                f"rule {text!r}: condition {condition!r} is neither a dtype ({', '.join(DTYPES)}), nor a role, "
+                "nor like 'ndim>=2', 'numel>=4096'"
             )
     try:
         return Rule(pattern.strip() or "*", codecs.parse(right), conditions)
@@ -106,7 +108,10 @@ def parse_rule(text: str) -> Rule:
 
 
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
-    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec"}, ...]}. Raises PolicyError."""
+    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec", "role"}, ...]}. Raises PolicyError.
+
+    `role` may be left out. An entry whose codec is null (an SNR rule that shares nothing) leaves its tensors to later rules.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > _MAX_RULES_BYTES:
@@ -117,7 +122,8 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     entries = document.get("rules") if isinstance(document, dict) else document
     if not isinstance(entries, list):
         raise PolicyError(f"rules file {path}: expected a list of rules, or an object with one under 'rules'")
-    return tuple(_entry(path, entry) for entry in entries)
+    rules = (_entry(path, entry) for entry in entries)
+    return tuple(rule for rule in rules if rule is not None)
 
 
 def policy(groups: Iterable[Sequence[Rule]]) -> Policy:
@@ -125,17 +131,25 @@ def policy(groups: Iterable[Sequence[Rule]]) -> Policy:
     return Policy(tuple(rule for group in groups for rule in group))
 
 
-def _entry(path: Path, entry: object) -> Rule:
+def _entry(path: Path, entry: object) -> Rule | None:
     if isinstance(entry, str):
         return parse_rule(entry)
-    if isinstance(entry, dict) and isinstance(entry.get("pattern"), str) and isinstance(entry.get("codec"), str):
-        return parse_rule(f"{entry['pattern']}={entry['codec']}")
+    if isinstance(entry, dict) and isinstance(entry.get("pattern"), str):
+        role, codec = entry.get("role"), entry.get("codec")
+        if role is not None and role not in ROLES:
+            raise PolicyError(f"rules file {path}: role {str(role)[:40]!r} is none of {', '.join(ROLES)}")
+        if codec is None and "dims" in entry:
+            return None
+        if isinstance(codec, str):
+            return parse_rule(f"{entry['pattern']}{':' + role if role else ''}={codec}")
     raise PolicyError(f"rules file {path}: a rule is text or has 'pattern' and 'codec', not {str(entry)[:80]!r}")
 
 
 def _holds(condition: str, subject: Subject) -> bool:
     if condition in DTYPES:
         return subject.dtype == DTYPES[condition]
+    if condition in ROLES:
+        return subject.role == condition
     match = _CONDITION.fullmatch(condition)
     assert match is not None  # parse_rule checked it
     quantity, operator, bound = match.group(1), match.group(2), int(match.group(3))

@@ -69,7 +69,7 @@ def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def rounding(bound: Tensor, x: Tensor) -> Tensor:
     """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32 product."""
-    unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-9, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
+    unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
     size = x.to(torch.float64).abs() + bound
     return bound + size * (unit[0] + 2.0**-22) + unit[1] + 2.0**-149
 
@@ -127,7 +127,9 @@ class Codec(ABC):
     def config(self) -> dict[str, Any]:
         """JSON config: {"name": ..., "version": ..., field: value, ...}; nested codecs are nested configs."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {k: v.config() if isinstance(v, Codec) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        plain = {
+            k: v.config() if isinstance(v, Codec) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()
+        }
         return {"name": self.name, "version": self.version, **plain}
 
     def require_float(self, dtype: torch.dtype) -> None:
@@ -144,7 +146,9 @@ class Codec(ABC):
         """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""
         if flags:
             found = ", ".join(text for bit, text in _FLAG_TEXTS.items() if flags & bit)
-            raise UnencodableValues(f"{self.name} cannot represent this tensor: it holds {found}; raw keeps it as it is")
+            raise UnencodableValues(
+                f"{self.name} cannot represent this tensor: it holds {found}; raw keeps it as it is"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from statecodec import kernels
 from statecodec.codecs.base import Codec, PartSpec
 
 _TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_UNITS = {"bf16": (2.0**-9, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2.0**-24, 2.0**-150)}
+_UNITS = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2.0**-24, 2.0**-150)}
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,10 @@ class Companded(Codec):
         self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
         self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
         octaves = 2**self.bits / (self.steps or DEFAULT_STEPS[self.bits])
-        self.require(self.steps >= 0 and octaves <= _MAX_OCTAVES, f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves")
+        self.require(
+            self.steps >= 0 and octaves <= _MAX_OCTAVES,
+            f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves",
+        )
         self.require(self.steps <= 64, f"steps={self.steps}, expected at most 64")
 
     @property
@@ -80,7 +83,9 @@ class Companded(Codec):
         exact = out.dtype == torch.float32
         target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
         rows = target.view(rows_cols(tuple(out.shape)))
-        backend.decode_companded(parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group)
+        backend.decode_companded(
+            parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group
+        )
         if not exact:
             out.copy_(target)
 

@@ -22,7 +22,7 @@ class LowRank(Codec):
 
     `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2 elementwise, factors of
     sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean, for second moments: never
-    negative, and never zero where x is not. A rank above the smaller side is lowered to it. NaN and infinities are
+    negative, and zero where x is not only if the product underflows. A rank above the smaller side is lowered to it. NaN and infinities are
     refused, and negative values by `square` and `rank_one`. Error: the first left-out singular value (`product`). Needs the whole
     tensor at once.
     """

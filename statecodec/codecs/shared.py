@@ -36,7 +36,9 @@ class Shared(Codec):
     def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The tensor's shape with the shared dimensions of size 1."""
         if self.dims[-1] >= len(shape):
-            raise UnsupportedTensor(f"shared over dimensions {list(self.dims)} needs more dimensions than shape {list(shape)}")
+            raise UnsupportedTensor(
+                f"shared over dimensions {list(self.dims)} needs more dimensions than shape {list(shape)}"
+            )
         return tuple(min(n, 1) if d in self.dims else n for d, n in enumerate(shape))
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:

@@ -1,6 +1,6 @@
 """Writing a codec as text: NAME or NAME(key=value,...), nested where a field is a codec.
 
-    companded(curve=log,bits=8,group=128)      shared(dims=[0,1])      folded(level=2,inner=companded(bits=4))
+companded(curve=log,bits=8,group=128)      shared(dims=[0,1])      folded(level=2,inner=companded(bits=4))
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from statecodec.codecs.shared import Shared
 from statecodec.codecs.split import Split
 from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 
-CODECS: dict[str, type[Codec]] = {
-    c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped)
-}
+CODECS: dict[str, type[Codec]] = {c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped)}
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|-?\d+|[()\[\],=])")
 _MAX_DEPTH = 4

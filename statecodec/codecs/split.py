@@ -56,7 +56,9 @@ class Split(Codec):
         size = x.to(torch.float32).to(torch.float64).abs()
         if self.high == "bf16":
             # Next to fp32's maximum the 24-bit rounding saturates instead of reaching infinity: one unit, not half.
-            bound = size * 2.0**-16 * (1 + (size > 3.40e38)) + 2.0**-142 if self.low_bits == 8 else torch.zeros_like(size)
+            bound = (
+                size * 2.0**-16 * (1 + (size > 3.40e38)) + 2.0**-142 if self.low_bits == 8 else torch.zeros_like(size)
+            )
         else:
             normal = size * 2.0**-19 if self.low_bits == 8 else torch.zeros_like(size)
             bound = torch.where(size >= 2.0**-14, normal, torch.full_like(size, 2.0 ** -(25 + self.low_bits)))

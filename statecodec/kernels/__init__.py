@@ -57,7 +57,9 @@ def get(name: str) -> Backend:
         raise BackendUnavailable(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
     if name not in available():
         need = " and ".join(BACKENDS[name])
-        raise BackendUnavailable(f"backend {name!r} needs {need}, which is not installed; available: {', '.join(available())}")
+        raise BackendUnavailable(
+            f"backend {name!r} needs {need}, which is not installed; available: {', '.join(available())}"
+        )
     return cast(Backend, importlib.import_module(f"statecodec.kernels.{name}"))
 
 

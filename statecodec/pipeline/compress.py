@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,17 +15,17 @@ from torch import Tensor
 from statecodec import codecs, kernels
 from statecodec._version import __version__
 from statecodec.codecs.chunking import Chunk, iterate
-from statecodec.errors import BackendUnavailable, LayoutError, OutputExists, UnencodableValues, UsageError
+from statecodec.errors import BackendUnavailable, OutputExists, UnencodableValues, UsageError
 from statecodec.format import PackedChunk, Packing, Writer
 from statecodec.kernels.reference.statistics import Comparison
-from statecodec.layouts import Source, locate
+from statecodec.layouts import locate
 from statecodec.pipeline import document as documents
 from statecodec.pipeline.paths import compressed_path, parse_size
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.stored import report_of
-from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map, read_exactly
+from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map
 from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
 
 
@@ -70,7 +69,9 @@ def compress(
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
     started = time.perf_counter()
-    policy = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ()), *preset_rules(preset)))
+    policy = Policy(
+        (*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ()), *preset_rules(preset))
+    )
     packing, shard_size, where = Packing.parse(pack), parse_size(max_shard_size), target_device(device)
     source = locate(src)
     target = Path(dst) if dst is not None else compressed_path(source.root)

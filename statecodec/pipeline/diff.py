@@ -19,9 +19,7 @@ from statecodec.pipeline.tensor_sets import SKELETON_ROLES, Elements, TensorInfo
 _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
 
 
-def diff(
-    a: str | Path, b: str | Path, *, threads: int | None = None, progress: Progress | None = None
-) -> DiffReport:
+def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> DiffReport:
     """Compare checkpoint B with A; either may be compressed or not.
 
     Tensors are matched by name. For each parameter whose exp_avg and exp_avg_sq are in both, the Adam update direction
@@ -88,7 +86,10 @@ def compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: Tenso
             x, y = x.to(torch.float64), y.to(torch.float64)
         c = kernels.get("cpu").compare(x, y)
         total = Comparison(
-            total.sum_sq + c.sum_sq, total.sum_sq_diff + c.sum_sq_diff, max(total.max_abs_diff, c.max_abs_diff), total.mismatched + c.mismatched
+            total.sum_sq + c.sum_sq,
+            total.sum_sq_diff + c.sum_sq_diff,
+            max(total.max_abs_diff, c.max_abs_diff),
+            total.mismatched + c.mismatched,
         )
     return total
 
@@ -104,7 +105,11 @@ def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
         c = kernels.get("cpu").compare_updates(
             *moments, correction1=_correction(m.beta1, step), correction2=_correction(m.beta2, step), eps=m.eps
         )
-        total = [*(x + y for x, y in zip(total[:4], c[:4], strict=True)), max(total[4], c.max_abs), max(total[5], c.max_abs_other)]
+        total = [
+            *(x + y for x, y in zip(total[:4], c[:4], strict=True)),
+            max(total[4], c.max_abs),
+            max(total[5], c.max_abs_other),
+        ]
         nonfinite += c.nonfinite
     return UpdateComparison(*total, nonfinite)
 
@@ -159,7 +164,14 @@ def _tensor_diff(tensor: TensorInfo, c: Comparison) -> TensorDiff:
 
 
 def _update_report(param: str | None, numel: int, c: UpdateComparison) -> UpdateReport:
-    return UpdateReport(param, numel, _relative(c.sum_sq_diff, c.sum_sq), c.max_abs_other, c.max_abs, _cosine(c.sum_sq, c.sum_sq_other, c.dot))
+    return UpdateReport(
+        param,
+        numel,
+        _relative(c.sum_sq_diff, c.sum_sq),
+        c.max_abs_other,
+        c.max_abs,
+        _cosine(c.sum_sq, c.sum_sq_other, c.dot),
+    )
 
 
 def _relative(error: float, size: float) -> float:

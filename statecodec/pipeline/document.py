@@ -78,7 +78,9 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
         raise FormatError("the document names a file twice")
     for file in files:
         if file.same_as is not None and file.same_as not in paths[: paths.index(file.path)]:
-            raise FormatError(f"{file.path!r} is said to be the same as {str(file.same_as)!r}, which is no earlier file")
+            raise FormatError(
+                f"{file.path!r} is said to be the same as {str(file.same_as)!r}, which is no earlier file"
+            )
     source = _get(value, "source", dict)
     if source.get("layout") not in ("torch_zip", "safetensors", "directory", "opaque", "native"):
         raise FormatError(f"unknown source layout {str(source.get('layout'))!r}; this file needs a newer reader")
@@ -105,7 +107,8 @@ def _file_to_json(file: StoredFile) -> dict[str, Any]:
         "regions": [list(r) for r in file.regions],
         "skeleton": file.skeleton,
         "views": [
-            [v.name, v.region, str(v.dtype).removeprefix("torch."), list(v.shape), list(v.stride), v.offset] for v in file.views
+            [v.name, v.region, str(v.dtype).removeprefix("torch."), list(v.shape), list(v.stride), v.offset]
+            for v in file.views
         ],
         "crcs": [[c.offset, c.nbytes, list(c.at)] for c in file.crcs],
         "moments": [vars(m) for m in file.moments],
@@ -127,7 +130,11 @@ def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:
     _check_cover(value.get("path"), nbytes, regions, skeleton, sizes, value.get("same_as"))
     views = tuple(_view(row, regions, sizes) for row in _rows(value, "views", 6))
     crcs = tuple(
-        Crc32(_integer(o, 0, nbytes), _integer(n, 0, nbytes - o), tuple(_integer(at, 0, nbytes - 4) for at in _sequence(ats)))
+        Crc32(
+            _integer(o, 0, nbytes),
+            _integer(n, 0, nbytes - o),
+            tuple(_integer(at, 0, nbytes - 4) for at in _sequence(ats)),
+        )
         for o, n, ats in _rows(value, "crcs", 3)
     )
     return StoredFile(
@@ -169,9 +176,9 @@ def _view(row: Sequence[Any], regions: Sequence[tuple[int, int]], sizes: Sequenc
     dims = tuple(_integer(n, 0, _MAX_FILE) for n in _sequence(shape))
     steps = tuple(_integer(n, 0, _MAX_FILE) for n in _sequence(stride))
     start = _integer(offset, 0, _MAX_FILE)
-    last = start + sum((n - 1) * s for n, s in zip(dims, steps, strict=True)) if len(dims) == len(steps) else -1
     available = sizes[regions[region][1]] // dtype.itemsize
-    if last < 0 or (0 not in dims and last >= available) or (0 not in dims and math.prod(dims) > 1 << 48):
+    reach = sum((n - 1) * s for n, s in zip(dims, steps, strict=False)) + 1 if 0 not in dims else 0
+    if len(dims) != len(steps) or start + reach > available or math.prod(dims) > 1 << 48:
         raise FormatError(f"view {name!r} does not fit into its region")
     return View(name, region, dtype, dims, steps, start)
 
@@ -190,7 +197,15 @@ def _moments(value: Any) -> Moments:
 
 def _safe_path(path: str) -> str:
     parts = PurePosixPath(path).parts
-    if not path or path.startswith("/") or ".." in parts or "\0" in path or "\\" in path or str(PurePosixPath(path)) != path or path == ".":
+    if (
+        not path
+        or path.startswith("/")
+        or ".." in parts
+        or "\0" in path
+        or "\\" in path
+        or str(PurePosixPath(path)) != path
+        or path == "."
+    ):
         raise FormatError(f"unsafe path {path[:200]!r} in the document")
     return path
 

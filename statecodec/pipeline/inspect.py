@@ -6,11 +6,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from statecodec.layouts import locate
 from statecodec.pipeline.plan import make_plan
 from statecodec.pipeline.report import Report, TensorReport
 from statecodec.pipeline.stored import report_of
 from statecodec.pipeline.tensor_sets import is_compressed
-from statecodec.layouts import locate
 from statecodec.policy import Policy
 
 

@@ -30,7 +30,13 @@ from statecodec.pipeline.report import Report
 from statecodec.pipeline.stored import Stored, report_of
 
 _MAX_DEPTH = 40  # the manifest's JSON may nest 64 deep, and each level here takes at most one and a half of those
-_ROLE_KEYS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "max_exp_avg_sq": "max_exp_avg_sq", "momentum_buffer": "momentum", "step": "step"}
+_ROLE_KEYS = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "max_exp_avg_sq": "max_exp_avg_sq",
+    "momentum_buffer": "momentum",
+    "step": "step",
+}
 
 
 @dataclass
@@ -94,7 +100,8 @@ def _to_json(value: Any, path: str, found: _Collected, depth: int) -> Any:
     if isinstance(value, Mapping):
         kind = "odict" if isinstance(value, OrderedDict) else "dict"
         pairs = [
-            [_to_json(k, f"{path} key", found, depth + 1), _to_json(v, _join(path, k), found, depth + 1)] for k, v in value.items()
+            [_to_json(k, f"{path} key", found, depth + 1), _to_json(v, _join(path, k), found, depth + 1)]
+            for k, v in value.items()
         ]
         return {kind: pairs}
     if isinstance(value, torch.Size):
@@ -128,7 +135,13 @@ def _scalar_to_json(value: Any, path: str) -> Any:
 
 def _add_encoded(encoded: EncodedTensor, path: str, found: _Collected) -> int:
     found.items.append(
-        Item(name=_name(path, found), codec=encoded.codec, shape=encoded.shape, dtype=encoded.dtype, attributes=_attributes(path))
+        Item(
+            name=_name(path, found),
+            codec=encoded.codec,
+            shape=encoded.shape,
+            dtype=encoded.dtype,
+            attributes=_attributes(path),
+        )
     )
     found.tensors.append(encoded)
     return len(found.items) - 1
@@ -138,24 +151,48 @@ def _add_tensor(tensor: Tensor, path: str, found: _Collected) -> Any:
     """One item per tensor, or per storage where several tensors look at one."""
     plain = tensor.detach()
     if plain.layout != torch.strided or plain.is_quantized or plain.is_conj() or plain.is_neg():
-        raise UsageError(f"{path or 'the value'}: save takes plain strided tensors, not {plain.layout} or lazily conjugated ones")
+        raise UsageError(
+            f"{path or 'the value'}: save takes plain strided tensors, not {plain.layout} or lazily conjugated ones"
+        )
     storage = plain.untyped_storage()
     key = (storage.data_ptr() if storage.nbytes() else id(tensor), plain.device)
-    whole = plain.is_contiguous() and plain.storage_offset() == 0 and storage.nbytes() == plain.numel() * plain.element_size()
+    whole = (
+        plain.is_contiguous()
+        and plain.storage_offset() == 0
+        and storage.nbytes() == plain.numel() * plain.element_size()
+    )
     index = found.storages.get(key)
     if index is None:
         base = plain if whole else torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
         index = found.storages[key] = len(found.items)
         found.items.append(
-            Item(name=_name(path, found), codec=codecs.Raw(), shape=tuple(base.shape), dtype=base.dtype, attributes=_attributes(path))
+            Item(
+                name=_name(path, found),
+                codec=codecs.Raw(),
+                shape=tuple(base.shape),
+                dtype=base.dtype,
+                attributes=_attributes(path),
+            )
         )
         found.tensors.append(base)
-    return {"tensor": [index, str(plain.dtype).removeprefix("torch."), list(plain.shape), list(plain.stride()), plain.storage_offset()]}
+    return {
+        "tensor": [
+            index,
+            str(plain.dtype).removeprefix("torch."),
+            list(plain.shape),
+            list(plain.stride()),
+            plain.storage_offset(),
+        ]
+    }
 
 
 def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """Chunks of an item with their parts: slices of what is there, nothing is encoded."""
-    encoded = tensor if isinstance(tensor, EncodedTensor) else EncodedTensor(item.codec, item.shape, item.dtype, {"data": tensor})
+    encoded = (
+        tensor
+        if isinstance(tensor, EncodedTensor)
+        else EncodedTensor(item.codec, item.shape, item.dtype, {"data": tensor})
+    )
     flat = {name: part.reshape(-1) for name, part in encoded.parts.items()}
     position = dict.fromkeys(flat, 0)
     for chunk in iterate(item.codec, item.shape, item.dtype):
@@ -194,7 +231,11 @@ def _tensor(content: Any, stored: Stored, storages: dict[int, Tensor], device: t
     item = stored.reader.items[_index(index, stored)]
     dtype = getattr(torch, dtype_name)
     numbers = [offset, *shape, *stride]
-    if not isinstance(dtype, torch.dtype) or len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
+    if (
+        not isinstance(dtype, torch.dtype)
+        or len(shape) != len(stride)
+        or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+    ):
         raise ValueError("a tensor's window")
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > item.decoded_nbytes:

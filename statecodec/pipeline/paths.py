@@ -10,7 +10,18 @@ from statecodec.errors import UsageError
 SUFFIX = ".sc.safetensors"
 INDEX_SUFFIX = ".index.json"
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "TIB": 1 << 40,
+}
 _SUFFIXES = (".pth.tar", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 

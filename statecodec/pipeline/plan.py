@@ -66,7 +66,12 @@ class Plan:
         """The moments of one file, with item names instead of the layout's region names."""
         names = {p.region.name: p.item.name for p in self.items if p.file == file and p.region is not None}
         return tuple(
-            replace(m, exp_avg=names[m.exp_avg], exp_avg_sq=names[m.exp_avg_sq], weight=names[m.weight] if m.weight else None)
+            replace(
+                m,
+                exp_avg=names[m.exp_avg],
+                exp_avg_sq=names[m.exp_avg_sq],
+                weight=names[m.weight] if m.weight else None,
+            )
             for m in self.source.files[file].moments
         )
 
@@ -123,7 +128,13 @@ def _choose(policy: Policy, name: str, region: Region, refused: bool) -> tuple[C
 
 
 def _item(
-    file: int, region: Region | None, name: str, codec: Codec, dtype: torch.dtype, shape: tuple[int, ...], attributes: dict[str, Any]
+    file: int,
+    region: Region | None,
+    name: str,
+    codec: Codec,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    attributes: dict[str, Any],
 ) -> PlannedItem:
     return PlannedItem(file, region, Item(name=name, codec=codec, shape=shape, dtype=dtype, attributes=attributes))
 

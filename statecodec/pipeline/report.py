@@ -81,7 +81,7 @@ class Report:
         plain = {k: v for k, v in dataclasses.asdict(self).items()}
         plain["format_version"] = list(self.format_version) if self.format_version else None
         derived = {"ratio": self.ratio, "bytes_per_param": self.bytes_per_param, "num_params": self.num_params}
-        return _jsonable({**plain, **derived})
+        return jsonable({**plain, **derived})
 
 
 @dataclass(frozen=True)
@@ -115,18 +115,20 @@ class DiffReport:
     @property
     def identical(self) -> bool:
         """Every tensor is there on both sides and equal."""
-        return not self.only_in_a and not self.only_in_b and all(t.max_abs == 0 and not t.mismatched for t in self.tensors)
+        return (
+            not self.only_in_a and not self.only_in_b and all(t.max_abs == 0 and not t.mismatched for t in self.tensors)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return _jsonable({**dataclasses.asdict(self), "identical": self.identical})
+        return jsonable({**dataclasses.asdict(self), "identical": self.identical})
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items()}
+        return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no NaN and no infinity
     return value

@@ -26,7 +26,15 @@ from statecodec.pipeline.paths import restored_path
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.skeleton import Skeleton
 from statecodec.pipeline.stored import Stored, report_of
-from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map, read_exactly, write_exactly
+from statecodec.pipeline.streams import (
+    FileHashes,
+    Meter,
+    Progress,
+    default_threads,
+    ordered_map,
+    read_exactly,
+    write_exactly,
+)
 
 _CRC_BLOCK = 1 << 20
 
@@ -101,9 +109,13 @@ def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Mete
             _restore_file(stored, file, path, device, threads, meter)
 
 
-def _restore_file(stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter) -> None:
+def _restore_file(
+    stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter
+) -> None:
     items = stored.reader.items
-    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not isinstance(items[i].codec, codecs.Raw)]
+    lossy = [
+        (offset, items[i].decoded_nbytes) for offset, i in file.regions if not isinstance(items[i].codec, codecs.Raw)
+    ]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     hashes = FileHashes([(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()

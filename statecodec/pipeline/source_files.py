@@ -55,7 +55,9 @@ class SourceFiles:
         """Raise LayoutError if a file was written to while it was read."""
         for file, stamp in enumerate(self._stamps):
             if _stamp(self.path(file)) != stamp:
-                raise LayoutError(f"{self.path(file)} changed while it was being compressed; try again once it is complete")
+                raise LayoutError(
+                    f"{self.path(file)} changed while it was being compressed; try again once it is complete"
+                )
 
 
 def _stamp(path: Path) -> tuple[int, int]:

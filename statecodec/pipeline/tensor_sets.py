@@ -61,7 +61,12 @@ class SourceTensors:
         self.files = SourceFiles(source)
         self.tensors = {
             p.item.name: TensorInfo(
-                i, p.item.name, str(p.item.attributes["role"]), p.item.attributes.get("param"), p.item.shape, p.item.dtype
+                i,
+                p.item.name,
+                str(p.item.attributes["role"]),
+                p.item.attributes.get("param"),
+                p.item.shape,
+                p.item.dtype,
             )
             for i, p in enumerate(self.plan.items)
         }
@@ -84,7 +89,12 @@ class StoredTensors:
         self.path = Path(path)
         self.tensors = {
             item.name: TensorInfo(
-                i, item.name, text(item.attributes.get("role")) or "other", text(item.attributes.get("param")), item.shape, item.dtype
+                i,
+                item.name,
+                text(item.attributes.get("role")) or "other",
+                text(item.attributes.get("param")),
+                item.shape,
+                item.dtype,
             )
             for i, item in enumerate(self.stored.reader.items)
         }
@@ -123,7 +133,11 @@ def is_compressed(path: str | Path) -> bool:
     if path.is_dir():
         return False
     if not path.exists() or path.name.endswith(INDEX_SUFFIX):
-        index = path if path.exists() else path.with_name(path.name.removesuffix(".safetensors") + ".safetensors" + INDEX_SUFFIX)
+        index = (
+            path
+            if path.exists()
+            else path.with_name(path.name.removesuffix(".safetensors") + ".safetensors" + INDEX_SUFFIX)
+        )
         return index.exists() and b"statecodec.manifest" in _head(index)
     return b'"format":"statecodec"' in _head(path)
 

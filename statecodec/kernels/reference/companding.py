@@ -18,13 +18,15 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     and `scales` (bf16, rows x ceil(cols / group)). Returns the flags NAN | INF | NEGATIVE of what could not be encoded.
     """
     rows, cols = x.shape
+    if not x.numel():
+        return 0
     groups = -(-cols // group)
     padded = torch.nn.functional.pad(x, (0, groups * group - cols)).view(rows, groups, group)
     magnitude = padded.abs()
     flags = _flags(x, curve)
     if flags:
         return flags
-    scale_bits = _scale_bits(magnitude.amax(-1) if group and groups else magnitude.new_zeros(rows, groups), curve)
+    scale_bits = _scale_bits(magnitude.amax(-1), curve)
     scales.view(torch.int16).copy_(scale_bits.to(torch.int16))
     scale = (scale_bits << 16).to(torch.int32).view(torch.float32).unsqueeze(-1)
     r = torch.where(scale > 0, magnitude / scale, torch.zeros((), dtype=x.dtype)).clamp(max=1.0)
@@ -45,6 +47,8 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
 def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
     """The inverse: out = table[code] * scale, one fp32 multiplication per element."""
     rows, cols = out.shape
+    if not out.numel():
+        return
     raw = codes.view(torch.uint8).view(rows, -1).to(torch.int64)
     if bits == 4:
         raw = torch.stack((raw & 0xF, raw >> 4), -1).view(rows, -1)[:, :cols]

@@ -1,0 +1,51 @@
+"""Peak memory of compressing and restoring a 4 GB checkpoint that holds 1 GB tensors, each in a fresh process.
+
+python benchmarks/memory.py [--bytes 4000000000] [--largest 1073741824]        -> benchmarks/results/memory.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from common import CACHE, grown, record
+
+# VmHWM and not ru_maxrss, which a child inherits from the process that forked it.
+_PEAK = r'import re; print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024)'
+_PROGRAM = f"""
+import sys, statecodec
+verb, preset, a, b = sys.argv[1:]
+getattr(statecodec, verb)(a, b, force=True, **({{"preset": preset}} if verb == "compress" else {{}}))
+{_PEAK}
+"""
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bytes", type=int, default=4_000_000_000)
+    parser.add_argument("--largest", type=int, default=1 << 30)
+    arguments = parser.parse_args()
+    source = grown(arguments.bytes, arguments.largest)
+    packed, back = CACHE / "memory.sc.safetensors", CACHE / "memory.back"
+    peaks: dict[str, float] = {}
+    for preset in ("resume", "lossless", "tiny"):
+        for verb, a, b in (("compress", source, packed), ("restore", packed, back)):
+            command = [sys.executable, "-c", _PROGRAM, verb, preset, str(a), str(b)]
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            peaks[f"{preset}: {verb}"] = int(output) / 2**20
+            print(f"{preset} {verb}: {peaks[f'{preset}: {verb}']:.0f} MiB", flush=True)
+    for path in (packed, back):
+        path.unlink()
+    imports = subprocess.run(
+        [sys.executable, "-c", f"import torch; {_PEAK}"], check=True, capture_output=True, text=True
+    ).stdout
+    record("memory", {
+        "bytes": source.stat().st_size, "largest_tensor": arguments.largest, "import torch alone, MiB": int(imports) / 2**20,
+        "peak RSS, MiB": peaks,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

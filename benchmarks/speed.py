@@ -1,0 +1,149 @@
+"""Speed beside what people use today, on one file of at least 1 GB, file to file, in one run.
+
+Every contender reads the same checkpoint from the page cache, writes its output with fsync, and reads it back into a file. The figure is
+GB of the original per CPU second (user + system, all threads), the best of `--runs`, contenders taking turns.
+
+    python benchmarks/speed.py [--bytes 1100000000] [--runs 3]        -> benchmarks/results/speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import torch
+import zstandard
+from common import CACHE, grown, record, spent
+from zipnn import ZipNN
+
+import statecodec
+
+BLOCK = 64 << 20
+Contender = tuple[Callable[[Path, Path], Any], Callable[[Path, Path], Any]]
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bytes", type=int, default=1_100_000_000)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    source = grown(arguments.bytes)
+    nbytes = source.stat().st_size
+    packed, back = CACHE / "speed.packed", CACHE / "speed.back"
+    best: dict[str, dict[str, float]] = {}
+    for run in range(arguments.runs + 1):  # the first turn warms caches and compiles; it does not count
+        for name, (compress, restore) in contenders().items():
+            with spent() as forward:
+                compress(source, packed)
+            ratio = nbytes / packed.stat().st_size
+            with spent() as backward:
+                restore(packed, back)
+            found = best.setdefault(
+                name,
+                {"ratio": ratio, "compress_cpu": 1e9, "compress_wall": 1e9, "restore_cpu": 1e9, "restore_wall": 1e9},
+            )
+            if run:
+                for key, value in (("compress", forward), ("restore", backward)):
+                    found[f"{key}_cpu"] = min(found[f"{key}_cpu"], value.cpu)
+                    found[f"{key}_wall"] = min(found[f"{key}_wall"], value.wall)
+            print(f"run {run} {name}: {found}", flush=True)
+    for path in (packed, back):
+        path.unlink()
+    rates = {
+        name: {"ratio": f["ratio"], **{k: nbytes / f[k] / 1e9 for k in f if k != "ratio"}} for name, f in best.items()
+    }
+    zipnn = rates["zipnn"]
+    record("speed", {
+        "bytes": nbytes, "unit": "GB of the original per CPU second / wall second", "contenders": rates,
+        "against_zipnn": {
+            name: {"compress": r["compress_cpu"] / zipnn["compress_cpu"], "restore": r["restore_cpu"] / zipnn["restore_cpu"]}
+            for name, r in rates.items()
+        },
+    })  # fmt: skip
+
+
+def contenders() -> dict[str, Contender]:
+    """Name -> (compress, restore), each file to file."""
+
+    def ours(preset: str, **options: Any) -> Contender:
+        return (
+            lambda a, b: statecodec.compress(a, b, preset=preset, force=True, **options),
+            lambda a, b: statecodec.restore(a, b, force=True),
+        )
+
+    def zipnn() -> Any:
+        return ZipNN(input_format="byte", bytearray_dtype="float32")
+
+    level1 = zstandard.ZstdCompressor(level=1)
+    return {
+        "copy": (by_block(bytes), by_block(bytes, framed=True)),
+        "statecodec resume": ours("resume"),
+        "statecodec resume, no sha256": ours("resume", sha256=False),
+        "statecodec lossless": ours("lossless"),
+        "statecodec lossless, no sha256": ours("lossless", sha256=False),
+        "zstd -1": (by_block(level1.compress), by_block(zstandard.ZstdDecompressor().decompress, framed=True)),
+        "zipnn": (by_block(lambda d: zipnn().compress(d)), by_block(lambda d: zipnn().decompress(d), framed=True)),
+        "blosc2 shuffle zstd": (
+            by_block(lambda d: blosc2.compress2(d, typesize=4, codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1)),
+            by_block(blosc2.decompress2, framed=True),
+        ),
+        "torch.save of a bf16 cast": (bf16_save, bf16_load),
+    }
+
+
+def by_block(function: Callable[[bytes], bytes], framed: bool = False) -> Callable[[Path, Path], None]:
+    """File to file through `function`, 64 MiB at a time; compressed blocks are framed by their length."""
+
+    def blocks(path: Path) -> Iterator[bytes]:
+        with path.open("rb") as file:
+            while head := file.read(8) if framed else b"?":
+                block = file.read(int.from_bytes(head, "little") if framed else BLOCK)
+                if not block:
+                    return
+                yield block
+
+    def run(source: Path, target: Path) -> None:
+        with target.open("wb") as file:
+            for block in blocks(source):
+                made = bytes(function(block))
+                if not framed:
+                    file.write(len(made).to_bytes(8, "little"))
+                file.write(made)
+            file.flush()
+            os.fsync(file.fileno())
+
+    return run
+
+
+def bf16_save(source: Path, target: Path) -> None:
+    """What people do instead: everything in bf16."""
+    checkpoint = torch.load(source, weights_only=True)
+    _save(_cast(checkpoint, torch.float32, torch.bfloat16), target)
+
+
+def bf16_load(source: Path, target: Path) -> None:
+    """... and back."""
+    _save(_cast(torch.load(source, weights_only=True), torch.bfloat16, torch.float32), target)
+
+
+def _cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(new) if value.dtype == old else value
+    return {k: _cast(v, old, new) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _save(value: Any, target: Path) -> None:
+    with target.open("wb") as file:
+        torch.save(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+if __name__ == "__main__":
+    main()

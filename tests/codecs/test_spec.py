@@ -1,0 +1,54 @@
+"""Codecs as text and as JSON: everything that is not one is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statecodec import codecs
+from statecodec.errors import CodecError, InvalidCodec, StatecodecError, UnknownCodec, UnsupportedVersion
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", InvalidCodec), ("zip", UnknownCodec), ("companded(", InvalidCodec), ("companded(bits=5)", InvalidCodec),
+        ("companded(bits=8.5)", InvalidCodec), ("companded(bits=eight)", InvalidCodec), ("companded(level=2)", InvalidCodec),
+        ("companded(curve=log,steps=1)", InvalidCodec), ("companded(steps=4)", InvalidCodec), ("companded(group=3)", InvalidCodec),
+        ("raw raw", InvalidCodec), ("folded(inner=zip)", InvalidCodec), ("folded(inner=zip())", UnknownCodec),
+        ("shared(dims=[1,0])", InvalidCodec), ("shared(dims=[])", InvalidCodec), ("lowrank(rank=0)", InvalidCodec),
+        ("lowrank(rank=2,form=rank_one)", InvalidCodec), ("split(low_bits=12)", InvalidCodec), ("cast(to=int8)", InvalidCodec),
+        ("folded(inner=folded(inner=folded(inner=folded(inner=folded(inner=raw)))))", InvalidCodec),
+        ("companded(group=99999999999999999999)", InvalidCodec),
+    ],
+)  # fmt: skip
+def test_refused(text: str, error: type[CodecError]) -> None:
+    with pytest.raises(error):
+        codecs.parse(text)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None, 3, [], {}, {"name": 3}, {"name": "companded", "bits": "8"}, {"name": "companded", "bits": True},
+        {"name": "companded", "extra": 1}, {"name": "shared", "dims": [0, "1"]}, {"name": "folded", "inner": "raw"},
+        {"name": "raw", "version": 2},
+    ],
+)  # fmt: skip
+def test_untrusted_config(config: object) -> None:
+    with pytest.raises((CodecError, UnsupportedVersion)):
+        codecs.from_config(config)  # type: ignore[arg-type]
+
+
+@given(st.text(max_size=60) | st.text(alphabet="companded(bits=48,)[]0l ", max_size=60))
+def test_any_text_is_a_codec_or_our_error(text: str) -> None:
+    try:
+        codec = codecs.parse(text)
+    except StatecodecError:
+        return
+    assert codecs.parse(codecs.format_codec(codec)) == codec
+
+
+def test_docs_name_every_codec() -> None:
+    assert codecs.names() == ["raw", "split", "cast", "companded", "folded", "shared", "lowrank", "dropped"]

@@ -1,0 +1,313 @@
+"""compress and restore, on real files, against torch.load and the files' own bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import statecodec
+from statecodec.errors import OutputExists, StatecodecError, UnsupportedVersion, UsageError, VerificationFailed
+
+PRESETS = ("lossless", "resume", "small", "tiny", "weights")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def there_and_back(path: Path, **options: Any) -> tuple[statecodec.Report, Path]:
+    packed, back = path.parent / "packed.sc.safetensors", path.parent / f"back-{path.name}"
+    report = statecodec.compress(path, packed, force=True, **options)
+    statecodec.restore(packed, back, force=True)
+    return report, back
+
+
+@pytest.mark.parametrize("pack", ["zstd", "none", "zstd:3"])
+def test_lossless_restores_the_same_file(checkpoint: Path, pack: str) -> None:
+    report, back = there_and_back(checkpoint, preset="lossless", pack=pack)
+    assert sha256(back) == sha256(checkpoint) == report.source["sha256"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_restored_files_load_and_resume(checkpoint: Path, content: dict[str, Any], preset: str) -> None:
+    report, back = there_and_back(checkpoint, preset=preset)
+    assert zipfile.ZipFile(back).testzip() is None, "a CRC is wrong"
+    loaded = torch.load(back, weights_only=False)
+    assert loaded["config"]["path"] == Path("data/x")
+    assert loaded["model"]["wte.weight"].data_ptr() == loaded["model"]["head.weight"].data_ptr()
+    parameters = [nn.Parameter(torch.empty_like(s["exp_avg"])) for s in content["optimizer"]["state"].values()]
+    sizes = [len(g["params"]) for g in content["optimizer"]["param_groups"]]
+    optimizer = torch.optim.AdamW([{"params": parameters[: sizes[0]]}, {"params": parameters[sizes[0] :]}])
+    optimizer.load_state_dict(loaded["optimizer"])
+    diff = statecodec.diff(checkpoint, back)
+    limits = {"lossless": 0.0, "resume": 0.012, "small": 0.3, "tiny": 0.3, "weights": 1.0}
+    assert diff.total["u_rms"] <= limits[preset]
+    assert diff.total["weight_relative_rms"] <= (0.0017 if preset == "tiny" else 2**-16)
+    assert report.bytes < checkpoint.stat().st_size
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_report_says_what_happened(checkpoint: Path, preset: str) -> None:
+    report = statecodec.compress(checkpoint, preset=preset, verify=True)
+    assert report.path == str(checkpoint.parent / "ckpt.sc.safetensors")
+    assert report.bytes == Path(report.path).stat().st_size
+    inspected = statecodec.inspect(report.path)
+    assert inspected.tensors == report.tensors
+    assert inspected.source == report.source
+    document = report.to_json()
+    for key in ("format_version", "source", "bytes", "ratio", "bytes_per_param", "num_params", "tensors"):
+        assert document[key] is not None
+    model, _ = torch.load(checkpoint, weights_only=False), None
+    names = {k: v for k, v in model["model"].items() if k != "head.weight"}
+    assert report.num_params == sum(v.numel() for v in names.values())
+    roles = {t.name: t.role for t in report.tensors}
+    assert roles["model.wte.weight"] == "weight"
+    assert roles["optimizer.state.0.exp_avg_sq"] == "exp_avg_sq"
+    assert roles["optimizer.state.0.step"] == "step"
+    measured = statecodec.diff(checkpoint, report.path)
+    for tensor in report.tensors:
+        if tensor.error is not None:
+            found = next(t for t in measured.tensors if t.name == tensor.name)
+            assert tensor.error["rms"] == pytest.approx(found.rms, rel=1e-6)
+            assert tensor.error["max_abs"] == pytest.approx(found.max_abs, rel=1e-6)
+    assert report.total is not None
+    assert report.total["u_rms"] == pytest.approx(measured.total["u_rms"])
+
+
+def test_diff_against_float64(checkpoint: Path, content: dict[str, Any]) -> None:
+    """u-rms, max |u| and cosine against the formula in float64, tensor by tensor and in total."""
+    _, back = there_and_back(checkpoint, preset="small")
+    other = torch.load(back, weights_only=False)["optimizer"]["state"]
+    diff = statecodec.diff(checkpoint, back)
+    exact, found = [], []
+    for i, state in content["optimizer"]["state"].items():
+        for target, s in ((exact, state), (found, other[i])):
+            t = float(state["step"])
+            m, v = (s[k].double() for k in ("exp_avg", "exp_avg_sq"))
+            target.append((m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8))
+    u, w = torch.cat([x.flatten() for x in exact]), torch.cat([x.flatten() for x in found])
+    assert diff.total["u_rms"] == pytest.approx(float((w - u).norm() / u.norm()), rel=1e-4)
+    assert diff.total["max_u"] == pytest.approx(float(w.abs().max()), rel=1e-5)
+    assert diff.total["max_u_exact"] == pytest.approx(float(u.abs().max()), rel=1e-5)
+    assert diff.total["cosine"] == pytest.approx(float(torch.nn.functional.cosine_similarity(u, w, 0)), abs=1e-7)
+    assert len(diff.updates) == len(exact)
+
+
+def test_load_gives_what_torch_load_gives(checkpoint: Path, content: dict[str, Any]) -> None:
+    statecodec.compress(checkpoint, preset="lossless")
+    for path in (checkpoint, checkpoint.parent / "ckpt.sc.safetensors"):
+        loaded = statecodec.load(path)
+        assert list(loaded) == list(content)
+        assert loaded["iter_num"] == 12
+        for k, v in content["model"].items():
+            assert torch.equal(loaded["model"][k], v)
+        for i, state in content["optimizer"]["state"].items():
+            for k, v in state.items():
+                assert torch.equal(loaded["optimizer"]["state"][i][k], v)
+        assert loaded["optimizer"]["param_groups"] == content["optimizer"]["param_groups"]
+        assert "Path" in loaded["config"]["path"].name
+        assert torch.equal(loaded["config"]["rng"], content["config"]["rng"])
+
+
+def test_open_reads_one_tensor(checkpoint: Path, content: dict[str, Any]) -> None:
+    statecodec.compress(checkpoint)
+    with statecodec.open(checkpoint.parent / "ckpt.sc.safetensors") as f:
+        assert "model.head.weight" in f.names()
+        m = f.read("optimizer.state.0.exp_avg")
+        assert m.shape == content["optimizer"]["state"][0]["exp_avg"].shape
+        assert f.info("optimizer.state.0.exp_avg")["codec"]["name"] == "companded"
+        assert f.read_encoded("optimizer.state.0.exp_avg").decode().equal(m)
+        with pytest.raises(UsageError, match="wte"):
+            f.read("wte.weight")
+
+
+def test_strided_shared_and_odd_tensors(tmp_path: Path) -> None:
+    base = torch.randn(100, 70)
+    content = {
+        "whole": base, "transposed": torch.randn(90, 80).t(), "window": torch.randn(64, 64)[3:9, 5:], "again": base.view(70, 100),
+        "overlap": base.view(-1)[5:300], "expanded": torch.randn(3, 1).expand(3, 5), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5),
+        "bool": torch.rand(9) > 0.5, "complex": torch.randn(4, dtype=torch.complex64), "double": torch.randn(80, 60, dtype=torch.float64),
+        "half": torch.randn(70, 70).half(), "bf16": torch.randn(70, 70).bfloat16(), "int": torch.arange(5000),
+        "last": torch.randn(4, 8, 6, 5).to(memory_format=torch.channels_last), "fp8": torch.randn(50).to(torch.float8_e4m3fn),
+        "numpy": np.random.default_rng(0).normal(size=10),
+    }  # fmt: skip
+    path = tmp_path / "odd.pt"
+    torch.save(content, path)
+    report, back = there_and_back(path, preset="lossless")
+    assert sha256(back) == sha256(path)
+    there_and_back(path, preset="tiny", rules=["*=companded(bits=4)"])
+    lossy = torch.load(back, weights_only=False)
+    for name in ("whole", "again", "overlap", "bool", "int", "fp8", "complex"):
+        assert torch.equal(
+            lossy[name].view(-1).contiguous().view(torch.uint8), content[name].view(-1).contiguous().view(torch.uint8)
+        ), name
+    loaded = statecodec.load(tmp_path / "packed.sc.safetensors")
+    assert loaded["transposed"].stride() == content["transposed"].stride()
+    assert (loaded["transposed"] - content["transposed"]).abs().max() < 0.6
+
+
+def test_nan_infinity_and_negative_moments_are_kept_and_named(tmp_path: Path) -> None:
+    state = {
+        i: {"step": torch.tensor(3.0), "exp_avg": torch.randn(80, 80), "exp_avg_sq": torch.rand(80, 80)}
+        for i in range(4)
+    }
+    state[0]["exp_avg"][5, 5] = float("nan")
+    state[1]["exp_avg_sq"][0, 0] = float("inf")
+    state[2]["exp_avg_sq"][7, 7] = -1e-9
+    model = {f"w{i}": torch.randn(80, 80) for i in range(4)}
+    model["w3"][1, 1] = float("nan")
+    group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0, 1, 2, 3]}
+    path = tmp_path / "bad.pt"
+    torch.save({"model": model, "optimizer": {"state": state, "param_groups": [group]}}, path)
+    report, back = there_and_back(path, verify=True)
+    loaded = torch.load(back)
+    for i, key in ((0, "exp_avg"), (1, "exp_avg_sq"), (2, "exp_avg_sq")):
+        assert torch.equal(loaded["optimizer"]["state"][i][key].view(torch.int32), state[i][key].view(torch.int32))
+        assert any(f"state.{i}.{key}" in note for note in report.notes), report.notes
+    assert loaded["model"]["w3"][1, 1].isnan()
+    assert next(t for t in report.tensors if t.name == "optimizer.state.3.exp_avg").codec == "companded"
+
+
+def test_safetensors_and_sharded_output(tmp_path: Path) -> None:
+    tensors = {f"layer.{i}.weight": torch.randn(300, 100).bfloat16() for i in range(8)}
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, {"format": "pt"})
+    packed = tmp_path / "out.sc.safetensors"
+    report = statecodec.compress(path, packed, preset="lossless", max_shard_size="200KB")
+    assert len(report.files) > 1
+    assert not packed.exists()
+    for name in (packed, tmp_path / "out.sc.safetensors.index.json"):
+        back = tmp_path / "back.safetensors"
+        statecodec.restore(name, back, force=True)
+        assert sha256(back) == sha256(path)
+    assert torch.equal(statecodec.load(packed)["layer.3.weight"], tensors["layer.3.weight"])
+    for shard in report.files:
+        load_file(shard)
+    with pytest.raises(OutputExists):
+        statecodec.compress(path, packed)
+
+
+def test_directory(tmp_path: Path, content: dict[str, Any]) -> None:
+    root = tmp_path / "checkpoint-12"
+    (root / "sub" / "empty").mkdir(parents=True)
+    save_file({k: v for k, v in content["model"].items() if k != "head.weight"}, root / "model.safetensors")
+    torch.save(content["optimizer"], root / "optimizer.pt")
+    (root / "trainer_state.json").write_text('{"global_step": 12}')
+    (root / "rng_state.pth").write_bytes(os.urandom(5000))
+    (root / "zero").touch()
+    (root / "trainer_state.json").chmod(0o640)
+    os.link(root / "optimizer.pt", root / "sub" / "same.pt")
+    report, back = there_and_back(root, preset="lossless", verify=True)
+    assert report.source["layout"] == "directory"
+    for path in sorted(root.rglob("*")):
+        twin = back / path.relative_to(root)
+        assert twin.is_dir() == path.is_dir()
+        if path.is_file():
+            assert twin.read_bytes() == path.read_bytes(), path
+            assert twin.stat().st_mode == path.stat().st_mode
+    assert (back / "sub" / "same.pt").stat().st_ino == (back / "optimizer.pt").stat().st_ino
+    report, back = there_and_back(root, preset="resume")
+    diff = statecodec.diff(root, back)
+    assert 0 < diff.total["u_rms"] < 0.012
+    loaded = statecodec.load(tmp_path / "packed.sc.safetensors")
+    assert loaded["trainer_state.json"] == b'{"global_step": 12}'
+    assert torch.equal(loaded["model.safetensors"]["ln.bias"], content["model"]["ln.bias"])
+
+
+def test_outputs_need_force_and_errors_leave_nothing(checkpoint: Path) -> None:
+    statecodec.compress(checkpoint)
+    packed = checkpoint.parent / "ckpt.sc.safetensors"
+    before = sorted(p.name for p in checkpoint.parent.iterdir())
+    with pytest.raises(OutputExists):
+        statecodec.compress(checkpoint)
+    with pytest.raises(OutputExists):
+        statecodec.restore(packed, checkpoint)
+
+    def stop(done: int, total: int, stage: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        statecodec.compress(checkpoint, checkpoint.parent / "new.sc.safetensors", progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        statecodec.restore(packed, checkpoint.parent / "new.pt", progress=stop)
+    assert sorted(p.name for p in checkpoint.parent.iterdir()) == before
+
+
+def test_verify_against_another_original(checkpoint: Path, content: dict[str, Any]) -> None:
+    statecodec.compress(checkpoint)
+    packed = checkpoint.parent / "ckpt.sc.safetensors"
+    statecodec.verify(packed, against=checkpoint)
+    other = torch.load(checkpoint, weights_only=False)
+    other["model"]["fc.weight"][0, 0] += 1e-3
+    torch.save(other, checkpoint)
+    with pytest.raises(VerificationFailed, match=r"fc\.weight|SHA-256"):
+        statecodec.verify(packed, against=checkpoint)
+
+
+def test_bit_flips_never_decode_to_other_numbers(checkpoint: Path) -> None:
+    """Of random single-bit flips in our file, none may restore to anything but an error or the very same bytes."""
+    packed, back = checkpoint.parent / "p.sc.safetensors", checkpoint.parent / "b.pt"
+    statecodec.compress(checkpoint, packed)
+    statecodec.restore(packed, back)
+    good, intact = sha256(back), packed.read_bytes()
+    rng = np.random.default_rng(0)
+    silent = 0
+    for _ in range(150):  # `make fuzz` and tests/format run thousands more on the format itself
+        damaged = bytearray(intact)
+        damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        packed.write_bytes(damaged)
+        try:
+            statecodec.restore(packed, back, force=True)
+        except StatecodecError:
+            continue
+        silent += sha256(back) != good
+    assert silent == 0
+
+
+def test_memory_stays_bounded(tmp_path: Path) -> None:
+    """A 600 MB tensor goes through in far less memory than its own size."""
+    path = tmp_path / "big.pt"
+    torch.save({"model": {"w": torch.zeros(150_000_000)}, "x": torch.randn(10)}, path)
+    program = (
+        "import sys, re, statecodec\n"
+        "statecodec.compress(sys.argv[1], sys.argv[2], threads=2); statecodec.restore(sys.argv[2], sys.argv[3], threads=2)\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    )
+    arguments = [str(path), str(tmp_path / "big.sc.safetensors"), str(tmp_path / "back.pt")]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True, text=True)
+    assert int(result.stdout) < 590, f"{result.stdout} MiB"
+    assert sha256(tmp_path / "back.pt") == sha256(path)
+
+
+def test_unknown_preset_and_sizes(checkpoint: Path) -> None:
+    for options in (
+        {"preset": "best"},
+        {"pack": "lz4"},
+        {"max_shard_size": "5 apples"},
+        {"device": "tpu"},
+        {"rules": ["x"]},
+    ):
+        with pytest.raises(StatecodecError):
+            statecodec.compress(checkpoint, **options)
+    assert not list(checkpoint.parent.glob("*.sc.*"))
+
+
+def test_a_newer_format_is_refused(checkpoint: Path) -> None:
+    statecodec.compress(checkpoint)
+    packed = checkpoint.parent / "ckpt.sc.safetensors"
+    data = packed.read_bytes().replace(b'"statecodec.version":"1.0"', b'"statecodec.version":"2.0"')
+    packed.write_bytes(data)
+    with pytest.raises(UnsupportedVersion):
+        statecodec.load(packed)

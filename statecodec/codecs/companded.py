@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,18 @@ _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
 
 @dataclass(frozen=True)
 class Companded(Codec):
-    """Parts `codes` (int8 / uint8; 4-bit codes two a byte along the row, low nibble first) and `scales` (bf16 per group).
+    """Parts `codes` (int8 / uint8; 4-bit codes two a byte along the row, low nibble first) and `scales` (bf16 per
+    group).
 
-    `softsign` and `linear` are signed (first moments), `sqrt` and `log` unsigned (second moments). Groups of `group` values
-    run along the last dimension and restart at each row. The scale is the group's largest magnitude in bf16, rounded
-    before encoding, so it has fp32's range and is what decoding will use. `steps` (log only): codes per octave;
-    0 means 16 for 8 bits, 2 for 4 bits.
+    `softsign` and `linear` are signed (first moments), `sqrt` and `log` unsigned (second moments). Groups of `group`
+    values run along the last dimension and restart at each row. The scale is the group's largest magnitude in bf16,
+    rounded before encoding, so it has fp32's range and is what decoding will use. `steps` (log only): codes per octave;
+    0 means 16 for 8 bits, 2 for 4 bits. `top`: the largest code, 0 for as many as the bits allow; fewer levels cost
+    the same unpacked, and packing turns them into fewer bits (8-bit codes with top=15 pack into about 4.5).
 
-    Zeros decode to exact zeros and, for unsigned curves, nothing else does: a positive value gets at least code 1 (a second
-    moment that decodes to 0 would divide its update by eps). -0.0 becomes 0.0. NaN, infinities and, for unsigned curves,
-    negative values are refused. Error: half a code step in the curve's own domain.
+    Zeros decode to exact zeros and, for unsigned curves, nothing else does: a positive value gets at least code 1 (a
+    second moment that decodes to 0 would divide its update by eps). -0.0 becomes 0.0. NaN, infinities and, for unsigned
+    curves, negative values are refused. Error: half a code step in the curve's own domain.
     """
 
     name: ClassVar[str] = "companded"
@@ -38,13 +40,16 @@ class Companded(Codec):
     bits: int = 8
     group: int = 128
     steps: int = 0
+    top: int = 0
 
     def __post_init__(self) -> None:
         self.require(self.curve in KINDS, f"curve={self.curve!r}, expected one of {', '.join(KINDS)}")
         self.require(self.bits in (8, 4), f"bits={self.bits}, expected 8 or 4")
         self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
         self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
-        octaves = 2**self.bits / (self.steps or DEFAULT_STEPS[self.bits])
+        most = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        self.require(0 <= self.top <= most, f"top={self.top}, expected 0 to {most}")
+        octaves = ((self.top or most) + 1) / (self.steps or DEFAULT_STEPS[self.bits])
         self.require(
             self.steps >= 0 and octaves <= _MAX_OCTAVES,
             f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves",
@@ -58,7 +63,12 @@ class Companded(Codec):
     @cached_property
     def levels(self) -> Curve:
         """The curve with its decode table."""
-        return Curve(self.curve, self.bits, self.signed, self.steps or DEFAULT_STEPS[self.bits])
+        return Curve(self.curve, self.bits, self.signed, self.steps or DEFAULT_STEPS[self.bits], self.top)
+
+    def config(self) -> dict[str, Any]:
+        """As for every codec; `top` only where it is set, so that files without it stay what they were."""
+        config = super().config()
+        return config if self.top else {k: v for k, v in config.items() if k != "top"}
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         self.require_float(dtype)

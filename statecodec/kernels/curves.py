@@ -1,13 +1,13 @@
 """Companding curves: the tables that every backend shares.
 
-A curve maps a magnitude r in [0, 1] (the value over its group's scale) to a code in 0..top. Decoding is one table look-up and
-one fp32 multiplication, so it is bit-exact everywhere; the table is computed once, in float64.
+A curve maps a magnitude r in [0, 1] (the value over its group's scale) to a code in 0..top. Decoding is one table
+look-up and one fp32 multiplication, so it is bit-exact everywhere; the table is computed once, in float64.
 
     linear    y = r                      softsign  y = 2r / (1 + r)        (FlashOptim section 3.2, first moment)
     sqrt      y = sqrt(r)                log       y = 1 + log2(r) * steps / top, `steps` codes per octave
 
-Encoding rounds y * top half up. For `log` it takes the octave from the exponent bits and log2 of the mantissa from LOG2, a
-polynomial in separately rounded fp32 operations: backends agree to the bit although their log2 do not.
+Encoding rounds y * top half up. For `log` it takes the octave from the exponent bits and log2 of the mantissa from
+LOG2, a polynomial in separately rounded fp32 operations: backends agree to the bit although their log2 do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LINEAR, SOFTSIGN, SQRT, LOG = range(4)
 DEFAULT_STEPS = {8: 16, 4: 2}
 KINDS = {"linear": LINEAR, "softsign": SOFTSIGN, "sqrt": SQRT, "log": LOG}
 
-# log2(1 + f) = f * (c0 + f * (c1 + f * (c2 + f * c3))) for f in [0, 1), within 1.2e-4 octaves (Horner, no fused operations).
+# log2(1 + f) = f * (c0 + f * (c1 + f * (c2 + f * c3))) for f in [0, 1), within 1.2e-4 octaves (Horner, no fused
+# operations).
 LOG2 = (1.438725471496582, -0.6777824759483337, 0.32118651270866394, -0.08212951570749283)
 
 
@@ -32,12 +33,14 @@ class Curve:
     """One companding curve at one code width.
 
     `bits` is 8 or 4; a signed curve has codes -top..top, an unsigned one 0..top and code 0 only for an exact zero.
+    `limit` lowers the top code (0: as many as the bits allow): fewer levels, which packing turns into fewer bits.
     """
 
     name: str
     bits: int
     signed: bool
     steps: int = 16
+    limit: int = 0
 
     @property
     def kind(self) -> int:
@@ -45,8 +48,8 @@ class Curve:
 
     @property
     def top(self) -> int:
-        """The largest code: 127 / 7 signed, 255 / 15 unsigned."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        """The largest code: `limit`, or 127 / 7 signed, 255 / 15 unsigned."""
+        return self.limit or (2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1)
 
     @cached_property
     def levels(self) -> NDArray[np.float32]:
@@ -67,10 +70,12 @@ class Curve:
     def table(self) -> NDArray[np.float32]:
         """Decoded value over scale for every byte (8 bits) or nibble (4 bits), indexed by the unsigned code."""
         if not self.signed:
-            return self.levels
+            # A damaged code above the top decodes as the top: the table covers every byte.
+            return self.levels[np.minimum(np.arange(2**self.bits), self.top)]
         half = 2 ** (self.bits - 1)
+        positive = self.levels[np.minimum(np.arange(half), self.top)]
         negative = -self.levels[np.minimum(np.arange(half, 0, -1), self.top)]
-        return np.concatenate([self.levels, negative])
+        return np.concatenate([positive, negative])
 
     @cached_property
     def min_scale(self) -> int:

@@ -99,7 +99,9 @@ def parts(layer: Layer, shape: tuple[int, ...], heads: int | None = None) -> tup
     if rest <= 0 or rest % 2 or rest // 2 > width:
         return ()
     bounds = (0, width, width + rest // 2, out)
-    return tuple(Part(f"{layer.name}[{k[0]}]", k, dim, bounds[i], bounds[i + 1]) for i, k in enumerate(("query", "key", "value")))
+    return tuple(
+        Part(f"{layer.name}[{k[0]}]", k, dim, bounds[i], bounds[i + 1]) for i, k in enumerate(("query", "key", "value"))
+    )
 
 
 def layer_type(name: str) -> str:
@@ -116,7 +118,9 @@ def _layer(name: str, shape: tuple[int, ...], *, transposed: bool) -> Layer:
     long = sum(n > 1 for n in shape)
     if len(shape) < 2 or long < 2 or name.endswith("bias"):
         return Layer(name, "vector", ())
-    kind = next((k for k, pattern in _COMPILED if pattern.search(_module(name))), "conv" if len(shape) > 2 else "unknown")
+    kind = next(
+        (k for k, pattern in _COMPILED if pattern.search(_module(name))), "conv" if len(shape) > 2 else "unknown"
+    )
     if kind == "norm":
         return Layer(name, kind, ())
     flipped = transposed and bool(re.search(r"(?:^|\.)c_(?:attn|proj|fc)$", _module(name)))

@@ -1,6 +1,7 @@
 """The presets: named points between exact and small. docs/codecs.md says what each costs and where that was measured.
 
-Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most sensitive.
+Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most
+sensitive.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Ordered rules, first match wins.
 
-A rule is written `PATTERN=CODEC`. PATTERN is a shell pattern over the tensor's name or its parameter's name, or a role, each optionally
-with conditions after a colon:
+A rule is written `PATTERN=CODEC`. PATTERN is a shell pattern over the tensor's name or its parameter's name, or a role,
+each optionally with conditions after a colon:
 
     exp_avg_sq=companded(curve=log)          every second moment
     *.wte.*=raw                              by name
@@ -108,9 +108,11 @@ def parse_rule(text: str) -> Rule:
 
 
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
-    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec", "role"}, ...]}. Raises PolicyError.
+    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec", "role"}, ...]}. Raises
+    PolicyError.
 
-    `role` may be left out. An entry whose codec is null (an SNR rule that shares nothing) leaves its tensors to later rules.
+    `role` may be left out. An entry whose codec is null (an SNR rule that shares nothing) leaves its tensors to later
+    rules.
     """
     path = Path(path)
     try:

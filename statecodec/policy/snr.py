@@ -60,7 +60,9 @@ class Measurement:
     def __init__(self, shape: tuple[int, ...]) -> None:
         """Raises UsageError for more dimensions than can be enumerated, or none."""
         if not 1 <= len(shape) <= _MAX_NDIM:
-            raise UsageError(f"the SNR is measured of tensors of 1 to {_MAX_NDIM} dimensions, not of shape {list(shape)}")
+            raise UsageError(
+                f"the SNR is measured of tensors of 1 to {_MAX_NDIM} dimensions, not of shape {list(shape)}"
+            )
         self._sums = {k: _Sums() for k in subsets(len(shape))}
         self._open: dict[Dims, _Merged] = {k: _Merged() for k in self._sums if 0 in k}
 

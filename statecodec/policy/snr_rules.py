@@ -105,7 +105,9 @@ def read_table(path: str | Path) -> list[LayerSNR]:
             table = csv.DictReader(file)
             missing = [c for c in _COLUMNS if c not in (table.fieldnames or ())]
             if missing:
-                raise PolicyError(f"{path}: an SNR table has the columns {', '.join(_COLUMNS)}; {', '.join(missing)} missing")
+                raise PolicyError(
+                    f"{path}: an SNR table has the columns {', '.join(_COLUMNS)}; {', '.join(missing)} missing"
+                )
             for number, row in enumerate(table, 2):
                 _read_row(row, found, f"{path}, line {number}")
     except (OSError, UnicodeError, csv.Error) as error:
@@ -115,7 +117,12 @@ def read_table(path: str | Path) -> list[LayerSNR]:
     shapes = {name: shape for name, (shape, _) in found.items()}
     layers = recognise(shapes)
     return [
-        LayerSNR(name, shape, average({d: r for d, r in zip(ratios, row, strict=True)} for row in _rows(ratios)), shareable(layers[name]))
+        LayerSNR(
+            name,
+            shape,
+            average({d: r for d, r in zip(ratios, row, strict=True)} for row in _rows(ratios)),
+            shareable(layers[name]),
+        )
         for name, (shape, ratios) in found.items()
     ]
 
@@ -133,7 +140,12 @@ def _rows(ratios: Mapping[Dims, list[float]]) -> Iterable[list[float]]:
 
 def _read_row(row: Mapping[str, Any], found: dict[str, Any], where: str) -> None:
     try:
-        name, shape, dims, ratio = str(row["key"]), _integers(row["shape"]), _integers(row["compress_dims"]), float(row["snr"])
+        name, shape, dims, ratio = (
+            str(row["key"]),
+            _integers(row["shape"]),
+            _integers(row["compress_dims"]),
+            float(row["snr"]),
+        )
     except (TypeError, ValueError) as error:
         raise PolicyError(f"{where}: {error}") from error
     if not dims or dims[-1] >= len(shape) or list(dims) != sorted(set(dims)):
@@ -179,7 +191,9 @@ def _entry(pattern: str, dims: Dims, ratios: Mapping[Dims, float]) -> dict[str, 
     return entry if best is None else {**entry, "snr": best}
 
 
-def _exceptions(layers: Sequence[LayerSNR], dims: Mapping[str, Dims], entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _exceptions(
+    layers: Sequence[LayerSNR], dims: Mapping[str, Dims], entries: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Exact rules for layers that the patterns, first match wins, would decide differently than was chosen."""
     made = []
     for layer in layers:

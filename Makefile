@@ -4,6 +4,7 @@
 #   make test     the tests
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
+#   make campaign the long versions of the tests that damage files and kill writers
 #   make docs     bring the option tables of docs/cli.md up to date
 
 PYTHON ?= python3
@@ -13,10 +14,10 @@ STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format docs clean
+.PHONY: help venv demo test lint check format campaign docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 venv: $(STAMP)
 
@@ -45,6 +46,9 @@ check: lint test
 format: $(STAMP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+campaign: $(STAMP)
+	STATECODEC_FLIPS=20000 STATECODEC_KILLS=50 $(BIN)/python -m pytest --timeout=7200 tests/format -k "flips or kill"
 
 docs: $(STAMP)
 	$(BIN)/python -m statecodec_cli.reference docs/cli.md

@@ -4,7 +4,7 @@
     row     = method u8, length u32 (little-endian)
 
 zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs
-better and several times as fast as level 1. Planes of noise are found by a sample and stored.
+better and faster than level 1. Planes of noise are found by a sample and stored.
 """
 
 from __future__ import annotations
@@ -92,11 +92,12 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
         width = plane_layout(part.dtype)[0]
         n = part.nbytes // width
         planes = buffer[position : position + part.nbytes].reshape(width, n)
-        if n:
+        zero = n > 1 and _kernels().constant_byte(part.view(-1).view(torch.uint8)) == 0
+        if n and not zero:
             _kernels().split_planes(part, torch.from_numpy(planes))
         source = position
         for k in range(width):
-            method, payload = _pack_plane(planes[k], compressor)
+            method, payload = (CONSTANT, b"\0") if zero else _pack_plane(planes[k], compressor)
             length = n if payload is None else len(payload)
             if payload is not None:
                 view[position : position + length] = payload

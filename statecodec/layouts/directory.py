@@ -19,6 +19,7 @@ from typing import Final
 from statecodec.errors import LayoutError, LegacyTorchFile, MalformedCheckpoint, UnknownLayout
 from statecodec.layouts import safetensors_file, torch_zip
 from statecodec.layouts.base import FileBytes, Source, SourceFile
+from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.describe import Described, finish
 from statecodec.layouts.roles import assign
 
@@ -27,6 +28,7 @@ _MAX_FILES: Final = 200_000
 _MAX_DEPTH: Final = 64
 
 
+@collector_paused()
 def locate(path: str | os.PathLike[str]) -> Source:
     """Locate the tensors of a checkpoint file or directory, reading headers, directories and pickles but no payload.
 

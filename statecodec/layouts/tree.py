@@ -18,6 +18,7 @@ from torch import Tensor
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import safetensors_file, torch_zip
 from statecodec.layouts.base import ByteSource, FileBytes
+from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.directory import locate
 from statecodec.layouts.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
 from statecodec.layouts.pickle_reader import read_pickle
@@ -57,6 +58,7 @@ class OpaqueObject:
         return f"<opaque {self.module}.{self.name}{inside}>"
 
 
+@collector_paused()
 def tree_from_pickle(data: bytes, tensor: TensorSource) -> Any:
     """The object that `data` (a torch file's data.pkl) describes, its tensors supplied by `tensor`.
 
@@ -65,6 +67,7 @@ def tree_from_pickle(data: bytes, tensor: TensorSource) -> Any:
     return _Builder(tensor).build(read_pickle(data))
 
 
+@collector_paused()
 def tree(source: str | os.PathLike[str] | ByteSource, read: BytesSource | None = None) -> Any:
     """The content of a checkpoint: torch files as torch.load would give them, safetensors as {name: tensor}.
 

@@ -83,7 +83,9 @@ GADGETS = {
     "numpy loads": python2_global("numpy", "load", text("executed")),
     "torch.load": python2_global("torch", "load", text("executed")),
     "runpy": python2_global("runpy", "_run_code", text("open('executed','w')"), b"}"),
-    "rebuild with a hostile type": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncos\nsystem\n" + text("touch executed") + b"\x85}tR",
+    "rebuild with a hostile type": b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\ncos\nsystem\n"
+    + text("touch executed")
+    + b"\x85}tR",
     "defaultdict factory": b"ccollections\ndefaultdict\ncos\nsystem\n\x85RK\x01K\x02s",
 }
 
@@ -102,7 +104,10 @@ def test_modules_that_a_file_names_are_not_imported(tmp_path: Path) -> None:
     (tmp_path / "evil_module.py").write_text("raise SystemExit('imported')")
     path = tmp_path / "x.pt"
     path.write_bytes(zip_of(b"\x80\x02cevil_module\nThing\n)\x81.", {}))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from statecodec.layouts import locate, tree; locate({str(path)!r}); print(tree({str(path)!r}))"
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from statecodec.layouts import locate, tree; "
+        f"locate({str(path)!r}); print(tree({str(path)!r}))"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout.strip()) == (0, "<opaque evil_module.Thing>")
 
@@ -165,7 +170,9 @@ BOMBS = {
     "deep list": b"]" * 200_000 + b"a" * 199_999 + b".",
     "deep tuple": b")" + b"\x85" * 200_000 + b".",
     "deep dict": b"}N" * 100_000 + b"N" + b"s" * 100_000 + b".",
-    "billion laughs": b"]q\0" + b"".join(b"]q" + bytes([i + 1]) + b"(" + (b"h" + bytes([i])) * 10 + b"e" for i in range(200)) + b".",
+    "billion laughs": b"]q\0"
+    + b"".join(b"]q" + bytes([i + 1]) + b"(" + (b"h" + bytes([i])) * 10 + b"e" for i in range(200))
+    + b".",
     "self reference": b"]q\0h\0ah\0ah\0a.",
     "huge memo index": b"]r\xff\xff\xff\xff.",
     "huge integer": b"\x8b\xff\xff\xff\x7f.",
@@ -177,11 +184,20 @@ BOMBS = {
     "many marks": b"(" * 2_000_000 + b".",
     "many memos": b"N" + b"\x94" * 2_000_000 + b".",
     "many duplicates": b"N" + b"2" * 2_000_000 + b".",
-    "one tensor named a million times": b"](" + lying_tensor(2, 0, (1,), (1,))[2:-1] + b"q\1" + b"h\1" * 1_000_000 + b"e.",
+    "one tensor named a million times": b"]("
+    + lying_tensor(2, 0, (1,), (1,))[2:-1]
+    + b"q\1"
+    + b"h\1" * 1_000_000
+    + b"e.",
     "tensors on a long path": b"".join(
         b"}(" + text("t") + lying_tensor(2, 0, (1,), (1,))[2:-1] + text("k" * 200) for _ in range(3000)
-    ) + b"N" + b"u" * 3000 + b".",
-    "colliding keys": b"}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") + b"N" for i in range(1, 40_000)) + b"u.",
+    )
+    + b"N"
+    + b"u" * 3000
+    + b".",
+    "colliding keys": b"}("
+    + b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") + b"N" for i in range(1, 40_000))
+    + b"u.",
 }
 
 WATCH = """
@@ -218,7 +234,9 @@ def test_bombs_cost_little_time_and_memory(tmp_path: Path) -> None:
     for name, (outcome, grown, _) in zip(BOMBS, lines, strict=True):
         assert grown < 256, (name, outcome, grown)
     refused = {name for name, (outcome, _, _) in zip(BOMBS, lines, strict=True) if "MalformedCheckpoint" in outcome}
-    assert {n for n in BOMBS if n.startswith(("huge int", "huge s", "huge b", "huge f", "long", "many", "one", "coll"))} <= refused
+    assert {
+        n for n in BOMBS if n.startswith(("huge int", "huge s", "huge b", "huge f", "long", "many", "one", "coll"))
+    } <= refused
 
 
 # ---- damage: truncation at many offsets, random flips, random opcodes
@@ -269,7 +287,9 @@ def test_seeded_bit_flips_give_only_our_errors() -> None:
     assert 0 < read < 1500  # payload flips are read, header flips are not
 
 
-PICKLE = pickle_of({"a": torch.zeros(4, 4), "b": [torch.ones(2).t(), (1, {2: 3})], "o": torch.nn.Parameter(torch.ones(1))})
+PICKLE = pickle_of(
+    {"a": torch.zeros(4, 4), "b": [torch.ones(2).t(), (1, {2: 3})], "o": torch.nn.Parameter(torch.ones(1))}
+)
 
 
 def read_pickle_alone(data: bytes) -> None:
@@ -294,8 +314,12 @@ def test_seeded_pickle_damage_gives_only_our_errors() -> None:
 OPCODES = [bytes([op]) for op in range(256) if "_refused" not in TABLE[op].__qualname__]
 ATOMS = st.one_of(
     st.sampled_from(OPCODES),
-    st.sampled_from([b"(", b"t", b"]", b"}", b"N", b"K\1", b"q\0", b"h\0", b"R", b"b", b"u", b"e", b"s", b"a", b"\x81", b"Q", b"."]),
-    st.sampled_from([b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nSize\n", b"ccollections\nOrderedDict\n", text("storage")]),
+    st.sampled_from(
+        [b"(", b"t", b"]", b"}", b"N", b"K\1", b"q\0", b"h\0", b"R", b"b", b"u", b"e", b"s", b"a", b"\x81", b"Q", b"."]
+    ),
+    st.sampled_from(
+        [b"ctorch._utils\n_rebuild_tensor_v2\n", b"ctorch\nSize\n", b"ccollections\nOrderedDict\n", text("storage")]
+    ),
     st.sampled_from([storage(2), integers(2), integers(1), lying_tensor(2, 0, (2,), (1,))[2:-1], b"ctorch\nfloat32\n"]),
     st.sampled_from([b"c" + f"{module}\n{name}\n".encode() for module, name in _KNOWN]),
     st.binary(max_size=4),
@@ -316,7 +340,7 @@ def test_truncated_pickles_are_malformed() -> None:
 
 @pytest.mark.parametrize("op", [b"\x82\1", b"\x84\1\0\0\0", b"\x97", b"\x98", b"Pid\n", b"\xff", b"\0"])
 def test_opcodes_that_torch_never_writes_are_refused_by_name(op: bytes) -> None:
-    with pytest.raises(MalformedCheckpoint, match="torch never does|no pickle opcode"):
+    with pytest.raises(MalformedCheckpoint, match=r"torch never does|no pickle opcode"):
         read_pickle(b"\x80\x04N" + op + b".")
 
 

@@ -50,7 +50,14 @@ def test_nanogpt(saved: Any) -> None:
     moments = {m.param: m for m in file.moments}
     assert set(moments) == set(expected_names(model, optimizer))
     found = moments["fc.weight"]
-    assert (found.beta1, found.beta2, found.eps, found.lr, found.weight_decay, found.step) == (0.8, 0.95, 1e-7, 1e-3, 0.1, 2.0)
+    assert (found.beta1, found.beta2, found.eps, found.lr, found.weight_decay, found.step) == (
+        0.8,
+        0.95,
+        1e-7,
+        1e-3,
+        0.1,
+        2.0,
+    )
     assert moments["fc.bias"].weight_decay == 0.0
     assert found.weight == "model._orig_mod.fc.weight"
 
@@ -171,8 +178,21 @@ def test_deepspeed_module_views_share_a_storage(saved: Any) -> None:
 
 
 def test_eight_bit_states_pass_through(saved: Any) -> None:
-    state = {0: {"state1": torch.zeros(4, 4, dtype=torch.uint8), "absmax1": torch.ones(1), "qmap1": torch.ones(256), "step": 3}}
-    flash = {0: {"exp_avg::quantized": torch.zeros(16, dtype=torch.int8), "exp_avg::scales": torch.ones(1).half(), "step": torch.tensor(1)}}
+    state = {
+        0: {
+            "state1": torch.zeros(4, 4, dtype=torch.uint8),
+            "absmax1": torch.ones(1),
+            "qmap1": torch.ones(256),
+            "step": 3,
+        }
+    }
+    flash = {
+        0: {
+            "exp_avg::quantized": torch.zeros(16, dtype=torch.int8),
+            "exp_avg::scales": torch.ones(1).half(),
+            "step": torch.tensor(1),
+        }
+    }
     groups = [{"params": [0], "betas": (0.9, 0.999), "eps": 1e-8, "lr": 1e-3}]
     _, file = saved({"a": {"state": state, "param_groups": groups}, "b": {"state": flash, "param_groups": groups}})
     assert {r.name: r.role for r in file.regions if not r.name.endswith("step")} == {

@@ -64,9 +64,14 @@ HOSTILE = {
     "not JSON": file_of(b"{nope}"),
     "not UTF-8": file_of(b'{"\xff": 1}'),
     "not an object": file_of(b'{"__metadata__": {}}'[:0] + b"[]"),
-    "duplicate names": file_of(b'{"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}, "a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+    "duplicate names": file_of(
+        b'{"a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}, "a": {"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        b"x",
+    ),
     "duplicate fields": file_of(b'{"a": {"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x"),
-    "2**60 empty elements": file_of({"a": entry("F32", [1 << 60, 0], 0, 0), "b": entry("F32", [1 << 60, 1 << 60, 0], 0, 0)}),
+    "2**60 empty elements": file_of(
+        {"a": entry("F32", [1 << 60, 0], 0, 0), "b": entry("F32", [1 << 60, 1 << 60, 0], 0, 0)}
+    ),
     "overflowing shape": file_of({"a": entry("F32", [1 << 32, 1 << 32], 0, 0)}),
     "negative shape": file_of({"a": entry("F32", [-1, -1], 0, 4)}, bytes(4)),
     "float shape": file_of({"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}, bytes(4)),

@@ -28,7 +28,11 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray):
         return a.dtype == b.dtype and a.flags.c_contiguous == b.flags.c_contiguous and np.array_equal(a, b)
     if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a) and getattr(a, "__dict__", 0) == getattr(b, "__dict__", 0)
+        return (
+            list(a) == list(b)
+            and all(same(a[k], b[k]) for k in a)
+            and getattr(a, "__dict__", 0) == getattr(b, "__dict__", 0)
+        )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return bool(a == b)
@@ -124,7 +128,9 @@ def test_unknown_objects_are_opaque_and_keep_their_contents(tmp_path: Path) -> N
     custom.note = "hi"
     namespace = argparse.Namespace(lr=0.1, tensor=torch.ones(3))
     path = tmp_path / "x.pt"
-    torch.save({"ns": namespace, "custom": custom, "path": pathlib.PurePosixPath("/a/b"), "cls": argparse.Namespace}, path)
+    torch.save(
+        {"ns": namespace, "custom": custom, "path": pathlib.PurePosixPath("/a/b"), "cls": argparse.Namespace}, path
+    )
     found = tree(path)
     assert isinstance(found["ns"], OpaqueObject)
     assert (found["ns"].module, found["ns"].name) == ("argparse", "Namespace")
@@ -180,7 +186,9 @@ def test_only_the_skeleton_is_read_from_the_source(tmp_path: Path) -> None:
         b"\x80\x02}]K\x01s.",  # a list as a key
         b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.",  # hashing would recurse through C
         b"\x80\x02})" + b"q\x00h\x00h\x00\x87" * 60 + b"K\x01s.",  # 3**60 visits
-        b"\x80\x02}(" + b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") + b"N" for i in range(1, 50_000)) + b"u.",
+        b"\x80\x02}("
+        + b"".join(b"\x8a\x0a" + ((2**61 - 1) * i).to_bytes(10, "little") + b"N" for i in range(1, 50_000))
+        + b"u.",
     ],
     ids=["list", "deep tuple", "bushy tuple", "collisions"],
 )

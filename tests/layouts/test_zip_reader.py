@@ -38,7 +38,23 @@ def directory(records: list[tuple[bytes, int, int, int]], start: int) -> bytes:
         extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
         narrow = [min(v, 0xFFFFFFFF) for v in (nbytes, nbytes, header)]
         body += struct.pack(
-            "<4s6H3I5H2I", b"PK\x01\x02", 0, 0, 0x808, 0, 0, 0, crc, *narrow[:2], len(name), len(extra), 0, 0, 0, 0, narrow[2]
+            "<4s6H3I5H2I",
+            b"PK\x01\x02",
+            0,
+            0,
+            0x808,
+            0,
+            0,
+            0,
+            crc,
+            *narrow[:2],
+            len(name),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+            narrow[2],
         )
         body += name + extra
     n = len(records)
@@ -69,7 +85,11 @@ def test_a_100_gb_archive_is_located_from_its_headers(tmp_path: Path) -> None:
     pickle = pickle.replace(b"K\x02M\x00\x04\x86", b"\x8a\x05" + rows.to_bytes(5, "little") + b"M\x00\x04\x86")
     path, records = tmp_path / "huge.pt", []
     with path.open("wb") as out:
-        for name, nbytes, data in ((b"x/data.pkl", len(pickle), pickle), (b"x/data/0", half, b""), (b"x/data/1", half, b"")):
+        for name, nbytes, data in (
+            (b"x/data.pkl", len(pickle), pickle),
+            (b"x/data/0", half, b""),
+            (b"x/data/1", half, b""),
+        ):
             header, crc = out.tell(), zlib.crc32(data)
             local, descriptor = entry(name, nbytes, crc, wide=nbytes >= 1 << 32)
             out.write(local + data)
@@ -138,7 +158,10 @@ HOSTILE = {
     "leading garbage": (b"garbage" + GOOD, "front|zip64|before"),
     "two archives": (GOOD + GOOD, "front|zip64"),
     "comment": (GOOD[:-2] + b"\x04\0" + b"abcd", "after the end"),
-    "fewer entries than announced": (patched(patched(GOOD, b"PK\x06\x06", 24, b"\x02"), b"PK\x06\x06", 32, b"\x02"), "disagree"),
+    "fewer entries than announced": (
+        patched(patched(GOOD, b"PK\x06\x06", 24, b"\x02"), b"PK\x06\x06", 32, b"\x02"),
+        "disagree",
+    ),
     "traversal": (GOOD.replace(b"archive/version", b"archive/../sion"), r"outside"),
     "null in a name": (GOOD.replace(b"archive/version", b"archive/\0ersion"), r"outside"),
     "not a zip": (b"PK\x03\x04", "too short"),

@@ -104,6 +104,8 @@ class StateOptimizer(torch.optim.Optimizer):
             check_number("initial_lr (decouple_lr divides by it)", group["initial_lr"], 1e-45)
         for p in group["params"]:
             check_param(p)
+            if group["stochastic_rounding"] and p.dtype == torch.float16:
+                raise OptimizerError("stochastic_rounding is for bf16 parameters; fp16's grid is uneven, use split32")
 
     def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
         """Whether the options of a torch.optim group mean the same here."""
@@ -157,7 +159,7 @@ class StateOptimizer(torch.optim.Optimizer):
         dither = Dither(group["seed"], plan.index, t) if group["stochastic_rounding"] else None
         return Weight(
             work, None if low is None else low.parts["data"], split_codec(p.dtype, group["master_weights"]), dither,
-            self._scratch, kernels.resolve(self._backend, p.device),
+            self._scratch, kernels.resolve(self._backend, p.device), self._arithmetic(work),
         )  # fmt: skip
 
     def _arithmetic(self, p: Tensor) -> Any:

@@ -65,8 +65,8 @@ def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Ten
     basis = basis / size  # so that the Gram neither underflows nor overflows, whatever the gradient's scale
     gram = basis.mT @ basis
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    extra = diagonal.mean(-1, keepdim=True) * damping if relative else torch.full_like(diagonal, damping)
-    extra = torch.where(extra > 0, extra, torch.ones_like(extra))  # an all-zero basis: the solution is zero
+    mean = diagonal.mean(-1, keepdim=True)
+    extra = torch.where(mean > 0, mean * damping if relative else damping, 1.0)  # an all-zero basis: the solution is zero
     diagonal.add_(extra)
     factor, info = torch.linalg.cholesky_ex(gram)
     projected = basis.mT @ target

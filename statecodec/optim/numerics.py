@@ -55,7 +55,7 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
             name = plan.name or plan.index
             decay = lr * decay_per_lr(group)
             # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
-            if 0 < decay < 2.0 ** -(bits + 2):
+            if 0 < decay <= 2.0 ** -(bits + 2):
                 found.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
             largest = float(p.abs().amax())
             if not (0 < largest < math.inf):

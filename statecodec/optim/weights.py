@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from statecodec import kernels
 from statecodec.codecs import Split
 from statecodec.errors import OptimizerError
-from statecodec.kernels.reference.steps import dither
 from statecodec.optim.tiles import Scratch, Tile
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Weight:
     dither: Dither | None
     scratch: Scratch
     backend: kernels.Backend
+    steps: ModuleType
 
     def load(self, tile: Tile) -> Tensor:
         """The values of a tile: a view of an fp32 or fp64 parameter, a scratch buffer otherwise."""
@@ -79,7 +80,7 @@ class Weight:
         drop = 16 if self.low is None else 16 - 8 * self.low.element_size()
         if self.dither is not None and drop:
             d = self.dither
-            dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=tile.start)
+            self.steps.dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=tile.start)
         if self.low is None or self.codec is None:
             high.copy_(values)
         else:

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statecodec.kernels.cpu.views import array_of, kernel
-from statecodec.kernels.reference.steps import shared_adam
+from statecodec.kernels.cpu.views import array_of, bits_of, kernel
+from statecodec.kernels.reference.steps import DITHER_1, DITHER_2, GOLDEN, mix, shared_adam
 
-__all__ = ["adam", "foam", "lion", "sgd", "shared_adam"]
+__all__ = ["adam", "dither", "foam", "lion", "sgd", "shared_adam"]
 
 
 def adam(
@@ -61,6 +61,12 @@ def foam(
         f(step), f(root if torch_bias else 1.0), f(decay if decay_first else 1.0), f(1.0 if decay_first else decay),
         f(residual), mean_of_squares, true_tail,
     )  # fmt: skip
+
+
+def dither(w: Tensor, *, drop: int, seed: int, index: int, step: int, start: int) -> None:
+    """See `reference.steps.dither`; the same bits."""
+    key = mix(mix(seed + index * GOLDEN) + step)
+    _dither(bits_of(w).reshape(-1), np.uint32((1 << drop) - 1), np.uint32((start + key) & 0xFFFFFFFF))
 
 
 def flat(x: Tensor) -> NDArray[Any]:
@@ -129,3 +135,18 @@ def _foam(
                 rest = residual * (g[row, i] - mean)
                 size = np.sqrt(rest * rest + v[row, b]) / root + eps
                 w[row, i] = (w[row, i] * decay - step * ((m[row, b] + rest) / size)) * decay_after
+
+
+@kernel
+def _dither(bits: NDArray[Any], mask: Any, key: Any) -> None:
+    x = np.uint32(key)
+    for i in range(bits.size):
+        # numba widens products of uint32 to uint64: cast back after each.
+        random = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(DITHER_1))
+        random = np.uint32((random ^ (random >> np.uint32(15))) * np.uint32(DITHER_2))
+        random = (random ^ (random >> np.uint32(16))) & mask
+        magnitude = np.uint32(bits[i]) & np.uint32(0x7FFFFFFF)
+        rounded = (magnitude + random) & ~mask
+        kept = magnitude if rounded >= np.uint32(0x7F800000) else rounded
+        bits[i] = np.int32(kept | (np.uint32(bits[i]) & np.uint32(0x80000000)))
+        x = np.uint32(x + np.uint32(1))

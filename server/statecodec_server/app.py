@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI
 
-from . import housekeeping, jobs, problems
+from . import housekeeping, jobs, operations, problems
 from .context import Context
 from .database import Database
 from .events import Watcher
@@ -87,7 +88,7 @@ def _lifespan(here: Context) -> object:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await here.uploads.recover()
-        running = (here.supervisor.run(), here.watcher.run(), housekeeping.run(here))
+        running = (here.supervisor.run(), here.watcher.run(), housekeeping.run(here), _describe_library(here))
         tasks = [asyncio.ensure_future(task) for task in running]
         try:
             yield
@@ -101,6 +102,11 @@ def _lifespan(here: Context) -> object:
             here.database.close()
 
     return lifespan
+
+
+async def _describe_library(here: Context) -> None:
+    """Ask early which operations the library has, so that no request has to wait for it."""
+    await run_sync(operations.describe, here.settings.backend)
 
 
 async def drain(here: Context) -> None:

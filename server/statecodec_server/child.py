@@ -1,7 +1,8 @@
-"""The process that does one conversion: `python -m statecodec_server.child`, a JSON request on stdin.
+"""The process that does one conversion: `python -m statecodec_server.child BACKEND`, a JSON request on stdin.
 
-It answers in JSON lines on its original stdout: {"progress": [done, total, stage]} now and then, and at the end
-{"result": ...} or {"error": {...}}. stdin stays open: when it closes, the worker is gone and so is this process.
+It imports the library first, so that a worker can keep one ready, and serves one request only. It answers in JSON
+lines on its original stdout: {"progress": [done, total, stage]} now and then, and at the end {"result": ...} or
+{"error": {...}}. stdin stays open: when it closes, the worker is gone and so is this process.
 """
 
 from __future__ import annotations
@@ -89,17 +90,20 @@ def _report(value: Any, name: str) -> dict[str, Any]:
         raise TypeError(f"an operation returned {type(value).__name__}, not a report")
     if isinstance(document.get("source"), dict):
         document["source"] = {**document["source"], "name": name}
-    if document.get("path") is not None:
-        document["path"] = Path(str(document["path"])).name
+    for key in ("path", "a", "b", "files"):  # names, not places on this machine
+        if isinstance(value := document.get(key), str):
+            document[key] = Path(value).name
+        elif isinstance(value, list):
+            document[key] = [Path(str(item)).name for item in value]
     return document
 
 
 def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
-    from .operations import Call, offered
+    from .operations import OPERATIONS, Call
     from .segments import tar_sha256
 
-    operation = offered(request["backend"])[request["operation"]]
-    function = getattr(import_module(request["backend"]), operation.function)
+    operation = next(item for item in OPERATIONS if item.name == request["operation"])
+    library = import_module(sys.argv[1])
     output = Path(request["output"])
     sandbox.lock_down([output.parent, Path(os.environ["NUMBA_CACHE_DIR"])])
     other = request.get("other")
@@ -112,7 +116,7 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
         threads=request["threads"],
         progress=channel.progress,
     )
-    report = _report(operation.run(function, call), request["display"])
+    report = _report(operation.run(library, call), request["display"])
     channel.send(progress=[0, 0, "checking"])
     files = _files(output)
     sha256, each = tar_sha256(output, files) if operation.makes_files else ("", [])
@@ -126,11 +130,31 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     }
 
 
+def _warm_up(backend: str) -> None:
+    """Import what takes seconds before the request is there."""
+    library = import_module(backend)
+    for name in library.__all__:
+        getattr(library, name)
+
+
+def _settle_in(request: Mapping[str, Any]) -> None:
+    """Make the job's folder this process's world."""
+    folder = Path(request["folder"])
+    os.chdir(folder.parent)
+    os.environ["HOME"] = os.environ["TMPDIR"] = str(folder / "tmp")
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
 def main() -> None:
     """Do what stdin says, once."""
     isolated = sandbox.detach()
     channel = Channel()
+    _warm_up(sys.argv[1])
     request = _read_request()
+    _settle_in(request)
     _follow_parent()
     sandbox.limit(request["memory"], request["seconds"], request["file_size"], request["threads"])
     channel.send(started=True, isolated=isolated)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from . import fetch
 from .database import Database, uploads
 from .names import check_members, clean_name, display_name, member_path
-from .operations import Operation, offered
+from .operations import Offer, offers
 from .problems import Problem, not_found
 from .records import Jobs
 from .schemas import JobRequest, Member, Source
@@ -28,16 +28,16 @@ class Inputs:
 
     def resolve(self, principal: Principal, request: JobRequest) -> tuple[dict[str, Any], int]:
         """(normalised request, bytes of the source); raises 404, 409 and 422 problems."""
-        operation = offered(self._settings.backend).get(request.operation)
-        if operation is None:
-            names = ", ".join(offered(self._settings.backend))
+        offer = offers(self._settings.backend).get(request.operation)
+        if offer is None:
+            names = ", ".join(offers(self._settings.backend))
             raise Problem(422, "usage", f"There is no operation {request.operation!r}; there are {names}.")
-        options = _options(operation, request.options)
+        options, operation = _options(offer, request.options), offer.operation
         source = request.source or Source(upload=request.upload)
         document: dict[str, Any] = {"operation": operation.name, "options": options}
         document["source"], nbytes = self._source(principal, source)
         if request.other is not None:
-            if operation.other is None:
+            if offer.other is None:
                 raise Problem(422, "usage", f"{operation.name} takes one input only.")
             document["other"], _ = self._source(principal, request.other)
         elif operation.other_needed:
@@ -119,12 +119,14 @@ def _single(name: str, file: dict[str, Any]) -> tuple[dict[str, Any], int]:
     return {"name": name, "folder": False, "files": [{**file, "path": clean_name(name)}]}, file["bytes"] or 0
 
 
-def _options(operation: Operation, given: dict[str, Any]) -> dict[str, Any]:
+def _options(offer: Offer, given: dict[str, Any]) -> dict[str, Any]:
     try:
-        return operation.options.model_validate(given).model_dump(exclude_unset=True)
+        return offer.check(given)
     except ValidationError as error:
         found = [
             {"where": ".".join(["options", *map(str, item["loc"])]), "what": item["msg"]}
             for item in error.errors()[:20]
         ]
         raise Problem(422, "usage", f"{found[0]['where']}: {found[0]['what']}", errors=found) from None
+    except ValueError as error:
+        raise Problem(422, "usage", f"options: {error}") from None

@@ -1,18 +1,25 @@
 """What jobs can do: one row per operation, and only those the installed library really has are offered.
 
-Adding one is one row in OPERATIONS (and its options model). Nothing here imports torch: the HTTP process reads the
-names the library exports, the child process calls them.
+Adding one is one row in OPERATIONS (and its options model). The HTTP process never imports torch: it asks a process of
+its own what the library exports and which parameters its functions take.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from .names import clean_name
 
 Rule = Annotated[str, StringConstraints(min_length=3, max_length=500)]
 SUFFIX = ".sc.safetensors"
@@ -63,7 +70,7 @@ class Operation:
     function: str
     options: type[Options]
     summary: str
-    run: Callable[[Callable[..., Any], Call], Any]
+    run: Callable[[Any, Call], Any]
     other: str | None = None
     other_needed: bool = False
     makes_files: bool = False
@@ -77,34 +84,38 @@ def stem(name: str) -> str:
     return name
 
 
-def _compress(function: Callable[..., Any], call: Call) -> Any:
+def _compressed(path: Path) -> Path:
+    """A compressed checkpoint of several shards arrives as a folder; its index stands for it."""
+    indexes = sorted(path.glob("*.index.json")) if path.is_dir() else []
+    return indexes[0] if len(indexes) == 1 else path
+
+
+def _compress(library: Any, call: Call) -> Any:
     options = {key: value for key, value in call.options.items() if value is not None}
-    return function(
-        call.source,
-        call.output / f"{stem(call.name)}{SUFFIX}",
-        base=call.other,
-        progress=call.progress,
-        threads=call.threads,
-        device="cpu",
-        **options,
-    )
+    if call.other is not None:
+        options["base"] = _compressed(call.other)
+    target = call.output / f"{stem(call.name)}{SUFFIX}"
+    return library.compress(call.source, target, progress=call.progress, threads=call.threads, device="cpu", **options)
 
 
-def _restore(function: Callable[..., Any], call: Call) -> Any:
-    target = call.output / (stem(call.name) if call.name.endswith(SUFFIX) else f"{stem(call.name)}.restored")
-    return function(call.source, target, progress=call.progress, threads=call.threads, device="cpu")
+def _restore(library: Any, call: Call) -> Any:
+    source = _compressed(call.source)
+    original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
+    target = call.output / clean_name(Path(str(original)).name)
+    return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu")
 
 
-def _inspect(function: Callable[..., Any], call: Call) -> Any:
-    return function(call.source)
+def _inspect(library: Any, call: Call) -> Any:
+    return library.inspect(_compressed(call.source))
 
 
-def _verify(function: Callable[..., Any], call: Call) -> Any:
-    return function(call.source, call.other, progress=call.progress)
+def _verify(library: Any, call: Call) -> Any:
+    return library.verify(_compressed(call.source), call.other, progress=call.progress)
 
 
-def _diff(function: Callable[..., Any], call: Call) -> Any:
-    return function(call.source, call.other, progress=call.progress)
+def _diff(library: Any, call: Call) -> Any:
+    assert call.other is not None
+    return library.diff(_compressed(call.source), _compressed(call.other), progress=call.progress)
 
 
 OPERATIONS: tuple[Operation, ...] = (
@@ -118,7 +129,53 @@ OPERATIONS: tuple[Operation, ...] = (
 )
 
 
-def offered(backend: str) -> dict[str, Operation]:
+def parameters(backend: str) -> dict[str, list[str]]:
+    """The functions a library exports and the parameters they take. Imports it: for child processes."""
+    library = import_module(backend)
+    functions = {name: getattr(library, name) for name in library.__all__}
+    return {
+        name: list(inspect.signature(function).parameters)
+        for name, function in functions.items()
+        if inspect.isfunction(function)
+    }
+
+
+@lru_cache(maxsize=4)
+def describe(backend: str) -> dict[str, list[str]]:
+    """`parameters`, asked of a process of its own: the caller never imports torch."""
+    command = [sys.executable, "-m", __name__, backend]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+class Offer:
+    """An operation as the installed library has it: an option its function does not take is not offered."""
+
+    def __init__(self, operation: Operation, taken: Sequence[str]) -> None:
+        self.operation = operation
+        self.other = operation.other if operation.other_needed or operation.other in taken else None
+        self.fields = [name for name in operation.options.model_fields if name in taken]
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the options."""
+        schema = self.operation.options.model_json_schema()
+        schema["properties"] = {name: schema["properties"][name] for name in self.fields}
+        return schema
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as the library takes them; raises pydantic.ValidationError, or ValueError with a sentence."""
+        checked = self.operation.options.model_validate(given).model_dump(exclude_unset=True)
+        if unknown := set(checked) - set(self.fields):
+            raise ValueError(f"the library of this service does not take {', '.join(sorted(unknown))}")
+        return checked
+
+
+def offers(backend: str) -> dict[str, Offer]:
     """The operations whose function the library exports."""
-    exported = set(getattr(import_module(backend), "__all__", ()))
-    return {operation.name: operation for operation in OPERATIONS if operation.function in exported}
+    found = describe(backend)
+    return {item.name: Offer(item, found[item.function]) for item in OPERATIONS if item.function in found}
+
+
+if __name__ == "__main__":
+    print(json.dumps(parameters(sys.argv[1])))

@@ -50,18 +50,6 @@ class Rate:
         return self.value
 
 
-def _environment(settings: Settings, scratch: Path) -> dict[str, str]:
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
-    cache = settings.data.resolve() / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    threads = str(settings.job_threads)
-    return kept | {
-        "LANG": "C.UTF-8", "HOME": str(scratch), "TMPDIR": str(scratch), "NUMBA_CACHE_DIR": str(cache),
-        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads,
-        "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-
-
 def _resident(pid: int) -> int:
     try:
         text = Path(f"/proc/{pid}/statm").read_text()
@@ -70,24 +58,61 @@ def _resident(pid: int) -> int:
     return (int(text.split()[1]) - int(text.split()[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _environment(settings: Settings) -> dict[str, str]:
+    """What a child may know: no credentials of the worker's, one cache of compiled kernels, few threads, no GPU."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
+    cache = settings.data.resolve() / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    threads = str(settings.job_threads)
+    return kept | {
+        "LANG": "C.UTF-8", "HOME": str(cache), "NUMBA_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads,
+        "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+
+
+class Children:
+    """Starts children; keeps one ready, which has imported the library while there was nothing else to do."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._spare: subprocess.Popen[bytes] | None = None
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "statecodec_server.child", self._settings.backend],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(self._settings),
+            start_new_session=True,
+        )
+
+    def prepare(self) -> None:
+        """Have a child ready for the next job."""
+        if self._spare is None:
+            self._spare = self._spawn()
+
+    def start(self, request: dict[str, Any]) -> Child:
+        """A child at work on this request."""
+        process, self._spare = self._spare, None
+        if process is not None and process.poll() is not None:
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                pipe.close()
+            process = None
+        return Child(self._settings, self._spawn() if process is None else process, request)
+
+
 class Child:
     """One running conversion."""
 
-    def __init__(self, settings: Settings, request: dict[str, Any], folder: Path) -> None:
+    def __init__(self, settings: Settings, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
         self._settings, self._deadline = settings, time.monotonic() + settings.job_seconds
         self._messages: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        scratch = folder / "tmp"
-        scratch.mkdir(exist_ok=True)
-        self._log = (folder / "log").open("wb+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "statecodec_server.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            cwd=folder.parent,
-            env=_environment(settings, scratch),
-            start_new_session=True,
-        )
+        self._process = process
+        folder = Path(request["folder"])
+        (folder / "tmp").mkdir(exist_ok=True)
+        self._log = folder / "log"
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         assert self._process.stdin is not None
@@ -141,10 +166,11 @@ class Child:
 
     def log_tail(self) -> str:
         """The end of what the child wrote to stderr, for the service's own log."""
-        self._log.flush()
-        size = self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, size - _STDERR_KEPT))
-        return self._log.read().decode(errors="replace")
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as file:
+            file.seek(max(0, self._log.stat().st_size - _STDERR_KEPT))
+            return file.read().decode(errors="replace")
 
     def close(self) -> None:
         """Make sure that nothing of the child is left."""
@@ -157,4 +183,3 @@ class Child:
             assert pipe is not None
             with suppress(BrokenPipeError):
                 pipe.close()
-        self._log.close()

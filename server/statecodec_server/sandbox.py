@@ -68,6 +68,12 @@ def detach() -> bool:
     return isolated
 
 
+def _is_code_cache() -> bool:
+    """Whether numba itself, and nobody else, is unpickling: the index of its cache of compiled kernels."""
+    caller = sys._getframe(2)  # 0 here, 1 the hook, 2 whoever called pickle.loads
+    return str(caller.f_globals.get("__name__", "")).startswith("numba.")
+
+
 def lock_down(writable: Sequence[Path]) -> None:
     """From now on refuse what a conversion has no reason to do. Cannot be undone in this process."""
     roots = tuple(str(path.resolve()) for path in writable)
@@ -90,7 +96,7 @@ def lock_down(writable: Sequence[Path]) -> None:
             places = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
             if not all(inside(place) for place in places):
                 refuse(f"{event} outside its folder")
-        elif event in _REFUSED:
+        elif event in _REFUSED and not (event == "pickle.find_class" and _is_code_cache()):
             refuse(event)
 
     sys.addaudithook(hook)

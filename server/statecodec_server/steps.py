@@ -22,7 +22,7 @@ from .database import Database, jobs, uploads
 from .names import clean_name
 from .problems import FULL_ERRNOS, Problem
 from .records import ENDED, Cancelled, Fenced, Jobs
-from .runner import Child, ChildFailed, Rate
+from .runner import ChildFailed, Children, Rate
 from .settings import Settings
 from .storage import Storage, download
 
@@ -37,6 +37,7 @@ class Work:
     def __init__(self, settings: Settings, database: Database, storage: Storage, owner: str) -> None:
         self.settings, self.database, self.storage, self.owner = settings, database, storage, owner
         self.jobs = Jobs(settings, database)
+        self.children = Children(settings)
 
     def folder(self, job: str) -> Path:
         """The job's folder on this machine."""
@@ -119,7 +120,7 @@ class Work:
         free = shutil.disk_usage(folder).free - self.settings.disk_reserve
         if free <= 0:
             raise ChildFailed("storage.full", "The disk of this service is full; nothing was kept of this job.")
-        child = Child(self.settings, self._child_request(request, row, free), folder)
+        child = self.children.start(self._child_request(request, row, free))
         rate = Rate()
 
         def tick(done: int, total: int, stage: str) -> None:
@@ -133,6 +134,7 @@ class Work:
             raise
         finally:
             child.close()
+            self.children.prepare()
         return {**made, "attempt": row["attempt"]}
 
     def _child_request(self, request: Mapping[str, Any], row: Row, free: int) -> dict[str, Any]:
@@ -143,7 +145,7 @@ class Work:
 
         settings = self.settings
         return {
-            "backend": settings.backend,
+            "folder": str(self.folder(row["id"]) / str(row["attempt"])),
             "operation": request["operation"],
             "source": place(request["source"], "input"),
             "other": place(request.get("other"), "other"),

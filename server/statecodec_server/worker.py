@@ -57,6 +57,7 @@ def run(settings: Settings, index: int, *, supervised: bool) -> None:
     threading.Thread(target=_beat, args=(work, settings, beating), daemon=True).start()
     if index == 0:
         work.clean_up()
+    work.children.prepare()
     worker = JobWorker(settings, work)
     worker.start()
     log.info("a worker is ready", extra={"fields": {"worker": work.owner}})

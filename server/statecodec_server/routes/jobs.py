@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from .. import logs, schemas
 from ..context import Context, Here, Who
-from ..operations import offered
+from ..operations import offers
 from ..problems import Problem
 from ..records import ENDED
 from ..schemas import Identity, JobRequest, job_document
@@ -32,14 +32,14 @@ async def operations(here: Here, who: Who) -> Response:
     """What jobs can do here, with a JSON schema of each operation's options."""
     found = [
         {
-            "name": operation.name,
-            "summary": operation.summary,
-            "other": operation.other,
-            "other_required": operation.other_needed,
-            "makes_files": operation.makes_files,
-            "options": operation.options.model_json_schema(),
+            "name": name,
+            "summary": offer.operation.summary,
+            "other": offer.other,
+            "other_required": offer.operation.other_needed,
+            "makes_files": offer.operation.makes_files,
+            "options": offer.schema(),
         }
-        for operation in offered(here.settings.backend).values()
+        for name, offer in (await run_sync(offers, here.settings.backend)).items()
     ]
     return JSONResponse(found)
 

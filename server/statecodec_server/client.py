@@ -1,0 +1,169 @@
+"""A client of the conversion service: resumable upload, jobs, verified download. Needs only httpx.
+
+    with Client("https://checkpoints.lab.example", token="sct_...") as client:
+        job = client.run("compress", "ckpt.pt", options={"preset": "resume"})
+        client.download(job, "ckpt.sc.safetensors")
+
+Every transfer survives lost connections and restarts of the server: uploads go on at the offset the server has on
+disk, downloads at the byte that is missing, and both ends compare SHA-256. A submission that is repeated after a
+lost answer finds its first job, because it carries an Idempotency-Key.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ._transfer import PATIENCE, TUS, Connection, Document, Progress, ServiceError, inside
+
+ENDED = frozenset({"succeeded", "failed", "cancelled"})
+
+
+def _silent(done: int, total: int, stage: str) -> None:
+    pass
+
+
+class Client:
+    """One service and one token. `patience`: seconds without any progress after which a transfer gives up."""
+
+    def __init__(
+        self, url: str, token: str | None = None, *, patience: float = PATIENCE, cache: Path | None = None
+    ) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self._connection = Connection(url, token, patience, cache or home / "statecodec" / "uploads")
+        self.request = self._connection.request
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._connection.close()
+
+    # Uploads
+
+    def upload(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> str:
+        """Upload a file and return the upload's id; goes on where an earlier, interrupted call left off."""
+        return self._connection.upload(Path(path), progress)
+
+    def upload_directory(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Document]:
+        """Upload every file of a directory checkpoint; the `uploads` list of a job's source."""
+        root = Path(path)
+        files = sorted(item for item in root.rglob("*") if item.is_file())
+        if not files:
+            raise ServiceError("usage", f"{root} has no files")
+        total, sent, members = sum(item.stat().st_size for item in files), 0, []
+        for item in files:
+            identity = self.upload(item, progress=partial(_shift, progress, sent, total))
+            sent += item.stat().st_size
+            members.append({"upload": identity, "path": f"{root.resolve().name}/{item.relative_to(root).as_posix()}"})
+        return members
+
+    # Jobs
+
+    def submit(
+        self,
+        operation: str,
+        source: Mapping[str, Any],
+        *,
+        other: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Document:
+        """Submit a job on a source such as {"upload": id}; the job document. Repeating it makes no second job."""
+        body: Document = {"operation": operation, "source": dict(source), "options": dict(options or {})}
+        if other is not None:
+            body["other"] = dict(other)
+        headers = {"Idempotency-Key": key or secrets.token_hex(16)}
+        document: Document = self.request("POST", "/v1/jobs", json=body, headers=headers).json()
+        return document
+
+    def job(self, identity: str) -> Document:
+        """A job as it is now."""
+        document: Document = self.request("GET", f"/v1/jobs/{identity}").json()
+        return document
+
+    def wait(self, job: Document, *, progress: Progress = _silent, poll: float = 0.5) -> Document:
+        """Poll until the job has ended; raises ServiceError with its code when it did not succeed."""
+        while job["state"] not in ENDED:
+            seen = job["progress"]
+            progress(seen["done"], seen["total"], seen["stage"])
+            time.sleep(poll)
+            job = self.job(job["id"])
+        if job["state"] == "succeeded":
+            return job
+        error = job["error"] or {"code": "job.cancelled", "message": "the job was cancelled"}
+        raise ServiceError(error["code"], error["message"])
+
+    def run(
+        self,
+        operation: str,
+        path: str | os.PathLike[str],
+        *,
+        other: str | os.PathLike[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+        progress: Progress = _silent,
+    ) -> Document:
+        """Upload what is needed, submit, and wait; the ended job."""
+        sources = [self.source(item, progress=progress) for item in (path, other) if item is not None]
+        job = self.submit(operation, sources[0], other=[*sources, None][1], options=options)
+        return self.wait(job, progress=progress)
+
+    def source(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> Document:
+        """Upload a file or a directory; the source to submit."""
+        if Path(path).is_dir():
+            return {"uploads": self.upload_directory(path, progress=progress)}
+        return {"upload": self.upload(path, progress=progress)}
+
+    def report(self, job: Document) -> Document:
+        """The library's report of a succeeded job."""
+        document: Document = self.request("GET", job["links"]["report"]).json()
+        return document
+
+    def cancel(self, job: Document) -> None:
+        """Stop a job."""
+        self.request("POST", f"/v1/jobs/{job['id']}/cancel")
+
+    def delete(self, job: Document) -> None:
+        """Remove an ended job and its result."""
+        self.request("DELETE", f"/v1/jobs/{job['id']}")
+
+    def forget(self, source: Mapping[str, Any]) -> None:
+        """Remove the uploads behind a source."""
+        for member in source.get("uploads", [source]):
+            if "upload" in member:
+                self.request("DELETE", f"/v1/uploads/{member['upload']}", headers=TUS)
+
+    # Downloads
+
+    def download(self, job: Document, target: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Path]:
+        """Fetch the result: one file to `target`, several into the folder `target`; each is checked against its
+        SHA-256 before it gets its name. An interrupted download goes on where it was."""
+        files = job["files"]
+        total, done, written = sum(file["bytes"] for file in files), 0, []
+        for file in files:
+            path = Path(target) if len(files) == 1 else Path(target) / inside(file["name"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection.fetch(file, path, partial(_seen, progress, done, total))
+            done += file["bytes"]
+            written.append(path)
+        return written
+
+
+def _shift(progress: Progress, base: int, whole: int, done: int, total: int, stage: str) -> None:
+    progress(base + done, whole, stage)
+
+
+def _seen(progress: Progress, base: int, total: int, done: int) -> None:
+    progress(base + done, total, "downloading")
+
+
+__all__ = ["Client", "ServiceError"]

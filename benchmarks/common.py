@@ -32,9 +32,14 @@ def machine() -> dict[str, Any]:
         "?",
     )
     return {
-        "cpu": model, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "torch": torch.__version__,
-        "statecodec": statecodec.__version__, "date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[0],
-    }  # fmt: skip
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "statecodec": statecodec.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "load": os.getloadavg()[0],
+    }
 
 
 def record(name: str, result: dict[str, Any]) -> None:
@@ -79,7 +84,8 @@ def trained(name: str = "gpt", steps: int = 300, seed: int = 0, **settings: Any)
 
 
 def grown(nbytes: int, largest: int = 0) -> Path:
-    """A checkpoint of about `nbytes` with the trained one's statistics: its tensors again and again, rows and columns permuted.
+    """A checkpoint of about `nbytes` with the trained one's statistics: its tensors again and again, rows and columns
+    permuted.
 
     With `largest`, each of one parameter's tensors (weight, exp_avg, exp_avg_sq) has that many bytes.
     """

@@ -41,10 +41,15 @@ def main() -> None:
     imports = subprocess.run(
         [sys.executable, "-c", f"import torch; {_PEAK}"], check=True, capture_output=True, text=True
     ).stdout
-    record("memory", {
-        "bytes": source.stat().st_size, "largest_tensor": arguments.largest, "import torch alone, MiB": int(imports) / 2**20,
-        "peak RSS, MiB": peaks,
-    })  # fmt: skip
+    record(
+        "memory",
+        {
+            "bytes": source.stat().st_size,
+            "largest_tensor": arguments.largest,
+            "import torch alone, MiB": int(imports) / 2**20,
+            "peak RSS, MiB": peaks,
+        },
+    )
 
 
 if __name__ == "__main__":

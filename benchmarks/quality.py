@@ -1,4 +1,5 @@
-"""What each preset costs and keeps, on a trained GPT's fp32 AdamW checkpoint and on a bf16 weights file; ZipNN beside it.
+"""What each preset costs and keeps, on a trained GPT's fp32 AdamW checkpoint and on a bf16 weights file; ZipNN beside
+it.
 
 python benchmarks/quality.py        -> benchmarks/results/quality.json
 """
@@ -23,12 +24,19 @@ def main() -> None:
     presets = {name: preset(checkpoint, output, name) for name in ("lossless", "resume", "small", "tiny", "weights")}
     weights = bf16_weights(checkpoint)
     report = statecodec.compress(weights, output, preset="lossless", force=True)
-    record("quality", {
-        "checkpoint": {"bytes": checkpoint.stat().st_size, "params": report.num_params},
-        "presets": presets,
-        "zipnn_fp32_checkpoint": zipnn_ratio(checkpoint, "float32"),
-        "bf16_weights": {"bytes": weights.stat().st_size, "lossless": report.ratio, "zipnn": zipnn_ratio(weights, "bfloat16")},
-    })  # fmt: skip
+    record(
+        "quality",
+        {
+            "checkpoint": {"bytes": checkpoint.stat().st_size, "params": report.num_params},
+            "presets": presets,
+            "zipnn_fp32_checkpoint": zipnn_ratio(checkpoint, "float32"),
+            "bf16_weights": {
+                "bytes": weights.stat().st_size,
+                "lossless": report.ratio,
+                "zipnn": zipnn_ratio(weights, "bfloat16"),
+            },
+        },
+    )
 
 
 def preset(checkpoint: Path, output: Path, name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Does training go on as if nothing had happened? Resume a GPT from the exact checkpoint and from each preset's restored one.
+"""Does training go on as if nothing had happened? Resume a GPT from the exact checkpoint and from each preset's
+restored one.
 
-For every seed: train, save, compress, restore, resume from both with the same data order, and compare the validation losses. The noise to
-compare with is the spread of exact resumes under other data orders.
+For every seed: train, save, compress, restore, resume from both with the same data order, and compare the validation
+losses. The noise to compare with is the spread of exact resumes under other data orders.
 
     python benchmarks/resume.py [--seeds 3] [--before 250] [--after 80]        -> benchmarks/results/resume.json
 """

@@ -1,7 +1,8 @@
 """Speed beside what people use today, on one file of at least 1 GB, file to file, in one run.
 
-Every contender reads the same checkpoint from the page cache, writes its output with fsync, and reads it back into a file. The figure is
-GB of the original per CPU second (user + system, all threads), the best of `--runs`, contenders taking turns.
+Every contender reads the same checkpoint from the page cache, writes its output with fsync, and reads it back into a
+file. The figure is GB of the original per CPU second (user + system, all threads), the best of `--runs`, contenders
+taking turns.
 
     python benchmarks/speed.py [--bytes 1100000000] [--runs 3]        -> benchmarks/results/speed.json
 """
@@ -59,13 +60,21 @@ def main() -> None:
         name: {"ratio": f["ratio"], **{k: nbytes / f[k] / 1e9 for k in f if k != "ratio"}} for name, f in best.items()
     }
     zipnn = rates["zipnn"]
-    record("speed", {
-        "bytes": nbytes, "unit": "GB of the original per CPU second / wall second", "contenders": rates,
-        "against_zipnn": {
-            name: {"compress": r["compress_cpu"] / zipnn["compress_cpu"], "restore": r["restore_cpu"] / zipnn["restore_cpu"]}
-            for name, r in rates.items()
+    record(
+        "speed",
+        {
+            "bytes": nbytes,
+            "unit": "GB of the original per CPU second / wall second",
+            "contenders": rates,
+            "against_zipnn": {
+                name: {
+                    "compress": r["compress_cpu"] / zipnn["compress_cpu"],
+                    "restore": r["restore_cpu"] / zipnn["restore_cpu"],
+                }
+                for name, r in rates.items()
+            },
         },
-    })  # fmt: skip
+    )
 
 
 def contenders() -> dict[str, Contender]:

@@ -21,12 +21,18 @@ def main() -> None:
     """Measure and record."""
     python = [sys.executable, "-c"]
     torch_alone = seconds([*python, "import torch"])
-    record("startup", {
-        "import torch, s": torch_alone,
-        "import statecodec beyond torch, s": seconds([*python, "import torch, statecodec"]) - torch_alone,
-        "and everything compress needs, numba included, beyond torch, s": seconds([*python, f"import torch; {_EVERYTHING}"]) - torch_alone,
-        "statecodec --help, s": seconds([sys.executable, "-m", "statecodec_cli", "--help"]),
-    })  # fmt: skip
+    record(
+        "startup",
+        {
+            "import torch, s": torch_alone,
+            "import statecodec beyond torch, s": seconds([*python, "import torch, statecodec"]) - torch_alone,
+            "and everything compress needs, numba included, beyond torch, s": seconds(
+                [*python, f"import torch; {_EVERYTHING}"]
+            )
+            - torch_alone,
+            "statecodec --help, s": seconds([sys.executable, "-m", "statecodec_cli", "--help"]),
+        },
+    )
 
 
 def seconds(command: list[str]) -> float:

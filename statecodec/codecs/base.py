@@ -4,9 +4,9 @@ A codec is a frozen dataclass whose fields are its JSON config. From (config, sh
 every stored part's dtype and shape: that gives byte counts, file headers before encoding, the check of an untrusted
 file before any allocation and the zero state of a live optimizer.
 
-Tensors are seen as rows: `()` is 1 x 1, `(n,)` is 1 x n, `(..., q)` is prod x q. Nothing ever crosses a row, so a tensor
-may be cut between rows (and inside a row at multiples of `align()`), each piece encoded alone, and the pieces' parts
-concatenated: the result equals encoding it whole. A codec whose `align()` is None needs the whole tensor.
+Tensors are seen as rows: `()` is 1 x 1, `(n,)` is 1 x n, `(..., q)` is prod x q. Nothing ever crosses a row, so a
+tensor may be cut between rows (and inside a row at multiples of `align()`), each piece encoded alone, and the pieces'
+parts concatenated: the result equals encoding it whole. A codec whose `align()` is None needs the whole tensor.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def rounding(bound: Tensor, x: Tensor) -> Tensor:
-    """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32 product."""
+    """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32
+    product.
+    """
     unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
     size = x.to(torch.float64).abs() + bound
     return bound + size * (unit[0] + 2.0**-22) + unit[1] + 2.0**-149

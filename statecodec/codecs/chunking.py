@@ -15,7 +15,9 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements start..stop of the flattened tensor, seen as `shape` (rows, cols), or the tensor's own shape if it is whole."""
+    """Elements start..stop of the flattened tensor, seen as `shape` (rows, cols), or the tensor's own shape if it is
+    whole.
+    """
 
     start: int
     stop: int
@@ -25,7 +27,8 @@ class Chunk:
 def chunks(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: int = CHUNK_ELEMENTS) -> list[Chunk]:
     """The pieces, in order, about `target` elements each; one piece if the codec cannot be cut.
 
-    Every piece's parts, concatenated byte by byte, are the parts of the whole tensor. A tensor without elements is one chunk.
+    Every piece's parts, concatenated byte by byte, are the parts of the whole tensor. A tensor without elements is one
+    chunk.
     """
     return list(iterate(codec, shape, dtype, target))
 

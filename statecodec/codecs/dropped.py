@@ -15,7 +15,9 @@ from statecodec.codecs.base import Codec, PartSpec
 
 @dataclass(frozen=True)
 class Dropped(Codec):
-    """No parts. For moments that inference does not need; training cannot resume from zeros as if nothing had happened."""
+    """No parts. For moments that inference does not need; training cannot resume from zeros as if nothing had
+    happened.
+    """
 
     name: ClassVar[str] = "dropped"
 

@@ -18,9 +18,9 @@ from statecodec.codecs.raw import Raw
 class Folded(Codec):
     """One fp32 mean per block of 2**level neighbours in a row, encoded by `inner`: parts `mean.*`.
 
-    A row's short tail block is the mean of the entries it has (the published code divides by the full block). Decoding repeats
-    the mean: what varies within a block is lost, so the error is the distance to the block's mean plus the inner codec's.
-    NaN and infinities are refused: they would spread over their block.
+    A row's short tail block is the mean of the entries it has (the published code divides by the full block). Decoding
+    repeats the mean: what varies within a block is lost, so the error is the distance to the block's mean plus the
+    inner codec's. NaN and infinities are refused: they would spread over their block.
     """
 
     name: ClassVar[str] = "folded"

@@ -20,11 +20,11 @@ _EXACT_SVD = 1024  # up to this smaller side; beyond, seeded subspace iteration
 class LowRank(Codec):
     """A matrix (rows x cols) by fp32 factors `left` (rows x rank) and `right` (rank x cols).
 
-    `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2 elementwise, factors of
-    sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean, for second moments: never
-    negative, and zero where x is not only if the product underflows. A rank above the smaller side is lowered to it. NaN and infinities are
-    refused, and negative values by `square` and `rank_one`. Error: the first left-out singular value (`product`). Needs the whole
-    tensor at once.
+    `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2
+    elementwise, factors of sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean,
+    for second moments: never negative, and zero where x is not only if the product underflows. A rank above the smaller
+    side is lowered to it. NaN and infinities are refused, and negative values by `square` and `rank_one`. Error: the
+    first left-out singular value (`product`). Needs the whole tensor at once.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -97,7 +97,9 @@ class LowRank(Codec):
 
 
 def _subspace_svd(matrix: Tensor, rank: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets by subspace iteration with oversampling, from a fixed seed: the same bits every time."""
+    """Leading singular triplets by subspace iteration with oversampling, from a fixed seed: the same bits every
+    time.
+    """
     generator = torch.Generator(device="cpu").manual_seed(0)
     width = min(rank + max(8, rank // 4), *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator).to(matrix.device)

@@ -19,8 +19,8 @@ from statecodec.errors import UnsupportedTensor
 class Shared(Codec):
     """The fp32 mean over the dimensions `dims` (kept as size 1), encoded by `inner`: parts `mean.*`.
 
-    Dimensions count from 0; a matrix (fan_out, fan_in) shared over 1 keeps one value per row. Decoding broadcasts, so the
-    error is the distance to the mean plus the inner codec's. NaN and infinities are refused: they would spread.
+    Dimensions count from 0; a matrix (fan_out, fan_in) shared over 1 keeps one value per row. Decoding broadcasts, so
+    the error is the distance to the mean plus the inner codec's. NaN and infinities are refused: they would spread.
     Needs the whole tensor at once.
     """
 

@@ -59,10 +59,15 @@ def format_codec(codec: Codec) -> str:
     shown = []
     for f in dataclasses.fields(codec):
         value = getattr(codec, f.name)
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
-        if value != default:
+        if value != _default(f):
             shown.append(f"{f.name}={_format_value(value)}")
     return f"{codec.name}({','.join(shown)})" if shown else codec.name
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 def from_config(config: Mapping[str, Any]) -> Codec:

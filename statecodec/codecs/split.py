@@ -20,10 +20,10 @@ _LOW = {8: torch.int8, 16: torch.int16}
 class Split(Codec):
     """Parts `high` (bf16 or fp16) and `low` (int8 or int16), split in integer arithmetic on the bits.
 
-    `high=bf16`: 16 low bits keep every fp32 bit; 8 keep 24 bits of the value: error at most 2**-16 relative, 1/512 of a bf16 unit in
-    the last place. `high=fp16`: 16 low bits are exact for 2**-14 <= |x| < 65520 and within 2**-41 below; 8 are within
-    2**-19 relative, 2**-33 below; finite values from 65520 on are refused. Encoding a decoded tensor changes nothing.
-    Infinities, subnormals and -0.0 stay; NaN stays NaN without its payload. fp64 is rounded to fp32 first.
+    `high=bf16`: 16 low bits keep every fp32 bit; 8 keep 24 bits of the value: error at most 2**-16 relative, 1/512 of a
+    bf16 unit in the last place. `high=fp16`: 16 low bits are exact for 2**-14 <= |x| < 65520 and within 2**-41 below; 8
+    are within 2**-19 relative, 2**-33 below; finite values from 65520 on are refused. Encoding a decoded tensor changes
+    nothing. Infinities, subnormals and -0.0 stay; NaN stays NaN without its payload. fp64 is rounded to fp32 first.
     """
 
     name: ClassVar[str] = "split"

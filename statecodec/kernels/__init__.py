@@ -1,8 +1,8 @@
 """Kernels: pure functions on tensors, one name and one signature, one file per backend.
 
-`reference` (torch ops) is the executable specification, `cpu` (numba) is what runs on a CPU, `triton` on a GPU. Decoding is
-bit-exact across backends, and so is encoding. Choosing is explicit: a backend that is asked for and is not there raises
-BackendUnavailable and says which ones are; nothing falls back silently.
+`reference` (torch ops) is the executable specification, `cpu` (numba) is what runs on a CPU, `triton` on a GPU.
+Decoding is bit-exact across backends, and so is encoding. Choosing is explicit: a backend that is asked for and is not
+there raises BackendUnavailable and says which ones are; nothing falls back silently.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from functools import cache
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from statecodec.errors import BackendUnavailable
 from statecodec.kernels.curves import Curve
+
+if TYPE_CHECKING:
+    from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
 
 # What an encoding kernel found in its input; it returns the bits, the codec raises.
 NAN, INF, NEGATIVE, OUT_OF_RANGE = 1, 2, 4, 8
@@ -42,6 +45,24 @@ class Backend(Protocol):
     def unfold(self, mean: Tensor, out: Tensor, *, block: int) -> None: ...
 
 
+class HostBackend(Backend, Protocol):
+    """What the backends for CPU tensors have besides: the sums that errors are reported from."""
+
+    def compare(self, a: Tensor, b: Tensor) -> Comparison: ...
+
+    def compare_updates(
+        self,
+        m: Tensor,
+        v: Tensor,
+        m_other: Tensor,
+        v_other: Tensor,
+        *,
+        correction1: float,
+        correction2: float,
+        eps: float,
+    ) -> UpdateComparison: ...
+
+
 BACKENDS = {"reference": (), "cpu": ("numba",), "triton": ("triton",)}
 
 
@@ -61,6 +82,11 @@ def get(name: str) -> Backend:
             f"backend {name!r} needs {need}, which is not installed; available: {', '.join(available())}"
         )
     return cast(Backend, importlib.import_module(f"statecodec.kernels.{name}"))
+
+
+def host() -> HostBackend:
+    """The fast backend for CPU tensors."""
+    return cast(HostBackend, get("cpu"))
 
 
 def resolve(name: str | None, device: torch.device) -> Backend:

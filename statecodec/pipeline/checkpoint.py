@@ -20,7 +20,7 @@ from statecodec.pipeline.plan import Plan, make_plan
 from statecodec.pipeline.skeleton import Skeleton
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.stored import Stored
-from statecodec.pipeline.streams import read_exactly
+from statecodec.pipeline.streams import memory, read_exactly
 from statecodec.pipeline.tensor_sets import is_compressed
 from statecodec.policy import Policy
 
@@ -121,10 +121,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
-    """The nested object that torch.load would give (safetensors: {name: tensor}; a directory: {path: content}), decoded.
+    """The nested object that torch.load would give (safetensors: {name: tensor}; a directory: {path: content}),
+    decoded.
 
-    Nothing the file names is imported or run: unknown classes come back as OpaqueObject with their name and contents. Tensors
-    that shared memory share it again. Raises FormatError or LayoutError.
+    Nothing the file names is imported or run: unknown classes come back as OpaqueObject with their name and contents.
+    Tensors that shared memory share it again. Raises FormatError or LayoutError.
     """
     if not is_compressed(path):
         source = locate(path)
@@ -148,8 +149,7 @@ def _load_source(path: Path, layout: str, device: torch.device | str) -> Any:
 
         def read(offset: int, nbytes: int) -> Tensor:
             out = torch.empty(nbytes, dtype=torch.uint8)
-            if nbytes:
-                read_exactly(file.fileno(), offset, memoryview(out.numpy()), path.name)
+            read_exactly(file.fileno(), offset, memory(out), path.name)
             return out.to(device)
 
         return tree(content, read)

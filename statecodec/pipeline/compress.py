@@ -17,7 +17,7 @@ from statecodec._version import __version__
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import BackendUnavailable, OutputExists, UnencodableValues, UsageError
 from statecodec.format import PackedChunk, Packing, Writer
-from statecodec.kernels.reference.statistics import Comparison
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.layouts import locate
 from statecodec.pipeline import document as documents
 from statecodec.pipeline.paths import compressed_path, parse_size
@@ -61,10 +61,11 @@ def compress(
 ) -> Report:
     """Compress a checkpoint file or directory into `dst` (by default SRC's name with `.sc.safetensors`, beside it).
 
-    `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a tensor
-    decides. Tensors that a codec would falsify (NaN, infinities, negative second moments) are kept exact and named in
-    the report's notes. `verify` reads the result back and compares it with the source before returning. Memory is bounded
-    whatever the size of the checkpoint (codecs that need a whole tensor excepted). Nothing of the source is ever executed.
+    `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a
+    tensor decides. Tensors that a codec would falsify (NaN, infinities, negative second moments) are kept exact and
+    named in the report's notes. `verify` reads the result back and compares it with the source before returning. Memory
+    is bounded whatever the size of the checkpoint (codecs that need a whole tensor excepted). Nothing of the source is
+    ever executed.
 
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
@@ -77,8 +78,19 @@ def compress(
     target = Path(dst) if dst is not None else compressed_path(source.root)
     if not force and (target.exists() or target.with_name(target.name + ".index.json").exists()):
         raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
-    run = partial(_write, target=target, packing=packing, shard_size=shard_size, force=force, sha256=sha256, preset=preset,
-                  policy=policy, device=where, threads=threads or default_threads(), progress=progress)  # fmt: skip
+    run = partial(
+        _write,
+        target=target,
+        packing=packing,
+        shard_size=shard_size,
+        force=force,
+        sha256=sha256,
+        preset=preset,
+        policy=policy,
+        device=where,
+        threads=threads or default_threads(),
+        progress=progress,
+    )
     plan, refusals = make_plan(source, policy), {}
     try:
         run(plan, ())
@@ -93,9 +105,20 @@ def compress(
 
 
 def _write(
-    plan: Plan, notes: tuple[str, ...], *, target: Path, packing: Packing, shard_size: int | None, force: bool, sha256: bool,
-    preset: str, policy: Policy, device: torch.device, threads: int, progress: Progress | None,
-) -> None:  # fmt: skip
+    plan: Plan,
+    notes: tuple[str, ...],
+    *,
+    target: Path,
+    packing: Packing,
+    shard_size: int | None,
+    force: bool,
+    sha256: bool,
+    preset: str,
+    policy: Policy,
+    device: torch.device,
+    threads: int,
+    progress: Progress | None,
+) -> None:
     source = plan.source
     files = SourceFiles(source)
     own = [i for i, f in enumerate(source.files) if f.same_as is None]
@@ -148,7 +171,7 @@ def _encode_chunk(planned: PlannedItem, x: Tensor, device: torch.device) -> tupl
     decoded = encoded.decode().to("cpu")
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
-    comparison = kernels.get("cpu").compare(x.view(-1), decoded.view(-1))
+    comparison = kernels.host().compare(x.view(-1), decoded.view(-1))
     return {name: part.to("cpu") for name, part in encoded.parts.items()}, comparison
 
 
@@ -179,20 +202,17 @@ class _ErrorSums:
 
     def __init__(self, plan: Plan) -> None:
         self._numel = [math.prod(p.item.shape) for p in plan.items]
-        self._sums: dict[int, list[float]] = {}
+        self._sums: dict[int, Comparison] = {}
 
     def add(self, item: int, c: Comparison | None) -> None:
         if c is not None:
-            sums = self._sums.setdefault(item, [0.0, 0.0, 0.0])
-            sums[0] += c.sum_sq
-            sums[1] += c.sum_sq_diff
-            sums[2] = max(sums[2], c.max_abs_diff)
+            self._sums[item] = self._sums.get(item, NO_DIFFERENCE).merged(c)
 
     def results(self) -> Iterator[tuple[int, dict[str, float]]]:
-        for item, (sum_sq, sum_sq_diff, largest) in self._sums.items():
-            relative = math.sqrt(sum_sq_diff / sum_sq) if sum_sq else 0.0
-            rms = math.sqrt(sum_sq_diff / max(self._numel[item], 1))
-            yield item, {"rms": rms, "relative_rms": relative, "max_abs": largest}
+        for item, c in self._sums.items():
+            relative = math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
+            rms = math.sqrt(c.sum_sq_diff / max(self._numel[item], 1))
+            yield item, {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
 
 
 def _document(

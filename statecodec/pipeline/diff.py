@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from statecodec import kernels
-from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.pipeline.report import DiffReport, TensorDiff, UpdateReport
 from statecodec.pipeline.streams import Meter, Progress, default_threads, ordered_map
@@ -77,20 +77,14 @@ def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, s
 def compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: TensorInfo) -> Comparison:
     """Compare one tensor of A with one of B (same shape), streamed."""
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-        return Comparison(0.0, 0.0, 0.0, _unequal(a.chunks(tensor), b.chunks(other)))
+        return NO_DIFFERENCE._replace(mismatched=_unequal(a.chunks(tensor), b.chunks(other)))
     left, right = Elements(a.chunks(tensor)), Elements(b.chunks(other))
-    total = Comparison(0.0, 0.0, 0.0, 0)
+    total = NO_DIFFERENCE
     for count in _pieces(math.prod(tensor.shape)):
         x, y = left.take(count), right.take(count)
         if x.dtype != y.dtype:
             x, y = x.to(torch.float64), y.to(torch.float64)
-        c = kernels.get("cpu").compare(x, y)
-        total = Comparison(
-            total.sum_sq + c.sum_sq,
-            total.sum_sq_diff + c.sum_sq_diff,
-            max(total.max_abs_diff, c.max_abs_diff),
-            total.mismatched + c.mismatched,
-        )
+        total = total.merged(kernels.host().compare(x, y))
     return total
 
 
@@ -98,20 +92,15 @@ def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
     names = (m.exp_avg, m.exp_avg_sq)
     streams = [Elements(s.chunks(s.tensors[name])) for s in (a, b) for name in names]
     step = m.step if m.step and m.step > 0 else math.inf
-    total = [0.0] * 4 + [0.0, 0.0]
-    nonfinite = 0
+    total = NO_UPDATE
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
-        moments = [s.take(count).to(torch.float32) for s in streams]
-        c = kernels.get("cpu").compare_updates(
-            *moments, correction1=_correction(m.beta1, step), correction2=_correction(m.beta2, step), eps=m.eps
-        )
-        total = [
-            *(x + y for x, y in zip(total[:4], c[:4], strict=True)),
-            max(total[4], c.max_abs),
-            max(total[5], c.max_abs_other),
-        ]
-        nonfinite += c.nonfinite
-    return UpdateComparison(*total, nonfinite)
+        first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
+        found = kernels.host().compare_updates(
+            first, second, other_first, other_second,
+            correction1=_correction(m.beta1, step), correction2=_correction(m.beta2, step), eps=m.eps,
+        )  # fmt: skip
+        total = total.merged(found)
+    return total
 
 
 def _correction(beta: float, step: float) -> float:
@@ -190,26 +179,20 @@ class _Totals:
     """Sums over all tensors by role, and over all updates."""
 
     def __init__(self) -> None:
-        self._roles: dict[str, list[float]] = {}
-        self._update = [0.0] * 4
-        self._largest = [0.0, 0.0]
-        self._updates = False
+        self._roles: dict[str, Comparison] = {}
+        self._updates = NO_UPDATE
 
     def add_tensor(self, role: str, c: Comparison) -> None:
-        sums = self._roles.setdefault(role, [0.0, 0.0])
-        sums[0] += c.sum_sq
-        sums[1] += c.sum_sq_diff
+        self._roles[role] = self._roles.get(role, NO_DIFFERENCE).merged(c)
 
     def add_update(self, c: UpdateComparison) -> None:
-        self._updates = True
-        self._update = [x + y for x, y in zip(self._update, c[:4], strict=True)]
-        self._largest = [max(self._largest[0], c.max_abs), max(self._largest[1], c.max_abs_other)]
+        self._updates = self._updates.merged(c)
 
     def total(self) -> dict[str, float]:
         """relative_rms of each role, and of all updates: u_rms, max_u, max_u_exact, cosine."""
-        found = {f"{role}_relative_rms": _relative(s[1], s[0]) for role, s in self._roles.items()}
-        if self._updates:
-            exact, other, error, dot = self._update
-            found |= {"u_rms": _relative(error, exact), "max_u": self._largest[1], "max_u_exact": self._largest[0]}
-            found["cosine"] = _cosine(exact, other, dot)
+        found = {f"{role}_relative_rms": _relative(c.sum_sq_diff, c.sum_sq) for role, c in self._roles.items()}
+        u = self._updates
+        if u != NO_UPDATE:
+            found |= {"u_rms": _relative(u.sum_sq_diff, u.sum_sq), "max_u": u.max_abs_other, "max_u_exact": u.max_abs}
+            found["cosine"] = _cosine(u.sum_sq, u.sum_sq_other, u.dot)
         return found

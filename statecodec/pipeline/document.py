@@ -1,7 +1,7 @@
 """The source's description inside a compressed file's manifest, and reading it back without trusting it.
 
-The document says how to rebuild the source: its files, which stored item fills which byte range of which file, the views that
-name tensors in those ranges, the zip CRCs to recompute, and the moments that belong together.
+The document says how to rebuild the source: its files, which stored item fills which byte range of which file, the
+views that name tensors in those ranges, the zip CRCs to recompute, and the moments that belong together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ _MAX_FILE = 1 << 50
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One source file as a compressed checkpoint describes it. `regions`: (offset in the file, item index), by offset."""
+    """One source file as a compressed checkpoint describes it. `regions`: (offset in the file, item index), by
+    offset.
+    """
 
     path: str
     nbytes: int
@@ -71,7 +73,9 @@ def to_json(document: Document) -> dict[str, Any]:
 
 
 def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
-    """The document, checked against the items' decoded sizes in bytes. Raises FormatError for anything that does not add up."""
+    """The document, checked against the items' decoded sizes in bytes. Raises FormatError for anything that does not
+    add up.
+    """
     files = tuple(_file_from_json(f, sizes) for f in _list(value, "files"))
     paths = [f.path for f in files]
     if len(set(paths)) != len(paths):
@@ -113,10 +117,8 @@ def _file_to_json(file: StoredFile) -> dict[str, Any]:
         "crcs": [[c.offset, c.nbytes, list(c.at)] for c in file.crcs],
         "moments": [vars(m) for m in file.moments],
     }
-    for key, value in (("same_as", file.same_as), ("note", file.note)):
-        if value is not None:
-            plain[key] = value
-    return plain
+    optional = {"same_as": file.same_as, "note": file.note}
+    return plain | {key: value for key, value in optional.items() if value is not None}
 
 
 def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:

@@ -27,16 +27,27 @@ def inspect(src: str | Path) -> Report:
     plan = make_plan(source, Policy(()))
     tensors = tuple(
         TensorReport(
-            name=p.item.name, role=str(p.item.attributes["role"]), param=p.item.attributes.get("param"), shape=p.item.shape,
-            dtype=str(p.item.dtype).removeprefix("torch."), codec="raw", bytes_before=size, bytes_after=size,
+            name=p.item.name,
+            role=str(p.item.attributes["role"]),
+            param=p.item.attributes.get("param"),
+            shape=p.item.shape,
+            dtype=str(p.item.dtype).removeprefix("torch."),
+            codec="raw",
+            bytes_before=size,
+            bytes_after=size,
         )
         for p in plan.items
         for size in (p.region.nbytes if p.region else p.item.shape[0],)
-    )  # fmt: skip
+    )
     layout = "directory" if source.is_directory else source.files[0].layout
     report = Report(
-        path=str(src), format_version=None, bytes=plan.nbytes, tensors=tensors, seconds=0.0, notes=plan.notes,
+        path=str(src),
+        format_version=None,
+        bytes=plan.nbytes,
+        tensors=tensors,
+        seconds=0.0,
+        notes=plan.notes,
         source={"name": source.root.name, "layout": layout, "bytes": plan.nbytes, "sha256": None},
         files=tuple(f.path for f in source.files),
-    )  # fmt: skip
+    )
     return replace(report, seconds=time.perf_counter() - started)

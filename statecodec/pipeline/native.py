@@ -1,16 +1,17 @@
 """Saving nested Python values straight into a compressed file (`save`), and getting them back.
 
-The nesting is kept as JSON in the document: every value is tagged by its type, tensors are references to views of items.
-Encoded optimizer states (the plain form of `statecodec.codecs.plain`) go in as the parts they already are.
+The nesting is kept as JSON in the document: every value is tagged by its type, tensors are references to views of
+items. Encoded optimizer states (the plain form of `statecodec.codecs.plain`) go in as the parts they already are.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, OutputExists, UsageError
 from statecodec.format import Item, Packing, Writer
 from statecodec.layouts.tree import window
+from statecodec.pipeline.document import Document, to_json
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.stored import Stored, report_of
 
-_MAX_DEPTH = 40  # the manifest's JSON may nest 64 deep, and each level here takes at most one and a half of those
+_MAX_DEPTH = 100
+_TREE = "tree"
 _ROLE_KEYS = {
     "exp_avg": "exp_avg",
     "exp_avg_sq": "exp_avg_sq",
@@ -46,15 +49,15 @@ class _Collected:
     items: list[Item] = field(default_factory=list)
     tensors: list[Tensor | EncodedTensor] = field(default_factory=list)
     storages: dict[tuple[int, torch.device], int] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=lambda: {_TREE})
 
 
 def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False) -> Report:
     """Save nested dicts, lists and tuples of tensors and plain values as a compressed checkpoint, losslessly.
 
-    Encoded tensors (EncodedTensor, or their plain form as in an optimizer's state_dict()) are stored as they are, nothing is
-    decoded. Tensors sharing a storage share it again after `load`. Values may be None, bool, int, float, complex, str, bytes,
-    torch.dtype, torch.Size, torch.device; anything else is refused by its key path.
+    Encoded tensors (EncodedTensor, or their plain form as in an optimizer's state_dict()) are stored as they are,
+    nothing is decoded. Tensors sharing a storage share it again after `load`. Values may be None, bool, int, float,
+    complex, str, bytes, torch.dtype, torch.Size, torch.device; anything else is refused by its key path.
 
     Raises UsageError, OutputExists, OSError.
     """
@@ -64,22 +67,27 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     found = _Collected()
     tree = _to_json(obj, "", found, 0)
     size = sum(_nbytes(t) for t in found.tensors)
-    document = {
-        "created_by": f"statecodec {__version__}", "preset": None, "rules": [], "files": [], "directories": [], "notes": [],
-        "source": {"name": _original_name(target), "layout": "native", "bytes": size, "sha256": None, "tree": tree},
-    }  # fmt: skip
+    text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
+    found.items.append(Item(_TREE, codecs.Raw(), tuple(text.shape), torch.uint8, {"role": "skeleton"}))
+    found.tensors.append(text)
+    source = {"name": _original_name(target), "layout": "native", "bytes": size, "sha256": None}
+    document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
     with Writer(target, found.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
         for index, tensor in enumerate(found.tensors):
             for chunk, parts in _chunks(found.items[index], tensor):
                 writer.append(writer.pack(index, chunk, parts))
-        writer.close(document)
+        writer.close(to_json(document))
     return report_of(target)
 
 
 def load_native(stored: Stored, device: torch.device | str = "cpu") -> Any:
     """The value that `save` was given; encoded tensors in their plain form."""
-    storages: dict[int, Tensor] = {}
-    return _from_json(stored.document.source.get("tree"), stored, storages, device, 0)
+    try:
+        item = stored.reader.index(_TREE)
+        value = json.loads(stored.decode(item).numpy().tobytes())
+        return _from_json(value, stored, {}, device, 0)
+    except (UsageError, ValueError, RecursionError) as error:
+        raise FormatError(f"{stored.path}: no description of the saved value can be read: {error}") from error
 
 
 def restore_native(stored: Stored, path: Path) -> None:
@@ -128,8 +136,8 @@ def _scalar_to_json(value: Any, path: str) -> Any:
     if isinstance(value, torch.device):
         return {"device": str(value)}
     raise UsageError(
-        f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__}: save takes nested dicts, lists and tuples of "
-        "tensors and plain values"
+        f"{path or 'the value'} is a {type(value).__module__}.{type(value).__qualname__}: save takes nested dicts, "
+        "lists and tuples of tensors and plain values"
     )
 
 
@@ -209,7 +217,10 @@ def _from_json(value: Any, stored: Stored, storages: dict[int, Tensor], device: 
     if not isinstance(value, dict) or len(value) != 1 or depth > _MAX_DEPTH + 2:
         raise FormatError(f"{stored.path}: the saved value's description is damaged")
     ((kind, content),) = value.items()
-    deeper = lambda v: _from_json(v, stored, storages, device, depth + 1)  # noqa: E731
+
+    def deeper(v: Any) -> Any:
+        return _from_json(v, stored, storages, device, depth + 1)
+
     try:
         if kind in ("dict", "odict"):
             pairs = ((deeper(k), deeper(v)) for k, v in content)
@@ -258,7 +269,7 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-_SCALARS = {
+_SCALARS: dict[str, Callable[[Any], Any]] = {
     "int": int,
     "float": float.fromhex,
     "bytes": lambda text: base64.b64decode(text, validate=True),
@@ -307,6 +318,3 @@ def _nbytes(tensor: Tensor | EncodedTensor) -> int:
 
 def _original_name(target: Path) -> str:
     return target.name.removesuffix(".safetensors").removesuffix(".sc") + ".pt"
-
-
-__all__: Sequence[str] = ["load_native", "restore_native", "save"]

@@ -56,11 +56,21 @@ class Plan:
                 regions[planned.file].append((planned.region.offset, index))
         return tuple(
             StoredFile(
-                path=f.path, nbytes=f.nbytes, mode=f.mode, layout=f.layout, sha256=digest, regions=tuple(regions[i]),
-                skeleton=skeleton[i], views=f.views, crcs=f.crcs, moments=self.moments(i), same_as=f.same_as, note=f.note,
+                path=f.path,
+                nbytes=f.nbytes,
+                mode=f.mode,
+                layout=f.layout,
+                sha256=digest,
+                regions=tuple(regions[i]),
+                skeleton=skeleton[i],
+                views=f.views,
+                crcs=f.crcs,
+                moments=self.moments(i),
+                same_as=f.same_as,
+                note=f.note,
             )
             for i, (f, digest) in enumerate(zip(self.source.files, digests, strict=True))
-        )  # fmt: skip
+        )
 
     def moments(self, file: int) -> tuple[Moments, ...]:
         """The moments of one file, with item names instead of the layout's region names."""

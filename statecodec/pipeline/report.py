@@ -78,7 +78,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        plain = {k: v for k, v in dataclasses.asdict(self).items()}
+        plain = dataclasses.asdict(self)
         plain["format_version"] = list(self.format_version) if self.format_version else None
         derived = {"ratio": self.ratio, "bytes_per_param": self.bytes_per_param, "num_params": self.num_params}
         return jsonable({**plain, **derived})

@@ -31,6 +31,7 @@ from statecodec.pipeline.streams import (
     Meter,
     Progress,
     default_threads,
+    memory,
     ordered_map,
     read_exactly,
     write_exactly,
@@ -50,9 +51,9 @@ def restore(
 ) -> Report:
     """Put a compressed checkpoint back as the original file or directory (by default its own name, beside SRC).
 
-    What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's. Lossy
-    tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under the
-    destination's name before it is complete.
+    What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's.
+    Lossy tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under
+    the destination's name before it is complete.
 
     Raises FormatError and its subclasses, OutputExists, OSError.
     """
@@ -129,11 +130,11 @@ def _restore_file(
             offset, index, chunk = job
             data = stored.decode_chunk(index, chunk, device).reshape(-1).view(torch.uint8)
             start = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize
-            write_exactly(fd, start, _bytes(data))
+            write_exactly(fd, start, memory(data))
             return start, data
 
         for start, data in ordered_map(decode, jobs, threads):
-            crcs.add(start, _bytes(data))
+            crcs.add(start, memory(data))
             hashes.advance(start + data.numel())
             meter.add(data.numel())
         crcs.finish()
@@ -154,7 +155,7 @@ def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, met
     skeleton = Skeleton(file.nbytes, ((offset, items[i].decoded_nbytes) for offset, i in file.regions))
 
     def decode(chunk: int) -> int:
-        data = _bytes(stored.decode_chunk(index, chunk).reshape(-1).view(torch.uint8))
+        data = memory(stored.decode_chunk(index, chunk))
         start, done = items[index].chunks[chunk].start, 0
         for offset, length in skeleton.pieces(start, start + len(data)):
             write_exactly(fd, offset, data[done : done + length])
@@ -216,10 +217,6 @@ def _touches(crc: Crc32, lossy: list[tuple[int, int]]) -> bool:
     """Whether a span holds bytes of a lossy region (disjoint, by offset)."""
     index = bisect_left(lossy, (crc.offset + crc.nbytes,)) - 1
     return index >= 0 and sum(lossy[index]) > crc.offset
-
-
-def _bytes(data: Tensor) -> memoryview:
-    return memoryview(data.numpy()) if data.numel() else memoryview(b"")
 
 
 def _sync_directories(path: Path) -> None:

@@ -13,7 +13,7 @@ from statecodec.codecs.chunking import Chunk
 from statecodec.errors import LayoutError
 from statecodec.layouts import Source
 from statecodec.pipeline.plan import Plan, PlannedItem
-from statecodec.pipeline.streams import read_exactly
+from statecodec.pipeline.streams import memory, read_exactly
 
 
 class SourceFiles:
@@ -32,7 +32,7 @@ class SourceFiles:
         item = planned.item
         size = item.dtype.itemsize
         raw = torch.empty((chunk.stop - chunk.start) * size, dtype=torch.uint8)
-        view = memoryview(raw.numpy()) if raw.numel() else memoryview(b"")
+        view = memory(raw)
         path = self.path(planned.file)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

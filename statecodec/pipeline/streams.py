@@ -12,7 +12,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
 
 from statecodec.errors import MalformedCheckpoint
 
@@ -71,6 +74,13 @@ class Meter:
             self.progress(self.done, self.total, self.stage)
 
 
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
 def read_exactly(fd: int, offset: int, target: memoryview, name: str) -> None:
     """Fill `target` (bytes) from a file. Raises MalformedCheckpoint if the file is shorter."""
     got = 0
@@ -91,8 +101,8 @@ def write_exactly(fd: int, offset: int, data: memoryview) -> None:
 class FileHashes(threading.Thread):
     """SHA-256 of files, one after the other, on a thread that never holds more than one block.
 
-    It reads the files again rather than following the conversion: the pages are in the cache, and the two stay independent. A
-    file that is still being written is followed up to where `advance` says it is complete.
+    It reads the files again rather than following the conversion: the pages are in the cache, and the two stay
+    independent. A file that is still being written is followed up to where `advance` says it is complete.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], *, growing: bool = False) -> None:
@@ -131,15 +141,19 @@ class FileHashes(threading.Thread):
             raise self._error
         return self._digests
 
+    def _wait_until(self, readable: int) -> bool:
+        """Block until so many bytes may be read; False if the work is off."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
+        return not self._stopped
+
     def _hash(self, path: Path, nbytes: int) -> str:
         sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for offset in range(0, nbytes, _BLOCK):
                 piece = block[: min(_BLOCK, nbytes - offset)]
-                with self._changed:
-                    self._changed.wait_for(lambda end=offset + len(piece): self._stopped or self._readable >= end)
-                if self._stopped:
+                if not self._wait_until(offset + len(piece)):
                     break
                 read_exactly(fd, offset, piece, str(path))
                 sha.update(piece)

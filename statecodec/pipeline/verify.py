@@ -20,9 +20,10 @@ _SHOWN = 5
 def verify(src: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> Report:
     """Check every checksum of a compressed checkpoint; with `against`, also that it is a compression of that original.
 
-    Against an original: the names, shapes and non-tensor bytes must be the same, everything stored losslessly must be equal, every lossy
-    tensor's error must be what the file says it is, and for a single file the SHA-256 must match. The returned report
-    then carries the errors of the Adam updates and the totals. Raises CorruptFile, VerificationFailed, FormatError.
+    Against an original: the names, shapes and non-tensor bytes must be the same, everything stored losslessly must be
+    equal, every lossy tensor's error must be what the file says it is, and for a single file the SHA-256 must match.
+    The returned report then carries the errors of the Adam updates and the totals. Raises CorruptFile,
+    VerificationFailed, FormatError.
     """
     started = time.perf_counter()
     with Stored.open(src) as stored:

@@ -13,16 +13,29 @@ from statecodec.errors import CodecError, InvalidCodec, StatecodecError, Unknown
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("", InvalidCodec), ("zip", UnknownCodec), ("companded(", InvalidCodec), ("companded(bits=5)", InvalidCodec),
-        ("companded(bits=8.5)", InvalidCodec), ("companded(bits=eight)", InvalidCodec), ("companded(level=2)", InvalidCodec),
-        ("companded(curve=log,steps=1)", InvalidCodec), ("companded(steps=4)", InvalidCodec), ("companded(group=3)", InvalidCodec),
-        ("raw raw", InvalidCodec), ("folded(inner=zip)", InvalidCodec), ("folded(inner=zip())", UnknownCodec),
-        ("shared(dims=[1,0])", InvalidCodec), ("shared(dims=[])", InvalidCodec), ("lowrank(rank=0)", InvalidCodec),
-        ("lowrank(rank=2,form=rank_one)", InvalidCodec), ("split(low_bits=12)", InvalidCodec), ("cast(to=int8)", InvalidCodec),
+        ("", InvalidCodec),
+        ("zip", UnknownCodec),
+        ("companded(", InvalidCodec),
+        ("companded(bits=5)", InvalidCodec),
+        ("companded(bits=8.5)", InvalidCodec),
+        ("companded(bits=eight)", InvalidCodec),
+        ("companded(level=2)", InvalidCodec),
+        ("companded(curve=log,steps=1)", InvalidCodec),
+        ("companded(steps=4)", InvalidCodec),
+        ("companded(group=3)", InvalidCodec),
+        ("raw raw", InvalidCodec),
+        ("folded(inner=zip)", InvalidCodec),
+        ("folded(inner=zip())", UnknownCodec),
+        ("shared(dims=[1,0])", InvalidCodec),
+        ("shared(dims=[])", InvalidCodec),
+        ("lowrank(rank=0)", InvalidCodec),
+        ("lowrank(rank=2,form=rank_one)", InvalidCodec),
+        ("split(low_bits=12)", InvalidCodec),
+        ("cast(to=int8)", InvalidCodec),
         ("folded(inner=folded(inner=folded(inner=folded(inner=folded(inner=raw)))))", InvalidCodec),
         ("companded(group=99999999999999999999)", InvalidCodec),
     ],
-)  # fmt: skip
+)
 def test_refused(text: str, error: type[CodecError]) -> None:
     with pytest.raises(error):
         codecs.parse(text)
@@ -31,11 +44,19 @@ def test_refused(text: str, error: type[CodecError]) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        None, 3, [], {}, {"name": 3}, {"name": "companded", "bits": "8"}, {"name": "companded", "bits": True},
-        {"name": "companded", "extra": 1}, {"name": "shared", "dims": [0, "1"]}, {"name": "folded", "inner": "raw"},
+        None,
+        3,
+        [],
+        {},
+        {"name": 3},
+        {"name": "companded", "bits": "8"},
+        {"name": "companded", "bits": True},
+        {"name": "companded", "extra": 1},
+        {"name": "shared", "dims": [0, "1"]},
+        {"name": "folded", "inner": "raw"},
         {"name": "raw", "version": 2},
     ],
-)  # fmt: skip
+)
 def test_untrusted_config(config: object) -> None:
     with pytest.raises((CodecError, UnsupportedVersion)):
         codecs.from_config(config)  # type: ignore[arg-type]

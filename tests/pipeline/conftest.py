@@ -13,10 +13,15 @@ from torch import nn
 def train(steps: int = 12, width: int = 96, seed: int = 0) -> tuple[nn.Module, torch.optim.AdamW]:
     """A small model with a tied head after a few AdamW steps, in two parameter groups."""
     torch.manual_seed(seed)
-    model = nn.ModuleDict({
-        "wte": nn.Embedding(130, width), "fc": nn.Linear(width, 4 * width), "proj": nn.Linear(4 * width, width),
-        "ln": nn.LayerNorm(width), "head": nn.Linear(width, 130, bias=False),
-    })  # fmt: skip
+    model = nn.ModuleDict(
+        {
+            "wte": nn.Embedding(130, width),
+            "fc": nn.Linear(width, 4 * width),
+            "proj": nn.Linear(4 * width, width),
+            "ln": nn.LayerNorm(width),
+            "head": nn.Linear(width, 130, bias=False),
+        }
+    )
     model["head"].weight = model["wte"].weight
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -38,9 +43,12 @@ def content() -> dict[str, Any]:
     """What a nanoGPT-style checkpoint holds, odd objects included."""
     model, optimizer = train()
     return {
-        "model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 12, "best_val_loss": torch.tensor(3.5),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "iter_num": 12,
+        "best_val_loss": torch.tensor(3.5),
         "config": {"name": "run", "path": Path("data/x"), "betas": (0.9, 0.95), "rng": torch.get_rng_state()},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture

@@ -135,16 +135,27 @@ def test_open_reads_one_tensor(checkpoint: Path, content: dict[str, Any]) -> Non
 def test_strided_shared_and_odd_tensors(tmp_path: Path) -> None:
     base = torch.randn(100, 70)
     content = {
-        "whole": base, "transposed": torch.randn(90, 80).t(), "window": torch.randn(64, 64)[3:9, 5:], "again": base.view(70, 100),
-        "overlap": base.view(-1)[5:300], "expanded": torch.randn(3, 1).expand(3, 5), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5),
-        "bool": torch.rand(9) > 0.5, "complex": torch.randn(4, dtype=torch.complex64), "double": torch.randn(80, 60, dtype=torch.float64),
-        "half": torch.randn(70, 70).half(), "bf16": torch.randn(70, 70).bfloat16(), "int": torch.arange(5000),
-        "last": torch.randn(4, 8, 6, 5).to(memory_format=torch.channels_last), "fp8": torch.randn(50).to(torch.float8_e4m3fn),
+        "whole": base,
+        "transposed": torch.randn(90, 80).t(),
+        "window": torch.randn(64, 64)[3:9, 5:],
+        "again": base.view(70, 100),
+        "overlap": base.view(-1)[5:300],
+        "expanded": torch.randn(3, 1).expand(3, 5),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "bool": torch.rand(9) > 0.5,
+        "complex": torch.randn(4, dtype=torch.complex64),
+        "double": torch.randn(80, 60, dtype=torch.float64),
+        "half": torch.randn(70, 70).half(),
+        "bf16": torch.randn(70, 70).bfloat16(),
+        "int": torch.arange(5000),
+        "last": torch.randn(4, 8, 6, 5).to(memory_format=torch.channels_last),
+        "fp8": torch.randn(50).to(torch.float8_e4m3fn),
         "numpy": np.random.default_rng(0).normal(size=10),
-    }  # fmt: skip
+    }
     path = tmp_path / "odd.pt"
     torch.save(content, path)
-    report, back = there_and_back(path, preset="lossless")
+    _, back = there_and_back(path, preset="lossless")
     assert sha256(back) == sha256(path)
     there_and_back(path, preset="tiny", rules=["*=companded(bits=4)"])
     lossy = torch.load(back, weights_only=False)
@@ -282,7 +293,8 @@ def test_memory_stays_bounded(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.zeros(150_000_000)}, "x": torch.randn(10)}, path)
     program = (
         "import sys, re, statecodec\n"
-        "statecodec.compress(sys.argv[1], sys.argv[2], threads=2); statecodec.restore(sys.argv[2], sys.argv[3], threads=2)\n"
+        "statecodec.compress(sys.argv[1], sys.argv[2], threads=2)\n"
+        "statecodec.restore(sys.argv[2], sys.argv[3], threads=2)\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )
     arguments = [str(path), str(tmp_path / "big.sc.safetensors"), str(tmp_path / "back.pt")]

@@ -45,8 +45,8 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
 
 @kernel
 def _encode(
-    x: NDArray[Any], x_bits: NDArray[Any], packed: NDArray[Any], scratch: NDArray[Any], scales: NDArray[Any], group: int,
-    kind: int, top: int, signed: bool, min_scale: int, steps: int, lowest: float, nibbles: bool,
+    x: NDArray[Any], x_bits: NDArray[Any], packed: NDArray[Any], scratch: NDArray[Any], scales: NDArray[Any],
+    group: int, kind: int, top: Any, signed: bool, min_scale: int, steps: int, lowest: Any, nibbles: bool,
 ) -> int:  # fmt: skip
     rows, cols = x.shape
     flags = 0
@@ -82,7 +82,7 @@ def _encode(
 
 
 @kernel
-def _absmax(bits: NDArray[Any]) -> tuple[int, bool]:
+def _absmax(bits: NDArray[Any]) -> Any:
     # Magnitudes of floats order like their integers: integer max vectorises where float max must mind NaN.
     largest, signs = np.int32(0), np.int32(0)
     for i in range(bits.size):
@@ -113,7 +113,7 @@ def _negative(bits: NDArray[Any]) -> int:
 
 
 @kernel
-def _scale_bits(absmax: int, min_scale: int) -> int:
+def _scale_bits(absmax: Any, min_scale: int) -> Any:
     if absmax == 0:
         return 0
     wide = np.int64(absmax)
@@ -121,7 +121,7 @@ def _scale_bits(absmax: int, min_scale: int) -> int:
 
 
 @kernel
-def _store(codes: NDArray[Any], i: int, value: float, y: float, top: float, signed: bool) -> None:
+def _store(codes: NDArray[Any], i: int, value: Any, y: Any, top: Any, signed: bool) -> None:
     code = np.int32(y * top + np.float32(0.5))
     if signed:
         codes[i] = np.uint8(-code if value < np.float32(0.0) else code)
@@ -130,27 +130,27 @@ def _store(codes: NDArray[Any], i: int, value: float, y: float, top: float, sign
 
 
 @kernel
-def _linear(values: NDArray[Any], codes: NDArray[Any], scale: float, top: float, signed: bool) -> None:
+def _linear(values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, signed: bool) -> None:
     for i in range(values.size):
         _store(codes, i, values[i], min(abs(values[i]) / scale, np.float32(1.0)), top, signed)
 
 
 @kernel
-def _softsign(values: NDArray[Any], codes: NDArray[Any], scale: float, top: float, signed: bool) -> None:
+def _softsign(values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, signed: bool) -> None:
     for i in range(values.size):
         r = min(abs(values[i]) / scale, np.float32(1.0))
         _store(codes, i, values[i], (r + r) / (np.float32(1.0) + r), top, signed)
 
 
 @kernel
-def _sqrt(values: NDArray[Any], codes: NDArray[Any], scale: float, top: float, signed: bool) -> None:
+def _sqrt(values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, signed: bool) -> None:
     for i in range(values.size):
         _store(codes, i, values[i], np.sqrt(min(abs(values[i]) / scale, np.float32(1.0))), top, signed)
 
 
 @kernel
 def _log(
-    values: NDArray[Any], codes: NDArray[Any], scale: float, top: int, steps: int, half_lowest: float, signed: bool
+    values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, steps: int, half_lowest: Any, signed: bool
 ) -> None:
     highest, per_octave, per_octave_float = np.int32(top), np.int32(steps), np.float32(steps)
     for i in range(values.size):

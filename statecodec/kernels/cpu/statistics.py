@@ -1,4 +1,6 @@
-"""Error sums for CPUs. Unlike the codecs' kernels these may reassociate additions: they agree with `reference` to rounding."""
+"""Error sums for CPUs. Unlike the codecs' kernels these may reassociate additions: they agree with `reference` to
+rounding.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from statecodec.kernels.reference import statistics as reference
 from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
 
 _SLICE = 256
-_sums = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+_sums: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -31,11 +33,12 @@ def compare_updates(
 ) -> UpdateComparison:
     """See `reference.statistics.compare_updates`."""
     arrays = (array_of(m), array_of(v), array_of(m_other), array_of(v_other))
-    *sums, nonfinite = _compare_updates(*arrays, 1.0 / correction1, 1.0 / correction2, eps)
-    return UpdateComparison(*(float(s) for s in sums), int(nonfinite))
+    sums = _compare_updates(*arrays, 1.0 / correction1, 1.0 / correction2, eps)
+    a, b, c, d, largest, largest_other, nonfinite = sums
+    return UpdateComparison(a, b, c, d, float(largest), float(largest_other), int(nonfinite))
 
 
-@_sums  # type: ignore[untyped-decorator]
+@_sums
 def _compare(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
     sum_sq, sum_sq_diff, largest = 0.0, 0.0, np.int32(0)
     for start in range(0, a.size, _SLICE):
@@ -55,7 +58,7 @@ def _compare(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int
     return _compare_any(a, b)
 
 
-@_sums  # type: ignore[untyped-decorator]
+@_sums
 def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
     sum_sq, sum_sq_diff, largest, mismatched = 0.0, 0.0, 0.0, 0
     for i in range(a.size):
@@ -70,7 +73,7 @@ def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float,
     return sum_sq, sum_sq_diff, largest, mismatched
 
 
-@_sums  # type: ignore[untyped-decorator]
+@_sums
 def _compare_updates(
     m: NDArray[Any], v: NDArray[Any], m2: NDArray[Any], v2: NDArray[Any], rate1: float, rate2: float, eps: float
 ) -> tuple[float, float, float, float, float, float, int]:
@@ -103,7 +106,7 @@ def _compare_updates(
     return sum_sq, sum_sq_other, sum_sq_diff, dot, top, top_other, nonfinite
 
 
-@_sums  # type: ignore[untyped-decorator]
-def _update(m: NDArray[Any], v: NDArray[Any], rate1: float, rate2: float, eps: float, u: NDArray[Any]) -> None:
+@_sums
+def _update(m: NDArray[Any], v: NDArray[Any], rate1: Any, rate2: Any, eps: Any, u: NDArray[Any]) -> None:
     for i in range(m.size):
         u[i] = m[i] * rate1 / (np.sqrt(v[i] * rate2) + eps)

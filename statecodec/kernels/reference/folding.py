@@ -11,8 +11,8 @@ from statecodec.kernels import INF, NAN
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
     """Means of `block` (a power of two) neighbours of fp32 `x` (rows x cols) into `out` (rows x ceil(cols / block)).
 
-    The sum is a binary tree over neighbours, so that every backend rounds alike; a short tail divides by its own length.
-    Returns NAN | INF if a block's sum is not finite.
+    The sum is a binary tree over neighbours, so that every backend rounds alike; a short tail divides by its own
+    length. Returns NAN | INF if a block's sum is not finite.
     """
     rows, cols = x.shape
     blocks = -(-cols // block)

@@ -1,4 +1,6 @@
-"""Master weights as a 16-bit float and a correction, in integer arithmetic on the bits (design: lossless with 16 bits)."""
+"""Master weights as a 16-bit float and a correction, in integer arithmetic on the bits (design: lossless with 16
+bits).
+"""
 
 from __future__ import annotations
 

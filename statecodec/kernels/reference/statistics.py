@@ -19,6 +19,15 @@ class Comparison(NamedTuple):
     mismatched: int
     """Elements that are NaN or infinite in one and something else in the other."""
 
+    def merged(self, other: Comparison) -> Comparison:
+        """Of both tensors' elements together."""
+        return Comparison(
+            self.sum_sq + other.sum_sq,
+            self.sum_sq_diff + other.sum_sq_diff,
+            max(self.max_abs_diff, other.max_abs_diff),
+            self.mismatched + other.mismatched,
+        )
+
 
 class UpdateComparison(NamedTuple):
     """Of two Adam update directions u (original) and w: sums over all elements where both are finite."""
@@ -30,6 +39,22 @@ class UpdateComparison(NamedTuple):
     max_abs: float
     max_abs_other: float
     nonfinite: int
+
+    def merged(self, other: UpdateComparison) -> UpdateComparison:
+        """Of both tensors' elements together."""
+        return UpdateComparison(
+            self.sum_sq + other.sum_sq,
+            self.sum_sq_other + other.sum_sq_other,
+            self.sum_sq_diff + other.sum_sq_diff,
+            self.dot + other.dot,
+            max(self.max_abs, other.max_abs),
+            max(self.max_abs_other, other.max_abs_other),
+            self.nonfinite + other.nonfinite,
+        )
+
+
+NO_DIFFERENCE = Comparison(0.0, 0.0, 0.0, 0)
+NO_UPDATE = UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -54,6 +79,6 @@ def compare_updates(
     nonfinite = int((~finite).sum())
     u, w = u[finite], w[finite]
     if not u.numel():
-        return UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, nonfinite)
-    sums = ((u * u).sum(), (w * w).sum(), ((w - u) ** 2).sum(), (u * w).sum(), u.abs().max(), w.abs().max())
-    return UpdateComparison(*(float(s) for s in sums), nonfinite)
+        return NO_UPDATE._replace(nonfinite=nonfinite)
+    squares = (float((u * u).sum()), float((w * w).sum()), float(((w - u) ** 2).sum()), float((u * w).sum()))
+    return UpdateComparison(*squares, float(u.abs().max()), float(w.abs().max()), nonfinite)

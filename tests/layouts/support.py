@@ -70,7 +70,7 @@ def check_file(file: SourceFile) -> None:
         region = file.regions[view.region]
         if torch.Size(view.shape).numel():
             last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
-            assert 0 <= view.offset
+            assert view.offset >= 0
             assert (last + 1) * view.dtype.itemsize <= region.nbytes
 
 

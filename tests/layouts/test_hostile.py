@@ -126,8 +126,8 @@ def integers(*values: int) -> bytes:
 
 def lying_tensor(numel: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], key: str = "0") -> bytes:
     return (
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage(numel, key) + integers(offset)[1:-1] + integers(*shape)
-        + integers(*stride) + b"\x89}tR."
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage(numel, key) + integers(offset)[1:-1]
+        + integers(*shape) + integers(*stride) + b"\x89}tR."
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def same(a: Any, b: Any) -> bool:
 PLAIN = {
     "none": None, "bools": [True, False], "ints": [0, -1, 255, 65536, -(1 << 40), 1 << 200], "float": 1.5,
     "text": "h\u00e9llo \U0001f600", "bytes": b"\x00\xff", "array": bytearray(b"abc"), "complex": 1 + 2j,
-    "tuple": (1, (2, ()), [3]), "set": {1, "a"}, "frozen": frozenset({(1, 2)}), "range": range(2, 9, 3), "slice": slice(1, None),
+    "tuple": (1, (2, ()), [3]), "set": {1, "a"}, "frozen": frozenset({(1, 2)}), "range": range(2, 9, 3),
+    "slice": slice(1, None),
     "ordered": OrderedDict(b=1, a=2), "default": defaultdict(list, x=[1]), "counter": Counter("aab"),
     "size": torch.Size([2, 3]), "dtype": torch.bfloat16, "device": torch.device("cpu"), "cuda": torch.device("cuda", 3),
     ("key", 1): 1, 3: 4, 2.5: None, None: 0,
@@ -78,7 +79,8 @@ def test_a_training_checkpoint_comes_back_equal(tmp_path: Path, protocol: int) -
 @pytest.mark.parametrize(
     "tensor",
     [
-        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(1, 4).expand(3, 4), torch.arange(9.0)[::2],
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(1, 4).expand(3, 4),
+        torch.arange(9.0)[::2],
         torch.randn(3, dtype=torch.complex64).conj(), torch.randn(3, dtype=torch.complex64).conj().imag,
         torch.eye(4).to_sparse(), torch.ones(2, 2, requires_grad=True), torch.randn(3).to(torch.float8_e5m2),
         torch.empty(0, 3), torch.tensor(True), torch.ones(3, dtype=torch.uint16),

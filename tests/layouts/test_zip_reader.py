@@ -24,7 +24,7 @@ def torch_file() -> bytes:
 
 
 def entry(name: bytes, nbytes: int, crc: int, *, wide: bool = False) -> tuple[bytes, bytes]:
-    """(local header, descriptor) as torch writes them: sizes and CRC only behind the data; `wide` as for 4 GiB and more."""
+    """(local header, descriptor) as torch writes them: sizes and CRC behind the data; `wide` as from 4 GiB on."""
     extra = struct.pack("<HHQQ", 1, 16, nbytes, nbytes) if wide else b""
     local = struct.pack("<4s5H3I2H", b"PK\x03\x04", 0, 0x808, 0, 0, 0, 0, 0, 0, len(name), len(extra)) + name + extra
     return local, struct.pack("<4sI2Q" if wide else "<4s3I", b"PK\x07\x08", crc, nbytes, nbytes)

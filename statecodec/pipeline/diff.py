@@ -97,13 +97,13 @@ def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
         found = kernels.host().compare_updates(
             first, second, other_first, other_second,
-            correction1=_correction(m.beta1, step), correction2=_correction(m.beta2, step), eps=m.eps,
+            correction1=correction(m.beta1, step), correction2=correction(m.beta2, step), eps=m.eps,
         )  # fmt: skip
         total = total.merged(found)
     return total
 
 
-def _correction(beta: float, step: float) -> float:
+def correction(beta: float, step: float) -> float:
     """Adam's bias correction 1 - beta**step; 1 where the step is unknown."""
     return (1.0 - beta**step if step < math.inf else 1.0) or 1.0
 

@@ -81,7 +81,8 @@ class Report:
         plain = dataclasses.asdict(self)
         plain["format_version"] = list(self.format_version) if self.format_version else None
         derived = {"ratio": self.ratio, "bytes_per_param": self.bytes_per_param, "num_params": self.num_params}
-        return jsonable({**plain, **derived})
+        document: dict[str, Any] = jsonable({**plain, **derived})
+        return document
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class DiffReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return jsonable({**dataclasses.asdict(self), "identical": self.identical})
+        document: dict[str, Any] = jsonable({**dataclasses.asdict(self), "identical": self.identical})
+        return document
 
 
 def jsonable(value: Any) -> Any:

@@ -56,10 +56,10 @@ class SourceTensors:
 
     def __init__(self, path: str | Path) -> None:
         source = locate(path)
-        self.path = source.root
+        self.path: Path = source.root
         self.plan: Plan = make_plan(source, Policy(()))
         self.files = SourceFiles(source)
-        self.tensors = {
+        self.tensors: Mapping[str, TensorInfo] = {
             p.item.name: TensorInfo(
                 i,
                 p.item.name,
@@ -86,8 +86,8 @@ class StoredTensors:
 
     def __init__(self, path: str | Path) -> None:
         self.stored = Stored.open(path)
-        self.path = Path(path)
-        self.tensors = {
+        self.path: Path = Path(path)
+        self.tensors: Mapping[str, TensorInfo] = {
             item.name: TensorInfo(
                 i,
                 item.name,

@@ -1,7 +1,7 @@
 """The CPU backend: numba kernels that release the GIL and run at a good part of memory speed.
 
-They compile on first use (a second or two each, cached on disk) and need no compiler. Same names, same signatures and same bits as
-`statecodec.kernels.reference`.
+They compile on first use (a second or two each, cached on disk) and need no compiler. Same names, same signatures and
+same bits as `statecodec.kernels.reference`.
 """
 
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded

@@ -6,18 +6,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statecodec.kernels.cpu.views import array_of
+from statecodec.kernels.cpu.views import array_of, summing_kernel
 from statecodec.kernels.reference import statistics as reference
 from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
 
 _SLICE = 256
-_sums: Any = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -38,8 +36,8 @@ def compare_updates(
     return UpdateComparison(a, b, c, d, float(largest), float(largest_other), int(nonfinite))
 
 
-@_sums
-def _compare(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
+@summing_kernel
+def _compare(a: NDArray[Any], b: NDArray[Any]) -> Any:
     sum_sq, sum_sq_diff, largest = 0.0, 0.0, np.int32(0)
     for start in range(0, a.size, _SLICE):
         x, y = a[start : start + _SLICE], b[start : start + _SLICE]
@@ -58,8 +56,8 @@ def _compare(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int
     return _compare_any(a, b)
 
 
-@_sums
-def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float, int]:
+@summing_kernel
+def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> Any:
     sum_sq, sum_sq_diff, largest, mismatched = 0.0, 0.0, 0.0, 0
     for i in range(a.size):
         x, y = np.float64(a[i]), np.float64(b[i])
@@ -73,10 +71,10 @@ def _compare_any(a: NDArray[Any], b: NDArray[Any]) -> tuple[float, float, float,
     return sum_sq, sum_sq_diff, largest, mismatched
 
 
-@_sums
+@summing_kernel
 def _compare_updates(
     m: NDArray[Any], v: NDArray[Any], m2: NDArray[Any], v2: NDArray[Any], rate1: float, rate2: float, eps: float
-) -> tuple[float, float, float, float, float, float, int]:
+) -> Any:
     sum_sq, sum_sq_other, sum_sq_diff, dot, nonfinite = 0.0, 0.0, 0.0, 0.0, 0
     largest, largest_other = np.int32(0), np.int32(0)
     u, w = np.empty(_SLICE, np.float32), np.empty(_SLICE, np.float32)
@@ -106,7 +104,7 @@ def _compare_updates(
     return sum_sq, sum_sq_other, sum_sq_diff, dot, top, top_other, nonfinite
 
 
-@_sums
+@summing_kernel
 def _update(m: NDArray[Any], v: NDArray[Any], rate1: Any, rate2: Any, eps: Any, u: NDArray[Any]) -> None:
     for i in range(m.size):
         u[i] = m[i] * rate1 / (np.sqrt(v[i] * rate2) + eps)

@@ -20,11 +20,16 @@ def kernel(function: F) -> F:
     return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
+def summing_kernel(function: F) -> F:
+    """Like `kernel`, but additions may be reassociated, so that sums vectorise; results agree to rounding only."""
+    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function))
+
+
 def bits_of(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as a numpy array of signed integers (unsigned bytes for one-byte dtypes), same shape."""
-    return cast(NDArray[Any], tensor.detach().view(_BITS[tensor.element_size()]).numpy())
+    return tensor.detach().view(_BITS[tensor.element_size()]).numpy()
 
 
 def array_of(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as a numpy array of its own dtype (one that numpy has), same shape."""
-    return cast(NDArray[Any], tensor.detach().numpy())
+    return tensor.detach().numpy()

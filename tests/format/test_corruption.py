@@ -12,7 +12,7 @@ import torch
 from statecodec.codecs import Raw, parse
 from statecodec.errors import FormatError
 from statecodec.format import Reader
-from tests.format.support import write
+from tests.format.support import join_file, split_file, write
 
 FLIPS = int(os.environ.get("STATECODEC_FLIPS", "600"))  # per kind of file, of which there are five
 
@@ -118,6 +118,15 @@ def test_shards_of_two_runs_do_not_mix(tmp_path: Path) -> None:
     one.files[0].write_bytes(swapped[1])
     one.files[1].write_bytes(swapped[0])
     assert isinstance(outcome(two.path), FormatError)
+
+
+def test_a_shard_with_a_header_of_its_own_is_refused(tmp_path: Path) -> None:
+    """The same entries under other metadata, with a correct digest: not the shard the manifest names."""
+    written = write(tmp_path / "x.safetensors", tensors(), max_shard_size=15_000)  # type: ignore[arg-type]
+    header, body = split_file(written.files[0].read_bytes())
+    header["__metadata__"]["more"] = "1"
+    written.files[0].write_bytes(join_file(header, body))
+    assert "not the shard" in str(outcome(written.path))
 
 
 def test_verify_names_the_damaged_item(tmp_path: Path) -> None:

@@ -317,7 +317,8 @@ def test_zstd_frames_that_lie_about_their_size(tmp_path: Path) -> None:
     assert descriptor >> 6 == 2, "a four-byte size was expected here"
     at = 5 + (0 if descriptor & 0x20 else 1)
     lying[at : at + 4] = struct.pack("<I", 1 << 20)
-    refused(tmp_path / "x", packed(row(1, bytes(lying)), [1 << 20]))
+    for cut in (len(lying), len(lying) - 1):  # whole, and cut short
+        refused(tmp_path / "x", packed(row(1, bytes(lying[:cut])), [1 << 20]))
 
 
 def test_no_record_expands_beyond_the_format_s_bound(tmp_path: Path) -> None:
@@ -343,6 +344,15 @@ def test_chunks_must_tile_the_item(tmp_path: Path) -> None:
         lambda c: c[0].update(shape=[0, 1024]), lambda c: c[0].update(shape=[1024]), lambda c: c[0].update(nbytes=7),
     ):  # fmt: skip
         refused(tmp_path / "x", lie(change))
+
+
+def test_chunks_of_an_item_without_parts_must_tile_it_too(tmp_path: Path) -> None:
+    data = write(tmp_path / "g", {"x": (torch.zeros(64, 64), parse("dropped"))}).path.read_bytes()
+
+    def change(m: dict[str, Any]) -> None:
+        m["items"][0]["chunks"] = [{"shape": [1, 64], "checksums": []}] * 2
+
+    refused(tmp_path / "x", forge(data, change), match="add up")
 
 
 def test_mutated_manifests_raise_only_our_errors(tmp_path: Path) -> None:

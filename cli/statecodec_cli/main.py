@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from statecodec_cli import console
-from statecodec_cli.verbs import codecs, compress, demo, diff, inspect, restore, verify
+from statecodec_cli.verbs import codecs, compress, demo, diff, inspect, remote, restore, serve, verify, worker
 
 VERBS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
@@ -26,6 +26,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "verify": verify.run,
     "diff": diff.run,
     "codecs": codecs.run,
+    "serve": serve.run,
+    "worker": worker.run,
+    "remote": remote.run,
     "demo": demo.run,
 }
 

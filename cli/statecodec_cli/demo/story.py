@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
 
+if TYPE_CHECKING:
+    from statecodec_cli.demo.train import Trainer
+
 PRESETS = ("lossless", "resume", "small", "tiny")
 _RESUMED = "resume"  # the preset whose restored file is trained on
 
 
-def tell(directory: Path, *, steps: int, resume_steps: int, seed: int, force: bool, quiet: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """How long to train (whichever ends first), how long to go on afterwards, and the seed of weights and data."""
+
+    steps: int
+    seconds: float
+    resume_steps: int
+    seed: int
+
+
+def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, Any]:
     """Run the demo in `directory` and return its document. Raises OutputExists unless `force`."""
     from statecodec_cli.demo.data import standard_library
     from statecodec_cli.demo.train import TrainConfig, Trainer
@@ -29,32 +44,40 @@ def tell(directory: Path, *, steps: int, resume_steps: int, seed: int, force: bo
     _refuse_existing([checkpoint, *packed.values(), *restored.values()], force=force)
     directory.mkdir(parents=True, exist_ok=True)
 
-    say(f"1/5 training a small GPT on the Python standard library for {steps} steps")
+    say(f"1/5 training a small GPT on the Python standard library: {plan.steps} steps, {plan.seconds:.0f} s at most")
     corpus = standard_library()
-    started = time.perf_counter()
-    trainer = Trainer(TrainConfig(seed=seed), corpus=corpus)
-    trainer.run(steps, _reporter(say, steps, steps))
-    val_loss = trainer.validate()
-    trainer.save(checkpoint)
-    training: dict[str, Any] = {
-        "steps": steps, "num_params": trainer.num_params, "seconds": time.perf_counter() - started,
-        "first_loss": trainer.losses[0], "final_loss": trainer.losses[-1], "val_loss": val_loss,
-        "checkpoint": str(checkpoint), "bytes": checkpoint.stat().st_size,
-    }  # fmt: skip
+    trainer = Trainer(TrainConfig(seed=plan.seed), corpus=corpus)
+    training = _train(trainer, plan, checkpoint, say)
 
     say(f"2/5 compressing {checkpoint} ({console.size(training['bytes'])}) with {', '.join(PRESETS)}")
     presets = [_compress(checkpoint, packed[preset], preset) for preset in PRESETS]
     say("3/5 restoring")
     same = _restore(checkpoint, packed, restored)
+    steps = max(1, round(plan.resume_steps * trainer.step / plan.steps))
     resumed = {}
     for act, (name, path) in enumerate({"exact": checkpoint, "restored": restored[_RESUMED]}.items(), 4):
-        say(f"{act}/5 resuming from {path} for {resume_steps} steps")
+        say(f"{act}/5 resuming from {path} for {steps} steps")
         run = Trainer.resume(path, corpus=corpus)
-        losses = run.run(resume_steps, _reporter(say, resume_steps, steps + resume_steps))
+        losses = run.run(steps, _reporter(say, steps))
         resumed[name] = {"path": str(path), "losses": losses, "val_loss": run.validate()}
     return {
         "training": training, "presets": presets, "lossless_same_sha256": same, "resumed": resumed,
         "difference": _difference(resumed["exact"], resumed["restored"]),
+    }  # fmt: skip
+
+
+def _train(trainer: Trainer, plan: Plan, checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Train as planned, save, and say how it went."""
+    started = time.perf_counter()
+    report = _reporter(say, plan.steps)
+    while trainer.step < plan.steps and time.perf_counter() - started < plan.seconds:
+        trainer.run(1, report)
+    val_loss = trainer.validate()
+    trainer.save(checkpoint)
+    return {
+        "steps": trainer.step, "num_params": trainer.num_params, "seconds": time.perf_counter() - started,
+        "first_loss": trainer.losses[0], "final_loss": trainer.losses[-1], "val_loss": val_loss,
+        "checkpoint": str(checkpoint), "bytes": checkpoint.stat().st_size,
     }  # fmt: skip
 
 
@@ -135,11 +158,13 @@ def _refuse_existing(paths: list[Path], *, force: bool) -> None:
         raise OutputExists(f"{there[0]} exists; choose another --dir, or --force to replace the demo's own files")
 
 
-def _reporter(say: Callable[[str], None], steps: int, last: int) -> Callable[[int, float], None]:
+def _reporter(say: Callable[[str], None], steps: int) -> Callable[[int, float], None]:
+    """Say the loss five times on the way."""
     every = max(1, steps // 5)
+    calls = itertools.count(1)
 
     def on_step(step: int, loss: float) -> None:
-        if (last - step) % every == 0:
+        if next(calls) % every == 0:
             say(f"    step {step:4d}  loss {loss:.4f}")
 
     return on_step

@@ -13,7 +13,10 @@ from statecodec_cli import console, options
 def run(
     directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where its files go.")] = Path("demo"),
     steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps before the checkpoint.")] = 300,
-    resume_steps: Annotated[int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file.")] = 40,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop training after that long in any case.")] = 60,
+    resume_steps: Annotated[
+        int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file; fewer if training was cut.")
+    ] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the data.")] = 0,
     force: options.Force = False,
     plot: options.Plot = None,
@@ -29,10 +32,13 @@ def run(
 
     plots.require(plot)
     document = story.tell(
-        directory, steps=steps, resume_steps=resume_steps, seed=seed, force=force, quiet=quiet or as_json
+        directory, story.Plan(steps, seconds, resume_steps, seed), force=force, quiet=quiet or as_json
     )
     if plot:
-        curves = {name: list(enumerate(run["losses"], steps + 1)) for name, run in document["resumed"].items()}
+        curves = {
+            name: list(enumerate(run["losses"], document["training"]["steps"] + 1))
+            for name, run in document["resumed"].items()
+        }
         plots.save(plots.losses(curves, "Resuming from the exact and from the compressed checkpoint"), plot)
     if as_json:
         console.emit(document)

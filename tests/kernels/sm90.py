@@ -152,21 +152,38 @@ def fused_steps() -> None:
     fused_step("lion", {"exp_avg": m8}, bf16, torch.int8, Hyper(1e-3))
     fused_step("sgd", {"momentum_buffer": m8}, bf16, torch.int8, Hyper(1e-3, momentum=0.9, nesterov=True))
     fused_step("sgd", {}, bf16, torch.int8, Hyper(1e-3))
+    for inner in ({"name": "raw"}, m8):
+        second = v8 if inner is m8 else inner
+        foam = {"exp_avg": folded(2, inner), "exp_avg_sq": folded(2, second)}
+        fused_step("foam", foam, bf16, torch.int8, Hyper(1e-3))
+        fused_step("foam", foam, bf16, torch.int8, Hyper(1e-3, decay_first=False, true_tail=False), shape=(64, 99))
+        slim = {"exp_avg": inner, "exp_avg_sq": {"name": "shared", "dims": [1], "inner": {"name": "raw"}}}
+        fused_step("slim", slim, bf16, torch.int8, Hyper(1e-3))
+
+
+def folded(level: int, inner: dict[str, Any]) -> dict[str, Any]:
+    """A FOAM state's config."""
+    return {"name": "folded", "level": level, "inner": inner}
 
 
 def fused_step(
     method: str, formats: dict[str, Any], dtype: torch.dtype, low: torch.dtype | None, hyper: Hyper,
     shape: tuple[int, int] = (64, 256), grad: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    rows, cols = shape
     states = {}
     for name, config in formats.items():
-        if config["name"] == "raw":
-            states[name] = {"data": torch.zeros(shape)}
+        rows, cols, prefix = *shape, ""
+        if config["name"] == "folded":
+            cols, prefix = -(-cols >> config["level"]), "mean."
+        elif config["name"] == "shared":
+            cols, prefix = 1, "mean."
+        inner = config.get("inner", config)
+        if inner["name"] == "raw":
+            states[name] = {f"{prefix}data": torch.zeros(rows, cols)}
         else:
-            width = cols if config["bits"] == 8 else -(-cols // 2)
-            scales = torch.zeros(rows, -(-cols // config["group"]), dtype=torch.bfloat16)
-            states[name] = {"codes": torch.zeros(rows, width, dtype=torch.uint8), "scales": scales}
+            width = cols if inner["bits"] == 8 else -(-cols // 2)
+            scales = torch.zeros(rows, -(-cols // inner["group"]), dtype=torch.bfloat16)
+            states[name] = {f"{prefix}codes": torch.zeros(rows, width, dtype=torch.uint8), f"{prefix}scales": scales}
     slot = Slot(
         torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=grad or dtype), torch.zeros(()), torch.zeros(()),
         None if low is None else torch.zeros(shape, dtype=low), states, 0, shape,

@@ -6,11 +6,12 @@ written again when an address changed. A step in a steady training loop is a com
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from statecodec.errors import UsageError
 from statecodec.kernels.curves import DEFAULT_STEPS, Curve
 from statecodec.kernels.fused import Hyper, Slot
 from statecodec.kernels.triton import fused, runtime
-from statecodec.kernels.triton.fused import FIELDS, MARKS
 from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, on, power_of_two
+from statecodec.kernels.triton.updates import FIELDS, FLAT, MARKS
 
-METHODS = {"adam": 2, "lion": 1, "sgd": 1}  # how many states each keeps; sgd without momentum keeps none
+# How many states each method keeps; sgd without momentum keeps none.
+METHODS = {"adam": 2, "foam": 2, "lion": 1, "sgd": 1, "slim": 2}
 KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 WIDEST = 2048  # elements of the largest group that is fused
@@ -33,12 +35,15 @@ NARROW = 1 << 16  # parameters of more elements and rows shorter than half a gro
 # Elements of one tile, of one probe, and of gradient bytes probed ahead of the updates: enough to keep waits rare, few enough that
 # the second read of a gradient finds it in the L2 cache.
 UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
-PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 8)
+PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
+# Pieces of a shared second moment's probe: HIGH rows of WIDE elements, or TALL rows of BROAD columns.
+HIGH, WIDE, TALL, BROAD = 16, 2048, 512, 64
 
 Format = tuple[Any, ...]
 NONE: Format = (0,)
 DENSE: Format = (1,)
+SHARED: Format = (3,)
 
 
 def supports(
@@ -47,10 +52,15 @@ def supports(
     """Whether `step` can do this combination; see `kernels.fused`."""
     if method not in METHODS or param not in KINDS or low not in LOW_BITS or (low is not None and param == torch.float32):
         return False
-    stateless = method == "sgd" and not formats
-    groups = {c["group"] for c in formats.values() if c["name"] == "companded"}
-    known = all(c["name"] in ("raw", "companded") for c in formats.values())
-    return known and (stateless or len(formats) == METHODS[method]) and len(groups) < 2 and max(groups, default=0) <= WIDEST
+    if len(formats) != METHODS[method] and not (method == "sgd" and not formats):
+        return False
+    inner = [_inner(method, at, config) for at, config in enumerate(formats.values())]
+    if not all(c is not None and c["name"] in ("raw", "companded") for c in inner):
+        return False
+    groups = {c["group"] for c in inner if c is not None and c["name"] == "companded"}
+    blocks = {c.get("level", 0) for c in formats.values()} if method == "foam" else {0}
+    fits = len(groups) < 2 and len(blocks) == 1 and power_of_two(max(groups, default=1)) << max(blocks) <= WIDEST
+    return fits and (method != "slim" or _contiguous(list(formats.values())[1]["dims"]))
 
 
 def step(method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any]], hyper: Hyper) -> None:
@@ -64,47 +74,69 @@ def step(method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any
     if not supports(method, formats, slots[0].param.dtype, None if low is None else low.dtype):
         raise UsageError(f"no fused {method} step for {slots[0].param.dtype} with {dict(formats)}; ask `supports` first")
     codecs = list(formats.values())
-    curves = [_curve(c) for c in codecs] + [None] * (2 - len(codecs))
-    group = max((c["group"] for c in codecs if c["name"] == "companded"), default=0)
+    inner = [_inner(method, at, c) for at, c in enumerate(codecs)]
+    curves = [None if c is None else _curve(c) for c in inner] + [None] * (2 - len(codecs))
+    group = max((c["group"] for c in inner if c is not None and c["name"] == "companded"), default=0)
+    traits = Traits(
+        method, tuple(formats), tuple(curves), group, 1 << codecs[0]["level"] if method == "foam" else 1,
+        tuple(codecs[1]["dims"]) if method == "slim" else None,
+    )  # fmt: skip
     with on(slots[0].param):
         launches: dict[tuple[torch.dtype, int], list[Slot]] = {}
         for slot in slots:
-            launches.setdefault((slot.grad.dtype, _group(slot, group)), []).append(slot)
-        for (_, width), some in launches.items():
-            plan = _plan(method, some, tuple(formats), curves, width, group > 0)
-            plan.launch(some, hyper)
+            launches.setdefault((slot.grad.dtype, _tile_group(slot, traits)), []).append(slot)
+        for (_, tile_group), some in launches.items():
+            _plan(traits, some, tile_group).launch(some, hyper)
 
 
-@dataclass
-class Plan:
-    """One launch, again and again: fixed parameters, changing addresses and scalars."""
+@dataclass(frozen=True)
+class Traits:
+    """What the slots of a launch have in common, apart from dtypes."""
 
     method: str
     names: tuple[str, ...]
-    curves: list[Curve | None]
-    formats: tuple[Format, Format]
-    group: int
-    views: list[tuple[int, int]]  # rows, cols of each slot
-    device: torch.device
-    schedule: Tensor = field(init=False)
-    probes: list[int] = field(init=False)
-    tickets: Tensor = field(init=False)
-    marks: Tensor = field(init=False)
-    addresses: list[list[int]] = field(default_factory=list)
-    table: Tensor | None = None
-    paths: int = 0
-    kept: list[Tensor] = field(default_factory=list)
+    curves: tuple[Curve | None, ...]  # of the two states; None: dense, or no state
+    group: int  # 0: no state is companded
+    block: int  # of a folded state, else 1
+    dims: tuple[int, ...] | None  # of a shared second moment
 
-    def __post_init__(self) -> None:
-        self.width = power_of_two(self.group)
-        self.count = max(1, UPDATE_TILE // self.width)
+    @property
+    def formats(self) -> tuple[Format, Format]:
+        first, second = (_format(c) if at < len(self.names) else NONE for at, c in enumerate(self.curves))
+        return first, SHARED if self.dims is not None else second
+
+    def view(self, slot: Slot) -> tuple[int, int]:
+        """Rows and columns to walk; where neither groups nor blocks end with a row, a parameter is one row."""
+        rows, cols = _rows_cols(slot.shape)
+        flat = not self.group and self.dims is None and cols % self.block == 0
+        return (1, rows * cols) if flat else (rows, cols)
+
+
+class Plan:
+    """One launch, again and again: fixed parameters, changing addresses and scalars."""
+
+    def __init__(self, traits: Traits, slots: Sequence[Slot], group: int) -> None:
+        device = slots[0].param.device
+        self.traits, self.device, self.group, self.width = traits, device, group, power_of_two(group)
+        self.count = max(1, UPDATE_TILE // (self.width * traits.block))
+        self.views = [traits.view(s) for s in slots]
         sizes = [rows * cols for rows, cols in self.views]
-        self.probes = [max(1, -(-n // (PROBE_TILE * PROBE_CHUNKS))) for n in sizes]
-        updates = [-(-rows * -(-cols // self.group) // self.count) for rows, cols in self.views]
+        blocks = [(rows, -(-cols // traits.block)) for rows, cols in self.views]
+        updates = [-(-rows * -(-cols // group) // self.count) for rows, cols in blocks]
+        self.planes = [_planes(s.shape, traits.dims) for s in slots]
+        pieces = [_pieces(*planes) for planes in self.planes]
+        plain = [max(1, -(-n // (PROBE_TILE * PROBE_CHUNKS))) for n in sizes]
+        self.probes = plain if traits.dims is None else [probes for probes, _ in pieces]
+        ends = np.cumsum([0, *(scratch for _, scratch in pieces)]) if traits.dims is not None else np.zeros(1, np.int64)
+        self.scratch = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)
+        self.scratch_at = [int(n) for n in ends[:-1]] if traits.dims is not None else [0] * len(slots)
         items = np.concatenate(list(_schedule(self.probes, updates, [2 * n for n in sizes], AHEAD)))
-        self.schedule = torch.from_numpy(items).to(self.device)
-        self.tickets = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.marks = torch.zeros(len(sizes), MARKS.value, dtype=torch.int32, device=self.device)
+        self.schedule = torch.from_numpy(items).to(device)
+        self.tickets = torch.zeros(1, dtype=torch.int64, device=device)
+        self.marks = torch.zeros(len(slots), MARKS.value, dtype=torch.int32, device=device)
+        self.addresses: list[list[int]] = []
+        self.table, self.paths = self.marks, 0
+        self.kept: list[Tensor] = []
 
     def launch(self, slots: Sequence[Slot], hyper: Hyper) -> None:
         # Only for the duration of the launch: memory of a CUDA stream is not reused before the work queued on it.
@@ -112,30 +144,31 @@ class Plan:
         self._address(slots, grads)
         first = slots[0]
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
-        tables = [runtime.decode_table(c, self.device) if c else self.marks for c in self.curves]
+        tables = [runtime.decode_table(c, self.device) if c else self.marks for c in self.traits.curves]
         fused.step_group[(self.schedule.shape[0],)](
             self.tickets, self.schedule, self.table, self.marks, hyper.lr if live else self.marks, *tables,
             *(_bits(x) for x in (0.0 if live else float(hyper.lr), hyper.decay, hyper.beta1, hyper.beta2)),
             _bits(hyper.dampening), _bits(hyper.scale), hyper.seed & 0xFFFFFFFF,
             hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps, hyper.l2, hyper.momentum, hyper.residual,
-            METHOD=self.method, KIND=KINDS[first.param.dtype], GRAD_KIND=KINDS[first.grad.dtype],
-            LOW_BITS=LOW_BITS[None if first.low is None else first.low.dtype], M=self.formats[0], V=self.formats[1],
-            GROUP=self.group, WIDTH=self.width, COUNT=self.count, PROBE_TILE=PROBE_TILE, PROBE_CHUNKS=PROBE_CHUNKS,
+            METHOD=self.traits.method, KIND=KINDS[first.param.dtype], GRAD_KIND=KINDS[first.grad.dtype],
+            LOW_BITS=LOW_BITS[None if first.low is None else first.low.dtype], M=self.traits.formats[0], V=self.traits.formats[1],
+            GROUP=self.group, WIDTH=self.width, COUNT=self.count, BLOCK=self.traits.block, PROBE_TILE=PROBE_TILE,
+            PROBE_CHUNKS=PROBE_CHUNKS, HIGH=HIGH, WIDE=WIDE, TALL=TALL, BROAD=BROAD,
             PATHS=self.paths, LR_TENSOR=live, MAXIMIZE=hyper.maximize, L2=hyper.l2 != 0, NESTEROV=hyper.nesterov,
-            STOCHASTIC=hyper.stochastic, DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
+            STOCHASTIC=hyper.stochastic, MEAN_OF_SQUARES=hyper.mean_of_squares, TRUE_TAIL=hyper.true_tail, DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
         )  # fmt: skip
 
     def _address(self, slots: Sequence[Slot], grads: Sequence[Tensor]) -> None:
         """Bring the table of addresses up to date. Pinned and asynchronous, so that a CUDA graph can capture it."""
-        addresses = [_addresses(s, g, self.names, self.formats) for s, g in zip(slots, grads, strict=True)]
+        addresses = [_addresses(s, g, self.traits) for s, g in zip(slots, grads, strict=True)]
         if addresses == self.addresses:
             return
         table = np.zeros((len(slots), FIELDS.value), np.int64)
         for at, (slot, pointers, (rows, cols)) in enumerate(zip(slots, addresses, self.views, strict=True)):
-            whole = self.group == self.width and rows * cols % 16 == 0 and (cols % self.group == 0 or rows == 1)
-            whole = whole and not any(p % 16 for p in pointers[:7])
-            table[at] = (*pointers, rows, cols, self.probes[at], slot.index, whole)
-        flat = table[:, fused.FLAT.value]
+            scratch = self.scratch.data_ptr() + 4 * self.scratch_at[at]
+            whole = self._whole(rows, cols) and not any(p % 16 for p in pointers[:7])
+            table[at] = (*pointers, rows, cols, self.probes[at], slot.index, whole, *self.planes[at], scratch)
+        flat = table[:, FLAT.value]
         self.paths = 1 * bool(flat.any()) | 2 * bool((flat == 0).any())
         host = torch.from_numpy(table)
         if self.device.type == "cuda":
@@ -145,26 +178,28 @@ class Plan:
         self.table = host.to(self.device, non_blocking=True)
         self.addresses = addresses
 
+    def _whole(self, rows: int, cols: int) -> bool:
+        """Whether groups (and blocks) tile the parameter's memory, so that rows do not matter."""
+        blocks = cols // self.traits.block
+        even = cols % self.traits.block == 0 and rows * blocks % 16 == 0
+        return even and self.group == self.width and (blocks % self.group == 0 or rows == 1)
+
 
 _PLANS: OrderedDict[Any, Plan] = OrderedDict()
 _MOST_PLANS = 4096  # gradient release makes one per parameter
 
 
-def _plan(
-    method: str, slots: Sequence[Slot], names: tuple[str, ...], curves: list[Curve | None], group: int, companded: bool
-) -> Plan:
+def _plan(traits: Traits, slots: Sequence[Slot], group: int) -> Plan:
     """The plan for these parameters; the address of a parameter's step counter tells it from others of its shape."""
     first = slots[0]
     low = None if first.low is None else first.low.dtype
     key = (
-        method, names, *curves, group, first.param.device, first.param.dtype, low, first.grad.dtype,
+        traits, group, first.param.device, first.param.dtype, low, first.grad.dtype,
         tuple((s.step.data_ptr(), s.shape) for s in slots),
     )  # fmt: skip
     plan = _PLANS.get(key)
     if plan is None:
-        formats = [_format(c) if at < len(names) else NONE for at, c in enumerate(curves)]
-        views = [_rows_cols(s.shape) if companded else (1, s.param.numel()) for s in slots]
-        plan = _PLANS[key] = Plan(method, names, curves, (formats[0], formats[1]), group, views, first.param.device)
+        plan = _PLANS[key] = Plan(traits, slots, group)
         if len(_PLANS) > _MOST_PLANS:
             _PLANS.popitem(last=False)
     _PLANS.move_to_end(key)
@@ -193,23 +228,56 @@ def _schedule(
         yield items(slot, np.arange(updates[slot], dtype=np.int32))
 
 
-def _addresses(slot: Slot, grad: Tensor, names: Sequence[str], formats: Sequence[Format]) -> list[int]:
+def _addresses(slot: Slot, grad: Tensor, traits: Traits) -> list[int]:
     """Columns PARAM .. SKIPPED of the table."""
     found = [slot.param.data_ptr(), 0 if slot.low is None else slot.low.data_ptr(), grad.data_ptr()]
-    for name, kind in zip(names, formats, strict=False):
+    prefix = ("mean." if traits.block > 1 or traits.method == "foam" else "", "mean." if traits.method in ("foam", "slim") else "")
+    for name, curve, before in zip(traits.names, traits.curves, prefix, strict=False):
         parts = slot.states[name]
-        dense = kind == DENSE
-        found += [parts["data" if dense else "codes"].data_ptr(), 0 if dense else parts["scales"].data_ptr()]
+        found.append(parts[f"{before}{'codes' if curve else 'data'}"].data_ptr())
+        found.append(parts[f"{before}scales"].data_ptr() if curve else 0)
     found += [0] * (7 - len(found))
     return [*found, slot.step.data_ptr(), slot.skipped.data_ptr()]
 
 
-def _group(slot: Slot, group: int) -> int:
+def _tile_group(slot: Slot, traits: Traits) -> int:
     """The group size to tile this slot with; a row that is much shorter than a group is a group of its own."""
-    if not group:
-        return 128  # dense states have no groups: any tile will do
-    cols = _rows_cols(slot.shape)[1]
-    return group if 2 * cols > group or slot.param.numel() < NARROW else max(2, power_of_two(cols))
+    if not traits.group:  # dense states have no groups: any tile will do
+        return max(1, min(128, UPDATE_TILE // traits.block))
+    blocks = -(-_rows_cols(slot.shape)[1] // traits.block)
+    short = 2 * blocks <= traits.group and slot.param.numel() >= NARROW
+    return max(2, power_of_two(blocks)) if short else traits.group
+
+
+def _planes(shape: tuple[int, ...], dims: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """(outer, shared, inner) of a shape, for consecutive shared dimensions."""
+    if dims is None:
+        return 0, 0, 0
+    outer, shared, inner = shape[: dims[0]], shape[dims[0] : dims[-1] + 1], shape[dims[-1] + 1 :]
+    return math.prod(outer), math.prod(shared), math.prod(inner)
+
+
+def _pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
+    """How many probes look at such a parameter, and how many partial sums they leave."""
+    if inner == 1:
+        along = -(-shared // WIDE)
+        return max(1, -(-outer // HIGH) * along), along * outer
+    along = -(-shared // TALL)
+    return max(1, outer * along * -(-inner // BROAD)), along * outer * inner
+
+
+def _contiguous(dims: Sequence[int]) -> bool:
+    return list(dims) == list(range(dims[0], dims[-1] + 1))
+
+
+def _inner(method: str, at: int, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The codec of a state's values where the method expects it: inside a fold for FOAM, inside a share for SlimAdam's second."""
+    if method == "foam":
+        return cast(Mapping[str, Any], config["inner"]) if config["name"] == "folded" else None
+    if method == "slim" and at == 1:
+        dense = config["name"] == "shared" and config["inner"]["name"] == "raw"
+        return cast(Mapping[str, Any], config["inner"]) if dense else None
+    return config
 
 
 def _curve(config: Mapping[str, Any]) -> Curve | None:

@@ -16,6 +16,7 @@ from statecodec._version import __version__
 
 if TYPE_CHECKING:
     from statecodec.layouts.tree import OpaqueObject
+    from statecodec.pipeline.analyze import Analysis, analyze
     from statecodec.pipeline.checkpoint import Checkpoint, load
     from statecodec.pipeline.checkpoint import open_checkpoint as open
     from statecodec.pipeline.compress import compress
@@ -25,19 +26,45 @@ if TYPE_CHECKING:
     from statecodec.pipeline.report import DiffReport, Report
     from statecodec.pipeline.restore import restore
     from statecodec.pipeline.verify import verify
+    from statecodec.policy.snr_tracker import SNRTracker
 
 __all__ = [
-    "Checkpoint", "DiffReport", "OpaqueObject", "Report", "__version__", "compress", "diff", "inspect", "load", "open", "restore",
-    "save", "verify",
-]  # fmt: skip
+    "Analysis",
+    "Checkpoint",
+    "DiffReport",
+    "OpaqueObject",
+    "Report",
+    "SNRTracker",
+    "__version__",
+    "analyze",
+    "compress",
+    "diff",
+    "inspect",
+    "load",
+    "open",
+    "restore",
+    "save",
+    "verify",
+]
 
 # Imported when first used, so that `import statecodec` costs nothing beyond this file.
 _HOMES = {
-    "Checkpoint": "pipeline.checkpoint", "DiffReport": "pipeline.report", "OpaqueObject": "layouts.tree",
-    "Report": "pipeline.report", "compress": "pipeline.compress", "diff": "pipeline.diff", "inspect": "pipeline.inspect",
-    "load": "pipeline.checkpoint", "open": "pipeline.checkpoint", "restore": "pipeline.restore", "save": "pipeline.native",
+    "Analysis": "pipeline.analyze",
+    "Checkpoint": "pipeline.checkpoint",
+    "DiffReport": "pipeline.report",
+    "OpaqueObject": "layouts.tree",
+    "Report": "pipeline.report",
+    "SNRTracker": "policy.snr_tracker",
+    "analyze": "pipeline.analyze",
+    "compress": "pipeline.compress",
+    "diff": "pipeline.diff",
+    "inspect": "pipeline.inspect",
+    "load": "pipeline.checkpoint",
+    "open": "pipeline.checkpoint",
+    "restore": "pipeline.restore",
+    "save": "pipeline.native",
     "verify": "pipeline.verify",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from statecodec import codecs, kernels
 from statecodec._version import __version__
+from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import BackendUnavailable, OutputExists, UnencodableValues, UsageError
 from statecodec.format import PackedChunk, Packing, Writer
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.layouts import locate
 from statecodec.pipeline import document as documents
+from statecodec.pipeline.budgeted import Limits, Search
 from statecodec.pipeline.paths import compressed_path, parse_size
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan
 from statecodec.pipeline.report import Report
@@ -55,6 +57,8 @@ def compress(
     max_shard_size: str | int | None = "5GB",
     verify: bool = False,
     force: bool = False,
+    max_update_error: float | None = None,
+    max_weight_error: float | None = None,
     sha256: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -67,12 +71,16 @@ def compress(
     is bounded whatever the size of the checkpoint (codecs that need a whole tensor excepted). Nothing of the source is
     ever executed.
 
+    `max_update_error` chooses the moments' codecs: the smallest whose relative rms error of the Adam updates, over all
+    parameters, is at most that; `max_weight_error` likewise the weights' by the relative rms error of their values. The
+    preset decides what neither does, and your own rules go before both. The result is verified.
+
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
     started = time.perf_counter()
-    policy = Policy(
-        (*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ()), *preset_rules(preset))
-    )
+    own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
+    policy = Policy((*own.rules, *preset_rules(preset)))
+    limits = Limits(max_update_error, max_weight_error)
     packing, shard_size, where = Packing.parse(pack), parse_size(max_shard_size), target_device(device)
     source = locate(src)
     target = Path(dst) if dst is not None else compressed_path(source.root)
@@ -92,15 +100,20 @@ def compress(
         progress=progress,
     )
     plan, refusals = make_plan(source, policy), {}
+    chosen: Mapping[str, Codec] = {}
+    notes: tuple[str, ...] = ()
+    if limits:
+        chosen, notes = Search(plan, own, limits, packing, threads or default_threads(), progress).codecs()
+        plan = make_plan(source, policy, chosen=chosen)
     try:
-        run(plan, ())
+        run(plan, notes)
     except _Refused:
         refusals = _find_refusals(plan, where, threads or default_threads(), progress)
-        plan = make_plan(source, policy, refusals)
-        run(plan, tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items()))
+        plan = make_plan(source, policy, refusals, chosen)
+        run(plan, (*notes, *(f"{name}: kept exact: {reason}" for name, reason in refusals.items())))
     report = report_of(target)
-    if verify:
-        report = _verified(target, source.root, report, progress)
+    if verify or limits:
+        report = _verified(target, source.root, report, limits, progress)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -236,11 +249,12 @@ def _document(
     )
 
 
-def _verified(target: Path, root: Path, report: Report, progress: Progress | None) -> Report:
+def _verified(target: Path, root: Path, report: Report, limits: Limits, progress: Progress | None) -> Report:
     from statecodec.pipeline.verify import verify
 
     try:
         checked = verify(target, against=root, progress=progress)
+        limits.check(checked.total or {})
     except BaseException:
         for name in report.files:
             Path(name).unlink(missing_ok=True)

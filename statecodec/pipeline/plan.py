@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,8 +86,13 @@ class Plan:
         )
 
 
-def make_plan(source: Source, policy: Policy, refused: Collection[str] = ()) -> Plan:
-    """Choose a codec for every region. Items named in `refused` (their values cannot be encoded) are kept raw."""
+def make_plan(
+    source: Source, policy: Policy, refused: Collection[str] = (), chosen: Mapping[str, Codec] | None = None
+) -> Plan:
+    """Choose a codec for every region: that of `chosen`, by item name, or the policy's.
+
+    Items named in `refused` (their values cannot be encoded) are kept raw.
+    """
     items: list[PlannedItem] = []
     skeletons, notes = [], []
     taken: set[str] = set()
@@ -105,7 +110,8 @@ def make_plan(source: Source, policy: Policy, refused: Collection[str] = ()) -> 
             items.append(_item(index, None, name, codecs.Raw(), torch.uint8, (skeleton.nbytes,), {"role": role}))
         for region in file.regions:
             name = _unique(prefix + region.name, taken)
-            codec, note = _choose(policy, name, region, name in refused)
+            given = None if chosen is None else chosen.get(name)
+            codec, note = _choose(policy, name, region, name in refused, given)
             notes.extend(note)
             attributes = {"role": region.role, "param": region.param}
             items.append(_item(index, region, name, codec, region.dtype, region.shape, attributes))
@@ -122,19 +128,21 @@ def with_codec(planned: PlannedItem, codec: Codec) -> PlannedItem:
     return replace(planned, item=replace(planned.item, codec=codec))
 
 
-def _choose(policy: Policy, name: str, region: Region, refused: bool) -> tuple[Codec, tuple[str, ...]]:
-    rule = policy.rule_for(subject(region, name))
-    if rule is None or isinstance(rule.codec, codecs.Raw):
+def _choose(
+    policy: Policy, name: str, region: Region, refused: bool, given: Codec | None
+) -> tuple[Codec, tuple[str, ...]]:
+    codec = given or policy.codec_for(subject(region, name))
+    if isinstance(codec, codecs.Raw):
         return codecs.Raw(), ()
     if region.lossless:
         return codecs.Raw(), (f"{name}: kept exact, because several different views share its storage",)
     if refused:
         return codecs.Raw(), ()
     try:
-        rule.codec.parts(region.shape, region.dtype)
+        codec.parts(region.shape, region.dtype)
     except UnsupportedTensor as error:
         return codecs.Raw(), (f"{name}: kept exact: {error}",)
-    return rule.codec, ()
+    return codec, ()
 
 
 def _item(

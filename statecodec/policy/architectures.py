@@ -1,8 +1,9 @@
-"""What a parameter is, from its name and shape: SlimAdam's recommended dimensions (arXiv 2503.01843, table 3) for known models.
+"""What a parameter is, from its name and shape: SlimAdam's recommended dimensions (arXiv 2503.01843, table 3) for known
+models.
 
-A weight of torch.nn.Linear is (fan_out, fan_in): dimension 0 is fan_out, 1 is fan_in. Transformers' GPT-2 stores them the other
-way round (Conv1D), which is told from the shape of its fused projection. Names decide by whole words, so that `c_attn` is
-no `attn` and `v_proj.bias` is no matrix. What matches nothing is `unknown` and gets no recommendation.
+A weight of torch.nn.Linear is (fan_out, fan_in): dimension 0 is fan_out, 1 is fan_in. Transformers' GPT-2 stores them
+the other way round (Conv1D), which is told from the shape of its fused projection. Names decide by whole words, so that
+`c_attn` is no `attn` and `v_proj.bias` is no matrix. What matches nothing is `unknown` and gets no recommendation.
 """
 
 from __future__ import annotations
@@ -26,30 +27,36 @@ FUSED = "fused_qkv"
 _WORD = r"(?:^|\.)(?:{})$"
 _KINDS: tuple[tuple[str, str], ...] = (
     ("norm", r"(?:^|[._])(?:\w*layer_?norm\w*|\w*rms_?norm\w*|ln_?\w*|norm\w*|\w+_norm|bn\d*|\w*batch_?norm\w*)$"),
-    ("token_embedding", _WORD.format(r"wte|embed_tokens|tok_embeddings?|tok_emb|token_embedding\w*|embed_in|word_embeddings|shared")),
+    ("token_embedding", _WORD.format(r"wte|embed_tokens|tok_emb(?:eddings?)?|token_embedding\w*|embed_in|word_embeddings"
+                                     r"|shared")),
     ("position_embedding", _WORD.format(r"wpe|embed_positions|pos_emb\w*|position_embeddings?|pos_embed")),
     ("vision_first", _WORD.format(r"patch_embed\.proj|patch_embeddings\.projection|conv_proj")),
     (FUSED, _WORD.format(r"c_attn|qkv|qkv_proj|Wqkv|wqkv|query_key_value|in_proj_weight|attn\.in_proj|in_proj")),
     ("query", _WORD.format(r"q_proj|wq|query|q|q_lin|to_q")),
     ("key", _WORD.format(r"k_proj|wk|key|k|k_lin|to_k")),
     ("value", _WORD.format(r"v_proj|wv|value|v|v_lin|to_v")),
-    ("attention_output", r"(?:^|\.)(?:(?:attn|attention|self_attn|self_attention)\.(?:c_proj|out_proj|o_proj|proj|dense|output_proj|wo)"
+    ("attention_output", r"(?:^|\.)(?:(?:attn|attention|self_attn|self_attention)"
+                         r"\.(?:c_proj|out_proj|o_proj|proj|dense|output_proj|wo)"
                          r"|o_proj|wo|attention\.output\.dense|self_attention\.out_proj|out_lin|to_out\.0)$"),
     ("mlp_gate", _WORD.format(r"gate_proj|w1")),
     ("mlp_up", _WORD.format(r"up_proj|w3|c_fc|fc1|mlp_up|dense_h_to_4h|intermediate\.dense|lin1|mlp\.0|linear1")),
-    ("mlp_down", _WORD.format(r"down_proj|w2|mlp\.c_proj|fc2|mlp_proj|dense_4h_to_h|output\.dense|lin2|mlp\.3|linear2|c_proj")),
+    ("mlp_down", _WORD.format(r"down_proj|w2|mlp\.c_proj|fc2|mlp_proj|dense_4h_to_h|output\.dense|lin2|mlp\.3|linear2"
+                              r"|c_proj")),
     ("lm_head", _WORD.format(r"lm_head|embed_out|output")),
     ("vision_head", _WORD.format(r"head|heads\.head|classifier|fc")),
 )  # fmt: skip
 _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in _KINDS)
 _PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|_forward_module\.)+")
-# Families whose fused projection interleaves q, k and v head by head: without the number of heads it cannot be taken apart.
+# Families whose fused projection interleaves q, k and v head by head: without the number of heads it cannot be taken
+# apart.
 _INTERLEAVED = re.compile(r"(?:^|\.)query_key_value$")
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A recognised parameter. `recommended`: dimensions to share, None if the paper has no advice for it; () for "keep"."""
+    """A recognised parameter. `recommended`: dimensions to share, None if the paper has no advice for it; () for
+    "keep".
+    """
 
     name: str
     kind: str
@@ -89,7 +96,8 @@ def uses_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def parts(layer: Layer, shape: tuple[int, ...], heads: int | None = None) -> tuple[Part, ...]:
     """The rows of q, k and v in a fused projection; () if it is not one or cannot be taken apart.
 
-    With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads: () .
+    With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads:
+    () .
     """
     if layer.kind != FUSED or len(shape) != 2 or _INTERLEAVED.search(_module(layer.name)):
         return ()
@@ -133,7 +141,8 @@ def _dims(side: str, ndim: int, *, flipped: bool) -> Dims:
     """Dimensions of a side. fan_in of a convolution (out, in, kh, kw) is everything but dimension 0."""
     if side == "embedding":
         return (ndim - 1,)
-    fan_out, fan_in = (0,), tuple(range(1, ndim))
+    fan_out: Dims = (0,)
+    fan_in: Dims = tuple(range(1, ndim))
     if flipped:
         fan_out, fan_in = fan_in, fan_out
     return fan_in if side == "fan_in" else fan_out

@@ -1,9 +1,11 @@
-"""The signal-to-noise ratio of second moments (SlimAdam, arXiv 2503.01843, section 3): which dimensions may share one value.
+"""The signal-to-noise ratio of second moments (SlimAdam, arXiv 2503.01843, section 3): which dimensions may share one
+value.
 
     SNR_K(V) = mean over the remaining dimensions of (mean_K V)**2 / var_K V        (population variance)
 
-Everything is float64 and streamed over the first dimension. A slice of one value (zero variance) counts as +inf; a slice without
-signal - all zero, or decayed below fp32's smallest normal number, as the rows of tokens no longer seen are - is skipped.
+Everything is float64 and streamed over the first dimension. A slice of one value (zero variance) counts as +inf; a
+slice without signal - all zero, or decayed below fp32's smallest normal number, as the rows of tokens no longer seen
+are - is skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def kept(shape: Sequence[int], dims: Dims) -> int:
 
 
 def snr(v: Tensor) -> Ratios:
-    """SNR of a second moment (any float dtype, not negative) for every subset of its dimensions; nan without any signal."""
+    """SNR of a second moment (any float dtype, not negative) for every subset of its dimensions; nan without any
+    signal.
+    """
     measured = Measurement(tuple(v.shape))
     for slab in slabs(v.shape):
         measured.add(v[slab[0] : slab[1]])
@@ -120,7 +124,7 @@ class _Merged:
         self.count = both
 
 
-def average(measured: Iterable[Ratios]) -> Ratios:
+def average(measured: Iterable[Mapping[Dims, float]]) -> Ratios:
     """The mean over checkpoints of a run; a measurement without signal (nan) is left out."""
     found: dict[Dims, list[float]] = {}
     for ratios in measured:
@@ -131,7 +135,9 @@ def average(measured: Iterable[Ratios]) -> Ratios:
 
 
 def choose(ratios: Mapping[Dims, float], shape: Sequence[int], cutoff: float = CUTOFF) -> Dims:
-    """The dimensions with the highest SNR strictly above the cutoff, () if there are none; of equals, those that save most."""
+    """The dimensions with the highest SNR strictly above the cutoff, () if there are none; of equals, those that save
+    most.
+    """
     above = [(ratio, -kept(shape, dims), dims) for dims, ratio in ratios.items() if ratio > cutoff]
     return max(above, key=lambda entry: entry[:2])[2] if above else ()
 

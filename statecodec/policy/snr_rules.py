@@ -2,7 +2,8 @@
 
 One rules file serves `compress --rules` (through `role` and `codec`) and `statecodec.optim.SlimAdam` (through `dims`):
 
-    {"rules": [{"pattern": "h.*.attn.v_proj.weight", "role": "exp_avg_sq", "dims": [0], "codec": "shared(dims=[0])", "snr": 2.2}]}
+    {"rules": [{"pattern": "h.*.attn.v_proj.weight", "role": "exp_avg_sq", "dims": [0], "codec": "shared(dims=[0])",
+    "snr": 2.2}]}
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def saved_curve(layers: Sequence[LayerSNR], basis: str = "layer", points: int = 
 
 
 def rules_document(layers: Sequence[LayerSNR], cutoff: float = CUTOFF, basis: str = "type") -> dict[str, Any]:
-    """The content of a rules file. Layers left alone are listed with no dims, so that the file says what was decided."""
+    """The content of a rules file. Layers left alone are listed with no dims, so that the file says what was
+    decided.
+    """
     dims = chosen(layers, cutoff, basis)
     if basis == "layer":
         entries = [_entry(_escape(x.name), dims[x.name], x.ratios) for x in layers if x.shareable]
@@ -91,10 +94,11 @@ def write_rules(document: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_table(path: str | Path) -> list[LayerSNR]:
-    """SNRs from a CSV table with the columns key, shape, compress_dims and snr, averaged over its other columns (step ...).
+    """SNRs from a CSV table with the columns key, shape, compress_dims and snr, averaged over its other columns (step
+    ...).
 
-    That is the form of the SNR data published with SlimAdam (github.com/dayal-kalra/low-memory-adam, snr_data): one row per
-    step, parameter and subset of dimensions, the last two written as tuples. Raises PolicyError.
+    That is the form of the SNR data published with SlimAdam (github.com/dayal-kalra/low-memory-adam, snr_data): one row
+    per step, parameter and subset of dimensions, the last two written as tuples. Raises PolicyError.
     """
     path = Path(path)
     found: dict[str, tuple[tuple[int, ...], dict[Dims, list[float]]]] = {}
@@ -120,7 +124,7 @@ def read_table(path: str | Path) -> list[LayerSNR]:
         LayerSNR(
             name,
             shape,
-            average({d: r for d, r in zip(ratios, row, strict=True)} for row in _rows(ratios)),
+            average(dict(zip(ratios, row, strict=True)) for row in _rows(ratios)),
             shareable(layers[name]),
         )
         for name, (shape, ratios) in found.items()

@@ -1,4 +1,6 @@
-"""SNR during training, at the schedule of the paper (SlimAdam, section 3.1): a few dozen measurements in a whole run."""
+"""SNR during training, at the schedule of the paper (SlimAdam, section 3.1): a few dozen measurements in a whole
+run.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,9 @@ class SNRTracker:
         tracker.step()
         tracker.save_rules("rules.json")          feeds `compress --rules` and SlimAdam(rules="rules.json")
 
-    Works with torch.optim.Adam and AdamW and with the optimizers of this library; the run measured must keep whole second
-    moments (shared, folded or low-rank ones have nothing left to measure: UsageError). Between measurements a step costs
-    one comparison; only sums of ratios are kept. Sharded (DTensor) states are gathered for the measurement.
+    Works with torch.optim.Adam and AdamW and with the optimizers of this library; the run measured must keep whole
+    second moments (shared, folded or low-rank ones have nothing left to measure: UsageError). Between measurements a
+    step costs one comparison; only sums of ratios are kept. Sharded (DTensor) states are gathered for the measurement.
     """
 
     def __init__(
@@ -81,7 +83,9 @@ class SNRTracker:
         self._steps.append(self._count)
 
     def layers(self) -> list[LayerSNR]:
-        """Averages over the measured steps, vectors and norms included as unshareable. Raises UsageError before the first."""
+        """Averages over the measured steps, vectors and norms included as unshareable. Raises UsageError before the
+        first.
+        """
         if not self._sums:
             raise UsageError(
                 "no second moment has been measured yet: call step() after optimizer.step(), from step 1 on"

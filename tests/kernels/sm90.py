@@ -1,7 +1,7 @@
 """Compile every Triton kernel for sm_90 without a GPU, from the arguments that the real launches pass.
 
-A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted, compiled for
-`cuda:90` and described, as JSON on stdout. Nothing runs.
+A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted,
+compiled for `cuda:90` and described, as JSON on stdout. Nothing runs.
 
     python tests/kernels/sm90.py            what the tests read
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
@@ -14,6 +14,7 @@ import contextlib
 import json
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from statecodec.kernels.triton import companding, folding, plan, runtime, splitt
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8", torch.uint8: "u8",
-    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8",
+    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 OPTION_NAMES = ("num_warps", "num_stages", "enable_fp_fusion")
 
@@ -54,7 +55,7 @@ class Recorder:
             signature[param.name] = self.type_of(value, param)
             if signature[param.name] == "constexpr":
                 constants[(i,)] = value
-            elif not param.do_not_specialize and not isinstance(value, float) and (value.data_ptr() if isinstance(value, torch.Tensor) else value) % 16 == 0:
+            elif not param.do_not_specialize and self.divides(value):
                 attributes[(i,)] = [["tt.divisibility", 16]]
         key = f"{function.__name__} {signature} {constants} {attributes} {options}"
         if key in self.seen:
@@ -62,7 +63,13 @@ class Recorder:
         self.seen.add(key)
         source = ASTSource(function, signature, constants, attributes)
         compiled = triton.compile(source, target=TARGET, options=options)
-        self.rows.append({"kernel": function.__name__, "options": options, **self.describe(compiled, function.__name__)})
+        self.rows.append({"kernel": function.__name__, **self.describe(compiled, function.__name__)})
+
+    @staticmethod
+    def divides(value: Any) -> bool:
+        """Whether Triton would promise the compiler that 16 divides this argument."""
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        return isinstance(number, int) and number % 16 == 0
 
     @staticmethod
     def type_of(value: Any, param: Any) -> str:
@@ -98,15 +105,15 @@ class Recorder:
     def dump(cubin: bytes) -> tuple[str, str]:
         """(machine code, resource usage) as text."""
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        import tempfile
+
+        def run(*command: str | Path) -> str:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(cubin)
             file.flush()
-            sass = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-            usage = subprocess.run(
-                [tools / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-            ).stdout
+            sass = run(tools / "nvdisasm", "-c", file.name)
+            usage = run(tools / "cuobjdump", "--dump-resource-usage", file.name)
         return sass, usage
 
 
@@ -195,13 +202,16 @@ def fused_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path)
-    recorder = Recorder(parser.parse_args().keep)
+    parser.add_argument("--only", choices=("codecs", "steps"))
+    options = parser.parse_args()
+    recorder = Recorder(options.keep)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, plan, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()
-    import os
-    os.environ.get("X") or stand_alone()
-    fused_steps()
+    if options.only != "steps":
+        stand_alone()
+    if options.only != "codecs":
+        fused_steps()
     print(json.dumps(recorder.rows, indent=1))
 
 

@@ -1,7 +1,7 @@
 """The GPU backend: Triton kernels with the names, signatures and bits of `statecodec.kernels.reference`.
 
-On CUDA tensors they compile on first use. On CPU tensors they run only under Triton's interpreter (TRITON_INTERPRET=1), which is
-exact and slow: that is how they are tested without a GPU.
+On CUDA tensors they compile on first use. On CPU tensors they run only under Triton's interpreter (TRITON_INTERPRET=1),
+which is exact and slow: that is how they are tested without a GPU.
 """
 
 from statecodec.kernels.triton.companding import decode_companded, encode_companded
@@ -9,4 +9,6 @@ from statecodec.kernels.triton.folding import fold_mean, unfold
 from statecodec.kernels.triton.plan import step, supports
 from statecodec.kernels.triton.splitting import decode_split, encode_split
 
-__all__ = ["decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "step", "supports", "unfold"]
+__all__ = [
+    "decode_companded", "decode_split", "encode_companded", "encode_split", "fold_mean", "step", "supports", "unfold",
+]  # fmt: skip

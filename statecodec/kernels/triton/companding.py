@@ -1,7 +1,7 @@
 """Companded quantisation in Triton: the device arithmetic, shared with the fused steps, and the stand-alone kernels.
 
-Same bits as `reference.companding`. A tile is [groups, width]: `width` is the group size rounded up to a power of two, and the
-lanes beyond a group or a row are masked. Addresses are 64-bit.
+Same bits as `reference.companding`. A tile is [groups, width]: `width` is the group size rounded up to a power of two,
+and the lanes beyond a group or a row are masked. Addresses are 64-bit.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def scale_value(bits):
 def ratio(magnitude, scale_bits):
     """min(magnitude / scale, 1), correctly rounded wherever a code could depend on it; 0 in a group of zeros.
 
-    `scale_bits` broadcasts. Division by one number of many others (Markstein): both sides are brought near 1 by an exact power of
-    two, the reciprocal is rounded once per group, and one fused remainder step makes the quotient correctly rounded. Only
-    quotients below 2**-60 can be off by an ulp, far below every curve's lowest threshold. A bf16 divisor is never the theorem's exception.
+    `scale_bits` broadcasts. Division by one number of many others (Markstein): both sides are brought near 1 by an
+    exact power of two, the reciprocal is rounded once per group, and one fused remainder step makes the quotient
+    correctly rounded. Only quotients below 2**-60 can be off by an ulp, far below every curve's lowest threshold. A
+    bf16 divisor is never the theorem's exception.
     """
     exponent = tl.minimum(tl.maximum(254 - (scale_bits >> 7), 1), 253)
     power = (exponent << 23).to(tl.float32, bitcast=True)
@@ -139,7 +140,8 @@ def inside_groups(column, size, WHOLE: tl.constexpr):
 @triton.jit
 def _encode(
     x_ptr, codes_ptr, scales_ptr, flags_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr, KIND: tl.constexpr,
+    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
+    KIND: tl.constexpr,
     TOP: tl.constexpr, SIGNED: tl.constexpr, MIN_SCALE: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr,
 ):  # fmt: skip
     rows, cols = rows.to(tl.int64), cols.to(tl.int64)
@@ -189,7 +191,8 @@ def _encode(
 
 @triton.jit
 def _decode(
-    codes_ptr, scales_ptr, table_ptr, out_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr, COUNT: tl.constexpr,
+    codes_ptr, scales_ptr, table_ptr, out_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr,
+    COUNT: tl.constexpr,
     WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
 ):  # fmt: skip
     rows, cols = rows.to(tl.int64), cols.to(tl.int64)
@@ -210,8 +213,8 @@ def _decode(
             packed = tl.load(codes_ptr + source[:, None] + pair[None, :], mask=mask, other=0)
             code = unpack_nibbles(packed.to(tl.int32), COUNT, WIDTH)
         else:
-            code = tl.load(codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0).to(tl.int32)
-        value = tl.load(table_ptr + code) * scale[:, None]
+            code = tl.load(codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0)
+        value = tl.load(table_ptr + code.to(tl.int32)) * scale[:, None]
         tl.store(out_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], value, mask=inside)
 
 
@@ -253,8 +256,8 @@ def _shape(rows: int, cols: int, group: int, bits: int) -> dict[str, int | bool]
     even = cols % group == 0 and (bits == 8 or cols % 2 == 0)
     chunks = -(-size // width)
     return {
-        "GROUP": group, "COUNT": count, "WIDTH": width, "CHUNKS": chunks, "EVEN": even, "WHOLE": even and group == width * chunks,
-        "NIBBLES": bits == 4,
+        "GROUP": group, "COUNT": count, "WIDTH": width, "CHUNKS": chunks, "EVEN": even,
+        "WHOLE": even and group == width * chunks, "NIBBLES": bits == 4,
     }  # fmt: skip
 
 

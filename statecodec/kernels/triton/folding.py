@@ -35,7 +35,7 @@ def _sum(
     x_ptr, out_ptr, flags_ptr, rows, cols, blocks, length, span, BLOCK: tl.constexpr, COUNT: tl.constexpr,
     DIVIDE: tl.constexpr,
 ):  # fmt: skip
-    """out = tree sums of BLOCK neighbours; with DIVIDE over the true count of a block of `span` in a row of `length`."""
+    """out = tree sums of BLOCK neighbours; DIVIDE: over the true count of a block of `span` in a row of `length`."""
     cols, blocks, length = cols.to(tl.int64), blocks.to(tl.int64), length.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     row = index // blocks

@@ -2,13 +2,14 @@
 
 The launch is a list of work items (`plan.schedule`), two kinds per parameter, handed out in order by a ticket:
 
-* probe: look for gradient elements that are NaN or beyond LARGEST_GRADIENT. The last probe of a parameter to finish begins its
-  step: it counts (`step` or `skipped`), computes the scalars that depend on the step count, and opens the gate.
+* probe: look for gradient elements that are NaN or beyond LARGEST_GRADIENT. The last probe of a parameter to finish
+  begins its step: it counts (`step` or `skipped`), computes the scalars that depend on the step count, and opens the
+  gate.
 * update: wait for the gate, then decode, step and encode one tile, unless the gate says skip.
 
-A parameter's probes stand before its updates, and a ticket is taken only by a program that is running: what an update waits for is
-always under way, so the wait ends whatever order the hardware starts programs in. Nothing is reset between launches: tickets
-count on, and the gate holds the launch's number.
+A parameter's probes stand before its updates, and a ticket is taken only by a program that is running: what an update
+waits for is always under way, so the wait ends whatever order the hardware starts programs in. Nothing is reset between
+launches: tickets count on, and the gate holds the launch's number.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _float64(bits):
 
 @triton.jit
 def _power(base, exponent):
-    """base ** exponent in float64 by repeated squaring, for an integer 0 <= exponent < 2**25 (fp32 counts no further)."""
+    """base ** exponent in float64, for an integer 0 <= exponent < 2**25: an fp32 counter counts no further."""
     result = base * 0.0 + 1.0
     for bit in tl.static_range(25):
         result = tl.where((exponent >> bit) & 1 == 1, result * base, result)
@@ -141,7 +142,8 @@ def _probe(
 def step_group(
     tickets, schedule, table, marks, lr_tensor, m_table, v_table, lr, decay, beta1, beta2, dampening, scale, seed,
     beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum, residual,
-    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
+    V: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROBE_TILE: tl.constexpr,
     PROBE_CHUNKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, BROAD: tl.constexpr,
     PATHS: tl.constexpr, LR_TENSOR: tl.constexpr, MAXIMIZE: tl.constexpr, L2: tl.constexpr, NESTEROV: tl.constexpr,
@@ -164,8 +166,8 @@ def step_group(
             rate = tl.load(lr_tensor).to(tl.float64)
         _probe(
             row, mark, epoch, (-1 - work).to(tl.int64), rate, _float64(decay), _float64(beta1), _float64(beta2),
-            _float64(dampening), _float64(scale), seed, beta2_, one_beta2, METHOD, GRAD_KIND, PROBE_TILE, PROBE_CHUNKS, HIGH,
-            WIDE, TALL, BROAD, PATHS, DECAY_FIRST, TORCH_BIAS, STOCHASTIC,
+            _float64(dampening), _float64(scale), seed, beta2_, one_beta2, METHOD, GRAD_KIND, PROBE_TILE,
+            PROBE_CHUNKS, HIGH, WIDE, TALL, BROAD, PATHS, DECAY_FIRST, TORCH_BIAS, STOCHASTIC,
         )  # fmt: skip
     else:
         while tl.atomic_add(mark + GATE, 0, sem="acquire") != epoch:
@@ -176,13 +178,15 @@ def step_group(
                 whole = tl.load(row + FLAT) != 0
             if whole:
                 _update(
-                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum, residual,
+                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum,
+                    residual,
                     METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, True, MAXIMIZE, L2, NESTEROV,
                     STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
                 )  # fmt: skip
             else:
                 _update(
-                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum, residual,
+                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum,
+                    residual,
                     METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, False, MAXIMIZE, L2, NESTEROV,
                     STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
                 )  # fmt: skip
@@ -191,18 +195,19 @@ def step_group(
 @triton.jit
 def _update(
     row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, residual,
-    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
+    V: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
     MAXIMIZE: tl.constexpr, L2: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr,
     MEAN_OF_SQUARES: tl.constexpr, TRUE_TAIL: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
     if METHOD == "foam":
         update_folded(
-            row, mark, tile, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual, KIND, LOW_BITS, GRAD_KIND, M, V,
-            GROUP, WIDTH, COUNT, BLOCK, WHOLE, MAXIMIZE, STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
+            row, mark, tile, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual, KIND, LOW_BITS, GRAD_KIND,
+            M, V, GROUP, WIDTH, COUNT, BLOCK, WHOLE, MAXIMIZE, STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
         )  # fmt: skip
     else:
         update_tile(
-            row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, METHOD, KIND, LOW_BITS,
-            GRAD_KIND, M, V, GROUP, WIDTH, COUNT, WHOLE, MAXIMIZE, L2, NESTEROV, STOCHASTIC,
+            row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, METHOD, KIND,
+            LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, WHOLE, MAXIMIZE, L2, NESTEROV, STOCHASTIC,
         )  # fmt: skip

@@ -1,7 +1,8 @@
 """The host side of a fused step: which combinations there are, and the tables that tell a launch what to do.
 
-What depends on shapes only (the schedule of work items) is made once per set of parameters and kept; the table of addresses is
-written again when an address changed. A step in a steady training loop is a comparison of addresses and one launch.
+What depends on shapes only (the schedule of work items) is made once per set of parameters and kept; the table of
+addresses is written again when an address changed. A step in a steady training loop is a comparison of addresses and
+one launch.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 WIDEST = 2048  # elements of the largest group that is fused
 NARROW = 1 << 16  # parameters of more elements and rows shorter than half a group get a tile of their own shape
 
-# Elements of one tile, of one probe, and of gradient bytes probed ahead of the updates: enough to keep waits rare, few enough that
-# the second read of a gradient finds it in the L2 cache.
+# Elements of one tile, of one probe, and of gradient bytes probed ahead of the updates: enough to keep waits rare, few
+# enough that the second read of a gradient finds it in the L2 cache.
 UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
 PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
@@ -46,11 +47,9 @@ DENSE: Format = (1,)
 SHARED: Format = (3,)
 
 
-def supports(
-    method: str, formats: Mapping[str, dict[str, Any]], param: torch.dtype, low: torch.dtype | None
-) -> bool:
+def supports(method: str, formats: Mapping[str, dict[str, Any]], param: torch.dtype, low: torch.dtype | None) -> bool:
     """Whether `step` can do this combination; see `kernels.fused`."""
-    if method not in METHODS or param not in KINDS or low not in LOW_BITS or (low is not None and param == torch.float32):
+    if method not in METHODS or param not in KINDS or low not in LOW_BITS or (low and param == torch.float32):
         return False
     if len(formats) != METHODS[method] and not (method == "sgd" and not formats):
         return False
@@ -64,15 +63,17 @@ def supports(
 
 
 def step(method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any]], hyper: Hyper) -> None:
-    """One step of every slot, in place; the contract is `kernels.fused`. One launch, or one per gradient dtype and row width class.
+    """One step of every slot, in place; the contract is `kernels.fused`. One launch, or one per gradient dtype and row
+    width class.
 
-    Does not synchronise. Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports` refuses.
+    Does not synchronise. Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports`
+    refuses.
     """
     if not slots:
         return
-    low = slots[0].low
-    if not supports(method, formats, slots[0].param.dtype, None if low is None else low.dtype):
-        raise UsageError(f"no fused {method} step for {slots[0].param.dtype} with {dict(formats)}; ask `supports` first")
+    low, dtype = slots[0].low, slots[0].param.dtype
+    if not supports(method, formats, dtype, None if low is None else low.dtype):
+        raise UsageError(f"no fused {method} step for {dtype} with {dict(formats)}; ask `supports` first")
     codecs = list(formats.values())
     inner = [_inner(method, at, c) for at, c in enumerate(codecs)]
     curves = [None if c is None else _curve(c) for c in inner] + [None] * (2 - len(codecs))
@@ -149,13 +150,15 @@ class Plan:
             self.tickets, self.schedule, self.table, self.marks, hyper.lr if live else self.marks, *tables,
             *(_bits(x) for x in (0.0 if live else float(hyper.lr), hyper.decay, hyper.beta1, hyper.beta2)),
             _bits(hyper.dampening), _bits(hyper.scale), hyper.seed & 0xFFFFFFFF,
-            hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps, hyper.l2, hyper.momentum, hyper.residual,
-            METHOD=self.traits.method, KIND=KINDS[first.param.dtype], GRAD_KIND=KINDS[first.grad.dtype],
-            LOW_BITS=LOW_BITS[None if first.low is None else first.low.dtype], M=self.traits.formats[0], V=self.traits.formats[1],
+            hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, hyper.eps, hyper.l2, hyper.momentum,
+            hyper.residual, METHOD=self.traits.method, KIND=KINDS[first.param.dtype], GRAD_KIND=KINDS[first.grad.dtype],
+            LOW_BITS=LOW_BITS[None if first.low is None else first.low.dtype], M=self.traits.formats[0],
+            V=self.traits.formats[1],
             GROUP=self.group, WIDTH=self.width, COUNT=self.count, BLOCK=self.traits.block, PROBE_TILE=PROBE_TILE,
             PROBE_CHUNKS=PROBE_CHUNKS, HIGH=HIGH, WIDE=WIDE, TALL=TALL, BROAD=BROAD,
             PATHS=self.paths, LR_TENSOR=live, MAXIMIZE=hyper.maximize, L2=hyper.l2 != 0, NESTEROV=hyper.nesterov,
-            STOCHASTIC=hyper.stochastic, MEAN_OF_SQUARES=hyper.mean_of_squares, TRUE_TAIL=hyper.true_tail, DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
+            STOCHASTIC=hyper.stochastic, MEAN_OF_SQUARES=hyper.mean_of_squares, TRUE_TAIL=hyper.true_tail,
+            DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
         )  # fmt: skip
 
     def _address(self, slots: Sequence[Slot], grads: Sequence[Tensor]) -> None:
@@ -209,7 +212,7 @@ def _plan(traits: Traits, slots: Sequence[Slot], group: int) -> Plan:
 def _schedule(
     probes: Sequence[int], updates: Sequence[int], nbytes: Sequence[int], ahead: int
 ) -> Iterator[NDArray[np.int32]]:
-    """Work items (slot, tile), probes as -1 - tile: every slot's probes, then, `ahead` probed bytes later, its updates."""
+    """Work items (slot, tile), probes as -1 - tile: a slot's probes, then, `ahead` probed bytes later, its updates."""
 
     def items(slot: int, tiles: NDArray[np.int32]) -> NDArray[np.int32]:
         return np.stack((np.full_like(tiles, slot), tiles), -1)
@@ -231,7 +234,8 @@ def _schedule(
 def _addresses(slot: Slot, grad: Tensor, traits: Traits) -> list[int]:
     """Columns PARAM .. SKIPPED of the table."""
     found = [slot.param.data_ptr(), 0 if slot.low is None else slot.low.data_ptr(), grad.data_ptr()]
-    prefix = ("mean." if traits.block > 1 or traits.method == "foam" else "", "mean." if traits.method in ("foam", "slim") else "")
+    foam, slim = traits.method == "foam", traits.method == "slim"
+    prefix = ("mean." if foam else "", "mean." if foam or slim else "")
     for name, curve, before in zip(traits.names, traits.curves, prefix, strict=False):
         parts = slot.states[name]
         found.append(parts[f"{before}{'codes' if curve else 'data'}"].data_ptr())
@@ -271,7 +275,8 @@ def _contiguous(dims: Sequence[int]) -> bool:
 
 
 def _inner(method: str, at: int, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The codec of a state's values where the method expects it: inside a fold for FOAM, inside a share for SlimAdam's second."""
+    """The codec of a state's values where the method expects it: inside a fold for FOAM, inside a share for SlimAdam's
+    second."""
     if method == "foam":
         return cast(Mapping[str, Any], config["inner"]) if config["name"] == "folded" else None
     if method == "slim" and at == 1:

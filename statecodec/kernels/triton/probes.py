@@ -1,7 +1,7 @@
 """The first look at a gradient in a fused step: is it usable, and, for SlimAdam, the sums of its squares.
 
-Sums go to scratch memory, each written by one program, and are added up in a fixed order: a step is reproducible, which atomic
-additions would not be.
+Sums go to scratch memory, each written by one program, and are added up in a fixed order: a step is reproducible, which
+atomic additions would not be.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _LANES, _LINES, _VALUES = tl.constexpr(128), tl.constexpr(32), tl.constexpr(1024
 
 
 @triton.jit
-def largest_gradient(grad, numel, chunk, KIND: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, ALIGNED: tl.constexpr):
+def largest_gradient(
+    grad, numel, chunk, KIND: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, ALIGNED: tl.constexpr
+):
     """The largest magnitude, as bits, in a chunk of CHUNKS * TILE gradient elements."""
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
@@ -32,7 +34,8 @@ def largest_gradient(grad, numel, chunk, KIND: tl.constexpr, TILE: tl.constexpr,
 def largest_and_squares(
     row, tile, KIND: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, BROAD: tl.constexpr
 ):
-    """As `largest_gradient`, for one piece of OUTER x SHARED x INNER whose sums over SHARED are left in the scratch memory."""
+    """As `largest_gradient`, for one piece of OUTER x SHARED x INNER whose sums over SHARED are left in the scratch
+    memory."""
     if tl.load(row + INNER) == 1:
         largest = _row_squares(row, tile, KIND, HIGH, WIDE)
     else:

@@ -1,7 +1,8 @@
 """What every Triton launch here shares: the device check, the interpreter, options, the flag word.
 
-Kernels are compiled with `enable_fp_fusion=False`, because a contracted multiply-add rounds once where the specification rounds
-twice; where a fused operation is wanted it is written `tl.fma`. Division and square root are `div_rn` and `sqrt_rn`.
+Kernels are compiled with `enable_fp_fusion=False`, because a contracted multiply-add rounds once where the
+specification rounds twice; where a fused operation is wanted it is written `tl.fma`. Division and square root are
+`div_rn` and `sqrt_rn`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def flag_word(like: Tensor) -> Tensor:
-    """A zeroed int32 on the device, which kernels OR their findings into; reading it is the launch's one synchronisation."""
+    """A zeroed int32 on the device, which kernels OR their findings into; reading it is the launch's one
+    synchronisation."""
     return torch.zeros(1, dtype=torch.int32, device=like.device)
 
 

@@ -65,8 +65,8 @@ def join(high, low, WIDTH: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def _fp16_fixed(magnitude, WIDTH: tl.constexpr):
-    # Below fp16's normal range: fixed point. The product is exact; rounding half up is truncation plus a comparison, because adding
-    # 0.5 to an fp32 number above 2**23 would itself round.
+    # Below fp16's normal range: fixed point. The product is exact; rounding half up is truncation plus a comparison,
+    # because adding 0.5 to an fp32 number above 2**23 would itself round.
     if WIDTH == 8:
         normal = (magnitude - _FP16_BIAS + 16) >> 5
         unit: tl.constexpr = 2.0**32
@@ -102,7 +102,8 @@ def _decode(high_ptr, low_ptr, out_ptr, n, TILE: tl.constexpr, WIDTH: tl.constex
 
 
 def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
-    """See `reference.splitting.encode_split`. Only an fp16 `high` can raise a flag; only then is there a synchronisation."""
+    """See `reference.splitting.encode_split`. Only an fp16 `high` can raise a flag; only then is there a
+    synchronisation."""
     n = x.numel()
     with on(x):
         if not n:

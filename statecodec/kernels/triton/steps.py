@@ -1,7 +1,8 @@
 """Device functions of the fused steps: the update rules, the weight as it is stored, the states as they are stored.
 
-The rules are those of `reference.steps`, in the order of operations of `cpu.steps`, every operation rounded separately. Scalars that
-depend on the step count come from the launch's bookkeeping (`fused._begin`), which computes them in float64.
+The rules are those of `reference.steps`, in the order of operations of `cpu.steps`, every operation rounded separately.
+Scalars that depend on the step count come from the launch's bookkeeping (`fused._begin`), which computes them in
+float64.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ DENSE, COMPANDED = tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def over(x, divisor, reciprocal):
-    """x / divisor, correctly rounded, with the reciprocal rounded once (see `companding.ratio`); for values of moderate size."""
+    """x / divisor, correctly rounded, with the reciprocal rounded once (see `companding.ratio`); for values of moderate
+    size."""
     quotient = x * reciprocal
     return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
 
@@ -82,7 +84,8 @@ def dither(bits, element, key, DROP: tl.constexpr):
 
 @triton.jit
 def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer from an entry of the table of addresses. ALIGNED promises 16 bytes, without which there are no wide accesses."""
+    """A pointer from an entry of the table of addresses. ALIGNED promises 16 bytes, without which there are no wide
+    accesses."""
     typed = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         typed = tl.multiple_of(typed, 16)
@@ -191,6 +194,6 @@ def store_state(
 
 
 __all__ = [
-    "COMPANDED", "DENSE", "average", "direction", "dither", "dither_key", "join", "load_gradient", "load_state", "load_weight",
-    "over", "sign", "split", "splitting", "store_state", "store_weight",
+    "COMPANDED", "DENSE", "average", "direction", "dither", "dither_key", "join", "load_gradient", "load_state",
+    "load_weight", "over", "sign", "split", "splitting", "store_state", "store_weight",
 ]  # fmt: skip

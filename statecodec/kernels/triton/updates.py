@@ -19,14 +19,14 @@ from statecodec.kernels.triton.steps import (
     store_weight,
 )
 
-# Columns of the table of parameters (int64), one row each. Addresses come first. OUTER x SHARED x INNER is the parameter as a
-# shared second moment sees it: one value per outer and inner index.
+# Columns of the table of parameters (int64), one row each. Addresses come first. OUTER x SHARED x INNER is the
+# parameter as a shared second moment sees it: one value per outer and inner index.
 PARAM, LOW, GRAD, M_DATA, M_SCALES, V_DATA, V_SCALES, STEP, SKIPPED = map(tl.constexpr, range(9))
 ROWS, COLS, PROBES, INDEX, FLAT, OUTER, SHARED, INNER, SCRATCH = map(tl.constexpr, range(9, 18))
 FIELDS = tl.constexpr(18)
 
-# Columns of the bookkeeping (int32), one row per parameter: probes done so far, found unusable, launch whose gate is open, whether
-# to step, dither key; then the scalars of this step as fp32 bits: decay, step size, root, 1 / root, gain.
+# Columns of the bookkeeping (int32), one row per parameter: probes done so far, found unusable, launch whose gate is
+# open, whether to step, dither key; then the scalars of this step as fp32 bits: decay, step size, root, 1 / root, gain.
 DONE, BAD, GATE, ACTIVE, KEY, DECAY, STEP_SIZE, ROOT, RECIPROCAL, GAIN = map(tl.constexpr, range(10))
 MARKS = tl.constexpr(16)
 
@@ -38,10 +38,9 @@ def scalar(mark, FIELD: tl.constexpr):
 
 
 @triton.jit
-def places(
-    rows, cols, start, GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Where COUNT groups from `start` on lie in a rows x cols state: groups, elements, bytes of nibbles, and what is inside.
+def places(rows, cols, start, GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """Where COUNT groups from `start` on lie in a rows x cols state: groups, elements, bytes of nibbles, and what is
+    inside.
 
     WHOLE: the groups tile flat memory and their number of elements is a multiple of 16, so that accesses can be wide.
     """
@@ -69,9 +68,10 @@ def places(
 @triton.jit
 def update_tile(
     row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum,
-    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr, MAXIMIZE: tl.constexpr, L2: tl.constexpr,
-    NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr,
+    METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
+    V: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    L2: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """COUNT groups of a parameter whose first moment has its own shape: adam, lion, sgd, slim."""
     param, low, grad = tl.load(row + PARAM), tl.load(row + LOW), tl.load(row + GRAD)
@@ -122,7 +122,7 @@ def update_tile(
 
 @triton.jit
 def _shared_moment(v_data, begin, size, inside, row, WIDTH: tl.constexpr):
-    """Second moments that groups share: a group lies in one row, so it needs one value, or neighbours in a row of them."""
+    """Second moments that groups share: a group lies in one row and needs one value, or neighbours in a row of them."""
     shared, inner = tl.load(row + SHARED), tl.load(row + INNER)
     outer = begin // (shared * inner)
     at = outer * inner + begin % inner
@@ -137,7 +137,8 @@ def _shared_moment(v_data, begin, size, inside, row, WIDTH: tl.constexpr):
 @triton.jit
 def update_folded(
     row, mark, tile, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual,
-    KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr, GROUP: tl.constexpr,
+    KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
+    GROUP: tl.constexpr,
     WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, MAXIMIZE: tl.constexpr,
     STOCHASTIC: tl.constexpr, MEAN_OF_SQUARES: tl.constexpr, TRUE_TAIL: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,214 @@
+"""Every optimizer on the small GPT: final validation loss, bytes of state, step time, against torch's AdamW.
+
+    python benchmarks/convergence.py --steps 200 --seeds 3           # everything that is not in the results yet
+    python benchmarks/convergence.py --only foam,muon --seeds 1      # a part
+    python benchmarks/convergence.py --table                         # the table of docs/optimizers.md
+
+Bytes of the standard library's sources, context 96, a GPT of 0.9 M parameters, batch 8, warm-up then cosine. With the first
+seed every optimizer runs at lr 1e-3 and at the rates of its own small grid, with the other seeds at the best of those.
+Runs of one seed see the same batches in the same order: differences are paired. A run that is in the results file is not
+repeated, and the file is written after each: the benchmark can be cut anywhere and taken up again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, machine
+
+from statecodec import optim
+from statecodec_cli.demo.data import standard_library
+from statecodec_cli.demo.gpt import GPTConfig
+from statecodec_cli.demo.train import TrainConfig, Trainer
+
+MODEL = GPTConfig(block_size=96, n_layer=4, n_head=4, n_embd=128)
+EQUAL_LR = 1e-3
+RULES = {
+    "*.attn.c_attn.weight": [1],
+    "*.c_proj.weight": [0],
+    "*.c_fc.weight": [0],
+    "*wte.weight": [1],
+    "*wpe.weight": [1],
+}
+PATH = RESULTS / "convergence.json"
+
+Factory = Callable[[Any, float], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row: how to make it from (named parameters, lr), and the learning rates worth trying besides EQUAL_LR."""
+
+    make: Factory
+    grid: tuple[float, ...] = ()
+    bf16: bool = False
+
+
+def ours(cls: Any, **options: Any) -> Factory:
+    return lambda named, lr: cls(named, lr=lr, **{"weight_decay": 0.1, **options})
+
+
+def adam_like(cls: Any, **options: Any) -> Factory:
+    return ours(cls, **{"betas": (0.9, 0.95), **options})
+
+
+def torch_adamw(named: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(named, lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+ADAM = (3e-3,)
+WIDE = (3e-3, 1e-2)
+SGD = (0.1, 0.3)
+CONTENDERS: dict[str, Contender] = {
+    "torch AdamW": Contender(torch_adamw, WIDE),
+    "AdamW companded8": Contender(adam_like(optim.AdamW), ADAM),
+    "AdamW companded8, bf16 + split24": Contender(adam_like(optim.AdamW), ADAM, bf16=True),
+    "FOAM level 2": Contender(adam_like(optim.FOAM, level=2), WIDE),
+    "SlimAdam": Contender(adam_like(optim.SlimAdam, rules=RULES), ADAM),
+    "LoRA-Pre rank 16": Contender(adam_like(optim.LoRAPre, rank=16), WIDE),
+    "Muon companded8": Contender(adam_like(optim.Muon), WIDE),
+    "Lion companded8": Contender(ours(optim.Lion, betas=(0.9, 0.99), weight_decay=0.3), (3e-4,)),
+    "SGD momentum companded8": Contender(ours(optim.SGD, momentum=0.9, weight_decay=0.0), SGD),
+    "SlimAdam, companded8 first moment": Contender(adam_like(optim.SlimAdam, rules=RULES, moments="companded8"), ADAM),
+    "FOAM level 2, companded8": Contender(adam_like(optim.FOAM, level=2, moments="companded8"), WIDE),
+    "LoRA-Pre Muon rank 16": Contender(adam_like(optim.LoRAPre, rank=16, base="muon"), WIDE),
+    "FOAM level 3": Contender(adam_like(optim.FOAM, level=3), WIDE),
+    "LoRA-Pre rank 16, paper": Contender(adam_like(optim.LoRAPre, rank=16, variant="paper"), WIDE),
+    "LoRA-Pre rank 16, matched": Contender(adam_like(optim.LoRAPre, rank=16, bias_correction="matched"), WIDE),
+    "FOAM level 2, official": Contender(adam_like(optim.FOAM, level=2, variant="official"), WIDE),
+    "FOAM level 2, paper": Contender(adam_like(optim.FOAM, level=2, variant="paper"), WIDE),
+    "AdamW companded8, bf16 alone": Contender(adam_like(optim.AdamW, master_weights=None), ADAM, bf16=True),
+    "AdamW companded8, bf16 alone, stochastic": Contender(
+        adam_like(optim.AdamW, master_weights=None, stochastic_rounding=True), ADAM, bf16=True
+    ),
+    "Muon dense": Contender(adam_like(optim.Muon, moments="dense"), WIDE),
+    "FOAM level 1": Contender(adam_like(optim.FOAM, level=1), WIDE),
+    "LoRA-Pre rank 8": Contender(adam_like(optim.LoRAPre, rank=8), WIDE),
+    "Adam (L2) companded8": Contender(adam_like(optim.Adam, weight_decay=0.0), ADAM),
+    "SGDW momentum companded8": Contender(ours(optim.SGDW, momentum=0.9, weight_decay=1e-3), SGD),
+}
+
+
+def run(name: str, lr: float, seed: int, steps: int) -> dict[str, Any]:
+    """Train once and measure."""
+    torch.set_num_threads(1)
+    contender = CONTENDERS[name]
+    config = TrainConfig(batch_size=8, lr=lr, warmup=24, decay_steps=steps, seed=seed, model=MODEL, eval_batches=16)
+    trainer = Trainer(config, corpus=standard_library())
+    if contender.bf16:
+        trainer.model.to(torch.bfloat16)
+    optimizer = trainer.optimizer = contender.make(list(trainer.model.named_parameters()), lr)
+    spent: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: spent.append(-time.process_time()))
+    optimizer.register_step_post_hook(lambda *_: spent.append(time.process_time()))
+    trainer.run(steps)
+    times = [b + a for a, b in zip(spent[::2], spent[1::2], strict=True)][5:]
+    return {
+        "name": name, "lr": lr, "seed": seed, "steps": steps, "val_loss": trainer.validate(),
+        "state_bytes_per_param": round(state_bytes(optimizer) / trainer.num_params, 3),
+        "step_ms": round(1e3 * statistics.median(times), 2),
+    }  # fmt: skip
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    if isinstance(optimizer, optim.StateOptimizer):
+        return optimizer.state_nbytes()
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor))
+
+
+class Results:
+    """The results file: a list of runs, appended to."""
+
+    def __init__(self, path: Path, steps: int) -> None:
+        self.path, self.steps = path, steps
+        document = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        self.runs: list[dict[str, Any]] = document["runs"]
+
+    def find(self, name: str, lr: float, seed: int) -> dict[str, Any] | None:
+        wanted = {"name": name, "lr": lr, "seed": seed, "steps": self.steps}
+        return next((r for r in self.runs if wanted.items() <= r.items()), None)
+
+    def get(self, name: str, lr: float, seed: int) -> dict[str, Any]:
+        found = self.find(name, lr, seed)
+        if found is None:
+            found = run(name, lr, seed, self.steps)
+            print(json.dumps(found), flush=True)
+            self.runs.append(found)
+            text = json.dumps({"machine": machine(), "runs": self.runs}, indent=1)
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.with_suffix(".tmp").write_text(text + "\n")
+            self.path.with_suffix(".tmp").replace(self.path)
+        return found
+
+    def best_lr(self, name: str) -> float:
+        """The best rate of those that were tried with the first seed."""
+        tried = {
+            r["lr"]: r["val_loss"]
+            for r in self.runs
+            if r["name"] == name and r["seed"] == 0 and r["steps"] == self.steps
+        }
+        return min(tried, key=lambda lr: tried[lr])
+
+
+def measure(names: list[str], seeds: int, results: Results) -> None:
+    for name in names:
+        for lr in (EQUAL_LR, *CONTENDERS[name].grid):
+            results.get(name, lr, 0)
+        for seed in range(1, seeds):
+            results.get(name, results.best_lr(name), seed)
+
+
+def table(results: Results, seeds: int) -> str:
+    """Markdown: own best lr, loss over seeds, paired differences to torch AdamW: each at its best, and both at 1e-3."""
+    reference = results.best_lr("torch AdamW")
+    lines = [
+        "| optimizer | best lr | val loss | paired to AdamW | at lr 1e-3 | state B/param | step ms |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in CONTENDERS:
+        if not any(r["name"] == name and r["steps"] == results.steps for r in results.runs):
+            continue
+        lr = results.best_lr(name)
+
+        def losses(who: str, rate: float) -> list[float]:
+            found = [results.find(who, rate, s) for s in range(seeds)]
+            return [r["val_loss"] for r in found if r]
+
+        own, theirs = losses(name, lr), losses("torch AdamW", reference)
+        gap = statistics.mean(a - b for a, b in zip(own, theirs, strict=False))
+        equal = losses(name, EQUAL_LR)[0] - losses("torch AdamW", EQUAL_LR)[0]
+        spread = statistics.stdev(own) if len(own) > 1 else 0.0
+        first = results.find(name, lr, 0) or {}
+        lines.append(
+            f"| {name} | {lr:g} | {statistics.mean(own):.4f} +- {spread:.4f} (n = {len(own)}) | {gap:+.4f} "
+            f"| {equal:+.4f} | {first['state_bytes_per_param']:.2f} | {first['step_ms']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="names or parts of names, comma separated")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
+    parser.add_argument("--out", type=Path, default=PATH)
+    args = parser.parse_args()
+    results = Results(args.out, args.steps)
+    parts = [part.strip().lower() for part in args.only.split(",") if part.strip()]
+    names = [n for n in CONTENDERS if not parts or any(part in n.lower() for part in parts)]
+    if not args.table:
+        measure(names, args.seeds, results)
+    print(table(results, args.seeds))
+
+
+if __name__ == "__main__":
+    main()

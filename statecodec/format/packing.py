@@ -4,7 +4,8 @@
     row     = method u8, length u32 (little-endian)
 
 zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs
-better and faster than level 1. Planes of noise are found by a sample and stored.
+better and faster than level 1. Planes of noise are found by a sample and stored. Planes that are close to a row term
+plus a column term (second moments are) are centred first; see `statecodec.kernels.reference.centring`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ import torch
 import zstandard
 from torch import Tensor
 
-from statecodec.codecs import PartSpec
+from statecodec.codecs import PartSpec, rows_cols
 from statecodec.errors import CorruptFile, FormatError, UsageError
 from statecodec.format.buffers import Bytes, Pool
 from statecodec.format.limits import MAX_WINDOW
 from statecodec.kernels.reference.planes import plane_layout
 
-STORED, ZSTD, CONSTANT = 0, 1, 2
+STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
 ROW = struct.Struct("<BI")
 WORTH = 0.97  # a plane is compressed only below this share of its size
 SAMPLE = 4096  # bytes in each of four samples of a plane
+CENTRE_FROM = 16  # rows and columns a plane needs for its means to pay
+CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this share
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _local = threading.local()
 
@@ -91,13 +94,14 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
     for part in parts:
         width = plane_layout(part.dtype)[0]
         n = part.nbytes // width
+        matrix = _matrix(part, n)
         planes = buffer[position : position + part.nbytes].reshape(width, n)
         zero = n > 1 and _kernels().constant_byte(part.view(-1).view(torch.uint8)) == 0
         if n and not zero:
             _kernels().split_planes(part, torch.from_numpy(planes))
         source = position
         for k in range(width):
-            method, payload = (CONSTANT, b"\0") if zero else _pack_plane(planes[k], compressor)
+            method, payload = (CONSTANT, b"\0") if zero else _pack_plane(planes[k].reshape(matrix), compressor, pool)
             length = n if payload is None else len(payload)
             if payload is not None:
                 view[position : position + length] = payload
@@ -108,8 +112,15 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
     return buffer, position
 
 
-def _pack_plane(plane: Bytes, compressor: Any) -> tuple[int, bytes | None]:
+def _matrix(part: Tensor, n: int) -> tuple[int, int]:
+    """A plane of n bytes as rows: those of the part (a complex element is two bytes of a row)."""
+    rows = max(rows_cols(tuple(part.shape))[0], 1)
+    return rows, n // rows
+
+
+def _pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes | None]:
     """(method, payload); payload None means the plane as it is."""
+    plane = matrix.reshape(-1)
     n = plane.size
     if n < 2:
         return STORED, None
@@ -121,8 +132,45 @@ def _pack_plane(plane: Bytes, compressor: Any) -> tuple[int, bytes | None]:
         sample = np.concatenate(pieces)
         if len(compressor.compress(sample)) > WORTH * sample.size:
             return STORED, None
-    frame: bytes = compressor.compress(plane)
-    return (ZSTD, frame) if len(frame) <= WORTH * n else (STORED, None)
+    method = _form(matrix)
+    frame = compressor.compress(plane) if method == ZSTD else _compress_centred(matrix, method, compressor, pool)
+    return (method, frame) if len(frame) <= WORTH * n else (STORED, None)
+
+
+def _form(matrix: Bytes) -> int:
+    """ZSTD, CENTRED or CENTRED_NIBBLES: whichever leaves a sample of the rows with the least entropy."""
+    if min(matrix.shape) < CENTRE_FROM:
+        return ZSTD
+    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :SAMPLE]))
+    columns, lines, rest = (
+        torch.empty(n, dtype=torch.uint8) for n in (sample.shape[1], sample.shape[0], sample.numel())
+    )
+    best, least = ZSTD, CENTRE_WORTH * _entropy(sample.numpy())
+    for method in (CENTRED, CENTRED_NIBBLES):
+        _kernels().centre(sample, columns, lines, rest.view(sample.shape), nibbles=method == CENTRED_NIBBLES)
+        entropy = _entropy(rest.numpy())
+        if entropy < least:
+            best, least = method, entropy
+    return best
+
+
+def _entropy(sample: Bytes) -> float:
+    """Order-0 entropy in bits per byte."""
+    counts = np.bincount(sample.reshape(-1), minlength=256).astype(np.float64)
+    share = counts[counts > 0] / sample.size
+    return float(-(share * np.log2(share)).sum())
+
+
+def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -> bytes:
+    rows, cols = matrix.shape
+    buffer = pool.take(cols + rows + matrix.size)
+    content = torch.from_numpy(buffer[: cols + rows + matrix.size])
+    columns, lines, residual = content.split_with_sizes([cols, rows, matrix.size])
+    nibbles = method == CENTRED_NIBBLES
+    _kernels().centre(torch.from_numpy(matrix), columns, lines, residual.view(rows, cols), nibbles=nibbles)
+    frame: bytes = compressor.compress(content.numpy())
+    pool.give(buffer)
+    return frame
 
 
 def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
@@ -133,6 +181,7 @@ def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
     for out in outs:
         width = plane_layout(out.dtype)[0]
         n = out.nbytes // width
+        matrix = _matrix(out, n)
         target = out.view(-1).view(torch.uint8).numpy()
         scratch = pool.take(width * n) if width > 1 else target
         planes = []
@@ -143,7 +192,7 @@ def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
             if method == STORED and width > 1:
                 plane = payload  # merged from where it lies
             else:
-                _unpack_plane(method, payload, plane)
+                _unpack_plane(method, payload, plane.reshape(matrix), pool)
             planes.append(torch.from_numpy(plane))
             row, position = row + 1, position + length
         if width > 1:
@@ -159,7 +208,12 @@ def _rows(record: Bytes, outs: Sequence[Tensor]) -> list[tuple[int, int]]:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
     rows: list[tuple[int, int]] = list(ROW.iter_unpack(record[:table].data))
     for (method, length), n in zip(rows, sizes, strict=True):
-        fits = {STORED: length == n, ZSTD: 0 < length < n, CONSTANT: length == 1 and n > 1}
+        packed = 0 < length < n
+        fits = {
+            STORED: length == n,
+            CONSTANT: length == 1 and n > 1,
+            **dict.fromkeys((ZSTD, CENTRED, CENTRED_NIBBLES), packed),
+        }
         if method not in fits:
             raise FormatError(f"chunk record: unknown method {method} of a plane")
         if not fits[method]:
@@ -169,13 +223,23 @@ def _rows(record: Bytes, outs: Sequence[Tensor]) -> list[tuple[int, int]]:
     return rows
 
 
-def _unpack_plane(method: int, payload: Bytes, plane: Bytes) -> None:
+def _unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None:
+    plane = matrix.reshape(-1)
     if method == STORED:
         plane[:] = payload
     elif method == CONSTANT:
         plane.fill(payload[0])
-    else:
+    elif method == ZSTD:
         _decompress(payload, plane)
+    else:
+        rows, cols = matrix.shape
+        buffer = pool.take(cols + rows + plane.size)
+        content = buffer[: cols + rows + plane.size]
+        _decompress(payload, content)
+        columns, lines, residual = torch.from_numpy(content).split_with_sizes([cols, rows, plane.size])
+        nibbles = method == CENTRED_NIBBLES
+        _kernels().uncentre(residual.view(rows, cols), columns, lines, torch.from_numpy(matrix), nibbles=nibbles)
+        pool.give(buffer)
 
 
 def _decompress(frame: Bytes, plane: Bytes) -> None:

@@ -14,10 +14,10 @@ from statecodec.policy.rules import Rule, parse_rule
 _BIG = "numel>=4096"
 
 _MOMENTS_8 = (
-    f"exp_avg:{_BIG}=companded(curve=softsign,bits=8,group=128)",
-    f"momentum:{_BIG}=companded(curve=softsign,bits=8,group=128)",
-    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=15)",
-    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=15)",
+    f"exp_avg:{_BIG}=companded(curve=softsign,bits=8,group=64)",
+    f"momentum:{_BIG}=companded(curve=softsign,bits=8,group=64)",
+    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
+    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
 )
 _MOMENTS_4 = (
     f"exp_avg:{_BIG}=companded(curve=softsign,bits=4,group=32)",

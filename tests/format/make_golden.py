@@ -48,6 +48,10 @@ def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
 def tensors() -> dict[str, tuple[Tensor, Codec]]:
     """One item per codec and dtype, large enough to be packed where it can be."""
     w = values(40, 64)
+    product = (
+        values(200, 1, scale=1.0).exp() * values(1, 96, scale=1.0, seed=2).exp() * values(200, 96, scale=0.3).exp()
+    )
+    log = parse("companded(curve=log,bits=4,group=32)").encode(product).parts["codes"]
     special = w.clone().view(-1)
     special[:6] = torch.tensor([float("inf"), -float("inf"), float("nan"), -0.0, 1e-42, 3e38])
     return {
@@ -59,6 +63,8 @@ def tensors() -> dict[str, tuple[Tensor, Codec]]:
         "raw.bool": (w[:10] > 0, parse("raw")),
         "raw.uint8": (torch.arange(5000).to(torch.uint8), parse("raw")),
         "raw.complex64": (torch.view_as_complex(values(300, 2)), parse("raw")),
+        "raw.product": (product, parse("raw")),  # its exponents are stored centred (method 3) ...
+        "raw.nibbles": (log, parse("raw")),  # ... and its 4-bit codes by nibbles (method 4)
         "raw.zeros": (torch.zeros(64, 32), parse("raw")),
         "raw.scalar": (torch.tensor(3.0), parse("raw")),
         "raw.empty": (torch.empty(0, 3), parse("raw")),

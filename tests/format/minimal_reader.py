@@ -60,20 +60,24 @@ class MinimalReader:
         for chunk in item["chunks"]:
             record = data[start : start + chunk["nbytes"]]
             assert xxhash.xxh3_64_hexdigest(record) == chunk["checksum"]
-            out += self._record(record, item["dtype"], int(np.prod(chunk["shape"])))
+            out += self._record(record, item["dtype"], chunk["shape"])
             start += chunk["nbytes"]
         assert start == stop
         return out
 
-    def _record(self, record: bytes, dtype: str, elements: int) -> bytes:  # section 5
+    def _record(self, record: bytes, dtype: str, shape: list[int]) -> bytes:  # section 5
         width = WIDTH.get(dtype, 1)
-        n = elements * (2 if dtype.startswith("complex") else 1)
+        rows = int(np.prod(shape[:-1]))
+        n = int(np.prod(shape)) * (2 if dtype.startswith("complex") else 1)
         at, planes = 5 * width, []
         for k in range(width):
             method, length = struct.unpack_from("<BI", record, 5 * k)
             payload = record[at : at + length]
             at += length
-            planes.append({0: lambda p: p, 1: zstandard.decompress, 2: lambda p: p * n}[method](payload))
+            if method in (3, 4):
+                planes.append(self._centred(zstandard.decompress(payload), rows, n // rows, nibbles=method == 4))
+            else:
+                planes.append({0: lambda p: p, 1: zstandard.decompress, 2: lambda p: p * n}[method](payload))
         assert at == len(record)
         if width == 1:
             return planes[0]
@@ -84,3 +88,11 @@ class MinimalReader:
             top = np.array(8 * width - 1, words.dtype)
             words = (words >> np.array(1, words.dtype)) | (words << top)
         return words.tobytes()
+
+    def _centred(self, content: bytes, rows: int, cols: int, nibbles: bool) -> bytes:
+        data = np.frombuffer(content, np.uint8)
+        c, line, r = data[:cols], data[cols : cols + rows, None], data[cols + rows :].reshape(rows, cols)
+        if not nibbles:
+            return (r + c + line).tobytes()
+        low, high = (r & 15) + (c & 15) + line, (r >> 4) + (c >> 4) + line
+        return ((low & 15) | (high & 15) << 4).tobytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,12 +23,14 @@ from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.layouts import locate
 from statecodec.pipeline import document as documents
 from statecodec.pipeline.budgeted import Limits, Search
+from statecodec.pipeline.chain import Base, link
+from statecodec.pipeline.digests import FileHashes, Watched
 from statecodec.pipeline.paths import compressed_path, parse_size
-from statecodec.pipeline.plan import Plan, PlannedItem, make_plan
+from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, with_codec
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.stored import report_of
-from statecodec.pipeline.streams import FileHashes, Meter, Progress, default_threads, ordered_map
+from statecodec.pipeline.streams import Meter, Progress, default_threads, ordered_map
 from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
 
 
@@ -59,6 +62,7 @@ def compress(
     force: bool = False,
     max_update_error: float | None = None,
     max_weight_error: float | None = None,
+    base: str | Path | None = None,
     sha256: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -74,6 +78,10 @@ def compress(
     `max_update_error` chooses the moments' codecs: the smallest whose relative rms error of the Adam updates, over all
     parameters, is at most that; `max_weight_error` likewise the weights' by the relative rms error of their values. The
     preset decides what neither does, and your own rules go before both. The result is verified.
+
+    `base`, an earlier compressed checkpoint in the folder of `dst`, makes this one a link of a chain: it stores what
+    changed, where that is smaller, and restores to what it would without, as long as its base lies beside it. Only with
+    a base are `residual(...)` codecs possible; `max_weight_error` considers them by itself.
 
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
@@ -99,18 +107,23 @@ def compress(
         threads=threads or default_threads(),
         progress=progress,
     )
-    plan, refusals = make_plan(source, policy), {}
-    chosen: Mapping[str, Codec] = {}
-    notes: tuple[str, ...] = ()
-    if limits:
-        chosen, notes = Search(plan, own, limits, packing, threads or default_threads(), progress).codecs()
-        plan = make_plan(source, policy, chosen=chosen)
-    try:
-        run(plan, notes)
-    except _Refused:
-        refusals = _find_refusals(plan, where, threads or default_threads(), progress)
-        plan = make_plan(source, policy, refusals, chosen)
-        run(plan, (*notes, *(f"{name}: kept exact: {reason}" for name, reason in refusals.items())))
+    with contextlib.ExitStack() as closing:
+        previous = None
+        if base is not None:
+            previous = closing.enter_context(contextlib.closing(Base(base, target)))
+        plan = make_plan(source, policy)
+        chosen: Mapping[str, Codec] = {}
+        notes: tuple[str, ...] = ()
+        if limits:
+            search = Search(plan, own, limits, packing, threads or default_threads(), progress, previous)
+            chosen, notes = search.codecs()
+            plan = make_plan(source, policy, chosen=chosen)
+        try:
+            run(plan, notes, previous)
+        except _Refused:
+            refusals = _find_refusals(plan, where, previous, threads or default_threads(), progress)
+            plan = make_plan(source, policy, refusals, chosen)
+            run(plan, (*notes, *(f"{name}: kept exact: {reason}" for name, reason in refusals.items())), previous)
     report = report_of(target)
     if verify or limits:
         report = _verified(target, source.root, report, limits, progress)
@@ -120,6 +133,7 @@ def compress(
 def _write(
     plan: Plan,
     notes: tuple[str, ...],
+    base: Base | None,
     *,
     target: Path,
     packing: Packing,
@@ -134,15 +148,18 @@ def _write(
 ) -> None:
     source = plan.source
     files = SourceFiles(source)
+    plan, base, remarks = _linked(plan, base, files, packing)
     own = [i for i, f in enumerate(source.files) if f.same_as is None]
-    hashes = FileHashes([(files.path(i), source.files[i].nbytes) for i in own] if sha256 else [])
+    hashes = FileHashes(
+        [Watched(files.path(i), source.files[i].nbytes, source.files[i].crcs) for i in own], sha256=sha256
+    )
     meter = Meter(progress, plan.nbytes, "compressing")
     hashes.start()
     try:
         stored = [p.item for p in plan.items]
         with Writer(target, stored, packing=packing, max_shard_size=shard_size, force=force) as writer:
             errors = _ErrorSums(plan)
-            encode = partial(_encode, plan, files, writer, device)
+            encode = partial(_encode, plan, files, writer, device, base)
             for job, packed, comparison in ordered_map(encode, _jobs(plan), threads):
                 writer.append(packed)
                 errors.add(job.item, comparison)
@@ -152,9 +169,24 @@ def _write(
             found = dict(zip(own, hashes.digests(), strict=False))
             files.check_unchanged()
             digests = [found.get(i) for i in range(len(source.files))]
-            writer.close(documents.to_json(_document(plan, notes, preset, policy, digests)))
+            writer.close(documents.to_json(_document(plan, (*notes, *remarks), preset, policy, digests, base)))
     finally:
         hashes.cancel()
+
+
+def _linked(
+    plan: Plan, base: Base | None, files: SourceFiles, packing: Packing
+) -> tuple[Plan, Base | None, tuple[str, ...]]:
+    """The plan with changes where they are smaller, and the base if any are; else a file of its own, and why."""
+    if base is None:
+        residual = next((p.item.name for p in plan.items if isinstance(p.item.codec, codecs.Based)), None)
+        if residual is not None:
+            raise UsageError(f"{residual}: this codec stores what changed since a base checkpoint; give one (--base)")
+        return plan, None, ()
+    linked = link(plan, base, files, packing)
+    if linked.used:
+        return linked.plan, base, ()
+    return plan, None, (f"nothing is smaller as a change since {base.file.name}: this file stands alone",)
 
 
 def _jobs(plan: Plan) -> Iterator[_Job]:
@@ -165,30 +197,40 @@ def _jobs(plan: Plan) -> Iterator[_Job]:
 
 
 def _encode(
-    plan: Plan, files: SourceFiles, writer: Writer, device: torch.device, job: _Job
+    plan: Plan, files: SourceFiles, writer: Writer, device: torch.device, base: Base | None, job: _Job
 ) -> tuple[_Job, PackedChunk, Comparison | None]:
     planned = plan.items[job.item]
     x = files.read(plan, planned, job.chunk)
-    parts, comparison = _encode_chunk(planned, x, device)
+    parts, comparison = _encode_chunk(planned, x, device, base, job.chunk)
     return job, writer.pack(job.item, job.chunk, parts), comparison
 
 
-def _encode_chunk(planned: PlannedItem, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Comparison | None]:
+def _encode_chunk(
+    planned: PlannedItem, x: Tensor, device: torch.device, base: Base | None, chunk: Chunk
+) -> tuple[dict[str, Tensor], Comparison | None]:
     codec = planned.item.codec
     if isinstance(codec, codecs.Raw):
         return {"data": x}, None
+    if isinstance(codec, codecs.Delta) and base is not None:
+        parts, comparison = _encode_chunk(with_codec(planned, codec.inner), x, device, None, chunk)
+        return codec.difference(parts, base.parts(planned, chunk)), comparison
     try:
-        encoded = codec.encode(x.to(device))
+        if isinstance(codec, codecs.Residual) and base is not None:
+            parts, decoded = codec.encode_from(x, base.values(planned, chunk))
+        else:
+            encoded = codec.encode(x.to(device))
+            parts, decoded = dict(encoded.parts), encoded.decode().to("cpu")
     except UnencodableValues as error:
         raise _Refused(planned.item.name, str(error)) from error
-    decoded = encoded.decode().to("cpu")
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
     comparison = kernels.host().compare(x.view(-1), decoded.view(-1))
-    return {name: part.to("cpu") for name, part in encoded.parts.items()}, comparison
+    return {name: part.to("cpu") for name, part in parts.items()}, comparison
 
 
-def _find_refusals(plan: Plan, device: torch.device, threads: int, progress: Progress | None) -> dict[str, str]:
+def _find_refusals(
+    plan: Plan, device: torch.device, base: Base | None, threads: int, progress: Progress | None
+) -> dict[str, str]:
     """Every item that its codec refuses, with the reason: one pass over all lossy items."""
     refusals: dict[str, str] = {}
     meter = Meter(progress, plan.nbytes, "looking for values that cannot be encoded")
@@ -197,7 +239,7 @@ def _find_refusals(plan: Plan, device: torch.device, threads: int, progress: Pro
         planned = plan.items[job.item]
         try:
             if planned.lossy and planned.item.name not in refusals:
-                _encode_chunk(planned, files.read(plan, planned, job.chunk), device)
+                _encode_chunk(planned, files.read(plan, planned, job.chunk), device, base, job.chunk)
         except _Refused as refused:
             return job, refused
         return job, None
@@ -229,7 +271,7 @@ class _ErrorSums:
 
 
 def _document(
-    plan: Plan, notes: tuple[str, ...], preset: str, policy: Policy, digests: Sequence[str | None]
+    plan: Plan, notes: tuple[str, ...], preset: str, policy: Policy, digests: Sequence[str | None], base: Base | None
 ) -> documents.Document:
     source = plan.source
     single = None if source.is_directory else source.files[0]
@@ -246,6 +288,7 @@ def _document(
         files=plan.stored_files(digests),
         directories=source.directories,
         notes=(*plan.notes, *notes),
+        base=base.file if base else None,
     )
 
 

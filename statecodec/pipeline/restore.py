@@ -21,13 +21,13 @@ from statecodec import codecs
 from statecodec.errors import CorruptFile, OutputExists
 from statecodec.layouts import Crc32
 from statecodec.pipeline.compress import target_device
+from statecodec.pipeline.digests import FileHashes, Watched
 from statecodec.pipeline.document import StoredFile
 from statecodec.pipeline.paths import restored_path
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.skeleton import Skeleton
 from statecodec.pipeline.stored import Stored, report_of
 from statecodec.pipeline.streams import (
-    FileHashes,
     Meter,
     Progress,
     default_threads,
@@ -114,11 +114,9 @@ def _restore_file(
     stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter
 ) -> None:
     items = stored.reader.items
-    lossy = [
-        (offset, items[i].decoded_nbytes) for offset, i in file.regions if not isinstance(items[i].codec, codecs.Raw)
-    ]
+    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not codecs.is_exact(items[i].codec)]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    hashes = FileHashes([(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
+    hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()
     try:
         os.ftruncate(fd, file.nbytes)

@@ -1,17 +1,14 @@
-"""Work in order on several threads, with a bounded number of pieces in flight; reading, hashing and progress.
+"""Work in order on several threads, with a bounded number of pieces in flight; exact reads and writes; progress.
 
 Everything heavy (numba kernels, zstd, hashing, file reads) releases the GIL, so plain threads are enough.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,7 +20,6 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Progress = Callable[[int, int, str], None]
-_BLOCK = 4 << 20
 
 
 def default_threads() -> int:
@@ -96,67 +92,3 @@ def write_exactly(fd: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
-
-
-class FileHashes(threading.Thread):
-    """SHA-256 of files, one after the other, on a thread that never holds more than one block.
-
-    It reads the files again rather than following the conversion: the pages are in the cache, and the two stay
-    independent. A file that is still being written is followed up to where `advance` says it is complete.
-    """
-
-    def __init__(self, files: Sequence[tuple[Path, int]], *, growing: bool = False) -> None:
-        """`files`: (path, bytes). With `growing`, nothing is read before `advance` allows it (one file only)."""
-        super().__init__(name="statecodec-sha256", daemon=True)
-        self.files = files
-        self._digests: list[str] = []
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._readable = 0 if growing else sum(nbytes for _, nbytes in files)
-        self._changed = threading.Condition()
-
-    def run(self) -> None:
-        try:
-            for path, nbytes in self.files:
-                self._digests.append(self._hash(path, nbytes))
-        except BaseException as error:  # handed to whoever asks for the digests
-            self._error = error
-
-    def advance(self, nbytes: int) -> None:
-        """The first `nbytes` bytes of the (growing) file will not change any more."""
-        with self._changed:
-            self._readable = max(self._readable, nbytes)
-            self._changed.notify()
-
-    def cancel(self) -> None:
-        """Stop at the next block; `digests` must not be asked for any more."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-
-    def digests(self) -> list[str]:
-        """Hex SHA-256 of each file, once the thread is done; raises what it met."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        return self._digests
-
-    def _wait_until(self, readable: int) -> bool:
-        """Block until so many bytes may be read; False if the work is off."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
-        return not self._stopped
-
-    def _hash(self, path: Path, nbytes: int) -> str:
-        sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for offset in range(0, nbytes, _BLOCK):
-                piece = block[: min(_BLOCK, nbytes - offset)]
-                if not self._wait_until(offset + len(piece)):
-                    break
-                read_exactly(fd, offset, piece, str(path))
-                sha.update(piece)
-        finally:
-            os.close(fd)
-        return sha.hexdigest()

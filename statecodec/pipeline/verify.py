@@ -10,15 +10,18 @@ from pathlib import Path
 from statecodec import codecs
 from statecodec.errors import CorruptFile, VerificationFailed
 from statecodec.pipeline.diff import diff
+from statecodec.pipeline.digests import FileHashes, Watched
 from statecodec.pipeline.report import DiffReport, Report
 from statecodec.pipeline.stored import Stored, report_of
-from statecodec.pipeline.streams import FileHashes, Meter, Progress
+from statecodec.pipeline.streams import Meter, Progress
 
 _SHOWN = 5
 
 
 def verify(src: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> Report:
     """Check every checksum of a compressed checkpoint; with `against`, also that it is a compression of that original.
+
+    Of a link of a chain, every earlier file is checked as well.
 
     Against an original: the names, shapes and non-tensor bytes must be the same, everything stored losslessly must be
     equal, every lossy tensor's error must be what the file says it is, and for a single file the SHA-256 must match.
@@ -33,6 +36,8 @@ def verify(src: str | Path, against: str | Path | None = None, *, progress: Prog
             meter.add(check.nbytes)
             if check.error is not None:
                 damaged.append(f"{check.name}: {check.error}")
+        if stored.document.base is not None:
+            verify(stored.base.path, progress=progress)  # what this file cannot be read without
     if damaged:
         more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
         raise CorruptFile(f"{src}: {len(damaged)} damaged tensors: {'; '.join(damaged[:_SHOWN])}{more}")
@@ -51,7 +56,7 @@ def _check_against(report: Report, comparison: DiffReport, original: Path) -> No
     stored = {t.name: t for t in report.tensors}
     for tensor in comparison.tensors:
         expected = stored[tensor.name]
-        lossless = isinstance(codecs.parse(expected.codec), codecs.Raw)
+        lossless = codecs.is_exact(codecs.parse(expected.codec))
         if tensor.mismatched:
             complaints.append(f"{tensor.name}: {tensor.mismatched} elements differ in kind (NaN, infinity, integer)")
         elif lossless and tensor.max_abs:
@@ -60,7 +65,7 @@ def _check_against(report: Report, comparison: DiffReport, original: Path) -> No
             complaints.append(f"{tensor.name}: error {tensor.rms:.6g} rms, the file says {expected.error['rms']:.6g}")
     digest = report.source.get("sha256")
     if digest and not complaints and original.is_file():
-        hashes = FileHashes([(original, original.stat().st_size)])
+        hashes = FileHashes([Watched(original, original.stat().st_size)])
         hashes.start()
         (found,) = hashes.digests()
         if found != digest:

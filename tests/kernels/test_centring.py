@@ -1,4 +1,6 @@
-"""Centring: lossless for any bytes, the same bits in both backends, and worth it where rows times columns made the numbers."""
+"""Centring: lossless for any bytes, the same bits in both backends, and worth it where rows times columns made the
+numbers.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import statecodec
-from statecodec.errors import OutputExists, StatecodecError, UnsupportedVersion, UsageError, VerificationFailed
+from statecodec.errors import (
+    MalformedCheckpoint,
+    OutputExists,
+    StatecodecError,
+    UnsupportedVersion,
+    UsageError,
+    VerificationFailed,
+)
 
 PRESETS = ("lossless", "resume", "small", "tiny", "weights")
 
@@ -187,7 +194,7 @@ def test_nan_infinity_and_negative_moments_are_kept_and_named(tmp_path: Path) ->
         assert torch.equal(loaded["optimizer"]["state"][i][key].view(torch.int32), state[i][key].view(torch.int32))
         assert any(f"state.{i}.{key}" in note for note in report.notes), report.notes
     assert loaded["model"]["w3"][1, 1].isnan()
-    assert next(t for t in report.tensors if t.name == "optimizer.state.3.exp_avg").codec == "companded"
+    assert next(t for t in report.tensors if t.name == "optimizer.state.3.exp_avg").codec.startswith("companded")
 
 
 def test_safetensors_and_sharded_output(tmp_path: Path) -> None:
@@ -285,6 +292,20 @@ def test_bit_flips_never_decode_to_other_numbers(checkpoint: Path) -> None:
             continue
         silent += sha256(back) != good
     assert silent == 0
+
+
+def test_a_damaged_source_is_refused(checkpoint: Path) -> None:
+    """torch.load takes a flipped bit in a tensor without a word; its zip's CRC knows better."""
+    data = bytearray(checkpoint.read_bytes())
+    with zipfile.ZipFile(checkpoint) as z:
+        largest = max(z.infolist(), key=lambda i: i.file_size)
+    data[largest.header_offset + 1000] ^= 4
+    checkpoint.write_bytes(data)
+    torch.load(checkpoint, weights_only=False)
+    for options in ({}, {"sha256": False}):
+        with pytest.raises(MalformedCheckpoint, match="CRC-32"):
+            statecodec.compress(checkpoint, **options)
+    assert not list(checkpoint.parent.glob("*.sc.*"))
 
 
 def test_memory_stays_bounded(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def track(
     solved = _solve(old, target, relative, damping)
     if jacobi:  # an all-zero B says nothing about A: without this the start would shrink it for nothing
         empty = (old == 0).flatten(-2).all(-1)[..., None, None]
-        right.mul_(torch.where(empty, 1.0, keep)).add_(solved, alpha=1 - keep)
+        right.mul_(torch.where(empty, right.new_ones(()), keep)).add_(solved, alpha=1 - keep)
     else:
         right.mul_(keep).add_(solved, alpha=1 - keep)
     if limit is not None:

@@ -91,7 +91,9 @@ def test_the_step_is_bounded() -> None:
 
 def test_exemption_by_name_and_by_group() -> None:
     params = parameters()
-    optimizer = optim.FOAM([{"params": [params["a.weight"]], "matrix": False}, {"params": [params["embed.weight"]], "matrix": True}])
+    optimizer = optim.FOAM(
+        [{"params": [params["a.weight"]], "matrix": False}, {"params": [params["embed.weight"]], "matrix": True}]
+    )
     for k in ("a.weight", "embed.weight"):
         params[k].grad = gradients(0)[k]
     optimizer.step()

@@ -173,11 +173,13 @@ def test_matched_bias_correction_is_exact_for_constant_magnitudes() -> None:
     signs = torch.sign(torch.randn(5, 9, generator=torch.Generator().manual_seed(0)))
     for correction, exact in (("matched", True), ("paper", False)):
         p = nn.Parameter(torch.zeros(5, 9))
-        optimizer = optim.LoRAPre([p], lr=1.0, scale=1.0, rank=4, betas=(0.0, 0.95), bias_correction=correction, damping=1e-6)
+        optimizer = optim.LoRAPre(
+            [p], lr=1.0, scale=1.0, rank=4, betas=(0.0, 0.95), bias_correction=correction, damping=1e-6
+        )
         worst = 0.0
         for _ in range(30):
             before = p.detach().clone()
             p.grad = torch.ones(5, 9) * 0.3 * signs
             optimizer.step()
             worst = max(worst, float(((before - p.detach()).abs() - 1).abs().max()))
-        assert (worst < 0.1 if exact else worst > 0.5), worst
+        assert worst < 0.1 if exact else worst > 0.5, worst

@@ -120,7 +120,11 @@ def test_rules_files(tmp_path: Path) -> None:
     run(optimizer, params, range(1))
     assert optimizer.state[params["a.weight"]]["exp_avg_sq"].codec == Shared((1,))
     assert optimizer.state[params["b.weight"]]["exp_avg_sq"].codec == Raw()
-    broken: dict[str, Any] = {"list": [], "no dims": {"rules": [{"pattern": "a"}]}, "dims": {"rules": [{"pattern": "a", "dims": [-1]}]}}
+    broken: dict[str, Any] = {
+        "list": [],
+        "no dims": {"rules": [{"pattern": "a"}]},
+        "dims": {"rules": [{"pattern": "a", "dims": [-1]}]},
+    }
     for content in broken.values():
         path.write_text(json.dumps(content))
         with pytest.raises(OptimizerError):

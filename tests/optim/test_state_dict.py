@@ -255,7 +255,9 @@ BROKEN: dict[str, tuple[type[StatecodecError], Any]] = {
     "betas of one": (OptimizerError, lambda s: s["param_groups"][0].update(betas=(1.0, 1.0))),
     "a low part of floats": (OptimizerError, lambda s: s["state"][0].update(weight_low=torch.zeros(24, 70))),
     "a step of a string": (OptimizerError, lambda s: s["state"][0].update(step="three")),
-    "an infinite dense moment": (StatecodecError, lambda s: s["state"][0].update(exp_avg=torch.full((24, 70), torch.inf))),
+    "an infinite dense moment": (
+        StatecodecError, lambda s: s["state"][0].update(exp_avg=torch.full((24, 70), torch.inf)),
+    ),
 }  # fmt: skip
 
 

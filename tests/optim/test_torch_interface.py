@@ -25,7 +25,15 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3)).to(dtype)
 
 
-LRS = {"sgd-plain": 0.3, "sgd": 0.1, "sgdw": 0.1, "lorapre": 0.03, "lorapre-paper": 0.03, "foam": 0.02, "foam-companded": 0.02}
+LRS = {
+    "sgd-plain": 0.3,
+    "sgd": 0.1,
+    "sgdw": 0.1,
+    "lorapre": 0.03,
+    "lorapre-paper": 0.03,
+    "foam": 0.02,
+    "foam-companded": 0.02,
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -45,7 +45,9 @@ def test_split24_follows_fp32_closely_and_plain16_does_not(dtype: torch.dtype) -
     for k in wide:
         moved = wide[k].detach() - start[k]
         assert relative(optimizer.master_weight(split[k]) - start[k], moved) < 0.02, k
-    lost = relative(plain["a.weight"].detach().float() - start["a.weight"], wide["a.weight"].detach() - start["a.weight"])
+    lost = relative(
+        plain["a.weight"].detach().float() - start["a.weight"], wide["a.weight"].detach() - start["a.weight"]
+    )
     assert lost > 0.05
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,26 +28,27 @@ def step_group(optimizer: StateOptimizer, group: Group, ready: list[Tensor]) -> 
     if backend is None:
         return ready
     launches: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {}
     rest = []
     for p in ready:
         plan, hyper = optimizer.plan(p, group), optimizer.plan(p, group).method.hyper(group)
-        formats = {k: s.codec.config() for k, s in plan.specs.items()}
+        formats, grad = plan.formats, cast(Tensor, p.grad).detach()
         state, name = optimizer.ensure_state(p, group), plan.method.name
         low = state["weight_low"].parts["data"] if "weight_low" in state else None
-        fits = hyper is not None and p.is_contiguous() and (demanded or p.device.type == "cuda")
+        fits = hyper is not None and p.is_contiguous() and not grad.is_sparse and (demanded or p.is_cuda)
         if not (fits and backend.supports(name, formats, p.dtype, None if low is None else low.dtype)):
             if demanded:
                 raise OptimizerError(f"fused=True, but no fused {name} step takes {p.dtype} and {formats}; use None")
             rest.append(p)
             continue
-        key = (name, json.dumps(formats), hyper, p.dtype, p.device, None if low is None else low.dtype)
+        key = (plan.kind, hyper, p.dtype, p.device, None if low is None else low.dtype)
         states = {k: state[k].parts for k in plan.specs}
-        grad = cast(Tensor, p.grad).detach()
+        kinds[plan.kind] = name, formats
         launches[key].append(
             Slot(p.detach(), grad, state["step"], state["skipped"], low, states, plan.index, plan.shape)
         )
-    for (name, formats_text, hyper, *_), slots in launches.items():
-        backend.step(name, slots, json.loads(formats_text), hyper)
+    for (kind, hyper, *_), slots in launches.items():
+        backend.step(kinds[kind][0], slots, kinds[kind][1], hyper)
     return rest
 
 

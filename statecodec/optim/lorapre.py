@@ -66,7 +66,9 @@ def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Ten
     gram = basis.mT @ basis
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    extra = torch.where(mean > 0, mean * damping if relative else damping, 1.0)  # an all-zero basis: the solution is zero
+    extra = torch.where(
+        mean > 0, mean * damping if relative else damping, 1.0
+    )  # an all-zero basis: the solution is zero
     diagonal.add_(extra)
     factor, info = torch.linalg.cholesky_ex(gram)
     projected = basis.mT @ target

@@ -50,6 +50,16 @@ class Plan:
     shape: tuple[int, ...]  # as the states see the parameter (trailing dimensions may be flattened)
 
     @cached_property
+    def formats(self) -> dict[str, dict[str, Any]]:
+        """The states' codec configs, as fused kernels are given them."""
+        return {k: s.codec.config() for k, s in self.specs.items()}
+
+    @cached_property
+    def kind(self) -> str:
+        """What may share a fused launch: the method and the formats, as text."""
+        return f"{self.method.name} {self.formats}"
+
+    @cached_property
     def walk(self) -> tuple[tiles.Tile, ...]:
         codecs = {k: s.codec for k, s in self.specs.items()}
         return self.method.walk(self.shape, tiles.common_align(codecs, self.shape))

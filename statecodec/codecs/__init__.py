@@ -4,6 +4,7 @@ To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`,
 """
 
 from statecodec.codecs.base import Codec, EncodedTensor, PartSpec, rows_cols
+from statecodec.codecs.based import Based, Delta, Residual, is_exact, standalone
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.dropped import Dropped
@@ -15,6 +16,7 @@ from statecodec.codecs.spec import format_codec, from_config, get, names, parse
 from statecodec.codecs.split import Split
 
 __all__ = [
-    "Cast", "Codec", "Companded", "Dropped", "EncodedTensor", "Folded", "LowRank", "PartSpec", "Raw", "Shared", "Split",
-    "format_codec", "from_config", "get", "names", "parse", "rows_cols",
+    "Based", "Cast", "Codec", "Companded", "Delta", "Dropped", "EncodedTensor", "Folded", "LowRank", "PartSpec", "Raw",
+    "Residual", "Shared", "Split", "format_codec", "from_config", "get", "is_exact", "names", "parse", "rows_cols",
+    "standalone",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from statecodec.codecs.base import Codec
+from statecodec.codecs.based import Delta, Residual
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.dropped import Dropped
@@ -21,7 +22,9 @@ from statecodec.codecs.shared import Shared
 from statecodec.codecs.split import Split
 from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 
-CODECS: dict[str, type[Codec]] = {c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped)}
+CODECS: dict[str, type[Codec]] = {
+    c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta, Residual)
+}
 
 _TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|-?\d+|[()\[\],=])")
 _MAX_DEPTH = 4

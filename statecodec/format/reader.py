@@ -152,6 +152,14 @@ class Reader:
                     f"the manifest says {expected[i].get(wrong)}"
                 )
 
+    @property
+    def digest(self) -> str:
+        """XXH3-128 of the manifest, which holds every checksum: what this file is, to whoever refers to it."""
+        return self._headers[-1].metadata["statecodec.manifest"]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
     def index(self, name: str) -> int:
         """The position of an item in `items`. Raises UsageError."""
         if name not in self._by_name:

@@ -103,7 +103,6 @@ def analyze(
     snr: bool = True,
     curve: bool = False,
     cutoff: float = CUTOFF,
-    heads: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Analysis:

@@ -21,6 +21,7 @@ from statecodec.codecs import Codec
 from statecodec.errors import UnencodableValues, UsageError, VerificationFailed
 from statecodec.format.packing import Packing
 from statecodec.layouts import Moments, locate
+from statecodec.pipeline.chain import Base
 from statecodec.pipeline.measure import Sample, UpdateErrors, decoded_stream, measure, sample, settings, weight_errors
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, subject
 from statecodec.pipeline.source_files import SourceFiles
@@ -69,12 +70,19 @@ class Search:
     """Finds the codecs of one checkpoint for its budgets."""
 
     def __init__(
-        self, plan: Plan, fixed: Policy, limits: Limits, packing: Packing, threads: int, progress: Progress | None
+        self,
+        plan: Plan,
+        fixed: Policy,
+        limits: Limits,
+        packing: Packing,
+        threads: int,
+        progress: Progress | None,
+        base: Base | None = None,
     ) -> None:
         """`plan`: with the codecs that a tensor gets which the budget does not decide. `fixed`: rules of the caller,
         which do decide. Raises UsageError if there is nothing to spend a budget on."""
         self.plan, self.limits, self._packing, self._threads, self._progress = plan, limits, packing, threads, progress
-        self._files, self._fixed = SourceFiles(plan.source), fixed
+        self._files, self._fixed, self._base = SourceFiles(plan.source), fixed, base
         self._items = {p.item.name: p for p in plan.items}
         self.pairs = [m for i in range(len(plan.source.files)) for m in plan.moments(i)]
         weights = (p for p in plan.items if p.item.attributes["role"] == "weight")
@@ -118,7 +126,7 @@ class Search:
         if best is None:
             best = allocator.within(0.0), exact({name: o.codec for name, o in allocator.within(0.0).chosen.items()})
             if best[1] > limit:
-                raise UsageError(f"your own rules already cause an error of {best[1]:.3g}, above the budget of {limit:g}")
+                raise UsageError(f"your own rules already cause an error of {best[1]:.3g}; the budget is {limit:g}")
         return {name: o.codec for name, o in best[0].chosen.items()}, best[1]
 
     def _measure_updates(self) -> Measured:
@@ -147,7 +155,7 @@ class Search:
         units, energy = [], 0.0
 
         def one(planned: PlannedItem) -> tuple[PlannedItem, _Unit, float]:
-            found = sample(self.plan, self._files, planned)
+            found = sample(self.plan, self._files, planned, self._base)
             errors = weight_errors(found)
             size = errors([piece * 0 for piece in found.floats()]) * found.scale
             return planned, self._unit(planned, found, "weight", errors), size
@@ -159,21 +167,21 @@ class Search:
         return Measured(units, energy)
 
     def _unit(self, planned: PlannedItem, found: Sample, role: str, errors: Any) -> _Unit:
-        tried: Sequence[Codec] = self._tried(planned, role)
+        tried: Sequence[Codec] = self._tried(planned, role, based=bool(found.before))
         options = [o for codec in tried if (o := measure(found, codec, self._packing, errors)) is not None]
         if not any(math.isfinite(o.error) for o in options):
             # Values without a finite update or square: exact, and of no weight in the sums.
             options = [Option(codecs.Raw(), float(_bytes(planned)), 0.0)]
         return _Unit(planned.item.name, tuple(options))
 
-    def _tried(self, planned: PlannedItem, role: str) -> Sequence[Codec]:
+    def _tried(self, planned: PlannedItem, role: str, *, based: bool) -> Sequence[Codec]:
         region = planned.region
         assert region is not None  # only skeletons have none
         if self._fixed.rule_for(subject(region, planned.item.name)) is not None:
             return [planned.item.codec]
         if region.lossless or math.prod(region.shape) < _MIN_NUMEL or region.dtype not in codecs.base.FLOATS:
             return [codecs.Raw()]
-        return [codecs.Raw(), *candidates(role, len(region.shape))]
+        return [codecs.Raw(), *candidates(role, len(region.shape), based=based)]
 
     def _exact_update(self, chosen: Mapping[str, Codec]) -> float:
         return self._exact(self.pairs, partial(self._pair_error, chosen), self._nbytes)
@@ -202,7 +210,8 @@ class Search:
         try:
             for start in range(0, numel, _PIECE):
                 pieces = [s.take(min(_PIECE, numel - start)).to(torch.float32) for s in streams]
-                c = kernels.host().compare_updates(*pieces, **scalars)
+                m, v, m_other, v_other = pieces
+                c = kernels.host().compare_updates(m, v, m_other, v_other, **scalars)
                 energy, error = energy + c.sum_sq, error + c.sum_sq_diff
         except UnencodableValues:
             return energy, math.inf  # outside of the sample: this codec will not do
@@ -210,7 +219,7 @@ class Search:
 
     def _weight_error(self, chosen: Mapping[str, Codec], planned: PlannedItem) -> tuple[float, float]:
         pair = (codecs.Raw(), chosen[planned.item.name])
-        streams = [decoded_stream(self.plan, self._files, planned, codec) for codec in pair]
+        streams = [decoded_stream(self.plan, self._files, planned, codec, self._base) for codec in pair]
         energy = error = 0.0
         numel = math.prod(planned.item.shape)
         try:

@@ -69,7 +69,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the file."""
         if self._stored is not None:
-            self._stored.reader.close()
+            self._stored.close()
 
     def names(self) -> list[str]:
         """Names of all tensors: key paths such as `optimizer.state.0.exp_avg`, `FILE:` before them in a directory."""

@@ -20,6 +20,7 @@ from statecodec.layouts import Crc32, Moments, View
 T = TypeVar("T")
 
 _MAX_FILE = 1 << 50
+MAX_LINKS = 16  # a reader opens every file of a chain
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,16 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class BaseFile:
+    """The compressed checkpoint that this one stores the changes since: its file name, beside this one, its manifest's
+    XXH3-128, and how many files the chain has before this one."""
+
+    name: str
+    digest: str
+    length: int
+
+
+@dataclass(frozen=True)
 class Document:
     """Everything that a compressed checkpoint knows about its source."""
 
@@ -53,6 +64,7 @@ class Document:
     files: tuple[StoredFile, ...]
     directories: tuple[str, ...]
     notes: tuple[str, ...]
+    base: BaseFile | None = None
 
     @property
     def is_directory(self) -> bool:
@@ -61,6 +73,8 @@ class Document:
 
 def to_json(document: Document) -> dict[str, Any]:
     """Plain JSON values; `from_json` is the inverse."""
+    base = document.base
+    link = {"base": {"file": base.name, "manifest": base.digest, "length": base.length}} if base else {}
     return {
         "created_by": document.created_by,
         "preset": document.preset,
@@ -69,6 +83,7 @@ def to_json(document: Document) -> dict[str, Any]:
         "files": [_file_to_json(file) for file in document.files],
         "directories": list(document.directories),
         "notes": list(document.notes),
+        **link,
     }
 
 
@@ -98,7 +113,19 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
         files=files,
         directories=tuple(_safe_path(p) for p in _strings(value, "directories")),
         notes=tuple(_strings(value, "notes")),
+        base=_base(value["base"]) if value.get("base") is not None else None,
     )
+
+
+def _base(value: Any) -> BaseFile:
+    if not isinstance(value, dict):
+        raise FormatError("the document's base is not an object")
+    name, digest = _get(value, "file", str), _get(value, "manifest", str)
+    if not 0 < len(name) < 256 or _safe_path(name) != PurePosixPath(name).name or any(ord(c) < 32 for c in name):
+        raise FormatError(f"base {name[:200]!r} is not a file name: a link lies beside its base")
+    if len(digest) != 32 or not set(digest) <= set("0123456789abcdef"):
+        raise FormatError("the digest of the base is not 32 hexadecimal digits")
+    return BaseFile(name, digest, _integer(value.get("length"), 1, MAX_LINKS))
 
 
 def _file_to_json(file: StoredFile) -> dict[str, Any]:

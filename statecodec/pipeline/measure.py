@@ -20,6 +20,7 @@ from statecodec.format.packing import Packing, encode_record
 from statecodec.format.plan import MIN_PACKED
 from statecodec.kernels.reference.statistics import UpdateComparison
 from statecodec.layouts import Moments
+from statecodec.pipeline.chain import Base
 from statecodec.pipeline.plan import Plan, PlannedItem
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.tensor_sets import Elements
@@ -38,6 +39,8 @@ class Sample:
     dtype: torch.dtype
     chunks: tuple[Chunk, ...]
     pieces: tuple[Tensor, ...]
+    before: tuple[Tensor, ...] = ()
+    """The same pieces of the base checkpoint, where there is one that has the tensor."""
 
     @property
     def scale(self) -> float:
@@ -52,11 +55,13 @@ class Sample:
         return [p.reshape(-1).to(torch.float32) for p in self.pieces]
 
 
-def sample(plan: Plan, files: SourceFiles, planned: PlannedItem) -> Sample:
+def sample(plan: Plan, files: SourceFiles, planned: PlannedItem, base: Base | None = None) -> Sample:
     """The whole of a small tensor; eight evenly spread runs of rows (or of a row) of a large one."""
     item = planned.item
     chunks = tuple(_chunks(item.shape))
-    return Sample(item.shape, item.dtype, chunks, tuple(files.read(plan, planned, c) for c in chunks))
+    known = base is not None and base.index(planned) is not None
+    before = tuple(base.values(planned, c) for c in chunks) if base is not None and known else ()
+    return Sample(item.shape, item.dtype, chunks, tuple(files.read(plan, planned, c) for c in chunks), before)
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[Chunk]:
@@ -83,10 +88,14 @@ def measure(found: Sample, codec: Codec, packing: Packing, errors: Errors) -> Op
         if codec.align(found.shape) is None and not found.whole:
             return _measure_as_one(found, codec, unpacked, errors)
         decoded, nbytes = [], 0.0
-        for piece in found.pieces:
-            encoded = codec.encode(piece)
-            nbytes += _packed(list(encoded.parts.values()), packing)
-            decoded.append(encoded.decode().reshape(-1).to(torch.float32))
+        for i, piece in enumerate(found.pieces):
+            if isinstance(codec, codecs.Residual):
+                parts, values = codec.encode_from(piece, found.before[i])
+            else:
+                encoded = codec.encode(piece)
+                parts, values = dict(encoded.parts), encoded.decode()
+            nbytes += _packed(list(parts.values()), packing)
+            decoded.append(values.reshape(-1).to(torch.float32))
     except (UnencodableValues, UnsupportedTensor):
         return None
     if packing.method == "none" or unpacked < MIN_PACKED:
@@ -154,12 +163,18 @@ def settings(moments: Moments) -> dict[str, float]:
     return {"correction1": first or 1.0, "correction2": second or 1.0, "eps": moments.eps}
 
 
-def decoded_stream(plan: Plan, files: SourceFiles, planned: PlannedItem, codec: Codec) -> Elements:
+def decoded_stream(
+    plan: Plan, files: SourceFiles, planned: PlannedItem, codec: Codec, base: Base | None = None
+) -> Elements:
     """A tensor's elements as they will be after encoding with `codec`, streamed. Raises UnencodableValues."""
 
     def chunks() -> Iterator[Tensor]:
         for chunk in iterate(codec, planned.item.shape, planned.item.dtype):
             x = files.read(plan, planned, chunk)
-            yield (x if isinstance(codec, codecs.Raw) else codec.encode(x).decode()).reshape(-1)
+            if isinstance(codec, codecs.Residual) and base is not None:
+                x = codec.encode_from(x, base.values(planned, chunk))[1]
+            elif not isinstance(codec, codecs.Raw):
+                x = codec.encode(x).decode()
+            yield x.reshape(-1)
 
     return Elements(chunks())

@@ -28,7 +28,7 @@ class PlannedItem:
 
     @property
     def lossy(self) -> bool:
-        return not isinstance(self.item.codec, codecs.Raw)
+        return not codecs.is_exact(self.item.codec)
 
 
 @dataclass(frozen=True)

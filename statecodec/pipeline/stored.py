@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from statecodec import codecs, kernels
+from statecodec.codecs import Codec
+from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.pipeline import document as documents
@@ -20,11 +24,16 @@ from statecodec.pipeline.report import Report, TensorReport
 
 @dataclass(frozen=True)
 class Stored:
-    """An open compressed checkpoint. Close it, or use it as a context manager."""
+    """An open compressed checkpoint. Close it, or use it as a context manager.
+
+    If it is a link of a chain, its base is opened when first needed, and closed with it.
+    """
 
     path: Path
     reader: Reader
     document: documents.Document
+    _bases: list[Stored] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def open(cls, path: str | Path, limits: Limits | None = None) -> Stored:
@@ -32,7 +41,10 @@ class Stored:
         reader = Reader(path, limits or Limits())
         try:
             sizes = [item.decoded_nbytes for item in reader.items]
-            return cls(Path(path), reader, documents.from_json(reader.document, sizes))
+            stored = cls(Path(path), reader, documents.from_json(reader.document, sizes))
+            if stored.document.base is None and any(isinstance(item.codec, codecs.Based) for item in reader.items):
+                raise FormatError(f"{path} stores changes, but does not say since when")
+            return stored
         except BaseException:
             reader.close()
             raise
@@ -41,7 +53,23 @@ class Stored:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files of the chain that are open."""
         self.reader.close()
+        for base in self._bases:
+            base.close()
+
+    @property
+    def base(self) -> Stored:
+        """The checkpoint that this one stores the changes since. Raises FormatError: missing, or another file."""
+        from statecodec.pipeline.chain import open_base
+
+        with self._lock:
+            if not self._bases:
+                self._bases.append(open_base(self))
+            return self._bases[0]
 
     def chunks(self, item: int) -> Iterator[int]:
         """Chunk numbers of an item."""
@@ -50,14 +78,56 @@ class Stored:
     def decode_chunk(self, item: int, chunk: int, device: torch.device | None = None) -> Tensor:
         """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype."""
         stored = self.reader.items[item]
-        parts = self.reader.read_chunk(item, chunk)
-        if isinstance(stored.codec, codecs.Raw):
-            return parts["data"].view(stored.chunks[chunk].shape)
+        codec, parts = self.parts(item, chunk)
+        shape = stored.chunks[chunk].shape
+        if isinstance(codec, codecs.Raw):
+            return parts["data"].view(shape)
+        if isinstance(codec, codecs.Residual):
+            place = stored.chunks[chunk]
+            before = self.base.decode_range(self._in_base(item), place.start, place.stop)
+            return codec.decode_from(parts, before.view(shape), stored.dtype)
         target = device or torch.device("cpu")
-        out = torch.empty(stored.chunks[chunk].shape, dtype=stored.dtype, device=target)
+        out = torch.empty(shape, dtype=stored.dtype, device=target)
         moved = {name: part.to(target) for name, part in parts.items()}
-        stored.codec.decode_into(moved, out, kernels.resolve(None, target))
+        codec.decode_into(moved, out, kernels.resolve(None, target))
         return out.to("cpu")
+
+    def parts(self, item: int, chunk: int) -> tuple[Codec, Mapping[str, Tensor]]:
+        """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""
+        stored = self.reader.items[item]
+        parts = self.reader.read_chunk(item, chunk)
+        if not isinstance(stored.codec, codecs.Delta):
+            return stored.codec, parts
+        index = self._in_base(item)
+        codec, before = self.base.parts(index, self.base.chunk_at(index, stored.chunks[chunk]))
+        if codec != stored.codec.inner:
+            raise FormatError(f"{self.path}: {stored.name} is a change of {stored.codec.inner}, its base is {codec}")
+        return codec, stored.codec.apply(parts, before)
+
+    def chunk_at(self, item: int, chunk: Chunk) -> int:
+        """The number of the chunk that is cut like another file's. Raises FormatError."""
+        known = self.reader.items[item].chunks
+        index = bisect_left(known, chunk.start, key=lambda c: c.start)
+        if index == len(known) or (known[index].start, known[index].shape) != (chunk.start, chunk.shape):
+            raise FormatError(f"{self.path}: {self.reader.items[item].name} is cut differently from its base")
+        return index
+
+    def decode_range(self, item: int, start: int, stop: int) -> Tensor:
+        """Elements start..stop of an item, flat."""
+        pieces = [
+            self.decode_chunk(item, number).reshape(-1)[max(start - c.start, 0) : stop - c.start]
+            for number, c in enumerate(self.reader.items[item].chunks)
+            if c.start < stop and c.stop > start
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _in_base(self, item: int) -> int:
+        """The base's item that a link's item is a change of."""
+        stored, base = self.reader.items[item], self.base.reader
+        found = base.items[base.index(stored.name)] if stored.name in base else None
+        if found is None or (found.shape, found.dtype) != (stored.shape, stored.dtype):
+            raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
+        return base.index(stored.name)
 
     def decode(self, item: int) -> Tensor:
         """A whole item, checked and decoded."""

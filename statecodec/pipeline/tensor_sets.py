@@ -105,7 +105,7 @@ class StoredTensors:
             yield self.stored.decode_chunk(tensor.index, number).reshape(-1)
 
     def close(self) -> None:
-        self.stored.reader.close()
+        self.stored.close()
 
 
 class Elements:

@@ -27,8 +27,8 @@ FUSED = "fused_qkv"
 _WORD = r"(?:^|\.)(?:{})$"
 _KINDS: tuple[tuple[str, str], ...] = (
     ("norm", r"(?:^|[._])(?:\w*layer_?norm\w*|\w*rms_?norm\w*|ln_?\w*|norm\w*|\w+_norm|bn\d*|\w*batch_?norm\w*)$"),
-    ("token_embedding", _WORD.format(r"wte|embed_tokens|tok_emb(?:eddings?)?|token_embedding\w*|embed_in|word_embeddings"
-                                     r"|shared")),
+    ("token_embedding", _WORD.format(r"wte|embed_tokens|tok_emb(?:eddings?)?|token_embedding\w*|embed_in"
+                                     r"|word_embeddings|shared")),
     ("position_embedding", _WORD.format(r"wpe|embed_positions|pos_emb\w*|position_embeddings?|pos_embed")),
     ("vision_first", _WORD.format(r"patch_embed\.proj|patch_embeddings\.projection|conv_proj")),
     (FUSED, _WORD.format(r"c_attn|qkv|qkv_proj|Wqkv|wqkv|query_key_value|in_proj_weight|attn\.in_proj|in_proj")),
@@ -93,7 +93,7 @@ def uses_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return bool(fused) and all(s[1] == 3 * s[0] for s in fused)
 
 
-def parts(layer: Layer, shape: tuple[int, ...], heads: int | None = None) -> tuple[Part, ...]:
+def parts(layer: Layer, shape: tuple[int, ...]) -> tuple[Part, ...]:
     """The rows of q, k and v in a fused projection; () if it is not one or cannot be taken apart.
 
     With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads:

@@ -72,4 +72,5 @@ def test_any_text_is_a_codec_or_our_error(text: str) -> None:
 
 
 def test_docs_name_every_codec() -> None:
-    assert codecs.names() == ["raw", "split", "cast", "companded", "folded", "shared", "lowrank", "dropped"]
+    named = ["raw", "split", "cast", "companded", "folded", "shared", "lowrank", "dropped", "delta", "residual"]
+    assert codecs.names() == named

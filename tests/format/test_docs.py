@@ -48,7 +48,9 @@ def test_golden_files_are_complete() -> None:
     assert {p.name for p in GOLDEN.iterdir()} == listed | {EXPECTED.name}
     assert KNOWN.keys() == FILES.keys()
     with Reader(GOLDEN / "packed.safetensors") as reader:
-        assert {item.codec.name for item in reader.items} == set(codecs.names()), "every codec has a golden"
+        # Codecs that need a base have their golden chain in tests/analysis.
+        alone = {name for name in codecs.names() if not issubclass(codecs.get(name), codecs.Based)}
+        assert {item.codec.name for item in reader.items} == alone, "every codec has a golden"
         assert {item.storage for item in reader.items} == {"plain", "packed"}
 
 

@@ -130,7 +130,6 @@ def create_app(settings: Settings, here: Context | None = None) -> FastAPI:
         redoc_url=None,
         openapi_url="/openapi.json",
         lifespan=lifespan,  # type: ignore[arg-type]
-        max_body_size=int(settings.max_body),
     )
     app.state.context, app.state.metrics = here, metrics
     problems.install(app)

@@ -14,7 +14,6 @@ from .database import jobs, uploads
 from .records import ENDED
 
 log = logging.getLogger("statecodec.server.housekeeping")
-SWEEP_SECONDS = 30.0
 RESUBMIT_SECONDS = 15.0
 
 
@@ -64,7 +63,7 @@ async def run(here: Context) -> None:
             await run_sync(reap, here)
             if time.monotonic() >= next_sweep:
                 await run_sync(sweep, here)
-                next_sweep = time.monotonic() + SWEEP_SECONDS
+                next_sweep = time.monotonic() + here.settings.sweep_seconds
         except Exception as error:
             log.error("housekeeping failed; it will try again", exc_info=error)
-        await asyncio.sleep(min(here.settings.lease_seconds / 4, SWEEP_SECONDS))
+        await asyncio.sleep(min(here.settings.lease_seconds / 4, here.settings.sweep_seconds))

@@ -12,6 +12,7 @@ from typing import Any
 
 from prometheus_client import Histogram
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import logs
@@ -34,6 +35,11 @@ SECURITY_HEADERS = {
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "X-Frame-Options": "DENY",
 }
+
+
+def _length(headers: Headers) -> int:
+    text = headers.get("content-length", "0")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
 class Gate:
@@ -84,6 +90,8 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and not self._same_origin(origin, headers.get("host", "")):
             return Problem(403, "auth.origin", "Pages of other sites may not use this service.")
+        if not scope["path"].startswith("/v1/uploads") and _length(headers) > self._settings.max_body:
+            return Problem(413, "body.size", f"The largest body here is {int(self._settings.max_body):,} bytes.")
         method = headers.get("x-http-method-override", "").upper()
         if scope["method"] == "POST" and method in ("PATCH", "DELETE") and scope["path"].startswith("/v1/uploads/"):
             scope["method"] = method
@@ -103,13 +111,13 @@ class Gate:
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def _patient(self, scope: Scope, receive: Receive) -> Receive:
-        """Bodies other than uploads must arrive without long silences; uploads see to that themselves."""
+        """Bodies other than uploads must be short and arrive without long silences; uploads have limits of their own."""
         if scope["path"].startswith("/v1/uploads") or scope["method"] in ("GET", "HEAD"):
             return receive
-        done = False
+        done, taken = False, 0
 
         async def patient() -> Message:
-            nonlocal done
+            nonlocal done, taken
             if done:
                 return await receive()
             try:
@@ -117,6 +125,9 @@ class Gate:
             except asyncio.TimeoutError:
                 return {"type": "http.disconnect"}
             done = not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > self._settings.max_body:
+                raise HTTPException(413, f"The largest body here is {int(self._settings.max_body):,} bytes.")
             return message
 
         return patient

@@ -5,6 +5,7 @@ The command line wins over the environment, the environment over the file. Sizes
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 from pathlib import Path
@@ -14,12 +15,16 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, Field, SecretStr, fie
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 CONFIG_VARIABLE = "STATECODEC_SERVER_CONFIG"
-LOOPBACK_NAMES = ("localhost", "::1", "[::1]")
 
 
 def is_loopback(host: str) -> bool:
     """Whether binding to `host` keeps the service on this machine."""
-    return host in LOOPBACK_NAMES or host.startswith("127.")
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name: what it resolves to is not ours to trust
+        return False
 
 
 class Bucket(BaseModel):
@@ -87,6 +92,7 @@ class Settings(BaseSettings):
     # Time to live, in seconds.
     upload_ttl: float = Field(default=24 * 3600.0, gt=0, description="unfinished uploads, after their last byte")
     keep_ttl: float = Field(default=7 * 24 * 3600.0, gt=0, description="finished uploads, jobs and results")
+    sweep_seconds: float = Field(default=30.0, gt=0, description="how often what has expired is looked for")
     ticket_ttl: float = Field(default=600.0, gt=0, description="a download link made for a browser")
 
     metrics_open: bool | None = Field(default=None, description="/metrics without a token; only on loopback if absent")

@@ -15,6 +15,7 @@ from contextlib import suppress
 from .settings import Settings
 
 log = logging.getLogger("statecodec.server.supervisor")
+WORKER = "statecodec_server.worker"
 _CHECK_SECONDS = 0.25
 _BACK_OFF = (0.2, 1.0, 3.0, 10.0)
 
@@ -41,7 +42,7 @@ class Supervisor:
 
     def _start(self, index: int) -> None:
         self._processes[index] = subprocess.Popen(
-            [sys.executable, "-m", "statecodec_server.worker", str(index)],
+            [sys.executable, "-m", WORKER, str(index)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=environment(self._settings),

@@ -24,7 +24,6 @@ from ..uploads import NewUpload
 VERSION = "1.0.0"
 EXTENSIONS = "creation,creation-with-upload,expiration,checksum,termination"
 BODY = "application/offset+octet-stream"
-UNLIMITED = 1 << 62  # the upload's own length is the limit
 MAX_LENGTH = 1 << 60
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.Problem, "content": {"application/problem+json": {}}}
@@ -111,7 +110,7 @@ async def options(here: Here) -> Response:
     return Response(status_code=204, headers=headers)
 
 
-@router.post("", status_code=201, dependencies=[Tus], max_body_size=UNLIMITED)
+@router.post("", status_code=201, dependencies=[Tus])
 async def create(
     request: Request,
     here: Here,
@@ -163,7 +162,7 @@ async def offset(here: Here, who: Who, upload: Annotated[Identity, Path()]) -> R
     return Response(status_code=200, headers=headers)
 
 
-@router.patch("/{upload}", status_code=204, dependencies=[Tus], max_body_size=UNLIMITED)
+@router.patch("/{upload}", status_code=204, dependencies=[Tus])
 async def append(
     request: Request,
     here: Here,
@@ -191,7 +190,7 @@ async def delete(here: Here, who: Who, upload: Annotated[Identity, Path()]) -> R
     return Response(status_code=204, headers={"Tus-Resumable": VERSION})
 
 
-@router.put("/{name}", status_code=201, response_model=schemas.Upload, max_body_size=UNLIMITED)
+@router.put("/{name}", status_code=201, response_model=schemas.Upload)
 async def put(
     request: Request,
     here: Here,

@@ -224,7 +224,7 @@ function outcome(job, report, found) {
   const add = (label, value, unit = "") => figures.push(el("div", { class: "figure" }, el("dt", {}, label), el("dd", {}, value, " ", el("small", {}, unit))));
   if (job.operation === "compress") {
     add("smaller by", `${(job.bytes_in / job.bytes_out).toFixed(2)}\u00d7`);
-    add("from, to", size(job.bytes_in), `\u2192 ${size(job.bytes_out)}`);
+    add("size now", size(job.bytes_out), `from ${size(job.bytes_in)}`);
     if (report.bytes_per_param) add("per parameter", report.bytes_per_param.toFixed(2), "bytes");
     if (report.total?.u_rms !== undefined) add("error of the next step", percent(report.total.u_rms), "rms");
   } else if (job.files.length) {

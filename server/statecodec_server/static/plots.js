@@ -32,6 +32,9 @@ function figure(title, description, width, height, ...shapes) {
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${description}` }, svg("title", {}, title), ...shapes);
 }
 
+// The drawing is as wide as the card, so that its letters keep their size on a phone.
+const wide = () => (globalThis.matchMedia("(max-width: 46rem)").matches ? 360 : 720);
+
 const role = (tensor) => (tensor.role === "max_exp_avg_sq" ? "exp_avg_sq" : ROLES.some(([id]) => id === tensor.role) ? tensor.role : "other");
 
 // Two bars to one scale: the checkpoint by role, before and after.
@@ -43,18 +46,18 @@ export function bytes(report) {
   }
   const used = ROLES.filter(([id]) => sums[id].before + sums[id].after > 0);
   const total = Math.max(...["before", "after"].map((side) => used.reduce((sum, [id]) => sum + sums[id][side], 0)), 1);
-  const left = 52, width = 720, scale = (width - left - 70) / total, shapes = [];
+  const left = 52, width = wide(), scale = (width - left - 70) / total, shapes = [];
   ["before", "after"].forEach((side, line) => {
     let x = left;
     const y = line * 44;
     shapes.push(svg("text", { x: 0, y: y + 21, class: "ink" }, side));
     for (const [id, label] of used) {
-      const wide = sums[id][side] * scale;
-      if (wide < 0.3) continue;
-      const bar = svg("rect", { x, y, width: Math.max(wide - 1.5, 0.5), height: 32, rx: Math.min(3, wide / 3), class: `fill-${id}` });
+      const long = sums[id][side] * scale;
+      if (long < 0.3) continue;
+      const bar = svg("rect", { x, y, width: Math.max(long - 1.5, 0.5), height: 32, rx: Math.min(3, long / 3), class: `fill-${id}` });
       bar.append(svg("title", {}, `${label}: ${size(sums[id][side])}`));
       shapes.push(bar);
-      x += wide;
+      x += long;
     }
     const whole = used.reduce((sum, [id]) => sum + sums[id][side], 0);
     shapes.push(svg("text", { x: x + 8, y: y + 21, class: "ink" }, size(whole)));
@@ -70,17 +73,17 @@ export function updates(report) {
   const all = (report.updates || []).filter((item) => Number.isFinite(item.u_rms));
   if (!all.length) return null;
   const shown = [...all].sort((a, b) => b.u_rms - a.u_rms || b.numel - a.numel).slice(0, 14);
-  const width = 720, left = 236, right = 62, line = 22, low = -5, high = 0;
+  const width = wide(), left = width / 3, right = 62, letters = Math.floor(left / 7) - 1, line = 22, low = -5, high = 0;
   const place = (value) => left + ((Math.min(Math.max(Math.log10(value), low), high) - low) / (high - low)) * (width - left - right);
   const bottom = shown.length * line + 4, shapes = [];
   for (let power = low; power <= high; power += 1) {
     const x = place(10 ** power);
     shapes.push(svg("line", { x1: x, x2: x, y1: 0, y2: bottom, class: "axis" }));
-    shapes.push(svg("text", { x, y: bottom + 16, "text-anchor": "middle" }, `${10 ** (power + 2)} %`));
+    if (width > 400 || power % 2) shapes.push(svg("text", { x, y: bottom + 16, "text-anchor": "middle" }, `${10 ** (power + 2)} %`));
   }
   shown.forEach((item, index) => {
     const y = index * line + 14, name = item.param || "?";
-    const short = name.length > 34 ? `\u2026${name.slice(-33)}` : name;
+    const short = name.length > letters ? `\u2026${name.slice(1 - letters)}` : name;
     shapes.push(svg("text", { x: left - 12, y: y + 4, "text-anchor": "end", class: "ink" }, short));
     const exact = item.u_rms <= 10 ** low;
     const x = exact ? left : place(item.u_rms);

@@ -127,7 +127,7 @@ def test_the_demo_tells_the_whole_story(cli: Cli, tmp_path: Path, monkeypatch: p
         "demo", "--dir", tmp_path / "cut", "--steps", 100_000, "--seconds", 1, "--resume-steps", 3, "--json"
     ).json()
     assert 1 <= cut["training"]["steps"] < 100_000
-    assert len(cut["resumed"]["exact"]["losses"]) == 1
+    assert len(cut["resumed"]["exact"]["losses"]) == len(cut["resumed"]["restored"]["losses"]) >= 1
 
     refused = cli(*words)
     assert refused.code == 1

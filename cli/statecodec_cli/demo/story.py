@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ _RESUMED = "resume"  # the preset whose restored file is trained on
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train (whichever ends first), how long to go on afterwards, and the seed of weights and data."""
+    """How long to train, how far to go on afterwards (a third of the seconds at most), and the seed."""
 
     steps: int
     seconds: float
@@ -53,25 +54,33 @@ def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, 
     presets = [_compress(checkpoint, packed[preset], preset) for preset in PRESETS]
     say("3/5 restoring")
     same = _restore(checkpoint, packed, restored)
-    steps = max(1, round(plan.resume_steps * trainer.step / plan.steps))
-    resumed = {}
+    steps, seconds = plan.resume_steps, plan.seconds / 3
+    resumed: dict[str, Any] = {}
     for act, (name, path) in enumerate({"exact": checkpoint, "restored": restored[_RESUMED]}.items(), 4):
         say(f"{act}/5 resuming from {path} for {steps} steps")
         run = Trainer.resume(path, corpus=corpus)
-        losses = run.run(steps, _reporter(say, steps))
+        losses = _run(run, steps, seconds, _reporter(say, steps))
         resumed[name] = {"path": str(path), "losses": losses, "val_loss": run.validate()}
+        steps, seconds = len(losses), math.inf  # the second run takes as many steps as the first had time for
     return {
         "training": training, "presets": presets, "lossless_same_sha256": same, "resumed": resumed,
         "difference": _difference(resumed["exact"], resumed["restored"]),
     }  # fmt: skip
 
 
+def _run(trainer: Trainer, steps: int, seconds: float, on_step: Callable[[int, float], None]) -> list[float]:
+    """Take so many steps, fewer if the time is up before; return their losses."""
+    end = time.perf_counter() + seconds
+    losses = trainer.run(1, on_step)
+    while len(losses) < steps and time.perf_counter() < end:
+        losses += trainer.run(1, on_step)
+    return losses
+
+
 def _train(trainer: Trainer, plan: Plan, checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Train as planned, save, and say how it went."""
     started = time.perf_counter()
-    report = _reporter(say, plan.steps)
-    while trainer.step < plan.steps and time.perf_counter() - started < plan.seconds:
-        trainer.run(1, report)
+    _run(trainer, plan.steps, plan.seconds, _reporter(say, plan.steps))
     val_loss = trainer.validate()
     trainer.save(checkpoint)
     return {

@@ -15,7 +15,7 @@ def run(
     steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps before the checkpoint.")] = 300,
     seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop training after that long in any case.")] = 60,
     resume_steps: Annotated[
-        int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file; fewer if training was cut.")
+        int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file; fewer on a slow machine.")
     ] = 40,
     seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the data.")] = 0,
     force: options.Force = False,

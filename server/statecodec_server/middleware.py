@@ -111,7 +111,7 @@ class Gate:
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def _patient(self, scope: Scope, receive: Receive) -> Receive:
-        """Bodies other than uploads must be short and arrive without long silences; uploads have limits of their own."""
+        """Bodies must be short and arrive without long silences; uploads have limits of their own."""
         if scope["path"].startswith("/v1/uploads") or scope["method"] in ("GET", "HEAD"):
             return receive
         done, taken = False, 0

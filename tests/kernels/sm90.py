@@ -5,6 +5,7 @@ compiled for `cuda:90` and described, as JSON on stdout. Nothing runs.
 
     python tests/kernels/sm90.py            what the tests read
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
+    python tests/kernels/sm90.py --only few|codecs|steps|adam
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -88,11 +90,14 @@ class Recorder:
             stem = self.keep / f"{len(self.rows):03d}{name}"
             for suffix, text in ((".ptx", ptx), (".sass", sass), (".ttgir", compiled.asm["ttgir"])):
                 stem.with_suffix(suffix).write_text(text)
+        written = compiled.asm["ttir"].count("math.fma")
+        faults = {
+            "subnormals are flushed": ".ftz" in ptx,
+            "a division or root is approximate": bool(re.search(r"\.(?:approx|full)\.", ptx)),
+            "operations were contracted": bool(re.search(r"\sfma\.rn\.f32", ptx)) and not written,
+        }
         return {
-            "ftz": len(re.findall(r"\.ftz", ptx)),
-            "approximate": len(re.findall(r"\.(?:approx|full)\.", ptx)),
-            "fused": len(re.findall(r"\sfma\.rn\.f32", ptx)),
-            "written_fused": compiled.asm["ttir"].count("math.fma"),
+            "faults": [fault for fault, found in faults.items() if found],
             "wide_loads": len(re.findall(r"ld\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
             "wide_stores": len(re.findall(r"st\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
             "layout_changes": compiled.asm["ttgir"].count("ttg.convert_layout"),
@@ -117,29 +122,57 @@ class Recorder:
         return sass, usage
 
 
+def curves() -> list[Curve]:
+    """Every curve at both widths."""
+    signed = {"softsign": True, "linear": True, "sqrt": False, "log": False}
+    return [Curve(name, bits, sign, 16 if bits == 8 else 2) for name, sign in signed.items() for bits in (8, 4)]
+
+
 def stand_alone() -> None:
     """Call every stand-alone kernel on the shapes that lead to different code."""
-    curves = [
-        Curve(name, bits, name in ("softsign", "linear"), 16 if bits == 8 else 2)
-        for name in ("softsign", "linear", "sqrt", "log")
-        for bits in (8, 4)
-    ]
-    for curve in curves:
-        for cols, group in ((256, 128), (200, 128)) + (((40000, 20000),) if curve.name == "log" else ()):
-            x, scales = torch.zeros(4, cols), torch.zeros(4, -(-cols // group), dtype=torch.bfloat16)
-            codes = torch.zeros(4, cols if curve.bits == 8 else cols // 2, dtype=torch.uint8)
-            backend.encode_companded(x, codes, scales, curve=curve, bits=curve.bits, group=group)
-            backend.decode_companded(codes, scales, x, curve=curve, bits=curve.bits, group=group)
+    for curve in curves():
+        for cols, group in ((256, 128), (200, 128), *(((40000, 20000),) if curve.name == "log" else ())):
+            companded(curve, 4, cols, group)
     for high in (torch.bfloat16, torch.float16):
         for low in (torch.int8, torch.int16):
-            x = torch.zeros(4096)
-            parts = torch.zeros(4096, dtype=high), torch.zeros(4096, dtype=low)
-            backend.encode_split(x, *parts)
-            backend.decode_split(*parts, x)
+            master_weights(high, low)
     for block in (1, 4, 256, 8192):
-        x, mean = torch.zeros(4, 16384), torch.zeros(4, 16384 // block)
-        backend.fold_mean(x, mean, block=block)
-        backend.unfold(mean, x, block=block)
+        block_means(block)
+
+
+def companded(curve: Curve, rows: int, cols: int, group: int) -> None:
+    x, scales = torch.zeros(rows, cols), torch.zeros(rows, -(-cols // group), dtype=torch.bfloat16)
+    codes = torch.zeros(rows, cols if curve.bits == 8 else cols // 2, dtype=torch.uint8)
+    backend.encode_companded(x, codes, scales, curve=curve, bits=curve.bits, group=group)
+    backend.decode_companded(codes, scales, x, curve=curve, bits=curve.bits, group=group)
+
+
+def master_weights(high: torch.dtype, low: torch.dtype) -> None:
+    x = torch.zeros(4096)
+    parts = torch.zeros(4096, dtype=high), torch.zeros(4096, dtype=low)
+    backend.encode_split(x, *parts)
+    backend.decode_split(*parts, x)
+
+
+def block_means(block: int) -> None:
+    x, mean = torch.zeros(4, 16384), torch.zeros(4, 16384 // block)
+    backend.fold_mean(x, mean, block=block)
+    backend.unfold(mean, x, block=block)
+
+
+def few() -> None:
+    """One call of each stand-alone kernel."""
+    for curve, cols in ((curves()[0], 256), (curves()[7], 200)):
+        companded(curve, 4, cols, 128)
+    master_weights(torch.bfloat16, torch.int8)
+    block_means(4)
+
+
+def flash_adam() -> None:
+    """Call the step that matters most: AdamW on bf16 parameters with 24-bit master weights and 8-bit moments."""
+    eight = {"name": "companded", "bits": 8, "group": 32, "steps": 0}
+    formats = {"exp_avg": {**eight, "curve": "softsign"}, "exp_avg_sq": {**eight, "curve": "sqrt"}}
+    fused_step("adam", formats, torch.bfloat16, torch.int8, Hyper(1e-3))
 
 
 def fused_steps() -> None:
@@ -202,17 +235,22 @@ def fused_step(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--only", choices=("codecs", "steps"))
+    parser.add_argument("--only", choices=("few", "codecs", "steps", "adam"))
     options = parser.parse_args()
     recorder = Recorder(options.keep)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, plan, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()
-    if options.only != "steps":
+    if options.only == "few":
+        few()
+    if options.only in (None, "codecs"):
         stand_alone()
-    if options.only != "codecs":
+    if options.only in (None, "steps"):
         fused_steps()
+    if options.only == "adam":
+        flash_adam()
     print(json.dumps(recorder.rows, indent=1))
+    sys.exit(any(row["faults"] for row in recorder.rows))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
 PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
 # Pieces of a shared second moment's probe: HIGH rows of WIDE elements, or TALL rows of BROAD columns.
-HIGH, WIDE, TALL, BROAD = 16, 2048, 512, 64
+HIGH, WIDE, TALL, BROAD = (64, 256, 128, 128) if INTERPRETED else (16, 2048, 512, 64)
 
 Format = tuple[Any, ...]
 NONE: Format = (0,)
@@ -223,7 +223,7 @@ def _schedule(
         yield items(slot, -1 - np.arange(probes[slot], dtype=np.int32))
         waiting.append(slot)
         probed += nbytes[slot]
-        while probed - nbytes[waiting[0]] >= ahead:
+        while waiting and probed - nbytes[waiting[0]] >= ahead:
             done = waiting.popleft()
             probed -= nbytes[done]
             yield items(done, np.arange(updates[done], dtype=np.int32))

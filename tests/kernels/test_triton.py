@@ -1,0 +1,63 @@
+"""The Triton backend as a whole: what it refuses, and that every kernel compiles for sm_90 as it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, without the interpreter unless asked for."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=250)
+
+
+REFUSAL = """
+import torch
+from statecodec import kernels
+from statecodec.errors import BackendUnavailable
+backend = kernels.get("triton")
+try:
+    backend.decode_split(torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int8), torch.zeros(3))
+except BackendUnavailable as error:
+    print(error)
+"""
+
+
+def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
+    done = run("-c", REFUSAL)
+    assert done.returncode == 0, done.stderr
+    assert "needs CUDA tensors" in done.stdout
+    assert run("-c", REFUSAL, TRITON_INTERPRET="1").stdout == ""
+
+
+def compiled(only: str) -> list[dict[str, Any]]:
+    done = run(str(HERE / "sm90.py"), "--only", only)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["few", "adam"])
+def test_compiles_for_sm90(only: str) -> None:
+    """No flushed subnormals, no approximate division, no contraction beyond the fused operations that are written.
+
+    The whole list takes minutes: `make sm90`.
+    """
+    rows = compiled(only)
+    assert rows
+    assert all(row["faults"] == [] for row in rows), rows
+    if only == "adam":
+        # Whole groups in aligned memory: wide accesses, and nothing kept in slow local memory.
+        assert rows[0]["wide_loads"] >= 7
+        assert rows[0]["wide_stores"] >= 5
+        assert rows[0]["spills"] == 0

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from statecodec._version import __version__
 
 if TYPE_CHECKING:
+    from statecodec.conversion import convert
     from statecodec.layouts.tree import OpaqueObject
     from statecodec.pipeline.analyze import Analysis, analyze
     from statecodec.pipeline.checkpoint import Checkpoint, load
@@ -38,6 +39,7 @@ __all__ = [
     "__version__",
     "analyze",
     "compress",
+    "convert",
     "diff",
     "inspect",
     "load",
@@ -57,6 +59,7 @@ _HOMES = {
     "SNRTracker": "policy.snr_tracker",
     "analyze": "pipeline.analyze",
     "compress": "pipeline.compress",
+    "convert": "conversion",
     "diff": "pipeline.diff",
     "inspect": "pipeline.inspect",
     "load": "pipeline.checkpoint",

@@ -17,7 +17,20 @@ from typing import Annotated
 import typer
 
 from statecodec_cli import console
-from statecodec_cli.verbs import codecs, compress, demo, diff, inspect, remote, restore, serve, verify, worker
+from statecodec_cli.verbs import (
+    analyze,
+    codecs,
+    compress,
+    convert,
+    demo,
+    diff,
+    inspect,
+    remote,
+    restore,
+    serve,
+    verify,
+    worker,
+)
 
 VERBS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
@@ -25,6 +38,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect.run,
     "verify": verify.run,
     "diff": diff.run,
+    "analyze": analyze.run,
+    "convert": convert.run,
     "codecs": codecs.run,
     "serve": serve.run,
     "worker": worker.run,

@@ -23,7 +23,7 @@ ROLES = {  # one colour a role, told apart by every common kind of colour vision
     "weight": "#0072b2", "exp_avg": "#e69f00", "exp_avg_sq": "#009e73", "max_exp_avg_sq": "#56b4e9",
     "momentum": "#d55e00", "step": "#999999", "other": "#999999",
 }  # fmt: skip
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9.0, "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": GRID,
     "xtick.color": QUIET, "ytick.color": INK, "axes.titlesize": 10.0, "axes.titleweight": "bold",
     "axes.titlelocation": "left", "axes.titlepad": 10.0, "axes.spines.top": False, "axes.spines.right": False,
@@ -54,7 +54,7 @@ def save(figure: Figure, path: Path) -> None:
     try:
         from matplotlib import rc_context
 
-        with rc_context(_STYLE):
+        with rc_context(STYLE):
             metadata = {"Date": None} if suffix == "svg" else {}
             figure.savefig(temporary, format=suffix, dpi=160, facecolor=PAPER, metadata=metadata)
         temporary.replace(path)
@@ -69,7 +69,7 @@ def report(document: Document) -> Figure:
     packed = document.get("format_version") is not None
     rows = _size_rows(document["tensors"], packed=packed)
     errors = _error_points(document["tensors"]) if packed else {}
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _canvas(max(1.6, 0.42 * len(rows) + 0.9), 0.42 * len(errors) + 1.1 if errors else 0.0)
         _sizes(axes[0], rows, packed=packed)
         source = document["source"]
@@ -92,7 +92,7 @@ def difference(document: Document) -> Figure:
     updates = [u["u_rms"] for u in document.get("updates") or [] if _positive(u.get("u_rms"))]
     if updates:
         errors["Adam update"] = updates
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _canvas(max(1.8, 0.5 * len(errors) + 1.1), 0.0)
         total = document.get("total") or {}
         heading = f"{len(document['tensors']):,} tensors compared"
@@ -108,7 +108,7 @@ def losses(curves: Mapping[str, Sequence[tuple[int, float]]], heading: str) -> F
     from matplotlib import rc_context
 
     colours = ("#7b8794", "#0072b2", "#d55e00", "#009e73")
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axes = _canvas(3.2, 0.0)
         for i, ((name, points), colour) in enumerate(zip(curves.items(), colours, strict=False)):
             steps, values = [p[0] for p in points], [p[1] for p in points]

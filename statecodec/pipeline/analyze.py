@@ -110,7 +110,7 @@ def analyze(
 
     `snr`: the signal-to-noise ratio of every second moment over every subset of its dimensions (float64, streamed),
     averaged over the checkpoints; what follows strictly above `cutoff`. `curve`: size against error of the Adam update
-    for the last checkpoint, with the presets as points. Raises UsageError, LayoutError, FormatError, PolicyError.
+    for the checkpoint of the highest step, with the presets as points. Raises UsageError, LayoutError, FormatError, PolicyError.
     """
     started = time.perf_counter()
     if not sources:
@@ -132,7 +132,9 @@ def analyze(
     if curve:
         from statecodec.pipeline.budgeted import measure_curve
 
-        points = measure_curve(sources[-1], threads=threads, progress=progress)
+        known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
+        last = max(range(len(sources)), key=lambda i: (known[i], i))
+        points = measure_curve(sources[last], threads=threads, progress=progress)
     tensors = _tensors(layers, pieces, cutoff)
     return Analysis(
         tuple(map(str, sources)),

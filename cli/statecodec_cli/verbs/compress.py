@@ -34,6 +34,35 @@ def run(
             "--rules", metavar="FILE", exists=True, dir_okay=False, show_default=False, help="A JSON file of rules."
         ),
     ] = None,
+    max_update_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-update-error",
+            metavar="X",
+            show_default=False,
+            help="Choose the moments' codecs: the smallest with an error of the Adam updates of at most X (0.01: 1 %).",
+        ),
+    ] = None,
+    max_weight_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-weight-error",
+            metavar="X",
+            show_default=False,
+            help="Choose the weights' codecs: the smallest with a relative rms error of at most X.",
+        ),
+    ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            "--base",
+            metavar="PREVIOUS",
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            help="Store what changed since this compressed checkpoint, which must stay beside DST.",
+        ),
+    ] = None,
     pack: Annotated[
         str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
     ] = "zstd",
@@ -65,6 +94,9 @@ def run(
             preset=preset,
             rules=tuple(rule or ()),
             rules_file=rules,
+            max_update_error=max_update_error,
+            max_weight_error=max_weight_error,
+            base=base,
             pack=pack,
             device=device,
             max_shard_size=max_shard_size,

@@ -1,0 +1,127 @@
+"""What `analyze` and `convert` print: SNRs per tensor, what sharing would save, the curve, what a conversion lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from statecodec_cli import console, tables
+
+Document = Mapping[str, Any]
+_ERRORS = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2)  # rows of the curve's table
+
+
+def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]:
+    """SNRs (one row per layer type, or per tensor), what rules save, and the curve."""
+    parts: list[RenderableType] = []
+    if document["tensors"]:
+        ratios = _snr(document["tensors"], float(document["cutoff"]), every=every)
+        parts += [_heading(document), ratios, _saved(document)]
+    if document["curve"]:
+        parts.append(_curve(document["curve"]))
+    return [*parts, *(Text(f"note: {note}", style="yellow") for note in document["notes"])]
+
+
+def converted(document: Document, *, every: bool = False) -> list[RenderableType]:
+    """The file that came out, then what was lost: the Adam update's error, or the worst of each state."""
+    parts = tables.inspected(document, every=every)
+    total = document.get("total") or {}
+    worst = [f"{k.replace('_', ' ')} {console.error(v)}" for k, v in total.items() if "worst" in k]
+    return [*parts, *([Text("lost: " + ", ".join(worst))] if worst else [])]
+
+
+def _heading(document: Document) -> Text:
+    sources = document["sources"]
+    name = sources[0] if len(sources) == 1 else f"{len(sources)} checkpoints"
+    steps = [f"{s:g}" for s in sorted(float(s) for s in document["steps"] if s is not None)]
+    line = Text.assemble((name, "bold"), f"   {len(document['tensors'])} second moments")
+    if steps:
+        shown = ", ".join(steps) if len(steps) <= 8 else f"{steps[0]} ... {steps[-1]}"
+        line.append(f"   step{'s' if len(steps) > 1 else ''} {shown}", style="dim")
+    return line
+
+
+def _snr(tensors: Sequence[Document], cutoff: float, *, every: bool) -> RenderableType:
+    dims = _dims(tensors)
+    head = ("tensor" if every else "layer type", "kind", *(f"SNR over {d}" for d in dims), "share", "paper")
+    rows = []
+    for name, group in _groups(tensors, every=every):
+        first = group[0]
+        cells = [_mean([t["snr"].get(d) for t in group]) for d in dims]
+        shared = first["dims"] if every else first["type_dims"]
+        figures = [_ratio(c, cutoff) for c in cells]
+        rows.append((name, first["kind"], *figures, _named(shared), _named(first["recommended"])))
+        for part in first["parts"] if every else ():
+            figures = [_ratio(_mean([first["parts"][part].get(d)]), cutoff) for d in dims]
+            rows.append(("  " + part.rsplit("[", 1)[-1].rstrip("]"), "", *figures, "", ""))
+    return tables.table(head, rows, left=2)
+
+
+def _groups(tensors: Sequence[Document], *, every: bool) -> list[tuple[str, list[Document]]]:
+    """Tensors that an SNR rule may share, each for itself or by layer type."""
+    found: dict[str, list[Document]] = {}
+    for tensor in tensors:
+        if tensor["kind"] in ("vector", "norm"):
+            continue
+        words = tensor["name"].split(".")
+        name = tensor["name"] if every else ".".join("*" if w.isdecimal() else w for w in words)
+        found.setdefault(name, []).append(tensor)
+    return list(found.items())
+
+
+def _dims(tensors: Sequence[Document]) -> list[str]:
+    known = {d for t in tensors if t["kind"] not in ("vector", "norm") for d in t["snr"]}
+    return sorted(known, key=lambda d: (d.count(","), d))[:7]
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    numbers = [float(v) for v in values if v is not None and not math.isnan(float(v))]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _ratio(value: float | None, cutoff: float) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}{' *' if value > cutoff else '  '}"
+
+
+def _named(dims: Sequence[int] | None) -> str:
+    if dims is None:
+        return "-"
+    return ",".join(map(str, dims)) if dims else "keep"
+
+
+def _saved(document: Document) -> Text:
+    found = document["saved"]
+    line = Text(f"second moments saved at SNR > {document['cutoff']:g}:  ")
+    for basis, name in (("layer", "rules by layer"), ("type", "by layer type"), ("table", "the paper's table")):
+        line.append(f"{name} {100 * float(found[basis]):.1f} %   ", style="bold green" if basis == "type" else "")
+    return line
+
+
+def _curve(curve: Sequence[Document]) -> RenderableType:
+    """The smallest size at some errors, and the presets beside what the curve reaches at their error."""
+    own = [p for p in curve if p["label"] is None]
+    rows = []
+    for limit in _ERRORS:
+        sizes = [_best(own, limit, weights) for weights in ("split", "bf16")]
+        if any(sizes):
+            rows.append((f"{limit:g}", *(_size(s) for s in sizes), ""))
+    for preset in (p for p in curve if p["label"] is not None):
+        sizes = [_best(own, preset["update_error"], w) for w in ("split", "bf16")]
+        error = console.error(preset["update_error"])
+        rows.append((error, *(_size(s) for s in sizes), f"{preset['label']} {preset['bytes_per_param']:.3f}"))
+    return tables.table(("update error", "B/param, 24-bit weights", "B/param, bf16 weights", "preset"), rows)
+
+
+def _best(points: Sequence[Document], limit: float, weights: str) -> float | None:
+    sizes = [float(p["bytes_per_param"]) for p in points if p["weights"] == weights and p["update_error"] <= limit]
+    return min(sizes) if sizes else None
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

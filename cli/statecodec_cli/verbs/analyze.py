@@ -1,0 +1,83 @@
+"""`statecodec analyze`: what a checkpoint can bear to lose, and the rules that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from statecodec_cli import console, options
+from statecodec_cli.progress import reporting
+
+Basis = Literal["type", "layer", "table"]
+
+
+def run(
+    src: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SRC...",
+            exists=True,
+            show_default=False,
+            help="Checkpoints of one run, compressed or not, or SNR tables (.csv).",
+        ),
+    ],
+    snr: Annotated[
+        bool, typer.Option("--snr", help="Measure the SNR (the default unless --curve is given alone).")
+    ] = False,
+    curve: Annotated[
+        bool, typer.Option("--curve", help="Size against update error of the last checkpoint, with the presets on it.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="RULES",
+            show_default=False,
+            help="Write a rules file for `compress --rules` and for SlimAdam.",
+        ),
+    ] = None,
+    basis: Annotated[
+        Basis,
+        typer.Option(
+            "--by",
+            help="Rules by depth-averaged layer type (they transfer to other depths and widths), by single layer, or "
+            "the paper's table.",
+        ),
+    ] = "type",
+    cutoff: Annotated[
+        float, typer.Option("--cutoff", metavar="SNR", help="Share only above this SNR; lower saves more.")
+    ] = 1.0,
+    threads: options.Threads = None,
+    every: options.All = False,
+    plot: options.Plot = None,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find out what a checkpoint can bear to lose.
+
+    The signal-to-noise ratio of every second moment over every subset of its dimensions says which of them can share
+    one value (SlimAdam); several checkpoints are averaged. The curve says what each byte buys: the smallest size for
+    any error of the Adam update, measured on this checkpoint.
+    """
+    import statecodec
+    from statecodec_cli import analysis_plots, analysis_tables, plots
+
+    plots.require(plot)
+    with reporting(quiet=quiet) as progress:
+        found = statecodec.analyze(
+            *src, snr=snr or not curve or output is not None, curve=curve, cutoff=cutoff, threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    document = found.to_json()
+    if output:
+        found.save_rules(output, basis)
+        console.say(f"rules by {basis} written to {output}")
+    if plot:
+        plots.save(analysis_plots.analysis(document), plot)
+    if as_json:
+        console.emit(document)
+    else:
+        console.show(*analysis_tables.analyzed(document, every=every))

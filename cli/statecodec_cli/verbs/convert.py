@@ -1,0 +1,53 @@
+"""`statecodec convert`: from one codec to another, and from one optimizer to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from statecodec_cli import console, options
+from statecodec_cli.progress import reporting
+
+
+def run(
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint, compressed or not.")
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="Where to write.")],
+    to: Annotated[
+        list[str],
+        typer.Option(
+            "--to",
+            metavar="PATTERN=CODEC or OPTIMIZER",
+            show_default=False,
+            help="A rule, such as 'exp_avg_sq=shared(dims=[1])' (repeatable), or one of torch, adamw, foam, slimadam, "
+            "lorapre with options, such as 'foam(level=2)'.",
+        ),
+    ],
+    pack: Annotated[
+        str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
+    ] = "zstd",
+    threads: options.Threads = None,
+    force: options.Force = False,
+    every: options.All = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Convert a checkpoint, and say what that lost.
+
+    With rules, the tensors they name get that codec and all others stay as they are; DST is a compressed file. With an
+    optimizer, its state becomes one that this class of statecodec.optim resumes from, `torch` leads back to
+    torch.optim; DST is a torch file, or a compressed one if it ends in .safetensors.
+    """
+    import statecodec
+    from statecodec_cli import analysis_tables
+
+    with reporting(quiet=quiet) as progress:
+        report = statecodec.convert(src, dst, tuple(to), pack=pack, force=force, threads=threads, progress=progress)
+    document = report.to_json()
+    if as_json:
+        console.emit(document)
+    else:
+        console.show(*analysis_tables.converted(document, every=every))

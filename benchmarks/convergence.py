@@ -50,6 +50,7 @@ class Contender:
     make: Factory
     grid: tuple[float, ...] = ()
     bf16: bool = False
+    variant: bool = False  # of a row above: fewer seeds by default
 
 
 def ours(cls: Any, **options: Any) -> Factory:
@@ -78,21 +79,25 @@ CONTENDERS: dict[str, Contender] = {
     "Muon companded8": Contender(adam_like(optim.Muon), WIDE),
     "Lion companded8": Contender(ours(optim.Lion, betas=(0.9, 0.99), weight_decay=0.3), (3e-4,)),
     "SGD momentum companded8": Contender(ours(optim.SGD, momentum=0.9, weight_decay=0.0), SGD),
-    "SlimAdam, companded8 first moment": Contender(adam_like(optim.SlimAdam, rules=RULES, moments="companded8")),
-    "FOAM level 2, companded8": Contender(adam_like(optim.FOAM, level=2, moments="companded8"), HIGH),
-    "LoRA-Pre Muon rank 16": Contender(adam_like(optim.LoRAPre, rank=16, base="muon"), HIGH),
-    "FOAM level 3": Contender(adam_like(optim.FOAM, level=3), HIGH),
-    "LoRA-Pre rank 16, paper": Contender(adam_like(optim.LoRAPre, rank=16, variant="paper"), HIGH),
-    "LoRA-Pre rank 16, matched": Contender(adam_like(optim.LoRAPre, rank=16, bias_correction="matched"), HIGH),
-    "FOAM level 2, official": Contender(adam_like(optim.FOAM, level=2, variant="official"), HIGH),
-    "FOAM level 2, paper": Contender(adam_like(optim.FOAM, level=2, variant="paper"), HIGH),
-    "AdamW companded8, bf16 alone": Contender(adam_like(optim.AdamW, master_weights=None), bf16=True),
-    "AdamW companded8, bf16 alone, stochastic": Contender(
-        adam_like(optim.AdamW, master_weights=None, stochastic_rounding=True), bf16=True
+    "SlimAdam, companded8 first moment": Contender(
+        adam_like(optim.SlimAdam, rules=RULES, moments="companded8"), variant=True
     ),
-    "Muon dense": Contender(adam_like(optim.Muon, moments="dense"), HIGH),
-    "FOAM level 1": Contender(adam_like(optim.FOAM, level=1), HIGH),
-    "LoRA-Pre rank 8": Contender(adam_like(optim.LoRAPre, rank=8), HIGH),
+    "FOAM level 2, companded8": Contender(adam_like(optim.FOAM, level=2, moments="companded8"), HIGH, variant=True),
+    "LoRA-Pre Muon rank 16": Contender(adam_like(optim.LoRAPre, rank=16, base="muon"), HIGH),
+    "FOAM level 3": Contender(adam_like(optim.FOAM, level=3), HIGH, variant=True),
+    "LoRA-Pre rank 16, paper": Contender(adam_like(optim.LoRAPre, rank=16, variant="paper"), HIGH, variant=True),
+    "LoRA-Pre rank 16, matched": Contender(
+        adam_like(optim.LoRAPre, rank=16, bias_correction="matched"), HIGH, variant=True
+    ),
+    "FOAM level 2, official": Contender(adam_like(optim.FOAM, level=2, variant="official"), HIGH, variant=True),
+    "FOAM level 2, paper": Contender(adam_like(optim.FOAM, level=2, variant="paper"), HIGH, variant=True),
+    "AdamW companded8, bf16 alone": Contender(adam_like(optim.AdamW, master_weights=None), bf16=True, variant=True),
+    "AdamW companded8, bf16 alone, stochastic": Contender(
+        adam_like(optim.AdamW, master_weights=None, stochastic_rounding=True), bf16=True, variant=True
+    ),
+    "Muon dense": Contender(adam_like(optim.Muon, moments="dense"), HIGH, variant=True),
+    "FOAM level 1": Contender(adam_like(optim.FOAM, level=1), HIGH, variant=True),
+    "LoRA-Pre rank 8": Contender(adam_like(optim.LoRAPre, rank=8), HIGH, variant=True),
     "Adam (L2) companded8": Contender(adam_like(optim.Adam, weight_decay=0.0)),
     "SGDW momentum companded8": Contender(ours(optim.SGDW, momentum=0.9, weight_decay=1e-3), (0.3,)),
 }
@@ -159,11 +164,11 @@ class Results:
         return min(tried, key=lambda lr: tried[lr])
 
 
-def measure(names: list[str], seeds: int, results: Results) -> None:
-    for name in names:
+def measure(names: list[str], seeds: int, variant_seeds: int, results: Results) -> None:
+    for name in sorted(names, key=lambda n: CONTENDERS[n].variant):
         for lr in (EQUAL_LR, *CONTENDERS[name].grid):
             results.get(name, lr, 0)
-        for seed in range(1, seeds):
+        for seed in range(1, variant_seeds if CONTENDERS[name].variant else seeds):
             results.get(name, results.best_lr(name), seed)
 
 
@@ -199,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variant-seeds", type=int, default=1, help="seeds of the rows that vary another row")
     parser.add_argument("--only", default="", help="names or parts of names, comma separated")
     parser.add_argument("--table", action="store_true", help="print the table of what is there, measure nothing")
     parser.add_argument("--out", type=Path, default=PATH)
@@ -207,7 +213,7 @@ def main() -> None:
     parts = [part.strip().lower() for part in args.only.split(",") if part.strip()]
     names = [n for n in CONTENDERS if not parts or any(part in n.lower() for part in parts)]
     if not args.table:
-        measure(names, args.seeds, results)
+        measure(names, args.seeds, args.variant_seeds, results)
     print(table(results, args.seeds))
 
 

@@ -84,8 +84,8 @@ def trained(name: str = "gpt", steps: int = 300, seed: int = 0, **settings: Any)
 
 
 def grown(nbytes: int, largest: int = 0) -> Path:
-    """A checkpoint of about `nbytes` with the trained one's statistics: its tensors again and again, rows and columns
-    permuted.
+    """A checkpoint of about `nbytes` with the trained one's statistics, as large a model's: every matrix becomes four of
+    itself side by side, rows and columns permuted (768 wide, as GPT-2 small), layers again and again.
 
     With `largest`, each of one parameter's tensors (weight, exp_avg, exp_avg_sq) has that many bytes.
     """
@@ -108,9 +108,11 @@ def grown(nbytes: int, largest: int = 0) -> Path:
                 wide = triple[0].shape[1]
                 rows = torch.randint(triple[0].shape[0], (largest // 4 // wide,), generator=generator)
                 triple = tuple(t[rows] * (1 + 0.1 * torch.rand(len(rows), 1, generator=generator)) for t in triple)
-            elif triple[0].ndim == 2:
-                rows, cols = (torch.randperm(n, generator=generator) for n in triple[0].shape)
-                triple = tuple(t[rows][:, cols] for t in triple)
+            else:
+                order_of = [
+                    torch.cat([torch.randperm(n, generator=generator) for _ in range(2)]) for n in triple[0].shape
+                ]
+                triple = tuple(_taken(t, order_of) for t in triple)
             model[f"copy{copy}.{name}"] = triple[0].clone()
             state[len(state)] = {
                 "step": moments["step"].clone(),
@@ -124,6 +126,12 @@ def grown(nbytes: int, largest: int = 0) -> Path:
     group = {**base["optimizer"]["param_groups"][0], "params": list(range(len(state)))}
     torch.save({"model": model, "optimizer": {"state": state, "param_groups": [group]}, "iter_num": 0}, path)
     return path
+
+
+def _taken(tensor: torch.Tensor, order: list[torch.Tensor]) -> torch.Tensor:
+    for dimension, indices in enumerate(order):
+        tensor = tensor.index_select(dimension, indices)
+    return tensor
 
 
 def _cpu() -> float:

@@ -10,6 +10,7 @@ taking turns.
 from __future__ import annotations
 
 import argparse
+import filecmp
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ def main() -> None:
             ratio = nbytes / packed.stat().st_size
             with spent() as backward:
                 restore(packed, back)
+            if not run and name.endswith(("lossless", "copy", "zstd -1", "zipnn", "zstd")):
+                assert filecmp.cmp(source, back, shallow=False), f"{name} does not restore the file"
             found = best.setdefault(
                 name,
                 {"ratio": ratio, "compress_cpu": 1e9, "compress_wall": 1e9, "restore_cpu": 1e9, "restore_wall": 1e9},
@@ -86,9 +89,6 @@ def contenders() -> dict[str, Contender]:
             lambda a, b: statecodec.restore(a, b, force=True),
         )
 
-    def zipnn() -> Any:
-        return ZipNN(input_format="byte", bytearray_dtype="float32")
-
     level1 = zstandard.ZstdCompressor(level=1)
     return {
         "copy": (by_block(bytes), by_block(bytes, framed=True)),
@@ -97,13 +97,28 @@ def contenders() -> dict[str, Contender]:
         "statecodec lossless": ours("lossless"),
         "statecodec lossless, no sha256": ours("lossless", sha256=False),
         "zstd -1": (by_block(level1.compress), by_block(zstandard.ZstdDecompressor().decompress, framed=True)),
-        "zipnn": (by_block(lambda d: zipnn().compress(d)), by_block(lambda d: zipnn().decompress(d), framed=True)),
+        "zipnn": (by_block(zipnn_compress), by_block(zipnn_decompress, framed=True)),
         "blosc2 shuffle zstd": (
             by_block(lambda d: blosc2.compress2(d, typesize=4, codec=blosc2.Codec.ZSTD, clevel=1, nthreads=1)),
             by_block(blosc2.decompress2, framed=True),
         ),
         "torch.save of a bf16 cast": (bf16_save, bf16_load),
     }
+
+
+def zipnn_compress(data: bytes) -> bytes:
+    """ZipNN of whole elements; it corrupts its heap on a length that is no multiple of four, so a tail goes in front."""
+    cut = len(data) // 4 * 4
+    return bytes([len(data) - cut]) + data[cut:] + bytes(_zipnn().compress(data[:cut]))
+
+
+def zipnn_decompress(data: bytes) -> bytes:
+    """The inverse."""
+    return bytes(_zipnn().decompress(data[1 + data[0] :])) + data[1 : 1 + data[0]]
+
+
+def _zipnn() -> ZipNN:
+    return ZipNN(input_format="byte", bytearray_dtype="float32")
 
 
 def by_block(function: Callable[[bytes], bytes], framed: bool = False) -> Callable[[Path, Path], None]:

@@ -34,6 +34,7 @@ ROW = struct.Struct("<BI")
 WORTH = 0.97  # a plane is compressed only below this share of its size
 SAMPLE = 4096  # bytes in each of four samples of a plane
 CENTRE_FROM = 16  # rows and columns a plane needs for its means to pay
+CENTRE_SAMPLE = 1024  # columns of the 64 rows that decide about it
 CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this share
 _MAGIC = b"\x28\xb5\x2f\xfd"
 _local = threading.local()
@@ -141,7 +142,7 @@ def _form(matrix: Bytes) -> int:
     """ZSTD, CENTRED or CENTRED_NIBBLES: whichever leaves a sample of the rows with the least entropy."""
     if min(matrix.shape) < CENTRE_FROM:
         return ZSTD
-    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :SAMPLE]))
+    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE]))
     columns, lines, rest = (
         torch.empty(n, dtype=torch.uint8) for n in (sample.shape[1], sample.shape[0], sample.numel())
     )

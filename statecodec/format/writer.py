@@ -47,7 +47,8 @@ class Written:
     path: Path
     files: tuple[Path, ...]
     nbytes: int
-    item_nbytes: tuple[int, ...]
+    items: tuple[StoredItem, ...]
+    version: tuple[int, int] = VERSION
 
 
 class Writer:
@@ -197,7 +198,7 @@ class Writer:
                 index.close()
         path = self._destination.index if index else self._destination.path
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
-        return Written(path, tuple(self._destination.files), nbytes, tuple(item.stored_nbytes for item in items))
+        return Written(path, tuple(self._destination.files), nbytes, items)
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]

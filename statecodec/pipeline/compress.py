@@ -29,7 +29,7 @@ from statecodec.pipeline.paths import compressed_path, parse_size
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, with_codec
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
-from statecodec.pipeline.stored import report_of
+from statecodec.pipeline.stored import make_report
 from statecodec.pipeline.streams import Meter, Progress, default_threads, ordered_map
 from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
 
@@ -119,12 +119,12 @@ def compress(
             chosen, notes = search.codecs()
             plan = make_plan(source, policy, chosen=chosen)
         try:
-            run(plan, notes, previous)
+            report = run(plan, notes, previous)
         except _Refused:
             refusals = _find_refusals(plan, where, previous, threads or default_threads(), progress)
             plan = make_plan(source, policy, refusals, chosen)
-            run(plan, (*notes, *(f"{name}: kept exact: {reason}" for name, reason in refusals.items())), previous)
-    report = report_of(target)
+            kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
+            report = run(plan, (*notes, *kept), previous)
     if verify or limits:
         report = _verified(target, source.root, report, limits, progress)
     return replace(report, seconds=time.perf_counter() - started)
@@ -145,7 +145,7 @@ def _write(
     device: torch.device,
     threads: int,
     progress: Progress | None,
-) -> None:
+) -> Report:
     source = plan.source
     files = SourceFiles(source)
     plan, base, remarks = _linked(plan, base, files, packing)
@@ -169,7 +169,9 @@ def _write(
             found = dict(zip(own, hashes.digests(), strict=False))
             files.check_unchanged()
             digests = [found.get(i) for i in range(len(source.files))]
-            writer.close(documents.to_json(_document(plan, (*notes, *remarks), preset, policy, digests, base)))
+            document = _document(plan, (*notes, *remarks), preset, policy, digests, base)
+            written = writer.close(documents.to_json(document))
+        return make_report(target, written.version, document, written.items, written.files)
     finally:
         hashes.cancel()
 

@@ -29,7 +29,7 @@ from statecodec.format import Item, Packing, Writer
 from statecodec.layouts.tree import window
 from statecodec.pipeline.document import Document, to_json
 from statecodec.pipeline.report import Report
-from statecodec.pipeline.stored import Stored, report_of
+from statecodec.pipeline.stored import Stored, make_report
 
 _MAX_DEPTH = 100
 _TREE = "tree"
@@ -76,8 +76,8 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
         for index, tensor in enumerate(found.tensors):
             for chunk, parts in _chunks(found.items[index], tensor):
                 writer.append(writer.pack(index, chunk, parts))
-        writer.close(to_json(document))
-    return report_of(target)
+        written = writer.close(to_json(document))
+    return make_report(target, written.version, document, written.items, written.files)
 
 
 def load_native(stored: Stored, device: torch.device | str = "cpu") -> Any:

@@ -26,7 +26,7 @@ from statecodec.pipeline.document import StoredFile
 from statecodec.pipeline.paths import restored_path
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.skeleton import Skeleton
-from statecodec.pipeline.stored import Stored, report_of
+from statecodec.pipeline.stored import Stored
 from statecodec.pipeline.streams import (
     Meter,
     Progress,
@@ -73,7 +73,7 @@ def restore(
         if not force and (target.exists() or target.is_symlink()):
             raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
         _publish(target, write, document.is_directory)
-    return replace(report_of(src), path=str(target), seconds=time.perf_counter() - started)
+        return replace(stored.report(time.perf_counter() - started), path=str(target))
 
 
 def _publish(target: Path, write: Callable[[Path], None], directory: bool) -> None:

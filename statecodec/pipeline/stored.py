@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,11 @@ class Stored:
             raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
         return base.index(stored.name)
 
+    def report(self, seconds: float = 0.0) -> Report:
+        """What the manifest says."""
+        reader = self.reader
+        return make_report(self.path, reader.format_version, self.document, reader.items, reader.files, seconds)
+
     def decode(self, item: int) -> Tensor:
         """A whole item, checked and decoded."""
         stored = self.reader.items[item]
@@ -144,19 +149,31 @@ class Stored:
 def report_of(path: str | Path, seconds: float = 0.0) -> Report:
     """The report of a compressed checkpoint, from its manifest alone."""
     with Stored.open(path) as stored:
-        reader, document = stored.reader, stored.document
-        return Report(
-            path=str(path),
-            format_version=reader.format_version,
-            source=document.source,
-            bytes=sum(file.stat().st_size for file in reader.files),
-            tensors=tuple(tensor_report(item) for item in reader.items),
-            seconds=seconds,
-            preset=document.preset,
-            rules=document.rules,
-            notes=document.notes,
-            files=tuple(str(file) for file in reader.files),
-        )
+        return stored.report(seconds)
+
+
+def make_report(
+    path: Path,
+    version: tuple[int, int],
+    document: documents.Document,
+    items: Iterable[StoredItem],
+    files: Iterable[Path],
+    seconds: float = 0.0,
+) -> Report:
+    """The report of a compressed checkpoint that was just written, or opened."""
+    files = tuple(files)
+    return Report(
+        path=str(path),
+        format_version=version,
+        source=document.source,
+        bytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(tensor_report(item) for item in items),
+        seconds=seconds,
+        preset=document.preset,
+        rules=document.rules,
+        notes=document.notes,
+        files=tuple(str(file) for file in files),
+    )
 
 
 def tensor_report(item: StoredItem) -> TensorReport:

@@ -5,6 +5,8 @@
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
 #   make campaign the long versions of the tests that damage files and kill writers
+#   make sm90     compile every Triton kernel for an H100, which needs no GPU, and check the machine code
+#   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
 #   make docs     bring the option tables of docs/cli.md up to date
 
 PYTHON ?= python3
@@ -12,12 +14,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
+GPU_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign docs clean
+.PHONY: help venv demo test lint check format campaign sm90 gpu docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 venv: $(STAMP)
 
@@ -42,6 +45,12 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 check: lint test
+
+sm90: $(STAMP)
+	$(BIN)/python tests/kernels/sm90.py
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

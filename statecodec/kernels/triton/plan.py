@@ -38,6 +38,7 @@ NARROW = 1 << 16  # parameters of more elements and rows shorter than half a gro
 UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
 PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
+WARPS = 4
 # Pieces of a shared second moment's probe: HIGH rows of WIDE elements, or TALL rows of BROAD columns.
 HIGH, WIDE, TALL, BROAD = (64, 256, 128, 128) if INTERPRETED else (16, 2048, 512, 64)
 
@@ -158,7 +159,8 @@ class Plan:
             PROBE_CHUNKS=PROBE_CHUNKS, HIGH=HIGH, WIDE=WIDE, TALL=TALL, BROAD=BROAD,
             PATHS=self.paths, LR_TENSOR=live, MAXIMIZE=hyper.maximize, L2=hyper.l2 != 0, NESTEROV=hyper.nesterov,
             STOCHASTIC=hyper.stochastic, MEAN_OF_SQUARES=hyper.mean_of_squares, TRUE_TAIL=hyper.true_tail,
-            DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
+            DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias,
+            **(OPTIONS | {"num_warps": WARPS}),
         )  # fmt: skip
 
     def _address(self, slots: Sequence[Slot], grads: Sequence[Tensor]) -> None:

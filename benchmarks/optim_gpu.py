@@ -1,0 +1,304 @@
+"""Step time, bandwidth and memory of AdamW on a GPU: ours against torch's fused one, flashoptim, bitsandbytes, torchao.
+
+    python benchmarks/optim_gpu.py                        # 100 M, 1 B and many small tensors -> results/optim_gpu.json
+    python benchmarks/optim_gpu.py --sets small --only statecodec,flashoptim
+    python benchmarks/optim_gpu.py --tune                 # tile shapes and look-ahead of our launch, on the sets given
+    TRITON_INTERPRET=1 python benchmarks/optim_gpu.py --tiny    # no GPU: does it run? The times mean nothing
+
+First the gate: fused steps must equal the generic path on this device, or nothing is timed. Times are CUDA events
+around `step()`, medians; `host_ms` is how long Python was busy. Traffic counts every stored byte once per read and once
+per write, whatever a kernel really moves, and is set against a device-to-device copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statecodec import optim
+
+RESULTS = Path(__file__).parent / "results"
+Shapes = list[tuple[int, ...]]
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def gpt(layers: int, width: int, vocabulary: int) -> Shapes:
+    """GPT-2: biases, layer norms, tied head."""
+    block: Shapes = [
+        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,), (width,), (width,),
+        (4 * width, width), (4 * width,), (width, 4 * width), (width,),
+    ]  # fmt: skip
+    return [(vocabulary, width), (1024, width), *(block * layers), (width,), (width,)]
+
+
+def llama(layers: int, width: int, heads: int, inner: int, vocabulary: int) -> Shapes:
+    """Llama with grouped queries: no biases, separate head."""
+    block: Shapes = [
+        (width, width), (heads, width), (heads, width), (width, width), (inner, width), (inner, width), (width, inner),
+        (width,), (width,),
+    ]  # fmt: skip
+    return [(vocabulary, width), *(block * layers), (width,), (vocabulary, width)]
+
+
+SETS: dict[str, Shapes] = {
+    "100m": gpt(12, 768, 50304),
+    "1b": llama(22, 2048, 256, 5632, 32000),
+    "small": [(64, 64), (256,), (16, 1024), (1024, 16), (128, 128)] * 400,
+    "tiny": [(40, 128), (128,), (7, 90), (64,)],
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer: how to make it, for parameters of what dtype, what it needs installed, whether to capture it."""
+
+    make: Make
+    dtype: torch.dtype = torch.bfloat16
+    needs: str | None = None
+    captured: bool = False
+    tiny: bool = False  # runs without a GPU
+
+
+def _ours(cls: Any = optim.AdamW, **options: Any) -> Make:
+    return lambda params: cls(_named(params), lr=1e-4, weight_decay=0.1, fused=True, **options)
+
+
+def _theirs(module: str, name: str, **options: Any) -> Make:
+    return lambda params: getattr(importlib.import_module(module), name)(params, lr=1e-4, weight_decay=0.1, **options)
+
+
+def _named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    return [(f"layers.{i}.q_proj.weight", p) for i, p in enumerate(params)]
+
+
+LOG = {"exp_avg": "companded(group=128)", "exp_avg_sq": "companded(curve=log,group=128)"}
+NIBBLES = {"exp_avg": "companded(bits=4,group=128)", "exp_avg_sq": "companded(curve=log,bits=4,group=128)"}
+CONTENDERS: dict[str, Contender] = {
+    "statecodec": Contender(_ours(), tiny=True),
+    "statecodec-graph": Contender(_ours(), captured=True),
+    "statecodec-log128": Contender(_ours(moments=LOG), tiny=True),
+    "statecodec-4bit": Contender(_ours(moments=NIBBLES)),
+    "statecodec-stochastic": Contender(_ours(stochastic_rounding=True)),
+    "statecodec-fp32": Contender(_ours(moments="dense"), torch.float32, tiny=True),
+    "statecodec-foam": Contender(_ours(optim.FOAM), tiny=True),
+    "statecodec-slim": Contender(_ours(optim.SlimAdam, rules={"*": [1]}), tiny=True),
+    "statecodec-lion": Contender(_ours(optim.Lion)),
+    "torch-fused-fp32": Contender(_theirs("torch.optim", "AdamW", fused=True), torch.float32),
+    "torch-fused-bf16": Contender(_theirs("torch.optim", "AdamW", fused=True)),
+    "torch-foreach-fp32": Contender(_theirs("torch.optim", "AdamW", foreach=True), torch.float32, tiny=True),
+    "flashoptim": Contender(_theirs("flashoptim", "FlashAdamW"), needs="flashoptim"),
+    "bitsandbytes-8bit": Contender(_theirs("bitsandbytes.optim", "AdamW8bit"), needs="bitsandbytes"),
+    "torchao-8bit": Contender(_theirs("torchao.optim", "AdamW8bit"), needs="torchao"),
+}
+
+
+def gate(device: torch.device) -> list[str]:
+    """What differs between fused and generic steps on this device; the generic ones run on the CPU. Empty is good."""
+    wrong = []
+    for cls in (optim.AdamW, optim.Lion):
+        weights = {}
+        for fused in (False, True):
+            place = device if fused else torch.device("cpu")
+            generator = torch.Generator().manual_seed(0)
+            shapes = [(64, 256), (5, 70), (1000,)]
+            params = [nn.Parameter(torch.randn(s, generator=generator).bfloat16().to(place)) for s in shapes]
+            optimizer = cls(params, lr=1e-2, weight_decay=0.1, fused=fused, dense_below=0)
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(place)
+                optimizer.step()
+            weights[fused] = [optimizer.master_weight(p).cpu() for p in params]
+        for a, b in zip(weights[False], weights[True], strict=True):
+            if not torch.equal(a, b):
+                wrong.append(f"{cls.__name__}: {int((a != b).sum())} of {a.numel()} weights of shape {tuple(a.shape)}")
+    return wrong
+
+
+def build(shapes: Shapes, contender: Contender, device: torch.device) -> tuple[list[nn.Parameter], Any]:
+    """Parameters with gradients, and the optimizer."""
+    generator = torch.Generator(device).manual_seed(0)
+    params = []
+    for shape in shapes:
+        p = nn.Parameter(torch.empty(shape, dtype=contender.dtype, device=device).normal_(0, 0.02, generator=generator))
+        p.grad = torch.empty_like(p).normal_(0, 1e-3, generator=generator)
+        params.append(p)
+    return params, contender.make(params)
+
+
+class Clock:
+    """Times of `body`, in milliseconds: CUDA events on a GPU, the wall clock elsewhere; and of Python alone."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+
+    def __call__(self, body: Callable[[], Any], steps: int) -> tuple[list[float], list[float]]:
+        total, host = [], []
+        for _ in range(steps):
+            if self.cuda:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                first.record()
+            started = time.perf_counter()
+            body()
+            host.append((time.perf_counter() - started) * 1e3)
+            if self.cuda:
+                last.record()
+                torch.cuda.synchronize()
+            total.append(first.elapsed_time(last) if self.cuda else host[-1])
+        return total, host
+
+
+def copy_bandwidth(device: torch.device, clock: Clock) -> float:
+    """Bytes read and written per second by a device-to-device copy of 1 GiB (of 1 MiB without a GPU)."""
+    source = torch.zeros(1 << (30 if clock.cuda else 20), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times, _ = clock(lambda: target.copy_(source), 20)
+    return 2 * source.numel() / (statistics.median(times[5:]) * 1e-3)
+
+
+def measure(shapes: Shapes, contender: Contender, device: torch.device, steps: int, copy: float) -> dict[str, Any]:
+    """One row of the table."""
+    clock = Clock(device)
+    before = _allocated(device)
+    params, optimizer = build(shapes, contender, device)
+    held = _allocated(device)
+    for _ in range(3):
+        optimizer.step()
+    step: Callable[[], Any] = optimizer.step
+    if contender.captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        step = graph.replay
+    if clock.cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    states = _allocated(device) - held if clock.cuda else _state_nbytes(optimizer)
+    clock(step, 3)
+    times, host = clock(step, steps)
+    peak = torch.cuda.max_memory_allocated() - before if clock.cuda else 0
+    n = sum(p.numel() for p in params)
+    weights = sum(p.numel() * p.element_size() for p in params)
+    traffic = 2 * (weights + states) + weights
+    seconds = statistics.median(times) * 1e-3
+    return {
+        "ms": round(seconds * 1e3, 4), "best_ms": round(min(times), 4), "host_ms": round(statistics.median(host), 4),
+        "parameters": n, "tensors": len(params), "state_bytes_per_parameter": round(states / n, 3),
+        "traffic_bytes_per_parameter": round(traffic / n, 3), "gb_per_s": round(traffic / seconds / 1e9, 1),
+        "of_copy": round(traffic / seconds / copy, 3), "peak_bytes_per_parameter": round(peak / n, 3),
+    }  # fmt: skip
+
+
+def row(shapes: Shapes, contender: Contender, device: torch.device, steps: int, copy: float) -> dict[str, Any]:
+    """`measure`, but a published package that does not run here costs its own row only."""
+    try:
+        return measure(shapes, contender, device, steps, copy)
+    except Exception as error:
+        if contender.needs is None:
+            raise
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def _state_nbytes(optimizer: Any) -> int:
+    if isinstance(optimizer, optim.StateOptimizer):
+        return optimizer.state_nbytes()
+    return sum(t.nbytes for s in optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+
+
+def tunings() -> Iterator[dict[str, int]]:
+    """Launch shapes worth trying. Each is another launch of its own: an in-place step must never be autotuned."""
+    for tile, warps in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8)):
+        yield {"UPDATE_TILE": tile, "WARPS": warps}
+    for chunks in (1, 2, 8):
+        yield {"PROBE_CHUNKS": chunks}
+    for ahead in (0, 1 << 20, 16 << 20, 1 << 40):
+        yield {"AHEAD": ahead}
+
+
+def tune(shapes: Shapes, device: torch.device, steps: int, copy: float) -> list[dict[str, Any]]:
+    """The plain AdamW step under every launch shape, slowest last."""
+    from statecodec.kernels.triton import plan
+
+    usual = {name: getattr(plan, name) for setting in tunings() for name in setting}
+    rows = []
+    for setting in tunings():
+        for name, value in (usual | setting).items():
+            setattr(plan, name, value)
+        plan._PLANS.clear()
+        rows.append({**setting, **measure(shapes, CONTENDERS["statecodec"], device, steps, copy)})
+    for name, value in usual.items():
+        setattr(plan, name, value)
+    plan._PLANS.clear()
+    return sorted(rows, key=lambda row: row["ms"])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What these figures were measured on."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+    for name in ("triton", "flashoptim", "bitsandbytes", "torchao"):
+        if importlib.util.find_spec(name):
+            versions[name] = importlib.metadata.version(name)
+    if device.type != "cuda":
+        return {"device": "cpu, Triton's interpreter: times mean nothing", **versions}
+    gpu = torch.cuda.get_device_properties(device)
+    return {"device": gpu.name, "multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size, **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", default="100m,small,1b")
+    parser.add_argument("--only", help="contenders, by name", default=",".join(CONTENDERS))
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--tiny", action="store_true", help="a few small tensors, also without a GPU")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "optim_gpu.json")
+    options = parser.parse_args()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not (options.tiny and interpreted):
+        sys.exit("needs a CUDA device; without one, TRITON_INTERPRET=1 and --tiny show that it runs")
+    device = torch.device("cpu" if interpreted else "cuda")
+    wrong = gate(device)
+    if wrong:
+        sys.exit("fused steps differ from the generic path, nothing was timed:\n" + "\n".join(wrong))
+    copy = copy_bandwidth(device, Clock(device))
+    result: dict[str, Any] = {"machine": machine(device), "copy_gb_per_s": round(copy / 1e9, 1), "sets": {}}
+    for name in ["tiny"] if options.tiny else options.sets.split(","):
+        rows: dict[str, Any] = {}
+        result["sets"][name] = rows
+        if options.tune:
+            rows["tuning"] = tune(SETS[name], device, options.steps, copy)
+            continue
+        for contender_name in options.only.split(","):
+            contender = CONTENDERS[contender_name]
+            if contender.needs and importlib.util.find_spec(contender.needs) is None:
+                rows[contender_name] = {"missing": contender.needs}
+            elif device.type == "cuda" or contender.tiny:
+                rows[contender_name] = row(SETS[name], contender, device, options.steps, copy)
+                print(name, contender_name, rows[contender_name], file=sys.stderr, flush=True)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+    text = json.dumps(result, indent=1)
+    print(text)
+    if device.type == "cuda":
+        options.output.parent.mkdir(exist_ok=True)
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statecodec import codecs, kernels
 from statecodec._version import __version__
-from statecodec.codecs import Codec
+from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import BackendUnavailable, OutputExists, UnencodableValues, UsageError
 from statecodec.format import PackedChunk, Packing, Writer
@@ -30,8 +30,10 @@ from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, with_codec
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.stored import make_report
-from statecodec.pipeline.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.pipeline.streams import Meter, Progress, Scratch, default_threads, ordered_map
 from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
+
+_scratch = Scratch()
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def _encode(
     plan: Plan, files: SourceFiles, writer: Writer, device: torch.device, base: Base | None, job: _Job
 ) -> tuple[_Job, PackedChunk, Comparison | None]:
     planned = plan.items[job.item]
-    x = files.read(plan, planned, job.chunk)
+    x = files.read(plan, planned, job.chunk, _scratch)
     parts, comparison = _encode_chunk(planned, x, device, base, job.chunk)
     return job, writer.pack(job.item, job.chunk, parts), comparison
 
@@ -220,14 +222,26 @@ def _encode_chunk(
         if isinstance(codec, codecs.Residual) and base is not None:
             parts, decoded = codec.encode_from(x, base.values(planned, chunk))
         else:
-            encoded = codec.encode(x.to(device))
-            parts, decoded = dict(encoded.parts), encoded.decode().to("cpu")
+            parts, decoded = _there_and_back(codec, x, device)
     except UnencodableValues as error:
         raise _Refused(planned.item.name, str(error)) from error
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
     comparison = kernels.host().compare(x.view(-1), decoded.view(-1))
     return {name: part.to("cpu") for name, part in parts.items()}, comparison
+
+
+def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Encoded parts, and what they decode to; on the CPU in scratch memory, good until the thread's next chunk."""
+    if device.type != "cpu":
+        encoded = codec.encode(x.to(device))
+        return dict(encoded.parts), encoded.decode().to("cpu")
+    specs = codec.parts(tuple(x.shape), x.dtype)
+    parts = {name: _scratch.take(name, spec) for name, spec in specs.items()}
+    decoded = _scratch.take("decoded", PartSpec(x.dtype, tuple(x.shape)))
+    codec.encode_into(x, parts, kernels.host())
+    codec.decode_into(parts, decoded, kernels.host())
+    return parts, decoded
 
 
 def _find_refusals(

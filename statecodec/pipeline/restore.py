@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from zlib_ng import zlib_ng
 
 from statecodec import codecs
@@ -30,6 +29,7 @@ from statecodec.pipeline.stored import Stored
 from statecodec.pipeline.streams import (
     Meter,
     Progress,
+    Scratch,
     default_threads,
     memory,
     ordered_map,
@@ -38,6 +38,7 @@ from statecodec.pipeline.streams import (
 )
 
 _CRC_BLOCK = 1 << 20
+_scratch = Scratch()
 
 
 def restore(
@@ -124,17 +125,17 @@ def _restore_file(
         crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
         jobs = ((offset, index, chunk) for offset, index in file.regions for chunk in stored.chunks(index))
 
-        def decode(job: tuple[int, int, int]) -> tuple[int, Tensor]:
+        def decode(job: tuple[int, int, int]) -> tuple[int, int, int]:
             offset, index, chunk = job
-            data = stored.decode_chunk(index, chunk, device).reshape(-1).view(torch.uint8)
+            data = memory(stored.decode_chunk(index, chunk, device, _scratch))
             start = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize
-            write_exactly(fd, start, memory(data))
-            return start, data
+            write_exactly(fd, start, data)
+            return start, len(data), zlib_ng.crc32(data) if lossy else 0
 
-        for start, data in ordered_map(decode, jobs, threads):
-            crcs.add(start, memory(data))
-            hashes.advance(start + data.numel())
-            meter.add(data.numel())
+        for start, nbytes, crc in ordered_map(decode, jobs, threads):
+            crcs.add(start, nbytes, crc)
+            hashes.advance(start + nbytes)
+            meter.add(nbytes)
         crcs.finish()
         hashes.advance(file.nbytes)
         if hashes.files and hashes.digests() != [file.sha256]:
@@ -173,21 +174,15 @@ class _Crcs:
         self._span: Crc32 | None = next(self._spans, None)
         self._value, self._at = 0, self._span.offset if self._span else 0
 
-    def add(self, start: int, data: memoryview) -> None:
-        """File bytes from `start` are `data`."""
-        while self._span is not None:
-            end = self._span.offset + self._span.nbytes
-            if start >= end:
-                self._close()
-                continue
-            if start + len(data) > self._at:
-                self._fill(max(start, self._at))
-                take = data[self._at - start : end - start]
-                self._value = zlib_ng.crc32(take, self._value)
-                self._at += len(take)
-            if start + len(data) < end:
-                return
+    def add(self, start: int, nbytes: int, crc: int) -> None:
+        """File bytes from `start` have been written; `crc` is their CRC-32. They lie in one span or in none."""
+        while self._span is not None and start >= self._span.offset + self._span.nbytes:
             self._close()
+        if self._span is None or not nbytes or start < self._span.offset:
+            return
+        self._fill(start)
+        self._value = zlib_ng.crc32_combine(self._value, crc, nbytes)
+        self._at = start + nbytes
 
     def finish(self) -> None:
         """Close what is open."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from statecodec.codecs import PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import LayoutError
 from statecodec.layouts import Source
 from statecodec.pipeline.plan import Plan, PlannedItem
-from statecodec.pipeline.streams import memory, read_exactly
+from statecodec.pipeline.streams import Scratch, memory, read_exactly
 
 
 class SourceFiles:
@@ -27,12 +28,13 @@ class SourceFiles:
         """Where a source file is."""
         return self.source.root / self.source.files[file].path if self.source.is_directory else self.source.root
 
-    def read(self, plan: Plan, planned: PlannedItem, chunk: Chunk) -> Tensor:
-        """The chunk's elements, in its shape."""
+    def read(self, plan: Plan, planned: PlannedItem, chunk: Chunk, scratch: Scratch | None = None) -> Tensor:
+        """The chunk's elements, in its shape; in the thread's scratch memory if given."""
         item = planned.item
         size = item.dtype.itemsize
-        raw = torch.empty((chunk.stop - chunk.start) * size, dtype=torch.uint8)
-        view = memory(raw)
+        spec = PartSpec(item.dtype, tuple(chunk.shape))
+        values = scratch.take("source", spec) if scratch else torch.empty(spec.shape, dtype=spec.dtype)
+        view = memory(values)
         path = self.path(planned.file)
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -45,7 +47,7 @@ class SourceFiles:
                     done += length
         finally:
             os.close(fd)
-        return raw.view(item.dtype).view(chunk.shape)
+        return values
 
     def read_all(self, plan: Plan, planned: PlannedItem) -> Tensor:
         """All of an item, in its own shape."""

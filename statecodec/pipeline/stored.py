@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from statecodec import codecs, kernels
-from statecodec.codecs import Codec
+from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.pipeline import document as documents
 from statecodec.pipeline.report import Report, TensorReport
+from statecodec.pipeline.streams import Scratch
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,15 @@ class Stored:
         """Chunk numbers of an item."""
         return iter(range(len(self.reader.items[item].chunks)))
 
-    def decode_chunk(self, item: int, chunk: int, device: torch.device | None = None) -> Tensor:
-        """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype."""
+    def decode_chunk(
+        self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
+        """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
+
+        With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
+        """
         stored = self.reader.items[item]
-        codec, parts = self.parts(item, chunk)
+        codec, parts = self.parts(item, chunk, scratch)
         shape = stored.chunks[chunk].shape
         if isinstance(codec, codecs.Raw):
             return parts["data"].view(shape)
@@ -87,15 +93,22 @@ class Stored:
             before = self.base.decode_range(self._in_base(item), place.start, place.stop)
             return codec.decode_from(parts, before.view(shape), stored.dtype)
         target = device or torch.device("cpu")
-        out = torch.empty(shape, dtype=stored.dtype, device=target)
+        if scratch is not None and target.type == "cpu":
+            out = scratch.take("decoded", PartSpec(stored.dtype, tuple(shape)))
+        else:
+            out = torch.empty(shape, dtype=stored.dtype, device=target)
         moved = {name: part.to(target) for name, part in parts.items()}
         codec.decode_into(moved, out, kernels.resolve(None, target))
         return out.to("cpu")
 
-    def parts(self, item: int, chunk: int) -> tuple[Codec, Mapping[str, Tensor]]:
+    def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> tuple[Codec, Mapping[str, Tensor]]:
         """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""
         stored = self.reader.items[item]
-        parts = self.reader.read_chunk(item, chunk)
+        out = None
+        if scratch is not None:
+            specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
+            out = {name: scratch.take(name, spec) for name, spec in specs.items()}
+        parts = self.reader.read_chunk(item, chunk, out)
         if not isinstance(stored.codec, codecs.Delta):
             return stored.codec, parts
         index = self._in_base(item)

@@ -6,6 +6,7 @@ Everything heavy (numba kernels, zstd, hashing, file reads) releases the GIL, so
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,12 +15,14 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from statecodec.codecs import PartSpec
 from statecodec.errors import MalformedCheckpoint
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 Progress = Callable[[int, int, str], None]
+_SCRATCH_LIMIT = 16 << 20
 
 
 def default_threads() -> int:
@@ -68,6 +71,22 @@ class Meter:
         self._told = self.done
         if self.progress is not None:
             self.progress(self.done, self.total, self.stage)
+
+
+class Scratch(threading.local):
+    """Buffers that a thread uses again for every chunk: fresh memory costs more in page faults than filling it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, role: str, spec: PartSpec) -> Tensor:
+        """A tensor with arbitrary contents; valid until this thread takes the same role again."""
+        held = self._buffers.get(role)
+        if held is None or held.numel() < spec.nbytes:
+            held = torch.empty(max(spec.nbytes, 1), dtype=torch.uint8)
+            if spec.nbytes <= _SCRATCH_LIMIT:
+                self._buffers[role] = held
+        return held[: spec.nbytes].view(spec.dtype).view(spec.shape)
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -193,6 +193,51 @@ def test_lr_tensor_and_schedule(device) -> None:
     assert differences(run(False), run(True)) == []
 
 
+def test_one_launch_for_a_group_of_many_tensors(device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many tensors; one more where small ones keep dense moments; the tables are made once."""
+    from statecodec.kernels.triton.plan import Plan
+
+    launches, tables = [], []
+    launch, write = Plan.launch, Plan._address
+    monkeypatch.setattr(
+        Plan, "launch", lambda self, slots, hyper: launches.append(len(slots)) or launch(self, slots, hyper)
+    )
+
+    def address(self: Plan, slots: Any, grads: Any) -> None:
+        before = self.table
+        write(self, slots, grads)
+        tables.append(self.table is not before)
+
+    monkeypatch.setattr(Plan, "_address", address)
+    shapes = [(8, 64), (64,), (70,)] * 20
+    params = [nn.Parameter(torch.ones(s, device=device)) for s in shapes]
+    for dense_below, expected in ((0, [60]), (100, [20, 40])):
+        launches.clear()
+        tables.clear()
+        optimizer = optim.AdamW(params, fused=True, dense_below=dense_below)
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p) if p.grad is None else p.grad
+            optimizer.step()
+        assert launches == expected * 2
+        assert tables == [True] * len(expected) + [False] * len(expected)
+
+
+def test_dense_states_of_another_dtype_are_refused(device) -> None:
+    from statecodec.errors import UsageError
+    from statecodec.kernels import triton as backend
+    from statecodec.kernels.fused import Hyper, Slot
+
+    x = torch.zeros(4, 8, device=device)
+    count = torch.zeros((), device=device)
+    slot = Slot(x, x, count, count.clone(), None, {"exp_avg": {"data": x.bfloat16()}}, 0, (4, 8))
+    with pytest.raises(UsageError, match="bfloat16"):
+        backend.step("lion", [slot], {"exp_avg": {"name": "raw"}}, Hyper(1e-3))
+    with pytest.raises(UsageError, match="supports"):
+        backend.step("lion", [slot], {"exp_avg": {"name": "cast"}}, Hyper(1e-3))
+    backend.step("lion", [], {"exp_avg": {"name": "raw"}}, Hyper(1e-3))
+
+
 FOLDED: dict[str, dict[str, Any]] = {
     "safe": {"level": 2, "weight_decay": 0.1},
     "official": {"level": 1, "variant": "official", "weight_decay": 0.1},
@@ -206,7 +251,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "all": {"rules": {"*": [0, 1]}, "moments": "companded8"},
     "stochastic": {"rules": {"*": [1]}, "stochastic_rounding": True},
 }
-MATRICES = [(24, 256), (6, 50), (3, 130), (40, 64), (150, 70)]
+MATRICES = [(24, 256), (6, 50), (3, 130), (150, 70)]
 
 
 @pytest.mark.parametrize("stored", ["fp32", "bf16+8"])
@@ -220,7 +265,7 @@ def test_foam_and_slimadam(make: Any, options: dict[str, Any], stored: str, devi
     dtype, storage = STORED[stored]
     shapes = [*MATRICES, (5, 6, 3, 3)] if make is optim.SlimAdam else MATRICES
     (a, params), (b, others) = (
-        train(make, device, dtype, f, shapes=shapes, **storage, **options) for f in (False, True)
+        train(make, device, dtype, f, shapes=shapes, steps=2, **storage, **options) for f in (False, True)
     )
     assert a.skipped() == b.skipped() == {"layer1.q_proj.weight": 1}
     for p, q in zip(params, others, strict=True):
@@ -242,11 +287,11 @@ def test_foam_level_one_is_exact(device) -> None:
 
 
 def test_schedule_covers_everything_in_order() -> None:
-    from statecodec.kernels.triton.plan import _schedule
+    from statecodec.kernels.triton.schedule import schedule
 
     probes, updates, nbytes = [3, 1, 1, 7, 1], [5, 0, 2, 11, 1], [600, 0, 50, 5000, 10]
     for ahead in (0, 100, 10**9):
-        items = [tuple(x) for part in _schedule(probes, updates, nbytes, ahead) for x in part.tolist()]
+        items = [tuple(x) for part in schedule(probes, updates, nbytes, ahead) for x in part.tolist()]
         assert len(items) == len(set(items)) == sum(probes) + sum(updates)
         for slot in range(5):
             mine = [work for s, work in items if s == slot]

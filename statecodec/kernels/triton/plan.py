@@ -7,16 +7,14 @@ one launch.
 
 from __future__ import annotations
 
-import math
 import struct
-from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.errors import UsageError
@@ -24,6 +22,7 @@ from statecodec.kernels.curves import DEFAULT_STEPS, Curve
 from statecodec.kernels.fused import Hyper, Slot
 from statecodec.kernels.triton import fused, runtime
 from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, on, power_of_two
+from statecodec.kernels.triton.schedule import BROAD, HIGH, TALL, WIDE, pieces, planes, rows_cols, schedule
 from statecodec.kernels.triton.updates import FIELDS, FLAT, MARKS
 
 # How many states each method keeps; sgd without momentum keeps none.
@@ -39,8 +38,6 @@ UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
 PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
 WARPS = 4
-# Pieces of a shared second moment's probe: HIGH rows of WIDE elements, or TALL rows of BROAD columns.
-HIGH, WIDE, TALL, BROAD = (64, 256, 128, 128) if INTERPRETED else (16, 2048, 512, 64)
 
 Format = tuple[Any, ...]
 NONE: Format = (0,)
@@ -109,7 +106,7 @@ class Traits:
 
     def view(self, slot: Slot) -> tuple[int, int]:
         """Rows and columns to walk; where neither groups nor blocks end with a row, a parameter is one row."""
-        rows, cols = _rows_cols(slot.shape)
+        rows, cols = rows_cols(slot.shape)
         flat = not self.group and self.dims is None and cols % self.block == 0
         return (1, rows * cols) if flat else (rows, cols)
 
@@ -119,20 +116,25 @@ class Plan:
 
     def __init__(self, traits: Traits, slots: Sequence[Slot], group: int) -> None:
         device = slots[0].param.device
+        for slot in slots:
+            for name, parts in slot.states.items():
+                dense = next((x for k, x in parts.items() if k.endswith("data")), None)
+                if dense is not None and dense.dtype != torch.float32:
+                    raise UsageError(f"a fused step takes dense states in fp32, found {name} in {dense.dtype}")
         self.traits, self.device, self.group, self.width = traits, device, group, power_of_two(group)
         self.count = max(1, UPDATE_TILE // (self.width * traits.block))
         self.views = [traits.view(s) for s in slots]
         sizes = [rows * cols for rows, cols in self.views]
         blocks = [(rows, -(-cols // traits.block)) for rows, cols in self.views]
         updates = [-(-rows * -(-cols // group) // self.count) for rows, cols in blocks]
-        self.planes = [_planes(s.shape, traits.dims) for s in slots]
-        pieces = [_pieces(*planes) for planes in self.planes]
+        self.planes = [planes(s.shape, traits.dims) for s in slots]
+        cuts = [pieces(*view) for view in self.planes]
         plain = [max(1, -(-n // (PROBE_TILE * PROBE_CHUNKS))) for n in sizes]
-        self.probes = plain if traits.dims is None else [probes for probes, _ in pieces]
-        ends = np.cumsum([0, *(scratch for _, scratch in pieces)]) if traits.dims is not None else np.zeros(1, np.int64)
+        self.probes = plain if traits.dims is None else [probes for probes, _ in cuts]
+        ends = np.cumsum([0, *(scratch for _, scratch in cuts)]) if traits.dims is not None else np.zeros(1, np.int64)
         self.scratch = torch.zeros(int(ends[-1]), dtype=torch.float32, device=device)
         self.scratch_at = [int(n) for n in ends[:-1]] if traits.dims is not None else [0] * len(slots)
-        items = np.concatenate(list(_schedule(self.probes, updates, [2 * n for n in sizes], AHEAD)))
+        items = np.concatenate(list(schedule(self.probes, updates, [2 * n for n in sizes], AHEAD)))
         self.schedule = torch.from_numpy(items).to(device)
         self.tickets = torch.zeros(1, dtype=torch.int64, device=device)
         self.marks = torch.zeros(len(slots), MARKS.value, dtype=torch.int32, device=device)
@@ -176,11 +178,10 @@ class Plan:
         flat = table[:, FLAT.value]
         self.paths = 1 * bool(flat.any()) | 2 * bool((flat == 0).any())
         host = torch.from_numpy(table)
-        if self.device.type == "cuda":
-            host = host.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
-                self.kept.append(host)  # the graph will read it at every replay
+        host = host.pin_memory() if self.device.type == "cuda" else host
         self.table = host.to(self.device, non_blocking=True)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.kept += [host, self.table]  # the graph reads both at every replay
         self.addresses = addresses
 
     def _whole(self, rows: int, cols: int) -> bool:
@@ -206,31 +207,10 @@ def _plan(traits: Traits, slots: Sequence[Slot], group: int) -> Plan:
     if plan is None:
         plan = _PLANS[key] = Plan(traits, slots, group)
         if len(_PLANS) > _MOST_PLANS:
-            _PLANS.popitem(last=False)
+            oldest = next((k for k, p in _PLANS.items() if not p.kept), None)
+            _PLANS.pop(oldest, None)
     _PLANS.move_to_end(key)
     return plan
-
-
-def _schedule(
-    probes: Sequence[int], updates: Sequence[int], nbytes: Sequence[int], ahead: int
-) -> Iterator[NDArray[np.int32]]:
-    """Work items (slot, tile), probes as -1 - tile: a slot's probes, then, `ahead` probed bytes later, its updates."""
-
-    def items(slot: int, tiles: NDArray[np.int32]) -> NDArray[np.int32]:
-        return np.stack((np.full_like(tiles, slot), tiles), -1)
-
-    waiting: deque[int] = deque()
-    probed = 0
-    for slot in range(len(probes)):
-        yield items(slot, -1 - np.arange(probes[slot], dtype=np.int32))
-        waiting.append(slot)
-        probed += nbytes[slot]
-        while waiting and probed - nbytes[waiting[0]] >= ahead:
-            done = waiting.popleft()
-            probed -= nbytes[done]
-            yield items(done, np.arange(updates[done], dtype=np.int32))
-    for slot in waiting:
-        yield items(slot, np.arange(updates[slot], dtype=np.int32))
 
 
 def _addresses(slot: Slot, grad: Tensor, traits: Traits) -> list[int]:
@@ -250,26 +230,9 @@ def _tile_group(slot: Slot, traits: Traits) -> int:
     """The group size to tile this slot with; a row that is much shorter than a group is a group of its own."""
     if not traits.group:  # dense states have no groups: any tile will do
         return max(1, min(128, UPDATE_TILE // traits.block))
-    blocks = -(-_rows_cols(slot.shape)[1] // traits.block)
+    blocks = -(-rows_cols(slot.shape)[1] // traits.block)
     short = 2 * blocks <= traits.group and slot.param.numel() >= NARROW
     return max(2, power_of_two(blocks)) if short else traits.group
-
-
-def _planes(shape: tuple[int, ...], dims: tuple[int, ...] | None) -> tuple[int, int, int]:
-    """(outer, shared, inner) of a shape, for consecutive shared dimensions."""
-    if dims is None:
-        return 0, 0, 0
-    outer, shared, inner = shape[: dims[0]], shape[dims[0] : dims[-1] + 1], shape[dims[-1] + 1 :]
-    return math.prod(outer), math.prod(shared), math.prod(inner)
-
-
-def _pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
-    """How many probes look at such a parameter, and how many partial sums they leave."""
-    if inner == 1:
-        along = -(-shared // WIDE)
-        return max(1, -(-outer // HIGH) * along), along * outer
-    along = -(-shared // TALL)
-    return max(1, outer * along * -(-inner // BROAD)), along * outer * inner
 
 
 def _contiguous(dims: Sequence[int]) -> bool:
@@ -301,14 +264,6 @@ def _format(curve: Curve | None) -> Format:
     return (
         2, curve.bits, curve.kind, curve.top, curve.signed, curve.min_scale, curve.steps, float(curve.levels[1]) * 0.5,
     )  # fmt: skip
-
-
-def _rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    cols = shape[-1] if shape else 1
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return rows, cols
 
 
 def _bits(x: float) -> int:

@@ -183,3 +183,35 @@ def test_matched_bias_correction_is_exact_for_constant_magnitudes() -> None:
             optimizer.step()
             worst = max(worst, float(((before - p.detach()).abs() - 1).abs().max()))
         assert worst < 0.1 if exact else worst > 0.5, worst
+
+
+def test_the_dense_second_moment_has_adams_bias() -> None:
+    """|g| constant: v of the dense form must be g**2 (1 - beta2**t), whatever the low-rank average started like."""
+    p = nn.Parameter(torch.zeros(5, 9))
+    optimizer = optim.LoRAPre([p], rank=4, betas=(0.9, 0.95), damping=1e-6)
+    for t in range(1, 13):
+        p.grad = torch.full((5, 9), 0.3)
+        optimizer.step()
+        v = optimizer.state_dict(dense=True)["state"][0]["exp_avg_sq"]
+        # A quarter: the row space turns slowly towards the gradient's. Uncorrected, it would be a sixth at t = 12.
+        assert float(v.mean()) == pytest.approx(0.09 * (1 - 0.95**t), rel=0.25)
+    other = nn.Parameter(torch.zeros(5, 9))
+    adam = optim.AdamW([other], moments="dense", betas=(0.9, 0.95))
+    adam.load_state_dict(optimizer.state_dict())
+    again = optim.LoRAPre([other], rank=4, betas=(0.9, 0.95))
+    again.load_state_dict(adam.state_dict())
+    ours, theirs = (o.state[q]["exp_avg_sq"].decode() for o, q in ((again, other), (optimizer, p)))
+    assert relative(ours, theirs) < 1e-3
+
+
+@pytest.mark.parametrize("variant", ["safe", "paper"])
+def test_the_safe_variant_caps_even_jacobi(variant: str) -> None:
+    p = nn.Parameter(torch.zeros(24, 16))
+    optimizer = optim.LoRAPre([p], rank=4, betas=(0.9, 0.95), variant=variant, factor_update="jacobi")
+    average = torch.zeros(24, 16)
+    for t in targets(24, 16, 20) + [torch.zeros(24, 16)] * 120 + targets(24, 16, 1):
+        p.grad = t.float()
+        optimizer.step()
+        average = 0.9 * average + 0.1 * t.float()
+    ratio = float(optimizer.state[p]["exp_avg"].decode().norm() / average.norm())
+    assert (ratio < 1.05) if variant == "safe" else (ratio > 5)

@@ -85,8 +85,8 @@ def contenders() -> dict[str, Contender]:
 
     def ours(preset: str, **options: Any) -> Contender:
         return (
-            lambda a, b: statecodec.compress(a, b, preset=preset, force=True, **options),
-            lambda a, b: statecodec.restore(a, b, force=True),
+            lambda a, b: statecodec.compress(a, b, preset=preset, force=True, threads=1, **options),
+            lambda a, b: statecodec.restore(a, b, force=True, threads=1),
         )
 
     level1 = zstandard.ZstdCompressor(level=1)

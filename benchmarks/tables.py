@@ -1,0 +1,126 @@
+"""Renders benchmarks/results/*.json as the tables of README.md and docs/benchmarks.md.
+
+python benchmarks/tables.py            rewrites them in place
+python benchmarks/tables.py --check    exits with 1 if they are not what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "benchmarks.md")
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    """Rewrite or check; the number of documents that are out of date."""
+    stale = 0
+    for path in DOCUMENTS:
+        text = path.read_text()
+        made = MARKED.sub(lambda m: f"{m[1]}{table(m[2])}{m[3]}", text)
+        if made != text:
+            stale += 1
+            print(f"{path.name} is out of date", file=sys.stderr)
+            if "--check" not in sys.argv:
+                path.write_text(made)
+    return stale if "--check" in sys.argv else 0
+
+
+def table(name: str) -> str:
+    """One table as Markdown, with the machine it was measured on."""
+    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    machine = result["machine"]
+    where = f"\n{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}."
+    return "\n".join(TABLES[name](result)) + f"\n{where} `python benchmarks/{name}.py`\n"
+
+
+def quality(r: Result) -> list[str]:
+    """Size and error of each preset."""
+    lines = [
+        "| preset | ratio | B/param | weights, rel. rms | u-rms | max \\|u\\| / exact | cosine |",
+        "| --- " * 7 + "|",
+    ]
+    for name, p in r["presets"].items():
+        moments = "-" if name == "weights" else f"{p['u_rms']:.2g}"
+        largest = "-" if name == "weights" else f"{p['max_u'] / p['max_u_exact']:.2f}"
+        cosine = "-" if name == "weights" else f"{p['cosine']:.6f}"
+        lines.append(
+            f"| `{name}` | {p['ratio']:.2f} | {p['bytes_per_param']:.2f} | {p['weight_relative_rms']:.2g} | {moments} "
+            f"| {largest} | {cosine} |"
+        )
+    bf16 = r["bf16_weights"]
+    return [
+        *lines, "",
+        f"ZipNN 0.5.4 on the same fp32 checkpoint ({r['checkpoint']['params'] / 1e6:.1f} M parameters): "
+        f"{r['zipnn_fp32_checkpoint']:.2f}. A bf16 `model.safetensors`: `lossless` {bf16['lossless']:.3f}, "
+        f"ZipNN {bf16['zipnn']:.3f}.",
+    ]  # fmt: skip
+
+
+def speed(r: Result) -> list[str]:
+    """Rates of all contenders."""
+    lines = [
+        f"| {r['bytes'] / 1e9:.2f} GB, file to file with fsync | ratio | compress, GB/CPU s | against ZipNN "
+        "| restore, GB/CPU s | against ZipNN |",
+        "| --- " * 6 + "|",
+    ]
+    for name, c in r["contenders"].items():
+        against = r["against_zipnn"][name]
+        lines.append(
+            f"| {name} | {c['ratio']:.2f} | {c['compress_cpu']:.2f} | {against['compress']:.1f}x | {c['restore_cpu']:.2f} "
+            f"| {against['restore']:.1f}x |"
+        )
+    return [*lines, "", "`copy` (read a block, write it, fsync) is the floor that no tool can beat."]
+
+
+def memory(r: Result) -> list[str]:
+    """Peak RSS."""
+    lines = [
+        f"| {r['bytes'] / 1e9:.1f} GB checkpoint, tensors of up to {r['largest_tensor'] >> 20} MiB | peak RSS |",
+        "| --- | --- |",
+    ]
+    lines += [f"| {name} | {peak:.0f} MiB |" for name, peak in r["peak RSS, MiB"].items()]
+    return [*lines, f"| `import torch` alone | {r['import torch alone, MiB']:.0f} MiB |"]
+
+
+def resume(r: Result) -> list[str]:
+    """What resuming from a preset did to the validation loss."""
+    before, after = r["steps"]
+    lines = [
+        f"| resumed from, after {before} steps, for {after} more | validation loss minus exact resume, {r['seeds']} seeds "
+        "| largest |",
+        "| --- " * 3 + "|",
+    ]
+    for name, gaps in r["loss_minus_exact"].items():
+        shown = ", ".join(f"{g:+.1e}" for g in gaps)
+        lines.append(f"| {name} | {shown} | {max(map(abs, gaps)):.1e} |")
+    losses = statistics.mean(x for orders in r["exact_validation_loss"].values() for x in orders)
+    return [
+        *lines,
+        "",
+        f"Standard deviation over data orders: {r['data_order_sd']:.1e}, at a loss of {losses:.2f} nats per byte.",
+    ]
+
+
+def startup(r: Result) -> list[str]:
+    """Import and help times."""
+    rows = [f"| {name.removesuffix(', s')} | {value:.2f} s |" for name, value in r.items() if name != "machine"]
+    return ["| | median of 9 |", "| --- | --- |", *rows]
+
+
+TABLES: dict[str, Callable[[Result], list[str]]] = {
+    "quality": quality, "speed": speed, "memory": memory, "resume": resume, "startup": startup,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -105,7 +105,7 @@ class Checkpoint:
         if self._stored is None:
             raise UsageError(f"{self.path} is not compressed: it holds no encoded tensors")
         place = self._place(name)
-        return self._stored.reader.read(self._stored.reader.items[place.item].name)
+        return self._stored.encoded(place.item)
 
     def _place(self, name: str) -> _Place:
         if name not in self._places:

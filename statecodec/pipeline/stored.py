@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from statecodec import codecs, kernels
-from statecodec.codecs import Codec, PartSpec
+from statecodec.codecs import Codec, EncodedTensor, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError
 from statecodec.format import Limits, Reader, StoredItem
@@ -116,6 +116,20 @@ class Stored:
         if codec != stored.codec.inner:
             raise FormatError(f"{self.path}: {stored.name} is a change of {stored.codec.inner}, its base is {codec}")
         return codec, stored.codec.apply(parts, before)
+
+    def encoded(self, item: int) -> EncodedTensor:
+        """A whole item as it would stand in a file of its own; a residual, which has no such form, decoded."""
+        stored = self.reader.items[item]
+        codec = codecs.standalone(stored.codec)
+        if isinstance(codec, codecs.Residual):
+            return codecs.Raw().encode(self.decode(item))
+        if codec == stored.codec:
+            return self.reader.read(stored.name)
+        pieces = [self.parts(item, number)[1] for number in range(len(stored.chunks))]
+        parts = {}
+        for name, spec in codec.parts(stored.shape, stored.dtype).items():
+            parts[name] = torch.cat([piece[name].reshape(-1) for piece in pieces]).view(spec.shape)
+        return EncodedTensor(codec, stored.shape, stored.dtype, parts)
 
     def chunk_at(self, item: int, chunk: Chunk) -> int:
         """The number of the chunk that is cut like another file's. Raises FormatError."""

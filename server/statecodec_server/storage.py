@@ -20,6 +20,7 @@ from .problems import Problem
 from .settings import Bucket, Settings
 
 BLOCK = 1 << 20
+_CLIENT_OPTIONS = frozenset({"allow_http", "allow_invalid_certificates", "connect_timeout", "proxy_url", "timeout"})
 _PART = 16 << 20
 _KEY = re.compile(r"(uploads|results)/[0-9a-z]{8,40}(/[0-9a-z.]{1,60}){0,3}")
 
@@ -34,9 +35,12 @@ def fsync_directory(path: Path) -> None:
 
 
 def open_store(url: str, options: dict[str, str]) -> ObjectStore:
-    """An obstore store for a URL; `file://` folders must exist."""
-    config: Any = options or None
-    return from_url(url) if url.startswith("file:") else from_url(url, config=config)
+    """An obstore store for a URL; `file://` folders must exist. Credentials may also come from the environment."""
+    if url.startswith("file:"):
+        return from_url(url)
+    client: Any = {key: value for key, value in options.items() if key in _CLIENT_OPTIONS}
+    config: Any = {key: value for key, value in options.items() if key not in _CLIENT_OPTIONS}
+    return from_url(url, config=config or None, client_options=client or None)
 
 
 class Storage:

@@ -76,8 +76,8 @@ def speed(r: Result) -> list[str]:
     for name, c in r["contenders"].items():
         against = r["against_zipnn"][name]
         lines.append(
-            f"| {name} | {c['ratio']:.2f} | {c['compress_cpu']:.2f} | {against['compress']:.1f}x | {c['restore_cpu']:.2f} "
-            f"| {against['restore']:.1f}x |"
+            f"| {name} | {c['ratio']:.2f} | {c['compress_cpu']:.2f} | {against['compress']:.1f}x "
+            f"| {c['restore_cpu']:.2f} | {against['restore']:.1f}x |"
         )
     return [*lines, "", "`copy` (read a block, write it, fsync) is the floor that no tool can beat."]
 
@@ -96,7 +96,7 @@ def resume(r: Result) -> list[str]:
     """What resuming from a preset did to the validation loss."""
     before, after = r["steps"]
     lines = [
-        f"| resumed from, after {before} steps, for {after} more | validation loss minus exact resume, {r['seeds']} seeds "
+        f"| resumed from, after {before} steps, for {after} more | validation loss minus exact, {r['seeds']} seeds "
         "| largest |",
         "| --- " * 3 + "|",
     ]
@@ -107,7 +107,7 @@ def resume(r: Result) -> list[str]:
     return [
         *lines,
         "",
-        f"Standard deviation over data orders: {r['data_order_sd']:.1e}, at a loss of {losses:.2f} nats per byte.",
+        f"Standard deviation over data orders: {r['data_order_sd']:.1e}, at a loss of {losses:.2f} nats.",
     ]
 
 

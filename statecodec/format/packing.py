@@ -146,20 +146,20 @@ def _form(matrix: Bytes) -> int:
     columns, lines, rest = (
         torch.empty(n, dtype=torch.uint8) for n in (sample.shape[1], sample.shape[0], sample.numel())
     )
-    best, least = ZSTD, CENTRE_WORTH * _entropy(sample.numpy())
+    best, least = ZSTD, CENTRE_WORTH * _entropy(sample)
     for method in (CENTRED, CENTRED_NIBBLES):
         _kernels().centre(sample, columns, lines, rest.view(sample.shape), nibbles=method == CENTRED_NIBBLES)
-        entropy = _entropy(rest.numpy())
+        entropy = _entropy(rest)
         if entropy < least:
             best, least = method, entropy
     return best
 
 
-def _entropy(sample: Bytes) -> float:
+def _entropy(sample: Tensor) -> float:
     """Order-0 entropy in bits per byte."""
-    counts = np.bincount(sample.reshape(-1), minlength=256).astype(np.float64)
-    share = counts[counts > 0] / sample.size
-    return float(-(share * np.log2(share)).sum())
+    counts = _kernels().byte_counts(sample)
+    share = counts[counts > 0].double() / sample.numel()
+    return -float((share * share.log2()).sum())
 
 
 def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -> bytes:

@@ -52,3 +52,11 @@ def test_the_form_is_chosen_by_what_it_saves(kind: str, form: int) -> None:
             np.uint8
         )
     assert _form(plane) == form
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 1001])
+def test_byte_counts(size: int) -> None:
+    plane = torch.from_numpy(np.random.default_rng(size).integers(0, 9, size, np.uint8))
+    expected = np.bincount(plane.numpy(), minlength=256)
+    for backend in (cpu, reference):
+        assert backend.byte_counts(plane).tolist() == expected.tolist()

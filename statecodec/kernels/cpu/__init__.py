@@ -4,7 +4,7 @@ They compile on first use (a second or two each, cached on disk) and need no com
 same bits as `statecodec.kernels.reference`.
 """
 
-from statecodec.kernels.cpu.centring import centre, uncentre
+from statecodec.kernels.cpu.centring import byte_counts, centre, uncentre
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
@@ -12,6 +12,7 @@ from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates
 
 __all__ = [
+    "byte_counts",
     "centre",
     "compare",
     "compare_updates",

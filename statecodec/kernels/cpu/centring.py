@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,6 +22,26 @@ def uncentre(residual: Tensor, columns: Tensor, lines: Tensor, plane: Tensor, *,
     """See `reference.centring.uncentre`."""
     arrays = (array_of(residual), array_of(columns), array_of(lines), array_of(plane))
     (_uncentre_nibbles if nibbles else _uncentre)(*arrays)
+
+
+def byte_counts(plane: Tensor) -> Tensor:
+    """See `reference.centring.byte_counts`."""
+    return torch.from_numpy(_byte_counts(array_of(plane).reshape(-1)))
+
+
+@kernel
+def _byte_counts(plane: NDArray[Any]) -> Any:
+    # Four tables: equal neighbours would otherwise wait for one another's counter.
+    counts = np.zeros((4, 256), np.int64)
+    whole = plane.size // 4 * 4
+    for i in range(0, whole, 4):
+        counts[0, plane[i]] += 1
+        counts[1, plane[i + 1]] += 1
+        counts[2, plane[i + 2]] += 1
+        counts[3, plane[i + 3]] += 1
+    for i in range(whole, plane.size):
+        counts[0, plane[i]] += 1
+    return counts.sum(0)
 
 
 @kernel

@@ -35,6 +35,11 @@ def uncentre(residual: Tensor, columns: Tensor, lines: Tensor, plane: Tensor, *,
     plane.copy_(_bytes(codes, nibbles))
 
 
+def byte_counts(plane: Tensor) -> Tensor:
+    """How often each byte occurs in `plane` (uint8, any shape): int64, 256."""
+    return torch.bincount(plane.reshape(-1), minlength=256)
+
+
 def _codes(plane: Tensor, nibbles: bool) -> Tensor:
     wide = plane.to(torch.int64)
     return torch.stack((wide & 15, wide >> 4), -1).flatten(1) if nibbles else wide

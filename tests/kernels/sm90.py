@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from statecodec.kernels import triton as backend
@@ -32,56 +31,35 @@ from statecodec.kernels.fused import Hyper, Slot
 from statecodec.kernels.triton import companding, folding, plan, runtime, splitting
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "i8",
-    torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
-}  # fmt: skip
-OPTION_NAMES = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+class Driver:
+    """As much of a Triton driver as it takes to compile: there is no device, so nothing can be launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
 
 
 class Recorder:
-    """Stands in for JITFunction.run: compiles instead of launching, once per distinct specialisation."""
+    """Stands in for JITFunction.run: what Triton would launch is compiled and described, each specialisation once."""
 
     def __init__(self, keep: Path | None) -> None:
         self.keep, self.seen, self.rows = keep, set[str](), list[dict[str, Any]]()
+        self.compile = JITFunction.run
 
     def run(self, function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert not warmup
         assert all(size > 0 for size in grid)
-        options = {k: kwargs.pop(k) for k in OPTION_NAMES if k in kwargs}
-        values = dict(zip(function.arg_names, args, strict=False)) | kwargs
-        assert set(values) == set(function.arg_names), set(values) ^ set(function.arg_names)
-        signature, constants, attributes = {}, {}, {}
-        for i, param in enumerate(function.params):
-            value = values[param.name]
-            signature[param.name] = self.type_of(value, param)
-            if signature[param.name] == "constexpr":
-                constants[(i,)] = value
-            elif not param.do_not_specialize and self.divides(value):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        key = f"{function.__name__} {signature} {constants} {attributes} {options}"
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        source = ASTSource(function, signature, constants, attributes)
-        compiled = triton.compile(source, target=TARGET, options=options)
-        self.rows.append({"kernel": function.__name__, **self.describe(compiled, function.__name__)})
-
-    @staticmethod
-    def divides(value: Any) -> bool:
-        """Whether Triton would promise the compiler that 16 divides this argument."""
-        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
-        return isinstance(number, int) and number % 16 == 0
-
-    @staticmethod
-    def type_of(value: Any, param: Any) -> str:
-        if isinstance(value, torch.Tensor):
-            return f"*{TYPES[value.dtype]}"
-        if param.is_constexpr or value is None or (value == 1 and not param.do_not_specialize):
-            return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
+        compiled = self.compile(function, *args, grid=grid, warmup=True, **kwargs)
+        if compiled.hash not in self.seen:
+            self.seen.add(compiled.hash)
+            self.rows.append({"kernel": function.__name__, **self.describe(compiled, function.__name__)})
 
     def describe(self, compiled: Any, name: str) -> dict[str, Any]:
         ptx, sass, usage = compiled.asm["ptx"], *self.dump(compiled.asm["cubin"])
@@ -238,6 +216,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("few", "codecs", "steps", "adam"))
     options = parser.parse_args()
     recorder = Recorder(options.keep)
+    triton.runtime.driver.set_active(Driver())
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, plan, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()

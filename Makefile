@@ -7,6 +7,9 @@
 #   make campaign the long versions of the tests that damage files and kill writers
 #   make sm90     compile every Triton kernel for an H100, which needs no GPU, and check the machine code
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
+#   make serve    start the conversion service: ends with a URL and, the first time, a token
+#   make faults   kill the service in 200 and more ways, compare, and rewrite the table in docs/service.md
+#   make load     many large uploads, pollers and listeners at once
 #   make docs     bring the option tables of docs/cli.md up to date
 
 PYTHON ?= python3
@@ -17,10 +20,10 @@ DEMO   ?= demo
 GPU_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 gpu docs clean
+.PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
 
 venv: $(STAMP)
 
@@ -61,6 +64,15 @@ campaign: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m statecodec_cli.reference docs/cli.md
+
+serve: $(STAMP)
+	$(BIN)/statecodec serve
+
+faults: $(STAMP)
+	$(BIN)/python benchmarks/service_faults.py --write
+
+load: $(STAMP)
+	$(BIN)/python benchmarks/service_load.py
 
 clean:
 	rm -rf $(DEMO) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

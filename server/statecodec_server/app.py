@@ -90,6 +90,8 @@ def _lifespan(here: Context) -> object:
         await here.uploads.recover()
         running = (here.supervisor.run(), here.watcher.run(), housekeeping.run(here), _describe_library(here))
         tasks = [asyncio.ensure_future(task) for task in running]
+        for task in tasks:
+            task.add_done_callback(_complain)
         try:
             yield
         finally:
@@ -102,6 +104,12 @@ def _lifespan(here: Context) -> object:
             here.database.close()
 
     return lifespan
+
+
+def _complain(task: asyncio.Task[None]) -> None:
+    """None of these may end in an error unnoticed; /readyz shows what is missing then."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a part of the service has stopped", exc_info=error)
 
 
 async def _describe_library(here: Context) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/convergence.py --steps 200 --seeds 3           # everything that is not in the results yet
     python benchmarks/convergence.py --only foam,muon --seeds 1      # a part
-    python benchmarks/convergence.py --table                         # the table of docs/optimizers.md
+    python benchmarks/convergence.py --table                         # print it (tables.py puts it into the docs)
 
 Bytes of the standard library's sources, context 96, a GPT of 0.9 M parameters, batch 8, warm-up then cosine. With the
 first seed every optimizer runs at lr 1e-3 and at the rates of its own small grid, with the other seeds at the best of
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from common import RESULTS, machine
 
@@ -172,34 +173,6 @@ def measure(names: list[str], seeds: int, variant_seeds: int, results: Results) 
             results.get(name, results.best_lr(name), seed)
 
 
-def table(results: Results, seeds: int) -> str:
-    """Markdown: own best lr, loss over seeds, paired differences to torch AdamW: each at its best, and both at 1e-3."""
-    reference = results.best_lr("torch AdamW")
-    lines = [
-        "| optimizer | best lr | val loss | paired to AdamW | at lr 1e-3 | state B/param | step ms |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in CONTENDERS:
-        if not any(r["name"] == name and r["steps"] == results.steps for r in results.runs):
-            continue
-        lr = results.best_lr(name)
-
-        def losses(who: str, rate: float) -> list[float]:
-            found = [results.find(who, rate, s) for s in range(seeds)]
-            return [r["val_loss"] for r in found if r]
-
-        own, theirs = losses(name, lr), losses("torch AdamW", reference)
-        gap = statistics.mean(a - b for a, b in zip(own, theirs, strict=False))
-        equal = losses(name, EQUAL_LR)[0] - losses("torch AdamW", EQUAL_LR)[0]
-        spread = statistics.stdev(own) if len(own) > 1 else 0.0
-        first = results.find(name, lr, 0) or {}
-        lines.append(
-            f"| {name} | {lr:g} | {statistics.mean(own):.4f} +- {spread:.4f} (n = {len(own)}) | {gap:+.4f} "
-            f"| {equal:+.4f} | {first['state_bytes_per_param']:.2f} | {first['step_ms']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
@@ -214,7 +187,7 @@ def main() -> None:
     names = [n for n in CONTENDERS if not parts or any(part in n.lower() for part in parts)]
     if not args.table:
         measure(names, args.seeds, args.variant_seeds, results)
-    print(table(results, args.seeds))
+    print("\n".join(tables.convergence({"runs": results.runs})))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Peak memory of a training step, measured: bytes of all live tensors (weights, gradients, states, scratch,
 activations).
 
-    python benchmarks/optim_memory.py                  # writes benchmarks/results/optim_memory.json
+    python benchmarks/optim_memory.py                  # benchmarks/results/optim_memory.json
 
 Every storage that an operation returns is followed until it is freed; nothing is computed from formulas. The model is a
 stack of bf16 (or fp32) linear layers with a batch of one, so that activations do not blur the picture; they are counted

@@ -1,4 +1,4 @@
-"""Renders benchmarks/results/*.json as the tables of README.md and docs/benchmarks.md.
+"""Renders benchmarks/results/*.json as the tables of README.md, docs/benchmarks.md and docs/optimizers.md.
 
 python benchmarks/tables.py            rewrites them in place
 python benchmarks/tables.py --check    exits with 1 if they are not what the results say
@@ -7,6 +7,7 @@ python benchmarks/tables.py --check    exits with 1 if they are not what the res
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = (ROOT.parent / "README.md", ROOT.parent / "docs" / "benchmarks.md")
+DOCUMENTS = tuple(ROOT.parent / p for p in ("README.md", "docs/benchmarks.md", "docs/optimizers.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -117,8 +118,40 @@ def startup(r: Result) -> list[str]:
     return ["| | median of 9 |", "| --- | --- |", *rows]
 
 
+def convergence(r: Result) -> list[str]:
+    """Every optimizer at the best of its learning rates, over seeds, paired with torch's AdamW at its own best."""
+    losses: dict[str, dict[float, dict[int, float]]] = {}
+    for run in r["runs"]:
+        losses.setdefault(run["name"], {}).setdefault(run["lr"], {})[run["seed"]] = run["val_loss"]
+    best = {name: min(by_lr, key=lambda lr: by_lr[lr].get(0, math.inf)) for name, by_lr in losses.items()}
+    exact = losses["torch AdamW"]
+    lines = [
+        "| optimizer | lr | validation loss | paired to AdamW | at lr 1e-3 | state B/param | step, ms |",
+        "| --- " * 7 + "|",
+    ]
+    for name, by_lr in losses.items():
+        own, theirs = by_lr[best[name]], exact[best["torch AdamW"]]
+        paired = statistics.mean(own[s] - theirs[s] for s in own if s in theirs)
+        equal = by_lr[1e-3][0] - exact[1e-3][0]
+        spread = f" +- {statistics.stdev(own.values()):.4f}" if len(own) > 1 else ""
+        first = next(run for run in r["runs"] if run["name"] == name)
+        lines.append(
+            f"| {name} | {best[name]:g} | {statistics.mean(own.values()):.4f}{spread} (n = {len(own)}) | {paired:+.4f} "
+            f"| {equal:+.4f} | {first['state_bytes_per_param']:.2f} | {first['step_ms']:.1f} |"
+        )
+    return lines
+
+
+def optim_memory(r: Result) -> list[str]:
+    """Bytes of live tensors at the peak of a training step, and between steps."""
+    lines = ["| optimizer | peak, B/param | between steps |", "| --- | --- | --- |"]
+    rows = r["bytes_per_param"].items()
+    return lines + [f"| {name} | {row['peak']:.2f} | {row['at_rest']:.2f} |" for name, row in rows]
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "memory": memory, "resume": resume, "startup": startup,
+    "convergence": convergence, "optim_memory": optim_memory,
 }  # fmt: skip
 
 

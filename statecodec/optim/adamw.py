@@ -43,7 +43,9 @@ class AdamMethod(Elementwise):
     def hyper(self, group: Group) -> Hyper | None:
         beta1, beta2 = (float(b) for b in group["betas"])
         return Hyper(
-            lr=group["lr"] * self._lr_ratio, beta1=beta1, beta2=beta2, eps=float(group["eps"]), l2=self.l2(group),
+            # A tensor lr must stay the same object: it tells which parameters may share a launch.
+            lr=group["lr"] if self._lr_ratio == 1 else group["lr"] * self._lr_ratio,
+            beta1=beta1, beta2=beta2, eps=float(group["eps"]), l2=self.l2(group),
             decay=0.0 if self._l2 or not self._decays else decay_per_lr(group), maximize=group["maximize"],
             stochastic=group["stochastic_rounding"], seed=group["seed"],
         )  # fmt: skip

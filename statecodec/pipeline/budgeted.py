@@ -314,9 +314,6 @@ def _other_bytes(search: Search, moments: set[str], preset: str, packing: Packin
     for planned in search.plan.items:
         if planned.item.name in moments:
             continue
-        if planned.region is None:
-            total += _bytes(planned)
-            continue
         found = sample(search.plan, search._files, planned)
         option = measure(found, _codec(policy, planned), packing, lambda _: 0.0)
         total += _bytes(planned) if option is None else option.nbytes
@@ -324,8 +321,10 @@ def _other_bytes(search: Search, moments: set[str], preset: str, packing: Packin
 
 
 def _codec(policy: Policy, planned: PlannedItem) -> Codec:
-    assert planned.region is not None
-    return codecs.Raw() if planned.region.lossless else policy.codec_for(subject(planned.region, planned.item.name))
+    region = planned.region
+    if region is None or region.lossless:
+        return codecs.Raw()
+    return policy.codec_for(subject(region, planned.item.name))
 
 
 def _bytes(planned: PlannedItem) -> int:

@@ -38,8 +38,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-# Gradients beyond this are treated like infinite ones: their squares, summed over a block, would leave fp32's range.
-LARGEST_GRADIENT = 2.0**60
+# Gradients beyond this are treated like infinite ones: their squares, summed over a tensor, would leave fp32's range.
+LARGEST_GRADIENT = 2.0**48
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@
 is one) and the method's states, each an EncodedTensor: a plain value that torch's cast-on-load and its iteration over
 tensors leave alone.
 
-A gradient that is not finite, or whose square is beyond fp32 (|g| > 2**60), skips its own tensor's step and is counted
-in `skipped`: every method here would otherwise spread it over a group, a block, a row or the whole matrix.
+A gradient that is not finite, or whose squares may sum beyond fp32 (|g| > 2**48), skips its own tensor's step and is
+counted in `skipped`: every method here would otherwise spread it over a group, a block, a row or the whole matrix.
 """
 
 from __future__ import annotations

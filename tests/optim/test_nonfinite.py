@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from statecodec import optim
 from tests.optim.helpers import EVERY, bits, gradients, parameters, run
 
 BAD = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf, "square overflows": 1e25}
@@ -36,6 +37,18 @@ def test_a_bad_gradient_skips_its_own_tensor_only(name: str, bad: str) -> None:
     again = EVERY[name](params.items())
     again.load_state_dict(optimizer.state_dict())
     assert again.skipped() == {"a.weight": 1}
+
+
+def test_the_largest_gradients_do_not_overflow_a_shared_moment() -> None:
+    """Just below the limit, all at once, over dimensions and blocks as wide as they get here."""
+    p = torch.nn.Parameter(torch.zeros(2000, 2000))
+    p.grad = torch.full_like(p, 2.0**48)
+    for optimizer in (optim.SlimAdam([("w", p)], rules={"w": [0, 1]}), optim.FOAM([p], level=16), optim.AdamW([p])):
+        before = p.detach().clone()
+        optimizer.step()
+        assert optimizer.skipped() == {}
+        assert bool(p.isfinite().all())
+        assert bool((p < before).all())
 
 
 @pytest.mark.parametrize("name", EVERY)

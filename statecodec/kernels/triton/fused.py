@@ -45,8 +45,8 @@ from statecodec.kernels.triton.updates import (
     update_tile,
 )  # fmt: skip
 
-_LIMIT = tl.constexpr((127 + 60) << 23)  # bits of LARGEST_GRADIENT
-assert LARGEST_GRADIENT == 2.0**60
+_LIMIT = tl.constexpr((127 + 48) << 23)  # bits of LARGEST_GRADIENT
+assert LARGEST_GRADIENT == 2.0**48
 
 
 @triton.jit

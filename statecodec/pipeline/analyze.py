@@ -110,7 +110,8 @@ def analyze(
 
     `snr`: the signal-to-noise ratio of every second moment over every subset of its dimensions (float64, streamed),
     averaged over the checkpoints; what follows strictly above `cutoff`. `curve`: size against error of the Adam update
-    for the checkpoint of the highest step, with the presets as points. Raises UsageError, LayoutError, FormatError, PolicyError.
+    for the checkpoint of the highest step, with the presets as points. Raises UsageError, LayoutError, FormatError,
+    PolicyError.
     """
     started = time.perf_counter()
     if not sources:

@@ -90,7 +90,7 @@ def _report(value: Any, name: str) -> dict[str, Any]:
         raise TypeError(f"an operation returned {type(value).__name__}, not a report")
     if isinstance(document.get("source"), dict):
         document["source"] = {**document["source"], "name": name}
-    for key in ("path", "a", "b", "files"):  # names, not places on this machine
+    for key in ("path", "a", "b", "files", "sources"):  # names, not places on this machine
         if isinstance(value := document.get(key), str):
             document[key] = Path(value).name
         elif isinstance(value, list):

@@ -49,6 +49,21 @@ class CompressOptions(Options):
     verify: bool = Field(default=False, description="decode everything again and compare before reporting success")
 
 
+class AnalyzeOptions(Options):
+    """The arguments of `statecodec analyze`."""
+
+    snr: bool = Field(default=True, description="signal-to-noise ratio of second moments, per dimension")
+    curve: bool = Field(default=False, description="size against error of the update")
+    cutoff: float | None = Field(default=None, gt=0, le=1e6)
+
+
+class ConvertOptions(Options):
+    """The arguments of `statecodec convert`: rules, or one optimizer."""
+
+    to: list[Rule] = Field(min_length=1, max_length=200, examples=[["exp_avg_sq=shared(dims=[1])"], ["foam(level=2)"]])
+    pack: str = Field(default="zstd", pattern=r"^(none|zstd(:-?[0-9]{1,2})?)$")
+
+
 @dataclass(frozen=True)
 class Call:
     """What a child process hands to an operation; paths are relative to the job's folder."""
@@ -118,6 +133,19 @@ def _diff(library: Any, call: Call) -> Any:
     return library.diff(_compressed(call.source), _compressed(call.other), progress=call.progress)
 
 
+def _analyze(library: Any, call: Call) -> Any:
+    options = {key: value for key, value in call.options.items() if value is not None}
+    return library.analyze(_compressed(call.source), progress=call.progress, threads=call.threads, **options)
+
+
+def _convert(library: Any, call: Call) -> Any:
+    is_rule = "=" in call.options["to"][0].split("(")[0]
+    target = call.output / f"{stem(call.name)}{SUFFIX if is_rule else '.pt'}"
+    return library.convert(
+        _compressed(call.source), target, progress=call.progress, threads=call.threads, **call.options
+    )
+
+
 OPERATIONS: tuple[Operation, ...] = (
     Operation("inspect", "inspect", NoOptions, "Say what is in a checkpoint.", _inspect),
     Operation(
@@ -126,6 +154,10 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("restore", "restore", NoOptions, "Give the original file or folder back.", _restore, makes_files=True),
     Operation("verify", "verify", NoOptions, "Check every checksum.", _verify, other="against"),
     Operation("diff", "diff", NoOptions, "Compare two checkpoints.", _diff, other="other", other_needed=True),
+    Operation("analyze", "analyze", AnalyzeOptions, "Measure what could be shared and how far.", _analyze),
+    Operation(
+        "convert", "convert", ConvertOptions, "Other codecs, or another optimizer's state.", _convert, makes_files=True
+    ),
 )
 
 

@@ -13,6 +13,7 @@ The library's own codes (statecodec/errors.py) appear unchanged as the `code` of
     job.key_reused      422     an Idempotency-Key came back with another request
     job.limit           429     too many unfinished jobs
     job.memory, job.timeout, job.crashed, job.input        how a job fails beside the library's own errors
+    internal                    the service or the library failed in a way it should not; the log says how
     upload.offset       409     PATCH at another offset than the upload's
     upload.locked       423     another request is still writing this upload
     upload.incomplete   409     the upload is not whole yet

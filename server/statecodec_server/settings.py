@@ -65,7 +65,9 @@ class Settings(BaseSettings):
 
     # Workers.
     workers: int = Field(default=1, ge=0, le=64, description="worker processes started beside the HTTP process")
-    worker_name: str = Field(default_factory=socket.gethostname, description="stable name of this machine's workers")
+    worker_name: str = Field(
+        default_factory=socket.gethostname, description="stable name of this machine's workers; its host name if absent"
+    )
     lease_seconds: float = Field(default=20.0, gt=0, description="a worker silent for so long is dead: its jobs move")
     poll_seconds: float = Field(default=0.5, gt=0, le=10, description="how often workers look for jobs and report")
     drain_seconds: float = Field(default=25.0, ge=0, description="what SIGTERM grants to requests and jobs under way")
@@ -74,7 +76,12 @@ class Settings(BaseSettings):
     job_seconds: float = Field(default=6 * 3600.0, gt=0, description="wall-clock limit of one conversion")
     job_memory: ByteSize = Field(default=ByteSize(8 << 30), description="memory limit of one conversion")
     job_attempts: int = Field(default=3, ge=1, le=100, description="how often a conversion that crashed is tried")
-    job_threads: int = Field(default_factory=lambda: max(1, (os.cpu_count() or 2) // 2), ge=1, le=256)
+    job_threads: int = Field(
+        default_factory=lambda: max(1, (os.cpu_count() or 2) // 2),
+        ge=1,
+        le=256,
+        description="threads of one conversion; half the cores if absent",
+    )
     backend: str = Field(default="statecodec", description="module that does the work; tests put a double here")
 
     # Limits.
@@ -96,7 +103,9 @@ class Settings(BaseSettings):
     ticket_ttl: float = Field(default=600.0, gt=0, description="a download link made for a browser")
 
     metrics_open: bool | None = Field(default=None, description="/metrics without a token; only on loopback if absent")
-    log_level: str = Field(default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$")
+    log_level: str = Field(
+        default="INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="DEBUG, INFO, WARNING or ERROR"
+    )
 
     @field_validator("storage_url")
     @classmethod

@@ -11,7 +11,7 @@ import typer
 from statecodec_cli import console, options
 from statecodec_cli.progress import Callback, reporting
 
-Operation = Literal["compress", "restore", "inspect", "verify", "diff"]
+Operation = Literal["compress", "restore", "inspect", "verify", "diff", "analyze"]
 Preset = Literal["lossless", "resume", "small", "tiny", "weights"]
 SUFFIX = ".sc.safetensors"
 

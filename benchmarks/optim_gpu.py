@@ -223,8 +223,8 @@ def _state_nbytes(optimizer: Any) -> int:
 
 def tunings() -> Iterator[dict[str, int]]:
     """Launch shapes worth trying. Each is another launch of its own: an in-place step must never be autotuned."""
-    for tile, warps in ((1024, 2), (1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8)):
-        yield {"UPDATE_TILE": tile, "WARPS": warps}
+    for tile, warps, run in ((1024, 4, 1), (1024, 4, 8), (2048, 4, 4), (2048, 8, 4), (4096, 8, 2), (512, 2, 8)):
+        yield {"UPDATE_TILE": tile, "WARPS": warps, "RUN": run}
     for chunks in (1, 2, 8):
         yield {"PROBE_CHUNKS": chunks}
     for ahead in (0, 1 << 20, 16 << 20, 1 << 40):

@@ -110,7 +110,13 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
     monkeypatch.setattr(plan, "_PLANS", type(plan._PLANS)())
     if request.param == "many tiles":
-        for name, size in (("UPDATE_TILE", 1024), ("PROBE_TILE", 512), ("PROBE_CHUNKS", 2), ("AHEAD", 3000)):
+        for name, size in (
+            ("UPDATE_TILE", 1024),
+            ("PROBE_TILE", 512),
+            ("PROBE_CHUNKS", 2),
+            ("RUN", 2),
+            ("AHEAD", 3000),
+        ):
             monkeypatch.setattr(plan, name, size)
     return str(request.param)
 

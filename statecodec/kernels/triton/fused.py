@@ -5,7 +5,7 @@ The launch is a list of work items (`plan.schedule`), two kinds per parameter, h
 * probe: look for gradient elements that are NaN or beyond LARGEST_GRADIENT. The last probe of a parameter to finish
   begins its step: it counts (`step` or `skipped`), computes the scalars that depend on the step count, and opens the
   gate.
-* update: wait for the gate, then decode, step and encode one tile, unless the gate says skip.
+* update: wait for the gate, then decode, step and encode a run of tiles, unless the gate says skip.
 
 A parameter's probes stand before its updates, and a ticket is taken only by a program that is running: what an update
 waits for is always under way, so the wait ends whatever order the hardware starts programs in. Nothing is reset between
@@ -41,6 +41,7 @@ from statecodec.kernels.triton.updates import (
     SKIPPED,
     STEP,
     STEP_SIZE,
+    TILES,
     update_folded,
     update_tile,
 )  # fmt: skip
@@ -144,7 +145,8 @@ def step_group(
     beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum, residual,
     METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr,
-    GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, PROBE_TILE: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    PROBE_TILE: tl.constexpr,
     PROBE_CHUNKS: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr, BROAD: tl.constexpr,
     PATHS: tl.constexpr, LR_TENSOR: tl.constexpr, MAXIMIZE: tl.constexpr, L2: tl.constexpr, NESTEROV: tl.constexpr,
     STOCHASTIC: tl.constexpr, MEAN_OF_SQUARES: tl.constexpr, TRUE_TAIL: tl.constexpr, DECAY_FIRST: tl.constexpr,
@@ -173,28 +175,31 @@ def step_group(
         while tl.atomic_add(mark + GATE, 0, sem="acquire") != epoch:
             pass
         if tl.load(mark + ACTIVE) != 0:
+            tiles = tl.minimum(tl.load(row + TILES).to(tl.int32) - work * RUN, RUN)
+            first = work.to(tl.int64) * (RUN * COUNT)
             whole = PATHS == 1
             if PATHS == 3:
                 whole = tl.load(row + FLAT) != 0
-            if whole:
-                _update(
-                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum,
-                    residual,
-                    METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, True, MAXIMIZE, L2, NESTEROV,
-                    STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
-                )  # fmt: skip
-            else:
-                _update(
-                    row, mark, work, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps, l2, momentum,
-                    residual,
-                    METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, False, MAXIMIZE, L2, NESTEROV,
-                    STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
-                )  # fmt: skip
+            for tile in range(tiles):
+                if whole:
+                    _update(
+                        row, mark, first + tile * COUNT, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps,
+                        l2,
+                        momentum, residual, METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, True,
+                        MAXIMIZE, L2, NESTEROV, STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
+                    )  # fmt: skip
+                else:
+                    _update(
+                        row, mark, first + tile * COUNT, m_table, v_table, beta1_, one_beta1, beta2_, one_beta2, eps,
+                        l2,
+                        momentum, residual, METHOD, KIND, LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, BLOCK, False,
+                        MAXIMIZE, L2, NESTEROV, STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
+                    )  # fmt: skip
 
 
 @triton.jit
 def _update(
-    row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, residual,
+    row, mark, start, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, residual,
     METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
@@ -203,11 +208,11 @@ def _update(
 ):  # fmt: skip
     if METHOD == "foam":
         update_folded(
-            row, mark, tile, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual, KIND, LOW_BITS, GRAD_KIND,
+            row, mark, start, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual, KIND, LOW_BITS, GRAD_KIND,
             M, V, GROUP, WIDTH, COUNT, BLOCK, WHOLE, MAXIMIZE, STOCHASTIC, MEAN_OF_SQUARES, TRUE_TAIL, DECAY_FIRST,
         )  # fmt: skip
     else:
         update_tile(
-            row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, METHOD, KIND,
+            row, mark, start, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum, METHOD, KIND,
             LOW_BITS, GRAD_KIND, M, V, GROUP, WIDTH, COUNT, WHOLE, MAXIMIZE, L2, NESTEROV, STOCHASTIC,
         )  # fmt: skip

@@ -32,12 +32,12 @@ LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 WIDEST = 2048  # elements of the largest group that is fused
 NARROW = 1 << 16  # parameters of more elements and rows shorter than half a group get a tile of their own shape
 
-# Elements of one tile, of one probe, and of gradient bytes probed ahead of the updates: enough to keep waits rare, few
-# enough that the second read of a gradient finds it in the L2 cache.
-UPDATE_TILE = 1 << 14 if INTERPRETED else 2048
+# Elements of one tile (a work item is a run of RUN of them), of one probe, and of gradient bytes probed ahead of the
+# updates: enough to keep waits rare, few enough that the second read of a gradient finds it in the L2 cache.
+UPDATE_TILE = 1 << 14 if INTERPRETED else 1024
 PROBE_TILE, PROBE_CHUNKS = (1 << 14, 1) if INTERPRETED else (2048, 4)
 AHEAD = 4 << 20
-WARPS = 4
+WARPS, RUN = 4, 4
 
 Format = tuple[Any, ...]
 NONE: Format = (0,)
@@ -126,7 +126,9 @@ class Plan:
         self.views = [traits.view(s) for s in slots]
         sizes = [rows * cols for rows, cols in self.views]
         blocks = [(rows, -(-cols // traits.block)) for rows, cols in self.views]
-        updates = [-(-rows * -(-cols // group) // self.count) for rows, cols in blocks]
+        self.tiles = [-(-rows * -(-cols // group) // self.count) for rows, cols in blocks]
+        updates = [-(-tiles // RUN) for tiles in self.tiles]
+        self.run = RUN
         self.planes = [planes(s.shape, traits.dims) for s in slots]
         cuts = [pieces(*view) for view in self.planes]
         plain = [max(1, -(-n // (PROBE_TILE * PROBE_CHUNKS))) for n in sizes]
@@ -157,8 +159,8 @@ class Plan:
             hyper.residual, METHOD=self.traits.method, KIND=KINDS[first.param.dtype], GRAD_KIND=KINDS[first.grad.dtype],
             LOW_BITS=LOW_BITS[None if first.low is None else first.low.dtype], M=self.traits.formats[0],
             V=self.traits.formats[1],
-            GROUP=self.group, WIDTH=self.width, COUNT=self.count, BLOCK=self.traits.block, PROBE_TILE=PROBE_TILE,
-            PROBE_CHUNKS=PROBE_CHUNKS, HIGH=HIGH, WIDE=WIDE, TALL=TALL, BROAD=BROAD,
+            GROUP=self.group, WIDTH=self.width, COUNT=self.count, BLOCK=self.traits.block, RUN=self.run,
+            PROBE_TILE=PROBE_TILE, PROBE_CHUNKS=PROBE_CHUNKS, HIGH=HIGH, WIDE=WIDE, TALL=TALL, BROAD=BROAD,
             PATHS=self.paths, LR_TENSOR=live, MAXIMIZE=hyper.maximize, L2=hyper.l2 != 0, NESTEROV=hyper.nesterov,
             STOCHASTIC=hyper.stochastic, MEAN_OF_SQUARES=hyper.mean_of_squares, TRUE_TAIL=hyper.true_tail,
             DECAY_FIRST=hyper.decay_first, TORCH_BIAS=hyper.torch_bias,
@@ -174,7 +176,17 @@ class Plan:
         for at, (slot, pointers, (rows, cols)) in enumerate(zip(slots, addresses, self.views, strict=True)):
             scratch = self.scratch.data_ptr() + 4 * self.scratch_at[at]
             whole = self._whole(rows, cols) and not any(p % 16 for p in pointers[:7])
-            table[at] = (*pointers, rows, cols, self.probes[at], slot.index, whole, *self.planes[at], scratch)
+            table[at] = (
+                *pointers,
+                rows,
+                cols,
+                self.probes[at],
+                self.tiles[at],
+                slot.index,
+                whole,
+                *self.planes[at],
+                scratch,
+            )
         flat = table[:, FLAT.value]
         self.paths = 1 * bool(flat.any()) | 2 * bool((flat == 0).any())
         host = torch.from_numpy(table)

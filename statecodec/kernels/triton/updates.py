@@ -22,8 +22,8 @@ from statecodec.kernels.triton.steps import (
 # Columns of the table of parameters (int64), one row each. Addresses come first. OUTER x SHARED x INNER is the
 # parameter as a shared second moment sees it: one value per outer and inner index.
 PARAM, LOW, GRAD, M_DATA, M_SCALES, V_DATA, V_SCALES, STEP, SKIPPED = map(tl.constexpr, range(9))
-ROWS, COLS, PROBES, INDEX, FLAT, OUTER, SHARED, INNER, SCRATCH = map(tl.constexpr, range(9, 18))
-FIELDS = tl.constexpr(18)
+ROWS, COLS, PROBES, TILES, INDEX, FLAT, OUTER, SHARED, INNER, SCRATCH = map(tl.constexpr, range(9, 19))
+FIELDS = tl.constexpr(19)
 
 # Columns of the bookkeeping (int32), one row per parameter: probes done so far, found unusable, launch whose gate is
 # open, whether to step, dither key; then the scalars of this step as fp32 bits: decay, step size, root, 1 / root, gain.
@@ -67,18 +67,18 @@ def places(rows, cols, start, GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: t
 
 @triton.jit
 def update_tile(
-    row, mark, tile, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum,
+    row, mark, start, m_table, v_table, beta1, one_beta1, beta2, one_beta2, eps, l2, momentum,
     METHOD: tl.constexpr, KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr,
     V: tl.constexpr,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr, MAXIMIZE: tl.constexpr,
     L2: tl.constexpr, NESTEROV: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """COUNT groups of a parameter whose first moment has its own shape: adam, lion, sgd, slim."""
+    """COUNT groups, from `start` on, of a parameter whose first moment has its shape: adam, lion, sgd, slim."""
     param, low, grad = tl.load(row + PARAM), tl.load(row + LOW), tl.load(row + GRAD)
     m_data, m_scales = tl.load(row + M_DATA), tl.load(row + M_SCALES)
     v_data, v_scales = tl.load(row + V_DATA), tl.load(row + V_SCALES)
     index, begin, offset, inside, packed, packed_inside, size = places(
-        tl.load(row + ROWS), tl.load(row + COLS), tile.to(tl.int64) * COUNT, GROUP, WIDTH, COUNT, WHOLE
+        tl.load(row + ROWS), tl.load(row + COLS), start, GROUP, WIDTH, COUNT, WHOLE
     )
     g = load_gradient(grad, offset, inside, GRAD_KIND, WHOLE)
     w = load_weight(param, low, offset, inside, KIND, LOW_BITS, WHOLE)
@@ -136,18 +136,18 @@ def _shared_moment(v_data, begin, size, inside, row, WIDTH: tl.constexpr):
 
 @triton.jit
 def update_folded(
-    row, mark, tile, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual,
+    row, mark, start, m_table, v_table, one_beta1, beta2, one_beta2, eps, residual,
     KIND: tl.constexpr, LOW_BITS: tl.constexpr, GRAD_KIND: tl.constexpr, M: tl.constexpr, V: tl.constexpr,
     GROUP: tl.constexpr,
     WIDTH: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, MAXIMIZE: tl.constexpr,
     STOCHASTIC: tl.constexpr, MEAN_OF_SQUARES: tl.constexpr, TRUE_TAIL: tl.constexpr, DECAY_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """COUNT groups of folded moments, and the WIDTH blocks of BLOCK weights that each of them stands for (FOAM)."""
+    """COUNT groups of folded moments, from `start` on, and the WIDTH blocks of BLOCK weights that each of them stands
+    for (FOAM)."""
     param, low, grad = tl.load(row + PARAM), tl.load(row + LOW), tl.load(row + GRAD)
     m_data, m_scales = tl.load(row + M_DATA), tl.load(row + M_SCALES)
     v_data, v_scales = tl.load(row + V_DATA), tl.load(row + V_SCALES)
     rows, cols = tl.load(row + ROWS), tl.load(row + COLS)
-    start = tile.to(tl.int64) * COUNT
     blocks = (cols + BLOCK - 1) // BLOCK
     index, _, at, at_inside, packed, packed_inside, size = places(rows, blocks, start, GROUP, WIDTH, COUNT, WHOLE)
     TALL: tl.constexpr = COUNT * WIDTH

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, record, spent, trained
+from chain import checkpoint, train
+from common import CACHE, record, spent
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +23,8 @@ PRESETS = ("lossless", "resume", "small", "tiny")
 
 def main() -> None:
     """Measure and record."""
-    models = {"gpt": trained(), "conv": cached("conv", conv), "perceptron": cached("perceptron", perceptron)}
+    train()
+    models = {"gpt": checkpoint(600), "conv": cached("conv", conv), "perceptron": cached("perceptron", perceptron)}
     record("budget", {name: one(path) for name, path in models.items()})
 
 

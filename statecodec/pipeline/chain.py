@@ -7,7 +7,7 @@ file under that name is refused. Links refer to links, up to MAX_LINKS of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,16 +38,21 @@ class Base:
             raise UsageError(f"base {path}: not a compressed checkpoint; a chain starts at one")
         if path.absolute().parent.resolve() != target.absolute().parent.resolve():
             raise UsageError(f"base {path}: a link lies beside its base, but {target} is in another folder")
-        if path.absolute() == target.absolute():
-            raise UsageError(f"{target} cannot be its own base")
         self.stored = Stored.open(path)
         before = self.stored.document.base.length if self.stored.document.base else 0
-        if before + 1 > MAX_LINKS:
+        try:
+            if any(earlier.path.absolute() == target.absolute() for earlier in _chain(self.stored)):
+                raise UsageError(
+                    f"{target} is what base {path} builds on, or the base itself: writing it breaks the chain"
+                )
+            if before + 1 > MAX_LINKS:
+                raise UsageError(
+                    f"base {path} is link {before} of a chain, and {MAX_LINKS} are the most that a reader follows: "
+                    "start again with a checkpoint of its own, or take an earlier base"
+                )
+        except BaseException:
             self.close()
-            raise UsageError(
-                f"base {path} is link {before} of a chain, and {MAX_LINKS} are the most that a reader follows: start "
-                "again with a checkpoint of its own, or take an earlier base"
-            )
+            raise
         self.file = BaseFile(path.name, self.stored.reader.digest, before + 1)
         self._index = {item.name: i for i, item in enumerate(self.stored.reader.items)}
 
@@ -75,6 +80,14 @@ class Base:
         index = self.index(planned)
         assert index is not None
         return self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
+
+
+def _chain(stored: Stored) -> Iterator[Stored]:
+    """A checkpoint and everything it builds on."""
+    yield stored
+    while stored.document.base is not None:
+        stored = stored.base
+        yield stored
 
 
 @dataclass(frozen=True)

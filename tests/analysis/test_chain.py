@@ -167,8 +167,11 @@ def test_wrong_bases(runs: dict[str, list[Path]], tmp_path: Path) -> None:
         statecodec.compress(source, tmp_path / "a.sc.safetensors", base=tmp_path / "none.sc.safetensors")
     with pytest.raises(UsageError, match="beside its base"):
         statecodec.compress(source, tmp_path / "sub" / "a.sc.safetensors", base=first)
-    with pytest.raises(UsageError, match="its own base"):
+    with pytest.raises(UsageError, match="breaks the chain"):
         statecodec.compress(source, first, base=first, force=True)
+    second = statecodec.compress(source, tmp_path / "second.sc.safetensors", base=first).path
+    with pytest.raises(UsageError, match="breaks the chain"):
+        statecodec.compress(source, first, base=second, force=True)
     with pytest.raises(UsageError, match="give one"):
         statecodec.compress(source, tmp_path / "a.sc.safetensors", rules=["weight=residual"])
 

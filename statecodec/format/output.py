@@ -71,17 +71,7 @@ class TemporaryFile:
     def publish(self, target: Path, force: bool) -> None:
         """Give the file its name, atomically. Without `force`, a name that appeared meanwhile raises OutputExists."""
         with os_errors(target):
-            if force:
-                os.replace(self.path, target)
-                return
-            try:
-                os.link(self.path, target)
-            except FileExistsError:
-                raise OutputExists(f"{target} was created meanwhile; use force to replace it") from None
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
-                    raise
-                os.rename(self.path, target)  # no hard links here: the check at the start has to do
+            give_name(self.path, target, force)
 
     def close(self) -> None:
         """Remove the temporary name, whether published under another or not, and close the file."""
@@ -90,6 +80,21 @@ class TemporaryFile:
                 os.unlink(self.path)
             os.close(self.fd)
             self.fd = -1
+
+
+def give_name(path: Path, target: Path, force: bool) -> None:
+    """Name a finished file, atomically; `path` may remain as a second name. Raises OutputExists and OSError."""
+    if force:
+        os.replace(path, target)
+        return
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise OutputExists(f"{target} was created meanwhile; use force to replace it") from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        os.rename(path, target)  # no hard links here: the check at the start has to do
 
 
 def sweep(destination: Path) -> None:

@@ -25,7 +25,7 @@ from statecodec.pipeline import document as documents
 from statecodec.pipeline.budgeted import Limits, Search
 from statecodec.pipeline.chain import Base, link
 from statecodec.pipeline.digests import FileHashes, Watched
-from statecodec.pipeline.paths import compressed_path, parse_size
+from statecodec.pipeline.paths import compressed_path, named, parse_size
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, with_codec
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
@@ -162,10 +162,11 @@ def _write(
         with Writer(target, stored, packing=packing, max_shard_size=shard_size, force=force) as writer:
             errors = _ErrorSums(plan)
             encode = partial(_encode, plan, files, writer, device, base)
-            for job, packed, comparison in ordered_map(encode, _jobs(plan), threads):
-                writer.append(packed)
-                errors.add(job.item, comparison)
-                meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
+            with contextlib.closing(ordered_map(encode, _jobs(plan), threads)) as encoded:
+                for job, packed, comparison in encoded:
+                    writer.append(packed)
+                    errors.add(job.item, comparison)
+                    meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
             for index, error in errors.results():
                 writer.set_attributes(index, {**plan.items[index].item.attributes, "error": error})
             found = dict(zip(own, hashes.digests(), strict=False))
@@ -261,10 +262,11 @@ def _find_refusals(
         return job, None
 
     files = SourceFiles(plan.source)
-    for job, refused in ordered_map(attempt, _jobs(plan), threads):
-        if refused is not None:
-            refusals.setdefault(refused.name, refused.reason)
-        meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
+    with contextlib.closing(ordered_map(attempt, _jobs(plan), threads)) as attempts:
+        for job, refused in attempts:
+            if refused is not None:
+                refusals.setdefault(refused.name, refused.reason)
+            meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
     return refusals
 
 
@@ -296,7 +298,7 @@ def _document(
         preset=preset,
         rules=tuple(str(rule) for rule in policy.rules),
         source={
-            "name": source.root.name,
+            "name": named(source.root).name,
             "layout": "directory" if single is None else single.layout,
             "bytes": plan.nbytes,
             "sha256": None if single is None else digests[0],

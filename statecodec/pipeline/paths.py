@@ -25,9 +25,20 @@ _UNITS = {
 _SUFFIXES = (".pth.tar", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
+def named(source: Path) -> Path:
+    """A path that ends in the file's or directory's name: `.` and `run/..` do not."""
+    return source.resolve() if source.name in ("", "..") else source
+
+
 def compressed_path(source: Path) -> Path:
-    """Where `compress` writes by default: ckpt.pt -> ckpt.sc.safetensors, a directory run/ -> run.sc.safetensors."""
+    """Where `compress` writes by default: ckpt.pt -> ckpt.sc.safetensors, a directory run/ -> run.sc.safetensors.
+
+    Raises UsageError for the root directory, which has no name.
+    """
+    source = named(source)
     name = source.name
+    if not name:
+        raise UsageError(f"{source} has no name to derive the output's from; say where to write (-o)")
     for suffix in _SUFFIXES:
         if name.lower().endswith(suffix) and len(name) > len(suffix) and source.is_file():
             name = name[: -len(suffix)]
@@ -35,9 +46,10 @@ def compressed_path(source: Path) -> Path:
     return source.with_name(name + SUFFIX)
 
 
-def restored_path(compressed: Path, original_name: str) -> Path:
-    """Where `restore` writes by default: the original's name, beside the compressed file."""
-    return compressed.parent / (Path(original_name).name or "restored")
+def restored_path(compressed: Path, original_name: str | None) -> Path:
+    """Where `restore` writes by default: the original's name (untrusted), beside the compressed file."""
+    name = re.sub(r"[\x00-\x1f\x7f/]", "_", original_name or "")
+    return compressed.parent / (name if name not in ("", ".", "..") else "restored")
 
 
 def parse_size(size: str | int | None) -> int | None:

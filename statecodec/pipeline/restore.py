@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import struct
-import tempfile
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,13 @@ import torch
 from zlib_ng import zlib_ng
 
 from statecodec import codecs
-from statecodec.errors import CorruptFile, OutputExists
+from statecodec.errors import CorruptFile
 from statecodec.layouts import Crc32
 from statecodec.pipeline.compress import target_device
 from statecodec.pipeline.digests import FileHashes, Watched
 from statecodec.pipeline.document import StoredFile
 from statecodec.pipeline.paths import restored_path
+from statecodec.pipeline.publishing import publish
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.skeleton import Skeleton
 from statecodec.pipeline.stored import Stored
@@ -56,43 +56,23 @@ def restore(
     Lossy tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under
     the destination's name before it is complete.
 
-    Raises FormatError and its subclasses, OutputExists, OSError.
+    With `force` an existing file is replaced by a file, a directory by a directory. Raises FormatError and its
+    subclasses, OutputExists, OutputFailed, UsageError.
     """
     started = time.perf_counter()
     where = target_device(device)
     with Stored.open(src) as stored:
         document = stored.document
+        target = Path(dst) if dst is not None else restored_path(Path(src), document.source.get("name"))
         if document.source["layout"] == "native":
             from statecodec.pipeline.native import restore_native
 
-            target = Path(dst) if dst is not None else restored_path(Path(src), str(document.source.get("name")))
             write: Callable[[Path], None] = partial(restore_native, stored)
         else:
-            target = Path(dst) if dst is not None else restored_path(Path(src), str(document.source.get("name")))
             meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
             write = partial(_restore_all, stored, where, threads or default_threads(), meter)
-        if not force and (target.exists() or target.is_symlink()):
-            raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
-        _publish(target, write, document.is_directory)
+        publish(target, write, directory=document.is_directory, force=force)
         return replace(stored.report(time.perf_counter() - started), path=str(target))
-
-
-def _publish(target: Path, write: Callable[[Path], None], directory: bool) -> None:
-    """Let `write` fill a temporary neighbour, make it durable, and rename it into place."""
-    parent = target.absolute().parent
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".tmp", dir=parent))
-    try:
-        made = holder / "made"
-        if directory:
-            made.mkdir()
-        write(made)
-        _sync_directories(made)
-        if target.is_dir() and not target.is_symlink():
-            target.rename(holder / "replaced")
-        os.replace(made, target)
-        _sync(parent)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, made: Path) -> None:
@@ -132,10 +112,12 @@ def _restore_file(
             write_exactly(fd, start, data)
             return start, len(data), zlib_ng.crc32(data) if lossy else 0
 
-        for start, nbytes, crc in ordered_map(decode, jobs, threads):
-            crcs.add(start, nbytes, crc)
-            hashes.advance(start + nbytes)
-            meter.add(nbytes)
+        # Closed before the file is: no thread may write to a descriptor that is somebody else's by then.
+        with closing(ordered_map(decode, jobs, threads)) as written:
+            for start, nbytes, crc in written:
+                crcs.add(start, nbytes, crc)
+                hashes.advance(start + nbytes)
+                meter.add(nbytes)
         crcs.finish()
         hashes.advance(file.nbytes)
         if hashes.files and hashes.digests() != [file.sha256]:
@@ -161,8 +143,9 @@ def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, met
             done += length
         return len(data)
 
-    for nbytes in ordered_map(decode, stored.chunks(index), threads):
-        meter.add(nbytes)
+    with closing(ordered_map(decode, stored.chunks(index), threads)) as written:
+        for nbytes in written:
+            meter.add(nbytes)
 
 
 class _Crcs:
@@ -210,17 +193,3 @@ def _touches(crc: Crc32, lossy: list[tuple[int, int]]) -> bool:
     """Whether a span holds bytes of a lossy region (disjoint, by offset)."""
     index = bisect_left(lossy, (crc.offset + crc.nbytes,)) - 1
     return index >= 0 and sum(lossy[index]) > crc.offset
-
-
-def _sync_directories(path: Path) -> None:
-    """Make directory entries durable; the files themselves already are."""
-    for root, _, _ in os.walk(path):
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

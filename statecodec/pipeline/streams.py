@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
@@ -30,10 +30,11 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def ordered_map(function: Callable[[T], R], work: Iterable[T], threads: int) -> Iterator[R]:
+def ordered_map(function: Callable[[T], R], work: Iterable[T], threads: int) -> Generator[R, None, None]:
     """Results of `function` over `work`, in order, computed on `threads` threads, two pieces in flight for each.
 
-    The first exception stops the rest; so does closing the iterator.
+    The first exception stops the rest; so does closing the generator, which waits for the pieces in flight. Close it
+    (contextlib.closing) before what `function` works on: an exception in the caller's loop alone does not.
     """
     if threads <= 1:
         yield from map(function, work)

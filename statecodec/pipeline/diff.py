@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
 def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, started: float) -> DiffReport:
     notes: list[str] = []
     shared = [t for name, t in a.tensors.items() if name in b.tensors and _comparable(t, b.tensors[name], notes)]
-    pairs = [m for m in a.moments if m.exp_avg in b.tensors and m.exp_avg_sq in b.tensors]
+    pairs = [m for m in a.moments if _comparable_update(m, a, b)]
     sizes = [math.prod(t.shape) for t in shared] + [math.prod(a.tensors[m.exp_avg].shape) * 2 for m in pairs]
     meter = Meter(progress, sum(sizes), "comparing")
 
@@ -48,26 +49,28 @@ def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, s
         return tensor, compare_tensors(a, tensor, b, b.tensors[tensor.name])
 
     tensors, sums = [], _Totals()
-    for tensor, result in ordered_map(compare, shared, threads):
-        meter.add(math.prod(tensor.shape))
-        if tensor.role in SKELETON_ROLES:
-            if result.mismatched:
-                notes.append(f"{tensor.name}: bytes that are not tensors differ")
-            continue
-        tensors.append(_tensor_diff(tensor, result))
-        sums.add_tensor(tensor.role, result)
+    with closing(ordered_map(compare, shared, threads)) as compared:
+        for tensor, result in compared:
+            meter.add(math.prod(tensor.shape))
+            if tensor.role in SKELETON_ROLES:
+                if result.mismatched:
+                    notes.append(f"{tensor.name}: bytes that are not tensors differ")
+                continue
+            tensors.append(_tensor_diff(tensor, result))
+            sums.add_tensor(tensor.role, result)
 
     def update(m: Moments) -> tuple[Moments, UpdateComparison]:
         return m, _compare_update(a, b, m)
 
     updates = []
-    for moments, change in ordered_map(update, pairs, threads):
-        numel = math.prod(a.tensors[moments.exp_avg].shape)
-        meter.add(2 * numel)
-        updates.append(_update_report(moments.param or moments.exp_avg, numel, change))
-        sums.add_update(change)
-        if change.nonfinite:
-            notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
+    with closing(ordered_map(update, pairs, threads)) as changes:
+        for moments, change in changes:
+            numel = math.prod(a.tensors[moments.exp_avg].shape)
+            meter.add(2 * numel)
+            updates.append(_update_report(moments.param or moments.exp_avg, numel, change))
+            sums.add_update(change)
+            if change.nonfinite:
+                notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
     return DiffReport(
         a=str(a.path), b=str(b.path), tensors=tuple(tensors), updates=tuple(updates), total=sums.total(),
         only_in_a=_missing(a, b), only_in_b=_missing(b, a), notes=tuple(notes), seconds=time.perf_counter() - started,
@@ -104,8 +107,8 @@ def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
 
 
 def correction(beta: float, step: float) -> float:
-    """Adam's bias correction 1 - beta**step; 1 where the step is unknown."""
-    return (1.0 - beta**step if step < math.inf else 1.0) or 1.0
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
 
 
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:
@@ -138,6 +141,12 @@ def _comparable(a: TensorInfo, b: TensorInfo, notes: list[str]) -> bool:
     else:
         notes.append(f"{a.name}: not comparable: {a.dtype} {list(a.shape)} in A, {b.dtype} {list(b.shape)} in B")
     return False
+
+
+def _comparable_update(m: Moments, a: TensorSet, b: TensorSet) -> bool:
+    """Whether both sides have both moments, as floats of one shape."""
+    found = [s.tensors.get(name) for s in (a, b) for name in (m.exp_avg, m.exp_avg_sq)]
+    return len({t.shape if t and t.dtype.is_floating_point else None for t in found}) == 1 and None not in found
 
 
 def _missing(a: TensorSet, b: TensorSet) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ from statecodec.layouts import Crc32, Moments, View
 T = TypeVar("T")
 
 _MAX_FILE = 1 << 50
+_MAX_SOURCE = 1 << 62  # all files together
 MAX_LINKS = 16  # a reader opens every file of a chain
 
 
@@ -95,16 +97,15 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
     paths = [f.path for f in files]
     if len(set(paths)) != len(paths):
         raise FormatError("the document names a file twice")
-    for file in files:
-        if file.same_as is not None and file.same_as not in paths[: paths.index(file.path)]:
-            raise FormatError(
-                f"{file.path!r} is said to be the same as {str(file.same_as)!r}, which is no earlier file"
-            )
+    _check_links(files)
+    _check_items_used_once(files)
     source = _get(value, "source", dict)
+    _optional(source, "name", str)
     if source.get("layout") not in ("torch_zip", "safetensors", "directory", "opaque", "native"):
         raise FormatError(f"unknown source layout {str(source.get('layout'))!r}; this file needs a newer reader")
-    if type(source.get("bytes")) is not int:
-        raise FormatError("the document does not say how many bytes the source had")
+    _integer(source.get("bytes"), 0, _MAX_SOURCE)
+    if source["layout"] not in ("directory", "native") and len(files) != 1:
+        raise FormatError(f"the document of a single file describes {len(files)} files")
     return Document(
         created_by=_get(value, "created_by", str),
         preset=_optional(value, "preset", str),
@@ -115,6 +116,28 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
         notes=tuple(_strings(value, "notes")),
         base=_base(value["base"]) if value.get("base") is not None else None,
     )
+
+
+def _check_links(files: Sequence[StoredFile]) -> None:
+    """A hard link is to an earlier file of the same size that is none itself, and has no bytes of its own."""
+    earlier: dict[str, StoredFile] = {}
+    for file in files:
+        if file.same_as is not None:
+            first = earlier.get(file.same_as)
+            if first is None or first.nbytes != file.nbytes or file.regions or file.skeleton is not None:
+                raise FormatError(
+                    f"{file.path!r} is said to be the same as {file.same_as[:200]!r}, which is no such earlier file"
+                )
+        else:
+            earlier[file.path] = file
+
+
+def _check_items_used_once(files: Sequence[StoredFile]) -> None:
+    """Otherwise a small file could restore to any number of copies of one item."""
+    used = [item for file in files for _, item in file.regions]
+    used += [file.skeleton for file in files if file.skeleton is not None]
+    if len(set(used)) != len(used):
+        raise FormatError("the document puts one item into two places")
 
 
 def _base(value: Any) -> BaseFile:
@@ -166,6 +189,9 @@ def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:
         )
         for o, n, ats in _rows(value, "crcs", 3)
     )
+    ends = sorted((c.offset, c.offset + c.nbytes) for c in crcs)
+    if any(stop > start for (_, stop), (start, _) in pairwise(ends)):
+        raise FormatError(f"checksums of {str(value.get('path'))[:200]!r} are over bytes that overlap")
     return StoredFile(
         path=_safe_path(_get(value, "path", str)),
         nbytes=nbytes,
@@ -217,9 +243,11 @@ def _moments(value: Any) -> Moments:
         raise FormatError("a pair of moments is not an object")
     number = {k: value.get(k) for k in ("beta1", "beta2", "eps", "lr", "weight_decay", "step")}
     text = {k: value.get(k) for k in ("param", "exp_avg", "exp_avg_sq", "weight")}
-    if not all(v is None or type(v) in (int, float) for v in number.values()):
+    optional = ("lr", "weight_decay", "step", "param", "weight")
+    sound = {k: type(v) in (int, float) and abs(v) < 1e300 for k, v in number.items() if v is not None}
+    if not all(sound.get(k, k in optional) for k in number):
         raise FormatError("a pair of moments has a setting that is not a number")
-    if not all(v is None or isinstance(v, str) for v in text.values()):
+    if not all(isinstance(v, str) or (v is None and k in optional) for k, v in text.items()):
         raise FormatError("a pair of moments has a name that is not text")
     return Moments(**cast(Any, text), **cast(Any, number))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,9 +150,10 @@ def open_tensors(path: str | Path) -> TensorSet:
 
 
 def _head(path: Path) -> bytes:
+    """The first bytes of a regular file; nothing of anything else, which might have no end, or never begin."""
     try:
-        with path.open("rb") as file:
-            return file.read(1 << 16)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            return file.read(1 << 16) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
     except OSError as error:
         raise FormatError(f"{path}: {error.strerror}") from error
 

@@ -23,6 +23,7 @@ from .names import clean_name
 
 Rule = Annotated[str, StringConstraints(min_length=3, max_length=500)]
 SUFFIX = ".sc.safetensors"
+BESIDE = ("compress", "restore")  # operations whose `other` is a file the compressed one builds on
 
 
 class Options(BaseModel):
@@ -107,15 +108,26 @@ def _compressed(path: Path) -> Path:
 
 def _compress(library: Any, call: Call) -> Any:
     options = {key: value for key, value in call.options.items() if value is not None}
-    if call.other is not None:
-        options["base"] = _compressed(call.other)
     target = call.output / f"{stem(call.name)}{SUFFIX}"
-    return library.compress(call.source, target, progress=call.progress, threads=call.threads, device="cpu", **options)
+    if call.other is None:
+        return library.compress(
+            call.source, target, progress=call.progress, threads=call.threads, device="cpu", **options
+        )
+    base = call.output / call.other.name  # laid there by the worker: a link lies beside its base
+    if base == target:
+        target = call.output / f"{stem(call.name)}.next{SUFFIX}"
+    report = library.compress(
+        call.source, target, base=base, progress=call.progress, threads=call.threads, device="cpu", **options
+    )
+    base.unlink()  # it is the client's own file already
+    return report
 
 
 def _restore(library: Any, call: Call) -> Any:
     source = _compressed(call.source)
     original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
+    if call.other is not None:
+        (call.output / call.other.name).unlink()
     target = call.output / clean_name(Path(str(original)).name)
     return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu")
 
@@ -151,7 +163,15 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "compress", "compress", CompressOptions, "Make a checkpoint small.", _compress, other="base", makes_files=True
     ),
-    Operation("restore", "restore", NoOptions, "Give the original file or folder back.", _restore, makes_files=True),
+    Operation(
+        "restore",
+        "restore",
+        NoOptions,
+        "Give the original file or folder back.",
+        _restore,
+        other="base",
+        makes_files=True,
+    ),
     Operation("verify", "verify", NoOptions, "Check every checksum.", _verify, other="against"),
     Operation("diff", "diff", NoOptions, "Compare two checkpoints.", _diff, other="other", other_needed=True),
     Operation("analyze", "analyze", AnalyzeOptions, "Measure what could be shared and how far.", _analyze),
@@ -186,7 +206,8 @@ class Offer:
 
     def __init__(self, operation: Operation, taken: Sequence[str]) -> None:
         self.operation = operation
-        self.other = operation.other if operation.other_needed or operation.other in taken else None
+        known = operation.other_needed or operation.other in taken or operation.name == "restore"
+        self.other = operation.other if known else None
         self.fields = [name for name in operation.options.model_fields if name in taken]
 
     def schema(self) -> dict[str, Any]:

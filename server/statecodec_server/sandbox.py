@@ -26,10 +26,12 @@ _REFUSED = frozenset({
     "pickle.find_class", "os.chroot",
 })  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = frozenset({
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-    "shutil.rmtree",
-})  # fmt: skip
+# Audit event -> (index of a path, index of the dir_fd it is relative to) for each path that changes.
+_CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
+    "os.remove": ((0, 1),), "os.rmdir": ((0, 1),), "os.mkdir": ((0, 2),), "os.symlink": ((1, 2),),
+    "os.rename": ((0, 2), (1, 3)), "os.link": ((0, 2), (1, 3)), "os.chmod": ((0, 2),), "os.chown": ((0, 3),),
+    "os.truncate": ((0, None),), "shutil.rmtree": ((0, 1),),
+}  # fmt: skip
 
 
 def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
@@ -78,10 +80,13 @@ def lock_down(writable: Sequence[Path]) -> None:
     """From now on refuse what a conversion has no reason to do. Cannot be undone in this process."""
     roots = tuple(str(path.resolve()) for path in writable)
 
-    def inside(path: Any) -> bool:
+    def inside(path: Any, folder: int | None = None) -> bool:
         if isinstance(path, int) or path is None:
             return True
-        text = str(os.path.realpath(os.fsdecode(path)))
+        text = os.fsdecode(path)
+        if folder is not None and folder >= 0:
+            text = os.path.join(f"/proc/self/fd/{folder}", text)
+        text = str(os.path.realpath(text))
         return text == os.devnull or any(text == root or text.startswith(root + os.sep) for root in roots)
 
     def refuse(what: str) -> None:
@@ -93,8 +98,8 @@ def lock_down(writable: Sequence[Path]) -> None:
             if flags & _WRITES and not inside(path):
                 refuse("write outside its folder")
         elif event in _CHANGES:
-            places = arguments[:2] if event in ("os.rename", "os.link", "os.symlink") else arguments[:1]
-            if not all(inside(place) for place in places):
+            places = [(arguments[at], None if fd is None else arguments[fd]) for at, fd in _CHANGES[event]]
+            if not all(inside(path, folder) for path, folder in places):
                 refuse(f"{event} outside its folder")
         elif event in _REFUSED and not (event == "pickle.find_class" and _is_code_cache()):
             refuse(event)

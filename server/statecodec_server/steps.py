@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from . import fetch
 from .database import Database, jobs, uploads
 from .names import clean_name
+from .operations import BESIDE
 from .problems import FULL_ERRNOS, Problem
 from .records import ENDED, Cancelled, Fenced, Jobs
 from .runner import ChildFailed, Children, Rate
@@ -57,7 +58,9 @@ class Work:
         for index, file in enumerate(files):
             self.jobs.progress(row, index, len(files), "fetching", 0.0)
             self._wait_until_stored(row, file)
-            target = folder / (file["path"] if source["folder"] else clean_name(source["name"]))
+            target = folder / clean_name(source["name"])
+            if source["folder"]:
+                target = target / file["path"]
             if target.exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +120,7 @@ class Work:
     def _convert_once(self, row: Row, folder: Path) -> dict[str, Any]:
         request = json.loads(row["request"])
         (folder / "output").mkdir(parents=True)
+        self._lay_beside(request, folder)
         free = shutil.disk_usage(folder).free - self.settings.disk_reserve
         if free <= 0:
             raise ChildFailed("storage.full", "The disk of this service is full; nothing was kept of this job.")
@@ -137,11 +141,22 @@ class Work:
             self.children.prepare()
         return {**made, "attempt": row["attempt"]}
 
+    @staticmethod
+    def _lay_beside(request: Mapping[str, Any], folder: Path) -> None:
+        """A compressed file that builds on a previous one must find it in its own folder."""
+        other = request.get("other")
+        if other is None or other["folder"] or request["operation"] not in BESIDE:
+            return
+        name = clean_name(other["name"])
+        for place in (folder / "output", folder.parent / "input"):
+            if not (place / name).exists():
+                os.link(folder.parent / "other" / name, place / name)
+
     def _child_request(self, request: Mapping[str, Any], row: Row, free: int) -> dict[str, Any]:
         def place(source: Mapping[str, Any] | None, folder: str) -> str | None:
             if source is None:
                 return None
-            return folder if source["folder"] else f"{folder}/{clean_name(source['name'])}"
+            return f"{folder}/{clean_name(source['name'])}"
 
         settings = self.settings
         return {

@@ -264,3 +264,26 @@ def test_an_unfinished_upload_is_no_input(client):
     identity = httpx.URL(created.headers["Location"]).path.rsplit("/", 1)[-1]
     answer = client.post("/v1/jobs", json={"operation": "compress", "upload": identity})
     assert (answer.status_code, answer.json()["code"]) == (409, "upload.incomplete")
+
+
+def test_the_real_library_works_inside_the_sandbox(tmp_path):
+    """Everything the page and the client do, with nothing left over: folders, chains, restore."""
+    import torch
+
+    file = tmp_path / "ckpt.pt"
+    torch.save({"optimizer": {"state": {0: {"exp_avg": torch.randn(64, 64), "exp_avg_sq": torch.rand(64, 64)}}}}, file)
+    data = file.read_bytes()
+    with Service(tmp_path / "data", backend="statecodec") as service, service.client() as client:
+        upload = put(client, data)
+        first = wait(client, submit(client, "compress", upload, options={"preset": "lossless"})["id"])
+        assert first["state"] == "succeeded", first
+        base = {"job": first["id"]}
+        chained = wait(client, submit(client, "compress", upload, options={"preset": "lossless"}, other=base)["id"])
+        assert [name["name"] for name in chained["files"]] == ["ckpt.next.sc.safetensors"], chained
+        back = wait(client, submit(client, "restore", source={"job": chained["id"]}, other=base)["id"])
+        assert [name["name"] for name in back["files"]] == ["ckpt.pt"], back
+        assert client.get(back["links"]["result"]).content == data
+        members = [{"upload": upload, "path": f"run/{name}"} for name in ("a.pt", "b.pt")]
+        both = wait(client, submit(client, "compress", source={"uploads": members})["id"])
+        back = wait(client, submit(client, "restore", source={"job": both["id"]})["id"])
+        assert [name["name"] for name in back["files"]] == ["run/a.pt", "run/b.pt"], back

@@ -4,7 +4,7 @@
     python benchmarks/service_load.py --short         smaller, for a quick look
 
 Loopback only, a real server process, bounded: it stops by itself after at most a few minutes. Prints JSON and keeps
-it in benchmarks/results/service_load.json. What is judged: resident memory of the HTTP process must not grow by more
+it in benchmarks/results/service_load.json and docs/service.md. What is judged: resident memory of the HTTP process must not grow by more
 than 64 MiB over idle; throughput is given as a ratio to writing the same bytes to the same disk with fsync.
 """
 
@@ -33,6 +33,7 @@ from service import Service, put, submit, wait  # noqa: E402
 BLOCK = os.urandom(1 << 20)
 TUS = {"Tus-Resumable": "1.0.0"}
 LIMIT = 64 << 20
+MARKS = ("<!-- load: begin -->", "<!-- load: end -->")
 
 
 def resident(pid: int) -> int:
@@ -174,7 +175,7 @@ def measure(folder: Path, *, short: bool) -> dict[str, Any]:
                 client.delete(path, headers=TUS)
     growth = watch.peak - idle
     return {
-        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]},
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "load_average_at_end": os.getloadavg()[0]},
         "uploads": {"count": count, "bytes_each": nbytes, "bytes_per_second": round(rate)},
         "plain_fsynced_bytes_per_second": round(plain),
         "ratio_to_plain": round(rate / plain, 3),
@@ -189,6 +190,35 @@ def measure(folder: Path, *, short: bool) -> dict[str, Any]:
     }
 
 
+def markdown(found: dict[str, Any]) -> str:
+    """The table of docs/service.md."""
+    sent, watched = found["uploads"], found["watchers"]
+    load = found["machine"]["load_average_at_end"]
+    rows = [
+        ("uploads at once", f"{sent['count']} of {sent['bytes_each'] / 1e6:.0f} MB"),
+        ("throughput, all together", f"{sent['bytes_per_second'] / 1e6:.0f} MB/s"),
+        ("as a ratio to writing the same bytes to the same disk with fsync", f"{found['ratio_to_plain']:.2f}"),
+        ("memory of the HTTP process over idle, at most", f"{found['rss_growth'] / 2**20:.0f} MiB (allowed: 64)"),
+        ("pollers, once a second each, while a job ran", f"{watched['pollers']}"),
+        (
+            "answer to a poll, median / 99th percentile",
+            f"{watched['poll_seconds_median']:.2f} s / {watched['poll_seconds_p99']:.2f} s",
+        ),
+        ("event streams at the same time, all of which heard the end", f"{watched['listeners_that_heard_the_end']}"),
+        ("machine", f"{found['machine']['cpus']} cores, clients on the same ones, load average {load:.1f}"),
+    ]
+    return "\n".join(["| measured | |", "| --- | --- |", *(f"| {left} | {right} |" for left, right in rows)])
+
+
+def write(found: dict[str, Any]) -> None:
+    """Keep the figures, and put the table into the documentation."""
+    results, document = ROOT / "benchmarks" / "results" / "service_load.json", ROOT / "docs" / "service.md"
+    results.write_text(json.dumps(found, indent=2) + "\n")
+    text = document.read_text()
+    before, rest = text.split(MARKS[0])
+    document.write_text(f"{before}{MARKS[0]}\n{markdown(found)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -197,10 +227,9 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="statecodec-load-", dir=given.dir) as folder:
         found = measure(Path(folder), short=given.short)
-    text = json.dumps(found, indent=2)
-    print(text)
+    print(json.dumps(found, indent=2))
     if not given.short:
-        (ROOT / "benchmarks" / "results" / "service_load.json").write_text(text + "\n")
+        write(found)
     sys.exit(0 if found["ok"] else 1)
 
 

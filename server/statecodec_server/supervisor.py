@@ -17,6 +17,7 @@ from .settings import Settings
 log = logging.getLogger("statecodec.server.supervisor")
 WORKER = "statecodec_server.worker"
 _CHECK_SECONDS = 0.25
+_LONG_LIFE = 60.0  # a worker that lived so long is restarted without delay
 _BACK_OFF = (0.2, 1.0, 3.0, 10.0)
 
 
@@ -38,9 +39,11 @@ class Supervisor:
         self._settings = settings
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._failures = dict.fromkeys(range(settings.workers), 0)
+        self._started: dict[int, float] = {}
         self._stopping = False
 
     def _start(self, index: int) -> None:
+        self._started[index] = time.monotonic()
         self._processes[index] = subprocess.Popen(
             [sys.executable, "-m", WORKER, str(index)],
             stdin=subprocess.PIPE,
@@ -60,6 +63,8 @@ class Supervisor:
                 if process.poll() is None or self._stopping:
                     continue
                 if index not in due:
+                    if time.monotonic() - self._started[index] > _LONG_LIFE:
+                        self._failures[index] = 0
                     wait = _BACK_OFF[min(self._failures[index], len(_BACK_OFF) - 1)]
                     self._failures[index] += 1
                     due[index] = time.monotonic() + wait

@@ -10,6 +10,7 @@ from statecodec.errors import LimitExceeded
 MAX_PACKED_CHUNK = 64 << 20  # unpacked bytes of one chunk record; larger chunks are stored plain
 MAX_WINDOW = 8 << 20  # zstd window
 MAX_DIMS = 64
+MAX_EXPANSION = 16  # decoded bytes per stored byte of a chunk above MAX_PACKED_CHUNK (fp64 from 4-bit codes)
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Limits:
     """Upper bounds for an untrusted file; a reader raises LimitExceeded at the first one passed.
 
     `max_decoded_bytes` counts all items decoded: folded, low-rank and dropped items may be far smaller on disk.
+    `max_whole_bytes` is for one item of a codec that cannot be cut (shared, low-rank), which decodes in one piece.
     """
 
     max_header_bytes: int = 64 << 20
@@ -26,6 +28,12 @@ class Limits:
     max_items: int = 1 << 20
     max_shards: int = 10_000
     max_decoded_bytes: int = 1 << 44
+    max_whole_bytes: int = 1 << 33
+
+    def check_chunk(self, what: str, decoded: int, stored: int, whole: bool) -> None:
+        """Raise LimitExceeded if one chunk, `stored` bytes of parts, decodes to more than a reader would allocate."""
+        limit = self.max_whole_bytes if whole else max(MAX_PACKED_CHUNK, MAX_EXPANSION * stored)
+        self.check(f"{what}: decoded bytes of one chunk", decoded, limit)
 
     def check(self, what: str, found: int, limit: int) -> None:
         """Raise LimitExceeded if `found` is above `limit`."""

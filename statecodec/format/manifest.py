@@ -163,7 +163,8 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     parts = _parts(fields, newer)
     if parts != specs(shape, dtype) or list(parts) != list(specs(shape, dtype)):
         raise FormatError(f"{fields.where}: its parts are not those of {codec} for {dtype} {shape}")
-    cut = _Cut(shape, dtype, parts, specs, storage, fields.where, newer)
+    whole = codec.align(shape) is None
+    cut = _Cut(shape, dtype, parts, specs, storage, fields.where, newer, limits, whole)
     chunks = cut.chunks(fields.take("chunks", list))
     attributes = fields.take("attributes", dict)
     shard, entry = fields.integer("shard", last_shard), fields.take("entry", str, name)
@@ -226,6 +227,8 @@ class _Cut:
     storage: str
     where: str
     newer: bool
+    limits: Limits
+    whole: bool  # the codec takes the tensor in one piece
 
     def chunks(self, values: list[Any]) -> tuple[StoredChunk, ...]:
         if not values:
@@ -249,6 +252,7 @@ class _Cut:
         if (shape != self.shape) if whole else not self._fits(shape, start, stop):
             raise FormatError(f"{self.where}: no chunk of shape {shape} can start at element {start}")
         nbytes = sum(spec.nbytes for spec in self.specs(shape, self.dtype).values())
+        self.limits.check_chunk(self.where, math.prod(shape) * self.dtype.itemsize, nbytes, self.whole)
         if self.storage == PACKED:
             if nbytes > MAX_PACKED_CHUNK:
                 raise LimitExceeded(f"{self.where}: a packed chunk of {nbytes:,} bytes; at most {MAX_PACKED_CHUNK:,}")

@@ -6,6 +6,7 @@ whose sizes are known only once they are written; in the last shard, the manifes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UsageError
 from statecodec.format.container import MANIFEST_ENTRY, METADATA, UNKNOWN_OFFSET, Entry, build_header
 from statecodec.format.dtypes import dtype_name, entry_type
-from statecodec.format.limits import MAX_PACKED_CHUNK
+from statecodec.format.limits import MAX_PACKED_CHUNK, Limits
 from statecodec.format.manifest import PACKED, PLAIN
 from statecodec.format.packing import Packing
 from statecodec.format.strict import shape as check_shape
@@ -117,9 +118,11 @@ def _draft(item: Item, packing: Packing, names: _Names) -> PlannedItem:
         raise UsageError(f"item {item.name!r}: {item.dtype} {shape} cannot be stored ({error})") from error
     parts = item.codec.parts(shape, item.dtype)
     pieces = chunks(item.codec, shape, item.dtype)
-    largest = max(
-        sum(s.nbytes for s in item.codec.parts(piece, item.dtype).values()) for piece in {c.shape for c in pieces}
-    )
+    whole, largest = item.codec.align(shape) is None, 0
+    for piece in {c.shape for c in pieces}:
+        nbytes = sum(s.nbytes for s in item.codec.parts(piece, item.dtype).values())
+        Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)
+        largest = max(largest, nbytes)
     small = sum(spec.nbytes for spec in parts.values()) < MIN_PACKED
     storage = PLAIN if packing.method == "none" or small or largest > MAX_PACKED_CHUNK else PACKED
     suffixes = [""] if storage == PACKED else [f"/{part}" for part in parts]

@@ -16,7 +16,7 @@ from torch import Tensor
 from statecodec import codecs, kernels
 from statecodec.codecs import Codec, EncodedTensor, PartSpec
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import FormatError
+from statecodec.errors import FormatError, LimitExceeded
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.pipeline import document as documents
 from statecodec.pipeline.report import Report, TensorReport
@@ -96,7 +96,7 @@ class Stored:
         if scratch is not None and target.type == "cpu":
             out = scratch.take("decoded", PartSpec(stored.dtype, tuple(shape)))
         else:
-            out = torch.empty(shape, dtype=stored.dtype, device=target)
+            out = self._empty(item, tuple(shape), target)
         moved = {name: part.to(target) for name, part in parts.items()}
         codec.decode_into(moved, out, kernels.resolve(None, target))
         return out.to("cpu")
@@ -130,6 +130,14 @@ class Stored:
         for name, spec in codec.parts(stored.shape, stored.dtype).items():
             parts[name] = torch.cat([piece[name].reshape(-1) for piece in pieces]).view(spec.shape)
         return EncodedTensor(codec, stored.shape, stored.dtype, parts)
+
+    def _empty(self, item: int, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        stored = self.reader.items[item]
+        try:
+            return torch.empty(shape, dtype=stored.dtype, device=device)
+        except (RuntimeError, MemoryError) as error:  # what torch raises where memory runs out depends on the device
+            size = math.prod(shape) * stored.dtype.itemsize
+            raise LimitExceeded(f"{self.path}: no memory for {size:,} bytes of {stored.name}") from error
 
     def chunk_at(self, item: int, chunk: Chunk) -> int:
         """The number of the chunk that is cut like another file's. Raises FormatError."""
@@ -166,7 +174,7 @@ class Stored:
         stored = self.reader.items[item]
         if len(stored.chunks) == 1:
             return self.decode_chunk(item, 0).view(stored.shape)
-        out = torch.empty(stored.shape, dtype=stored.dtype)
+        out = self._empty(item, stored.shape)
         flat = out.view(-1)
         for number, chunk in enumerate(stored.chunks):
             flat[chunk.start : chunk.stop] = self.decode_chunk(item, number).view(-1)

@@ -21,8 +21,9 @@ STEPS = 600
 FOLDER = CACHE / "chain"
 SAVED = (250, 290, 299, 300, 550, 590, 599, 600)
 DISTANCES = (1, 10, 50)
-LADDER = (  # (max_weight_error, max_update_error) of a link 50 steps after its base
-    (3e-4, 0.01), (1e-3, 0.1), (3e-3, 0.3), (5e-3, 0.5), (1e-2, 0.7), (2e-2, 0.9),
+LADDER = (  # (max_weight_error, max_update_error, packing) of a link 50 steps after its base
+    (3e-4, 0.01, "zstd"), (1e-3, 0.1, "zstd"), (3e-3, 0.3, "zstd"), (5e-3, 0.5, "zstd"), (1e-2, 0.7, "zstd:9"),
+    (2e-2, 0.9, "zstd:9"), (3e-2, 0.95, "zstd:9"),
 )  # fmt: skip
 RESUMED = 20
 SEEDS = range(2)
@@ -83,11 +84,11 @@ def ladder() -> dict[str, Any]:
     statecodec.compress(checkpoint(550), base, preset="resume", force=True)
     exact = [resumed(source, seed) for seed in SEEDS]
     rungs = []
-    for weight, update in LADDER:
+    for weight, update, pack in LADDER:
         for previous in (base,) if weight != 1e-3 else (base, None):
             made = statecodec.compress(
                 source, FOLDER / "rung.sc.safetensors", base=previous, max_weight_error=weight, max_update_error=update,
-                force=True,
+                pack=pack, force=True,
             )  # fmt: skip
             restored = FOLDER / "rung.pt"
             statecodec.restore(made.path, restored, force=True)
@@ -95,7 +96,7 @@ def ladder() -> dict[str, Any]:
             print(f"rung {weight} {update}: {made.ratio:.1f}x", flush=True)
             gaps = {k: [r[k] - e[k] for r, e in zip(losses, exact, strict=True)] for k in ("at_once", "later")}
             rungs.append({
-                "max_weight_error": weight, "max_update_error": update, "base": previous is not None,
+                "max_weight_error": weight, "max_update_error": update, "base": previous is not None, "pack": pack,
                 "bytes": made.bytes, "ratio": made.ratio, "bytes_per_param": made.bytes_per_param,
                 "loss_gap_at_once": statistics.mean(gaps["at_once"]), "loss_gap_later": statistics.mean(gaps["later"]),
                 "worst_gap_later": max(gaps["later"], key=abs),

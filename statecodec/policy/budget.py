@@ -21,6 +21,7 @@ _FIRST = (
     "split", "cast", *(f"companded(group={g})" for g in (32, 128)),
     *(f"companded(curve={c},top={t},group={g})"
       for c in ("softsign", "linear") for t in (90, 63, 45, 31, 21, 15, 10, 7, 5, 3, 2, 1) for g in (32, 128)),
+    *(f"companded(curve=linear,top={t},group=1024)" for t in (5, 3, 2, 1)),  # most codes are 0: as good as pruned
     *(f"companded(curve=softsign,bits=4,group={g})" for g in (32, 128)),
 )  # fmt: skip
 _SECOND = (
@@ -42,7 +43,7 @@ _WEIGHT = (
 _RESIDUAL = tuple(
     f"residual(inner=companded(curve={c},top={t},group=128))"
     for c in ("softsign", "linear") for t in (0, 90, 63, 45, 31, 21, 15, 10, 7, 5, 3, 2, 1)
-)  # fmt: skip
+) + tuple(f"residual(inner=companded(curve=linear,top={t},group=1024))" for t in (5, 3, 2, 1))  # fmt: skip
 
 
 def candidates(role: str, ndim: int, *, based: bool = False) -> list[Codec]:

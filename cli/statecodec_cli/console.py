@@ -26,6 +26,21 @@ def stderr() -> Console:
     return _console(sys.stderr)
 
 
+def printable(value: Any) -> Any:
+    """A JSON document (or text) whose control characters are escaped: names in a file must not steer a terminal."""
+    if isinstance(value, str):
+        return (
+            value
+            if value.isprintable()
+            else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
+        )
+    if isinstance(value, dict):
+        return {printable(key): printable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [printable(item) for item in value]
+    return value
+
+
 def show(*renderables: RenderableType) -> None:
     """Print to standard output. Lines of text are left for the terminal to wrap, so that a path stays whole."""
     from rich.text import Text
@@ -37,7 +52,7 @@ def show(*renderables: RenderableType) -> None:
 
 def say(message: str) -> None:
     """Print one message to standard error, as it is (no markup)."""
-    stderr().print(message, markup=False, soft_wrap=True)
+    stderr().print(printable(message), markup=False, soft_wrap=True)
 
 
 def emit(document: Any) -> None:
@@ -52,7 +67,7 @@ def fail(code: str, message: str, *, as_json: bool) -> None:
         emit({"error": {"code": code, "message": message}})
     from rich.text import Text
 
-    stderr().print(Text.assemble(("error: ", "bold red"), message, (f"  [{code}]", "dim")), soft_wrap=True)
+    stderr().print(Text.assemble(("error: ", "bold red"), printable(message), (f"  [{code}]", "dim")), soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:

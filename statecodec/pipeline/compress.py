@@ -174,7 +174,8 @@ def _write(
             digests = [found.get(i) for i in range(len(source.files))]
             document = _document(plan, (*notes, *remarks), preset, policy, digests, base)
             written = writer.close(documents.to_json(document))
-        return make_report(target, written.version, document, written.items, written.files)
+        shown = target.with_name(written.path.name) if len(written.files) > 1 else target  # what a reader opens
+        return make_report(shown, written.version, document, written.items, written.files)
     finally:
         hashes.cancel()
 
@@ -317,7 +318,7 @@ def _verified(target: Path, root: Path, report: Report, limits: Limits, progress
         checked = verify(target, against=root, progress=progress)
         limits.check(checked.total or {})
     except BaseException:
-        for name in report.files:
+        for name in (*report.files, report.path):
             Path(name).unlink(missing_ok=True)
         raise
     return replace(report, updates=checked.updates, total=checked.total)

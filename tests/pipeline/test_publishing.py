@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import statecodec
-from statecodec.errors import OutputExists, OutputFailed, UsageError
+from statecodec.errors import OutputExists, OutputFailed, UsageError, VerificationFailed
 from statecodec.pipeline import publishing
 from statecodec.pipeline.publishing import publish
 from statecodec.pipeline.streams import ordered_map
@@ -171,3 +171,17 @@ def test_no_thread_writes_after_a_cancelled_restore(
         assert kept.__traceback__ is not None
     assert late == []
     assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_sharded_output_that_fails_its_verification_is_removed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from statecodec.pipeline import verify as module
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise VerificationFailed("for the test")
+
+    monkeypatch.setattr(module, "verify", fails)
+    with pytest.raises(VerificationFailed):
+        statecodec.compress(checkpoint, max_shard_size="50KB", verify=True)
+    assert os.listdir(checkpoint.parent) == [checkpoint.name]

@@ -80,4 +80,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*analysis_tables.analyzed(document, every=every))
+        console.show(*analysis_tables.analyzed(console.printable(document), every=every))

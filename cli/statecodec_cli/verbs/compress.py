@@ -111,4 +111,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.compressed(document, every=every))
+        console.show(*tables.compressed(console.printable(document), every=every))

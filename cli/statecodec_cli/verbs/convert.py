@@ -50,4 +50,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*analysis_tables.converted(document, every=every))
+        console.show(*analysis_tables.converted(console.printable(document), every=every))

@@ -37,4 +37,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.difference(document, every=every))
+        console.show(*tables.difference(console.printable(document), every=every))

@@ -33,4 +33,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.inspected(document, every=every))
+        console.show(*tables.inspected(console.printable(document), every=every))

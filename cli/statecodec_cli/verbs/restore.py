@@ -36,4 +36,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.restored(document))
+        console.show(*tables.restored(console.printable(document)))

@@ -38,4 +38,4 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.verified(document, against=against is not None))
+        console.show(*tables.verified(console.printable(document), against=against is not None))

@@ -3,9 +3,10 @@
     python benchmarks/service_load.py                 8 uploads of 500 MB, 200 pollers, 50 event streams (`make load`)
     python benchmarks/service_load.py --short         smaller, for a quick look
 
-Loopback only, a real server process, bounded: it stops by itself after at most a few minutes. Prints JSON and keeps
-it in benchmarks/results/service_load.json and docs/service.md. What is judged: resident memory of the HTTP process must not grow by more
-than 64 MiB over idle; throughput is given as a ratio to writing the same bytes to the same disk with fsync.
+Loopback only, a real server process, bounded: it stops by itself after at most a few minutes. Prints JSON, keeps it in
+benchmarks/results/service_load.json and writes the table of docs/service.md. What is judged: resident memory of the
+HTTP process must not grow by more than 64 MiB over idle; throughput is given as a ratio to writing the same bytes to
+the same disk with fsync.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from statecodec import codecs, errors, policy
 from statecodec_cli import reference
@@ -79,6 +80,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 )
 def test_shell_blocks_run(block: str, tmp_path: Path) -> None:
     checkpoint(tmp_path / "ckpt.pt")
+    checkpoint(tmp_path / "ckpt2.pt")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-euo", "pipefail", "-c", block]
     done = subprocess.run(
@@ -91,4 +93,9 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     checkpoint(tmp_path / "ckpt.pt")
     monkeypatch.chdir(tmp_path)
     for block in blocks(README, "python"):
-        exec(compile(block, "README.md", "exec"), {})
+        model = torch.nn.Linear(80, 80)
+        model(torch.randn(3, 80)).sum().backward()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        optimizer.step()
+        names = {"model": model, "torch_adamw_state": optimizer.state_dict()}
+        exec(compile(block, "README.md", "exec"), names)

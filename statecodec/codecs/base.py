@@ -67,6 +67,14 @@ def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix + "."): t for k, t in parts.items() if k.startswith(prefix + ".")}
 
 
+def store(values: Tensor, out: Tensor) -> None:
+    """Decoded fp32 values of a finite tensor (overwritten) into `out`: rounding up to infinity stops at the largest
+    value, such as 65536 for an fp16 tensor's 65504.
+    """
+    largest = min(torch.finfo(out.dtype).max, torch.finfo(values.dtype).max)
+    out.copy_(values.clamp_(-largest, largest))
+
+
 def rounding(bound: Tensor, x: Tensor) -> Tensor:
     """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32
     product.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, inner_parts
+from statecodec.codecs.base import Codec, PartSpec, inner_parts, store
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.raw import Raw
@@ -117,7 +117,9 @@ class Residual(Based):
         """The values again, in the base's shape: one fp32 addition per element."""
         change = torch.empty(base.shape, dtype=torch.float32, device=base.device)
         self.inner.decode_into(inner_parts(parts, "residual"), change, kernels.resolve(None, base.device))
-        return change.add_(base.to(torch.float32)).to(dtype)
+        out = torch.empty(base.shape, dtype=dtype, device=base.device)
+        store(change.add_(base.to(torch.float32)), out)
+        return out
 
 
 def is_exact(codec: Codec) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding, rows_cols
+from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding, rows_cols, store
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
@@ -97,7 +97,7 @@ class Companded(Codec):
             parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group
         )
         if not exact:
-            out.copy_(target)
+            store(target, out)
 
     def error_bound(self, x: Tensor) -> Tensor:
         if not x.numel():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, as_rows, inner_parts, rounding, rows_cols
+from statecodec.codecs.base import Codec, PartSpec, as_rows, inner_parts, rounding, rows_cols, store
 from statecodec.codecs.raw import Raw
 
 
@@ -61,7 +61,7 @@ class Folded(Codec):
         target = out if exact else torch.empty(shape, dtype=torch.float32, device=out.device)
         backend.unfold(mean.view(rows_cols(tuple(mean.shape))), target.view(rows_cols(shape)), block=self.block)
         if not exact:
-            out.copy_(target)
+            store(target, out)
 
     def error_bound(self, x: Tensor) -> Tensor:
         shape = tuple(x.shape)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, rounding, rows_cols
+from statecodec.codecs.base import Codec, PartSpec, rounding, rows_cols, store
 
 _FORMS = ("product", "square", "rank_one")
+_LARGEST = 1e38  # beyond, products of fp32 factors may round to infinity
 _EXACT_SVD = 1024  # up to this smaller side; beyond, seeded subspace iteration
 
 
@@ -23,8 +24,8 @@ class LowRank(Codec):
     `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2
     elementwise, factors of sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean,
     for second moments: never negative, and zero where x is not only if the product underflows. A rank above the smaller
-    side is lowered to it. NaN and infinities are refused, and negative values by `square` and `rank_one`. Error: the
-    first left-out singular value (`product`). Needs the whole tensor at once.
+    side is lowered to it. NaN and values beyond 1e38 are refused, and negative values by `square` and `rank_one`.
+    Error: the first left-out singular value (`product`). Needs the whole tensor at once.
     """
 
     name: ClassVar[str] = "lowrank"
@@ -50,7 +51,7 @@ class LowRank(Codec):
         matrix = x.view(rows_cols(tuple(x.shape))).to(torch.float64)
         self.refuse(
             kernels.NAN * bool(matrix.isnan().any())
-            | kernels.INF * bool(matrix.isinf().any())
+            | kernels.INF * bool((matrix.abs() > _LARGEST).any())
             | kernels.NEGATIVE * bool(self.form != "product" and (matrix < 0).any())
         )
         if not matrix.numel():
@@ -63,7 +64,7 @@ class LowRank(Codec):
         product = parts["left"] @ parts["right"]
         if self.form == "square":
             product.square_()
-        out.copy_(product.view(out.shape))
+        store(product.view(out.shape), out)
 
     def error_bound(self, x: Tensor) -> Tensor:
         matrix = x.to(torch.float64).reshape(rows_cols(tuple(x.shape)))

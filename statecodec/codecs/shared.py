@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, inner_parts, rounding
+from statecodec.codecs.base import Codec, PartSpec, inner_parts, rounding, store
 from statecodec.codecs.raw import Raw
 from statecodec.errors import UnsupportedTensor
 
@@ -56,7 +56,8 @@ class Shared(Codec):
     def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
         mean = torch.empty(self.mean_shape(tuple(out.shape)), dtype=torch.float32, device=out.device)
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
-        out.copy_(mean.expand(out.shape))
+        store(mean, mean_out := torch.empty_like(mean, dtype=out.dtype))
+        out.copy_(mean_out.expand(out.shape))
 
     def error_bound(self, x: Tensor) -> Tensor:
         mean = self._mean(x)

@@ -286,7 +286,8 @@ class _ErrorSums:
         for item, c in self._sums.items():
             relative = math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
             rms = math.sqrt(c.sum_sq_diff / max(self._numel[item], 1))
-            yield item, {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
+            figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
+            yield item, {name: value for name, value in figures.items() if math.isfinite(value)}  # fp64 may overflow
 
 
 def _document(

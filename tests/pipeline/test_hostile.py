@@ -152,3 +152,14 @@ def test_dropped_moments_may_have_been_infinite(tmp_path: Path) -> None:
     content["optimizer"]["state"][0]["exp_avg"][0, 0] = float("inf")
     torch.save(content, source)
     statecodec.compress(source, tmp_path / "a.sc.safetensors", preset="weights", verify=True)
+
+
+def test_errors_beyond_float64_are_left_out(tmp_path: Path) -> None:
+    """Squares of 1e200 overflow, and JSON has no infinity."""
+    source, huge = adam(tmp_path / "a.pt"), torch.full((80, 64), 1e200, dtype=torch.float64)
+    content = torch.load(source)
+    content["optimizer"]["state"][0]["exp_avg"] = huge
+    torch.save(content, source)
+    report = statecodec.compress(source, tmp_path / "a.sc.safetensors", preset="weights", verify=True)
+    (tensor,) = (t for t in report.tensors if t.name.endswith("exp_avg"))
+    assert tensor.error == {"max_abs": 1e200}

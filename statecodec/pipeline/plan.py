@@ -115,6 +115,9 @@ def make_plan(
             notes.extend(note)
             attributes = {"role": region.role, "param": region.param}
             items.append(_item(index, region, name, codec, region.dtype, region.shape, attributes))
+    dropped = sum(isinstance(p.item.codec, codecs.Dropped) for p in items)
+    if dropped:
+        notes.append(f"{dropped} tensors are dropped and restore as zeros: training cannot resume from this file")
     return Plan(source, tuple(items), tuple(skeletons), tuple(notes))
 
 

@@ -151,7 +151,8 @@ def test_dropped_moments_may_have_been_infinite(tmp_path: Path) -> None:
     content = torch.load(source)
     content["optimizer"]["state"][0]["exp_avg"][0, 0] = float("inf")
     torch.save(content, source)
-    statecodec.compress(source, tmp_path / "a.sc.safetensors", preset="weights", verify=True)
+    report = statecodec.compress(source, tmp_path / "a.sc.safetensors", preset="weights", verify=True)
+    assert "training cannot resume" in report.notes[-1]
 
 
 def test_errors_beyond_float64_are_left_out(tmp_path: Path) -> None:

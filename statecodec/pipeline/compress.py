@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,14 @@ from statecodec.pipeline import document as documents
 from statecodec.pipeline.budgeted import Limits, Search
 from statecodec.pipeline.chain import Base, link
 from statecodec.pipeline.digests import FileHashes, Watched
+from statecodec.pipeline.fit import fitted
 from statecodec.pipeline.paths import compressed_path, named, parse_size
 from statecodec.pipeline.plan import Plan, PlannedItem, make_plan, with_codec
 from statecodec.pipeline.report import Report
 from statecodec.pipeline.source_files import SourceFiles
 from statecodec.pipeline.stored import make_report
 from statecodec.pipeline.streams import Meter, Progress, Scratch, default_threads, ordered_map
+from statecodec.pipeline.tensor_sets import is_compressed
 from statecodec.policy import Policy, Rule, load_rules, parse_rule, preset_rules
 
 _scratch = Scratch()
@@ -92,8 +94,14 @@ def compress(
     policy = Policy((*own.rules, *preset_rules(preset)))
     limits = Limits(max_update_error, max_weight_error)
     packing, shard_size, where = Packing.parse(pack), parse_size(max_shard_size), target_device(device)
+    if is_compressed(src):
+        raise UsageError(
+            f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original"
+        )
     source = locate(src)
     target = Path(dst) if dst is not None else compressed_path(source.root)
+    if target.exists() and source.root.exists() and target.samefile(source.root):
+        raise UsageError(f"{target} is the source itself; compress it to another name")
     if not force and (target.exists() or target.with_name(target.name + ".index.json").exists()):
         raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
     run = partial(
@@ -114,12 +122,11 @@ def compress(
         if base is not None:
             previous = closing.enter_context(contextlib.closing(Base(base, target)))
         plan = make_plan(source, policy)
-        chosen: Mapping[str, Codec] = {}
-        notes: tuple[str, ...] = ()
+        chosen, notes = fitted(plan, own)
         if limits:
             search = Search(plan, own, limits, packing, threads or default_threads(), progress, previous)
             chosen, notes = search.codecs()
-            plan = make_plan(source, policy, chosen=chosen)
+        plan = make_plan(source, policy, chosen=chosen)
         try:
             report = run(plan, notes, previous)
         except _Refused:

@@ -344,3 +344,40 @@ def test_a_newer_format_is_refused(checkpoint: Path) -> None:
     packed.write_bytes(data)
     with pytest.raises(UnsupportedVersion):
         statecodec.load(packed)
+
+
+def test_moments_that_span_many_octaves_keep_their_update(tmp_path: Path) -> None:
+    """Behind dead units a row spans fifty octaves: 8-bit codes would lose its smaller updates, whose direction counts
+    as well.
+    """
+    torch.manual_seed(0)
+    reach = 2.0 ** -(40 * torch.rand(96, 256))
+    state = {
+        "step": torch.tensor(50.0),
+        "exp_avg": torch.randn(96, 256) * reach.sqrt(),
+        "exp_avg_sq": reach * torch.rand(96, 256).clamp(min=0.1),
+    }
+    group = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-12, "weight_decay": 0.0, "params": [0]}
+    path = tmp_path / "wide.pt"
+    torch.save(
+        {"model": {"w": torch.randn(96, 256)}, "optimizer": {"state": {0: state}, "param_groups": [group]}}, path
+    )
+    report, back = there_and_back(path)
+    assert statecodec.diff(path, back).total["u_rms"] < 0.012
+    chosen = {t.role: t.codec for t in report.tensors}
+    assert chosen["exp_avg"] == "cast"
+    assert chosen["exp_avg_sq"] == "raw"
+    assert len(report.notes) == 2
+    rules = ["exp_avg=companded(group=64)", "exp_avg_sq=companded(curve=log,steps=18)"]
+    report, back = there_and_back(path, rules=rules)
+    assert statecodec.diff(path, back).total["u_rms"] > 0.1, "the preset's own codes would have done"
+    assert not report.notes
+
+
+def test_a_compressed_file_is_not_compressed_again(checkpoint: Path) -> None:
+    packed = Path(statecodec.compress(checkpoint).path)
+    with pytest.raises(UsageError, match="already"):
+        statecodec.compress(packed)
+    with pytest.raises(UsageError, match="itself"):
+        statecodec.compress(checkpoint, checkpoint, force=True)
+    torch.load(checkpoint, weights_only=False)

@@ -17,6 +17,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DEMO   ?= demo
+WORKERS ?= 2
 GPU_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ demo: $(STAMP)
 	$(BIN)/statecodec demo --dir $(DEMO) --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -128,7 +128,8 @@ def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path)
     expect(page.locator(".card", has_text="large.pt").first.locator(".detail")).to_have_text(
         beyond_5_mb, timeout=PATIENCE
     )
-    expect(page.locator(".card .state.succeeded").first).to_be_visible(timeout=PATIENCE)
+    card = page.locator(".card", has_text="large.pt").first  # not one that an earlier test left on the page
+    expect(card.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)
     with service.client() as client:
         found = [item for item in client.get("/v1/uploads").json() if item["name"] == "large.pt"]
     assert [item["state"] for item in found] == ["ready"]  # one upload, not two

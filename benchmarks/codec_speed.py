@@ -23,12 +23,12 @@ from torch import Tensor
 from zipnn import ZipNN
 
 from statecodec import kernels
+from statecodec.buffers import Pool
+from statecodec.choose import Policy, Subject, preset_rules
 from statecodec.codecs import Codec, PartSpec, Raw
 from statecodec.codecs.chunking import iterate
-from statecodec.format.buffers import Pool
 from statecodec.format.packing import Packing, decode_record, encode_record
-from statecodec.pipeline.streams import Scratch
-from statecodec.policy import Policy, Subject, preset_rules
+from statecodec.streams import Scratch
 
 BLOCK = 64 << 20
 Work = tuple[Callable[[], int], Callable[[], None]]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from statecodec.format.buffers import Pool
+from statecodec.buffers import Pool
 from statecodec.format.packing import Packing, decode_record, encode_record
 from statecodec.kernels import cpu
 from statecodec.kernels.reference.planes import plane_layout

@@ -13,11 +13,11 @@ from typing import Any
 from common import record
 
 import statecodec
-from statecodec.policy.snr_tracker import paper_schedule
+from statecodec.choose.snr_tracker import paper_schedule
 from statecodec_cli.demo.gpt import GPTConfig
 from statecodec_cli.demo.train import TrainConfig, Trainer
 
-TABLES = Path(__file__).parents[1] / "tests" / "policy" / "data"
+TABLES = Path(__file__).parents[1] / "tests" / "choose" / "data"
 RUN = 10_000
 
 

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 from statecodec._version import __version__
 
 if TYPE_CHECKING:
-    from statecodec.conversion import convert
+    from statecodec.checkpoint.native import save
+    from statecodec.checkpoint.open import Checkpoint, load
+    from statecodec.checkpoint.open import open_checkpoint as open
+    from statecodec.choose.snr_tracker import SNRTracker
     from statecodec.layouts.tree import OpaqueObject
-    from statecodec.pipeline.analyze import Analysis, analyze
-    from statecodec.pipeline.checkpoint import Checkpoint, load
-    from statecodec.pipeline.checkpoint import open_checkpoint as open
-    from statecodec.pipeline.compress import compress
-    from statecodec.pipeline.diff import diff
-    from statecodec.pipeline.inspect import inspect
-    from statecodec.pipeline.native import save
-    from statecodec.pipeline.report import DiffReport, Report
-    from statecodec.pipeline.restore import restore
-    from statecodec.pipeline.verify import verify
-    from statecodec.policy.snr_tracker import SNRTracker
+    from statecodec.verbs.analyze import Analysis, analyze
+    from statecodec.verbs.compress import compress
+    from statecodec.verbs.convert import convert
+    from statecodec.verbs.diff import diff
+    from statecodec.verbs.inspect import inspect
+    from statecodec.verbs.report import DiffReport, Report
+    from statecodec.verbs.restore import restore
+    from statecodec.verbs.verify import verify
 
 __all__ = [
     "Analysis",
@@ -51,22 +51,22 @@ __all__ = [
 
 # Imported when first used, so that `import statecodec` costs nothing beyond this file.
 _HOMES = {
-    "Analysis": "pipeline.analyze",
-    "Checkpoint": "pipeline.checkpoint",
-    "DiffReport": "pipeline.report",
+    "Analysis": "verbs.analyze",
+    "Checkpoint": "checkpoint.open",
+    "DiffReport": "verbs.report",
     "OpaqueObject": "layouts.tree",
-    "Report": "pipeline.report",
-    "SNRTracker": "policy.snr_tracker",
-    "analyze": "pipeline.analyze",
-    "compress": "pipeline.compress",
-    "convert": "conversion",
-    "diff": "pipeline.diff",
-    "inspect": "pipeline.inspect",
-    "load": "pipeline.checkpoint",
-    "open": "pipeline.checkpoint",
-    "restore": "pipeline.restore",
-    "save": "pipeline.native",
-    "verify": "pipeline.verify",
+    "Report": "verbs.report",
+    "SNRTracker": "choose.snr_tracker",
+    "analyze": "verbs.analyze",
+    "compress": "verbs.compress",
+    "convert": "verbs.convert",
+    "diff": "verbs.diff",
+    "inspect": "verbs.inspect",
+    "load": "checkpoint.open",
+    "open": "checkpoint.open",
+    "restore": "verbs.restore",
+    "save": "checkpoint.native",
+    "verify": "verbs.verify",
 }
 
 

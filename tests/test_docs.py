@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from statecodec import codecs, errors, policy
+from statecodec import choose, codecs, errors
 from statecodec_cli import reference
 from statecodec_cli.main import VERBS
 from tests.cli.run import checkpoint
@@ -45,7 +45,7 @@ def test_every_codec_is_named(name: str) -> None:
     assert f"`{name}`" in CLI
 
 
-@pytest.mark.parametrize("preset", policy.PRESETS)
+@pytest.mark.parametrize("preset", choose.PRESETS)
 def test_every_preset_is_in_both_tables(preset: str) -> None:
     assert f"| `{preset}`" in CLI
     assert f"| `{preset}`" in README

@@ -1,6 +1,6 @@
 """What changed since another checkpoint: codecs that need a base to encode and to decode.
 
-On their own they refuse: whoever opens a link of a chain brings the base's parts or values (statecodec.pipeline.chain).
+On their own they refuse: whoever opens a link of a chain brings the parts or values (statecodec.checkpoint.chain).
 """
 
 from __future__ import annotations

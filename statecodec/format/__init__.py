@@ -3,12 +3,12 @@
 docs/format.md is normative. `Writer` and `Reader` move encoded parts and never look at numbers.
 """
 
-from statecodec.format.limits import Limits
 from statecodec.format.manifest import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
-from statecodec.format.plan import Item
+from statecodec.format.placement import Item
 from statecodec.format.reader import ItemCheck, Reader
 from statecodec.format.writer import PackedChunk, Writer, Written
+from statecodec.limits import Limits
 
 __all__ = [
     "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem", "Writer", "Written",

@@ -20,8 +20,8 @@ import xxhash
 
 from statecodec.errors import CorruptFile, FormatError, UnsupportedVersion
 from statecodec.format.dtypes import ITEMSIZE
-from statecodec.format.limits import Limits
-from statecodec.format.strict import Fields, dump_json, hexadecimal, parse_json
+from statecodec.limits import Limits
+from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
 
 VERSION = (1, 0)
 MANIFEST_ENTRY = "__manifest__"

@@ -17,8 +17,8 @@ from statecodec.codecs import Codec, PartSpec, from_config
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import CodecError, FormatError, LimitExceeded, UnknownCodec, UnsupportedVersion
 from statecodec.format.dtypes import MANIFEST, dtype_name, entry_type
-from statecodec.format.limits import MAX_PACKED_CHUNK, Limits
-from statecodec.format.strict import Fields, hexadecimal, parse_json
+from statecodec.limits import MAX_PACKED_CHUNK, Limits
+from statecodec.strict import Fields, hexadecimal, parse_json
 
 PLAIN, PACKED = "plain", "packed"
 

@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from statecodec.errors import FormatError, OutputExists, OutputFailed, UsageError
 from statecodec.format.container import read_header
-from statecodec.format.limits import Limits
+from statecodec.limits import Limits
 
 Data: TypeAlias = bytes | memoryview
 

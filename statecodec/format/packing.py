@@ -23,11 +23,11 @@ import torch
 import zstandard
 from torch import Tensor
 
+from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec, rows_cols
 from statecodec.errors import CorruptFile, FormatError, UsageError
-from statecodec.format.buffers import Bytes, Pool
-from statecodec.format.limits import MAX_WINDOW
 from statecodec.kernels.reference.planes import plane_layout
+from statecodec.limits import MAX_WINDOW
 
 STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
 ROW = struct.Struct("<BI")

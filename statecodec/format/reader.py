@@ -18,15 +18,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
-from statecodec.format.buffers import Bytes, Pool
 from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
 from statecodec.format.index import INDEX_SUFFIX, index_json, last_shard
-from statecodec.format.limits import Limits
 from statecodec.format.manifest import PACKED, Manifest, StoredItem
 from statecodec.format.packing import decode_record
-from statecodec.format.strict import parse_json
+from statecodec.limits import Limits
+from statecodec.strict import parse_json
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,18 @@ import xxhash
 from torch import Tensor
 
 from statecodec._version import __version__
+from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
-from statecodec.format.buffers import Bytes, Pool
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
 from statecodec.format.index import index_json
-from statecodec.format.limits import Limits
 from statecodec.format.manifest import PACKED, Manifest, OtherShard, StoredChunk, StoredItem
 from statecodec.format.output import Destination, TemporaryFile, sweep
 from statecodec.format.packing import Packing, encode_record
-from statecodec.format.plan import Item, PlannedItem, plan
-from statecodec.format.strict import dump_json
+from statecodec.format.placement import Item, PlannedItem, plan
+from statecodec.limits import Limits
+from statecodec.strict import dump_json
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Final
 import torch
 
 from statecodec.layouts.base import ByteSource, Crc32, Moments, Region, SourceFile, View
-from statecodec.layouts.nodes import StorageNode, TensorNode
+from statecodec.layouts.facts.assign import FileRoles
+from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.regions import Cut, cut
-from statecodec.layouts.roles import FileRoles
 from statecodec.layouts.walk import Names, walk
 
 _BYTES: Final = torch.uint8

@@ -21,7 +21,7 @@ from statecodec.layouts import safetensors_file, torch_zip
 from statecodec.layouts.base import FileBytes, Source, SourceFile
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.describe import Described, finish
-from statecodec.layouts.roles import assign
+from statecodec.layouts.facts.assign import assign
 
 _HEAD: Final = 2048
 _MAX_FILES: Final = 200_000

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from statecodec.layouts.base import Region
-from statecodec.layouts.nodes import StorageNode, TensorNode
+from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
 
 @dataclass

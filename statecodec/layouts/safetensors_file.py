@@ -15,7 +15,7 @@ from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.base import ByteSource
 from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
 from statecodec.layouts.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_SUB_BYTE_BITS
-from statecodec.layouts.nodes import DictNode, StorageNode, TensorNode
+from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
 from statecodec.layouts.walk import MAX_NAMED
 
 MAX_HEADER_BYTES: Final = 100_000_000

@@ -16,8 +16,8 @@ from typing import Any, Final
 from statecodec.errors import LegacyTorchFile, MalformedCheckpoint, UnknownLayout
 from statecodec.layouts.base import ByteSource, Crc32
 from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
-from statecodec.layouts.nodes import StorageNode, TensorNode
-from statecodec.layouts.pickle_reader import MAX_PICKLE_BYTES, read_pickle
+from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
+from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
 from statecodec.layouts.walk import walk
 from statecodec.layouts.zip_reader import Entry, read_checked, read_entries
 

@@ -20,9 +20,9 @@ from statecodec.layouts import safetensors_file, torch_zip
 from statecodec.layouts.base import ByteSource, FileBytes
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.directory import locate
-from statecodec.layouts.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
-from statecodec.layouts.pickle_reader import read_pickle
-from statecodec.layouts.plain_values import factory, plain, sparse
+from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
+from statecodec.layouts.pickle.plain_values import factory, plain, sparse
+from statecodec.layouts.pickle.reader import read_pickle
 
 TensorSource = Callable[[str, torch.dtype, tuple[int, ...], tuple[int, ...], int], Tensor]
 """(storage key, dtype, shape, stride, offset in elements) -> that window; windows of one storage must share memory."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.nodes import DictNode, Opaque, SetNode, StorageNode, TensorNode, children
+from statecodec.layouts.pickle.nodes import DictNode, Opaque, SetNode, StorageNode, TensorNode, children
 
 MAX_NAMED: Final = 400_000
 _MAX_DEPTH: Final = 48

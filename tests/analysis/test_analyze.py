@@ -13,7 +13,7 @@ import statecodec
 from statecodec.errors import UsageError
 from statecodec.optim import SlimAdam
 
-TABLE = Path(__file__).parents[1] / "policy" / "data" / "slimadam_gpt2_lr0.0003.csv"
+TABLE = Path(__file__).parents[1] / "choose" / "data" / "slimadam_gpt2_lr0.0003.csv"
 
 
 def oracle(path: Path, dims: tuple[int, ...], index: int = 0) -> float:

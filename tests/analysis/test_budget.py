@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import statecodec
+from statecodec.choose.budgeted import Limits
 from statecodec.errors import UsageError, VerificationFailed
-from statecodec.pipeline.budgeted import Limits
 
 PRESETS = ("lossless", "resume", "small", "tiny")
 
@@ -131,7 +131,7 @@ def test_values_that_no_codec_takes(tmp_path: Path) -> None:
 def test_large_tensors_are_sampled_and_still_kept_under_the_budget(
     runs: dict[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from statecodec.pipeline import measure
+    from statecodec.choose import measure
 
     monkeypatch.setattr(measure, "_WHOLE", 4096)
     monkeypatch.setattr(measure, "_PIECE", 512)

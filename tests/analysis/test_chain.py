@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import statecodec
 from statecodec import codecs
+from statecodec.checkpoint.chain import MAX_LINKS
 from statecodec.codecs import Delta, Residual
 from statecodec.errors import CorruptFile, FormatError, InvalidCodec, StatecodecError, UnsupportedVersion, UsageError
 from statecodec.format import Reader
-from statecodec.pipeline.chain import MAX_LINKS
 from tests.analysis.make_golden import GOLDEN, tensor_digest
 from tests.format.support import forge
 

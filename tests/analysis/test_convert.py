@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import statecodec
-from statecodec.conversion import Target
 from statecodec.errors import OptimizerError, OutputExists, UsageError
 from statecodec.format import Reader
 from statecodec.optim import FOAM, AdamW, LoRAPre, SlimAdam, StateOptimizer
+from statecodec.verbs.convert import Target
 
 OPTIMIZERS: dict[str, tuple[type[StateOptimizer], dict[str, Any]]] = {
     "foam(level=2)": (FOAM, {"level": 2}),

@@ -136,7 +136,7 @@ def test_codecs_are_written_as_they_are_parsed(cli: Cli) -> None:
 def test_presets_of_the_option_are_those_of_the_library() -> None:
     from typing import get_args
 
-    from statecodec.policy import PRESETS
+    from statecodec.choose import PRESETS
     from statecodec_cli.verbs.compress import Preset
 
     assert list(get_args(Preset)) == list(PRESETS)

@@ -15,7 +15,7 @@ from statecodec import codecs
 from statecodec.format import Limits, Reader
 from statecodec.format.container import VERSION
 from statecodec.format.dtypes import MANIFEST
-from statecodec.format.limits import MAX_DIMS, MAX_PACKED_CHUNK, MAX_WINDOW
+from statecodec.limits import MAX_DIMS, MAX_PACKED_CHUNK, MAX_WINDOW
 from tests.format.make_golden import DOCS, EXPECTED, FILES, GOLDEN, MARK, expected, hexdump
 from tests.format.minimal_reader import MinimalReader
 from tests.format.support import bytes_of, sample, split_file, write

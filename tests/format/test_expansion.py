@@ -10,7 +10,7 @@ import torch
 from statecodec import codecs
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import LimitExceeded
-from statecodec.format import Item, Limits, Reader, Writer, plan
+from statecodec.format import Item, Limits, Reader, Writer, placement
 
 SIDE = 1 << 16  # 16 GiB of fp32
 
@@ -29,7 +29,7 @@ def write(path: Path, codec: codecs.Codec, shape: tuple[int, ...]) -> None:
 def test_one_chunk_decodes_to_a_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
     path, made = tmp_path / "x.safetensors", codecs.parse(codec)
     with monkeypatch.context() as hostile:
-        hostile.setattr(plan, "chunks", lambda _, shape, __: [Chunk(0, shape[0] * shape[1], shape)])
+        hostile.setattr(placement, "chunks", lambda _, shape, __: [Chunk(0, shape[0] * shape[1], shape)])
         with pytest.raises(LimitExceeded, match="one chunk"):
             write(path, made, (SIDE, SIDE))
         hostile.setattr(Limits, "check_chunk", lambda *_, **__: None)
@@ -42,7 +42,7 @@ def test_one_chunk_decodes_to_a_bounded_size(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("codec", ["dropped", "folded(level=16)", "shared(dims=[1])"])
 def test_what_the_chunking_gives_is_within_it(tmp_path: Path, codec: str) -> None:
     made, shape = codecs.parse(codec), (3, 1 << 22)
-    for chunk in plan.chunks(made, shape, torch.float64):
+    for chunk in placement.chunks(made, shape, torch.float64):
         stored = sum(spec.nbytes for spec in made.parts(chunk.shape, torch.float64).values())
         decoded = (chunk.stop - chunk.start) * 8
         Limits().check_chunk("w", decoded, stored, made.align(shape) is None)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from statecodec.errors import LayoutError, MalformedCheckpoint
 from statecodec.layouts import MemoryBytes, locate, tree
-from statecodec.layouts.nodes import Opaque
-from statecodec.layouts.opcodes import TABLE
-from statecodec.layouts.pickle_reader import read_pickle
-from statecodec.layouts.rebuild import _KNOWN
+from statecodec.layouts.pickle.nodes import Opaque
+from statecodec.layouts.pickle.opcodes import TABLE
+from statecodec.layouts.pickle.reader import read_pickle
+from statecodec.layouts.pickle.rebuild import _KNOWN
 from statecodec.layouts.torch_zip import describe
 from tests.layouts.support import pickle_of, zip_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statecodec.layouts.match import deal, deal_by_shape
+from statecodec.layouts.facts.match import deal, deal_by_shape
 
 SHAPES = [(2,), (3,), (2, 3)]
 

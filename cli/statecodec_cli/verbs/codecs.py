@@ -14,12 +14,12 @@ def run(as_json: options.AsJson = False) -> None:
 
     A codec is written NAME or NAME(key=value,...) on the command line, in rules files and in Python.
     """
-    from statecodec import codecs, policy
+    from statecodec import choose, codecs
     from statecodec_cli import tables
 
     document = {
         "codecs": [_describe(codecs.get(name)) for name in codecs.names()],
-        "presets": {name: list(rules) for name, rules in policy.PRESETS.items()},
+        "presets": {name: list(rules) for name, rules in choose.PRESETS.items()},
     }
     if as_json:
         console.emit(document)

@@ -1,0 +1,1 @@
+"""An open checkpoint, compressed or not: what it holds, and its bytes."""

@@ -1,0 +1,126 @@
+"""SHA-256 and zip CRCs of whole files, on a thread beside the conversion."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zlib_ng import zlib_ng
+
+from statecodec.errors import MalformedCheckpoint
+from statecodec.layouts import Crc32
+from statecodec.streams import read_exactly
+
+_BLOCK = 4 << 20
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A file to read once, from its start. `crcs`: zip CRCs that must hold (torch.load itself never checks them)."""
+
+    path: Path
+    nbytes: int
+    crcs: tuple[Crc32, ...] = ()
+
+
+class FileHashes(threading.Thread):
+    """Hashes files, one after the other, and checks their CRCs, holding no more than one block.
+
+    It reads the files again rather than following the conversion: the pages are in the cache, and the two stay
+    independent. A file that is still being written is followed up to where `advance` says it is complete.
+    """
+
+    def __init__(self, files: Sequence[Watched], *, sha256: bool = True, growing: bool = False) -> None:
+        """With `growing`, nothing is read before `advance` allows it (one file only)."""
+        super().__init__(name="statecodec-digests", daemon=True)
+        self.files = [file for file in files if sha256 or file.crcs]
+        self._sha256 = sha256
+        self._digests: list[str] = []
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._readable = 0 if growing else sum(file.nbytes for file in files)
+        self._changed = threading.Condition()
+
+    def run(self) -> None:
+        try:
+            for file in self.files:
+                self._digests.append(self._hash(file))
+        except BaseException as error:  # handed to whoever asks for the digests
+            self._error = error
+
+    def advance(self, nbytes: int) -> None:
+        """The first `nbytes` bytes of the (growing) file will not change any more."""
+        with self._changed:
+            self._readable = max(self._readable, nbytes)
+            self._changed.notify()
+
+    def cancel(self) -> None:
+        """Stop at the next block; `digests` must not be asked for any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+
+    def digests(self) -> list[str]:
+        """Hex SHA-256 of each file (none without `sha256`), once the thread is done. Raises MalformedCheckpoint,
+        OSError.
+        """
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._digests if self._sha256 else []
+
+    def _hash(self, file: Watched) -> str:
+        sha, block, crcs = hashlib.sha256(), memoryview(bytearray(_BLOCK)), _CrcCheck(file)
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for offset in range(0, file.nbytes, _BLOCK):
+                piece = block[: min(_BLOCK, file.nbytes - offset)]
+                if not self._wait_until(offset + len(piece)):
+                    break
+                read_exactly(fd, offset, piece, str(file.path))
+                if self._sha256:
+                    sha.update(piece)
+                crcs.feed(fd, offset, piece)
+        finally:
+            os.close(fd)
+        return sha.hexdigest()
+
+    def _wait_until(self, readable: int) -> bool:
+        """Block until so many bytes may be read; False if the work is off."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
+        return not self._stopped
+
+
+class _CrcCheck:
+    """Compares the CRCs of a file's spans (disjoint) with what the file says, while it is read from start to end."""
+
+    def __init__(self, file: Watched) -> None:
+        self._path = file.path
+        self._spans = sorted((c for c in file.crcs if c.nbytes), key=lambda c: -c.offset)
+        self._value = 0
+
+    def feed(self, fd: int, start: int, data: memoryview) -> None:
+        """File bytes from `start` are `data`, which follows what came before."""
+        stop = start + len(data)
+        while self._spans and self._spans[-1].offset < stop:
+            span = self._spans[-1]
+            end = span.offset + span.nbytes
+            self._value = zlib_ng.crc32(data[max(span.offset - start, 0) : end - start], self._value)
+            if end > stop:
+                return
+            stored = bytearray(4)
+            read_exactly(fd, span.at[0], memoryview(stored), str(self._path))
+            (expected,) = struct.unpack("<I", stored)
+            if self._value != expected:
+                raise MalformedCheckpoint(
+                    f"{self._path} is damaged: bytes {span.offset}..{end} have CRC-32 {self._value:08x}, the file says "
+                    f"{expected:08x} (torch.load does not check this)"
+                )
+            self._spans.pop()
+            self._value = 0

@@ -1,0 +1,242 @@
+"""A compressed checkpoint, opened: the Reader's items together with the document that says what they are."""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec import codecs, kernels
+from statecodec.checkpoint import document as documents
+from statecodec.codecs import Codec, EncodedTensor, PartSpec
+from statecodec.codecs.chunking import Chunk
+from statecodec.errors import FormatError, LimitExceeded
+from statecodec.format import Limits, Reader, StoredItem
+from statecodec.streams import Scratch
+from statecodec.verbs.report import Report, TensorReport
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An open compressed checkpoint. Close it, or use it as a context manager.
+
+    If it is a link of a chain, its base is opened when first needed, and closed with it.
+    """
+
+    path: Path
+    reader: Reader
+    document: documents.Document
+    _bases: list[Stored] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(cls, path: str | Path, limits: Limits | None = None) -> Stored:
+        """Open and check the manifest. Raises FormatError and its subclasses."""
+        reader = Reader(path, limits or Limits())
+        try:
+            sizes = [item.decoded_nbytes for item in reader.items]
+            stored = cls(Path(path), reader, documents.from_json(reader.document, sizes))
+            if stored.document.base is None and any(isinstance(item.codec, codecs.Based) for item in reader.items):
+                raise FormatError(f"{path} stores changes, but does not say since when")
+            return stored
+        except BaseException:
+            reader.close()
+            raise
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files of the chain that are open."""
+        self.reader.close()
+        for base in self._bases:
+            base.close()
+
+    @property
+    def base(self) -> Stored:
+        """The checkpoint that this one stores the changes since. Raises FormatError: missing, or another file."""
+        from statecodec.checkpoint.chain import open_base
+
+        with self._lock:
+            if not self._bases:
+                self._bases.append(open_base(self))
+            return self._bases[0]
+
+    def chunks(self, item: int) -> Iterator[int]:
+        """Chunk numbers of an item."""
+        return iter(range(len(self.reader.items[item].chunks)))
+
+    def decode_chunk(
+        self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None
+    ) -> Tensor:
+        """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
+
+        With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
+        """
+        stored = self.reader.items[item]
+        codec, parts = self.parts(item, chunk, scratch)
+        shape = stored.chunks[chunk].shape
+        if isinstance(codec, codecs.Raw):
+            return parts["data"].view(shape)
+        if isinstance(codec, codecs.Residual):
+            place = stored.chunks[chunk]
+            before = self.base.decode_range(self._in_base(item), place.start, place.stop)
+            return codec.decode_from(parts, before.view(shape), stored.dtype)
+        target = device or torch.device("cpu")
+        if scratch is not None and target.type == "cpu":
+            out = scratch.take("decoded", PartSpec(stored.dtype, tuple(shape)))
+        else:
+            out = self._empty(item, tuple(shape), target)
+        moved = {name: part.to(target) for name, part in parts.items()}
+        codec.decode_into(moved, out, kernels.resolve(None, target))
+        return out.to("cpu")
+
+    def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> tuple[Codec, Mapping[str, Tensor]]:
+        """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""
+        stored = self.reader.items[item]
+        out = None
+        if scratch is not None:
+            specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
+            out = {name: scratch.take(name, spec) for name, spec in specs.items()}
+        parts = self.reader.read_chunk(item, chunk, out)
+        if not isinstance(stored.codec, codecs.Delta):
+            return stored.codec, parts
+        index = self._in_base(item)
+        codec, before = self.base.parts(index, self.base.chunk_at(index, stored.chunks[chunk]))
+        if codec != stored.codec.inner:
+            raise FormatError(f"{self.path}: {stored.name} is a change of {stored.codec.inner}, its base is {codec}")
+        return codec, stored.codec.apply(parts, before)
+
+    def encoded(self, item: int) -> EncodedTensor:
+        """A whole item as it would stand in a file of its own; a residual, which has no such form, decoded."""
+        stored = self.reader.items[item]
+        codec = codecs.standalone(stored.codec)
+        if isinstance(codec, codecs.Residual):
+            return codecs.Raw().encode(self.decode(item))
+        if codec == stored.codec:
+            return self.reader.read(stored.name)
+        pieces = [self.parts(item, number)[1] for number in range(len(stored.chunks))]
+        parts = {}
+        for name, spec in codec.parts(stored.shape, stored.dtype).items():
+            parts[name] = torch.cat([piece[name].reshape(-1) for piece in pieces]).view(spec.shape)
+        return EncodedTensor(codec, stored.shape, stored.dtype, parts)
+
+    def _empty(self, item: int, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        stored = self.reader.items[item]
+        try:
+            return torch.empty(shape, dtype=stored.dtype, device=device)
+        except (RuntimeError, MemoryError) as error:  # what torch raises where memory runs out depends on the device
+            size = math.prod(shape) * stored.dtype.itemsize
+            raise LimitExceeded(f"{self.path}: no memory for {size:,} bytes of {stored.name}") from error
+
+    def chunk_at(self, item: int, chunk: Chunk) -> int:
+        """The number of the chunk that is cut like another file's. Raises FormatError."""
+        known = self.reader.items[item].chunks
+        index = bisect_left(known, chunk.start, key=lambda c: c.start)
+        if index == len(known) or (known[index].start, known[index].shape) != (chunk.start, chunk.shape):
+            raise FormatError(f"{self.path}: {self.reader.items[item].name} is cut differently from its base")
+        return index
+
+    def decode_range(self, item: int, start: int, stop: int) -> Tensor:
+        """Elements start..stop of an item, flat."""
+        pieces = [
+            self.decode_chunk(item, number).reshape(-1)[max(start - c.start, 0) : stop - c.start]
+            for number, c in enumerate(self.reader.items[item].chunks)
+            if c.start < stop and c.stop > start
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _in_base(self, item: int) -> int:
+        """The base's item that a link's item is a change of."""
+        stored, base = self.reader.items[item], self.base.reader
+        found = base.items[base.index(stored.name)] if stored.name in base else None
+        if found is None or (found.shape, found.dtype) != (stored.shape, stored.dtype):
+            raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
+        return base.index(stored.name)
+
+    def report(self, seconds: float = 0.0) -> Report:
+        """What the manifest says."""
+        reader = self.reader
+        return make_report(self.path, reader.format_version, self.document, reader.items, reader.files, seconds)
+
+    def decode(self, item: int) -> Tensor:
+        """A whole item, checked and decoded."""
+        stored = self.reader.items[item]
+        if len(stored.chunks) == 1:
+            return self.decode_chunk(item, 0).view(stored.shape)
+        out = self._empty(item, stored.shape)
+        flat = out.view(-1)
+        for number, chunk in enumerate(stored.chunks):
+            flat[chunk.start : chunk.stop] = self.decode_chunk(item, number).view(-1)
+        return out
+
+
+def report_of(path: str | Path, seconds: float = 0.0) -> Report:
+    """The report of a compressed checkpoint, from its manifest alone."""
+    with Stored.open(path) as stored:
+        return stored.report(seconds)
+
+
+def make_report(
+    path: Path,
+    version: tuple[int, int],
+    document: documents.Document,
+    items: Iterable[StoredItem],
+    files: Iterable[Path],
+    seconds: float = 0.0,
+) -> Report:
+    """The report of a compressed checkpoint that was just written, or opened."""
+    files = tuple(files)
+    return Report(
+        path=str(path),
+        format_version=version,
+        source=document.source,
+        bytes=sum(file.stat().st_size for file in files),
+        tensors=tuple(tensor_report(item) for item in items),
+        seconds=seconds,
+        preset=document.preset,
+        rules=document.rules,
+        notes=document.notes,
+        files=tuple(str(file) for file in files),
+    )
+
+
+def tensor_report(item: StoredItem) -> TensorReport:
+    """The report of one stored item."""
+    attributes = item.attributes
+    return TensorReport(
+        name=item.name,
+        role=text(attributes.get("role")) or "other",
+        param=text(attributes.get("param")),
+        shape=item.shape,
+        dtype=str(item.dtype).removeprefix("torch."),
+        codec=codecs.format_codec(item.codec),
+        bytes_before=item.decoded_nbytes,
+        bytes_after=item.stored_nbytes,
+        error=_error(attributes.get("error")),
+    )
+
+
+def text(value: Any) -> str | None:
+    """A string of an untrusted document, or None. Raises FormatError for anything else."""
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"an attribute is {str(value)[:40]!r} where text was expected")
+    return value
+
+
+def _error(value: Any) -> dict[str, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in value.values()):
+        raise FormatError("an error attribute does not hold numbers")
+    return {str(k): float(v) for k, v in value.items()}

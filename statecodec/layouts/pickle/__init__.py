@@ -1,0 +1,1 @@
+"""Reading a pickle into descriptions of its objects, without running any of it."""

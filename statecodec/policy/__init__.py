@@ -1,6 +1,0 @@
-"""Policies: ordered rules that say which codec each tensor gets."""
-
-from statecodec.policy.presets import PRESETS, preset_rules
-from statecodec.policy.rules import Policy, Rule, Subject, load_rules, parse_rule
-
-__all__ = ["PRESETS", "Policy", "Rule", "Subject", "load_rules", "parse_rule", "preset_rules"]

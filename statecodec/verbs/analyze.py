@@ -1,0 +1,272 @@
+"""What a checkpoint can bear to lose: SNR per tensor and dimension, rules, and the curve of size against update
+error.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from statecodec.checkpoint.tensor_sets import Elements, TensorInfo, TensorSet, is_compressed, open_tensors
+from statecodec.choose.architectures import Layer, Part, parts, recognise
+from statecodec.choose.budget import CurvePoint
+from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
+from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
+from statecodec.errors import UsageError
+from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.verbs.report import jsonable
+
+
+@dataclass(frozen=True)
+class TensorSNR:
+    """One second moment: what it is, its averaged SNRs, and what follows from them.
+
+    `dims` is what its own SNR chooses, `recommended` the paper's advice for its kind (None: no advice). `parts`: SNRs
+    of q, k and v inside a fused projection, which itself can only be shared as one.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    ratios: Ratios
+    dims: tuple[int, ...]
+    type_dims: tuple[int, ...]
+    recommended: tuple[int, ...] | None
+    parts: Mapping[str, Ratios]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; dimensions are joined by commas where they are keys."""
+        return {
+            "name": self.name, "kind": self.kind, "shape": list(self.shape), "snr": _keyed(self.ratios),
+            "dims": list(self.dims), "type_dims": list(self.type_dims),
+            "recommended": None if self.recommended is None else list(self.recommended),
+            "parts": {name: _keyed(ratios) for name, ratios in self.parts.items()},
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyze` found. Lists are empty where they were not asked for."""
+
+    sources: tuple[str, ...]
+    steps: tuple[float | None, ...]
+    cutoff: float
+    tensors: tuple[TensorSNR, ...] = ()
+    layers: tuple[LayerSNR, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """Share of the second moments saved at the cutoff, with rules by `layer`, by `type` and by the paper's
+        `table`.
+        """
+        return {
+            basis: saved(self.layers, chosen(self.layers, self.cutoff, basis)) for basis in ("layer", "type", "table")
+        }
+
+    @property
+    def saved_curve(self) -> list[tuple[float, float]]:
+        """(cutoff, share saved by per-layer rules)."""
+        return saved_curve(self.layers) if self.layers else []
+
+    def rules(self, basis: str = "type", cutoff: float | None = None) -> dict[str, Any]:
+        """The content of a rules file: `type` transfers to another depth or width, `layer` is for this model alone."""
+        return rules_document(self.layers, self.cutoff if cutoff is None else cutoff, basis)
+
+    def save_rules(self, path: str | Path, basis: str = "type") -> None:
+        """Write a rules file for `compress --rules` and for SlimAdam. Raises UsageError if no SNR was measured."""
+        if not self.layers:
+            raise UsageError("there are no second moments to make rules of")
+        write_rules(self.rules(basis), path)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain: dict[str, Any] = jsonable({
+            "sources": list(self.sources), "steps": list(self.steps), "cutoff": self.cutoff,
+            "saved": self.saved if self.layers else None,
+            "saved_curve": self.saved_curve, "tensors": [t.to_json() for t in self.tensors],
+            "curve": [p.to_json() for p in self.curve], "notes": list(self.notes), "seconds": self.seconds,
+        })  # fmt: skip
+        return plain
+
+
+def analyze(
+    *sources: str | Path,
+    snr: bool = True,
+    curve: bool = False,
+    cutoff: float = CUTOFF,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Analysis:
+    """Measure one checkpoint or several of one run (compressed or not), or read SNR tables (`.csv`).
+
+    `snr`: the signal-to-noise ratio of every second moment over every subset of its dimensions (float64, streamed),
+    averaged over the checkpoints; what follows strictly above `cutoff`. `curve`: size against error of the Adam update
+    for the checkpoint of the highest step, with the presets as points. Raises UsageError, LayoutError, FormatError,
+    PolicyError.
+    """
+    started = time.perf_counter()
+    if not sources:
+        raise UsageError("analyze needs at least one checkpoint")
+    tables = [Path(s) for s in sources if str(s).lower().endswith(".csv")]
+    if tables and len(tables) != len(sources):
+        raise UsageError("analyze takes either checkpoints or SNR tables (.csv), not both at once")
+    if tables and curve:
+        raise UsageError("a curve needs a checkpoint; an SNR table has no numbers to encode")
+    notes: list[str] = []
+    steps: list[float | None] = []
+    layers: list[LayerSNR] = []
+    pieces: dict[str, dict[str, Ratios]] = {}
+    if tables:
+        layers = _tables(tables)
+    elif snr:
+        layers, pieces, steps = _measure(sources, threads or default_threads(), progress, notes)
+    points: Sequence[CurvePoint] = ()
+    if curve:
+        from statecodec.choose.budgeted import measure_curve
+
+        known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
+        last = max(range(len(sources)), key=lambda i: (known[i], i))
+        points = measure_curve(sources[last], threads=threads, progress=progress)
+    tensors = _tensors(layers, pieces, cutoff)
+    return Analysis(
+        tuple(map(str, sources)),
+        tuple(steps),
+        cutoff,
+        tensors,
+        tuple(layers),
+        tuple(points),
+        tuple(notes),
+        time.perf_counter() - started,
+    )
+
+
+def _tables(paths: Sequence[Path]) -> list[LayerSNR]:
+    """Several tables of one run, each averaged over its own steps, weigh alike."""
+    found: dict[str, list[LayerSNR]] = {}
+    for path in paths:
+        for layer in read_table(path):
+            found.setdefault(layer.name, []).append(layer)
+    return [_averaged(group) for group in found.values()]
+
+
+def _averaged(group: Sequence[LayerSNR]) -> LayerSNR:
+    if len({layer.shape for layer in group}) > 1:
+        shapes = ", ".join(str(list(layer.shape)) for layer in group[:3])
+        raise UsageError(f"{group[0].name} has different shapes ({shapes}): these are not of one run")
+    return LayerSNR(group[0].name, group[0].shape, average(x.ratios for x in group), group[0].shareable)
+
+
+def _measure(
+    sources: Sequence[str | Path], threads: int, progress: Progress | None, notes: list[str]
+) -> tuple[list[LayerSNR], dict[str, dict[str, Ratios]], list[float | None]]:
+    found: dict[str, list[LayerSNR]] = {}
+    pieces: dict[str, dict[str, list[Ratios]]] = {}
+    steps: list[float | None] = []
+    for path in sources:
+        tensors = open_tensors(path)
+        try:
+            steps.append(next((m.step for m in tensors.moments), None))
+            for layer, in_parts in _measure_one(tensors, threads, progress, notes):
+                found.setdefault(layer.name, []).append(layer)
+                for part, ratios in in_parts.items():
+                    pieces.setdefault(layer.name, {}).setdefault(part, []).append(ratios)
+        finally:
+            tensors.close()
+    if not found:
+        raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq) in it; the SNR is measured on Adam's state")
+    missing = [name for name, group in found.items() if len(group) != len(sources)]
+    if missing:
+        notes.append(f"not in every checkpoint: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
+    averaged = {name: {part: average(r) for part, r in group.items()} for name, group in pieces.items()}
+    return [_averaged(group) for group in found.values()], averaged, steps
+
+
+def _measure_one(
+    tensors: TensorSet, threads: int, progress: Progress | None, notes: list[str]
+) -> list[tuple[LayerSNR, dict[str, Ratios]]]:
+    moments = [t for t in tensors.tensors.values() if t.role == "exp_avg_sq"]
+    shapes = {_name(t): t.shape for t in moments}
+    known = recognise(shapes)
+    if len(shapes) != len(moments):
+        raise UsageError(
+            f"{tensors.path}: two second moments belong to one parameter; analyze one file of the directory at a time"
+        )
+    anonymous = sum(t.param is None for t in moments)
+    if anonymous:
+        notes.append(
+            f"{tensors.path}: {anonymous} second moments without a parameter's name; rules name the states instead"
+        )
+    if is_compressed(tensors.path):
+        notes.append(f"{tensors.path} is compressed: SNRs are those of its stored second moments")
+    meter = Meter(progress, sum(math.prod(t.shape) * t.dtype.itemsize for t in moments), "measuring SNR")
+
+    def measure(tensor: TensorInfo) -> tuple[TensorInfo, Ratios, dict[str, Ratios]]:
+        return tensor, *_ratios(tensors, tensor, known[_name(tensor)])
+
+    results = []
+    for tensor, ratios, in_parts in ordered_map(measure, moments, threads):
+        layer = known[_name(tensor)]
+        results.append((LayerSNR(layer.name, tensor.shape, ratios, layer.shareable), in_parts))
+        meter.add(math.prod(tensor.shape) * tensor.dtype.itemsize)
+    return results
+
+
+def _ratios(tensors: TensorSet, tensor: TensorInfo, layer: Layer) -> tuple[Ratios, dict[str, Ratios]]:
+    """The SNRs of one tensor and of the q, k and v in it, in one pass over its chunks."""
+    if not tensor.shape or not math.prod(tensor.shape):
+        return {}, {}
+    fused = parts(layer, tensor.shape)
+    whole = Measurement(tensor.shape)
+    inside = [Measurement(_part_shape(p, tensor.shape)) for p in fused]
+    elements, row = Elements(tensors.chunks(tensor)), math.prod(tensor.shape[1:])
+    for start, stop in slabs(tensor.shape):
+        slab = elements.take((stop - start) * row).view(stop - start, *tensor.shape[1:])
+        if bool((slab < 0).any()) or not bool(slab.isfinite().all()):
+            raise UsageError(f"{tensor.name}: a second moment holds negative values, infinities or NaN; it has no SNR")
+        whole.add(slab)
+        for part, measurement in zip(fused, inside, strict=True):
+            piece = _cut(slab, part, start, stop)
+            if piece.numel():
+                measurement.add(piece)
+    return whole.ratios(), {p.name: m.ratios() for p, m in zip(fused, inside, strict=True)}
+
+
+def _part_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(part.stop - part.start if d == part.dim else n for d, n in enumerate(shape))
+
+
+def _cut(slab: torch.Tensor, part: Part, start: int, stop: int) -> torch.Tensor:
+    if part.dim == 1:
+        return slab[:, part.start : part.stop]
+    return slab[max(part.start - start, 0) : max(min(part.stop, stop) - start, 0)]
+
+
+def _tensors(
+    layers: Sequence[LayerSNR], pieces: Mapping[str, Mapping[str, Ratios]], cutoff: float
+) -> tuple[TensorSNR, ...]:
+    known = recognise({layer.name: layer.shape for layer in layers})
+    by_type = chosen(layers, cutoff, "type")
+    return tuple(
+        TensorSNR(
+            layer.name, known[layer.name].kind, layer.shape, dict(layer.ratios), layer.dims(cutoff),
+            by_type[layer.name], known[layer.name].recommended, dict(pieces.get(layer.name, {})),
+        )
+        for layer in layers
+    )  # fmt: skip
+
+
+def _name(tensor: TensorInfo) -> str:
+    return tensor.param or tensor.name
+
+
+def _keyed(ratios: Ratios) -> dict[str, float]:
+    return {",".join(map(str, dims)): ratio for dims, ratio in ratios.items()}

@@ -1,0 +1,238 @@
+"""`convert`: between codecs, and between optimizers. Above pipeline and optim, because it brings the two together.
+
+An optimizer's checkpoint is converted by that optimizer itself: parameters of the right names and shapes are made up
+from the file, the class is built on them, loads the state it finds and gives its own. No model code is needed or run.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from statecodec.checkpoint.native import save
+from statecodec.checkpoint.open import Checkpoint, load
+from statecodec.choose import Rule
+from statecodec.codecs.plain import is_plain
+from statecodec.errors import OutputExists, UsageError
+from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
+from statecodec.optim.adamw import Adam
+from statecodec.streams import Progress
+from statecodec.verbs.inspect import inspect
+from statecodec.verbs.recode import convert_codecs
+from statecodec.verbs.report import Report
+
+OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
+_CLASSES: dict[str, type[StateOptimizer]] = {**OPTIMIZERS, "adam": Adam}
+_TARGET = re.compile(r"(torch|adamw|foam|slimadam|lorapre)\s*(?:\((.*)\))?", re.DOTALL)
+_OPTION = re.compile(r"\s*(\w+)\s*=\s*([^,()\[\]]*)\s*(?:,|$)")
+_INDEX = re.compile(r"\.state\.(\d+)\.exp_avg$|^state\.(\d+)\.exp_avg$")
+_MAX_DEPTH = 8
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to convert an optimizer's state to: `torch`, or one of our optimizers with constructor options."""
+
+    name: str
+    options: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Target | None:
+        """`foam(level=2)`, `slimadam(rules=rules.json)`, `lorapre(rank=16)`, `adamw(moments=companded8)`, `torch`.
+
+        None for text that is a rule (PATTERN=CODEC). Raises UsageError for options that cannot be read.
+        """
+        match = _TARGET.fullmatch(text.strip())
+        if match is None:
+            return None
+        given, position, options = match.group(2) or "", 0, {}
+        while position < len(given):
+            option = _OPTION.match(given, position)
+            if option is None:
+                raise UsageError(f"{text!r}: expected NAME(option=value,...), stuck at {given[position:][:40]!r}")
+            options[option.group(1)] = _value(option.group(2).strip())
+            position = option.end()
+        if match.group(1) == "torch" and options:
+            raise UsageError("torch takes no options")
+        return cls(match.group(1), options)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str | Rule | Sequence[str | Rule],
+    *,
+    pack: str = "zstd",
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a checkpoint, compressed or not, and report what that lost.
+
+    `to` is one or more rules (`exp_avg_sq=shared(dims=[1])`): the tensors they name get that codec, all others stay as
+    they are; `dst` is a compressed file. Or it is one optimizer (`foam(level=2)`, see Target): the optimizer's state
+    becomes one that this class resumes from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors
+    is a compressed file, anything else a torch.save file; the whole checkpoint is held in memory.
+
+    Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
+    """
+    wanted = [to] if isinstance(to, str | Rule) else list(to)
+    if not wanted:
+        raise UsageError("convert needs to be told to what: rules, or one optimizer")
+    targets = [Target.parse(t) if isinstance(t, str) else None for t in wanted]
+    if not any(targets):
+        return convert_codecs(src, dst, wanted, pack=pack, force=force, threads=threads, progress=progress)
+    if len(wanted) > 1 or targets[0] is None:
+        raise UsageError("convert to an optimizer, or by rules, not both at once; convert the result again")
+    return _convert_optimizer(Path(src), Path(dst), targets[0], pack, force)
+
+
+def _convert_optimizer(src: Path, dst: Path, target: Target, pack: str, force: bool) -> Report:
+    started = time.perf_counter()
+    if not force and dst.exists():
+        raise OutputExists(f"{dst} exists; use --force (force=True) to replace it")
+    value = load(src)
+    found = list(_optimizers(value, ()))
+    if not found:
+        raise UsageError(f"{src}: no optimizer state in it (a dict with `state` and `param_groups`)")
+    notes = []
+    errors: list[LoadReport] = []
+    for path in found:
+        holder, saved = _at(value, path)
+        made, reports = _converted(saved, _names(src, path, saved), target)
+        errors += reports
+        notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for r in reports for line in r.notes]
+        if holder is None:
+            value = made
+        else:
+            holder[path[-1]] = made
+    if dst.name.endswith(".safetensors"):
+        save(value, dst, pack=pack, force=force)
+    else:
+        _torch_save(value, dst)
+    return replace(_report(dst, errors, notes), seconds=time.perf_counter() - started)
+
+
+def _converted(saved: Mapping[str, Any], names: Mapping[int, str], target: Target) -> tuple[Any, list[LoadReport]]:
+    """A state dict in the target's form, and what loading it lost."""
+    algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
+    if target.name == "torch":
+        source = _CLASSES.get(str(algorithm))
+        if source is None:
+            raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
+        optimizer = _build(source, saved, names, {})
+        optimizer.load_state_dict(dict(saved))
+        return optimizer.state_dict(dense=True), [optimizer.load_report]
+    optimizer = _build(OPTIMIZERS[target.name], saved, names, target.options)
+    optimizer.load_state_dict(dict(saved))
+    return optimizer.state_dict(), [optimizer.load_report]
+
+
+def _build(
+    kind: type[StateOptimizer], saved: Mapping[str, Any], names: Mapping[int, str], options: Mapping[str, Any]
+) -> StateOptimizer:
+    """The optimizer on made-up parameters of the checkpoint's names, shapes and groups."""
+    groups = []
+    storage = ("moments", "level", "rank", "rules", "variant", "dense_below", "base", "matrix")
+    for group in saved["param_groups"]:
+        params = []
+        for position, index in enumerate(group["params"]):
+            own = (group.get("param_names") or [])[position : position + 1]
+            name = own[0] if own else names.get(index, f"param.{index}")
+            params.append((name, nn.Parameter(torch.zeros(_shape(saved["state"].get(index, {}))))))
+        kept = ("lr", "weight_decay", "betas", "eps", *(storage if group.get("algorithm") == kind.algorithm else ()))
+        plain = {k: tuple(v) if k == "betas" else v for k in kept if (v := group.get(k)) is not None}
+        groups.append({**plain, "params": params})
+    try:
+        return kind(groups, **options)
+    except TypeError as error:
+        raise UsageError(f"{kind.__name__} does not take these options: {error}") from error
+
+
+def _shape(state: Mapping[str, Any]) -> tuple[int, ...]:
+    for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+        moment = state.get(name)
+        if isinstance(moment, Tensor):
+            return tuple(moment.shape)
+        if is_plain(moment):
+            return tuple(moment["shape"])  # type: ignore[index]
+    return (0,)  # never stepped: nothing to convert
+
+
+def _optimizers(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Paths of the optimizer state dicts in a nested value."""
+    if len(path) > _MAX_DEPTH:
+        return
+    if isinstance(value, Mapping):
+        if isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), list):
+            yield path
+            return
+        for key, inner in value.items():
+            yield from _optimizers(inner, (*path, key))
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _optimizers(inner, (*path, i))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> tuple[MutableMapping[Any, Any] | None, Any]:
+    holder = None
+    for key in path:
+        holder, value = value, value[key]
+    return holder, value
+
+
+def _names(src: Path, path: tuple[Any, ...], saved: Mapping[str, Any]) -> dict[int, str]:
+    """Parameter names by index, where the layout could match them with weights for certain."""
+    names: dict[int, str] = {}
+    prefix = "".join(f"{key}." for key in path)
+    with Checkpoint(src) as checkpoint:
+        for name in checkpoint.names():
+            match = _INDEX.search(name)
+            if match and name.rsplit(":", 1)[-1].startswith(prefix):
+                param = checkpoint.info(name)["param"]
+                if param:
+                    names[int(match.group(1) or match.group(2))] = param
+    return names
+
+
+def _report(dst: Path, errors: Sequence[LoadReport], notes: Sequence[str]) -> Report:
+    """The written file, with the loss of each state as its tensor's error and the worst update error in total."""
+    report = inspect(dst)
+    changes = [c for e in errors for c in e.changes]
+    lines = [f"{c.param}: {c.state} {c.kind}, {c.source} to {c.stored_as}" for c in changes if c.kind != "encoded"]
+    states = [c for c in changes if c.relative_rms is not None]
+    updates = {p: u for e in errors for p, u in e.update_rms.items()}
+    total: dict[str, float] = {}
+    for state in sorted({c.state for c in states}):
+        total[f"{state}_worst_relative_rms"] = max(c.relative_rms or 0.0 for c in states if c.state == state)
+    if updates:
+        total["worst_update_error"] = max(updates.values())
+    shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
+    return replace(report, total=total or None, notes=(*report.notes, *notes, *shown))
+
+
+def _torch_save(value: Any, dst: Path) -> None:
+    temporary = dst.with_name(f".{dst.name}.tmp")
+    try:
+        torch.save(value, temporary)
+        temporary.replace(dst)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _value(text: str) -> Any:
+    if text in ("True", "False", "true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"-?\d{1,9}", text):
+        return int(text)
+    try:
+        return float(text)
+    except ValueError:
+        return None if text == "None" else text

@@ -1,0 +1,207 @@
+"""B against A: the error of every tensor, and of every Adam update direction."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from statecodec import kernels
+from statecodec.checkpoint.tensor_sets import SKELETON_ROLES, Elements, TensorInfo, TensorSet, open_tensors
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
+from statecodec.layouts import Moments
+from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.verbs.report import DiffReport, TensorDiff, UpdateReport
+
+_PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
+
+
+def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> DiffReport:
+    """Compare checkpoint B with A; either may be compressed or not.
+
+    Tensors are matched by name. For each parameter whose exp_avg and exp_avg_sq are in both, the Adam update direction
+    u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. Raises FormatError, LayoutError.
+    """
+    started = time.perf_counter()
+    first = open_tensors(a)
+    try:
+        second = open_tensors(b)
+        try:
+            return _diff(first, second, threads or default_threads(), progress, started)
+        finally:
+            second.close()
+    finally:
+        first.close()
+
+
+def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, started: float) -> DiffReport:
+    notes: list[str] = []
+    shared = [t for name, t in a.tensors.items() if name in b.tensors and _comparable(t, b.tensors[name], notes)]
+    pairs = [m for m in a.moments if _comparable_update(m, a, b)]
+    sizes = [math.prod(t.shape) for t in shared] + [math.prod(a.tensors[m.exp_avg].shape) * 2 for m in pairs]
+    meter = Meter(progress, sum(sizes), "comparing")
+
+    def compare(tensor: TensorInfo) -> tuple[TensorInfo, Comparison]:
+        return tensor, compare_tensors(a, tensor, b, b.tensors[tensor.name])
+
+    tensors, sums = [], _Totals()
+    with closing(ordered_map(compare, shared, threads)) as compared:
+        for tensor, result in compared:
+            meter.add(math.prod(tensor.shape))
+            if tensor.role in SKELETON_ROLES:
+                if result.mismatched:
+                    notes.append(f"{tensor.name}: bytes that are not tensors differ")
+                continue
+            tensors.append(_tensor_diff(tensor, result))
+            sums.add_tensor(tensor.role, result)
+
+    def update(m: Moments) -> tuple[Moments, UpdateComparison]:
+        return m, _compare_update(a, b, m)
+
+    updates = []
+    with closing(ordered_map(update, pairs, threads)) as changes:
+        for moments, change in changes:
+            numel = math.prod(a.tensors[moments.exp_avg].shape)
+            meter.add(2 * numel)
+            updates.append(_update_report(moments.param or moments.exp_avg, numel, change))
+            sums.add_update(change)
+            if change.nonfinite:
+                notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
+    return DiffReport(
+        a=str(a.path), b=str(b.path), tensors=tuple(tensors), updates=tuple(updates), total=sums.total(),
+        only_in_a=_missing(a, b), only_in_b=_missing(b, a), notes=tuple(notes), seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: TensorInfo) -> Comparison:
+    """Compare one tensor of A with one of B (same shape), streamed."""
+    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+        return NO_DIFFERENCE._replace(mismatched=_unequal(a.chunks(tensor), b.chunks(other)))
+    left, right = Elements(a.chunks(tensor)), Elements(b.chunks(other))
+    total = NO_DIFFERENCE
+    for count in _pieces(math.prod(tensor.shape)):
+        x, y = left.take(count), right.take(count)
+        if x.dtype != y.dtype:
+            x, y = x.to(torch.float64), y.to(torch.float64)
+        total = total.merged(kernels.host().compare(x, y))
+    return total
+
+
+def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
+    names = (m.exp_avg, m.exp_avg_sq)
+    streams = [Elements(s.chunks(s.tensors[name])) for s in (a, b) for name in names]
+    step = m.step if m.step and m.step > 0 else math.inf
+    total = NO_UPDATE
+    for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
+        first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
+        found = kernels.host().compare_updates(
+            first, second, other_first, other_second,
+            correction1=correction(m.beta1, step), correction2=correction(m.beta2, step), eps=m.eps,
+        )  # fmt: skip
+        total = total.merged(found)
+    return total
+
+
+def correction(beta: float, step: float) -> float:
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
+
+
+def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:
+    """Elements that differ, of integers, booleans or bytes."""
+    left, right = iter(a), iter(b)
+    x, y, count = torch.empty(0), torch.empty(0), 0
+    while True:
+        if not x.numel():
+            x = next(left, torch.empty(0))
+        if not y.numel():
+            y = next(right, torch.empty(0))
+        size = min(x.numel(), y.numel())
+        if not size:
+            return count + x.numel() + y.numel()
+        same = x[:size].view(torch.uint8) == y[:size].view(torch.uint8)
+        count += int((~same.view(size, -1).all(1)).sum())
+        x, y = x[size:], y[size:]
+
+
+def _pieces(total: int) -> Iterator[int]:
+    for start in range(0, total, _PIECE):
+        yield min(_PIECE, total - start)
+
+
+def _comparable(a: TensorInfo, b: TensorInfo, notes: list[str]) -> bool:
+    if a.shape == b.shape and (a.dtype == b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point)):
+        return True
+    if a.role in SKELETON_ROLES:
+        notes.append(f"{a.name}: bytes that are not tensors differ ({a.shape[0]} and {b.shape[0]} of them)")
+    else:
+        notes.append(f"{a.name}: not comparable: {a.dtype} {list(a.shape)} in A, {b.dtype} {list(b.shape)} in B")
+    return False
+
+
+def _comparable_update(m: Moments, a: TensorSet, b: TensorSet) -> bool:
+    """Whether both sides have both moments, as floats of one shape."""
+    found = [s.tensors.get(name) for s in (a, b) for name in (m.exp_avg, m.exp_avg_sq)]
+    return len({t.shape if t and t.dtype.is_floating_point else None for t in found}) == 1 and None not in found
+
+
+def _missing(a: TensorSet, b: TensorSet) -> tuple[str, ...]:
+    return tuple(name for name, t in a.tensors.items() if name not in b.tensors and t.role not in SKELETON_ROLES)
+
+
+def _tensor_diff(tensor: TensorInfo, c: Comparison) -> TensorDiff:
+    return TensorDiff(
+        name=tensor.name, role=tensor.role, shape=tensor.shape, dtype=str(tensor.dtype).removeprefix("torch."),
+        rms=math.sqrt(c.sum_sq_diff / max(math.prod(tensor.shape), 1)), relative_rms=_relative(c.sum_sq_diff, c.sum_sq),
+        max_abs=c.max_abs_diff, mismatched=c.mismatched,
+    )  # fmt: skip
+
+
+def _update_report(param: str | None, numel: int, c: UpdateComparison) -> UpdateReport:
+    return UpdateReport(
+        param,
+        numel,
+        _relative(c.sum_sq_diff, c.sum_sq),
+        c.max_abs_other,
+        c.max_abs,
+        _cosine(c.sum_sq, c.sum_sq_other, c.dot),
+    )
+
+
+def _relative(error: float, size: float) -> float:
+    if size:
+        return math.sqrt(error / size)
+    return math.inf if error else 0.0
+
+
+def _cosine(a: float, b: float, dot: float) -> float:
+    if a and b:
+        return min(1.0, dot / math.sqrt(a * b))
+    return 1.0 if a == b else 0.0
+
+
+class _Totals:
+    """Sums over all tensors by role, and over all updates."""
+
+    def __init__(self) -> None:
+        self._roles: dict[str, Comparison] = {}
+        self._updates = NO_UPDATE
+
+    def add_tensor(self, role: str, c: Comparison) -> None:
+        self._roles[role] = self._roles.get(role, NO_DIFFERENCE).merged(c)
+
+    def add_update(self, c: UpdateComparison) -> None:
+        self._updates = self._updates.merged(c)
+
+    def total(self) -> dict[str, float]:
+        """relative_rms of each role, and of all updates: u_rms, max_u, max_u_exact, cosine."""
+        found = {f"{role}_relative_rms": _relative(c.sum_sq_diff, c.sum_sq) for role, c in self._roles.items()}
+        u = self._updates
+        if u != NO_UPDATE:
+            found |= {"u_rms": _relative(u.sum_sq_diff, u.sum_sq), "max_u": u.max_abs_other, "max_u_exact": u.max_abs}
+            found["cosine"] = _cosine(u.sum_sq, u.sum_sq_other, u.dot)
+        return found

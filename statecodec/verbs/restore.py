@@ -1,0 +1,195 @@
+"""Compressed file -> the original file or directory: skeleton bytes and decoded regions put back where they were."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from zlib_ng import zlib_ng
+
+from statecodec import codecs
+from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.document import StoredFile
+from statecodec.checkpoint.skeleton import Skeleton
+from statecodec.checkpoint.stored import Stored
+from statecodec.errors import CorruptFile
+from statecodec.layouts import Crc32
+from statecodec.streams import (
+    Meter,
+    Progress,
+    Scratch,
+    default_threads,
+    memory,
+    ordered_map,
+    read_exactly,
+    write_exactly,
+)
+from statecodec.verbs.compress import target_device
+from statecodec.verbs.paths import restored_path
+from statecodec.verbs.publishing import publish
+from statecodec.verbs.report import Report
+
+_CRC_BLOCK = 1 << 20
+_scratch = Scratch()
+
+
+def restore(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Put a compressed checkpoint back as the original file or directory (by default its own name, beside SRC).
+
+    What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's.
+    Lossy tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under
+    the destination's name before it is complete.
+
+    With `force` an existing file is replaced by a file, a directory by a directory. Raises FormatError and its
+    subclasses, OutputExists, OutputFailed, UsageError.
+    """
+    started = time.perf_counter()
+    where = target_device(device)
+    with Stored.open(src) as stored:
+        document = stored.document
+        target = Path(dst) if dst is not None else restored_path(Path(src), document.source.get("name"))
+        if document.source["layout"] == "native":
+            from statecodec.checkpoint.native import restore_native
+
+            write: Callable[[Path], None] = partial(restore_native, stored)
+        else:
+            meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
+            write = partial(_restore_all, stored, where, threads or default_threads(), meter)
+        publish(target, write, directory=document.is_directory, force=force)
+        return replace(stored.report(time.perf_counter() - started), path=str(target))
+
+
+def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, made: Path) -> None:
+    document = stored.document
+    if not document.is_directory:
+        _restore_file(stored, document.files[0], made, device, threads, meter)
+        return
+    for directory in document.directories:
+        (made / directory).mkdir(parents=True, exist_ok=True)
+    for file in document.files:
+        path = made / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file.same_as is not None:
+            os.link(made / file.same_as, path)
+        else:
+            _restore_file(stored, file, path, device, threads, meter)
+
+
+def _restore_file(
+    stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter
+) -> None:
+    items = stored.reader.items
+    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not codecs.is_exact(items[i].codec)]
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
+    hashes.start()
+    try:
+        os.ftruncate(fd, file.nbytes)
+        _write_skeleton(stored, file, fd, threads, meter)
+        crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
+        jobs = ((offset, index, chunk) for offset, index in file.regions for chunk in stored.chunks(index))
+
+        def decode(job: tuple[int, int, int]) -> tuple[int, int, int]:
+            offset, index, chunk = job
+            data = memory(stored.decode_chunk(index, chunk, device, _scratch))
+            start = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize
+            write_exactly(fd, start, data)
+            return start, len(data), zlib_ng.crc32(data) if lossy else 0
+
+        # Closed before the file is: no thread may write to a descriptor that is somebody else's by then.
+        with closing(ordered_map(decode, jobs, threads)) as written:
+            for start, nbytes, crc in written:
+                crcs.add(start, nbytes, crc)
+                hashes.advance(start + nbytes)
+                meter.add(nbytes)
+        crcs.finish()
+        hashes.advance(file.nbytes)
+        if hashes.files and hashes.digests() != [file.sha256]:
+            raise CorruptFile(f"{file.path}: the restored bytes do not have the source's SHA-256 {file.sha256}")
+        os.fsync(fd)
+        os.fchmod(fd, file.mode)
+    finally:
+        hashes.cancel()
+        os.close(fd)
+
+
+def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, meter: Meter) -> None:
+    if file.skeleton is None:
+        return
+    index, items = file.skeleton, stored.reader.items
+    skeleton = Skeleton(file.nbytes, ((offset, items[i].decoded_nbytes) for offset, i in file.regions))
+
+    def decode(chunk: int) -> int:
+        data = memory(stored.decode_chunk(index, chunk))
+        start, done = items[index].chunks[chunk].start, 0
+        for offset, length in skeleton.pieces(start, start + len(data)):
+            write_exactly(fd, offset, data[done : done + length])
+            done += length
+        return len(data)
+
+    with closing(ordered_map(decode, stored.chunks(index), threads)) as written:
+        for nbytes in written:
+            meter.add(nbytes)
+
+
+class _Crcs:
+    """Recomputes zip CRCs while regions are written in file order; bytes between the regions are read back."""
+
+    def __init__(self, fd: int, crcs: list[Crc32], name: str) -> None:
+        self.fd, self.name = fd, name
+        self._spans: Iterator[Crc32] = iter(sorted(crcs, key=lambda c: c.offset))
+        self._span: Crc32 | None = next(self._spans, None)
+        self._value, self._at = 0, self._span.offset if self._span else 0
+
+    def add(self, start: int, nbytes: int, crc: int) -> None:
+        """File bytes from `start` have been written; `crc` is their CRC-32. They lie in one span or in none."""
+        while self._span is not None and start >= self._span.offset + self._span.nbytes:
+            self._close()
+        if self._span is None or not nbytes or start < self._span.offset:
+            return
+        self._fill(start)
+        self._value = zlib_ng.crc32_combine(self._value, crc, nbytes)
+        self._at = start + nbytes
+
+    def finish(self) -> None:
+        """Close what is open."""
+        while self._span is not None:
+            self._close()
+
+    def _close(self) -> None:
+        assert self._span is not None
+        self._fill(self._span.offset + self._span.nbytes)
+        for at in self._span.at:
+            write_exactly(self.fd, at, memoryview(struct.pack("<I", self._value)))
+        self._span = next(self._spans, None)
+        self._value, self._at = 0, self._span.offset if self._span else 0
+
+    def _fill(self, stop: int) -> None:
+        block = memoryview(bytearray(min(_CRC_BLOCK, max(stop - self._at, 0))))
+        while self._at < stop:
+            piece = block[: min(len(block), stop - self._at)]
+            read_exactly(self.fd, self._at, piece, self.name)
+            self._value = zlib_ng.crc32(piece, self._value)
+            self._at += len(piece)
+
+
+def _touches(crc: Crc32, lossy: list[tuple[int, int]]) -> bool:
+    """Whether a span holds bytes of a lossy region (disjoint, by offset)."""
+    index = bisect_left(lossy, (crc.offset + crc.nbytes,)) - 1
+    return index >= 0 and sum(lossy[index]) > crc.offset

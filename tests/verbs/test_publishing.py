@@ -1,0 +1,187 @@
+"""Restoring gives nothing a name before it is whole, and replaces nothing that it was not told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import statecodec
+from statecodec.errors import OutputExists, OutputFailed, UsageError, VerificationFailed
+from statecodec.streams import ordered_map
+from statecodec.verbs import publishing
+from statecodec.verbs.publishing import publish
+
+
+@pytest.fixture
+def packed(checkpoint: Path) -> Path:
+    statecodec.compress(checkpoint, checkpoint.with_name("packed.sc.safetensors"))
+    return checkpoint.with_name("packed.sc.safetensors")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_never_replaces_a_directory_or_a_device(packed: Path, tmp_path: Path, force: bool) -> None:
+    folder, device = tmp_path / "folder", tmp_path / "device"
+    folder.mkdir()
+    (folder / "keep").touch()
+    os.mkfifo(device)
+    for target in (folder, device):
+        with pytest.raises(UsageError, match="not replaced"):
+            statecodec.restore(packed, target, force=force)
+    assert (folder / "keep").exists()
+    assert stat.S_ISFIFO(device.stat().st_mode)
+
+
+def test_a_directory_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "file").write_text("mine")
+    statecodec.compress(tmp_path / "run", tmp_path / "run.sc.safetensors")
+    with pytest.raises(UsageError, match="not replaced"):
+        statecodec.restore(tmp_path / "run.sc.safetensors", tmp_path / "file", force=True)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "new").write_text("new")
+    statecodec.compress(tmp_path / "run", tmp_path / "run.sc.safetensors")
+    (tmp_path / "run" / "old").write_text("old")
+    statecodec.restore(tmp_path / "run.sc.safetensors", force=True)
+    assert sorted(os.listdir(tmp_path)) == ["run", "run.sc.safetensors"]
+    assert os.listdir(tmp_path / "run") == ["new"]
+
+
+def test_the_old_directory_stays_where_the_new_one_cannot_get_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "old").touch()
+    rename = os.rename
+
+    def failing(source: Any, destination: Any) -> None:
+        if Path(source).name == "made":
+            raise OSError(5, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(publishing.os, "rename", failing)
+    with pytest.raises(OutputFailed, match="Input/output error"):
+        publish(target, lambda made: (made / "new").touch(), directory=True, force=True)
+    assert os.listdir(target) == ["old"]
+    assert os.listdir(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("directory", [False, True])
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path, directory: bool) -> None:
+    target = tmp_path / "target"
+
+    def write(made: Path) -> None:
+        (made / "x" if directory else made).touch()
+        target.write_text("somebody else's")
+
+    with pytest.raises(OutputExists):
+        publish(target, write, directory=directory, force=False)
+    assert target.read_text() == "somebody else's"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_folder_that_cannot_be_written_to(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputFailed, match="No such file or directory"):
+        statecodec.restore(packed, tmp_path / "no" / "such" / "folder")
+
+
+def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "x.pt"
+    code = (
+        "import sys, time; from pathlib import Path; from statecodec.verbs.publishing import publish\n"
+        "def write(made): made.write_bytes(b'half'); print('there', flush=True); time.sleep(60)\n"
+        "publish(Path(sys.argv[1]), write, directory=False, force=False)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True)
+    with child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "there\n"
+        (left,) = os.listdir(tmp_path)
+
+        publish(target, lambda made: made.touch(), directory=False, force=True)
+        assert sorted(os.listdir(tmp_path)) == sorted([left, "x.pt"]), "swept under a living writer"
+
+        child.send_signal(signal.SIGKILL)
+    publish(target, lambda made: made.touch(), directory=False, force=True)
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_a_closed_map_has_no_work_in_flight() -> None:
+    running = []
+    lock = threading.Lock()
+
+    def work(piece: int) -> int:
+        with lock:
+            running.append(piece)
+        time.sleep(0.05)
+        with lock:
+            running.remove(piece)
+        return piece
+
+    results = ordered_map(work, range(100), 2)
+    next(results)
+    results.close()
+    assert running == []
+
+
+def test_no_thread_writes_after_a_cancelled_restore(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor that is closed may be somebody else's file a moment later."""
+    from statecodec.verbs import restore as module
+
+    closed: set[int] = set()
+    late = []
+    write, close = module.write_exactly, os.close
+
+    def slow_write(fd: int, offset: int, data: memoryview) -> None:
+        time.sleep(0.01)
+        late.extend([fd] if fd in closed else [])
+        write(fd, offset, data)
+
+    def noted_close(fd: int) -> None:
+        closed.add(fd)
+        close(fd)
+
+    def cancel(done: int, total: int, stage: str) -> None:
+        if done > total // 3:
+            closed.clear()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_exactly", slow_write)
+    monkeypatch.setattr(module.os, "close", noted_close)
+    try:
+        statecodec.restore(packed, tmp_path / "out.pt", progress=cancel, threads=4)
+    except KeyboardInterrupt as error:
+        kept = error  # its traceback keeps every frame alive, as a debugger or a log would
+        time.sleep(0.2)
+        assert kept.__traceback__ is not None
+    assert late == []
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_a_sharded_output_that_fails_its_verification_is_removed(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from statecodec.verbs import verify as module
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise VerificationFailed("for the test")
+
+    monkeypatch.setattr(module, "verify", fails)
+    with pytest.raises(VerificationFailed):
+        statecodec.compress(checkpoint, max_shard_size="50KB", verify=True)
+    assert os.listdir(checkpoint.parent) == [checkpoint.name]

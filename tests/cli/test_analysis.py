@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.run import Cli
 
-TABLE = Path(__file__).parents[1] / "policy" / "data" / "slimadam_gpt2_lr0.0003.csv"
+TABLE = Path(__file__).parents[1] / "choose" / "data" / "slimadam_gpt2_lr0.0003.csv"
 
 
 def test_two_commands_to_a_picture_rules_and_a_smaller_file(cli: Cli, ckpt: Path, tmp_path: Path) -> None:

@@ -78,30 +78,36 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
 
 
 def difference(document: Document, *, every: bool = False) -> list[RenderableType]:
-    """Errors by role (or by tensor), then the error of the Adam update."""
-    columns: tuple[str, ...] = ("role", "tensors", "values", "worst relative rms", "largest difference")
+    """Errors by role (or by tensor), then the error of the Adam update, and what is equal or differs besides."""
+    tensors = document["tensors"]
+    columns: tuple[str, ...] = ("role", "tensors", "values", "relative rms, worst", "largest difference")
     if every:
         columns = ("tensor", "role", "shape", "dtype", "relative rms", "largest difference")
-        rows: list[tuple[str, ...]] = [
-            (t["name"], t["role"], _shape(t), t["dtype"], console.error(t["relative_rms"]), console.error(t["max_abs"]))
-            for t in document["tensors"]
-        ]
+        rows: list[tuple[str, ...]] = [(t["name"], t["role"], _shape(t), t["dtype"], *_distance([t])) for t in tensors]
     else:
         rows = [
-            (
-                role,
-                f"{len(group):,}",
-                f"{sum(map(_numel, group)):,}",
-                *(_worst(group, f) for f in ("relative_rms", "max_abs")),
-            )
-            for (role,), group in _groups(document["tensors"], lambda t: (t["role"],))
+            (role, f"{len(group):,}", f"{sum(map(_numel, group)):,}", *_distance(group))
+            for (role,), group in _groups(tensors, lambda t: (t["role"],))
         ]
+    if any(t.get("differing") for t in tensors):
+        columns = (*columns, "elements that differ")
+    else:
+        rows = [row[:-1] for row in rows]
     parts: list[RenderableType] = [table(columns, rows, left=4 if every else 1)]
     updates = document.get("updates") or []
     if updates and every:
         names = ("Adam update of", "u-rms", "max |u|", "exact max |u|", "cosine")
         parts.append(table(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
-    return [*parts, *_updates(document), *_one_sided(document), *_notes(document)]
+    return [*parts, *_updates(document), *_one_sided(document), *_equality(document), *_notes(document)]
+
+
+def _distance(group: Sequence[Document]) -> tuple[str, str, str]:
+    """Relative rms, largest difference and number of elements that differ; the last is all there is for integers."""
+    numbers = [t for t in group if not t.get("differing")]
+    differing = sum(t.get("differing") or 0 for t in group)
+    if not numbers:
+        return "", "", f"{differing:,}"
+    return _worst(numbers, "relative_rms"), _worst(numbers, "max_abs"), f"{differing:,}" if differing else ""
 
 
 def _one_sided(document: Document) -> list[Text]:
@@ -110,14 +116,30 @@ def _one_sided(document: Document) -> list[Text]:
     for side in ("a", "b"):
         names = document.get(f"only_in_{side}") or []
         if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-            lines.append(Text(f"only in {document[side]}: {shown}", style="yellow"))
+            lines.append(Text(f"only in {document[side]}: {_some(names)}", style="yellow"))
     odd = sum(t.get("mismatched") or 0 for t in document["tensors"])
     if odd:
         lines.append(Text(f"{odd:,} elements are NaN or infinite on one side only", style="bold red"))
-    if document.get("identical"):
-        lines.append(Text("identical: every tensor is equal", style="green"))
     return lines
+
+
+def _equality(document: Document) -> list[Text]:
+    """What is the same: every byte, or every number; and where the bytes beside the tensors differ."""
+    if document["identical"]:
+        return [Text("identical: every byte, of tensors and of everything else", style="green")]
+    lines = [Text("every tensor is equal", style="green")] if document["tensors_equal"] else []
+    others = sum(not t["identical"] for t in document["tensors"])
+    if lines and others:
+        lines[0].append(f"; {others:,} of them in other bits: another dtype, zeros of another sign, or other NaNs")
+    rest = document["rest_differs"]
+    if rest:
+        what = "what is not a tensor differs (settings, counters, metadata, other files): "
+        lines.append(Text(what + _some(rest), style="yellow"))
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def codecs(document: Document) -> list[RenderableType]:

@@ -43,6 +43,8 @@ class TensorSet(Protocol):
     path: Path
     tensors: Mapping[str, TensorInfo]
     moments: tuple[Moments, ...]
+    listing: tuple[str, ...]
+    """Files and folders of a directory, relative to it; of a single file, nothing."""
 
     def chunks(self, tensor: TensorInfo) -> Iterator[Tensor]:
         """The tensor's elements in order, flat, a chunk at a time, decoded."""
@@ -73,6 +75,7 @@ class SourceTensors:
             for i, p in enumerate(self.plan.items)
         }
         self.moments = tuple(m for i in range(len(source.files)) for m in self.plan.moments(i))
+        self.listing = (*(f.path for f in source.files), *source.directories) if source.is_directory else ()
 
     def chunks(self, tensor: TensorInfo) -> Iterator[Tensor]:
         planned = self.plan.items[tensor.index]
@@ -100,7 +103,9 @@ class StoredTensors:
             )
             for i, item in enumerate(self.stored.reader.items)
         }
-        self.moments = tuple(m for f in self.stored.document.files for m in f.moments)
+        document = self.stored.document
+        self.moments = tuple(m for f in document.files for m in f.moments)
+        self.listing = (*(f.path for f in document.files), *document.directories) if document.is_directory else ()
 
     def chunks(self, tensor: TensorInfo) -> Iterator[Tensor]:
         for number in self.stored.chunks(tensor.index):

@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from statecodec import kernels
 from statecodec.checkpoint.tensor_sets import SKELETON_ROLES, Elements, TensorInfo, TensorSet, open_tensors
@@ -24,7 +26,8 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
     """Compare checkpoint B with A; either may be compressed or not.
 
     Tensors are matched by name. For each parameter whose exp_avg and exp_avg_sq are in both, the Adam update direction
-    u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. Raises FormatError, LayoutError.
+    u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. What is not a tensor is compared
+    byte by byte, file by file. Raises FormatError, LayoutError.
     """
     started = time.perf_counter()
     first = open_tensors(a)
@@ -39,25 +42,28 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
 
 
 def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, started: float) -> DiffReport:
-    notes: list[str] = []
-    shared = [t for name, t in a.tensors.items() if name in b.tensors and _comparable(t, b.tensors[name], notes)]
+    pairs_by_name = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors]
+    shared = [t for t, other in pairs_by_name if _comparable(t, other)]
+    unlike = [(t, o) for t, o in pairs_by_name if not _comparable(t, o) and t.role not in SKELETON_ROLES]
+    notes = [
+        f"{t.name}: not comparable: {t.dtype} {list(t.shape)} in A, {o.dtype} {list(o.shape)} in B" for t, o in unlike
+    ]
     pairs = [m for m in a.moments if _comparable_update(m, a, b)]
     sizes = [math.prod(t.shape) for t in shared] + [math.prod(a.tensors[m.exp_avg].shape) * 2 for m in pairs]
     meter = Meter(progress, sum(sizes), "comparing")
 
-    def compare(tensor: TensorInfo) -> tuple[TensorInfo, Comparison]:
-        return tensor, compare_tensors(a, tensor, b, b.tensors[tensor.name])
+    def compare(tensor: TensorInfo) -> tuple[TensorInfo, _Compared]:
+        return tensor, _compare_tensors(a, tensor, b, b.tensors[tensor.name])
 
-    tensors, sums = [], _Totals()
+    tensors, sums, rest = [], _Totals(), _one_sided_rest(a, b)
     with closing(ordered_map(compare, shared, threads)) as compared:
         for tensor, result in compared:
             meter.add(math.prod(tensor.shape))
-            if tensor.role in SKELETON_ROLES:
-                if result.mismatched:
-                    notes.append(f"{tensor.name}: bytes that are not tensors differ")
-                continue
-            tensors.append(_tensor_diff(tensor, result))
-            sums.add_tensor(tensor.role, result)
+            if tensor.role not in SKELETON_ROLES:
+                tensors.append(_tensor_diff(tensor, result))
+                sums.add_tensor(tensor.role, result.numbers)
+            elif result.differing:
+                rest.add(_file(a, tensor))
 
     def update(m: Moments) -> tuple[Moments, UpdateComparison]:
         return m, _compare_update(a, b, m)
@@ -73,22 +79,38 @@ def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, s
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
     return DiffReport(
         a=str(a.path), b=str(b.path), tensors=tuple(tensors), updates=tuple(updates), total=sums.total(),
-        only_in_a=_missing(a, b), only_in_b=_missing(b, a), notes=tuple(notes), seconds=time.perf_counter() - started,
+        only_in_a=_missing(a, b), only_in_b=_missing(b, a), not_comparable=tuple(t.name for t, _ in unlike),
+        rest_differs=tuple(sorted(rest)), notes=tuple(notes), seconds=time.perf_counter() - started,
     )  # fmt: skip
 
 
-def compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: TensorInfo) -> Comparison:
+class _Compared(NamedTuple):
+    """One tensor of A beside that of B: as numbers, or (what has none) how many elements differ; and as bits."""
+
+    numbers: Comparison = NO_DIFFERENCE
+    differing: int = 0
+    same_bits: bool = True
+
+
+def _compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: TensorInfo) -> _Compared:
     """Compare one tensor of A with one of B (same shape), streamed."""
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-        return NO_DIFFERENCE._replace(mismatched=_unequal(a.chunks(tensor), b.chunks(other)))
+        differing = _unequal(a.chunks(tensor), b.chunks(other))
+        return _Compared(differing=differing, same_bits=not differing)
     left, right = Elements(a.chunks(tensor)), Elements(b.chunks(other))
-    total = NO_DIFFERENCE
+    total, same_bits = NO_DIFFERENCE, tensor.dtype == other.dtype
     for count in _pieces(math.prod(tensor.shape)):
         x, y = left.take(count), right.take(count)
         if x.dtype != y.dtype:
             x, y = x.to(torch.float64), y.to(torch.float64)
+        same_bits = same_bits and torch.equal(_bits(x), _bits(y))
         total = total.merged(kernels.host().compare(x, y))
-    return total
+    return _Compared(total, same_bits=same_bits)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Elements as integers: NaNs equal themselves, and -0.0 is not 0.0."""
+    return x.contiguous().view({4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
 def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
@@ -133,14 +155,8 @@ def _pieces(total: int) -> Iterator[int]:
         yield min(_PIECE, total - start)
 
 
-def _comparable(a: TensorInfo, b: TensorInfo, notes: list[str]) -> bool:
-    if a.shape == b.shape and (a.dtype == b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point)):
-        return True
-    if a.role in SKELETON_ROLES:
-        notes.append(f"{a.name}: bytes that are not tensors differ ({a.shape[0]} and {b.shape[0]} of them)")
-    else:
-        notes.append(f"{a.name}: not comparable: {a.dtype} {list(a.shape)} in A, {b.dtype} {list(b.shape)} in B")
-    return False
+def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
+    return a.shape == b.shape and (a.dtype == b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point))
 
 
 def _comparable_update(m: Moments, a: TensorSet, b: TensorSet) -> bool:
@@ -153,11 +169,27 @@ def _missing(a: TensorSet, b: TensorSet) -> tuple[str, ...]:
     return tuple(name for name, t in a.tensors.items() if name not in b.tensors and t.role not in SKELETON_ROLES)
 
 
-def _tensor_diff(tensor: TensorInfo, c: Comparison) -> TensorDiff:
+def _one_sided_rest(a: TensorSet, b: TensorSet) -> set[str]:
+    """Files that only one side has, and files whose bytes outside tensors are of another number on the other side."""
+    found = set(a.listing) ^ set(b.listing)
+    for side, other in ((a, b), (b, a)):
+        for name, t in side.tensors.items():
+            if t.role in SKELETON_ROLES and (name not in other.tensors or other.tensors[name].shape != t.shape):
+                found.add(_file(a, t))
+    return found
+
+
+def _file(a: TensorSet, rest: TensorInfo) -> str:
+    """The file of the directory that these bytes belong to; a single file goes by its name in A."""
+    return rest.name.rpartition(":")[0] or a.path.name
+
+
+def _tensor_diff(tensor: TensorInfo, compared: _Compared) -> TensorDiff:
+    c = compared.numbers
     return TensorDiff(
         name=tensor.name, role=tensor.role, shape=tensor.shape, dtype=str(tensor.dtype).removeprefix("torch."),
         rms=math.sqrt(c.sum_sq_diff / max(math.prod(tensor.shape), 1)), relative_rms=_relative(c.sum_sq_diff, c.sum_sq),
-        max_abs=c.max_abs_diff, mismatched=c.mismatched,
+        max_abs=c.max_abs_diff, mismatched=c.mismatched, differing=compared.differing, identical=compared.same_bits,
     )  # fmt: skip
 
 

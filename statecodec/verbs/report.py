@@ -87,7 +87,11 @@ class Report:
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """Error of one tensor of B against A. `mismatched`: elements that are NaN or infinite on one side only."""
+    """Error of one tensor of B against A.
+
+    mismatched: elements that are NaN or infinite on one side only. differing: elements that differ, of a tensor that
+    is not compared as numbers (integers, booleans, complex numbers, 8-bit floats). identical: the same bits.
+    """
 
     name: str
     role: str
@@ -97,11 +101,17 @@ class TensorDiff:
     relative_rms: float
     max_abs: float
     mismatched: int = 0
+    differing: int = 0
+    identical: bool = True
 
 
 @dataclass(frozen=True)
 class DiffReport:
-    """B against A: every tensor, every Adam update, totals; names that stand on one side only."""
+    """B against A: every tensor, every Adam update, totals; names that stand on one side only.
+
+    rest_differs: files in which bytes that belong to no tensor differ (settings, schedulers, metadata, files that are
+    no checkpoint), or that stand on one side only.
+    """
 
     a: str
     b: str
@@ -110,19 +120,26 @@ class DiffReport:
     total: dict[str, float]
     only_in_a: tuple[str, ...] = ()
     only_in_b: tuple[str, ...] = ()
+    not_comparable: tuple[str, ...] = ()
+    rest_differs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
     @property
+    def tensors_equal(self) -> bool:
+        """Every tensor is there on both sides, with the same numbers."""
+        one_sided = self.only_in_a or self.only_in_b or self.not_comparable
+        return not one_sided and not any(t.max_abs or t.mismatched or t.differing for t in self.tensors)
+
+    @property
     def identical(self) -> bool:
-        """Every tensor is there on both sides and equal."""
-        return (
-            not self.only_in_a and not self.only_in_b and all(t.max_abs == 0 and not t.mismatched for t in self.tensors)
-        )
+        """Every byte of A, restored, is that of B: tensors bit for bit, and everything else."""
+        return self.tensors_equal and all(t.identical for t in self.tensors) and not self.rest_differs
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        document: dict[str, Any] = jsonable({**dataclasses.asdict(self), "identical": self.identical})
+        found = {"identical": self.identical, "tensors_equal": self.tensors_equal}
+        document: dict[str, Any] = jsonable({**dataclasses.asdict(self), **found})
         return document
 
 

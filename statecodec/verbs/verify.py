@@ -52,16 +52,18 @@ def verify(src: str | Path, against: str | Path | None = None, *, progress: Prog
 def _check_against(report: Report, comparison: DiffReport, original: Path) -> None:
     complaints = [f"{name} is only in the original" for name in comparison.only_in_a]
     complaints += [f"{name} is only in the compressed file" for name in comparison.only_in_b]
-    complaints += [note for note in comparison.notes if "not finite" not in note]
+    complaints += [f"{name} has another shape or dtype in the original" for name in comparison.not_comparable]
+    complaints += [f"{name}: bytes that are not tensors differ" for name in comparison.rest_differs]
     stored = {t.name: t for t in report.tensors}
     for tensor in comparison.tensors:
         expected = stored[tensor.name]
         codec = codecs.parse(expected.codec)
         lossless = codecs.is_exact(codec)
         if tensor.mismatched and not isinstance(codec, codecs.Dropped):
-            complaints.append(f"{tensor.name}: {tensor.mismatched} elements differ in kind (NaN, infinity, integer)")
-        elif lossless and tensor.max_abs:
-            complaints.append(f"{tensor.name}: stored losslessly, yet differs by up to {tensor.max_abs:.3g}")
+            complaints.append(f"{tensor.name}: {tensor.mismatched} elements are NaN or infinite on one side only")
+        elif lossless and not tensor.identical:
+            amount = f"in {tensor.differing} elements" if tensor.differing else f"by up to {tensor.max_abs:.3g}"
+            complaints.append(f"{tensor.name}: stored losslessly, yet differs {amount}")
         elif "rms" in (error := expected.error or {}) and not math.isclose(
             tensor.rms, error["rms"], rel_tol=1e-3, abs_tol=1e-30
         ):

@@ -43,14 +43,24 @@ def plain() -> dict[str, Any]:
     return document
 
 
+def compared(name: str, role: str, dtype: str) -> dict[str, Any]:
+    """One tensor of a difference, equal on both sides."""
+    return {
+        "name": name, "role": role, "shape": [65536], "dtype": dtype, "rms": 0.0, "relative_rms": 0.0, "max_abs": 0.0,
+        "mismatched": 0, "differing": 0, "identical": True,
+    }  # fmt: skip
+
+
 def difference() -> dict[str, Any]:
     base = report()
     tensors = [
         {key: t[key] for key in ("name", "role", "shape", "dtype")}
         | (t["error"] or {"rms": 0.0, "relative_rms": 0.0, "max_abs": 0.0})
+        | {"mismatched": 0, "differing": 0, "identical": not t["error"]}
         for t in base["tensors"]
     ]
     return {
         "a": "a.pt", "b": "b.pt", "tensors": tensors, "updates": base["updates"], "total": base["total"],
-        "only_in_a": [], "only_in_b": ["extra"], "notes": [], "identical": False,
+        "only_in_a": [], "only_in_b": ["extra"], "not_comparable": [], "rest_differs": [],
+        "notes": [], "identical": False, "tensors_equal": False,
     }  # fmt: skip

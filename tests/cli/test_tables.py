@@ -91,6 +91,29 @@ def test_mismatched_elements_are_shouted() -> None:
     assert "3 elements are NaN or infinite on one side only" in text(tables.difference(document))
 
 
+def test_integers_that_differ_are_counted_and_have_no_error() -> None:
+    document = documents.difference()
+    document["tensors"].append(
+        documents.compared("codes", "other", "uint8") | {"differing": 12_345, "identical": False}
+    )
+    assert row(text(tables.difference(document)), "other")[-2:] == ["65,536", "12,345"]
+    assert row(text(tables.difference(document, every=True)), "codes")[-2:] == ["uint8", "12,345"]
+    assert "elements that differ" not in text(tables.difference(documents.difference()))
+
+
+def test_diff_says_what_it_calls_equal() -> None:
+    document = documents.difference() | {"tensors_equal": True, "identical": True, "only_in_b": []}
+    assert "identical: every byte" in text(tables.difference(document))
+    for tensor in document["tensors"]:
+        tensor["identical"] = True
+    document |= {"identical": False, "rest_differs": ["a.json", "b.json"]}
+    printed = text(tables.difference(document))
+    assert "every tensor is equal\n" in printed
+    assert "what is not a tensor differs (settings, counters, metadata, other files): a.json, b.json" in printed
+    document["tensors"][0]["identical"] = False
+    assert "1 of them in other bits" in text(tables.difference(document))
+
+
 def test_a_file_of_100000_tensors_prints_a_bounded_table() -> None:
     document = documents.report()
     document["tensors"] = [documents.tensor(f"t{i}", "weight", "raw", 4, 4, None) for i in range(1000)]

@@ -5,7 +5,7 @@
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
 #   make campaign the long versions of the tests that damage files and kill writers
-#   make sm90     compile every Triton kernel for an H100, which needs no GPU, and check the machine code
+#   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
 #   make serve    start the conversion service: ends with a URL and, the first time, a token
 #   make faults   kill the service in 200 and more ways, compare, and rewrite the table in docs/service.md
@@ -19,6 +19,7 @@ STAMP  := $(VENV)/.installed
 DEMO   ?= demo
 WORKERS ?= 2
 GPU_PYTHON ?= $(PYTHON)
+OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs clean
@@ -50,8 +51,13 @@ lint: $(STAMP)
 
 check: lint test
 
-sm90: $(STAMP)
+sm90: $(STAMP) $(OLDEST_TRITON)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python tests/kernels/sm90.py
 	$(BIN)/python tests/kernels/sm90.py
+
+# The triton that the oldest supported torch (2.10) brings; alone it is enough to compile.
+$(OLDEST_TRITON):
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(notdir $@)
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py

@@ -1,11 +1,13 @@
-"""Compile every Triton kernel for sm_90 without a GPU, from the arguments that the real launches pass.
+"""Compile every Triton kernel without a GPU, from the arguments that the real launches pass, and read the machine code.
 
 A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted,
-compiled for `cuda:90` and described, as JSON on stdout. Nothing runs.
+compiled for sm_80, sm_90 and sm_100, and described, as JSON on stdout. Nothing runs. Triton compiles a kernel again
+for what it knows of an integer argument (is it 1? is it divisible by 16? does it need 64 bits?), so every launch is
+compiled in all such forms.
 
-    python tests/kernels/sm90.py            what the tests read
+    python tests/kernels/sm90.py            everything
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
-    python tests/kernels/sm90.py --only few|codecs|steps|adam
+    python tests/kernels/sm90.py --only few|codecs|steps|adam --arch 90
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +33,52 @@ from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot
 from statecodec.kernels.triton import companding, folding, plan, runtime, splitting
 
-TARGET = GPUTarget("cuda", 90, 32)
+# One, odd, even, divisible by 16, and both kinds beyond 32 bits.
+FORMS = (1, 3, 6, 16, 2**31 + 1, 2**40)
 
 
 class Driver:
     """As much of a Triton driver as it takes to compile: there is no device, so nothing can be launched."""
 
+    arch = 90
+
     def get_current_target(self) -> GPUTarget:
-        return TARGET
+        return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self.arch  # Triton keeps what it compiled by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
 
+def forms(function: JITFunction[Any], args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """The arguments as they are; then all integers in every form, and each one alone as 1 and divisible by 16."""
+    integers = [i for i, a in enumerate(args) if type(a) is int and not function.params[i].is_constexpr]
+    yield args
+    for form, some in [*((f, integers) for f in FORMS), *((f, [i]) for f in (1, 16) for i in integers)]:
+        yield tuple(form if i in some else a for i, a in enumerate(args))
+
+
 class Recorder:
     """Stands in for JITFunction.run: what Triton would launch is compiled and described, each specialisation once."""
 
-    def __init__(self, keep: Path | None) -> None:
-        self.keep, self.seen, self.rows = keep, set[str](), list[dict[str, Any]]()
+    def __init__(self, driver: Driver, archs: list[int], keep: Path | None) -> None:
+        self.driver, self.archs, self.keep = driver, archs, keep
+        self.seen, self.rows = set[str](), list[dict[str, Any]]()
         self.compile = JITFunction.run
 
     def run(self, function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert not warmup
         assert all(size > 0 for size in grid)
-        compiled = self.compile(function, *args, grid=grid, warmup=True, **kwargs)
-        if compiled.hash not in self.seen:
-            self.seen.add(compiled.hash)
-            self.rows.append({"kernel": function.__name__, **self.describe(compiled, function.__name__)})
+        for arch in self.archs:
+            self.driver.arch = arch
+            for at, some in enumerate(forms(function, args)):
+                compiled = self.compile(function, *some, grid=grid, warmup=True, **kwargs)
+                if compiled.hash not in self.seen:
+                    self.seen.add(compiled.hash)
+                    row = {"kernel": function.__name__, "arch": arch, "as_launched": at == 0}
+                    self.rows.append({**row, **self.describe(compiled, function.__name__)})
 
     def describe(self, compiled: Any, name: str) -> dict[str, Any]:
         ptx, sass, usage = compiled.asm["ptx"], *self.dump(compiled.asm["cubin"])
@@ -214,9 +233,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--only", choices=("few", "codecs", "steps", "adam"))
+    parser.add_argument("--arch", type=lambda text: [int(a) for a in text.split(",")], default=[80, 90, 100])
     options = parser.parse_args()
-    recorder = Recorder(options.keep)
-    triton.runtime.driver.set_active(Driver())
+    driver = Driver()
+    recorder = Recorder(driver, options.arch, options.keep)
+    triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, plan, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()

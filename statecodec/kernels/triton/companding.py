@@ -139,14 +139,14 @@ def inside_groups(column, size, WHOLE: tl.constexpr):
 
 @triton.jit
 def _encode(
-    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64, packed_cols: tl.int64,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
     KIND: tl.constexpr,
     TOP: tl.constexpr, SIGNED: tl.constexpr, MIN_SCALE: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * COUNT
-    index, begin, size = group_bounds(rows, cols, groups.to(tl.int64), start, GROUP, COUNT, EVEN)
+    index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
     lane = tl.arange(0, WIDTH)
     absmax = tl.zeros([COUNT], tl.int32)
     lowest = tl.zeros([COUNT], tl.int32)
@@ -191,13 +191,12 @@ def _encode(
 
 @triton.jit
 def _decode(
-    codes_ptr, scales_ptr, table_ptr, out_ptr, rows, cols, groups, packed_cols, GROUP: tl.constexpr,
-    COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
+    codes_ptr, scales_ptr, table_ptr, out_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64, packed_cols: tl.int64,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
 ):  # fmt: skip
-    rows, cols = rows.to(tl.int64), cols.to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * COUNT
-    index, begin, size = group_bounds(rows, cols, groups.to(tl.int64), start, GROUP, COUNT, EVEN)
+    index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
     scale = scale_value(tl.load(scales_ptr + index, mask=size > 0, other=0).to(tl.int32))
     lane = tl.arange(0, WIDTH)
     for chunk in tl.static_range(CHUNKS):

@@ -32,11 +32,10 @@ def tree_sum(x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum(
-    x_ptr, out_ptr, flags_ptr, rows, cols, blocks, length, span, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    DIVIDE: tl.constexpr,
+    x_ptr, out_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, length: tl.int64, span: tl.int64,
+    BLOCK: tl.constexpr, COUNT: tl.constexpr, DIVIDE: tl.constexpr,
 ):  # fmt: skip
     """out = tree sums of BLOCK neighbours; DIVIDE: over the true count of a block of `span` in a row of `length`."""
-    cols, blocks, length = cols.to(tl.int64), blocks.to(tl.int64), length.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     row = index // blocks
     block = index - row * blocks
@@ -55,7 +54,7 @@ def _sum(
 
 
 @triton.jit
-def _repeat(mean_ptr, out_ptr, rows, cols, blocks, block, TILE: tl.constexpr):
+def _repeat(mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, block: tl.int64, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     row = offset // cols
     source = row * blocks + (offset - row * cols) // block

@@ -2,7 +2,8 @@
 
 Kernels are compiled with `enable_fp_fusion=False`, because a contracted multiply-add rounds once where the
 specification rounds twice; where a fused operation is wanted it is written `tl.fma`. Division and square root are
-`div_rn` and `sqrt_rn`.
+`div_rn` and `sqrt_rn`. Integer arguments are annotated `tl.int64`: without that, Triton makes a compile-time constant,
+which is no tensor, of one that equals 1, and a 32-bit number of one that fits.
 """
 
 from __future__ import annotations

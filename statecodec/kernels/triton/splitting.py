@@ -80,7 +80,9 @@ def _fp16_fixed(magnitude, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _encode(x_ptr, high_ptr, low_ptr, flags_ptr, n, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr):
+def _encode(
+    x_ptr, high_ptr, low_ptr, flags_ptr, n: tl.int64, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr
+):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     bits = tl.load(x_ptr + offset, mask=offset < n, other=0)
     high, low = split(bits, WIDTH, BF16)
@@ -94,7 +96,7 @@ def _encode(x_ptr, high_ptr, low_ptr, flags_ptr, n, TILE: tl.constexpr, WIDTH: t
 
 
 @triton.jit
-def _decode(high_ptr, low_ptr, out_ptr, n, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr):
+def _decode(high_ptr, low_ptr, out_ptr, n: tl.int64, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     high = tl.load(high_ptr + offset, mask=offset < n, other=0).to(tl.int32)
     low = tl.load(low_ptr + offset, mask=offset < n, other=0).to(tl.int32)

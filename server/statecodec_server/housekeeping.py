@@ -33,9 +33,7 @@ def reap(here: Context) -> None:
 def sweep(here: Context) -> None:
     """Remove what has expired: files first, so that a crash leaves rows to find them by."""
     now = time.time()
-    for row in here.database.all(sa.select(uploads.c.id).where(uploads.c.expires < now)):
-        log.info("an upload expired", extra={"fields": {"upload": row["id"]}})
-        here.uploads.remove(row["id"])
+    here.uploads.expire()
     expired = here.database.all(sa.select(jobs.c.id).where(jobs.c.expires < now, jobs.c.state.in_(ENDED)))
     for row in expired:
         here.storage.delete(f"results/{row['id']}")

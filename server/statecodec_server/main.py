@@ -18,6 +18,8 @@ from . import app as application
 from . import logs
 from .context import Context
 from .database import Database
+from .problems import HEAD_BYTES
+from .protocol import Protocol
 from .settings import CONFIG_VARIABLE, Settings
 from .tokens import Tokens, server_secret
 
@@ -107,8 +109,8 @@ def serve(settings: Settings) -> int:
         server_header=False,
         timeout_keep_alive=10,
         timeout_graceful_shutdown=max(1, int(settings.drain_seconds)),
-        h11_max_incomplete_event_size=32 << 10,
-        http="h11",
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        http=Protocol,
         ws="none",
     )
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,11 +16,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import logs
-from .problems import Problem
+from .problems import HEAD_BYTES, Problem, head_too_long
 from .settings import Settings, is_loopback
 
 log = logging.getLogger("statecodec.server.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+# Everywhere else HEAD is GET without its body (RFC 9110, 9.1): uvicorn drops the body by the request's own method.
+_OWN_HEAD = re.compile(r"/v1/uploads/.|/v1/jobs/[^/]+/(result|files|tensors|events)")
 _QUIET = ("/livez", "/readyz", "/metrics")
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -42,6 +44,17 @@ def _length(headers: Headers) -> int:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
 
 
+def _head_bytes(scope: Scope) -> int:
+    line = len(scope["raw_path"]) + len(scope["query_string"])
+    return line + sum(len(name) + len(value) + 4 for name, value in scope["headers"])
+
+
+def _encoded(headers: Headers) -> bool:
+    """Whether a body arrives compressed: it would be stored, or parsed, as if it were the file itself."""
+    fields = headers.getlist("content-encoding")
+    return any(part.strip().lower() not in ("", "identity") for field in fields for part in field.split(","))
+
+
 class Gate:
     """The outermost layer of the application, in plain ASGI so that bodies stream through untouched."""
 
@@ -58,6 +71,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD" and not _OWN_HEAD.match(scope["path"]):
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         identity = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
@@ -85,6 +100,8 @@ class Gate:
             self._note(scope, status[0], time.perf_counter() - started)
 
     def _refuse(self, scope: Scope, headers: Headers) -> Problem | None:
+        if _head_bytes(scope) > HEAD_BYTES:
+            return head_too_long()
         if not self._known_host(headers.get("host", "")):
             return Problem(403, "auth.origin", "This service does not answer to that Host; see the setting `hosts`.")
         origin = headers.get("origin")
@@ -92,6 +109,9 @@ class Gate:
             return Problem(403, "auth.origin", "Pages of other sites may not use this service.")
         if not scope["path"].startswith("/v1/uploads") and _length(headers) > self._settings.max_body:
             return Problem(413, "body.size", f"The largest body here is {int(self._settings.max_body):,} bytes.")
+        if _encoded(headers):
+            text = "Send the body as it is: this service takes no Content-Encoding."
+            return Problem(415, "body.type", text, headers={"Accept-Encoding": "identity"})
         method = headers.get("x-http-method-override", "").upper()
         if scope["method"] == "POST" and method in ("PATCH", "DELETE") and scope["path"].startswith("/v1/uploads/"):
             scope["method"] = method

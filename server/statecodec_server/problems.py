@@ -23,9 +23,10 @@ The library's own codes (statecodec/errors.py) appear unchanged as the `code` of
     upload.gone         410     expired or refused
     upload.limit        429     too many uploads
     tus.version         412     another protocol version than 1.0.0
-    body.type           415     another content type than the route takes
+    body.type           415     another content type than the route takes, or an encoded body
     body.size           413     larger than this service takes
     body.timeout        408     no byte came for too long
+    header.size         431     the request line and the headers are longer than 32 KiB
     range               416     no such range
     storage.full        507     not enough disk space
     storage.quota       507     the token's or the service's quota is used up
@@ -37,6 +38,7 @@ The library's own codes (statecodec/errors.py) appear unchanged as the `code` of
 from __future__ import annotations
 
 import errno
+import json
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -44,13 +46,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from sqlalchemy.exc import DBAPIError
 from starlette.exceptions import HTTPException
 
 log = logging.getLogger("statecodec.server")
 
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+HEAD_BYTES = 32 << 10  # request line and headers
 _BY_STATUS = {404: "not_found", 405: "method", 413: "body.size", 415: "body.type"}
 
 
@@ -78,12 +81,18 @@ class Problem(Exception):
 
     def response(self) -> Response:
         """The problem as an answer."""
-        return JSONResponse(self.document(), self.status, {**self.headers}, media_type="application/problem+json")
+        # Escaped to ASCII, so that nothing a client sent can keep its own refusal from being written.
+        return Response(json.dumps(self.document()), self.status, {**self.headers}, "application/problem+json")
 
 
 def not_found(what: str) -> Problem:
     """The one answer for things that are not there and for things that belong to somebody else."""
     return Problem(404, "not_found", f"There is no such {what}, or it is not yours.")
+
+
+def head_too_long() -> Problem:
+    """431: the request line and the headers together."""
+    return Problem(431, "header.size", f"Request line and headers may have {HEAD_BYTES:,} bytes together.")
 
 
 def storage_problem(error: OSError) -> Problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from .settings import Settings
 from .spool import Spool
 from .storage import BLOCK
 
-CHECKPOINT = 32 << 20
+CHECKPOINT = 32 << 20  # bytes, and
+CHECKPOINT_SECONDS = 5.0  # seconds, after which what has come is made durable and the upload's life is extended
 
 
 class Record(Protocol):
@@ -34,6 +36,7 @@ class Receiver:
         self._checksum, self._record = checksum, record
         self._limit = settings.max_upload if row["length"] is None else row["length"]
         self._stop = asyncio.Event()
+        self._every = min(CHECKPOINT_SECONDS, settings.upload_ttl / 4)
 
     def stop(self) -> None:
         """Take no further byte; save what came."""
@@ -47,29 +50,36 @@ class Receiver:
         except (Problem, OSError):
             await run_sync(self._spool.roll_back)
             raise
-        if self._checksum is not None and not (ended and self._checksum.matches()):
+        right = self._checksum is None or (ended and self._checksum.matches())
+        if not right:
             await run_sync(self._spool.roll_back)
-            if ended:
-                raise Problem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
-        await self._save(ended)
+        length = self._row["length"]
+        await self._save(whole=right and (ended if length is None else self._spool.end == length))
+        if ended and not right:
+            raise Problem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
         if not ended and self._stop.is_set():
             raise Problem(503, "unavailable", "This request was stopped; what came is saved. Ask for the offset.")
         if not ended:
             raise Problem(408, "body.timeout", "The body ended early or stayed silent; what came is saved.")
 
-    async def _save(self, ended: bool) -> None:
+    async def _save(self, *, whole: bool) -> None:
         try:
             offset = await run_sync(self._spool.sync)
         except OSError:
             await run_sync(self._spool.roll_back)
             raise
-        length = self._row["length"]
-        whole = offset == length if length is not None else ended
         await run_sync(lambda: self._record(offset, whole=whole))
+
+    async def _keep(self) -> None:
+        """While the body still comes: acknowledge what is there, or with a checksum only that the upload lives."""
+        if self._checksum is None:
+            await self._save(whole=False)
+        else:
+            await run_sync(lambda: self._record(self._spool.synced, whole=False))
 
     async def _pump(self, body: AsyncIterator[bytes]) -> bool:
         """True when the body came to its proper end."""
-        buffer = bytearray()
+        buffer, due = bytearray(), time.monotonic() + self._every
         while chunk := await self._next(body):
             if self._spool.end + len(buffer) + len(chunk) > self._limit:
                 known = self._row["length"] is not None
@@ -79,11 +89,13 @@ class Receiver:
                     f"The body goes beyond {int(self._limit):,} bytes; its last part was not kept.",
                 )
             buffer += chunk
-            if len(buffer) >= BLOCK:
+            late = time.monotonic() >= due
+            if len(buffer) >= BLOCK or late:
                 await run_sync(self._take, bytes(buffer))
                 buffer.clear()
-                if self._checksum is None and self._spool.end - self._spool.synced >= CHECKPOINT:
-                    await self._save(False)
+                if late or (self._checksum is None and self._spool.end - self._spool.synced >= CHECKPOINT):
+                    await self._keep()
+                    due = time.monotonic() + self._every
         if buffer:
             await run_sync(self._take, bytes(buffer))
         return chunk is not None

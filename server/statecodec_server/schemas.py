@@ -8,11 +8,20 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 Identity = Annotated[str, StringConstraints(pattern=r"^[0-9a-z]{26}$")]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 EXAMPLE_ID = "5f0c3e8a1b2d4c6e8f0a1b2c3d"
+
+
+def _text_only(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON can name half a surrogate pair; no database, log or file name can hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a string in it is no Unicode text") from None
+    return value
 
 
 class Member(BaseModel):
@@ -55,7 +64,9 @@ class JobRequest(BaseModel):
     upload: Identity | None = None
     source: Source | None = None
     other: Source | None = Field(default=None, description="compress: previous; verify: original; diff: second")
-    options: dict[str, Any] = Field(default_factory=dict, description="see GET /v1/operations")
+    options: Annotated[dict[str, Any], AfterValidator(_text_only)] = Field(
+        default_factory=dict, description="see GET /v1/operations"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> JobRequest:

@@ -165,11 +165,12 @@ class Uploads:
         values: dict[str, Any] = {"offset": offset, "expires": now + self._settings.upload_ttl}
         if whole:
             values |= {"state": "finishing", "length": offset, "expires": now + self._settings.keep_ttl}
+        mine = (uploads.c.id == row["id"]) & (uploads.c.state == "receiving")
         with self._database.write() as connection:
-            before = connection.execute(sa.select(uploads.c.offset).where(uploads.c.id == row["id"])).scalar()
+            before = connection.execute(sa.select(uploads.c.offset).where(mine)).scalar()
             if before is None:
                 raise not_found("upload")
-            connection.execute(uploads.update().where(uploads.c.id == row["id"]).values(values))
+            connection.execute(uploads.update().where(mine).values(values))
             add(connection, "upload_bytes", "", offset - before)
 
     async def _finished(self, principal: Principal, identity: str) -> Row:
@@ -224,6 +225,16 @@ class Uploads:
         self.path(identity).unlink(missing_ok=True)
         self._storage.delete(f"uploads/{identity}")
         self._database.execute(uploads.delete().where(uploads.c.id == identity))
+
+    def expire(self) -> None:
+        """Remove what nobody has touched within its time to live. Taking the row first keeps out bytes that arrive
+        at this moment."""
+        old = uploads.c.expires < time.time()
+        for row in self._database.all(sa.select(uploads.c.id).where(old)):
+            mine = (uploads.c.id == row["id"]) & old
+            if self._database.execute(uploads.update().where(mine).values(state="refused")):
+                log.info("an upload expired", extra={"fields": {"upload": row["id"]}})
+                self.remove(row["id"])
 
     async def recover(self) -> None:
         """After a start: finish what was complete, and clear spool files that belong to nothing."""

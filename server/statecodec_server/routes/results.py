@@ -47,7 +47,8 @@ def _files(here: Context, who: Any, job: str) -> tuple[Mapping[str, Any], dict[s
     return row, result
 
 
-@router.api_route("/result", methods=["GET", "HEAD"], responses=PARTIAL, response_class=Response)
+@router.head("/result", include_in_schema=False)
+@router.get("/result", responses=PARTIAL, response_class=Response)
 async def whole(request: Request, here: Here, who: Downloader, job: Job) -> Response:
     """The result as one download. The ETag is the SHA-256; ranges, several ranges, and If-Range work."""
     row, result = await run_sync(_files, here, who, job)
@@ -68,7 +69,8 @@ def _one(request: Request, here: Context, file: Mapping[str, Any]) -> Response:
     )
 
 
-@router.api_route("/files/{index}", methods=["GET", "HEAD"], responses=PARTIAL, response_class=Response)
+@router.head("/files/{index}", include_in_schema=False)
+@router.get("/files/{index}", responses=PARTIAL, response_class=Response)
 async def one_file(
     request: Request, here: Here, who: Downloader, job: Job, index: Annotated[int, Path(ge=0, le=10**6)]
 ) -> Response:
@@ -96,7 +98,8 @@ def _tensor(here: Context, result: dict[str, Any], name: str) -> tuple[list[Segm
     raise not_found("tensor in this result")
 
 
-@router.api_route("/tensors/{name:path}", methods=["GET", "HEAD"], responses=PARTIAL, response_class=Response)
+@router.head("/tensors/{name:path}", include_in_schema=False)
+@router.get("/tensors/{name:path}", responses=PARTIAL, response_class=Response)
 async def one_tensor(
     request: Request, here: Here, who: Downloader, job: Job, name: Annotated[str, Path(max_length=2048)]
 ) -> Response:

@@ -111,6 +111,7 @@ async def options(here: Here) -> Response:
 
 
 @router.post("", status_code=201, dependencies=[Tus])
+@router.post("/", status_code=201, dependencies=[Tus], include_in_schema=False)
 async def create(
     request: Request,
     here: Here,
@@ -176,7 +177,7 @@ async def append(
         raise Problem(415, "body.type", f"PATCH takes {BODY}.")
     start, checksum = _number(upload_offset, "Upload-Offset"), _checksum(upload_checksum)
     row = await run_sync(here.uploads.get, who, upload)
-    if row["length"] is not None:
+    if row["length"] is not None and start == row["offset"]:  # another offset is refused as such, below
         _body_fits(request, start, row["length"])
     row = await here.uploads.append(who, upload, start, request.stream(), checksum)
     _refuse_wrong_digest(row)
@@ -223,6 +224,7 @@ async def show(here: Here, who: Who, upload: Annotated[Identity, Path()]) -> Res
 
 
 @router.get("", response_model=list[schemas.Upload])
+@router.get("/", include_in_schema=False)
 async def mine(here: Here, who: Who) -> Response:
     """The newest 200 uploads of this token."""
     rows = await run_sync(here.uploads.newest, who)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from statecodec.kernels.cpu.compiled import compiled
 from statecodec.kernels.reference.planes import SIGNED, plane_layout
 
 Array = NDArray[Any]
@@ -27,7 +27,7 @@ def _splitter(width: int) -> Any:
     word = UNSIGNED[width]
     top = 8 * width - 1
 
-    @numba.njit(nogil=True, cache=True)
+    @compiled
     def split(x: Array, planes: Array, rotate: bool) -> None:
         rotated = np.empty(BLOCK, x.dtype)
         for start in range(0, x.size, BLOCK):
@@ -45,7 +45,7 @@ def _splitter(width: int) -> Any:
     return split
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge2(p0: Array, p1: Array, out: Array, rotate: bool) -> None:
     u: Any = np.uint16
     if rotate:
@@ -57,7 +57,7 @@ def _merge2(p0: Array, p1: Array, out: Array, rotate: bool) -> None:
             out[i] = u(p0[i]) | u(u(p1[i]) << u(8))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge4(p0: Array, p1: Array, p2: Array, p3: Array, out: Array, rotate: bool) -> None:
     u: Any = np.uint32
     if rotate:
@@ -69,7 +69,7 @@ def _merge4(p0: Array, p1: Array, p2: Array, p3: Array, out: Array, rotate: bool
             out[i] = u(p0[i]) | (u(p1[i]) << u(8)) | (u(p2[i]) << u(16)) | (u(p3[i]) << u(24))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _merge8(
     p0: Array, p1: Array, p2: Array, p3: Array, p4: Array, p5: Array, p6: Array, p7: Array, out: Array, rotate: bool
 ) -> None:
@@ -81,7 +81,7 @@ def _merge8(
         out[i] = ((word >> u(1)) | (word << u(63))) if rotate else word
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _constant(x: Array) -> int:
     first = x[0]
     for start in range(0, x.size, BLOCK):

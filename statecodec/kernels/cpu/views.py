@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import numba
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from statecodec.kernels.cpu.compiled import compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -17,12 +18,12 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def kernel(function: F) -> F:
     """Compile to machine code that releases the GIL; cached on disk; IEEE division (no exceptions, no fast-math)."""
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
+    return compiled(function, error_model="numpy")
 
 
 def summing_kernel(function: F) -> F:
     """Like `kernel`, but additions may be reassociated, so that sums vectorise; results agree to rounding only."""
-    return cast(F, numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})(function))
+    return compiled(function, error_model="numpy", fastmath={"reassoc"})
 
 
 def bits_of(tensor: Tensor) -> NDArray[Any]:

@@ -9,9 +9,16 @@ import typer
 
 Source = Annotated[Path, typer.Argument(metavar="SRC", exists=True, show_default=False)]
 Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="DST", show_default=False, help="Where to write. Default: beside SRC."),
+    str | None,  # no Path, which would lose a slash at the end
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DST",
+        show_default=False,
+        help="Where to write: a file, or a folder. Default: beside SRC.",
+    ),
 ]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse rules that match no tensor, instead of noting them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result (or the error) as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]

@@ -24,6 +24,7 @@ from statecodec.codecs import Codec, Delta, Residual
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import CorruptFile, FormatError, UnencodableValues, UsageError
 from statecodec.format.packing import Packing, encode_record
+from statecodec.verbs.paths import INDEX_SUFFIX
 
 _WORTH = 0.98  # a delta must pack below this share of what the parts alone pack to
 
@@ -144,6 +145,28 @@ def _packed(parts: Mapping[str, Tensor], packing: Packing) -> int:
     return encode_record([p.contiguous() for p in parts.values()], packing, Pool())[1]
 
 
+def refuse_base(target: Path) -> None:
+    """Raise UsageError if another file in the folder stores what changed since the file `target`, by its name."""
+    names = (target.name, target.name + INDEX_SUFFIX)
+    if not any((path := target.with_name(name)).is_file() and is_compressed(path) for name in names):
+        return
+    others = [p for p in target.parent.glob("*.safetensors*") if p.is_file() and p.name not in names]
+    links = sorted(p.name for p in others if is_compressed(p) and _base_name(p) in names)
+    if links:
+        raise UsageError(
+            f"{target} is the base of {', '.join(links[:3])}{' and others' if len(links) > 3 else ''}, unreadable "
+            "without it. Write to another name, or delete those, or make them stand alone with `convert`"
+        )
+
+
+def _base_name(path: Path) -> str | None:
+    try:
+        with Stored.open(path) as stored:
+            return stored.document.base.name if stored.document.base else None
+    except FormatError:
+        return None  # damaged, or a shard: nothing that can be read now
+
+
 def open_base(stored: Stored) -> Stored:
     """The base of an open link, checked. Raises FormatError if it is not there, CorruptFile if it is another file."""
     base = stored.document.base
@@ -165,4 +188,4 @@ def open_base(stored: Stored) -> Stored:
     return opened
 
 
-__all__ = ["MAX_LINKS", "Base", "Linked", "link", "open_base"]
+__all__ = ["MAX_LINKS", "Base", "Linked", "link", "open_base", "refuse_base"]

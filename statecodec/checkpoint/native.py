@@ -21,6 +21,7 @@ from torch import Tensor
 
 from statecodec import codecs
 from statecodec._version import __version__
+from statecodec.checkpoint.chain import refuse_base
 from statecodec.checkpoint.document import Document, to_json
 from statecodec.checkpoint.stored import Stored, make_report
 from statecodec.codecs import EncodedTensor
@@ -62,8 +63,9 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     Raises UsageError, OutputExists, OSError.
     """
     target = Path(path)
-    if not force and target.exists():
-        raise OutputExists(f"{target} exists; use force=True to replace it")
+    if target.exists() and not force:
+        raise OutputExists(f"{target} exists; use force to replace it")
+    refuse_base(target)
     found = _Collected()
     tree = _to_json(obj, "", found, 0)
     size = sum(_nbytes(t) for t in found.tensors)

@@ -19,6 +19,8 @@ from statecodec.codecs import Codec, EncodedTensor, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, LimitExceeded
 from statecodec.format import Limits, Reader, StoredItem
+from statecodec.layouts.safetensors_file import is_safetensors
+from statecodec.layouts.torch_zip import is_zip
 from statecodec.streams import Scratch
 from statecodec.verbs.report import Report, TensorReport
 
@@ -39,7 +41,10 @@ class Stored:
     @classmethod
     def open(cls, path: str | Path, limits: Limits | None = None) -> Stored:
         """Open and check the manifest. Raises FormatError and its subclasses."""
-        reader = Reader(path, limits or Limits())
+        try:
+            reader = Reader(path, limits or Limits())
+        except FormatError as error:
+            raise _not_compressed(Path(path)) or error from None
         try:
             sizes = [item.decoded_nbytes for item in reader.items]
             stored = cls(Path(path), reader, documents.from_json(reader.document, sizes))
@@ -179,6 +184,20 @@ class Stored:
         for number, chunk in enumerate(stored.chunks):
             flat[chunk.start : chunk.stop] = self.decode_chunk(item, number).view(-1)
         return out
+
+
+def _not_compressed(path: Path) -> FormatError | None:
+    """What to say of a checkpoint that is not a compressed one; None of a damaged one, or anything else."""
+    if path.is_dir():
+        kind = "directory"
+    elif not path.is_file():
+        return None
+    else:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+        foreign = is_safetensors(head, path.stat().st_size) and b"statecodec" not in head
+        kind = "torch.save file" if is_zip(head) else "plain safetensors file" if foreign else ""
+    return FormatError(f"{path} is a {kind}, not a compressed checkpoint; `compress` makes one") if kind else None
 
 
 def report_of(path: str | Path, seconds: float = 0.0) -> Report:

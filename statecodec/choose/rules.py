@@ -75,6 +75,15 @@ class Policy:
         """The first rule that matches, if any."""
         return next((rule for rule in self.rules if rule.matches(subject)), None)
 
+    def unmatched(self, subjects: Iterable[Subject]) -> tuple[Rule, ...]:
+        """The rules that match none of these tensors, in order: misspelt, or made for another model."""
+        left = list(self.rules)
+        for subject in subjects:
+            if not left:
+                break
+            left = [rule for rule in left if not rule.matches(subject)]
+        return tuple(left)
+
     def codec_for(self, subject: Subject) -> Codec:
         """The codec of the first rule that matches; `raw` if none does."""
         rule = self.rule_for(subject)
@@ -126,6 +135,19 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
         raise PolicyError(f"rules file {path}: expected a list of rules, or an object with one under 'rules'")
     rules = (_entry(path, entry) for entry in entries)
     return tuple(rule for rule in rules if rule is not None)
+
+
+def check_matched(rules: Policy, subjects: Iterable[Subject], *, strict: bool) -> tuple[str, ...]:
+    """A note that names the rules which match no tensor. Raises PolicyError instead if `strict`."""
+    unmatched = [str(rule) for rule in rules.unmatched(subjects)]
+    if not unmatched:
+        return ()
+    more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
+    verb = "rule matches" if len(unmatched) == 1 else "rules match"
+    message = f"{len(unmatched)} {verb} no tensor: {', '.join(unmatched[:5])}{more}; `inspect --all` lists the names"
+    if strict:
+        raise PolicyError(message)
+    return (message,)
 
 
 def policy(groups: Iterable[Sequence[Rule]]) -> Policy:

@@ -91,6 +91,8 @@ def _with_roles(described: list[Described]) -> list[SourceFile]:
 
 def _locate_directory(root: Path) -> Source:
     paths, directories = _listing(root)
+    if not paths:
+        raise UnknownLayout("the directory holds no file")
     first_of_inode: dict[tuple[int, int], str] = {}
     described: list[Described] = []
     plain: dict[str, SourceFile] = {}

@@ -24,14 +24,16 @@ from statecodec.checkpoint.tensor_sets import is_compressed
 from statecodec.choose import Policy, Rule, load_rules, parse_rule, preset_rules
 from statecodec.choose.budgeted import Limits, Search
 from statecodec.choose.fit import fitted
-from statecodec.choose.plan import Plan, PlannedItem, make_plan, with_codec
+from statecodec.choose.plan import Plan, PlannedItem, make_plan, subject, with_codec
+from statecodec.choose.rules import check_matched
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk, iterate
-from statecodec.errors import BackendUnavailable, OutputExists, UnencodableValues, UsageError
+from statecodec.errors import BackendUnavailable, UnencodableValues, UsageError
 from statecodec.format import PackedChunk, Packing, Writer
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.layouts import locate
 from statecodec.streams import Meter, Progress, Scratch, default_threads, ordered_map
+from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, parse_size
 from statecodec.verbs.report import Report
 
@@ -59,6 +61,7 @@ def compress(
     preset: str = "resume",
     rules: Sequence[str | Rule] = (),
     rules_file: str | Path | None = None,
+    strict: bool = False,
     pack: str = "zstd",
     device: str = "auto",
     max_shard_size: str | int | None = "5GB",
@@ -74,10 +77,10 @@ def compress(
     """Compress a checkpoint file or directory into `dst` (by default SRC's name with `.sc.safetensors`, beside it).
 
     `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a
-    tensor decides. Tensors that a codec would falsify (NaN, infinities, negative second moments) are kept exact and
-    named in the report's notes. `verify` reads the result back and compares it with the source before returning. Memory
-    is bounded whatever the size of the checkpoint (codecs that need a whole tensor excepted). Nothing of the source is
-    ever executed.
+    tensor decides. A rule that matches no tensor is named in the report's notes, or refused with `strict`. Tensors that
+    a codec would falsify (NaN, infinities, negative second moments) are kept exact and named in the notes. `verify`
+    reads the result back and compares it with the source before returning. Memory is bounded whatever the size of the
+    checkpoint (codecs that need a whole tensor excepted). Nothing of the source is ever executed.
 
     `max_update_error` chooses the moments' codecs: the smallest whose relative rms error of the Adam updates, over all
     parameters, is at most that; `max_weight_error` likewise the weights' by the relative rms error of their values. The
@@ -99,11 +102,9 @@ def compress(
             f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original"
         )
     source = locate(src)
-    target = Path(dst) if dst is not None else compressed_path(source.root)
-    if target.exists() and source.root.exists() and target.samefile(source.root):
-        raise UsageError(f"{target} is the source itself; compress it to another name")
-    if not force and (target.exists() or target.with_name(target.name + ".index.json").exists()):
-        raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
+    if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.root):
+        raise UsageError(f"{dst} is the source itself; compress it to another name")
+    target = output_file(dst, compressed_path(source.root), force=force)
     run = partial(
         _write,
         target=target,
@@ -122,11 +123,13 @@ def compress(
         if base is not None:
             previous = closing.enter_context(contextlib.closing(Base(base, target)))
         plan = make_plan(source, policy)
+        subjects = (subject(p.region, p.item.name) for p in plan.items if p.region is not None)
+        unmatched = check_matched(own, subjects, strict=strict)
         chosen, notes = fitted(plan, own)
         if limits:
             search = Search(plan, own, limits, packing, threads or default_threads(), progress, previous)
             chosen, notes = search.codecs()
-        plan = make_plan(source, policy, chosen=chosen)
+        plan, notes = make_plan(source, policy, chosen=chosen), (*unmatched, *notes)
         try:
             report = run(plan, notes, previous)
         except _Refused:

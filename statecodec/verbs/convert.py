@@ -20,11 +20,12 @@ from statecodec.checkpoint.native import save
 from statecodec.checkpoint.open import Checkpoint, load
 from statecodec.choose import Rule
 from statecodec.codecs.plain import is_plain
-from statecodec.errors import OutputExists, UsageError
+from statecodec.errors import UsageError
 from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.optim.adamw import Adam
 from statecodec.streams import Progress
 from statecodec.verbs.inspect import inspect
+from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs
 from statecodec.verbs.report import Report
 
@@ -70,6 +71,7 @@ def convert(
     to: str | Rule | Sequence[str | Rule],
     *,
     pack: str = "zstd",
+    strict: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -77,9 +79,11 @@ def convert(
     """Convert a checkpoint, compressed or not, and report what that lost.
 
     `to` is one or more rules (`exp_avg_sq=shared(dims=[1])`): the tensors they name get that codec, all others stay as
-    they are; `dst` is a compressed file. Or it is one optimizer (`foam(level=2)`, see Target): the optimizer's state
-    becomes one that this class resumes from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors
-    is a compressed file, anything else a torch.save file; the whole checkpoint is held in memory.
+    they are; `dst` is a compressed file. A rule that matches no tensor is noted, or refused with `strict`.
+
+    Or it is one optimizer (`foam(level=2)`, see Target): the optimizer's state becomes one that this class resumes
+    from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors is a compressed file, anything else
+    a torch.save file; the whole checkpoint is held in memory.
 
     Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
     """
@@ -88,16 +92,16 @@ def convert(
         raise UsageError("convert needs to be told to what: rules, or one optimizer")
     targets = [Target.parse(t) if isinstance(t, str) else None for t in wanted]
     if not any(targets):
-        return convert_codecs(src, dst, wanted, pack=pack, force=force, threads=threads, progress=progress)
+        return convert_codecs(
+            src, dst, wanted, pack=pack, strict=strict, force=force, threads=threads, progress=progress
+        )
     if len(wanted) > 1 or targets[0] is None:
         raise UsageError("convert to an optimizer, or by rules, not both at once; convert the result again")
-    return _convert_optimizer(Path(src), Path(dst), targets[0], pack, force)
+    return _convert_optimizer(Path(src), output_file(dst, None, force=force), targets[0], pack, force)
 
 
 def _convert_optimizer(src: Path, dst: Path, target: Target, pack: str, force: bool) -> Report:
     started = time.perf_counter()
-    if not force and dst.exists():
-        raise OutputExists(f"{dst} exists; use --force (force=True) to replace it")
     value = load(src)
     found = list(_optimizers(value, ()))
     if not found:

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from statecodec.checkpoint.chain import refuse_base
 from statecodec.errors import OutputExists, UsageError
 from statecodec.format.output import give_name, os_errors
 
@@ -56,7 +57,8 @@ def check(target: Path, *, directory: bool, force: bool) -> None:
         kind = "directory" if directory else "regular file"
         raise UsageError(f"{target} exists and is not a {kind}; it is not replaced by one")
     if not force:
-        raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
+        raise OutputExists(f"{target} exists; use force to replace it")
+    refuse_base(target)
 
 
 def _name_directory(made: Path, target: Path, replaced: Path, force: bool) -> None:

@@ -16,14 +16,16 @@ from statecodec import codecs, kernels
 from statecodec.checkpoint.stored import Stored, report_of, text
 from statecodec.checkpoint.tensor_sets import SKELETON_ROLES, is_compressed
 from statecodec.choose import Policy, Rule, Subject, parse_rule
+from statecodec.choose.rules import check_matched
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk, iterate
-from statecodec.errors import OutputExists, UnencodableValues, UnsupportedTensor
-from statecodec.format import Item, Packing, Writer
+from statecodec.errors import UnencodableValues, UnsupportedTensor
+from statecodec.format import Item, Packing, StoredItem, Writer
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
 from statecodec.verbs.compress import compress
 from statecodec.verbs.diff import diff
+from statecodec.verbs.output_file import output_file
 from statecodec.verbs.report import Report, TensorReport
 
 
@@ -41,6 +43,7 @@ def convert_codecs(
     to: Sequence[str | Rule],
     *,
     pack: str = "zstd",
+    strict: bool = False,
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -52,13 +55,19 @@ def convert_codecs(
     """
     started = time.perf_counter()
     rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in to)
-    target = Path(dst)
-    if not force and (target.exists() or target.with_name(target.name + ".index.json").exists()):
-        raise OutputExists(f"{target} exists; use --force (force=True) to replace it")
+    target = output_file(dst, None, force=force)
     if is_compressed(src):
-        _convert(Path(src), target, Policy(rules), Packing.parse(pack), force, threads or default_threads(), progress)
+        _convert(
+            Path(src), target, Policy(rules), Packing.parse(pack), strict, force, threads or default_threads(), progress
+        )
     else:
-        options: dict[str, Any] = {"pack": pack, "force": force, "threads": threads, "progress": progress}
+        options: dict[str, Any] = {
+            "pack": pack,
+            "strict": strict,
+            "force": force,
+            "threads": threads,
+            "progress": progress,
+        }
         compress(src, target, preset="lossless", rules=rules, **options)
     found = diff(src, target, threads=threads, progress=progress)
     report = report_of(target)
@@ -73,10 +82,20 @@ def _with_error(tensor: TensorReport, lost: dict[str, float] | None) -> TensorRe
 
 
 def _convert(
-    src: Path, target: Path, policy: Policy, packing: Packing, force: bool, threads: int, progress: Progress | None
+    src: Path,
+    target: Path,
+    policy: Policy,
+    packing: Packing,
+    strict: bool,
+    force: bool,
+    threads: int,
+    progress: Progress | None,
 ) -> None:
     with Stored.open(src) as stored:
+        subjects = (_subject(item) for item in stored.reader.items)
+        unmatched = check_matched(policy, subjects, strict=strict)
         planned, notes = _plan(stored, policy)
+        notes = [*unmatched, *notes]
         document = _document(stored, policy, src, notes)
         meter = Meter(progress, sum(item.decoded_nbytes for item in stored.reader.items), "converting")
         with Writer(target, [p.item for p in planned], packing=packing, force=force) as writer:
@@ -104,8 +123,7 @@ def _plan(stored: Stored, policy: Policy) -> tuple[list[_Planned], list[str]]:
         role = text(item.attributes.get("role")) or "other"
         # A residual has no form of its own: without its base it is the numbers it decodes to.
         now = codecs.Raw() if isinstance(item.codec, codecs.Residual) else codecs.standalone(item.codec)
-        subject = Subject(item.name, role, text(item.attributes.get("param")), item.shape, item.dtype)
-        rule = None if role in SKELETON_ROLES else policy.rule_for(subject)
+        rule = None if role in SKELETON_ROLES else policy.rule_for(_subject(item))
         codec: Codec = now if rule is None else rule.codec
         if rule is not None and codec != now:
             refused = _refusal(stored, index, codec)
@@ -115,6 +133,13 @@ def _plan(stored: Stored, policy: Policy) -> tuple[list[_Planned], list[str]]:
         copied = codec == now and not isinstance(item.codec, codecs.Residual)
         planned.append(_Planned(Item(item.name, codec, item.shape, item.dtype, dict(item.attributes)), copied))
     return planned, notes
+
+
+def _subject(item: StoredItem) -> Subject:
+    """What rules see of a stored item."""
+    attributes = item.attributes
+    role = text(attributes.get("role")) or "other"
+    return Subject(item.name, role, text(attributes.get("param")), item.shape, item.dtype)
 
 
 def _refusal(stored: Stored, index: int, codec: Codec) -> str | None:

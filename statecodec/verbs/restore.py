@@ -33,6 +33,7 @@ from statecodec.streams import (
     write_exactly,
 )
 from statecodec.verbs.compress import target_device
+from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
 from statecodec.verbs.publishing import publish
 from statecodec.verbs.report import Report
@@ -63,7 +64,11 @@ def restore(
     where = target_device(device)
     with Stored.open(src) as stored:
         document = stored.document
-        target = Path(dst) if dst is not None else restored_path(Path(src), document.source.get("name"))
+        target = restored_path(Path(src), document.source.get("name"))
+        if not document.is_directory:
+            target = output_file(dst, target, force=force)
+        elif dst is not None:
+            target = Path(dst)
         if document.source["layout"] == "native":
             from statecodec.checkpoint.native import restore_native
 

@@ -102,6 +102,23 @@ def test_an_existing_output_needs_force(cli: Cli, ckpt: Path) -> None:
     assert cli("restore", packed, "--force").code == 0
 
 
+def test_an_output_folder(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
+    refused = cli("compress", ckpt, "-o", f"{tmp_path}/new/", "--json")
+    assert (refused.code, refused.json()["error"]["code"]) == (2, "usage")
+    (tmp_path / "new").mkdir()
+    assert cli("compress", ckpt, "-o", f"{tmp_path}/new/").code == 0
+    assert names(tmp_path / "new") == ["ckpt.sc.safetensors"]
+    assert cli("convert", ckpt, f"{tmp_path}/new/", "--to", "torch").code == 2
+
+
+def test_strict_rules(cli: Cli, ckpt: Path) -> None:
+    done = cli("compress", ckpt, "--rule", "*.wieght=raw")
+    assert done.code == 0
+    assert "1 rule matches no tensor: *.wieght=raw" in done.out
+    refused = cli("compress", ckpt, "--force", "--strict", "--rule", "*.wieght=raw", "--json")
+    assert (refused.code, refused.json()["error"]["code"]) == (1, "policy")
+
+
 def test_what_is_no_checkpoint_is_refused(cli: Cli, tmp_path: Path) -> None:
     stranger = tmp_path / "notes.txt"
     stranger.write_text("hello")

@@ -99,8 +99,12 @@ def test_the_root_itself_may_be_a_link(folder: Path, tmp_path: Path) -> None:
     assert locate(tmp_path / "latest").files == locate(folder).files
 
 
-def test_an_empty_directory_is_a_source(tmp_path: Path) -> None:
-    assert locate(tmp_path).files == ()
+def test_an_empty_directory_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(UnknownLayout, match="holds no file"):
+        locate(tmp_path)
+    (tmp_path / "inner" / "file").touch()
+    assert [file.path for file in locate(tmp_path).files] == ["inner/file"]
 
 
 def test_tree_of_a_directory(folder: Path) -> None:

@@ -14,6 +14,7 @@ from statecodec.verbs.paths import compressed_path, restored_path
 @pytest.mark.parametrize("written", [".", "../run", "sub/.."])
 def test_a_directory_by_a_path_without_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str) -> None:
     (tmp_path / "run" / "sub").mkdir(parents=True)
+    (tmp_path / "run" / "notes.txt").touch()
     monkeypatch.chdir(tmp_path / "run")
     report = statecodec.compress(written)
     assert Path(report.path).resolve() == tmp_path / "run.sc.safetensors"

@@ -33,15 +33,18 @@ def test_a_file_never_replaces_a_directory_or_a_device(packed: Path, tmp_path: P
     folder.mkdir()
     (folder / "keep").touch()
     os.mkfifo(device)
-    for target in (folder, device):
-        with pytest.raises(UsageError, match="not replaced"):
-            statecodec.restore(packed, target, force=force)
-    assert (folder / "keep").exists()
+    with pytest.raises(UsageError, match="not replaced"):
+        publish(folder, lambda path: None, directory=False, force=force)
+    with pytest.raises(UsageError, match="not replaced"):
+        statecodec.restore(packed, device, force=force)
+    statecodec.restore(packed, folder, force=force)  # into it, under the file's own name
+    assert sorted(os.listdir(folder)) == ["ckpt.pt", "keep"]
     assert stat.S_ISFIFO(device.stat().st_mode)
 
 
 def test_a_directory_never_replaces_a_file(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "a").touch()
     (tmp_path / "file").write_text("mine")
     statecodec.compress(tmp_path / "run", tmp_path / "run.sc.safetensors")
     with pytest.raises(UsageError, match="not replaced"):

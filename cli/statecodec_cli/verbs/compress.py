@@ -34,6 +34,7 @@ def run(
             "--rules", metavar="FILE", exists=True, dir_okay=False, show_default=False, help="A JSON file of rules."
         ),
     ] = None,
+    strict: options.Strict = False,
     max_update_error: Annotated[
         float | None,
         typer.Option(
@@ -94,6 +95,7 @@ def run(
             preset=preset,
             rules=tuple(rule or ()),
             rules_file=rules,
+            strict=strict,
             max_update_error=max_update_error,
             max_weight_error=max_weight_error,
             base=base,

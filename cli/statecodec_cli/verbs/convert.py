@@ -15,7 +15,7 @@ def run(
     src: Annotated[
         Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint, compressed or not.")
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", show_default=False, help="Where to write.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", show_default=False, help="Where to write.")],
     to: Annotated[
         list[str],
         typer.Option(
@@ -26,6 +26,7 @@ def run(
             "lorapre with options, such as 'foam(level=2)'.",
         ),
     ],
+    strict: options.Strict = False,
     pack: Annotated[
         str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
     ] = "zstd",
@@ -45,7 +46,9 @@ def run(
     from statecodec_cli import analysis_tables
 
     with reporting(quiet=quiet) as progress:
-        report = statecodec.convert(src, dst, tuple(to), pack=pack, force=force, threads=threads, progress=progress)
+        report = statecodec.convert(
+            src, dst, tuple(to), pack=pack, strict=strict, force=force, threads=threads, progress=progress
+        )
     document = report.to_json()
     if as_json:
         console.emit(document)

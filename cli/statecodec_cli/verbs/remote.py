@@ -68,7 +68,7 @@ def run(
         from statecodec_server.client import Client
     except ImportError as error:
         raise typer.BadParameter(f"this needs {error.name}: pip install 'statecodec[remote]'") from None
-    target = _target(operation, src, output, force=force)
+    target = _target(operation, src, None if output is None else Path(output), force=force)
     chosen: dict[str, Any] = {}
     if operation == "compress":
         chosen = {"preset": preset, "rules": rule or None, "max_update_error": max_update_error}

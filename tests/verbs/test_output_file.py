@@ -1,0 +1,145 @@
+"""Where the verbs write, what they refuse to replace, and what they say of a file that is something else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import statecodec
+from statecodec.errors import FormatError, OutputExists, PolicyError, StatecodecError, UnknownLayout, UsageError
+
+Write = Callable[[Path, str, bool], object]
+
+
+@pytest.fixture
+def packed(checkpoint: Path) -> Path:
+    """The checkpoint, compressed beside itself."""
+    return Path(statecodec.compress(checkpoint).path)
+
+
+WRITES: dict[str, Write] = {
+    "compress": lambda ckpt, dst, force: statecodec.compress(ckpt, dst, force=force),
+    "restore": lambda ckpt, dst, force: statecodec.restore(ckpt.with_name("ckpt.sc.safetensors"), dst, force=force),
+    "convert": lambda ckpt, dst, force: statecodec.convert(ckpt, dst, "exp_avg=raw", force=force),
+    "convert compressed": lambda ckpt, dst, force: statecodec.convert(
+        ckpt.with_name("ckpt.sc.safetensors"), dst, "exp_avg=raw", force=force
+    ),
+    "convert optimizer": lambda ckpt, dst, force: statecodec.convert(ckpt, dst, "adamw", force=force),
+}
+
+
+@pytest.mark.parametrize("verb", WRITES)
+def test_a_folder_that_is_not_there_is_no_file(checkpoint: Path, packed: Path, tmp_path: Path, verb: str) -> None:
+    with pytest.raises(UsageError, match="there is no directory"):
+        WRITES[verb](checkpoint, f"{tmp_path}/new/", False)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("verb", "name"), [("compress", "ckpt.sc.safetensors"), ("restore", "ckpt.pt")])
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_gets_the_file_under_its_usual_name(
+    checkpoint: Path, packed: Path, tmp_path: Path, verb: str, name: str, slash: str
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    WRITES[verb](checkpoint, f"{folder}{slash}", False)
+    assert [p.name for p in folder.iterdir()] == [name]
+    with pytest.raises(OutputExists, match=re.escape(f"{folder}/{name} exists")):
+        WRITES[verb](checkpoint, f"{folder}{slash}", False)
+
+
+@pytest.mark.parametrize("verb", ["convert", "convert compressed", "convert optimizer"])
+@pytest.mark.parametrize("force", [False, True])
+def test_convert_wants_the_name_of_a_file(
+    checkpoint: Path, packed: Path, tmp_path: Path, verb: str, force: bool
+) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="is a directory"):
+        WRITES[verb](checkpoint, str(tmp_path / "folder"), force)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_in_the_way_is_called_one(checkpoint: Path, tmp_path: Path, force: bool) -> None:
+    (tmp_path / "ckpt.sc.safetensors").mkdir()
+    with pytest.raises(UsageError, match=r"ckpt\.sc\.safetensors is a directory"):
+        statecodec.compress(checkpoint, force=force)
+
+
+@pytest.mark.parametrize("verb", WRITES)
+def test_the_base_of_a_chain_is_not_replaced(checkpoint: Path, packed: Path, tmp_path: Path, verb: str) -> None:
+    link = tmp_path / "link.sc.safetensors"
+    statecodec.compress(checkpoint, link, base=packed)
+    before = packed.read_bytes()
+    with pytest.raises(UsageError, match=r"is the base of link\.sc\.safetensors"):
+        WRITES[verb](checkpoint, str(packed), True)
+    with pytest.raises(UsageError, match=r"is the base of link\.sc\.safetensors"):
+        statecodec.save({"x": 1}, packed, force=True)
+    assert packed.read_bytes() == before
+    statecodec.compress(checkpoint, link, base=packed, force=True)  # the end of the chain is nobody's base
+    link.unlink()
+    statecodec.compress(checkpoint, force=True)
+
+
+def test_a_base_in_shards_is_not_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "base.sc.safetensors"
+    base = statecodec.compress(checkpoint, target, max_shard_size="100KB").path
+    assert base.endswith(".index.json")
+    statecodec.compress(checkpoint, tmp_path / "link.sc.safetensors", base=base)
+    with pytest.raises(UsageError, match="is the base of"):
+        statecodec.compress(checkpoint, target, force=True)
+
+
+def test_a_checkpoint_that_is_not_compressed_is_called_what_it_is(checkpoint: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(3)}, plain)
+    kinds = {checkpoint: "a torch.save file", plain: "a plain safetensors file", tmp_path: "a directory"}
+    for path, kind in kinds.items():
+        for verb in (statecodec.restore, statecodec.verify):
+            with pytest.raises(FormatError, match=re.escape(f"{path} is {kind}, not a compressed checkpoint")):
+                verb(path)
+
+
+@pytest.mark.parametrize("folders", [(), ("a", "a/b")])
+def test_an_empty_directory_is_refused(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    empty = tmp_path / "empty"
+    for folder in ("", *folders):
+        (empty / folder).mkdir()
+    for verb in (statecodec.compress, statecodec.inspect, statecodec.load):
+        with pytest.raises(UnknownLayout, match="holds no file"):
+            verb(empty)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
+
+
+MISSPELT = "*.atention.*=raw"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_rule_that_matches_nothing_is_named(checkpoint: Path, packed: Path, tmp_path: Path, compressed: bool) -> None:
+    source, target = packed if compressed else checkpoint, tmp_path / "out.sc.safetensors"
+
+    def run(*rules: str, strict: bool = False) -> tuple[str, ...]:
+        if compressed:
+            return statecodec.convert(source, target, rules, strict=strict, force=True).notes
+        return statecodec.compress(source, target, rules=rules, strict=strict, force=True).notes
+
+    assert not any("no tensor" in note for note in run("exp_avg=raw"))
+    named = [note for note in run("exp_avg=raw", MISSPELT) if "no tensor" in note]
+    assert [note.split(";")[0] for note in named] == [f"1 rule matches no tensor: {MISSPELT}"]
+    target.unlink()
+    with pytest.raises(PolicyError, match="matches no tensor") as refused:
+        run(MISSPELT, "exp_avg=raw", strict=True)
+    assert isinstance(refused.value, StatecodecError)
+    assert not target.exists()
+
+
+def test_many_rules_that_match_nothing_make_one_note(checkpoint: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.json"
+    rules.write_text(str([f"layer.{i}.*=raw" for i in range(40)]).replace("'", '"'))
+    (note,) = (n for n in statecodec.compress(checkpoint, rules_file=rules).notes if "no tensor" in n)
+    assert note.startswith("40 rules match no tensor: layer.0.*=raw, ")
+    assert "and 35 more" in note

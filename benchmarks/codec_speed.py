@@ -24,7 +24,8 @@ from zipnn import ZipNN
 
 from statecodec import kernels
 from statecodec.buffers import Pool
-from statecodec.choose import Policy, Subject, preset_rules
+from statecodec.checkpoint.base import TensorInfo
+from statecodec.choose import Policy, preset_rules
 from statecodec.codecs import Codec, PartSpec, Raw
 from statecodec.codecs.chunking import iterate
 from statecodec.format.packing import Packing, decode_record, encode_record
@@ -62,7 +63,7 @@ def main() -> None:
     record("codec_speed", {"bytes": nbytes, "unit": "GB of the original per CPU second", "contenders": best})
 
 
-def loaded(nbytes: int) -> Iterator[tuple[Subject, Tensor]]:
+def loaded(nbytes: int) -> Iterator[tuple[TensorInfo, Tensor]]:
     """Every large tensor of the checkpoint, with what the policy sees of it."""
     checkpoint = torch.load(grown(nbytes), weights_only=True)
     groups = [("weight", checkpoint["model"])]
@@ -72,10 +73,10 @@ def loaded(nbytes: int) -> Iterator[tuple[Subject, Tensor]]:
     for role, named in groups:
         for name, tensor in named.items():
             if tensor.numel() >= 4096:
-                yield Subject(f"{role}.{name}", role, None, tuple(tensor.shape), tensor.dtype), tensor
+                yield TensorInfo(f"{role}.{name}", role, None, tuple(tensor.shape), tensor.dtype), tensor
 
 
-def contenders(tensors: list[tuple[Subject, Tensor]]) -> dict[str, Work]:
+def contenders(tensors: list[tuple[TensorInfo, Tensor]]) -> dict[str, Work]:
     """Name -> (compress everything and return the size, restore everything)."""
     blocks = [bytes(memoryview(t.numpy()).cast("B")) for _, t in tensors]
     level1, level1_back = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
@@ -158,7 +159,7 @@ class _Coder:
             codec.decode_into(parts, self.scratch.take("decoded", spec), kernels.host())
 
 
-def ours(tensors: list[tuple[Subject, Tensor]], preset: str, *, measure: bool) -> Work:
+def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool) -> Work:
     """Every chunk encoded, its error measured, packed and hashed; and back."""
     coder = _Coder(Pool(), Scratch(), Packing(), measure)
     policy = Policy(preset_rules(preset))

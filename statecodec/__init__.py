@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 from statecodec._version import __version__
 
 if TYPE_CHECKING:
+    from statecodec.checkpoint.base import Checkpoint
     from statecodec.checkpoint.native import save
-    from statecodec.checkpoint.open import Checkpoint, load
+    from statecodec.checkpoint.open import load
     from statecodec.checkpoint.open import open_checkpoint as open
+    from statecodec.checkpoint.report import DiffReport, Report
     from statecodec.choose.snr_tracker import SNRTracker
     from statecodec.layouts.tree import OpaqueObject
     from statecodec.verbs.analyze import Analysis, analyze
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from statecodec.verbs.convert import convert
     from statecodec.verbs.diff import diff
     from statecodec.verbs.inspect import inspect
-    from statecodec.verbs.report import DiffReport, Report
     from statecodec.verbs.restore import restore
     from statecodec.verbs.verify import verify
 
@@ -52,10 +53,10 @@ __all__ = [
 # Imported when first used, so that `import statecodec` costs nothing beyond this file.
 _HOMES = {
     "Analysis": "verbs.analyze",
-    "Checkpoint": "checkpoint.open",
-    "DiffReport": "verbs.report",
+    "Checkpoint": "checkpoint.base",
+    "DiffReport": "checkpoint.report",
     "OpaqueObject": "layouts.tree",
-    "Report": "verbs.report",
+    "Report": "checkpoint.report",
     "SNRTracker": "choose.snr_tracker",
     "analyze": "verbs.analyze",
     "compress": "verbs.compress",

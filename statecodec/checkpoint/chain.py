@@ -6,27 +6,17 @@ file under that name is refused. Links refer to links, up to MAX_LINKS of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from statecodec import codecs
-from statecodec.buffers import Pool
+from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import MAX_LINKS, BaseFile
-from statecodec.checkpoint.source_files import SourceFiles
+from statecodec.checkpoint.open import is_compressed
 from statecodec.checkpoint.stored import Stored
-from statecodec.checkpoint.tensor_sets import is_compressed
-from statecodec.choose.plan import Plan, PlannedItem, with_codec
-from statecodec.codecs import Codec, Delta, Residual
-from statecodec.codecs.chunking import Chunk, chunks
-from statecodec.errors import CorruptFile, FormatError, UnencodableValues, UsageError
-from statecodec.format.packing import Packing, encode_record
-from statecodec.verbs.paths import INDEX_SUFFIX
-
-_WORTH = 0.98  # a delta must pack below this share of what the parts alone pack to
+from statecodec.codecs.chunking import Chunk
+from statecodec.errors import FormatError, UsageError
 
 
 class Base:
@@ -55,30 +45,26 @@ class Base:
             self.close()
             raise
         self.file = BaseFile(path.name, self.stored.reader.digest, before + 1)
-        self._index = {item.name: i for i, item in enumerate(self.stored.reader.items)}
 
     def close(self) -> None:
         """Close the base."""
         self.stored.close()
 
-    def index(self, planned: PlannedItem) -> int | None:
+    def index(self, tensor: TensorInfo) -> int | None:
         """The base's item that is the same tensor, if it has one: equal name, shape and dtype."""
-        index = self._index.get(planned.item.name)
-        if index is None:
-            return None
-        found = self.stored.reader.items[index]
-        alike = (found.shape, found.dtype) == (planned.item.shape, planned.item.dtype)
-        return index if alike else None
+        found = self.stored.tensors.get(tensor.name)
+        alike = found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+        return found.index if found is not None and alike else None
 
-    def parts(self, planned: PlannedItem, chunk: Chunk) -> Mapping[str, Tensor]:
+    def parts(self, tensor: TensorInfo, chunk: Chunk) -> Mapping[str, Tensor]:
         """The base's parts of a chunk, as they would stand in a file of their own."""
-        index = self.index(planned)
+        index = self.index(tensor)
         assert index is not None  # only tensors the base has are linked
         return self.stored.parts(index, self.stored.chunk_at(index, chunk))[1]
 
-    def values(self, planned: PlannedItem, chunk: Chunk) -> Tensor:
+    def values(self, tensor: TensorInfo, chunk: Chunk) -> Tensor:
         """The base's decoded values of a chunk's elements, in the chunk's shape."""
-        index = self.index(planned)
+        index = self.index(tensor)
         assert index is not None
         return self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
 
@@ -91,63 +77,9 @@ def _chain(stored: Stored) -> Iterator[Stored]:
         yield stored
 
 
-@dataclass(frozen=True)
-class Linked:
-    """A plan whose items may be stored as changes; `used` is False if none of them is."""
-
-    plan: Plan
-    used: bool
-
-
-def link(plan: Plan, base: Base, files: SourceFiles, packing: Packing) -> Linked:
-    """Store as a change whatever that makes smaller, judged on the first and the middle chunk of each item.
-
-    Raises UsageError for a residual whose base lacks the tensor.
-    """
-    items = tuple(_linked(planned, plan, base, files, packing) for planned in plan.items)
-    return Linked(replace(plan, items=items), any(isinstance(p.item.codec, codecs.Based) for p in items))
-
-
-def _linked(planned: PlannedItem, plan: Plan, base: Base, files: SourceFiles, packing: Packing) -> PlannedItem:
-    codec, index = planned.item.codec, base.index(planned)
-    if isinstance(codec, Residual):
-        if index is None:
-            raise UsageError(f"{planned.item.name}: {base.file.name} has no such tensor to take the residual from")
-        return planned
-    if index is None or not math.prod(planned.item.shape) or not _can_change(codec):
-        return planned
-    if codecs.standalone(base.stored.reader.items[index].codec) != codec:
-        return planned
-    delta = Delta(codec)
-    own = list(chunks(codec, planned.item.shape, planned.item.dtype))
-    if [c.start for c in own] != [c.start for c in base.stored.reader.items[index].chunks]:
-        return planned
-    before = after = 0
-    for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
-        x = files.read(plan, planned, chunk)
-        try:
-            parts = codec.encode(x).parts
-        except UnencodableValues:
-            return planned
-        before += _packed(parts, packing)
-        after += _packed(delta.difference(parts, base.parts(planned, chunk)), packing)
-    return with_codec(planned, delta) if after < _WORTH * before else planned
-
-
-def _can_change(codec: Codec) -> bool:
-    return isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded)
-
-
-def _packed(parts: Mapping[str, Tensor], packing: Packing) -> int:
-    """Bytes of a record; without packing nothing is gained by a change."""
-    if packing.method == "none":
-        return sum(p.nbytes for p in parts.values())
-    return encode_record([p.contiguous() for p in parts.values()], packing, Pool())[1]
-
-
 def refuse_base(target: Path) -> None:
     """Raise UsageError if another file in the folder stores what changed since the file `target`, by its name."""
-    names = (target.name, target.name + INDEX_SUFFIX)
+    names = (target.name, target.name + ".index.json")
     if not any((path := target.with_name(name)).is_file() and is_compressed(path) for name in names):
         return
     others = [p for p in target.parent.glob("*.safetensors*") if p.is_file() and p.name not in names]
@@ -165,27 +97,3 @@ def _base_name(path: Path) -> str | None:
             return stored.document.base.name if stored.document.base else None
     except FormatError:
         return None  # damaged, or a shard: nothing that can be read now
-
-
-def open_base(stored: Stored) -> Stored:
-    """The base of an open link, checked. Raises FormatError if it is not there, CorruptFile if it is another file."""
-    base = stored.document.base
-    assert base is not None
-    path = stored.path.parent / base.name
-    if not path.exists():
-        raise FormatError(
-            f"{stored.path} stores what changed since {base.name}, which must lie beside it and does not; the chain "
-            f"has {base.length} earlier file{'s' if base.length > 1 else ''}"
-        )
-    opened = Stored.open(path)
-    if opened.reader.digest != base.digest:
-        opened.close()
-        raise CorruptFile(f"{path} is not the file that {stored.path.name} was made from: its digest is another")
-    before = opened.document.base.length if opened.document.base else 0
-    if before != base.length - 1:
-        opened.close()
-        raise FormatError(f"{stored.path} is said to be link {base.length} of a chain, its base {before}")
-    return opened
-
-
-__all__ = ["MAX_LINKS", "Base", "Linked", "link", "open_base", "refuse_base"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from zlib_ng import zlib_ng
 
-from statecodec.errors import MalformedCheckpoint
+from statecodec.checkpoint.source_files import check_crc
 from statecodec.layouts import Crc32
 from statecodec.streams import read_exactly
 
@@ -114,13 +113,6 @@ class _CrcCheck:
             self._value = zlib_ng.crc32(data[max(span.offset - start, 0) : end - start], self._value)
             if end > stop:
                 return
-            stored = bytearray(4)
-            read_exactly(fd, span.at[0], memoryview(stored), str(self._path))
-            (expected,) = struct.unpack("<I", stored)
-            if self._value != expected:
-                raise MalformedCheckpoint(
-                    f"{self._path} is damaged: bytes {span.offset}..{end} have CRC-32 {self._value:08x}, the file says "
-                    f"{expected:08x} (torch.load does not check this)"
-                )
+            check_crc(fd, span, self._value, str(self._path))
             self._spans.pop()
             self._value = 0

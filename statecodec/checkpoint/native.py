@@ -23,6 +23,7 @@ from statecodec import codecs
 from statecodec._version import __version__
 from statecodec.checkpoint.chain import refuse_base
 from statecodec.checkpoint.document import Document, to_json
+from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.stored import Stored, make_report
 from statecodec.codecs import EncodedTensor
 from statecodec.codecs.chunking import iterate
@@ -30,7 +31,6 @@ from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, OutputExists, UsageError
 from statecodec.format import Item, Packing, Writer
 from statecodec.layouts.tree import window
-from statecodec.verbs.report import Report
 
 _MAX_DEPTH = 100
 _TREE = "tree"

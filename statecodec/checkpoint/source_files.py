@@ -1,67 +1,152 @@
-"""Reading an uncompressed checkpoint chunk by chunk."""
+"""The files of an uncompressed checkpoint: opened when needed, the same files all along, records checked once."""
 
 from __future__ import annotations
 
-import math
 import os
+import struct
+import threading
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from zlib_ng import zlib_ng
 
-from statecodec.choose.plan import Plan, PlannedItem
-from statecodec.codecs import PartSpec
-from statecodec.codecs.chunking import Chunk
-from statecodec.errors import LayoutError
-from statecodec.layouts import Source
-from statecodec.streams import Scratch, memory, read_exactly
+from statecodec.errors import LayoutError, MalformedCheckpoint
+from statecodec.layouts import Crc32, Source
+from statecodec.streams import read_exactly
+
+_OPEN_FILES = 64  # descriptors kept; a directory may have more files than a process may open
+_BLOCK = 1 << 20
+
+
+class _Identity(NamedTuple):
+    """A file that is replaced or written to has another one."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
 
 
 class SourceFiles:
-    """Chunks of the source's items as tensors, and whether its files stayed as they were."""
+    """Descriptors of a located checkpoint's files. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
-        self.source = source
-        self._stamps = [_stamp(self.path(i)) for i in range(len(source.files))]
+        """Raises LayoutError if a file is gone."""
+        self._root, self._names = source.root, [f.path for f in source.files]
+        self._directory = source.is_directory
+        self._identities = [_identity(os.stat(self.path(i))) for i in range(len(self._names))]
+        self._fds: OrderedDict[int, _Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
 
     def path(self, file: int) -> Path:
-        """Where a source file is."""
-        return self.source.root / self.source.files[file].path if self.source.is_directory else self.source.root
+        """Where a file is."""
+        return self._root / self._names[file] if self._directory else self._root
 
-    def read(self, plan: Plan, planned: PlannedItem, chunk: Chunk, scratch: Scratch | None = None) -> Tensor:
-        """The chunk's elements, in its shape; in the thread's scratch memory if given."""
-        item = planned.item
-        size = item.dtype.itemsize
-        spec = PartSpec(item.dtype, tuple(chunk.shape))
-        values = scratch.take("source", spec) if scratch else torch.empty(spec.shape, dtype=spec.dtype)
-        view = memory(values)
-        path = self.path(planned.file)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    @contextmanager
+    def open(self, file: int) -> Iterator[int]:
+        """A descriptor of a file, good inside the `with`. Raises LayoutError if it is not the file that was located."""
+        with self._lock:
+            held = self._fds.get(file)
+            if held is None:
+                held = self._fds[file] = _Descriptor(self._opened(file))
+            self._fds.move_to_end(file)
+            held.users += 1
+            idle = [f for f, d in self._fds.items() if not d.users][: max(len(self._fds) - _OPEN_FILES, 0)]
+            for f in idle:
+                os.close(self._fds.pop(f).fd)
         try:
-            if planned.region is not None:
-                read_exactly(fd, planned.region.offset + chunk.start * size, view, str(path))
-            else:
-                done = 0
-                for offset, length in plan.skeletons[planned.file].pieces(chunk.start, chunk.stop):
-                    read_exactly(fd, offset, view[done : done + length], str(path))
-                    done += length
+            yield held.fd
         finally:
-            os.close(fd)
-        return values
+            with self._lock:
+                held.users -= 1
 
-    def read_all(self, plan: Plan, planned: PlannedItem) -> Tensor:
-        """All of an item, in its own shape."""
-        return self.read(plan, planned, Chunk(0, math.prod(planned.item.shape), planned.item.shape))
+    def _opened(self, file: int) -> int:
+        path = self.path(file)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise LayoutError(f"{path} cannot be read any more: {error.strerror}") from error
+        if _identity(os.fstat(fd)) != self._identities[file]:
+            os.close(fd)
+            raise _changed(path)
+        return fd
 
     def check_unchanged(self) -> None:
-        """Raise LayoutError if a file was written to while it was read."""
-        for file, stamp in enumerate(self._stamps):
-            if _stamp(self.path(file)) != stamp:
-                raise LayoutError(
-                    f"{self.path(file)} changed while it was being compressed; try again once it is complete"
-                )
+        """Raise LayoutError if a file was written to or replaced since it was located."""
+        for file, identity in enumerate(self._identities):
+            path = self.path(file)
+            try:
+                found = _identity(os.stat(path))
+            except OSError:
+                raise _changed(path) from None
+            if found != identity:
+                raise _changed(path)
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        with self._lock:
+            while self._fds:
+                os.close(self._fds.popitem()[1].fd)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+class _Descriptor:
+    def __init__(self, fd: int) -> None:
+        self.fd, self.users = fd, 0
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def _changed(path: Path) -> LayoutError:
+    return LayoutError(f"{path} changed while it was being read; try again once it is complete")
+
+
+class SpanCheck:
+    """Holds zip records against their CRC-32 before anybody takes numbers from them: each once. Thread-safe."""
+
+    def __init__(self, source: Source, files: SourceFiles) -> None:
+        self._files = files
+        self._spans = [sorted((c for c in f.crcs if c.nbytes), key=lambda c: c.offset) for f in source.files]
+        self._starts = [[c.offset for c in spans] for spans in self._spans]
+        self._sound: set[tuple[int, int]] = set()
+
+    def range(self, file: int, start: int, stop: int) -> None:
+        """Check the records that have bytes in this range of a file. Raises MalformedCheckpoint."""
+        starts = self._starts[file]
+        for i in range(max(bisect_right(starts, start) - 1, 0), bisect_left(starts, stop)):
+            self._check(file, i)
+
+    def whole(self, file: int) -> None:
+        """Check every record of a file. Raises MalformedCheckpoint."""
+        for i in range(len(self._spans[file])):
+            self._check(file, i)
+
+    def _check(self, file: int, number: int) -> None:
+        if (file, number) in self._sound:
+            return
+        span, path = self._spans[file][number], str(self._files.path(file))
+        with self._files.open(file) as fd:
+            block, value, end = memoryview(bytearray(min(_BLOCK, span.nbytes))), 0, span.offset + span.nbytes
+            for offset in range(span.offset, end, _BLOCK):
+                piece = block[: min(_BLOCK, end - offset)]
+                read_exactly(fd, offset, piece, path)
+                value = zlib_ng.crc32(piece, value)
+            check_crc(fd, span, value, path)
+        self._sound.add((file, number))
+
+
+def check_crc(fd: int, span: Crc32, found: int, name: str) -> None:
+    """Compare the CRC-32 of a span with what the file says. Raises MalformedCheckpoint."""
+    stored = bytearray(4)
+    read_exactly(fd, span.at[0], memoryview(stored), name)
+    (expected,) = struct.unpack("<I", stored)
+    if found != expected:
+        raise MalformedCheckpoint(
+            f"{name} is damaged: bytes {span.offset}..{span.offset + span.nbytes} have CRC-32 {found:08x}, the file "
+            f"says {expected:08x} (torch.load does not check this)"
+        )

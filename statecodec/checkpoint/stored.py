@@ -6,7 +6,7 @@ import math
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,35 @@ from torch import Tensor
 
 from statecodec import codecs, kernels
 from statecodec.checkpoint import document as documents
+from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.codecs import Codec, EncodedTensor, PartSpec
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import FormatError, LimitExceeded
+from statecodec.errors import CorruptFile, FormatError, LimitExceeded
 from statecodec.format import Limits, Reader, StoredItem
+from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
 from statecodec.layouts.torch_zip import is_zip
 from statecodec.streams import Scratch
-from statecodec.verbs.report import Report, TensorReport
 
 
-@dataclass(frozen=True)
-class Stored:
-    """An open compressed checkpoint. Close it, or use it as a context manager.
+class Stored(Checkpoint):
+    """A compressed checkpoint, open.
 
     If it is a link of a chain, its base is opened when first needed, and closed with it.
     """
 
-    path: Path
-    reader: Reader
-    document: documents.Document
-    _bases: list[Stored] = field(default_factory=list)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self, path: Path, reader: Reader, document: documents.Document) -> None:
+        self.path, self.reader, self.document = path, reader, document
+        self._bases: list[Stored] = []
+        self._lock = threading.Lock()
+        self.items = tuple(
+            TensorInfo(
+                item.name, text(item.attributes.get("role")) or "other", text(item.attributes.get("param")), item.shape,
+                item.dtype, index,
+            )
+            for index, item in enumerate(reader.items)
+        )  # fmt: skip
 
     @classmethod
     def open(cls, path: str | Path, limits: Limits | None = None) -> Stored:
@@ -55,11 +62,30 @@ class Stored:
             reader.close()
             raise
 
-    def __enter__(self) -> Stored:
-        return self
+    @property
+    def moments(self) -> tuple[Moments, ...]:
+        return tuple(m for file in self.document.files for m in file.moments)
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    @property
+    def listing(self) -> tuple[str, ...]:
+        document = self.document
+        return (*(f.path for f in document.files), *document.directories) if document.is_directory else ()
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        found = {}
+        for file in self.document.files:
+            prefix = f"{file.path}:" if self.document.is_directory else ""
+            for view in file.views:
+                found[prefix + view.name] = Place(view, file.regions[view.region][1])
+        return found
+
+    def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
+        for number in self.chunks(tensor.index):
+            yield self.decode_chunk(tensor.index, number).reshape(-1)
+
+    def codec(self, index: int) -> Codec:
+        return self.reader.items[index].codec
 
     def close(self) -> None:
         """Close the files of the chain that are open."""
@@ -70,11 +96,9 @@ class Stored:
     @property
     def base(self) -> Stored:
         """The checkpoint that this one stores the changes since. Raises FormatError: missing, or another file."""
-        from statecodec.checkpoint.chain import open_base
-
         with self._lock:
             if not self._bases:
-                self._bases.append(open_base(self))
+                self._bases.append(_open_base(self))
             return self._bases[0]
 
     def chunks(self, item: int) -> Iterator[int]:
@@ -169,10 +193,9 @@ class Stored:
             raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
         return base.index(stored.name)
 
-    def report(self, seconds: float = 0.0) -> Report:
-        """What the manifest says."""
+    def report(self) -> Report:
         reader = self.reader
-        return make_report(self.path, reader.format_version, self.document, reader.items, reader.files, seconds)
+        return make_report(self.path, reader.format_version, self.document, reader.items, reader.files)
 
     def decode(self, item: int) -> Tensor:
         """A whole item, checked and decoded."""
@@ -200,10 +223,25 @@ def _not_compressed(path: Path) -> FormatError | None:
     return FormatError(f"{path} is a {kind}, not a compressed checkpoint; `compress` makes one") if kind else None
 
 
-def report_of(path: str | Path, seconds: float = 0.0) -> Report:
-    """The report of a compressed checkpoint, from its manifest alone."""
-    with Stored.open(path) as stored:
-        return stored.report(seconds)
+def _open_base(stored: Stored) -> Stored:
+    """The base of an open link, checked. Raises FormatError if it is not there, CorruptFile if it is another file."""
+    base = stored.document.base
+    assert base is not None
+    path = stored.path.parent / base.name
+    if not path.exists():
+        raise FormatError(
+            f"{stored.path} stores what changed since {base.name}, which must lie beside it and does not; the chain "
+            f"has {base.length} earlier file{'s' if base.length > 1 else ''}"
+        )
+    opened = Stored.open(path)
+    if opened.reader.digest != base.digest:
+        opened.close()
+        raise CorruptFile(f"{path} is not the file that {stored.path.name} was made from: its digest is another")
+    before = opened.document.base.length if opened.document.base else 0
+    if before != base.length - 1:
+        opened.close()
+        raise FormatError(f"{stored.path} is said to be link {base.length} of a chain, its base {before}")
+    return opened
 
 
 def make_report(

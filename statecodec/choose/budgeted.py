@@ -18,16 +18,16 @@ import torch
 
 from statecodec import codecs, kernels
 from statecodec.checkpoint.chain import Base
-from statecodec.checkpoint.source_files import SourceFiles
-from statecodec.checkpoint.tensor_sets import is_compressed
-from statecodec.choose import Policy, preset_rules
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose import Policy
 from statecodec.choose.budget import Allocation, Allocator, CurvePoint, Option, candidates
+from statecodec.choose.choices import Choice, Choices, by_rules
 from statecodec.choose.measure import Sample, UpdateErrors, decoded_stream, measure, sample, settings, weight_errors
-from statecodec.choose.plan import Plan, PlannedItem, make_plan, subject
 from statecodec.codecs import Codec
 from statecodec.errors import UnencodableValues, UsageError, VerificationFailed
 from statecodec.format.packing import Packing
-from statecodec.layouts import Moments, locate
+from statecodec.layouts import Moments
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
 
 _MIN_NUMEL = 4096  # smaller tensors stay exact, as in the presets
@@ -71,40 +71,37 @@ class Search:
 
     def __init__(
         self,
-        plan: Plan,
-        fixed: Policy,
+        source: SourceCheckpoint,
+        choices: Choices,
         limits: Limits,
         packing: Packing,
         threads: int,
         progress: Progress | None,
         base: Base | None = None,
     ) -> None:
-        """`plan`: with the codecs that a tensor gets which the budget does not decide. `fixed`: rules of the caller,
-        which do decide. Raises UsageError if there is nothing to spend a budget on."""
-        self.plan, self.limits, self._packing, self._threads, self._progress = plan, limits, packing, threads, progress
-        self._files, self._fixed, self._base = SourceFiles(plan.source), fixed, base
-        self._items = {p.item.name: p for p in plan.items}
-        self.pairs = [m for i in range(len(plan.source.files)) for m in plan.moments(i)]
-        weights = (p for p in plan.items if p.item.attributes["role"] == "weight")
-        self._weights = [p for p in weights if p.item.dtype in codecs.base.FLOATS]
+        """Raises UsageError if there is nothing to spend a budget on."""
+        self.source, self.limits, self._packing, self._threads, self._progress = (
+            source, limits, packing, threads, progress,
+        )  # fmt: skip
+        self._choices, self._base = choices, base
+        self.pairs = source.moments
+        weights = (item for item in source.items if item.role == "weight")
+        self._weights = [item for item in weights if item.dtype in codecs.base.FLOATS]
         if limits.update is not None and not self.pairs:
             raise UsageError("max_update_error: no pairs of exp_avg and exp_avg_sq here, so no Adam update to bound")
         if limits.weight is not None and not self._weights:
             raise UsageError("max_weight_error: no tensor of this checkpoint is known to be a weight")
 
-    def codecs(self) -> tuple[dict[str, Codec], tuple[str, ...]]:
-        """The codecs by item name, and what was reached, as notes."""
-        chosen: dict[str, Codec] = {}
-        notes = []
+    def refined(self) -> Choices:
+        """The choices, with the tensors that a budget is about as the budget allows, and what was reached as notes."""
+        choices = self._choices
         if self.limits.update is not None:
             found, reached = self._search(self._measure_updates(), self.limits.update, self._exact_update)
-            chosen |= found
-            notes.append(f"update error {reached:.4g} of at most {self.limits.update:g}")
+            choices = _spent(choices, found, "update", reached, self.limits.update)
         if self.limits.weight is not None:
             found, reached = self._search(self._measure_weights(), self.limits.weight, self._exact_weight)
-            chosen |= found
-            notes.append(f"weight error {reached:.4g} of at most {self.limits.weight:g}")
-        return chosen, tuple(notes)
+            choices = _spent(choices, found, "weight", reached, self.limits.weight)
+        return choices
 
     def _search(self, units: Measured, limit: float, exact: Any) -> tuple[dict[str, Codec], float]:
         """Allocate, take the true error, scale the estimate by what it was off, until it is just under the limit."""
@@ -139,55 +136,57 @@ class Search:
         return Measured(units, energy)
 
     def _measure_pair(self, m: Moments) -> tuple[Moments, list[_Unit], float]:
-        first, second = self._items[m.exp_avg], self._items[m.exp_avg_sq]
-        samples = [sample(self.plan, self._files, p) for p in (first, second)]
+        first, second = self._item(m.exp_avg), self._item(m.exp_avg_sq)
+        samples = [sample(self.source, item) for item in (first, second)]
         errors = UpdateErrors(m, *samples)
         units = [
-            self._unit(planned, found, role, of)
-            for planned, found, role, of in (
+            self._unit(item, found, role, of)
+            for item, found, role, of in (
                 (first, samples[0], "exp_avg", errors.of_first), (second, samples[1], "exp_avg_sq", errors.of_second),
             )
         ]  # fmt: skip
         return m, units, errors.energy
 
     def _measure_weights(self) -> Measured:
-        meter = Meter(self._progress, sum(_bytes(p) for p in self._weights), "measuring codecs")
+        meter = Meter(self._progress, sum(item.nbytes for item in self._weights), "measuring codecs")
         units, energy = [], 0.0
 
-        def one(planned: PlannedItem) -> tuple[PlannedItem, _Unit, float]:
-            found = sample(self.plan, self._files, planned, self._base)
+        def one(item: SourceItem) -> tuple[SourceItem, _Unit, float]:
+            found = sample(self.source, item, self._base)
             errors = weight_errors(found)
             size = errors([piece * 0 for piece in found.floats()]) * found.scale
-            return planned, self._unit(planned, found, "weight", errors), size
+            return item, self._unit(item, found, "weight", errors), size
 
-        for planned, unit, size in ordered_map(one, self._weights, self._threads):
+        for item, unit, size in ordered_map(one, self._weights, self._threads):
             units.append(unit)
             energy += size if math.isfinite(size) else 0.0
-            meter.add(_bytes(planned))
+            meter.add(item.nbytes)
         return Measured(units, energy)
 
-    def _unit(self, planned: PlannedItem, found: Sample, role: str, errors: Any) -> _Unit:
-        tried: Sequence[Codec] = self._tried(planned, role, based=bool(found.before))
+    def _unit(self, item: SourceItem, found: Sample, role: str, errors: Any) -> _Unit:
+        tried: Sequence[Codec] = self._tried(item, role, based=bool(found.before))
         options = [o for codec in tried if (o := measure(found, codec, self._packing, errors)) is not None]
         if not any(math.isfinite(o.error) for o in options):
             # Values without a finite update or square: exact, and of no weight in the sums.
-            options = [Option(codecs.Raw(), float(_bytes(planned)), 0.0)]
-        return _Unit(planned.item.name, tuple(options))
+            options = [Option(codecs.Raw(), float(item.nbytes), 0.0)]
+        return _Unit(item.name, tuple(options))
 
-    def _tried(self, planned: PlannedItem, role: str, *, based: bool) -> Sequence[Codec]:
-        region = planned.region
-        assert region is not None  # only skeletons have none
-        if self._fixed.rule_for(subject(region, planned.item.name)) is not None:
-            return [planned.item.codec]
-        if region.lossless or math.prod(region.shape) < _MIN_NUMEL or region.dtype not in codecs.base.FLOATS:
+    def _tried(self, item: SourceItem, role: str, *, based: bool) -> Sequence[Codec]:
+        choice = self._choices[item.name]
+        if choice.settled:
+            return [choice.codec]
+        if item.bytes_only or item.numel < _MIN_NUMEL or item.dtype not in codecs.base.FLOATS:
             return [codecs.Raw()]
-        return [codecs.Raw(), *candidates(role, len(region.shape), based=based)]
+        return [codecs.Raw(), *candidates(role, len(item.shape), based=based)]
+
+    def _item(self, name: str) -> SourceItem:
+        return self.source.items[self.source.tensors[name].index]
 
     def _exact_update(self, chosen: Mapping[str, Codec]) -> float:
         return self._exact(self.pairs, partial(self._pair_error, chosen), self._nbytes)
 
     def _exact_weight(self, chosen: Mapping[str, Codec]) -> float:
-        return self._exact(self._weights, partial(self._weight_error, chosen), _bytes)
+        return self._exact(self._weights, partial(self._weight_error, chosen), lambda item: item.nbytes)
 
     def _exact(self, work: Sequence[Any], error: Any, nbytes: Any) -> float:
         """The true relative error, over every element."""
@@ -199,11 +198,11 @@ class Search:
         return math.sqrt(total[1] / total[0]) if total[0] else (math.inf if total[1] else 0.0)
 
     def _pair_error(self, chosen: Mapping[str, Codec], m: Moments) -> tuple[float, float]:
-        planned = [self._items[m.exp_avg], self._items[m.exp_avg_sq]]
+        items = [self._item(m.exp_avg), self._item(m.exp_avg_sq)]
         raw = codecs.Raw()
-        streams = [decoded_stream(self.plan, self._files, p, raw) for p in planned]
-        streams += [decoded_stream(self.plan, self._files, p, chosen[p.item.name]) for p in planned]
-        return self._compare(math.prod(planned[0].item.shape), streams, settings(m))
+        streams = [decoded_stream(self.source, item, raw) for item in items]
+        streams += [decoded_stream(self.source, item, chosen[item.name]) for item in items]
+        return self._compare(items[0].numel, streams, settings(m))
 
     def _compare(self, numel: int, streams: Sequence[Any], scalars: dict[str, float]) -> tuple[float, float]:
         energy = error = 0.0
@@ -217,11 +216,11 @@ class Search:
             return energy, math.inf  # outside of the sample: this codec will not do
         return energy, error
 
-    def _weight_error(self, chosen: Mapping[str, Codec], planned: PlannedItem) -> tuple[float, float]:
-        pair = (codecs.Raw(), chosen[planned.item.name])
-        streams = [decoded_stream(self.plan, self._files, planned, codec, self._base) for codec in pair]
+    def _weight_error(self, chosen: Mapping[str, Codec], item: SourceItem) -> tuple[float, float]:
+        pair = (codecs.Raw(), chosen[item.name])
+        streams = [decoded_stream(self.source, item, codec, self._base) for codec in pair]
         energy = error = 0.0
-        numel = math.prod(planned.item.shape)
+        numel = item.numel
         try:
             for start in range(0, numel, _PIECE):
                 c = kernels.host().compare(*(s.take(min(_PIECE, numel - start)) for s in streams))
@@ -231,7 +230,12 @@ class Search:
         return energy, error
 
     def _nbytes(self, m: Moments) -> int:
-        return _bytes(self._items[m.exp_avg]) + _bytes(self._items[m.exp_avg_sq])
+        return self._item(m.exp_avg).nbytes + self._item(m.exp_avg_sq).nbytes
+
+
+def _spent(choices: Choices, found: Mapping[str, Codec], what: str, reached: float, limit: float) -> Choices:
+    note = f"{what} error {reached:.4g} of at most {limit:g}"
+    return choices.updated({name: Choice(codec, f"{what} budget {limit:g}") for name, codec in found.items()}, (note,))
 
 
 @dataclass(frozen=True)
@@ -251,15 +255,19 @@ def measure_curve(
     From samples: large tensors' figures are estimates. Raises UsageError for a compressed checkpoint or one without
     Adam moments.
     """
-    if is_compressed(src):
-        raise UsageError(f"{src} is compressed: its curve would be that of errors already made; give the original")
-    source = locate(src)
-    plan = make_plan(source, Policy(()))
     packing = Packing.parse(pack)
-    search = Search(plan, Policy(()), Limits(update=1.0), packing, threads or default_threads(), progress)
+    with open_checkpoint(src) as source:
+        if not isinstance(source, SourceCheckpoint):
+            raise UsageError(f"{src} is compressed: its curve would be that of errors already made; give the original")
+        choices = by_rules(source, Policy(()), "lossless")
+        search = Search(source, choices, Limits(update=1.0), packing, threads or default_threads(), progress)
+        return _curve(search, packing)
+
+
+def _curve(search: Search, packing: Packing) -> list[CurvePoint]:
     measured = search._measure_updates()
     allocator = Allocator({u.name: u.options for u in measured.units})
-    numel = sum(math.prod(search._items[m.exp_avg].item.shape) for m in search.pairs)
+    numel = sum(search._item(m.exp_avg).numel for m in search.pairs)
     points = []
     for weights, preset in (("split", "resume"), ("bf16", "tiny")):
         other = _other_bytes(search, {u.name for u in measured.units}, preset, packing)
@@ -291,44 +299,31 @@ def _thinned(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _preset_state(search: Search, preset: str, packing: Packing) -> tuple[float, float]:
     """Bytes of the moments under a preset, and their joint squared update error."""
-    policy = Policy(preset_rules(preset))
+    choices = by_rules(search.source, Policy(()), preset)
     nbytes = error = 0.0
     for m in search.pairs:
-        planned = [search._items[m.exp_avg], search._items[m.exp_avg_sq]]
-        samples = [sample(search.plan, search._files, p) for p in planned]
+        items = [search._item(m.exp_avg), search._item(m.exp_avg_sq)]
+        samples = [sample(search.source, item) for item in items]
         errors = UpdateErrors(m, *samples)
         decoded = []
-        for p, found in zip(planned, samples, strict=True):
-            codec = _codec(policy, p)
+        for item, found in zip(items, samples, strict=True):
+            codec = choices[item.name].codec
             option = measure(found, codec, packing, lambda _: 0.0)
             kept = codecs.Raw() if option is None else codec
             decoded.append([kept.encode(x).decode().reshape(-1).float() for x in found.pieces])
-            nbytes += _bytes(p) if option is None else option.nbytes
+            nbytes += item.nbytes if option is None else option.nbytes
         error += errors.of_both(*decoded) * samples[0].scale if errors.finite else 0.0
     return nbytes, error
 
 
 def _other_bytes(search: Search, moments: set[str], preset: str, packing: Packing) -> float:
     """Packed bytes of everything but the moments, under a preset, sampled."""
-    policy, total = Policy(preset_rules(preset)), 0.0
-    for planned in search.plan.items:
-        if planned.item.name in moments:
-            continue
-        found = sample(search.plan, search._files, planned)
-        option = measure(found, _codec(policy, planned), packing, lambda _: 0.0)
-        total += _bytes(planned) if option is None else option.nbytes
+    choices, total = by_rules(search.source, Policy(()), preset), 0.0
+    for item in search.source.items:
+        if item.name not in moments:
+            option = measure(sample(search.source, item), choices[item.name].codec, packing, lambda _: 0.0)
+            total += item.nbytes if option is None else option.nbytes
     return total
-
-
-def _codec(policy: Policy, planned: PlannedItem) -> Codec:
-    region = planned.region
-    if region is None or region.lossless:
-        return codecs.Raw()
-    return policy.codec_for(subject(region, planned.item.name))
-
-
-def _bytes(planned: PlannedItem) -> int:
-    return math.prod(planned.item.shape) * planned.item.dtype.itemsize
 
 
 def _next_target(target: float, factor: float, bracket: Sequence[float]) -> float:

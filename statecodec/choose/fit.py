@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.checkpoint.source_files import SourceFiles
-from statecodec.choose import Policy
-from statecodec.choose.plan import Plan, PlannedItem, subject
+from statecodec.checkpoint.base import TensorInfo
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.choose.choices import Choice, Choices
 from statecodec.codecs import Cast, Codec, Companded, Raw, rows_cols
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnencodableValues
@@ -31,25 +31,23 @@ _WORST = 0.012  # relative error of the update beyond which the tensor is kept e
 
 
 class _Fit:
-    """Replacements for the codecs of a plan's moments, found tensor by tensor."""
+    """Replacements for the codecs of the moments that a preset chose, found tensor by tensor."""
 
-    def __init__(self, plan: Plan, own: Policy) -> None:
-        self.plan, self.own = plan, own
-        self.files = SourceFiles(plan.source)
-        self.items = {p.item.name: p for p in plan.items if p.region is not None}
-        self.codecs: dict[str, Codec] = {}
+    def __init__(self, source: SourceCheckpoint, choices: Choices) -> None:
+        self.source, self.choices = source, choices
+        self.fitted: dict[str, Choice] = {}
         self.notes: list[str] = []
 
     def preset_codec(self, name: str, curve: str) -> Companded | None:
         """The item's codec, if the preset gave it 8-bit codes of that curve."""
-        planned = self.items[name]
-        codec, region = planned.item.codec, planned.region
-        if not isinstance(codec, Companded) or (codec.curve, codec.bits) != (curve, 8) or region is None:
+        choice = self.choices[name]
+        codec = choice.codec
+        if not isinstance(codec, Companded) or (codec.curve, codec.bits) != (curve, 8) or choice.settled:
             return None
-        return codec if self.own.rule_for(subject(region, name)) is None else None
+        return codec
 
     def places(self, name: str) -> list[Tensor]:
-        return list(_places(self.plan, self.items[name], self.files))
+        return list(_places(self.source, self.source.tensors[name]))
 
     def second(self, name: str, codec: Companded) -> None:
         """Space the log codes as the range wants, or keep the tensor exact."""
@@ -58,10 +56,11 @@ class _Fit:
         errors = {steps: _error(octaves, steps, codec.levels.top) for steps in _STEPS}
         best = min(errors, key=lambda steps: errors[steps])
         if errors[best] > _WORST:
-            self.codecs[name] = Raw()
-            self.notes.append(f"{name}: kept exact, because its rows span {int(octaves.max()) + 1} octaves")
+            reason = f"kept exact, because its rows span {int(octaves.max()) + 1} octaves"
+            self.fitted[name] = Choice(Raw(), reason)
+            self.notes.append(f"{name}: {reason}")
         elif best != codec.levels.steps:
-            self.codecs[name] = replace(codec, steps=best)
+            self.fitted[name] = Choice(replace(codec, steps=best), "spaced for its range")
 
     def first(self, moments: Moments, codec: Companded) -> None:
         """Smaller groups or bf16 where the update direction would suffer."""
@@ -70,26 +69,25 @@ class _Fit:
             if _update_error(pairs, candidate, moments) <= _WORST:
                 break
         if candidate != codec:
-            self.codecs[moments.exp_avg] = candidate
+            reason = "bf16" if isinstance(candidate, Cast) else "smaller groups"
+            reason += ", because 8-bit codes would lose its smaller updates"
+            self.fitted[moments.exp_avg] = Choice(candidate, reason)
             if isinstance(candidate, Cast):
-                self.notes.append(f"{moments.exp_avg}: bf16, because 8-bit codes would lose its smaller updates")
+                self.notes.append(f"{moments.exp_avg}: {reason}")
 
 
-def fitted(plan: Plan, own: Policy) -> tuple[dict[str, Codec], tuple[str, ...]]:
-    """Codecs by item name where the preset's 8-bit codes do not suit a moment, and notes on what grew by that.
-
-    What the user's own rules decide stays as it is.
-    """
-    fit = _Fit(plan, own)
-    for name in fit.items:
+def fitted(source: SourceCheckpoint, choices: Choices) -> Choices:
+    """The same choices, with other codecs where the preset's 8-bit codes do not suit a moment."""
+    fit = _Fit(source, choices)
+    for name in choices:
         codec = fit.preset_codec(name, "log")
         if codec is not None:
             fit.second(name, codec)
-    for moments in (m for i in range(len(plan.source.files)) for m in plan.moments(i)):
+    for moments in source.moments:
         codec = fit.preset_codec(moments.exp_avg, "softsign")
-        if codec is not None and fit.items[moments.exp_avg].item.shape == fit.items[moments.exp_avg_sq].item.shape:
+        if codec is not None and source.tensors[moments.exp_avg].shape == source.tensors[moments.exp_avg_sq].shape:
             fit.first(moments, codec)
-    return fit.codecs, tuple(fit.notes)
+    return choices.updated(fit.fitted, tuple(fit.notes))
 
 
 def _update_error(pairs: list[tuple[Tensor, Tensor]], codec: Codec, moments: Moments) -> float:
@@ -109,14 +107,14 @@ def _update_error(pairs: list[tuple[Tensor, Tensor]], codec: Codec, moments: Mom
     return math.sqrt(total.sum_sq_diff / total.sum_sq) if total.sum_sq else 0.0
 
 
-def _places(plan: Plan, planned: PlannedItem, files: SourceFiles) -> Iterator[Tensor]:
+def _places(source: SourceCheckpoint, item: TensorInfo) -> Iterator[Tensor]:
     """Rows from the beginning, the middle and the end of an item; a part of a row where rows are long."""
-    rows, cols = rows_cols(planned.item.shape)
+    rows, cols = rows_cols(item.shape)
     height = max(1, min(rows, _SAMPLE // max(cols, 1)))
     for row in sorted({0, (rows - height) // 2, rows - height}):
         start = row * cols
         shape = (height, cols) if height > 1 or cols <= _SAMPLE else (1, _SAMPLE)
-        yield files.read(plan, planned, Chunk(start, start + math.prod(shape), shape)).to(torch.float32)
+        yield source.chunk(source.items[item.index], Chunk(start, start + math.prod(shape), shape)).to(torch.float32)
 
 
 def _octaves(x: Tensor, group: int) -> Tensor:

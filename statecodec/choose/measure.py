@@ -13,11 +13,10 @@ from torch import Tensor
 
 from statecodec import codecs, kernels
 from statecodec.buffers import Pool
+from statecodec.checkpoint.base import Elements
 from statecodec.checkpoint.chain import Base
-from statecodec.checkpoint.source_files import SourceFiles
-from statecodec.checkpoint.tensor_sets import Elements
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.budget import Option
-from statecodec.choose.plan import Plan, PlannedItem
 from statecodec.codecs import Codec, rows_cols
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues, UnsupportedTensor
@@ -55,13 +54,12 @@ class Sample:
         return [p.reshape(-1).to(torch.float32) for p in self.pieces]
 
 
-def sample(plan: Plan, files: SourceFiles, planned: PlannedItem, base: Base | None = None) -> Sample:
+def sample(source: SourceCheckpoint, item: SourceItem, base: Base | None = None) -> Sample:
     """The whole of a small tensor; eight evenly spread runs of rows (or of a row) of a large one."""
-    item = planned.item
     chunks = tuple(_chunks(item.shape))
-    known = base is not None and base.index(planned) is not None
-    before = tuple(base.values(planned, c) for c in chunks) if base is not None and known else ()
-    return Sample(item.shape, item.dtype, chunks, tuple(files.read(plan, planned, c) for c in chunks), before)
+    known = base is not None and base.index(item) is not None
+    before = tuple(base.values(item, c) for c in chunks) if base is not None and known else ()
+    return Sample(item.shape, item.dtype, chunks, tuple(source.chunk(item, c) for c in chunks), before)
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[Chunk]:
@@ -159,20 +157,25 @@ class UpdateErrors:
 def settings(moments: Moments) -> dict[str, float]:
     """Keyword arguments of `compare_updates` for one parameter."""
     step = moments.step if moments.step and moments.step > 0 else math.inf
-    first, second = (1 - beta**step if step < math.inf else 1.0 for beta in (moments.beta1, moments.beta2))
-    return {"correction1": first or 1.0, "correction2": second or 1.0, "eps": moments.eps}
+    return {
+        "correction1": correction(moments.beta1, step), "correction2": correction(moments.beta2, step),
+        "eps": moments.eps,
+    }  # fmt: skip
 
 
-def decoded_stream(
-    plan: Plan, files: SourceFiles, planned: PlannedItem, codec: Codec, base: Base | None = None
-) -> Elements:
+def correction(beta: float, step: float) -> float:
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
+
+
+def decoded_stream(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base | None = None) -> Elements:
     """A tensor's elements as they will be after encoding with `codec`, streamed. Raises UnencodableValues."""
 
     def chunks() -> Iterator[Tensor]:
-        for chunk in iterate(codec, planned.item.shape, planned.item.dtype):
-            x = files.read(plan, planned, chunk)
+        for chunk in iterate(codec, item.shape, item.dtype):
+            x = source.chunk(item, chunk)
             if isinstance(codec, codecs.Residual) and base is not None:
-                x = codec.encode_from(x, base.values(planned, chunk))[1]
+                x = codec.encode_from(x, base.values(item, chunk))[1]
             elif not isinstance(codec, codecs.Raw):
                 x = codec.encode(x).decode()
             yield x.reshape(-1)

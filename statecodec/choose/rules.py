@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from statecodec import codecs
+from statecodec.checkpoint.base import TensorInfo
 from statecodec.codecs import Codec
 from statecodec.errors import CodecError, PolicyError
 
@@ -32,17 +33,6 @@ _MAX_RULES_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a rule can see of a tensor."""
-
-    name: str
-    role: str
-    param: str | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Rule:
     """`pattern` (name pattern or role), `conditions` (all must hold) and the codec for what matches."""
 
@@ -50,15 +40,15 @@ class Rule:
     codec: Codec
     conditions: tuple[str, ...] = ()
 
-    def matches(self, subject: Subject) -> bool:
+    def matches(self, tensor: TensorInfo) -> bool:
         """Whether this rule speaks of that tensor."""
         if self.pattern in ROLES:
-            named = subject.role == self.pattern
+            named = tensor.role == self.pattern
         else:
-            named = fnmatchcase(subject.name, self.pattern) or (
-                subject.param is not None and fnmatchcase(subject.param, self.pattern)
+            named = fnmatchcase(tensor.name, self.pattern) or (
+                tensor.param is not None and fnmatchcase(tensor.param, self.pattern)
             )
-        return named and all(_holds(condition, subject) for condition in self.conditions)
+        return named and all(_holds(condition, tensor) for condition in self.conditions)
 
     def __str__(self) -> str:
         where = ":" + ",".join(self.conditions) if self.conditions else ""
@@ -71,22 +61,22 @@ class Policy:
 
     rules: tuple[Rule, ...]
 
-    def rule_for(self, subject: Subject) -> Rule | None:
+    def rule_for(self, tensor: TensorInfo) -> Rule | None:
         """The first rule that matches, if any."""
-        return next((rule for rule in self.rules if rule.matches(subject)), None)
+        return next((rule for rule in self.rules if rule.matches(tensor)), None)
 
-    def unmatched(self, subjects: Iterable[Subject]) -> tuple[Rule, ...]:
+    def unmatched(self, tensors: Iterable[TensorInfo]) -> tuple[Rule, ...]:
         """The rules that match none of these tensors, in order: misspelt, or made for another model."""
         left = list(self.rules)
-        for subject in subjects:
+        for tensor in tensors:
             if not left:
                 break
-            left = [rule for rule in left if not rule.matches(subject)]
+            left = [rule for rule in left if not rule.matches(tensor)]
         return tuple(left)
 
-    def codec_for(self, subject: Subject) -> Codec:
+    def codec_for(self, tensor: TensorInfo) -> Codec:
         """The codec of the first rule that matches; `raw` if none does."""
-        rule = self.rule_for(subject)
+        rule = self.rule_for(tensor)
         return rule.codec if rule else codecs.Raw()
 
 
@@ -137,9 +127,9 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if rule is not None)
 
 
-def check_matched(rules: Policy, subjects: Iterable[Subject], *, strict: bool) -> tuple[str, ...]:
+def check_matched(rules: Policy, tensors: Iterable[TensorInfo], *, strict: bool) -> tuple[str, ...]:
     """A note that names the rules which match no tensor. Raises PolicyError instead if `strict`."""
-    unmatched = [str(rule) for rule in rules.unmatched(subjects)]
+    unmatched = [str(rule) for rule in rules.unmatched(tensors)]
     if not unmatched:
         return ()
     more = f" and {len(unmatched) - 5} more" if len(unmatched) > 5 else ""
@@ -169,18 +159,17 @@ def _entry(path: Path, entry: object) -> Rule | None:
     raise PolicyError(f"rules file {path}: a rule is text or has 'pattern' and 'codec', not {str(entry)[:80]!r}")
 
 
-def _holds(condition: str, subject: Subject) -> bool:
+def _holds(condition: str, tensor: TensorInfo) -> bool:
     if condition in DTYPES:
-        return subject.dtype == DTYPES[condition]
+        return tensor.dtype == DTYPES[condition]
     if condition in ROLES:
-        return subject.role == condition
+        return tensor.role == condition
     match = _CONDITION.fullmatch(condition)
     assert match is not None  # parse_rule checked it
     quantity, operator, bound = match.group(1), match.group(2), int(match.group(3))
-    numel = 1
-    for n in subject.shape:
-        numel *= n
-    value = {"ndim": len(subject.shape), "numel": numel, "cols": subject.shape[-1] if subject.shape else 1}[quantity]
+    value = {"ndim": len(tensor.shape), "numel": tensor.numel, "cols": tensor.shape[-1] if tensor.shape else 1}[
+        quantity
+    ]
     return {
         ">=": value >= bound,
         "<=": value <= bound,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    items: Sequence[PlannedItem]
+    items: list[PlannedItem]
     shards: Sequence[Shard]
 
 
@@ -84,6 +84,26 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
         groups[draft.shard].append(draft)
     planned = [_shard(group, metadata) for group in groups]
     return Plan([item for group, _ in planned for item in group], [shard for _, shard in planned])
+
+
+def is_plain(item: Item, packing: Packing) -> bool:
+    """Whether an item's parts stand in the file one by one, at places fixed before anything is written."""
+    shape = tuple(item.shape)
+    largest = max(
+        item.codec.nbytes(piece, item.dtype) for piece in {c.shape for c in chunks(item.codec, shape, item.dtype)}
+    )
+    return _is_plain(item.codec.nbytes(shape, item.dtype), largest, packing)
+
+
+def _is_plain(nbytes: int, largest_chunk: int, packing: Packing) -> bool:
+    return packing.method == "none" or nbytes < MIN_PACKED or largest_chunk > MAX_PACKED_CHUNK
+
+
+def recoded(planned: PlannedItem, codec: Codec) -> PlannedItem:
+    """A packed item under another codec, in the same place."""
+    item = replace(planned.item, codec=codec)
+    shape = tuple(item.shape)
+    return replace(planned, item=item, parts=codec.parts(shape, item.dtype), chunks=chunks(codec, shape, item.dtype))
 
 
 class _Names:
@@ -123,8 +143,7 @@ def _draft(item: Item, packing: Packing, names: _Names) -> PlannedItem:
         nbytes = sum(s.nbytes for s in item.codec.parts(piece, item.dtype).values())
         Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)
         largest = max(largest, nbytes)
-    small = sum(spec.nbytes for spec in parts.values()) < MIN_PACKED
-    storage = PLAIN if packing.method == "none" or small or largest > MAX_PACKED_CHUNK else PACKED
+    storage = PLAIN if _is_plain(sum(spec.nbytes for spec in parts.values()), largest, packing) else PACKED
     suffixes = [""] if storage == PACKED else [f"/{part}" for part in parts]
     return PlannedItem(item, names.claim(item.name, suffixes), storage, 0, parts, pieces, {})
 

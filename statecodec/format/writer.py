@@ -16,9 +16,10 @@ from torch import Tensor
 
 from statecodec._version import __version__
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import PartSpec
+from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
+from statecodec.format import placement
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
 from statecodec.format.index import index_json
 from statecodec.format.manifest import PACKED, Manifest, OtherShard, StoredChunk, StoredItem
@@ -163,6 +164,20 @@ class Writer:
             file.write_at(data.data, base + planned.offsets[part] + self._part_done[part])
             self._part_done[part] += length
             position += length
+
+    def restart(self, item: int, codec: Codec) -> None:
+        """Store the item that is being appended by another codec: what was appended of it is taken back.
+
+        Raises UsageError for an item with plain parts, whose place was fixed beforehand.
+        """
+        planned = self._plan.items[item]
+        if item != self._next[0] or planned.storage != PACKED:
+            raise UsageError(f"item {planned.item.name!r} cannot be stored by another codec any more")
+        if self._next[1]:
+            self._ends[planned.shard] = self._packed[planned.shard].pop().start
+        self._plan.items[item] = placement.recoded(planned, codec)
+        self.items = tuple(p.item for p in self._plan.items)
+        self._stored[item], self._starts[item], self._next = [], None, (item, 0)
 
     def set_attributes(self, item: int, attributes: Mapping[str, Any]) -> None:
         """Replace an item's attributes, any time before `close`."""

@@ -1,26 +1,27 @@
-"""What a checkpoint can bear to lose: SNR per tensor and dimension, rules, and the curve of size against update
-error.
-"""
+"""How much each tensor can be compressed: SNR per tensor and dimension, rules, and size against update error."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from statecodec.checkpoint.tensor_sets import Elements, TensorInfo, TensorSet, is_compressed, open_tensors
+from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.report import jsonable
+from statecodec.checkpoint.stored import Stored
 from statecodec.choose.architectures import Layer, Part, parts, recognise
 from statecodec.choose.budget import CurvePoint
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
 from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
-from statecodec.verbs.report import jsonable
 
 
 @dataclass(frozen=True)
@@ -172,15 +173,12 @@ def _measure(
     pieces: dict[str, dict[str, list[Ratios]]] = {}
     steps: list[float | None] = []
     for path in sources:
-        tensors = open_tensors(path)
-        try:
-            steps.append(next((m.step for m in tensors.moments), None))
-            for layer, in_parts in _measure_one(tensors, threads, progress, notes):
+        with open_checkpoint(path) as checkpoint:
+            steps.append(next((m.step for m in checkpoint.moments), None))
+            for layer, in_parts in _measure_one(checkpoint, threads, progress, notes):
                 found.setdefault(layer.name, []).append(layer)
                 for part, ratios in in_parts.items():
                     pieces.setdefault(layer.name, {}).setdefault(part, []).append(ratios)
-        finally:
-            tensors.close()
     if not found:
         raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq) in it; the SNR is measured on Adam's state")
     missing = [name for name, group in found.items() if len(group) != len(sources)]
@@ -191,43 +189,44 @@ def _measure(
 
 
 def _measure_one(
-    tensors: TensorSet, threads: int, progress: Progress | None, notes: list[str]
+    checkpoint: Checkpoint, threads: int, progress: Progress | None, notes: list[str]
 ) -> list[tuple[LayerSNR, dict[str, Ratios]]]:
-    moments = [t for t in tensors.tensors.values() if t.role == "exp_avg_sq"]
+    moments = [t for t in checkpoint.items if t.role == "exp_avg_sq"]
     shapes = {_name(t): t.shape for t in moments}
     known = recognise(shapes)
     if len(shapes) != len(moments):
         raise UsageError(
-            f"{tensors.path}: two second moments belong to one parameter; analyze one file of the directory at a time"
+            f"{checkpoint.path}: two second moments belong to one parameter; analyze one file of it at a time"
         )
     anonymous = sum(t.param is None for t in moments)
     if anonymous:
         notes.append(
-            f"{tensors.path}: {anonymous} second moments without a parameter's name; rules name the states instead"
+            f"{checkpoint.path}: {anonymous} second moments without a parameter's name; rules name the states instead"
         )
-    if is_compressed(tensors.path):
-        notes.append(f"{tensors.path} is compressed: SNRs are those of its stored second moments")
-    meter = Meter(progress, sum(math.prod(t.shape) * t.dtype.itemsize for t in moments), "measuring SNR")
+    if isinstance(checkpoint, Stored):
+        notes.append(f"{checkpoint.path} is compressed: SNRs are those of its stored second moments")
+    meter = Meter(progress, sum(t.nbytes for t in moments), "measuring SNR")
 
     def measure(tensor: TensorInfo) -> tuple[TensorInfo, Ratios, dict[str, Ratios]]:
-        return tensor, *_ratios(tensors, tensor, known[_name(tensor)])
+        return tensor, *_ratios(checkpoint, tensor, known[_name(tensor)])
 
     results = []
-    for tensor, ratios, in_parts in ordered_map(measure, moments, threads):
-        layer = known[_name(tensor)]
-        results.append((LayerSNR(layer.name, tensor.shape, ratios, layer.shareable), in_parts))
-        meter.add(math.prod(tensor.shape) * tensor.dtype.itemsize)
+    with closing(ordered_map(measure, moments, threads)) as measured:
+        for tensor, ratios, in_parts in measured:
+            layer = known[_name(tensor)]
+            results.append((LayerSNR(layer.name, tensor.shape, ratios, layer.shareable), in_parts))
+            meter.add(tensor.nbytes)
     return results
 
 
-def _ratios(tensors: TensorSet, tensor: TensorInfo, layer: Layer) -> tuple[Ratios, dict[str, Ratios]]:
+def _ratios(checkpoint: Checkpoint, tensor: TensorInfo, layer: Layer) -> tuple[Ratios, dict[str, Ratios]]:
     """The SNRs of one tensor and of the q, k and v in it, in one pass over its chunks."""
     if not tensor.shape or not math.prod(tensor.shape):
         return {}, {}
     fused = parts(layer, tensor.shape)
     whole = Measurement(tensor.shape)
     inside = [Measurement(_part_shape(p, tensor.shape)) for p in fused]
-    elements, row = Elements(tensors.chunks(tensor)), math.prod(tensor.shape[1:])
+    elements, row = Elements(checkpoint.stream(tensor)), math.prod(tensor.shape[1:])
     for start, stop in slabs(tensor.shape):
         slab = elements.take((stop - start) * row).view(stop - start, *tensor.shape[1:])
         if bool((slab < 0).any()) or not bool(slab.isfinite().all()):

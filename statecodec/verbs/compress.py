@@ -1,14 +1,13 @@
-"""Source checkpoint -> compressed file, streamed: read a chunk, encode it, measure its error, pack it, append it."""
+"""Source checkpoint -> compressed file: choose a codec for every tensor, then write, streamed."""
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,42 +15,29 @@ from torch import Tensor
 from statecodec import codecs, kernels
 from statecodec._version import __version__
 from statecodec.checkpoint import document as documents
-from statecodec.checkpoint.chain import Base, link
+from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
-from statecodec.checkpoint.source_files import SourceFiles
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import make_report
-from statecodec.checkpoint.tensor_sets import is_compressed
 from statecodec.choose import Policy, Rule, load_rules, parse_rule, preset_rules
 from statecodec.choose.budgeted import Limits, Search
+from statecodec.choose.choices import Choices, by_rules
 from statecodec.choose.fit import fitted
-from statecodec.choose.plan import Plan, PlannedItem, make_plan, subject, with_codec
 from statecodec.choose.rules import check_matched
+from statecodec.choose.since_base import linked
 from statecodec.codecs import Codec, PartSpec
-from statecodec.codecs.chunking import Chunk, iterate
-from statecodec.errors import BackendUnavailable, UnencodableValues, UsageError
-from statecodec.format import PackedChunk, Packing, Writer
-from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.layouts import locate
-from statecodec.streams import Meter, Progress, Scratch, default_threads, ordered_map
+from statecodec.codecs.chunking import Chunk
+from statecodec.errors import BackendUnavailable, UsageError
+from statecodec.format import Item, Packing
+from statecodec.kernels.reference.statistics import Comparison
+from statecodec.streams import Progress, Scratch, default_threads
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, parse_size
-from statecodec.verbs.report import Report
+from statecodec.verbs.writing import Encoded, Outcome, Output, write
 
 _scratch = Scratch()
-
-
-@dataclass(frozen=True)
-class _Job:
-    item: int
-    chunk: Chunk
-
-
-class _Refused(Exception):
-    """A tensor's values do not go into the codec that was planned for it."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(reason)
-        self.name, self.reason = name, reason
 
 
 def compress(
@@ -94,153 +80,120 @@ def compress(
     """
     started = time.perf_counter()
     own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
-    policy = Policy((*own.rules, *preset_rules(preset)))
-    limits = Limits(max_update_error, max_weight_error)
-    packing, shard_size, where = Packing.parse(pack), parse_size(max_shard_size), target_device(device)
-    if is_compressed(src):
-        raise UsageError(
-            f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original"
-        )
-    source = locate(src)
-    if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.root):
-        raise UsageError(f"{dst} is the source itself; compress it to another name")
-    target = output_file(dst, compressed_path(source.root), force=force)
-    run = partial(
-        _write,
-        target=target,
-        packing=packing,
-        shard_size=shard_size,
-        force=force,
-        sha256=sha256,
-        preset=preset,
-        policy=policy,
-        device=where,
-        threads=threads or default_threads(),
-        progress=progress,
-    )
+    limits, where = Limits(max_update_error, max_weight_error), target_device(device)
+    packing, shard_size, workers = Packing.parse(pack), parse_size(max_shard_size), threads or default_threads()
     with contextlib.ExitStack() as closing:
+        source = closing.enter_context(open_source(src))
+        if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.path):
+            raise UsageError(f"{dst} is the source itself; compress it to another name")
+        target = output_file(dst, compressed_path(source.path), force=force)
         previous = None
         if base is not None:
             previous = closing.enter_context(contextlib.closing(Base(base, target)))
-        plan = make_plan(source, policy)
-        subjects = (subject(p.region, p.item.name) for p in plan.items if p.region is not None)
-        unmatched = check_matched(own, subjects, strict=strict)
-        chosen, notes = fitted(plan, own)
+        choices = by_rules(source, own, preset)
+        tensors = (item for item in source.items if item.region is not None)
+        choices = choices.noted(*check_matched(own, tensors, strict=strict))
+        choices = fitted(source, choices)
         if limits:
-            search = Search(plan, own, limits, packing, threads or default_threads(), progress, previous)
-            chosen, notes = search.codecs()
-        plan, notes = make_plan(source, policy, chosen=chosen), (*unmatched, *notes)
-        try:
-            report = run(plan, notes, previous)
-        except _Refused:
-            refusals = _find_refusals(plan, where, previous, threads or default_threads(), progress)
-            plan = make_plan(source, policy, refusals, chosen)
-            kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
-            report = run(plan, (*notes, *kept), previous)
+            choices = Search(source, choices, limits, packing, workers, progress, previous).refined()
+        choices = linked(source, choices, previous, packing)
+        policy = Policy((*own.rules, *preset_rules(preset)))
+        work = Compression(source, choices, previous if choices.uses_base else None, where, preset, policy, sha256)
+        report = work.write(Output(target, packing, shard_size, force, workers, progress))
     if verify or limits:
-        report = _verified(target, source.root, report, limits, progress)
+        report = _verified(target, source.path, report, limits, progress)
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _write(
-    plan: Plan,
-    notes: tuple[str, ...],
-    base: Base | None,
-    *,
-    target: Path,
-    packing: Packing,
-    shard_size: int | None,
-    force: bool,
-    sha256: bool,
-    preset: str,
-    policy: Policy,
-    device: torch.device,
-    threads: int,
-    progress: Progress | None,
-) -> Report:
-    source = plan.source
-    files = SourceFiles(source)
-    plan, base, remarks = _linked(plan, base, files, packing)
-    own = [i for i, f in enumerate(source.files) if f.same_as is None]
-    hashes = FileHashes(
-        [Watched(files.path(i), source.files[i].nbytes, source.files[i].crcs) for i in own], sha256=sha256
-    )
-    meter = Meter(progress, plan.nbytes, "compressing")
-    hashes.start()
-    try:
-        stored = [p.item for p in plan.items]
-        with Writer(target, stored, packing=packing, max_shard_size=shard_size, force=force) as writer:
-            errors = _ErrorSums(plan)
-            encode = partial(_encode, plan, files, writer, device, base)
-            with contextlib.closing(ordered_map(encode, _jobs(plan), threads)) as encoded:
-                for job, packed, comparison in encoded:
-                    writer.append(packed)
-                    errors.add(job.item, comparison)
-                    meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
-            for index, error in errors.results():
-                writer.set_attributes(index, {**plan.items[index].item.attributes, "error": error})
+def open_source(src: str | Path) -> SourceCheckpoint:
+    """An uncompressed checkpoint, to be compressed. Raises UsageError if it is compressed already, LayoutError."""
+    checkpoint = open_checkpoint(src)
+    if isinstance(checkpoint, SourceCheckpoint):
+        return checkpoint
+    checkpoint.close()
+    raise UsageError(f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A source with its choices: makes the chunks to be written, and the document that says what they are of."""
+
+    source: SourceCheckpoint
+    choices: Choices
+    base: Base | None
+    device: torch.device
+    preset: str | None
+    rules: Policy
+    sha256: bool = True
+
+    def write(self, output: Output) -> Report:
+        """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
+        located = self.source.located
+        own = [i for i, f in enumerate(located.files) if f.same_as is None]
+        watched = [Watched(self.source.files.path(i), located.files[i].nbytes, located.files[i].crcs) for i in own]
+        hashes = FileHashes(watched, sha256=self.sha256)
+        written_as: list[documents.Document] = []
+
+        def document(refusals: Mapping[str, str]) -> dict[str, Any]:
             found = dict(zip(own, hashes.digests(), strict=False))
-            files.check_unchanged()
-            digests = [found.get(i) for i in range(len(source.files))]
-            document = _document(plan, (*notes, *remarks), preset, policy, digests, base)
-            written = writer.close(documents.to_json(document))
-        shown = target.with_name(written.path.name) if len(written.files) > 1 else target  # what a reader opens
-        return make_report(shown, written.version, document, written.items, written.files)
-    finally:
-        hashes.cancel()
+            self.source.files.check_unchanged()
+            written_as.append(self._document([found.get(i) for i in range(len(located.files))], refusals))
+            return documents.to_json(written_as[0])
+
+        hashes.start()
+        try:
+            outcome = write(output, list(self._items()), self._encode, document, "compressing")
+        finally:
+            hashes.cancel()
+        return _report(output.target, outcome, written_as[0], self.choices.unmet)
+
+    def _items(self) -> Iterator[Item]:
+        for item in self.source.items:
+            attributes = {"role": item.role, **({"param": item.param} if item.region is not None else {})}
+            yield Item(item.name, self.choices[item.name].codec, item.shape, item.dtype, attributes)
+
+    def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
+        item = self.source.items[index]
+        x = self.source.chunk(item, chunk, _scratch)
+        if isinstance(codec, codecs.Delta) and self.base is not None:
+            inner = self._encoded(codec.inner, x)
+            return replace(inner, parts=codec.difference(inner.parts, self.base.parts(item, chunk)))
+        if isinstance(codec, codecs.Residual) and self.base is not None:
+            parts, decoded = codec.encode_from(x, self.base.values(item, chunk))
+            return Encoded(parts, _compared(x, decoded))
+        return self._encoded(codec, x)
+
+    def _encoded(self, codec: Codec, x: Tensor) -> Encoded:
+        if isinstance(codec, codecs.Raw):
+            return Encoded({"data": x})
+        parts, decoded = _there_and_back(codec, x, self.device)
+        return Encoded({name: part.to("cpu") for name, part in parts.items()}, _compared(x, decoded))
+
+    def _document(self, digests: Sequence[str | None], refusals: Mapping[str, str]) -> documents.Document:
+        source, located = self.source, self.source.located
+        kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
+        return documents.Document(
+            created_by=f"statecodec {__version__}",
+            preset=self.preset,
+            rules=tuple(str(rule) for rule in self.rules.rules),
+            source={
+                "name": named(source.path).name,
+                "layout": source.layout,
+                "bytes": source.nbytes,
+                "sha256": None if located.is_directory else digests[0],
+            },
+            files=source.stored_files(digests),
+            directories=located.directories,
+            notes=(*self.choices.notes, *kept),
+            base=self.base.file if self.base else None,
+        )
 
 
-def _linked(
-    plan: Plan, base: Base | None, files: SourceFiles, packing: Packing
-) -> tuple[Plan, Base | None, tuple[str, ...]]:
-    """The plan with changes where they are smaller, and the base if any are; else a file of its own, and why."""
-    if base is None:
-        residual = next((p.item.name for p in plan.items if isinstance(p.item.codec, codecs.Based)), None)
-        if residual is not None:
-            raise UsageError(f"{residual}: this codec stores what changed since a base checkpoint; give one (--base)")
-        return plan, None, ()
-    linked = link(plan, base, files, packing)
-    if linked.used:
-        return linked.plan, base, ()
-    return plan, None, (f"nothing is smaller as a change since {base.file.name}: this file stands alone",)
-
-
-def _jobs(plan: Plan) -> Iterator[_Job]:
-    for index, planned in enumerate(plan.items):
-        item = planned.item
-        for chunk in iterate(item.codec, item.shape, item.dtype):
-            yield _Job(index, chunk)
-
-
-def _encode(
-    plan: Plan, files: SourceFiles, writer: Writer, device: torch.device, base: Base | None, job: _Job
-) -> tuple[_Job, PackedChunk, Comparison | None]:
-    planned = plan.items[job.item]
-    x = files.read(plan, planned, job.chunk, _scratch)
-    parts, comparison = _encode_chunk(planned, x, device, base, job.chunk)
-    return job, writer.pack(job.item, job.chunk, parts), comparison
-
-
-def _encode_chunk(
-    planned: PlannedItem, x: Tensor, device: torch.device, base: Base | None, chunk: Chunk
-) -> tuple[dict[str, Tensor], Comparison | None]:
-    codec = planned.item.codec
-    if isinstance(codec, codecs.Raw):
-        return {"data": x}, None
-    if isinstance(codec, codecs.Delta) and base is not None:
-        parts, comparison = _encode_chunk(with_codec(planned, codec.inner), x, device, None, chunk)
-        return codec.difference(parts, base.parts(planned, chunk)), comparison
-    try:
-        if isinstance(codec, codecs.Residual) and base is not None:
-            parts, decoded = codec.encode_from(x, base.values(planned, chunk))
-        else:
-            parts, decoded = _there_and_back(codec, x, device)
-    except UnencodableValues as error:
-        raise _Refused(planned.item.name, str(error)) from error
-    if x.dtype not in (torch.float32, torch.float64):
-        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
-    comparison = kernels.host().compare(x.view(-1), decoded.view(-1))
-    return {name: part.to("cpu") for name, part in parts.items()}, comparison
+def _report(target: Path, outcome: Outcome, document: documents.Document, unmet: tuple[str, ...]) -> Report:
+    written = outcome.written
+    shown = target.with_name(written.path.name) if len(written.files) > 1 else target  # what a reader opens
+    report = make_report(shown, written.version, document, written.items, written.files)
+    return replace(report, unmet=unmet)
 
 
 def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -256,70 +209,10 @@ def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict
     return parts, decoded
 
 
-def _find_refusals(
-    plan: Plan, device: torch.device, base: Base | None, threads: int, progress: Progress | None
-) -> dict[str, str]:
-    """Every item that its codec refuses, with the reason: one pass over all lossy items."""
-    refusals: dict[str, str] = {}
-    meter = Meter(progress, plan.nbytes, "looking for values that cannot be encoded")
-
-    def attempt(job: _Job) -> tuple[_Job, _Refused | None]:
-        planned = plan.items[job.item]
-        try:
-            if planned.lossy and planned.item.name not in refusals:
-                _encode_chunk(planned, files.read(plan, planned, job.chunk), device, base, job.chunk)
-        except _Refused as refused:
-            return job, refused
-        return job, None
-
-    files = SourceFiles(plan.source)
-    with contextlib.closing(ordered_map(attempt, _jobs(plan), threads)) as attempts:
-        for job, refused in attempts:
-            if refused is not None:
-                refusals.setdefault(refused.name, refused.reason)
-            meter.add((job.chunk.stop - job.chunk.start) * plan.items[job.item].item.dtype.itemsize)
-    return refusals
-
-
-class _ErrorSums:
-    """Adds the chunks' error sums up per item."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._numel = [math.prod(p.item.shape) for p in plan.items]
-        self._sums: dict[int, Comparison] = {}
-
-    def add(self, item: int, c: Comparison | None) -> None:
-        if c is not None:
-            self._sums[item] = self._sums.get(item, NO_DIFFERENCE).merged(c)
-
-    def results(self) -> Iterator[tuple[int, dict[str, float]]]:
-        for item, c in self._sums.items():
-            relative = math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
-            rms = math.sqrt(c.sum_sq_diff / max(self._numel[item], 1))
-            figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
-            yield item, {name: value for name, value in figures.items() if math.isfinite(value)}  # fp64 may overflow
-
-
-def _document(
-    plan: Plan, notes: tuple[str, ...], preset: str, policy: Policy, digests: Sequence[str | None], base: Base | None
-) -> documents.Document:
-    source = plan.source
-    single = None if source.is_directory else source.files[0]
-    return documents.Document(
-        created_by=f"statecodec {__version__}",
-        preset=preset,
-        rules=tuple(str(rule) for rule in policy.rules),
-        source={
-            "name": named(source.root).name,
-            "layout": "directory" if single is None else single.layout,
-            "bytes": plan.nbytes,
-            "sha256": None if single is None else digests[0],
-        },
-        files=plan.stored_files(digests),
-        directories=source.directories,
-        notes=(*plan.notes, *notes),
-        base=base.file if base else None,
-    )
+def _compared(x: Tensor, decoded: Tensor) -> Comparison:
+    if x.dtype not in (torch.float32, torch.float64):
+        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
+    return kernels.host().compare(x.view(-1), decoded.reshape(-1))
 
 
 def _verified(target: Path, root: Path, report: Report, limits: Limits, progress: Progress | None) -> Report:

@@ -1,4 +1,4 @@
-"""`convert`: between codecs, and between optimizers. Above pipeline and optim, because it brings the two together.
+"""`convert`: between codecs, and between optimizers.
 
 An optimizer's checkpoint is converted by that optimizer itself: parameters of the right names and shapes are made up
 from the file, the class is built on them, loads the state it finds and gives its own. No model code is needed or run.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from statecodec.checkpoint.native import save
-from statecodec.checkpoint.open import Checkpoint, load
+from statecodec.checkpoint.open import load, open_checkpoint
+from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
 from statecodec.codecs.plain import is_plain
 from statecodec.errors import UsageError
@@ -27,7 +28,6 @@ from statecodec.streams import Progress
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs
-from statecodec.verbs.report import Report
 
 OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
 _CLASSES: dict[str, type[StateOptimizer]] = {**OPTIMIZERS, "adam": Adam}
@@ -196,7 +196,7 @@ def _names(src: Path, path: tuple[Any, ...], saved: Mapping[str, Any]) -> dict[i
     """Parameter names by index, where the layout could match them with weights for certain."""
     names: dict[int, str] = {}
     prefix = "".join(f"{key}." for key in path)
-    with Checkpoint(src) as checkpoint:
+    with open_checkpoint(src) as checkpoint:
         for name in checkpoint.names():
             match = _INDEX.search(name)
             if match and name.rsplit(":", 1)[-1].startswith(prefix):

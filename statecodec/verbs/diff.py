@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.checkpoint.tensor_sets import SKELETON_ROLES, Elements, TensorInfo, TensorSet, open_tensors
+from statecodec.checkpoint.base import SKELETON_ROLES, Checkpoint, Elements, TensorInfo
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
+from statecodec.choose.measure import settings
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
-from statecodec.verbs.report import DiffReport, TensorDiff, UpdateReport
 
 _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
 
@@ -30,18 +32,11 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
     byte by byte, file by file. Raises FormatError, LayoutError.
     """
     started = time.perf_counter()
-    first = open_tensors(a)
-    try:
-        second = open_tensors(b)
-        try:
-            return _diff(first, second, threads or default_threads(), progress, started)
-        finally:
-            second.close()
-    finally:
-        first.close()
+    with open_checkpoint(a) as first, open_checkpoint(b) as second:
+        return _diff(first, second, threads or default_threads(), progress, started)
 
 
-def _diff(a: TensorSet, b: TensorSet, threads: int, progress: Progress | None, started: float) -> DiffReport:
+def _diff(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | None, started: float) -> DiffReport:
     pairs_by_name = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors]
     shared = [t for t, other in pairs_by_name if _comparable(t, other)]
     unlike = [(t, o) for t, o in pairs_by_name if not _comparable(t, o) and t.role not in SKELETON_ROLES]
@@ -92,12 +87,12 @@ class _Compared(NamedTuple):
     same_bits: bool = True
 
 
-def _compare_tensors(a: TensorSet, tensor: TensorInfo, b: TensorSet, other: TensorInfo) -> _Compared:
+def _compare_tensors(a: Checkpoint, tensor: TensorInfo, b: Checkpoint, other: TensorInfo) -> _Compared:
     """Compare one tensor of A with one of B (same shape), streamed."""
     if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
-        differing = _unequal(a.chunks(tensor), b.chunks(other))
+        differing = _unequal(a.stream(tensor), b.stream(other))
         return _Compared(differing=differing, same_bits=not differing)
-    left, right = Elements(a.chunks(tensor)), Elements(b.chunks(other))
+    left, right = Elements(a.stream(tensor)), Elements(b.stream(other))
     total, same_bits = NO_DIFFERENCE, tensor.dtype == other.dtype
     for count in _pieces(math.prod(tensor.shape)):
         x, y = left.take(count), right.take(count)
@@ -113,24 +108,15 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view({4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
-def _compare_update(a: TensorSet, b: TensorSet, m: Moments) -> UpdateComparison:
+def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateComparison:
     names = (m.exp_avg, m.exp_avg_sq)
-    streams = [Elements(s.chunks(s.tensors[name])) for s in (a, b) for name in names]
-    step = m.step if m.step and m.step > 0 else math.inf
+    streams = [Elements(s.stream(s.tensors[name])) for s in (a, b) for name in names]
     total = NO_UPDATE
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
-        found = kernels.host().compare_updates(
-            first, second, other_first, other_second,
-            correction1=correction(m.beta1, step), correction2=correction(m.beta2, step), eps=m.eps,
-        )  # fmt: skip
+        found = kernels.host().compare_updates(first, second, other_first, other_second, **settings(m))
         total = total.merged(found)
     return total
-
-
-def correction(beta: float, step: float) -> float:
-    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
-    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
 
 
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:
@@ -159,17 +145,17 @@ def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
     return a.shape == b.shape and (a.dtype == b.dtype or (a.dtype.is_floating_point and b.dtype.is_floating_point))
 
 
-def _comparable_update(m: Moments, a: TensorSet, b: TensorSet) -> bool:
+def _comparable_update(m: Moments, a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both sides have both moments, as floats of one shape."""
     found = [s.tensors.get(name) for s in (a, b) for name in (m.exp_avg, m.exp_avg_sq)]
     return len({t.shape if t and t.dtype.is_floating_point else None for t in found}) == 1 and None not in found
 
 
-def _missing(a: TensorSet, b: TensorSet) -> tuple[str, ...]:
+def _missing(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
     return tuple(name for name, t in a.tensors.items() if name not in b.tensors and t.role not in SKELETON_ROLES)
 
 
-def _one_sided_rest(a: TensorSet, b: TensorSet) -> set[str]:
+def _one_sided_rest(a: Checkpoint, b: Checkpoint) -> set[str]:
     """Files that only one side has, and files whose bytes outside tensors are of another number on the other side."""
     found = set(a.listing) ^ set(b.listing)
     for side, other in ((a, b), (b, a)):
@@ -179,7 +165,7 @@ def _one_sided_rest(a: TensorSet, b: TensorSet) -> set[str]:
     return found
 
 
-def _file(a: TensorSet, rest: TensorInfo) -> str:
+def _file(a: Checkpoint, rest: TensorInfo) -> str:
     """The file of the directory that these bytes belong to; a single file goes by its name in A."""
     return rest.name.rpartition(":")[0] or a.path.name
 

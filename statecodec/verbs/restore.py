@@ -18,6 +18,7 @@ from zlib_ng import zlib_ng
 from statecodec import codecs
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.document import StoredFile
+from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
 from statecodec.errors import CorruptFile
@@ -36,7 +37,6 @@ from statecodec.verbs.compress import target_device
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
 from statecodec.verbs.publishing import publish
-from statecodec.verbs.report import Report
 
 _CRC_BLOCK = 1 << 20
 _scratch = Scratch()
@@ -77,7 +77,7 @@ def restore(
             meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
             write = partial(_restore_all, stored, where, threads or default_threads(), meter)
         publish(target, write, directory=document.is_directory, force=force)
-        return replace(stored.report(time.perf_counter() - started), path=str(target))
+        return replace(stored.report(), seconds=time.perf_counter() - started, path=str(target))
 
 
 def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, made: Path) -> None:

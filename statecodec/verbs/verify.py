@@ -9,11 +9,11 @@ from pathlib import Path
 
 from statecodec import codecs
 from statecodec.checkpoint.digests import FileHashes, Watched
-from statecodec.checkpoint.stored import Stored, report_of
+from statecodec.checkpoint.report import DiffReport, Report
+from statecodec.checkpoint.stored import Stored
 from statecodec.errors import CorruptFile, VerificationFailed
 from statecodec.streams import Meter, Progress
 from statecodec.verbs.diff import diff
-from statecodec.verbs.report import DiffReport, Report
 
 _SHOWN = 5
 
@@ -38,10 +38,10 @@ def verify(src: str | Path, against: str | Path | None = None, *, progress: Prog
                 damaged.append(f"{check.name}: {check.error}")
         if stored.document.base is not None:
             verify(stored.base.path, progress=progress)  # what this file cannot be read without
+        report = stored.report()
     if damaged:
         more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
         raise CorruptFile(f"{src}: {len(damaged)} damaged tensors: {'; '.join(damaged[:_SHOWN])}{more}")
-    report = report_of(src)
     if against is not None:
         comparison = diff(against, src, progress=progress)
         _check_against(report, comparison, Path(against))

@@ -56,6 +56,8 @@ class Report:
     total: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
+    """What the preset promises and found nothing to do it to."""
 
     @property
     def num_params(self) -> int:

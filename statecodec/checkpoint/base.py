@@ -1,0 +1,178 @@
+"""An open checkpoint, compressed or not, behind one interface: its tensors, by name, streamed or whole."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from statecodec.checkpoint.report import Report
+from statecodec.codecs import Codec, EncodedTensor
+from statecodec.errors import UsageError
+from statecodec.layouts import Moments, View
+from statecodec.layouts.tree import window
+
+SKELETON_ROLES = ("skeleton", "file")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One stored tensor: what is known of it, and its place among the checkpoint's tensors."""
+
+    name: str
+    role: str
+    param: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    index: int = 0
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of the original files is: a window into the tensor of that index."""
+
+    view: View
+    index: int
+
+
+class Checkpoint(ABC):
+    """An open checkpoint. Close it, or use it as a context manager.
+
+    `items` are the stored tensors in order, skeletons of files included. `moments` are the pairs of Adam's moments
+    among them, by name.
+    """
+
+    path: Path
+    items: Sequence[TensorInfo]
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The items by name."""
+        return {item.name: item for item in self.items}
+
+    @property
+    @abstractmethod
+    def moments(self) -> tuple[Moments, ...]:
+        """Which moments belong together, and the settings of their optimizer."""
+
+    @property
+    @abstractmethod
+    def listing(self) -> tuple[str, ...]:
+        """Files and folders of a directory, relative to it; of a single file, nothing."""
+
+    @property
+    @abstractmethod
+    def places(self) -> Mapping[str, Place]:
+        """The tensors under the names that the original files give them."""
+
+    @abstractmethod
+    def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
+        """The tensor's elements in order, checked and decoded: one flat chunk after the other."""
+
+    @abstractmethod
+    def decode(self, index: int) -> Tensor:
+        """A whole stored tensor, checked and decoded."""
+
+    @abstractmethod
+    def codec(self, index: int) -> Codec:
+        """How a stored tensor is stored."""
+
+    @abstractmethod
+    def encoded(self, index: int) -> EncodedTensor:
+        """A stored tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint."""
+
+    @abstractmethod
+    def report(self) -> Report:
+        """What is in it, from its headers alone."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what is open. May be called more than once."""
+
+    def names(self) -> list[str]:
+        """Names of all tensors: key paths such as `optimizer.state.0.exp_avg`, `FILE:` before them in a directory."""
+        return list(self.places)
+
+    def info(self, name: str) -> dict[str, Any]:
+        """role, param, shape, dtype and codec config of a tensor. Raises UsageError if there is none of that name."""
+        place = self._place(name)
+        tensor = self.items[place.index]
+        return {
+            "role": tensor.role, "param": tensor.param, "shape": place.view.shape,
+            "dtype": str(place.view.dtype).removeprefix("torch."), "codec": self.codec(place.index).config(),
+        }  # fmt: skip
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, checked and decoded; touches only its bytes. Raises UsageError, FormatError, LayoutError."""
+        place = self._place(name)
+        view, storage = place.view, self.decode(place.index).reshape(-1).view(torch.uint8)
+        return window(storage, view.dtype, view.shape, view.stride, view.offset)
+
+    def read_encoded(self, name: str) -> EncodedTensor:
+        """One tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint."""
+        return self.encoded(self._place(name).index)
+
+    def _place(self, name: str) -> Place:
+        """By the name in the original file, or by the name that reports use."""
+        if name in self.places:
+            return self.places[name]
+        if name in self.tensors:
+            found = self._first_places.get(self.tensors[name].index)
+            if found is not None:
+                return found
+        close = [n for n in self.places if name in n or n.endswith("." + name)][:3]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise UsageError(f"{self.path} has no tensor {name!r}{hint}")
+
+    @cached_property
+    def _first_places(self) -> Mapping[int, Place]:
+        """Of every item that a tensor of the original is in, the first such tensor."""
+        return {place.index: place for place in reversed(list(self.places.values()))}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Elements:
+    """A stream of elements that can be taken in pieces of any size, whatever the chunks' sizes."""
+
+    def __init__(self, chunks: Iterator[Tensor]) -> None:
+        self._chunks, self._rest = chunks, torch.empty(0)
+
+    def take(self, count: int) -> Tensor:
+        """The next `count` elements, flat, as fp32 (fp64 stays fp64)."""
+        pieces, missing = [], count
+        while missing:
+            if not self._rest.numel():
+                self._rest = _floats(next(self._chunks))
+                continue
+            pieces.append(self._rest[:missing])
+            self._rest = self._rest[missing:]
+            missing -= pieces[-1].numel()
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+
+
+def _floats(chunk: Tensor) -> Tensor:
+    return chunk if chunk.dtype in (torch.float32, torch.float64) else chunk.to(torch.float32)

@@ -1,0 +1,121 @@
+"""Which codec each tensor of a checkpoint gets, and why: a chain of steps that refine choices and never replace them.
+
+what cannot be otherwise    bytes that are no tensor, storage that several views share: bit for bit
+your rules                  the first that matches decides, and no later step touches it
+the preset                  the first of its rules that matches
+fitting                     where the preset's codes do not suit a moment
+budgets                     the tensors that a budget is about
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from statecodec import codecs
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.presets import preset_rules
+from statecodec.choose.rules import Policy, Rule
+from statecodec.codecs import Codec
+from statecodec.errors import UnsupportedTensor
+
+_LOSSY_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The codec of one tensor. `settled`: later steps leave it alone."""
+
+    codec: Codec
+    reason: str
+    settled: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether the tensor comes back bit for bit."""
+        return codecs.is_exact(self.codec)
+
+
+@dataclass(frozen=True)
+class Choices(Mapping[str, Choice]):
+    """A choice for every item of a checkpoint, by name; `notes` are for the report.
+
+    `unmet` says what a preset promises and could not do here.
+    """
+
+    by_name: Mapping[str, Choice]
+    notes: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Choice:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether any tensor is stored as what changed since a base."""
+        return any(isinstance(choice.codec, codecs.Based) for choice in self.by_name.values())
+
+    def noted(self, *notes: str) -> Choices:
+        """The same choices with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def updated(self, choices: Mapping[str, Choice], notes: tuple[str, ...] = ()) -> Choices:
+        """The same choices but for some tensors; those that are settled stay as they are."""
+        open_ones = {name: c for name, c in choices.items() if not self.by_name[name].settled}
+        return replace(self, by_name={**self.by_name, **open_ones}, notes=(*self.notes, *notes))
+
+
+def by_rules(source: SourceCheckpoint, own: Policy, preset: str) -> Choices:
+    """The first steps: what cannot be otherwise, your own rules, the preset. Raises PolicyError."""
+    rules = Policy(preset_rules(preset))
+    chosen, notes = {}, list(source.notes)
+    for item in source.items:
+        chosen[item.name], note = _first(item, own, rules, preset)
+        notes.extend(note)
+    dropped = sum(isinstance(c.codec, codecs.Dropped) for c in chosen.values())
+    if dropped:
+        notes.append(f"{dropped} tensors are dropped and restore as zeros: training cannot resume from this file")
+    unmet = tuple(_unmet(source, chosen, preset))
+    return Choices(chosen, (*notes, *unmet), unmet)
+
+
+def _first(item: SourceItem, own: Policy, preset: Policy, name: str) -> tuple[Choice, tuple[str, ...]]:
+    if item.region is None:
+        return Choice(codecs.Raw(), "bytes that are not tensors", settled=True), ()
+    rule = own.rule_for(item)
+    codec = rule.codec if rule is not None else preset.codec_for(item)
+    if isinstance(codec, codecs.Raw):
+        return Choice(codec, _because(rule, name), settled=rule is not None or item.bytes_only), ()
+    if item.region.lossless:
+        reason = "kept exact, because several different views share its storage"
+        return Choice(codecs.Raw(), reason, settled=True), (f"{item.name}: {reason}",)
+    try:
+        codec.parts(item.shape, item.dtype)
+    except UnsupportedTensor as error:
+        return Choice(codecs.Raw(), f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
+    return Choice(codec, _because(rule, name), settled=rule is not None), ()
+
+
+def _because(rule: Rule | None, preset: str) -> str:
+    return f"rule {rule}" if rule is not None else f"preset {preset}"
+
+
+def _unmet(source: SourceCheckpoint, chosen: Mapping[str, Choice], preset: str) -> Iterator[str]:
+    """What the preset is for and found nothing to do it to."""
+    roles = Counter(item.role for item in source.items if item.region is not None)
+    if preset == "lossless" or not any(roles[role] for role in roles if role not in ("step",)):
+        return
+    if preset == "weights" and not any(isinstance(c.codec, codecs.Dropped) for c in chosen.values()):
+        yield "preset weights: no optimizer state was recognised here, so nothing is dropped"
+    elif not any(roles[role] for role in _LOSSY_ROLES):
+        yield f"preset {preset}: no weights and no optimizer state were recognised here, so everything is kept exact"
+    states = sum(1 for i in source.items if i.role == "other" and ".state." in f".{i.name}" and i.numel >= 4096)
+    if states and preset != "lossless":
+        yield f"preset {preset}: {states} large tensors of optimizer states are of no known kind and are kept exact"

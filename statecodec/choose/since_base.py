@@ -1,0 +1,73 @@
+"""Which tensors of a link of a chain are stored as what changed since the base: those that get smaller by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from statecodec import codecs
+from statecodec.buffers import Pool
+from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.choices import Choices
+from statecodec.codecs import Codec, Delta, Residual
+from statecodec.codecs.chunking import chunks
+from statecodec.errors import UnencodableValues, UsageError
+from statecodec.format.packing import Packing, encode_record
+
+_WORTH = 0.98  # a change must pack below this share of what the parts alone pack to
+
+
+def linked(source: SourceCheckpoint, choices: Choices, base: Base | None, packing: Packing) -> Choices:
+    """The same choices, stored as a change whatever that makes smaller: judged on each item's first and middle chunk.
+
+    Raises UsageError for a residual without a base, or whose base lacks the tensor.
+    """
+    changed = {}
+    for item in source.items:
+        choice = choices[item.name]
+        if isinstance(choice.codec, Residual):
+            _require(item, base)
+        elif base is not None and _smaller(source, item, choice.codec, base, packing):
+            changed[item.name] = replace(choice, codec=Delta(choice.codec))
+    choices = replace(choices, by_name={**choices.by_name, **changed})
+    if base is not None and not choices.uses_base:
+        note = f"nothing is smaller as a change since {base.file.name}: this file stands alone"
+        return replace(choices, notes=(*choices.notes, note))
+    return choices
+
+
+def _require(item: SourceItem, base: Base | None) -> None:
+    if base is None:
+        raise UsageError(f"{item.name}: this codec stores what changed since a base checkpoint; give one (--base)")
+    if base.index(item) is None:
+        raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the residual from")
+
+
+def _smaller(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> bool:
+    index = base.index(item)
+    if index is None or not item.numel or not _can_change(codec) or packing.method == "none":
+        return False
+    stored = base.stored.reader.items[index]
+    own = list(chunks(codec, item.shape, item.dtype))
+    if codecs.standalone(stored.codec) != codec or [c.start for c in own] != [c.start for c in stored.chunks]:
+        return False
+    before = after = 0
+    for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
+        try:
+            parts = codec.encode(source.chunk(item, chunk)).parts
+        except UnencodableValues:
+            return False
+        before += _packed(parts, packing)
+        after += _packed(Delta(codec).difference(parts, base.parts(item, chunk)), packing)
+    return after < _WORTH * before
+
+
+def _can_change(codec: Codec) -> bool:
+    return isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded)
+
+
+def _packed(parts: Mapping[str, Tensor], packing: Packing) -> int:
+    return encode_record([p.contiguous() for p in parts.values()], packing, Pool())[1]

@@ -1,0 +1,186 @@
+"""Writing a compressed checkpoint: the one loop that `compress`, `convert` and `save` share.
+
+Chunks are made on several threads and appended in order. A tensor whose values its codec cannot represent is stored by
+another codec, it alone: exactly, unless the caller knows better. Everything else stands as it was written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from statecodec import codecs
+from statecodec.codecs import Codec
+from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.errors import UnencodableValues
+from statecodec.format import Item, PackedChunk, Packing, Writer, Written
+from statecodec.format.placement import is_plain
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
+from statecodec.streams import Meter, Progress, default_threads, ordered_map
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One chunk's parts, and how what they decode to compares with what they were made of (None: equal)."""
+
+    parts: Mapping[str, Tensor]
+    comparison: Comparison | None = None
+
+
+class Encoder(Protocol):
+    """Makes a chunk of an item, by index, under a codec. Thread-safe. Raises UnencodableValues."""
+
+    def __call__(self, index: int, codec: Codec, chunk: Chunk) -> Encoded: ...
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where and how to write."""
+
+    target: Path
+    packing: Packing
+    max_shard_size: int | None = None
+    force: bool = False
+    threads: int = field(default_factory=default_threads)
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was written, and which items are stored exactly because their codec refused them: name -> why."""
+
+    written: Written
+    refusals: Mapping[str, str]
+
+
+Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
+Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
+
+
+def _exactly(_: int) -> Codec:
+    return codecs.Raw()
+
+
+def write(
+    output: Output,
+    items: Sequence[Item],
+    encode: Encoder,
+    document: Document,
+    stage: str,
+    fallback: Fallback = _exactly,
+) -> Outcome:
+    """Write all items. `document` is called once everything is encoded, before the manifest is written.
+
+    Raises what `encode` and `document` raise, OutputExists, OutputFailed, UsageError.
+    """
+    run = _Run(output, items, encode, stage, fallback)
+    with Writer(
+        output.target,
+        run.items,
+        packing=output.packing,
+        max_shard_size=output.max_shard_size,
+        force=output.force,
+    ) as writer:
+        run.append_all(writer)
+        for index, error in run.error_figures():
+            writer.set_attributes(index, {**run.items[index].attributes, "error": error})
+        return Outcome(writer.close(document(run.refusals)), run.refusals)
+
+
+@dataclass(frozen=True)
+class _Job:
+    index: int
+    chunk: Chunk
+
+
+class _Refused(Exception):
+    """The values of an item do not go into its codec."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index, self.reason = index, reason
+
+
+class _Run:
+    """One output in the making."""
+
+    def __init__(self, output: Output, items: Sequence[Item], encode: Encoder, stage: str, fallback: Fallback) -> None:
+        self.items, self.encode, self.fallback, self.threads = list(items), encode, fallback, output.threads
+        self.refusals: dict[str, str] = {}
+        self.errors: dict[int, Comparison] = {}
+        self.meter = Meter(output.progress, sum(map(_nbytes, items)), stage)
+        self._settle_plain(output.packing)
+
+    def append_all(self, writer: Writer) -> None:
+        """Append every item; one that is refused starts again, stored exactly."""
+        refused = self._append_from(writer, 0)
+        while refused is not None:
+            self._refuse(refused)
+            writer.restart(refused.index, self.items[refused.index].codec)
+            refused = self._append_from(writer, refused.index)
+
+    def error_figures(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """(item, its errors) of every item that was not stored exactly."""
+        for index, c in self.errors.items():
+            relative = math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
+            rms = math.sqrt(c.sum_sq_diff / max(math.prod(self.items[index].shape), 1))
+            figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
+            yield index, {name: value for name, value in figures.items() if math.isfinite(value)}  # fp64 may overflow
+
+    def _settle_plain(self, packing: Packing) -> None:
+        """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
+        for index, item in enumerate(self.items):
+            if codecs.is_exact(item.codec) or not is_plain(item, packing):
+                continue
+            try:
+                for chunk in iterate(item.codec, item.shape, item.dtype):
+                    self.encode(index, item.codec, chunk)
+            except UnencodableValues as error:
+                self._refuse(_Refused(index, str(error)))
+
+    def _refuse(self, refused: _Refused) -> None:
+        item = self.items[refused.index]
+        self.refusals[item.name] = refused.reason
+        self.items[refused.index] = replace(item, codec=self.fallback(refused.index))
+        self.errors.pop(refused.index, None)
+
+    def _append_from(self, writer: Writer, start: int) -> _Refused | None:
+        """Append the items from `start` on, up to one that is refused, if any."""
+
+        def make(job: _Job) -> tuple[_Job, PackedChunk, Comparison | None]:
+            try:
+                encoded = self.encode(job.index, self.items[job.index].codec, job.chunk)
+            except UnencodableValues as error:
+                raise _Refused(job.index, str(error)) from error
+            return job, writer.pack(job.index, job.chunk, encoded.parts), encoded.comparison
+
+        done = {start: 0}
+        try:
+            with closing(ordered_map(make, self._jobs(start), self.threads)) as made:
+                for job, packed, comparison in made:
+                    writer.append(packed)
+                    nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize
+                    done = {job.index: done.get(job.index, 0) + nbytes}
+                    self.meter.add(nbytes)
+                    if comparison is not None:
+                        self.errors[job.index] = self.errors.get(job.index, NO_DIFFERENCE).merged(comparison)
+        except _Refused as refused:
+            self.meter.add(-done.get(refused.index, 0))
+            return refused
+        return None
+
+    def _jobs(self, start: int) -> Iterator[_Job]:
+        for index in range(start, len(self.items)):
+            item = self.items[index]
+            for chunk in iterate(item.codec, item.shape, item.dtype):
+                yield _Job(index, chunk)
+
+
+def _nbytes(item: Item) -> int:
+    return math.prod(item.shape) * item.dtype.itemsize

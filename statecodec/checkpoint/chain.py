@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import MAX_LINKS, BaseFile
-from statecodec.checkpoint.open import is_compressed
+from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.stored import Stored
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,9 @@ import torch
 
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.restored_bytes import load_files
+from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import Stored
-from statecodec.errors import FormatError
-from statecodec.format.index import INDEX_SUFFIX
-
-_HEAD = 1 << 16
 
 
 def open_checkpoint(path: str | Path) -> SourceCheckpoint | Stored:
@@ -36,23 +31,3 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
             return checkpoint.load(device)
         native = checkpoint.document.source["layout"] == "native"
         return load_native(checkpoint, device) if native else load_files(checkpoint, device)
-
-
-def is_compressed(path: str | Path) -> bool:
-    """Whether a path is one of our files (by its content, not its name)."""
-    path = Path(path)
-    if path.is_dir():
-        return False
-    if path.exists() and not path.name.endswith(INDEX_SUFFIX):
-        return b'"format":"statecodec"' in _head(path)
-    index = path if path.exists() else path.with_name(path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
-    return index.exists() and b"statecodec.manifest" in _head(index)
-
-
-def _head(path: Path) -> bytes:
-    """The first bytes of a regular file; nothing of anything else, which might have no end, or never begin."""
-    try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            return file.read(_HEAD) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror}") from error

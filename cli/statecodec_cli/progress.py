@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,8 @@ from statecodec_cli import console
 
 Callback = Callable[[int, int, str], None]  # done bytes, total bytes, stage
 
-_LINE_EVERY = 5.0  # seconds between lines where standard error is not a terminal
+_LINE_EVERY = 10.0  # seconds between lines where standard error is not a terminal
+_log = logging.getLogger("statecodec")  # the library's own: what it does that takes a while
 
 
 @contextmanager
@@ -20,14 +22,38 @@ def reporting(*, quiet: bool) -> Iterator[Callback | None]:
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar() as callback:
+        with _bar() as (callback, say), _messages(say):
             yield callback
     else:
-        yield Lines(console.say)
+        with _messages(console.say):
+            yield Lines(console.say)
 
 
 @contextmanager
-def _bar() -> Iterator[Callback]:
+def _messages(say: Callable[[str], None]) -> Iterator[None]:
+    """Say what the library logs meanwhile."""
+    handler, before = _Handler(say), _log.level
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(before)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one message."""
+        self._say(record.getMessage())
+
+
+@contextmanager
+def _bar() -> Iterator[tuple[Callback, Callable[[str], None]]]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -56,7 +82,10 @@ def _bar() -> Iterator[Callback]:
                 tasks[stage] = progress.add_task(stage, total=total)
             progress.update(tasks[stage], completed=done, total=total)
 
-        yield callback
+        def say(message: str) -> None:
+            progress.console.print(console.printable(message), markup=False, style="dim")
+
+        yield callback, say
 
 
 class Lines:

@@ -44,11 +44,14 @@ def test_compress_reports_what_it_did(cli: Cli, ckpt: Path) -> None:
 
 
 def test_the_table_goes_to_stdout_and_nothing_else_does(ckpt: Path) -> None:
-    done = finished("compress", ckpt)
-    assert done.code == 0
-    assert done.err == ""
-    assert "exp_avg_sq" in done.out
-    assert "B/param" in done.out
+    for words in ((), ("--quiet",)):
+        done = finished("compress", ckpt, "--force", *words)
+        assert done.code == 0
+        assert "exp_avg_sq" in done.out
+        assert "B/param" in done.out
+        assert "compiling" not in done.out
+        assert "exp_avg_sq" not in done.err  # on a slow machine progress is there, and nothing else
+        assert not words or not done.err
 
 
 def test_a_narrow_terminal_folds_codecs_but_no_figure(cli: Cli, ckpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:

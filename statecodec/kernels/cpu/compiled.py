@@ -3,13 +3,17 @@
 numba keeps compiled code in a folder that it can write, and fails where there is none. Here such a kernel is compiled
 once per process instead. A folder named by NUMBA_CACHE_DIR that can only be read serves what it holds: this is how an
 image or a service hands out code that was compiled once, and that nothing else may change.
+
+The first kernel that a process has to compile is announced through the logger `statecodec`, since it takes seconds.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, ClassVar, TypeVar
 
 import numba
@@ -19,7 +23,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 # numba carries no types.
 _Locator: Any = caching.UserProvidedCacheLocator
 _FunctionCache: Any = caching.FunctionCache
+_NullCache: Any = caching.NullCache
 _Impl: Any = caching.FunctionCache._impl_class
+
+
+_log = logging.getLogger("statecodec")
+
+
+@cache
+def _announce() -> None:
+    _log.info("compiling kernels for this machine, which takes some seconds and is done once")
 
 
 class _GivenFolder(_Locator):  # type: ignore[misc]
@@ -43,10 +56,25 @@ class _Cache(_FunctionCache):  # type: ignore[misc]
 
     _impl_class = _Storage
 
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """Compiled code from the folder; None if there is none, so that it is compiled now."""
+        found = super().load_overload(sig, target_context)
+        if found is None:
+            _announce()
+        return found
+
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep compiled code, if the folder takes it."""
         with suppress(OSError):
             super().save_overload(sig, data)
+
+
+class _NoCache(_NullCache):  # type: ignore[misc]
+    """Where code cannot be kept: compiled in every process."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> None:
+        """Nothing is kept."""
+        _announce()
 
 
 def compiled(function: F, **options: Any) -> F:
@@ -60,7 +88,9 @@ def compiled(function: F, **options: Any) -> F:
         The dispatcher, called like the function.
     """
     dispatcher: Any = numba.njit(nogil=True, **options)(function)
-    with suppress(RuntimeError):  # no folder at all: a read-only installation without a home
+    try:
         dispatcher._cache = _Cache(function)
+    except RuntimeError:  # no folder at all: a read-only installation without a home
+        dispatcher._cache = _NoCache()
     found: F = dispatcher
     return found

@@ -13,10 +13,10 @@ from statecodec.kernels.fused import FusedStep, Slot
 from statecodec.optim.method import Group
 
 if TYPE_CHECKING:
-    from statecodec.optim.base import StateOptimizer
+    from statecodec.optim.states import StateKeeper
 
 
-def step_group(optimizer: StateOptimizer, group: Group, ready: list[Tensor]) -> list[Tensor]:
+def step_group(optimizer: StateKeeper, group: Group, ready: list[Tensor]) -> list[Tensor]:
     """Step what can be fused, one launch per kind of slot; returns the parameters that are left for the generic path.
 
     Raises OptimizerError if the optimizer was made with fused=True and a parameter cannot be fused.
@@ -31,9 +31,10 @@ def step_group(optimizer: StateOptimizer, group: Group, ready: list[Tensor]) -> 
     kinds: dict[str, tuple[str, dict[str, Any]]] = {}
     rest = []
     for p in ready:
-        plan, hyper = optimizer.plan(p, group), optimizer.plan(p, group).method.hyper(group)
-        formats, grad = plan.formats, cast(Tensor, p.grad).detach()
-        state, name = optimizer.ensure_state(p, group), plan.method.name
+        recipe = optimizer.recipe(p, group)
+        hyper = recipe.method.hyper(group)
+        formats, grad = recipe.formats, cast(Tensor, p.grad).detach()
+        state, name = optimizer.ensure_state(p, group), recipe.method.name
         low = state["weight_low"].parts["data"] if "weight_low" in state else None
         fits = hyper is not None and p.is_contiguous() and not grad.is_sparse and (demanded or p.is_cuda)
         if not (fits and backend.supports(name, formats, p.dtype, None if low is None else low.dtype)):
@@ -41,11 +42,11 @@ def step_group(optimizer: StateOptimizer, group: Group, ready: list[Tensor]) -> 
                 raise OptimizerError(f"fused=True, but no fused {name} step takes {p.dtype} and {formats}; use None")
             rest.append(p)
             continue
-        key = (plan.kind, hyper, p.dtype, p.device, None if low is None else low.dtype)
-        states = {k: state[k].parts for k in plan.specs}
-        kinds[plan.kind] = name, formats
+        key = (recipe.kind, hyper, p.dtype, p.device, None if low is None else low.dtype)
+        states = {k: state[k].parts for k in recipe.specs}
+        kinds[recipe.kind] = name, formats
         launches[key].append(
-            Slot(p.detach(), grad, state["step"], state["skipped"], low, states, plan.index, plan.shape)
+            Slot(p.detach(), grad, state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
         )
     for (kind, hyper, *_), slots in launches.items():
         backend.step(kinds[kind][0], slots, kinds[kind][1], hyper)

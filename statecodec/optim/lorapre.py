@@ -14,7 +14,7 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.reference.steps import mix
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Group, Job, Method, Plan, StateSpec, matrix_shape, whole_weight
+from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, matrix_shape, whole_weight
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
 from statecodec.optim.names import is_hidden_matrix
 from statecodec.optim.options import check_number, moment_codec
@@ -66,10 +66,8 @@ def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Ten
     gram = basis.mT @ basis
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
-    extra = torch.where(
-        mean > 0, mean * damping if relative else damping, 1.0
-    )  # an all-zero basis: the solution is zero
-    diagonal.add_(extra)
+    wanted = mean * damping if relative else torch.full_like(mean, damping)
+    diagonal.add_(torch.where(mean > 0, wanted, torch.ones_like(mean)))  # an all-zero basis: the solution is zero
     factor, info = torch.linalg.cholesky_ex(gram)
     projected = basis.mT @ target
     solved = torch.cholesky_solve(projected, factor) if not bool(info.any()) else torch.linalg.pinv(gram) @ projected
@@ -90,14 +88,14 @@ class _LowRankMethod(Method):
     def __init__(self, rank: int) -> None:
         self._rank = rank
 
-    def init(self, param: Tensor, plan: Plan, group: Group) -> dict[str, EncodedTensor]:
+    def init(self, param: Tensor, recipe: Recipe, group: Group) -> dict[str, EncodedTensor]:
         """B = 0 and A ~ N(0, 0.02**2) from (seed, parameter, state): the row space that the first gradient is caught
         in."""
-        states = super().init(param, plan, group)
+        states = super().init(param, recipe, group)
         for k, (name, state) in enumerate(states.items()):
-            generator = torch.Generator().manual_seed(mix(int(group["seed"]) + mix(2 * plan.index + k)))
+            generator = torch.Generator("cpu").manual_seed(mix(int(group["seed"]) + mix(2 * recipe.index + k)))
             right = state.parts["right"]
-            right.copy_(torch.randn(right.shape, generator=generator) * INIT_STD)
+            right.copy_(torch.randn(right.shape, generator=generator, dtype=torch.float32, device="cpu") * INIT_STD)
             states[name] = state
         return states
 

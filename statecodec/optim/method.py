@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs import Codec, EncodedTensor
+from statecodec.codecs import Codec, EncodedTensor, Raw, Split
 from statecodec.kernels.fused import Hyper
 from statecodec.optim import tiles
 from statecodec.optim.weights import Weight, whole
 
 Group: TypeAlias = dict[str, Any]
+LOW = "weight_low"
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,38 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is fixed for a parameter once its group is: method, states, and how to walk them."""
+class Recipe:
+    """What is fixed for a parameter while its dtype, shape and device stay: method, states, and how to walk them."""
 
-    name: str | None
-    index: int
+    name: str | None  # as the bare model has it; None if parameters were given without names
+    index: int  # position among all parameters
     method: Method
     specs: Mapping[str, StateSpec]
     shape: tuple[int, ...]  # as the states see the parameter (trailing dimensions may be flattened)
+    split: Split | None  # how parameter and low part make up the master weight
+    made_for: tuple[torch.dtype, torch.Size, torch.device]
+
+    def suits(self, param: Tensor) -> bool:
+        """Whether the parameter is still what this was made for."""
+        return self.made_for == (param.dtype, param.shape, param.device)
+
+    @property
+    def label(self) -> str | int:
+        """What to call the parameter in messages."""
+        return self.index if self.name is None else self.name
+
+    @cached_property
+    def low(self) -> StateSpec | None:
+        """The low part of the master weight, which is kept as it is; None where there is none."""
+        if self.split is None:
+            return None
+        shape = tuple(self.made_for[1])
+        return StateSpec(Raw(), shape, self.split.parts(shape, torch.float32)["low"].dtype)
+
+    @cached_property
+    def stored(self) -> dict[str, StateSpec]:
+        """Everything that is kept encoded: the low part, if there is one, and the method's states."""
+        return {**({} if self.low is None else {LOW: self.low}), **self.specs}
 
     @cached_property
     def formats(self) -> dict[str, dict[str, Any]]:
@@ -74,7 +99,7 @@ class Plan:
 class Job:
     """One step of one parameter. `grad` is contiguous and finite, `t` counts this step too."""
 
-    plan: Plan
+    recipe: Recipe
     weight: Weight
     grad: Tensor
     states: Mapping[str, EncodedTensor]
@@ -132,9 +157,9 @@ class Method(ABC):
         """The tiles of a parameter; `align` is where all its codecs can be cut inside a row."""
         return tiles.tiles(shape, align)
 
-    def init(self, param: Tensor, plan: Plan, group: Group) -> dict[str, EncodedTensor]:
+    def init(self, param: Tensor, recipe: Recipe, group: Group) -> dict[str, EncodedTensor]:
         """States before the first step: zeros."""
-        return {k: s.zeros(param.device) for k, s in plan.specs.items()}
+        return {k: s.zeros(param.device) for k, s in recipe.specs.items()}
 
     def hyper(self, group: Group) -> Hyper | None:
         """The scalars of a fused step; None if the method has none."""
@@ -159,12 +184,12 @@ class Elementwise(Method):
     def step(self, job: Job) -> None:
         arithmetic = getattr(job.steps, self.name)
         scalars, l2 = self.scalars(job), self.l2(job.group)
-        for at, tile in enumerate(job.plan.walk):
+        for at, tile in enumerate(job.recipe.walk):
             w = job.weight.load(tile)
             g = job.gradient(tile, w, l2)
             states = [
                 tiles.StateTile(k, job.states[k], how, at, job.scratch, job.backend)
-                for k, how in job.plan.accesses.items()
+                for k, how in job.recipe.accesses.items()
             ]
             arithmetic(w, g, *(s.values for s in states), **scalars)
             for state in states:

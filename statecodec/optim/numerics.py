@@ -48,11 +48,11 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
     for group in optimizer.param_groups:
         lr = float(group["lr"])
         for p in group["params"]:
-            plan = optimizer.plan(p, group)
+            recipe = optimizer.recipe(p, group)
             bits = _mantissa_bits(p, group)
             if lr == 0 or bits is None or not p.numel():
                 continue
-            name = plan.name or plan.index
+            name = recipe.label
             decay = lr * decay_per_lr(group)
             # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
             if 0 < decay <= 2.0 ** -(bits + 2):

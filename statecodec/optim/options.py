@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,10 +66,24 @@ def stored_codec(param: Tensor, group: Group, state: str) -> Codec:
     return Raw() if exact else codec
 
 
+def number(value: object) -> object:
+    """The Python number in a numpy number or in a tensor or array of one element; anything else as it is."""
+    one = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1)
+    return value.item() if one else value  # type: ignore[attr-defined]
+
+
+def without_numpy(value: Any) -> Any:
+    """A group's option with Python numbers for numpy's, which torch.load(weights_only=True) would refuse. Tensors stay:
+    a learning rate may be one."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(without_numpy, value)) if type(value) in (list, tuple) else value
+    return number(value) if isinstance(value, np.generic | np.ndarray) else value
+
+
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_top: bool = False) -> None:
     """Raise OptimizerError unless low <= value <= high (< high if `open_top`)."""
-    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    ok = isinstance(number, int | float) and low <= number <= high and not (open_top and number == high)
+    found = number(value)
+    ok = isinstance(found, int | float) and low <= found <= high and not (open_top and found == high)
     if not ok:
         top = "" if high == math.inf else f" and {'<' if open_top else '<='} {high}"
         raise OptimizerError(f"{name}={value!r}, expected a number >= {low}{top}")

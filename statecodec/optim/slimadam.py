@@ -91,13 +91,13 @@ class SlimMethod(Method):
         return tiles.tiles(shape, max(cols, 1), unit=max(inner, 1))
 
     def step(self, job: Job) -> None:
-        s, shape = adam_scalars(job), job.plan.shape
+        s, shape = adam_scalars(job), job.recipe.shape
         second = job.states["exp_avg_sq"].parts["mean.data"]
         beta2 = s.pop("beta2")
         second.mul_(beta2).add_(self._mean_square(job), alpha=1 - beta2)
         slab = math.prod(shape[1:])
-        how = job.plan.accesses["exp_avg"]
-        for at, tile in enumerate(job.plan.walk):
+        how = job.recipe.accesses["exp_avg"]
+        for at, tile in enumerate(job.recipe.walk):
             full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
             w = job.weight.load(tile)
             g = job.gradient(tile, w)
@@ -109,9 +109,9 @@ class SlimMethod(Method):
 
     def _mean_square(self, job: Job) -> Tensor:
         """The mean of g * g over the shared dimensions, in their keepdim shape (fp32)."""
-        shape, slab = job.plan.shape, math.prod(job.plan.shape[1:])
+        shape, slab = job.recipe.shape, math.prod(job.recipe.shape[1:])
         total = torch.zeros_like(job.states["exp_avg_sq"].parts["mean.data"])
-        for tile in job.plan.walk:
+        for tile in job.recipe.walk:
             full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
             g = job.grad.view(-1)[tile.start : tile.stop].view(full).to(torch.float32)
             part = g.square().sum(self._dims, keepdim=True)

@@ -7,21 +7,16 @@ so the forward pass runs on the rounded weight and the step on 24 or 32 bits of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs import Split
 from statecodec.errors import OptimizerError
 from statecodec.optim.tiles import Scratch, Tile
-
-if TYPE_CHECKING:
-    from statecodec.optim.base import StateOptimizer
 
 _HIGH = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LOW_BITS = {"split24": 8, "split32": 16}
@@ -92,38 +87,3 @@ def whole(param: Tensor) -> Tile:
     """The whole parameter as one tile, for methods that need all of it at once."""
     rows = param.shape[0] if param.ndim > 1 else 1
     return Tile(0, param.numel(), rows, param.numel() // max(rows, 1))
-
-
-def fp32_state_dict(model: nn.Module, optimizer: StateOptimizer) -> dict[str, Tensor]:
-    """The model's state_dict with the master weights of every parameter that the optimizer owns, in fp32, under the
-    same names."""
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
-    masters: dict[Tensor, Tensor] = {}
-    state = {name: value.detach() for name, value in model.state_dict().items()}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p in owned:
-            state[name] = masters.setdefault(p, optimizer.master_weight(p))
-    return state
-
-
-def load_fp32_state_dict(model: nn.Module, optimizer: StateOptimizer, state: Mapping[str, Tensor]) -> None:
-    """Load full-precision weights into model and master weights: unlike a cast to bf16, no bit that the split can hold
-    is lost.
-
-    Raises OptimizerError for missing or unexpected names and for other shapes (before anything is changed).
-    """
-    expected = model.state_dict()
-    if state.keys() != expected.keys():
-        difference = sorted(state.keys() ^ expected.keys())
-        raise OptimizerError(f"weights and model differ in {len(difference)} names, among them {difference[:4]}")
-    shapes = [name for name, value in expected.items() if value.shape != state[name].shape]
-    if shapes:
-        raise OptimizerError(f"the weights have other shapes than the model at {shapes[:4]}")
-    owned = {p for group in optimizer.param_groups for p in group["params"]}
-    masters = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p in owned}
-    with torch.no_grad():
-        for name, value in expected.items():
-            if name in masters:
-                optimizer.set_master_weight(masters[name], state[name])
-            else:
-                value.copy_(state[name])

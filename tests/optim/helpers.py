@@ -56,17 +56,18 @@ EVERY: dict[str, Make] = {
 
 
 def parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
-    generator = torch.Generator().manual_seed(seed)
-    return {k: nn.Parameter((torch.randn(s, generator=generator) * 0.1).to(dtype)) for k, s in SHAPES.items()}
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return {k: nn.Parameter((_randn(s, generator) * 0.1).to(dtype)) for k, s in SHAPES.items()}
 
 
 def gradients(step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Gradients that depend on the step only: a mean that stays, and noise."""
-    fixed, noise = torch.Generator().manual_seed(99), torch.Generator().manual_seed(1000 + step)
-    return {
-        k: (torch.randn(s, generator=fixed) * 0.3 + torch.randn(s, generator=noise)).mul_(1e-2).to(dtype)
-        for k, s in SHAPES.items()
-    }
+    fixed, noise = torch.Generator("cpu").manual_seed(99), torch.Generator("cpu").manual_seed(1000 + step)
+    return {k: (_randn(s, fixed) * 0.3 + _randn(s, noise)).mul_(1e-2).to(dtype) for k, s in SHAPES.items()}
+
+
+def _randn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def run(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], steps: range) -> None:

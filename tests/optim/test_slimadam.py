@@ -101,14 +101,14 @@ STATIC: list[tuple[str, tuple[int, ...] | None]] = [
 def test_static_rules_match_whole_words(name: str, dims: tuple[int, ...] | None) -> None:
     p = nn.Parameter(torch.zeros(8, 8))
     optimizer = optim.SlimAdam([(name, p)])
-    codec = optimizer.plan(p, optimizer.param_groups[0]).specs["exp_avg_sq"].codec
+    codec = optimizer.recipe(p, optimizer.param_groups[0]).specs["exp_avg_sq"].codec
     assert codec == (Raw() if dims is None else Shared(dims))
 
 
 def test_vectors_are_never_shared() -> None:
     p = nn.Parameter(torch.zeros(8))
     optimizer = optim.SlimAdam([("h.0.v_proj.bias", p)], rules={"*": [0]})
-    assert optimizer.plan(p, optimizer.param_groups[0]).specs["exp_avg_sq"].codec == Raw()
+    assert optimizer.recipe(p, optimizer.param_groups[0]).specs["exp_avg_sq"].codec == Raw()
 
 
 def test_rules_files(tmp_path: Path) -> None:

@@ -15,67 +15,8 @@ from torch import Tensor, nn
 from statecodec import optim
 from statecodec.codecs.plain import is_plain
 from statecodec.errors import FormatError, OptimizerError, StatecodecError
+from tests.contracts.optimizer import plain_only
 from tests.optim.helpers import EVERY, bits, parameters, relative, run
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def plain_only(value: Any) -> bool:
-    """Whether a value is made of what torch.load(weights_only=True) and other languages understand."""
-    if isinstance(value, dict):
-        return all(isinstance(k, str | int) and plain_only(v) for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return all(plain_only(v) for v in value)
-    return value is None or isinstance(value, bool | int | float | str) or type(value) is Tensor
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", EVERY)
-def test_own_state_goes_through_a_file_bit_for_bit(name: str, dtype: torch.dtype) -> None:
-    params = parameters(dtype)
-    optimizer = EVERY[name](params.items())
-    run(optimizer, params, range(3))
-    state = optimizer.state_dict()
-    assert plain_only(state)
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    other = parameters(dtype, seed=5)
-    again = EVERY[name](other.items())
-    again.load_state_dict(loaded)
-    assert bits(again.state_dict()) == bits(state)
-    assert again.load_report.exact
-    assert str(again.load_report) == "every state loaded bit for bit"
-    for k, v in loaded["state"].items():  # what was loaded is a copy: the file's tensors may be freed or changed
-        for tensor in v["exp_avg"]["parts"].values() if is_plain(v.get("exp_avg")) else ():
-            tensor.zero_()
-        assert bits(again.state_dict()["state"][k]) == bits(state["state"][k])
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_before_the_first_step(name: str) -> None:
-    params = parameters()
-    state = EVERY[name](params.items()).state_dict()
-    assert state["state"] == {}
-    again = EVERY[name](params.items())
-    again.load_state_dict(state)
-    run(again, params, range(1))
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_copies_and_pickles_carry_on(name: str) -> None:
-    """deepcopy and pickle keep the states next to the parameters (both in one object, as torch's)."""
-    params = parameters(torch.bfloat16)
-    optimizer = EVERY[name](params.items())
-    run(optimizer, params, range(2))
-    for duplicate in (copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))):
-        twin, twin_params = duplicate((optimizer, params))
-        run(twin, twin_params, range(2, 4))
-        reference, reference_params = copy.deepcopy((optimizer, params))
-        run(reference, reference_params, range(2, 4))
-        assert bits(twin_params) == bits(reference_params)
-        assert bits(twin.state_dict()) == bits(reference.state_dict())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw-dense", "adam", "foam", "slimadam", "lorapre"])

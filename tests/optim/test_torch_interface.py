@@ -183,7 +183,7 @@ def test_compiled_models_are_known_by_their_own_names() -> None:
     optimizer.step()
     kinds = {name: set(optimizer.state[p]) & {"exp_avg", "momentum_buffer"} for name, p in model.named_parameters()}
     assert kinds["layer.weight"] == {"momentum_buffer"}
-    assert optimizer.plan(model["layer"].weight, optimizer.param_groups[0]).name == "layer.weight"
+    assert optimizer.recipe(model["layer"].weight, optimizer.param_groups[0]).name == "layer.weight"
     assert kinds["lm_head.weight"] == kinds["layer.bias"] == {"exp_avg"}
 
 

@@ -1,0 +1,64 @@
+"""What loading a state changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class StateChange:
+    """What became of one state while loading.
+
+    `kind` is `encoded` (into the form it is kept in), `converted` (from another state), `reset` (starts afresh),
+    `dropped` (saved, but not kept here), `missing` (a parameter of which nothing was saved: it starts afresh) or
+    `unused` (saved, but for no parameter here).
+    """
+
+    param: str | int
+    state: str
+    kind: str
+    source: str
+    stored_as: str
+    relative_rms: float | None = None  # ||loaded - saved|| / ||saved||; None where there is nothing to compare
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What load_state_dict changed; empty if every state went in bit for bit."""
+
+    changes: tuple[StateChange, ...] = ()
+    notes: tuple[str, ...] = ()
+    # Error of the Adam direction m / sqrt(v), by parameter.
+    update_rms: Mapping[str | int, float] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether training continues with the same numbers."""
+        return all(c.kind == "encoded" and c.relative_rms == 0 for c in self.changes)
+
+    def __str__(self) -> str:
+        lines = list(self.notes)
+        for c in self.changes:
+            loss = "" if c.relative_rms is None else f", relative rms error {c.relative_rms:.2e}"
+            lines.append(f"{c.param}: {c.state} {c.kind} ({c.source} -> {c.stored_as}{loss})")
+        lines += [f"{p}: error of the Adam update {e:.2e}" for p, e in self.update_rms.items()]
+        return "\n".join(lines) or "every state loaded bit for bit"
+
+
+@dataclass
+class ChangeLog:
+    """Collects a LoadReport."""
+
+    changes: list[StateChange] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    update_rms: dict[str | int, float] = field(default_factory=dict)
+
+    def add(
+        self, param: str | int, state: str, kind: str, source: str, stored_as: str = "nothing", rms: float | None = None
+    ) -> None:
+        """Note one StateChange."""
+        self.changes.append(StateChange(param, state, kind, source, stored_as, rms))
+
+    def report(self) -> LoadReport:
+        return LoadReport(tuple(self.changes), tuple(dict.fromkeys(self.notes)), dict(self.update_rms))

@@ -1,0 +1,182 @@
+"""A state dict into an optimizer: which saved parameter is whose, which options are taken over, and the report.
+
+What becomes of one parameter's states is in `adopting.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec.errors import OptimizerError
+from statecodec.names import bare_name
+from statecodec.optim.adopting import adopt
+from statecodec.optim.load_report import ChangeLog, LoadReport
+from statecodec.optim.method import Group
+from statecodec.optim.options import without_numpy
+from statecodec.optim.states import StateKeeper
+
+# Options that say how states are stored: a checkpoint never overrides the constructor's.
+STORAGE = frozenset((
+    "algorithm", "moments", "master_weights", "dense_below", "level", "rank", "rules", "matrix", "variant", "base",
+    "stochastic_rounding",
+))  # fmt: skip
+# What learning rate schedules put into a group. It means nothing for another optimizer's learning rate.
+SCHEDULE = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
+_WHOSE = ("params", "param_names")
+_SHOWN = 8  # names in one message
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which saved parameter is loaded into each parameter of a group (None: none), and the group it was saved in."""
+
+    saved: tuple[tuple[Any, Mapping[str, Any]] | None, ...]
+
+    def options(self) -> dict[str, Any]:
+        """The options that all of those saved groups agree on."""
+        groups: list[Mapping[str, Any]] = []
+        for entry in self.saved:
+            if entry is not None and not any(entry[1] is g for g in groups):
+                groups.append(entry[1])
+        first, *rest = groups or [{}]
+        return {k: v for k, v in first.items() if k not in _WHOSE and all(_same(v, g.get(k)) for g in rest)}
+
+
+def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
+    """Replace the optimizer's state and group options; nothing changes if anything is wrong. Raises OptimizerError."""
+    saved_groups, saved_state = _checked(state_dict)
+    groups, log = optimizer.param_groups, ChangeLog()
+    matches = _matched(optimizer, groups, saved_groups)
+    merged = [_merge(optimizer, g, m.options(), log) for g, m in zip(groups, matches, strict=True)]
+    states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    used = set()
+    for group, new, match in zip(groups, merged, matches, strict=True):
+        for p, entry in zip(group["params"], match.saved, strict=True):
+            values = None if entry is None else saved_state.get(entry[0])
+            if entry is None or not values:
+                if saved_state and p.requires_grad:
+                    log.add(optimizer.label(p), "all states", "missing", "nothing", "zeros")
+                continue
+            if not isinstance(values, Mapping):
+                raise OptimizerError(
+                    f"{optimizer.label(p)}: a state by name was expected, found {type(values).__name__}"
+                )
+            used.add(entry[0])
+            recipe = optimizer.recipe(p, group)
+            states[p] = adopt(recipe, p, {**group, **new}, values, entry[1], log)
+    for key in saved_state.keys() - used:
+        if saved_state[key]:
+            log.add(str(key), "all states", "unused", "saved")
+    if saved_state and not used and any(saved_state.values()):
+        raise OptimizerError(
+            f"none of the state's {len(saved_state)} entries is listed in its own groups: "
+            f"it has {_few(saved_state)}, the groups {_few(k for g in saved_groups for k in g['params'])}"
+        )
+    for group, new in zip(groups, merged, strict=True):
+        group.update(new)
+    optimizer.state = states
+    return log.report()
+
+
+def _checked(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any]]:
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    lists = isinstance(groups, list | tuple) and all(
+        isinstance(g, Mapping) and isinstance(g.get("params"), list | tuple) for g in groups
+    )
+    if not lists or not isinstance(state, Mapping):
+        raise OptimizerError("an optimizer state has `state` and `param_groups`, each group with `params`")
+    return list(groups or ()), state
+
+
+# --- whose state is whose
+
+
+def _matched(optimizer: StateKeeper, groups: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> list[Match]:
+    """By name where both sides name their parameters and mean the same ones, otherwise by position."""
+    ours, theirs = _names(groups), _names(saved)
+    flat = [(key, g) for g in saved for key in g["params"]]
+    sizes, found = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
+    known = set(ours or ()) & set(theirs or ())
+    by_name = bool(known) and (sizes != found or (ours != theirs and set(ours or ()) == set(theirs or ())))
+    if not by_name:
+        if sizes != found:
+            unnamed = "the optimizer's" if ours is None else "the state's" if theirs is None else "none of the"
+            raise OptimizerError(
+                f"the state has groups of {found} parameters, the optimizer of {sizes}, and {unnamed} parameters have "
+                "names to go by. Make the groups as they were when the state was saved (`optim.decay_groups` makes "
+                "those of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds "
+                "them to a state)"
+            )
+        entries: Iterable[Any] = flat
+    else:
+        by = dict(zip(theirs or (), flat, strict=True))
+        entries = [by.get(name) for name in ours or ()]
+    it = iter(entries)
+    return [Match(tuple(next(it) for _ in g["params"])) for g in groups]
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The names of all parameters, in order; None if they are not named, or not all apart from each other."""
+    names: list[str] = []
+    for group in groups:
+        params = group["params"]
+        given = group.get("param_names") or (params if all(isinstance(p, str) for p in params) else ())
+        if len(given) != len(params) or not all(isinstance(n, str) for n in given):
+            return None
+        names += map(bare_name, given)
+    return names if len(set(names)) == len(names) else None
+
+
+# --- which options
+
+
+def _merge(optimizer: StateKeeper, group: Group, saved: Mapping[str, Any], log: ChangeLog) -> Group:
+    """The options to use from now on: saved ones where they mean the same here, and whatever schedulers and users put
+    into the group. Nothing of them is shared with what was saved."""
+    algorithm = saved.get("algorithm")
+    same = algorithm == optimizer.algorithm or (algorithm is None and optimizer.takes_torch_group(saved))
+    if saved and not same:
+        source = f"a {algorithm} checkpoint" if algorithm else "a checkpoint of another optimizer"
+        log.notes.append(f"{source}: lr and the other hyperparameters stay as {type(optimizer).__name__} was made with")
+        foreign = {*_option_names(), *SCHEDULE, *group}
+    else:
+        foreign = set(optimizer.torch_options) - set(optimizer.defaults)
+    kept = foreign | (STORAGE & {*optimizer.defaults, "algorithm"})
+    new = {k: _own(v, optimizer.defaults.get(k)) for k, v in saved.items() if k not in kept}
+    merged = {**group, **new}
+    optimizer.accept_group(merged)
+    return {k: merged[k] for k in new}
+
+
+def _own(value: Any, default: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return tuple(value) if isinstance(value, list) and isinstance(default, tuple) else copy.deepcopy(value)
+
+
+def _option_names() -> frozenset[str]:
+    """Every option of every optimizer, torch's and ours, by their constructors."""
+    classes = [c for c in vars(torch.optim).values() if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer)]
+    ours = list(StateKeeper.__subclasses__())
+    for c in ours:
+        ours += c.__subclasses__()
+    return frozenset(name for c in (*classes, *ours) for name in inspect.signature(c).parameters)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(without_numpy(a) == without_numpy(b))
+
+
+def _few(keys: Iterable[Any]) -> str:
+    names = [str(k)[:60] for _, k in zip(range(_SHOWN), keys, strict=False)]
+    return ", ".join(names) or "none"

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from statecodec.choose.snr import Dims
+from statecodec.names import bare_name
 
 # kind -> the sides to share over; the paper finds those in MIXED inconsistent across tasks.
 RECOMMENDED: dict[str, str] = {
@@ -46,7 +47,6 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("vision_head", _WORD.format(r"head|heads\.head|classifier|fc")),
 )  # fmt: skip
 _COMPILED = tuple((kind, re.compile(pattern)) for kind, pattern in _KINDS)
-_PREFIX = re.compile(r"^(?:_orig_mod\.|module\.|_forward_module\.)+")
 # Families whose fused projection interleaves q, k and v head by head: without the number of heads it cannot be taken
 # apart.
 _INTERLEAVED = re.compile(r"(?:^|\.)query_key_value$")
@@ -118,7 +118,7 @@ def layer_type(name: str) -> str:
 
 
 def _module(name: str) -> str:
-    return re.sub(r"\.weight$", "", _PREFIX.sub("", name))
+    return re.sub(r"\.weight$", "", bare_name(name))
 
 
 def _layer(name: str, shape: tuple[int, ...], *, transposed: bool) -> Layer:

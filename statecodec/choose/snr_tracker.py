@@ -17,6 +17,7 @@ from statecodec.choose.snr import CUTOFF, Dims, LayerSNR, snr
 from statecodec.choose.snr_rules import rules_document, write_rules
 from statecodec.codecs import EncodedTensor, Folded, LowRank, Shared
 from statecodec.errors import UsageError
+from statecodec.names import bare_name
 
 Schedule = Callable[[int], bool]
 
@@ -47,7 +48,7 @@ class SNRTracker:
         schedule: Schedule = paper_schedule,
     ) -> None:
         self._optimizer, self._schedule = optimizer, schedule
-        self._params = dict(named_parameters)
+        self._params = {bare_name(name): p for name, p in named_parameters}  # rules are for the model, however wrapped
         self._layers = recognise({name: tuple(p.shape) for name, p in self._params.items()})
         self._count = 0
         self._steps: list[int] = []

@@ -7,8 +7,8 @@ any checkpoint.
 How it is built, from the bottom: a Method (`method.py`) says which states one parameter has, in which codecs, and steps
 them; the arithmetic itself is `kernels.reference.steps`, compiled for CPUs in `kernels.cpu.steps`. `states.py` finds
 each parameter's method and keeps its states; `adopting.py` makes states of whatever form fit it. `saving.py` and
-`loading.py` are the two directions of state dicts, `fusing.py` hands whole groups to a backend, and `base.py` is torch's
-interface over all of it. An optimizer (`adamw.py`, `sgd.py`, `lion.py`, `foam.py`, `slimadam.py`, `lorapre.py`,
+`loading.py` are the two directions of state dicts, `fusing.py` hands whole groups to a backend, and `base.py` is
+torch's interface over all of it. An optimizer (`adamw.py`, `sgd.py`, `lion.py`, `foam.py`, `slimadam.py`, `lorapre.py`,
 `muon.py`) checks its options and picks the methods.
 """
 

@@ -155,12 +155,7 @@ class StateOptimizer(StateKeeper):
     def skipped(self) -> dict[str | int, int]:
         """Steps skipped for gradients that were not finite, by parameter name (or position); only those that skipped
         any."""
-        counts = {
-            self.label(p): int(self.state[p]["skipped"])
-            for g in self.param_groups
-            for p in g["params"]
-            if self.state.get(p)
-        }
+        counts = {self.label(p): int(self.state[p]["skipped"]) for p in self.parameters() if self.state.get(p)}
         return {k: n for k, n in counts.items() if n}
 
     # --- full-precision weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -155,6 +156,7 @@ class SlimAdam(StateOptimizer):
             "decay_vectors": decay_vectors,
         }  # fmt: skip
         super().__init__(params, defaults, {"moments": "dense", **options})
+        self._warn_of_idle_rules()
 
     def check_group(self, group: Group) -> None:
         group["rules"] = read_rules(group["rules"])
@@ -162,6 +164,20 @@ class SlimAdam(StateOptimizer):
         check_adam_group(group)
         for state in ("exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)
+
+    def _warn_of_idle_rules(self) -> None:
+        """Warn of rules that match no parameter: nothing would be shared, without a word."""
+        names = [name for p in self.parameters() if (name := self.name(p)) is not None]
+        idle: dict[str, None] = {}
+        for rules in (group["rules"] for group in self.param_groups):
+            unmatched = [pattern for pattern, _ in rules if not fnmatch.filter(names, pattern)]
+            if rules != read_rules("static"):
+                idle.update(dict.fromkeys(unmatched))
+            elif len(unmatched) == len(rules):  # they are for every family of models: it is enough that one matches
+                idle["all of the static ones"] = None
+        if idle:
+            seen = f"names are like {', '.join(names[:4])}" if names else "the parameters have no names"
+            warnings.warn(f"SlimAdam rules that match no parameter: {', '.join([*idle][:4])}; {seen}", stacklevel=3)
 
     def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
         return takes_torch_adam(group, l2=False)

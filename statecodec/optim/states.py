@@ -60,9 +60,7 @@ class StateKeeper(torch.optim.Optimizer):
         kept = self._recipes.get(p)
         if kept is not None and kept.suits(p):
             return kept
-        if p not in self._places:
-            self._find_places()
-        index, name = self._places[p]
+        index, name = self._place(p)
         method = self.method(p, name, group)
         self._recipes[p] = made = Recipe(
             name, index, method, method.specs(p, group), method.view_shape(p),
@@ -98,11 +96,17 @@ class StateKeeper(torch.optim.Optimizer):
             raise OptimizerError("this parameter belongs to none of the optimizer's groups")
         return self._groups[p]
 
+    def parameters(self) -> list[Tensor]:
+        """The parameters of all groups, in order."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def name(self, p: Tensor) -> str | None:
+        """A parameter's name as the bare model has it; None if it was given without one."""
+        return self._place(p)[1]
+
     def label(self, p: Tensor) -> str | int:
         """What to call a parameter: its name, or its position among all."""
-        if p not in self._places:
-            self._find_places()
-        index, name = self._places[p]
+        index, name = self._place(p)
         return index if name is None else name
 
     def state_nbytes(self) -> int:
@@ -144,6 +148,11 @@ class StateKeeper(torch.optim.Optimizer):
         self._scratch = Scratch()
         self._places: dict[Tensor, tuple[int, str | None]] = {}
         self._groups: dict[Tensor, Group] = {}
+
+    def _place(self, p: Tensor) -> tuple[int, str | None]:
+        if p not in self._places:
+            self._find_places()
+        return self._places[p]
 
     def _find_places(self) -> None:
         """Number and name the parameters of all groups, also of those that were put in by hand."""

@@ -66,7 +66,7 @@ FAMILIES = {"llama": LLAMA, "nanogpt": NANOGPT, "gpt2": GPT2, "neox": PYTHIA, "v
 
 
 @pytest.mark.parametrize("model", FAMILIES.values(), ids=FAMILIES)
-@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "_fsdp_wrapped_module._checkpoint_wrapped_module."])
 def test_families(model: dict[str, tuple[tuple[int, ...], str, tuple[int, ...] | None]], prefix: str) -> None:
     layers = recognise({prefix + name: shape for name, (shape, _, _) in model.items()})
     for name, (_, kind, dims) in model.items():

@@ -41,6 +41,7 @@ def loss(net: Tied, step: int) -> Tensor:
     return nn.functional.cross_entropy(net(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 @pytest.mark.parametrize("name", EVERY)
 def test_it_equals_the_manual_step(name: str) -> None:
     manual, released = model(), model()

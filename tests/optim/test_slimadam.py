@@ -24,6 +24,7 @@ def test_no_sharing_is_adamw() -> None:
     assert all(relative(a[k], b[k]) < 1e-6 for k in a)
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 def test_vectors_are_not_decayed() -> None:
     params = parameters()
     start = params["a.bias"].detach().clone()
@@ -97,6 +98,7 @@ STATIC: list[tuple[str, tuple[int, ...] | None]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 @pytest.mark.parametrize(("name", "dims"), STATIC)
 def test_static_rules_match_whole_words(name: str, dims: tuple[int, ...] | None) -> None:
     p = nn.Parameter(torch.zeros(8, 8))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from statecodec import optim
-from statecodec.codecs.plain import is_plain
 from statecodec.errors import FormatError, OptimizerError, StatecodecError
 from tests.contracts.optimizer import plain_only
 from tests.optim.helpers import EVERY, bits, parameters, relative, run

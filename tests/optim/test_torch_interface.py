@@ -36,6 +36,7 @@ LRS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", EVERY)
 def test_it_trains(name: str, dtype: torch.dtype) -> None:
@@ -70,6 +71,7 @@ def test_closure_loss_and_zero_grad() -> None:
     assert optimizer.step() is None
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 def test_frozen_unused_and_empty_parameters() -> None:
     used, frozen, unused, empty = (nn.Parameter(torch.ones(s)) for s in ((5, 3), (4,), (2, 2), (0, 7)))
     frozen.requires_grad_(False)
@@ -83,6 +85,7 @@ def test_frozen_unused_and_empty_parameters() -> None:
         make([("w", used), ("f", frozen), ("u", unused), ("e", empty)]).load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
 def test_scalars_and_vectors() -> None:
     for name, make in EVERY.items():
         params = [nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1, 9))]

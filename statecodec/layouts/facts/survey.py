@@ -10,6 +10,7 @@ from typing import Any, Final
 from statecodec.layouts.base import Role
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, walk
+from statecodec.names import bare_name
 
 STATE_ROLES: Final[dict[str, Role]] = {
     "exp_avg": "exp_avg",
@@ -34,9 +35,7 @@ _BUFFER: Final = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias"
     r"|(attn_|causal_|tril_)?mask|tril|cos_cached|sin_cached|freqs_cis|freqs_cos|freqs_sin|relative_position_index|n_averaged)$"
 )
-_WRAPPERS: Final = re.compile(
-    r"(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_modules|_parameters)\."
-)
+_PICKLED: Final = re.compile(r"(?<![^.])(_modules|_parameters)\.")  # a model saved as an object, not as a state dict
 
 
 @dataclass
@@ -82,7 +81,7 @@ class Survey:
 
 def parameter_name(name: str) -> str:
     """The name that the bare model gives a parameter: without what compile, DDP, FSDP or pickling wrap around it."""
-    return re.sub(r"^module\.", "", _WRAPPERS.sub("", name))
+    return bare_name(_PICKLED.sub("", name))
 
 
 def survey(root: Any) -> Survey:

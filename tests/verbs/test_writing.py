@@ -1,0 +1,76 @@
+"""A tensor whose values its codec refuses starts again, alone: the others stand as they were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import statecodec
+from statecodec.codecs import chunking, parse
+from statecodec.verbs.compress import Compression
+
+
+def bad(path: Path, *, late: bool) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Weights of several chunks; a NaN in the first or the last element of the middle one."""
+    torch.manual_seed(0)
+    value = {f"layer.{i}.weight": torch.randn(64, 512) for i in range(5)}
+    value["layer.2.weight"].view(-1)[-1 if late else 0] = torch.nan
+    torch.save(value, path)
+    return path, value
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("pack", ["zstd", "none"])
+@pytest.mark.parametrize("shard", [None, 70_000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_refused_tensor_is_stored_exactly(
+    late: bool, pack: str, shard: int | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunking.iterate, "__defaults__", (4096,))
+    monkeypatch.setattr(chunking.chunks, "__defaults__", (4096,))
+    path, value = bad(tmp_path / "ckpt.pt", late=late)
+    encoded: list[int] = []
+    encode = Compression._encode
+
+    def counting(self: Compression, index: int, codec: object, chunk: object) -> object:
+        encoded.append(index)
+        return encode(self, index, codec, chunk)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Compression, "_encode", counting)
+    rules = ["weight=companded"]
+    report = statecodec.compress(path, rules=rules, pack=pack, max_shard_size=shard, threads=threads, verify=True)
+    kept = {t.name: t.codec for t in report.tensors if t.role == "weight"}
+    assert kept.pop("layer.2.weight") == "raw"
+    assert set(kept.values()) == {"companded"}
+    assert [note for note in report.notes if "layer.2.weight" in note and "NaN" in note]
+    loaded = statecodec.load(report.path)
+    assert torch.equal(loaded["layer.2.weight"].view(torch.int32), value["layer.2.weight"].view(torch.int32))
+    if pack == "zstd":  # tensors before the refused one are encoded once
+        first = next(i for i, t in enumerate(report.tensors) if t.name == "layer.0.weight")
+        assert encoded.count(first) == len(list(chunking.iterate(parse("companded"), (64, 512), torch.float32)))
+
+
+def test_progress_ends_where_it_should(tmp_path: Path) -> None:
+    path, _ = bad(tmp_path / "ckpt.pt", late=True)
+    seen: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int, _: str) -> None:
+        seen.append((done, total))
+
+    statecodec.compress(path, rules=["weight=companded"], progress=progress)
+    assert seen[-1][0] == seen[-1][1]
+    assert all(0 <= done <= total for done, total in seen)
+
+
+def test_a_conversion_that_is_refused_leaves_the_tensor_as_it_is(tmp_path: Path) -> None:
+    path, value = bad(tmp_path / "ckpt.pt", late=True)
+    packed = statecodec.compress(path, preset="lossless")
+    report = statecodec.convert(packed.path, tmp_path / "out.sc.safetensors", "weight=companded")
+    codecs = {t.name: t.codec for t in report.tensors if t.role == "weight"}
+    assert codecs.pop("layer.2.weight") == "raw"
+    assert set(codecs.values()) == {"companded"}
+    assert any("left as it is" in note and "NaN" in note for note in report.notes)
+    loaded = statecodec.load(report.path)["layer.2.weight"]
+    assert torch.equal(loaded.view(torch.int32), value["layer.2.weight"].view(torch.int32))

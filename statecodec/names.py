@@ -1,4 +1,4 @@
-"""Parameter names as the bare model has them."""
+"""Names: of parameters, as the bare model has them; of anything, as they can be shown."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def bare_name(name: str) -> str:
     'layers.0.mlp.weight'
     """
     return _PARALLEL.sub("", _WRAPPERS.sub("", name))
+
+
+def shown(text: str) -> str:
+    r"""Text as valid Unicode: a lone surrogate, which keys and file names may hold, is written with a backslash.
+
+    Args:
+        text: Any string, such as a file name from os.listdir.
+
+    Returns:
+        The same text, or one that can be encoded as UTF-8.
+
+    >>> shown("caf\udce9.pt")
+    'caf\\udce9.pt'
+    """
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

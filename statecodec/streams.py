@@ -1,4 +1,4 @@
-"""Work in order on several threads, with a bounded number of pieces in flight; exact reads and writes; progress.
+"""Work in order on several threads, with a bounded number of pieces in flight; progress.
 
 Everything heavy (numba kernels, zstd, hashing, file reads) releases the GIL, so plain threads are enough.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from statecodec.codecs import PartSpec
-from statecodec.errors import MalformedCheckpoint
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -95,20 +94,3 @@ def memory(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
-
-
-def read_exactly(fd: int, offset: int, target: memoryview, name: str) -> None:
-    """Fill `target` (bytes) from a file. Raises MalformedCheckpoint if the file is shorter."""
-    got = 0
-    while got < len(target):
-        count = os.preadv(fd, [target[got:]], offset + got)
-        if count == 0:
-            raise MalformedCheckpoint(f"{name}: ends at byte {offset + got}; the file shrank while it was read")
-        got += count
-
-
-def write_exactly(fd: int, offset: int, data: memoryview) -> None:
-    """Write all of `data` at an offset."""
-    done = 0
-    while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)

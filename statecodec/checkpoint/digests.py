@@ -12,8 +12,8 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from statecodec.checkpoint.source_files import check_crc
+from statecodec.files import read_exactly
 from statecodec.layouts import Crc32
-from statecodec.streams import read_exactly
 
 _BLOCK = 4 << 20
 

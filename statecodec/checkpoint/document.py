@@ -7,6 +7,7 @@ views that name tensors in those ranges, the zip CRCs to recompute, and the mome
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,12 +17,13 @@ from typing import Any, TypeVar, cast
 import torch
 
 from statecodec.errors import FormatError
-from statecodec.layouts import Crc32, Moments, View
+from statecodec.layouts import Crc32, Folder, Moments, View
 
 T = TypeVar("T")
 
 _MAX_FILE = 1 << 50
 _MAX_SOURCE = 1 << 62  # all files together
+_MAX_TIME = (1 << 63) - 1  # nanoseconds since 1970
 MAX_LINKS = 16  # a reader opens every file of a chain
 
 
@@ -43,6 +45,7 @@ class StoredFile:
     moments: tuple[Moments, ...]
     same_as: str | None = None
     note: str | None = None
+    mtime_ns: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,19 @@ class Document:
     rules: tuple[str, ...]
     source: dict[str, Any]
     files: tuple[StoredFile, ...]
-    directories: tuple[str, ...]
+    folders: tuple[Folder, ...]
+    """The root (path "") and all subdirectories."""
     notes: tuple[str, ...]
     base: BaseFile | None = None
 
     @property
     def is_directory(self) -> bool:
         return self.source.get("layout") == "directory"
+
+    @property
+    def directories(self) -> tuple[str, ...]:
+        """Relative posix paths of all subdirectories."""
+        return tuple(folder.path for folder in self.folders if folder.path)
 
 
 def to_json(document: Document) -> dict[str, Any]:
@@ -81,10 +90,11 @@ def to_json(document: Document) -> dict[str, Any]:
         "created_by": document.created_by,
         "preset": document.preset,
         "rules": list(document.rules),
-        "source": document.source,
+        "source": {k: _path_to_json(v) if k == "name" else v for k, v in document.source.items()},
         "files": [_file_to_json(file) for file in document.files],
-        "directories": list(document.directories),
+        "directories": [_path_to_json(path) for path in document.directories],
         "notes": list(document.notes),
+        **_folder_fields(document.folders),
         **link,
     }
 
@@ -100,7 +110,8 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
     _check_links(files)
     _check_items_used_once(files)
     source = _get(value, "source", dict)
-    _optional(source, "name", str)
+    if source.get("name") is not None:
+        source = {**source, "name": _path_from_json(source["name"])}
     if source.get("layout") not in ("torch_zip", "safetensors", "directory", "opaque", "native"):
         raise FormatError(f"unknown source layout {str(source.get('layout'))!r}; this file needs a newer reader")
     _integer(source.get("bytes"), 0, _MAX_SOURCE)
@@ -112,10 +123,28 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
         rules=tuple(_strings(value, "rules")),
         source=source,
         files=files,
-        directories=tuple(_safe_path(p) for p in _strings(value, "directories")),
+        folders=_folders(value),
         notes=tuple(_strings(value, "notes")),
         base=_base(value["base"]) if value.get("base") is not None else None,
     )
+
+
+def _folder_fields(folders: Sequence[Folder]) -> dict[str, list[int]]:
+    """Modes and times, in the order of the root and then `directories`; only what is known of all of them."""
+    modes, times = [f.mode for f in folders], [f.mtime_ns for f in folders]
+    fields = {"directory_modes": modes, "directory_times": times}
+    return {key: [v for v in found if v is not None] for key, found in fields.items() if found and None not in found}
+
+
+def _folders(value: Mapping[str, Any]) -> tuple[Folder, ...]:
+    paths = ["", *(_safe_path(_path_from_json(path)) for path in _list(value, "directories"))]
+    found: dict[str, list[int | None]] = {}
+    for key, high in (("directory_modes", 0o7777), ("directory_times", _MAX_TIME)):
+        numbers = value.get(key)
+        if numbers is not None and len(_sequence(numbers)) != len(paths):
+            raise FormatError(f"the document's {key!r} does not hold a number for each of {len(paths)} directories")
+        found[key] = [None] * len(paths) if numbers is None else [_integer(n, 0, high) for n in numbers]
+    return tuple(map(Folder, paths, found["directory_modes"], found["directory_times"]))
 
 
 def _check_links(files: Sequence[StoredFile]) -> None:
@@ -153,7 +182,7 @@ def _base(value: Any) -> BaseFile:
 
 def _file_to_json(file: StoredFile) -> dict[str, Any]:
     plain: dict[str, Any] = {
-        "path": file.path,
+        "path": _path_to_json(file.path),
         "bytes": file.nbytes,
         "mode": file.mode,
         "layout": file.layout,
@@ -167,7 +196,8 @@ def _file_to_json(file: StoredFile) -> dict[str, Any]:
         "crcs": [[c.offset, c.nbytes, list(c.at)] for c in file.crcs],
         "moments": [vars(m) for m in file.moments],
     }
-    optional = {"same_as": file.same_as, "note": file.note}
+    same_as = None if file.same_as is None else _path_to_json(file.same_as)
+    optional = {"same_as": same_as, "note": file.note, "mtime_ns": file.mtime_ns}
     return plain | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -193,7 +223,7 @@ def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:
     if any(stop > start for (_, stop), (start, _) in pairwise(ends)):
         raise FormatError(f"checksums of {str(value.get('path'))[:200]!r} are over bytes that overlap")
     return StoredFile(
-        path=_safe_path(_get(value, "path", str)),
+        path=_safe_path(_path_from_json(value.get("path"))),
         nbytes=nbytes,
         mode=_integer(value.get("mode"), 0, 0o7777) & 0o777,
         layout=_get(value, "layout", str),
@@ -203,8 +233,9 @@ def _file_from_json(value: Any, sizes: Sequence[int]) -> StoredFile:
         views=views,
         crcs=crcs,
         moments=tuple(_moments(m) for m in _list(value, "moments")),
-        same_as=_optional(value, "same_as", str),
+        same_as=None if value.get("same_as") is None else _path_from_json(value["same_as"]),
         note=_optional(value, "note", str),
+        mtime_ns=None if value.get("mtime_ns") is None else _integer(value["mtime_ns"], 0, _MAX_TIME),
     )
 
 
@@ -252,6 +283,26 @@ def _moments(value: Any) -> Moments:
     return Moments(**cast(Any, text), **cast(Any, number))
 
 
+def _path_to_json(path: str) -> str | dict[str, str]:
+    """A path as text; one that is not UTF-8, which JSON cannot hold, as its bytes in hexadecimal."""
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return {"bytes": os.fsencode(path).hex()}
+    return path
+
+
+def _path_from_json(value: Any) -> str:
+    if isinstance(value, dict) and set(value) == {"bytes"} and isinstance(value["bytes"], str):
+        try:
+            return os.fsdecode(bytes.fromhex(value["bytes"]))
+        except ValueError:
+            raise FormatError(f"path {value['bytes'][:80]!r} in the document is not hexadecimal") from None
+    if not isinstance(value, str):
+        raise FormatError(f"{str(value)[:80]!r} in the document is not a path")
+    return value
+
+
 def _safe_path(path: str) -> str:
     parts = PurePosixPath(path).parts
     if (
@@ -259,7 +310,7 @@ def _safe_path(path: str) -> str:
         or path.startswith("/")
         or ".." in parts
         or "\0" in path
-        or "\\" in path
+        or (os.sep != "/" and os.sep in path)
         or str(PurePosixPath(path)) != path
         or path == "."
     ):

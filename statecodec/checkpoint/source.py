@@ -20,9 +20,11 @@ from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
 from statecodec.codecs import Codec, EncodedTensor, PartSpec
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError
-from statecodec.layouts import FileBytes, Moments, Region, Source, locate
+from statecodec.files import FileBytes, read_exactly
+from statecodec.layouts import Moments, Region, Source, locate
 from statecodec.layouts.tree import tree
-from statecodec.streams import Scratch, memory, read_exactly
+from statecodec.names import shown
+from statecodec.streams import Scratch, memory
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class SourceCheckpoint(Checkpoint):
         self.located: Source = locate(path)
         self.path: Path = self.located.root
         self.files = SourceFiles(self.located)
-        self.notes = tuple(f"{f.path}: {f.note}" for f in self.located.files if f.note)
+        self.notes = tuple(f"{shown(f.path)}: {f.note}" for f in self.located.files if f.note)
         self.skeletons = [Skeleton(f.nbytes, ((r.offset, r.nbytes) for r in f.regions)) for f in self.located.files]
         self.items: tuple[SourceItem, ...] = tuple(_items(self.located, self.skeletons))
         self._check = SpanCheck(self.located, self.files) if crcs else None
@@ -102,7 +104,7 @@ class SourceCheckpoint(Checkpoint):
     def places(self) -> Mapping[str, Place]:
         found = {}
         for file, names in zip(self.located.files, self._regions, strict=True):
-            prefix = f"{file.path}:" if self.located.is_directory else ""
+            prefix = f"{shown(file.path)}:" if self.located.is_directory else ""
             indices = [names[region.name] for region in file.regions]
             for view in file.views:
                 found[prefix + view.name] = Place(view, indices[view.region])
@@ -191,7 +193,7 @@ class SourceCheckpoint(Checkpoint):
             StoredFile(
                 path=f.path, nbytes=f.nbytes, mode=f.mode, layout=f.layout, sha256=digest, regions=tuple(regions[i]),
                 skeleton=skeleton[i], views=f.views, crcs=f.crcs, moments=self._moments[i], same_as=f.same_as,
-                note=f.note,
+                note=f.note, mtime_ns=f.identity.mtime_ns,
             )
             for i, (f, digest) in enumerate(zip(self.located.files, digests, strict=True))
         )  # fmt: skip
@@ -207,7 +209,7 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
     for number, (file, skeleton) in enumerate(zip(source.files, skeletons, strict=True)):
         if file.same_as is not None:
             continue
-        prefix = f"{file.path}:" if source.is_directory else ""
+        prefix = f"{shown(file.path)}:" if source.is_directory else ""
         if skeleton.nbytes:
             role = "skeleton" if file.regions else "file"
             name = _unique(prefix + role, taken)

@@ -10,35 +10,24 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from zlib_ng import zlib_ng
 
 from statecodec.errors import LayoutError, MalformedCheckpoint
+from statecodec.files import Identity, read_exactly
 from statecodec.layouts import Crc32, Source
-from statecodec.streams import read_exactly
 
 _OPEN_FILES = 64  # descriptors kept; a directory may have more files than a process may open
 _BLOCK = 1 << 20
-
-
-class _Identity(NamedTuple):
-    """A file that is replaced or written to has another one."""
-
-    device: int
-    inode: int
-    nbytes: int
-    mtime_ns: int
 
 
 class SourceFiles:
     """Descriptors of a located checkpoint's files. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
-        """Raises LayoutError if a file is gone."""
         self._root, self._names = source.root, [f.path for f in source.files]
         self._directory = source.is_directory
-        self._identities = [_identity(os.stat(self.path(i))) for i in range(len(self._names))]
+        self._identities = [f.identity for f in source.files]
         self._fds: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -70,7 +59,7 @@ class SourceFiles:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise LayoutError(f"{path} cannot be read any more: {error.strerror}") from error
-        if _identity(os.fstat(fd)) != self._identities[file]:
+        if Identity.of(os.fstat(fd)) != self._identities[file]:
             os.close(fd)
             raise _changed(path)
         return fd
@@ -80,7 +69,7 @@ class SourceFiles:
         for file, identity in enumerate(self._identities):
             path = self.path(file)
             try:
-                found = _identity(os.stat(path))
+                found = Identity.of(os.stat(path))
             except OSError:
                 raise _changed(path) from None
             if found != identity:
@@ -96,10 +85,6 @@ class SourceFiles:
 class _Descriptor:
     def __init__(self, fd: int) -> None:
         self.fd, self.users = fd, 0
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    return _Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _changed(path: Path) -> LayoutError:

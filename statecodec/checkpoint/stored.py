@@ -24,6 +24,7 @@ from statecodec.format import Limits, Reader, StoredItem
 from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
 from statecodec.layouts.torch_zip import is_zip
+from statecodec.names import shown
 from statecodec.streams import Scratch
 
 
@@ -75,7 +76,7 @@ class Stored(Checkpoint):
     def places(self) -> Mapping[str, Place]:
         found = {}
         for file in self.document.files:
-            prefix = f"{file.path}:" if self.document.is_directory else ""
+            prefix = f"{shown(file.path)}:" if self.document.is_directory else ""
             for view in file.views:
                 found[prefix + view.name] = Place(view, file.regions[view.region][1])
         return found

@@ -7,12 +7,11 @@ unpickles what a file names.
 
 from __future__ import annotations
 
+from statecodec.files import ByteSource, FileBytes, Identity, MemoryBytes
 from statecodec.layouts.base import (
     ROLES,
-    ByteSource,
     Crc32,
-    FileBytes,
-    MemoryBytes,
+    Folder,
     Moments,
     Region,
     Role,
@@ -28,6 +27,8 @@ __all__ = [
     "ByteSource",
     "Crc32",
     "FileBytes",
+    "Folder",
+    "Identity",
     "MemoryBytes",
     "Moments",
     "OpaqueObject",

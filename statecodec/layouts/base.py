@@ -7,14 +7,13 @@ tensors look into the regions. Nothing here reads a file.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 
-from statecodec.errors import MalformedCheckpoint
+from statecodec.files import IN_MEMORY, Identity
 
 Role = Literal["weight", "exp_avg", "exp_avg_sq", "momentum", "max_exp_avg_sq", "step", "other"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -102,6 +101,20 @@ class SourceFile:
     """Path of an earlier file of the directory that this one is a hard link to; regions are then given only there."""
     note: str | None = None
     """Why a file of a directory that looked like a checkpoint is carried as opaque bytes."""
+    identity: Identity = IN_MEMORY
+    """Of the file when it was located, for whoever reads it later."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A directory of a checkpoint."""
+
+    path: str
+    """Relative posix path; "" for the checkpoint's own directory."""
+    mode: int | None
+    """Permission bits."""
+    mtime_ns: int | None
+    """Both are None where nobody noted them (a compressed checkpoint made without)."""
 
 
 @dataclass(frozen=True)
@@ -111,54 +124,10 @@ class Source:
     root: Path
     is_directory: bool
     files: tuple[SourceFile, ...]
-    directories: tuple[str, ...] = ()
-    """Relative posix paths of all subdirectories, sorted, empty ones included."""
-
-
-class ByteSource(Protocol):
-    """Random access to the bytes of a file, or to the skeleton of a compressed one."""
+    folders: tuple[Folder, ...] = ()
+    """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
 
     @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        ...
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Exactly `nbytes` bytes from `offset`. Raises MalformedCheckpoint past the end."""
-        ...
-
-
-class FileBytes:
-    """A ByteSource over an open file descriptor, which it does not own."""
-
-    def __init__(self, fd: int, name: str) -> None:
-        self.fd, self.name = fd, name
-        self.size = os.fstat(fd).st_size
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise MalformedCheckpoint(
-                f"{self.name}: needs bytes {offset}..{offset + nbytes} but the file has {self.size}; it is truncated"
-            )
-        pieces, got = [], 0
-        while got < nbytes:
-            piece = os.pread(self.fd, nbytes - got, offset + got)
-            if not piece:
-                raise MalformedCheckpoint(
-                    f"{self.name}: ends at byte {offset + got}; the file shrank while it was read"
-                )
-            pieces.append(piece)
-            got += len(piece)
-        return b"".join(pieces)
-
-
-class MemoryBytes:
-    """A ByteSource over bytes in memory."""
-
-    def __init__(self, data: bytes, name: str = "checkpoint") -> None:
-        self.data, self.name, self.size = data, name, len(data)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
-            raise MalformedCheckpoint(f"{self.name}: needs bytes {offset}..{offset + nbytes} but there are {self.size}")
-        return self.data[offset : offset + nbytes]
+    def directories(self) -> tuple[str, ...]:
+        """Relative posix paths of all subdirectories."""
+        return tuple(folder.path for folder in self.folders if folder.path)

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import torch
 
-from statecodec.layouts.base import ByteSource, Crc32, Moments, Region, SourceFile, View
+from statecodec.files import ByteSource
+from statecodec.layouts.base import Crc32, Moments, Region, SourceFile, View
 from statecodec.layouts.facts.assign import FileRoles
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.regions import Cut, cut

@@ -3,22 +3,21 @@
 What a file is, its content decides, never its extension. A single file must be understood. In a directory nothing is
 refused for its content: a file that is not understood, or that looks like a checkpoint and is damaged, is carried as
 opaque bytes with a note, so that one half-written shard does not keep a user from packing the rest. What is refused is
-what cannot be carried faithfully or safely: symbolic links, devices, sockets, pipes, and names that are not UTF-8.
+what cannot be carried faithfully or safely: symbolic links, devices, sockets and pipes.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from statecodec.errors import LayoutError, LegacyTorchFile, MalformedCheckpoint, UnknownLayout
+from statecodec.files import FileBytes, Identity, opened
 from statecodec.layouts import safetensors_file, torch_zip
-from statecodec.layouts.base import FileBytes, Source, SourceFile
+from statecodec.layouts.base import Folder, Source, SourceFile
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.describe import Described, finish
 from statecodec.layouts.facts.assign import assign
@@ -42,9 +41,9 @@ def locate(path: str | os.PathLike[str]) -> Source:
             return _locate_directory(root)
         if not stat.S_ISREG(status.st_mode):
             raise UnknownLayout(f"{root} is neither a file nor a directory")
-        with _opened(root, root.name) as (source, mode):
-            described = _describe(source, root.name, mode)
-            files = _with_roles([described])
+        with opened(root) as source:
+            (file,) = _with_roles([_describe(source, root.name)])
+            files = [replace(file, identity=source.identity)]
     except OSError as error:
         raise UnknownLayout(f"{root} cannot be read: {error.strerror or error}") from error
     except LayoutError as error:
@@ -52,25 +51,13 @@ def locate(path: str | os.PathLike[str]) -> Source:
     return Source(root, is_directory=False, files=tuple(files))
 
 
-@contextmanager
-def _opened(path: Path, name: str, flags: int = 0) -> Iterator[tuple[FileBytes, int]]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):  # it was replaced since it was listed
-            raise UnknownLayout(f"{name} is not a regular file")
-        yield FileBytes(fd, name), stat.S_IMODE(status.st_mode)
-    finally:
-        os.close(fd)
-
-
-def _describe(source: FileBytes, path: str, mode: int) -> Described:
+def _describe(source: FileBytes, path: str) -> Described:
     """Describe a file by its content. Raises UnknownLayout if it is nothing we know."""
     head = source.read(0, min(_HEAD, source.size))
     if torch_zip.is_zip(head):
-        return torch_zip.describe(source, path, mode)
+        return torch_zip.describe(source, path, source.mode)
     if safetensors_file.is_safetensors(head, source.size):
-        return safetensors_file.describe(source, path, mode)
+        return safetensors_file.describe(source, path, source.mode)
     torch_zip.refuse_legacy(head, path)
     if not head:
         raise MalformedCheckpoint("the file is empty")
@@ -90,21 +77,23 @@ def _with_roles(described: list[Described]) -> list[SourceFile]:
 
 
 def _locate_directory(root: Path) -> Source:
-    paths, directories = _listing(root)
+    paths, folders = _listing(root)
     if not paths:
         raise UnknownLayout("the directory holds no file")
     first_of_inode: dict[tuple[int, int], str] = {}
+    identities: dict[str, Identity] = {}
     described: list[Described] = []
     plain: dict[str, SourceFile] = {}
     for path in paths:
-        with _opened(root / path, path, os.O_NOFOLLOW) as (source, mode):
-            status = os.fstat(source.fd)
-            first = first_of_inode.setdefault((status.st_dev, status.st_ino), path)
+        with opened(root / path, path, follow=False) as source:
+            identity, mode = source.identity, source.mode
+            identities[path] = identity
+            first = first_of_inode.setdefault((identity.device, identity.inode), path)
             if first != path:
                 plain[path] = SourceFile(path, source.size, mode, "opaque", same_as=first)
                 continue
             try:
-                described.append(_describe(source, path, mode))
+                described.append(_describe(source, path))
             except UnknownLayout:
                 plain[path] = SourceFile(path, source.size, mode, "opaque")
             except (LegacyTorchFile, MalformedCheckpoint) as error:
@@ -114,38 +103,32 @@ def _locate_directory(root: Path) -> Source:
     for path, file in plain.items():
         if file.same_as in located:
             plain[path] = replace(file, layout=located[file.same_as].layout)
-    return Source(root, True, tuple((plain.get(path) or located[path]) for path in paths), directories)
+    files = (replace(plain.get(path) or located[path], identity=identities[path]) for path in paths)
+    return Source(root, True, tuple(files), folders)
 
 
-def _listing(root: Path) -> tuple[list[str], tuple[str, ...]]:
-    """(files, directories) below root, relative and sorted. Iterative; never follows a link."""
+def _listing(root: Path) -> tuple[list[str], tuple[Folder, ...]]:
+    """(files, the root and all folders below it), relative and sorted. Iterative; never follows a link."""
     files: list[str] = []
-    directories: list[str] = []
+    folders: list[Folder] = []
     pending = [""]
     while pending:
         folder = pending.pop()
         if folder.count("/") >= _MAX_DEPTH:
             raise UnknownLayout(f"{folder} is nested deeper than {_MAX_DEPTH} folders")
+        status = (root / folder).stat()
+        folders.append(Folder(folder, stat.S_IMODE(status.st_mode), status.st_mtime_ns))
         with os.scandir(root / folder) as entries:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
-                _check_name(path)
                 if entry.is_symlink():
                     raise UnknownLayout(f"{path} is a symbolic link; replace it by what it points to, or leave it out")
                 if entry.is_dir(follow_symlinks=False):
-                    directories.append(path)
                     pending.append(path)
                 elif entry.is_file(follow_symlinks=False):
                     files.append(path)
                 else:
                     raise UnknownLayout(f"{path} is a device, socket or pipe, not a file")
-                if len(files) + len(directories) > _MAX_FILES:
+                if len(files) + len(folders) + len(pending) > _MAX_FILES:
                     raise UnknownLayout(f"holds more than {_MAX_FILES} files; pack its subdirectories one by one")
-    return sorted(files), tuple(sorted(directories))
-
-
-def _check_name(path: str) -> None:
-    try:
-        path.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UnknownLayout(f"the file name {path!r} is not UTF-8; rename it") from None
+    return sorted(files), tuple(sorted(folders, key=lambda folder: folder.path))

@@ -63,12 +63,17 @@ SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
 SAFETENSORS_SUB_BYTE_BITS: Final[dict[str, int]] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 """dtypes that pack several elements into a byte; carried as bytes."""
 
+NUMBERS: Final = frozenset({*SAFETENSORS_DTYPES.values(), torch.complex128})
+"""What a region may be of. Everything else (complex32, float4_e2m1fn_x2, bits8 ...) is carried as bytes."""
 
-def storage_dtype(module: str, name: str) -> tuple[torch.dtype, bool] | None:
-    """(dtype, untyped) of a storage class by its global name; None if it is not one."""
+
+def storage_dtype(module: str, name: str) -> tuple[torch.dtype | None, bool] | None:
+    """(dtype, untyped) of a storage class by its global name; None if it is not one.
+
+    The dtype is None where a storage class is one that this version of torch does not have.
+    """
     if module not in _STORAGE_MODULES:
         return None
     if name in _UNTYPED:
         return torch.uint8, True
-    dtype = _STORAGES.get(name)
-    return None if dtype is None else (dtype, False)
+    return (_STORAGES.get(name), False) if name.endswith("Storage") else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from statecodec.layouts.base import Region
+from statecodec.layouts.dtypes import NUMBERS
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
 
@@ -64,14 +65,23 @@ def cut(storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str,
         if not empty:
             return []
         first_name, first = empty[0]
-        return [Cut(Region(offset, 0, first.dtype, first.shape, first_name), [(n, t, 0) for n, t in empty])]
+        return [Cut(_region(offset, 0, first.dtype, first.shape, first_name), [(n, t, 0) for n, t in empty])]
     if not solid:
         found = windows[0][0] if windows else name
-        whole = Region(offset, nbytes, *_flat(storage.dtype, nbytes), found, lossless=True)
+        whole = _region(offset, nbytes, *_flat(storage.dtype, nbytes), found, lossless=True)
         return [Cut(whole, [(n, t, 0) for n, t in empty])]
     cuts = [_cut(cluster, offset) for cluster in _clusters(solid, nbytes)]
     cuts[0].windows += [(n, t, 0) for n, t in empty]
     return cuts
+
+
+def _region(
+    offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...], name: str, *, lossless: bool = False
+) -> Region:
+    """A region of numbers, or of bytes where the dtype is not one that can be encoded."""
+    if dtype not in NUMBERS:
+        dtype, shape = torch.uint8, (nbytes,)
+    return Region(offset, nbytes, dtype, shape, name, lossless=lossless)
 
 
 def _flat(dtype: torch.dtype, nbytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -111,8 +121,8 @@ def _cut(cluster: _Cluster, offset: int) -> Cut:
     shape = physical_shape(first.shape, first.stride)
     dtypes = {node.dtype for _, node in cluster.windows}
     if len(dtypes) == 1 and None not in shapes and shape is not None:
-        region = Region(offset + cluster.start, span, first.dtype, shape, first_name)
+        region = _region(offset + cluster.start, span, first.dtype, shape, first_name)
     else:
         dtype = first.dtype if len(dtypes) == 1 else torch.uint8
-        region = Region(offset + cluster.start, span, *_flat(dtype, span), first_name, lossless=True)
+        region = _region(offset + cluster.start, span, *_flat(dtype, span), first_name, lossless=True)
     return Cut(region, [(n, t, t.offset - cluster.start // t.dtype.itemsize) for n, t in cluster.windows])

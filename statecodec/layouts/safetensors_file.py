@@ -11,8 +11,10 @@ import json
 import math
 from typing import Any, Final
 
+import torch
+
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.base import ByteSource
+from statecodec.files import ByteSource
 from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
 from statecodec.layouts.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_SUB_BYTE_BITS
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
@@ -78,14 +80,15 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
     if math.prod(n for n in shape if n) >= _INT64:
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape {shape} is beyond any memory")
     numel = math.prod(shape)
-    if isinstance(dtype_name, str) and dtype_name in SAFETENSORS_SUB_BYTE_BITS:
+    if not isinstance(dtype_name, str):
+        raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: its dtype is no string")
+    left, dtype, view_shape = 0, torch.uint8, (end - begin,)  # a dtype that is not known is carried as bytes
+    nbytes = max(end - begin, 0)
+    if dtype_name in SAFETENSORS_SUB_BYTE_BITS:
         nbytes, left = divmod(numel * SAFETENSORS_SUB_BYTE_BITS[dtype_name], 8)
-        dtype, view_shape = SAFETENSORS_DTYPES["U8"], (nbytes,)
-    elif isinstance(dtype_name, str) and dtype_name in SAFETENSORS_DTYPES:
-        dtype, view_shape, left = SAFETENSORS_DTYPES[dtype_name], tuple(shape), 0
+    elif dtype_name in SAFETENSORS_DTYPES:
+        dtype, view_shape = SAFETENSORS_DTYPES[dtype_name], tuple(shape)
         nbytes = numel * dtype.itemsize
-    else:
-        raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: unknown dtype {dtype_name!r:.80}")
     if left or end - begin != nbytes or end > buffer:
         raise MalformedCheckpoint(
             f"safetensors entry {name!r:.80}: {dtype_name} {shape} needs {nbytes} bytes, not {offsets} of {buffer}"

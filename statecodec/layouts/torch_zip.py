@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from statecodec.errors import LegacyTorchFile, MalformedCheckpoint, UnknownLayout
-from statecodec.layouts.base import ByteSource, Crc32
+from statecodec.files import ByteSource
+from statecodec.layouts.base import Crc32
 from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
@@ -93,9 +94,12 @@ def check_storages(root: Any, archive: Archive) -> None:
         storage = node.storage if type(node) is TensorNode else node if type(node) is StorageNode else None
         if storage is None or storage.location == "meta":
             continue
-        entry, claimed = archive.storages.get(storage.key), storage.numel * storage.dtype.itemsize
+        entry = archive.storages.get(storage.key)
         if entry is None:
             raise MalformedCheckpoint(f"storage {storage.key!r:.80} has no entry in the archive")
+        if storage.numel is None:
+            storage.numel = entry.nbytes
+        claimed = storage.numel * storage.dtype.itemsize
         if entry.nbytes != claimed:
             raise MalformedCheckpoint(
                 f"storage {storage.key!r:.80} claims {claimed} bytes but its entry has {entry.nbytes}"

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from statecodec.errors import MalformedCheckpoint
+from statecodec.files import ByteSource, FileBytes
 from statecodec.layouts import safetensors_file, torch_zip
-from statecodec.layouts.base import ByteSource, FileBytes
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.directory import locate
 from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
@@ -174,7 +174,7 @@ class _Builder:
         elif type(node) is TensorNode:
             made = self.make_tensor(node)
         elif type(node) is StorageNode:
-            made = self.tensor(node.key, node.dtype, (node.numel,), (1,), 0)
+            made = self.tensor(node.key, node.dtype, (node.numel or 0,), (1,), 0)
             made = made.untyped_storage() if node.untyped else made
         elif type(node) is Opaque and node.name != "_rebuild_sparse_tensor":
             made = plain(node)

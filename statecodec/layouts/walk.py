@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.nodes import DictNode, Opaque, SetNode, StorageNode, TensorNode, children
+from statecodec.names import shown
 
 MAX_NAMED: Final = 400_000
 _MAX_DEPTH: Final = 48
@@ -36,18 +37,19 @@ class Place:
             if len(keys) == _MAX_DEPTH:
                 keys.append("...")
                 break
-            keys.append(_spell(place.key))
+            keys.append(spell(place.key))
             place = place.parent
         return ".".join(reversed(keys)) or "tensor"
 
 
-def _spell(key: Any) -> str:
+def spell(key: Any) -> str:
+    """One component of a dotted path."""
     if type(key) is str:
-        return key if len(key) <= _MAX_KEY else key[:_MAX_KEY] + "..."
+        return shown(key if len(key) <= _MAX_KEY else key[:_MAX_KEY] + "...")
     if type(key) in (bool, float, type(None)) or (type(key) is int and key.bit_length() < 256):
         return str(key)
     if type(key) is tuple and len(key) <= 8 and all(type(k) in (str, int, float, bool) for k in key):
-        return "(" + ",".join(_spell(k) for k in key) + ")"
+        return "(" + ",".join(spell(k) for k in key) + ")"
     return f"<{type(key).__name__}>"
 
 

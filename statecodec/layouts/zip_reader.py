@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.base import ByteSource
+from statecodec.files import ByteSource
 
 MAX_DIRECTORY_BYTES: Final = 256 << 20
 _END: Final = struct.Struct("<4s4H2IH")
@@ -25,6 +25,10 @@ _NARROW: Final = 0xFFFFFFFF
 _ENCRYPTED: Final = 1 | 1 << 6 | 1 << 13
 _HAS_DESCRIPTOR: Final = 1 << 3
 _IS_UTF8: Final = 1 << 11
+_WAY_OUT: Final = (
+    "if torch.load reads it, torch.save(torch.load(PATH), NEW_PATH) and use NEW_PATH, or compress the directory that "
+    "it is in: there it is carried as bytes"
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,10 @@ def _directory_bounds(source: ByteSource) -> tuple[int, int, int]:
     if sig != b"PK\x05\x06" or comment:
         tail = source.read(max(0, source.size - (1 << 16)), min(source.size, 1 << 16))
         if b"PK\x05\x06" in tail:
-            raise MalformedCheckpoint("unknown bytes after the end of the zip archive")
+            raise MalformedCheckpoint(
+                "unknown bytes after the end of the zip archive (a comment, or something appended), as torch.save "
+                f"never writes; {_WAY_OUT}"
+            )
         raise MalformedCheckpoint("zip archive without its directory: the file is truncated")
     behind = end_at
     if end_at >= _END64_LOCATOR.size:
@@ -141,7 +148,7 @@ def _central(directory: bytes, pos: int, start: int) -> tuple[_Central, int]:
         raise MalformedCheckpoint(f"zip entry {name!r} is encrypted")
     if method != 0:
         raise MalformedCheckpoint(
-            f"zip entry {name!r} is compressed (method {method}), as torch.save never does; load and save it again"
+            f"zip entry {name!r} is compressed (method {method}), as torch.save never does; {_WAY_OUT}"
         )
     wide = iter(_zip64(extra))
     try:

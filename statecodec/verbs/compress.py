@@ -183,7 +183,7 @@ class Compression:
                 "sha256": None if located.is_directory else digests[0],
             },
             files=source.stored_files(digests),
-            directories=located.directories,
+            folders=located.folders,
             notes=(*self.choices.notes, *kept),
             base=self.base.file if self.base else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import time
 from bisect import bisect_left
@@ -22,7 +23,8 @@ from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
 from statecodec.errors import CorruptFile
-from statecodec.layouts import Crc32
+from statecodec.files import read_exactly, write_exactly
+from statecodec.layouts import Crc32, Folder
 from statecodec.streams import (
     Meter,
     Progress,
@@ -30,8 +32,6 @@ from statecodec.streams import (
     default_threads,
     memory,
     ordered_map,
-    read_exactly,
-    write_exactly,
 )
 from statecodec.verbs.compress import target_device
 from statecodec.verbs.output_file import output_file
@@ -48,6 +48,7 @@ def restore(
     *,
     device: str = "auto",
     force: bool = False,
+    times: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -55,7 +56,8 @@ def restore(
 
     What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's.
     Lossy tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under
-    the destination's name before it is complete.
+    the destination's name before it is complete. Files and directories have the source's permission bits, and with
+    `times` its modification times.
 
     With `force` an existing file is replaced by a file, a directory by a directory. Raises FormatError and its
     subclasses, OutputExists, OutputFailed, UsageError.
@@ -75,16 +77,21 @@ def restore(
             write: Callable[[Path], None] = partial(restore_native, stored)
         else:
             meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
-            write = partial(_restore_all, stored, where, threads or default_threads(), meter)
+            write = partial(_restore_all, stored, where, threads or default_threads(), meter, times)
         publish(target, write, directory=document.is_directory, force=force)
+        for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
+            _finish_folder(target, root, times)
         return replace(stored.report(), seconds=time.perf_counter() - started, path=str(target))
 
 
-def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, made: Path) -> None:
+def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, times: bool, made: Path) -> None:
     document = stored.document
     if not document.is_directory:
         _restore_file(stored, document.files[0], made, device, threads, meter)
+        _set_time(made, document.files[0].mtime_ns if times else None)
         return
+    if document.folders[0].mode is not None:
+        made.chmod(0o700)  # nobody else sees what is not there yet
     for directory in document.directories:
         (made / directory).mkdir(parents=True, exist_ok=True)
     for file in document.files:
@@ -94,6 +101,20 @@ def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Mete
             os.link(made / file.same_as, path)
         else:
             _restore_file(stored, file, path, device, threads, meter)
+            _set_time(path, file.mtime_ns if times else None)
+    for folder in reversed(document.folders[1:]):  # what is inside first: it could not be reached any more
+        _finish_folder(made / folder.path, folder, times)
+
+
+def _finish_folder(path: Path, folder: Folder, times: bool) -> None:
+    if folder.mode is not None:  # setgid and its like are of the place, not of the checkpoint
+        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o777 | folder.mode & 0o777)
+    _set_time(path, folder.mtime_ns if times else None)
+
+
+def _set_time(path: Path, mtime_ns: int | None) -> None:
+    if mtime_ns is not None:
+        os.utime(path, ns=(mtime_ns, mtime_ns))
 
 
 def _restore_file(

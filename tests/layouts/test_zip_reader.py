@@ -7,10 +7,12 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import statecodec
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import MemoryBytes, locate
 from statecodec.layouts.zip_reader import read_entries
@@ -182,3 +184,28 @@ def test_a_damaged_skeleton_entry_is_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(MalformedCheckpoint, match="CRC-32"):
         locate(path)
+
+
+def rewritten(path: Path, to: Path, *, deflated: str = "", comment: bytes = b"") -> None:
+    """A torch file as another zip tool writes it: torch.load reads it all the same."""
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
+        for entry in source.infolist():
+            method = zipfile.ZIP_DEFLATED if deflated and entry.filename.endswith(deflated) else zipfile.ZIP_STORED
+            target.writestr(entry.filename, source.read(entry), compress_type=method)
+        target.comment = comment
+
+
+@pytest.mark.parametrize("how", [{"deflated": "data/0"}, {"deflated": "version"}, {"comment": b"by hand"}], ids=str)
+def test_what_other_zip_tools_write(tmp_path: Path, how: dict[str, Any]) -> None:
+    """A single file is refused with what helps; in a directory it is carried as bytes."""
+    torch.save({"x": torch.ones(500)}, tmp_path / "plain.pt")
+    folder, packed, back = tmp_path / "run", tmp_path / "run.sc.safetensors", tmp_path / "back"
+    folder.mkdir()
+    rewritten(tmp_path / "plain.pt", folder / "odd.pt", **how)
+    assert torch.load(folder / "odd.pt")["x"].sum() == 500
+    with pytest.raises(MalformedCheckpoint, match=r"torch\.save\(torch\.load.*or compress the directory"):
+        locate(folder / "odd.pt")
+    report = statecodec.compress(folder, packed, verify=True)
+    assert any("odd.pt" in note for note in report.notes)
+    statecodec.restore(packed, back)
+    assert (back / "odd.pt").read_bytes() == (folder / "odd.pt").read_bytes()

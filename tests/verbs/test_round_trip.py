@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import statecodec
+from statecodec.checkpoint import document as documents
 from statecodec.errors import (
+    FormatError,
     MalformedCheckpoint,
     OutputExists,
     StatecodecError,
@@ -25,6 +27,7 @@ from statecodec.errors import (
     UsageError,
     VerificationFailed,
 )
+from statecodec.layouts import Folder
 
 PRESETS = ("lossless", "resume", "small", "tiny", "weights")
 
@@ -381,3 +384,54 @@ def test_a_compressed_file_is_not_compressed_again(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="itself"):
         statecodec.compress(checkpoint, checkpoint, force=True)
     torch.load(checkpoint, weights_only=False)
+
+
+def test_modes_and_times_of_files_and_directories(tmp_path: Path) -> None:
+    root, packed = tmp_path / "run", tmp_path / "run.sc.safetensors"
+    (root / "inner" / "deep").mkdir(parents=True)
+    torch.save({"x": torch.ones(9)}, root / "inner" / "deep" / "m.pt")
+    (root / "inner" / "deep" / "m.pt").chmod(0o640)
+    for path, mode in ((root / "inner" / "deep", 0o500), (root / "inner", 0o711), (root, 0o700)):
+        path.chmod(mode)
+    paths = [root, *root.rglob("*")]
+    for i, path in enumerate(paths):
+        os.utime(path, ns=(0, 1_600_000_000_123_456_789 + i))
+    statecodec.compress(root, packed)
+    for times in (False, True):
+        back = tmp_path / f"back-{times}"
+        statecodec.restore(packed, back, times=times)
+        for path in paths:
+            before, after = path.stat(), (back / path.relative_to(root)).stat()
+            assert after.st_mode == before.st_mode, path
+            assert (after.st_mtime_ns == before.st_mtime_ns) is times, path
+
+
+def test_a_restored_file_has_its_time_where_asked(checkpoint: Path, tmp_path: Path) -> None:
+    os.utime(checkpoint, ns=(0, 1_600_000_000_123_456_789))
+    statecodec.compress(checkpoint, tmp_path / "c.sc.safetensors")
+    statecodec.restore(tmp_path / "c.sc.safetensors", tmp_path / "back.pt", times=True)
+    assert (tmp_path / "back.pt").stat().st_mtime_ns == 1_600_000_000_123_456_789
+
+
+DIRECTORY = documents.Document(
+    "test", None, (), {"layout": "directory", "bytes": 0}, (), (Folder("", 0o700, 5), Folder("sub", 0o711, 6)), ()
+)
+
+
+def test_documents_without_modes_of_directories_still_restore() -> None:
+    """Files of the first release state no modes and no times of directories."""
+    value = documents.to_json(DIRECTORY)
+    assert documents.from_json(value, []).folders == DIRECTORY.folders
+    del value["directory_modes"], value["directory_times"]
+    assert documents.from_json(value, []).folders == (Folder("", None, None), Folder("sub", None, None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"directory_modes": [0]}, {"directory_modes": [0, -1]}, {"directory_times": [0, 1 << 64]}, {"directories": [{}]}]
+    + [{"directories": [{"bytes": bad}]} for bad in ("2e2e", "zz", "2f61", "", 5)],
+    ids=str,
+)
+def test_hostile_directories_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(FormatError):
+        documents.from_json({**documents.to_json(DIRECTORY), **change}, [])

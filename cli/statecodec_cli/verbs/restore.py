@@ -17,6 +17,9 @@ def run(
     ],
     output: options.Output = None,
     device: options.DeviceOption = "auto",
+    times: Annotated[
+        bool, typer.Option("--times", help="Give files and directories their modification times back.")
+    ] = False,
     threads: options.Threads = None,
     force: options.Force = False,
     as_json: options.AsJson = False,
@@ -31,7 +34,9 @@ def run(
     from statecodec_cli import tables
 
     with reporting(quiet=quiet) as progress:
-        report = statecodec.restore(src, output, device=device, force=force, progress=progress, threads=threads)
+        report = statecodec.restore(
+            src, output, device=device, force=force, times=times, progress=progress, threads=threads
+        )
     document = report.to_json()
     if as_json:
         console.emit(document)

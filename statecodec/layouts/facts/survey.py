@@ -7,10 +7,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import torch
+
 from statecodec.layouts.base import Role
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
-from statecodec.layouts.walk import Place, walk
-from statecodec.names import bare_name
+from statecodec.layouts.walk import Place, spell, walk
+from statecodec.names import bare_name, shown
 
 STATE_ROLES: Final[dict[str, Role]] = {
     "exp_avg": "exp_avg",
@@ -81,7 +83,7 @@ class Survey:
 
 def parameter_name(name: str) -> str:
     """The name that the bare model gives a parameter: without what compile, DDP, FSDP or pickling wrap around it."""
-    return bare_name(_PICKLED.sub("", name))
+    return bare_name(_PICKLED.sub("", shown(name)))
 
 
 def survey(root: Any) -> Survey:
@@ -122,7 +124,7 @@ def _is_state_dict(node: Any) -> bool:
     if type(node) is not DictNode or not node.items or not all(type(k) is str for k, _ in node.items):
         return False
     tensors = [v for _, v in node.items if type(v) is TensorNode]
-    return len(tensors) * 5 >= len(node.items) * 4 and any(t.shape and t.dtype.is_floating_point for t in tensors)
+    return len(tensors) * 5 >= len(node.items) * 4 and any(t.shape and _has_fractions(t.dtype) for t in tensors)
 
 
 def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
@@ -138,15 +140,19 @@ def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
         return
     if (
         (place.inside != "state dict" and not node.is_parameter)
-        or not node.dtype.is_floating_point
+        or not _has_fractions(node.dtype)
         or _is_buffer(place, node)
     ):
         return
     path = str(place)
-    top = "" if bare or place.parent is None or place.parent.parent is None else str(place.top)
+    top = "" if bare or place.parent is None or place.parent.parent is None else spell(place.top)
     name = parameter_name(path[len(top) + 1 :] if top and path.startswith(top + ".") else path)
     found.roles[id(node)] = "weight"
     found.weights.append(Weight(name, top, node))
+
+
+def _has_fractions(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
 
 
 def _is_buffer(place: Place, node: TensorNode) -> bool:

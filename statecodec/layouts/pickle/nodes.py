@@ -57,11 +57,14 @@ class SetNode:
 
 
 class StorageNode:
-    """A reference to a storage: an archive entry `data/KEY` of `numel` elements of dtype."""
+    """A reference to a storage: an archive entry `data/KEY` of `numel` elements of dtype.
+
+    `numel` is None until the archive is known where the storage's class is one that this version of torch lacks.
+    """
 
     __slots__ = ("dtype", "key", "location", "numel", "untyped")
 
-    def __init__(self, key: str, dtype: torch.dtype, location: str, numel: int, untyped: bool) -> None:
+    def __init__(self, key: str, dtype: torch.dtype, location: str, numel: int | None, untyped: bool) -> None:
         self.key, self.dtype, self.location, self.numel, self.untyped = key, dtype, location, numel, untyped
 
 

@@ -7,6 +7,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
+
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.dtypes import storage_dtype
 from statecodec.layouts.pickle.machine import Machine
@@ -264,9 +266,13 @@ def _persistent(m: Machine) -> None:
     spelled_right = type(key) is str and type(location) is str and type(numel) is int
     if kind is None or not spelled_right or not 0 <= numel < 1 << 63:
         raise MalformedCheckpoint(f"refers to a storage that cannot be understood (class {cls!r:.80})")
+    dtype, untyped = kind
     known = m.storages.get(key)
-    if known is None or known.dtype is not kind[0] or known.numel != numel:
-        known = StorageNode(key, kind[0], location, numel, kind[1])
+    if known is None or known.dtype is not (dtype or torch.uint8) or known.numel != (numel if dtype else None):
+        if dtype is None:
+            known = StorageNode(key, torch.uint8, location, None, untyped=True)
+        else:
+            known = StorageNode(key, dtype, location, numel, untyped)
         m.storages.setdefault(key, known)
     m.push(known)
 

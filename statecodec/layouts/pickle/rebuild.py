@@ -46,10 +46,15 @@ def build(node: Any, state: Any) -> None:
     node.state = state if node.state is None else (node.state, state)
 
 
-def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> TensorNode:
-    """A checked window: every element that it can reach lies inside the storage's claimed size."""
+def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> TensorNode | None:
+    """A checked window: every element that it can reach lies inside the storage's claimed size.
+
+    None where the storage's elements have an unknown size: its bytes are carried, nothing is known of the window.
+    """
     if type(storage) is not StorageNode or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise MalformedCheckpoint("pickle rebuilds a tensor from something that is no storage, shape and stride")
+    if storage.numel is None:
+        return None
     dtype = dtype or storage.dtype
     if len(shape) != len(stride) or len(shape) > _MAX_RANK:
         raise MalformedCheckpoint(f"tensor of storage {storage.key!r}: {len(shape)} dimensions, {len(stride)} strides")
@@ -74,7 +79,9 @@ def _rebuild_tensor(args: tuple[Any, ...]) -> TensorNode | None:
     return tensor(args[0], args[1], args[2], args[3]) if len(args) == 4 else None
 
 
-def _finish(node: TensorNode, requires_grad: Any, metadata: Any) -> TensorNode:
+def _finish(node: TensorNode | None, requires_grad: Any, metadata: Any) -> TensorNode | None:
+    if node is None:
+        return None
     node.requires_grad = requires_grad is True
     if type(metadata) is DictNode:
         node.bits = frozenset(k for k, v in metadata.items if k in ("conj", "neg") and v is True)
@@ -121,7 +128,8 @@ def _rebuild_qtensor(args: tuple[Any, ...]) -> Opaque | None:
         return None
     if type(args[0]) is StorageNode and args[0].dtype in SUB_BYTE:
         return None
-    return Opaque("torch._utils", "_rebuild_qtensor", (tensor(*args[:4]), *args[4:]))
+    data = tensor(*args[:4])
+    return None if data is None else Opaque("torch._utils", "_rebuild_qtensor", (data, *args[4:]))
 
 
 def _rebuild_from_cpu_tensor(args: tuple[Any, ...]) -> TensorNode | None:

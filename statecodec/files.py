@@ -1,0 +1,145 @@
+"""Reading and writing files exactly, and telling whether a file is still the one that was opened.
+
+Nothing here knows what is in a file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells one state of a file from another: a replaced file has another inode, a changed one another time."""
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        """The identity that a stat result states."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self, status: os.stat_result, name: str) -> None:
+        """Raise LayoutError if a stat result is not of this file in this state."""
+        if Identity.of(status) != self:
+            raise LayoutError(f"{name} was changed or replaced while it was read; try again once it is complete")
+
+
+IN_MEMORY = Identity(0, 0, 0, 0)
+"""Of bytes that are no file's."""
+
+
+class ByteSource(Protocol):
+    """Random access to the bytes of a file, or to the skeleton of a compressed one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        ...
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `offset`. Raises MalformedCheckpoint past the end."""
+        ...
+
+
+class FileBytes:
+    """A ByteSource over an open file descriptor, which it does not own.
+
+    Args:
+        fd: Open for reading, of a regular file.
+        name: What messages call the file.
+    """
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.fd, self.name = fd, name
+        status = os.fstat(fd)
+        self.size, self.mode = status.st_size, stat.S_IMODE(status.st_mode)
+        self.identity = Identity.of(status)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `offset`. Raises MalformedCheckpoint past the end."""
+        _check_range(self, self.name, offset, nbytes)
+        data = os.pread(self.fd, nbytes, offset)
+        if len(data) == nbytes:
+            return data
+        target = bytearray(data).ljust(nbytes)
+        read_exactly(self.fd, offset + len(data), memoryview(target)[len(data) :], self.name)
+        return bytes(target)
+
+
+class MemoryBytes:
+    """A ByteSource over bytes in memory."""
+
+    def __init__(self, data: bytes, name: str = "checkpoint") -> None:
+        self.data, self.name, self.size = data, name, len(data)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `offset`. Raises MalformedCheckpoint past the end."""
+        _check_range(self, self.name, offset, nbytes)
+        return self.data[offset : offset + nbytes]
+
+
+def _check_range(source: ByteSource, name: str, offset: int, nbytes: int) -> None:
+    if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
+        raise MalformedCheckpoint(
+            f"{name}: needs bytes {offset}..{offset + nbytes} but the file has {source.size}; it is truncated"
+        )
+
+
+@contextmanager
+def opened(
+    path: str | os.PathLike[str], name: str = "", *, follow: bool = True, expected: Identity | None = None
+) -> Iterator[FileBytes]:
+    """Open a regular file for reading, never waiting for one that is a pipe or a device.
+
+    Args:
+        path: Where the file is.
+        name: What messages call it; by default its base name.
+        follow: Whether the path itself may be a symbolic link.
+        expected: The identity that the file must still have.
+
+    Raises:
+        UnknownLayout: It is not a regular file.
+        LayoutError: It has another identity than `expected`.
+        OSError: It cannot be opened.
+    """
+    name = name or Path(path).name
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    fd = os.open(path, flags)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnknownLayout(f"{name} is not a regular file")
+        if expected is not None:
+            expected.check(status, name)
+        yield FileBytes(fd, name)
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, offset: int, target: memoryview, name: str) -> None:
+    """Fill `target` (bytes) from a file. Raises MalformedCheckpoint if the file is shorter."""
+    got = 0
+    while got < len(target):
+        count = os.preadv(fd, [target[got:]], offset + got)
+        if count == 0:
+            raise MalformedCheckpoint(f"{name}: ends at byte {offset + got}; the file shrank while it was read")
+        got += count
+
+
+def write_exactly(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data` at an offset."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)

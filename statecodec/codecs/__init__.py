@@ -3,20 +3,23 @@
 To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`, a section to docs/codecs.md.
 """
 
-from statecodec.codecs.base import Codec, EncodedTensor, PartSpec, rows_cols
+from statecodec.codecs.base import NOTHING, Codec, EncodedTensor, Given, PartSpec, rows_cols
 from statecodec.codecs.based import Based, Delta, Residual, is_exact, standalone
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
+from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
 from statecodec.codecs.folded import Folded
+from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.spec import format_codec, from_config, get, names, parse
 from statecodec.codecs.split import Split
+from statecodec.codecs.uniform import Uniform
 
 __all__ = [
-    "Based", "Cast", "Codec", "Companded", "Delta", "Dropped", "EncodedTensor", "Folded", "LowRank", "PartSpec", "Raw",
-    "Residual", "Shared", "Split", "format_codec", "from_config", "get", "is_exact", "names", "parse", "rows_cols",
-    "standalone",
+    "NOTHING", "Based", "Cast", "Codec", "Companded", "Delta", "Direction", "Dropped", "EncodedTensor", "Folded",
+    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Residual", "Shared", "Split", "Uniform", "format_codec",
+    "from_config", "get", "is_exact", "names", "parse", "rows_cols", "standalone",
 ]  # fmt: skip

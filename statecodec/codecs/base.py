@@ -16,13 +16,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor
+from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
+from statecodec.kernels.reference.statistics import Comparison
 
 _FLAG_TEXTS = {
     kernels.NAN: "NaN",
@@ -30,6 +32,11 @@ _FLAG_TEXTS = {
     kernels.NEGATIVE: "negative values in an unsigned state",
     kernels.OUT_OF_RANGE: "values beyond fp16's range",
 }
+
+Given = Mapping[str, Tensor]
+"""Companions of a tensor: role -> the values of the same elements, in a shape of as many."""
+
+NOTHING: Given = MappingProxyType({})
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -90,6 +97,8 @@ class Codec(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Roles of the companions without which a tensor is neither encoded nor decoded."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
@@ -99,28 +108,42 @@ class Codec(ABC):
         """
 
     @abstractmethod
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
-        """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues."""
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> Comparison | None:
+        """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues.
+
+        `given` holds the companions that `needs` names, as they were before anything was encoded. Returns the sums of
+        the error made where the codec knows them without decoding, else None.
+        """
 
     @abstractmethod
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
-        """Decode parts into `out` (contiguous; the tensor's own shape and dtype)."""
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
+        """Decode parts into `out` (contiguous; the tensor's own shape and dtype).
+
+        `given` holds the companions that `needs` names, as the reader has them: decoded.
+        """
 
     @abstractmethod
-    def error_bound(self, x: Tensor) -> Tensor:
-        """Elementwise bound on |decode(encode(x)) - x|, float64, same shape as `x`; 0 where the codec is exact."""
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+        """Elementwise bound on |decode(encode(x)) - x|, float64, same shape as `x`; 0 where the codec is exact.
+
+        Of a codec with companions: where they are decoded to exactly what they were.
+        """
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         """Cut points inside a row must be multiples of this; None if the tensor cannot be cut at all."""
         return 1
 
-    def encode(self, x: Tensor, backend: str | None = None) -> EncodedTensor:
+    def encode(self, x: Tensor, backend: str | None = None, given: Given = NOTHING) -> EncodedTensor:
         """Encode a whole tensor. `backend` is `reference`, `cpu` or `triton`; by default the one for x's device."""
         shape, x = tuple(x.shape), x.detach().contiguous()
         chosen = kernels.resolve(backend, x.device)
         specs = self.parts(shape, x.dtype)
         parts = {k: torch.empty(s.shape, dtype=s.dtype, device=x.device) for k, s in specs.items()}
-        self.encode_into(x, parts, chosen)
+        self.encode_into(x, parts, chosen, given)
         return EncodedTensor(self, shape, x.dtype, parts)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> EncodedTensor:
@@ -141,6 +164,15 @@ class Codec(ABC):
             k: v.config() if isinstance(v, Codec) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()
         }
         return {"name": self.name, "version": self.version, **plain}
+
+    def companion(self, given: Given, like: Tensor) -> Tensor:
+        """The one companion that this codec needs, as flat fp32 values on the device of `like`. Raises UsageError."""
+        (role,) = self.needs
+        values = given.get(role)
+        if values is None or values.numel() != like.numel():
+            found = "nothing" if values is None else f"{values.numel()} elements"
+            raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {found}")
+        return values.detach().to(like.device, torch.float32).contiguous().view(-1)
 
     def require_float(self, dtype: torch.dtype) -> None:
         """Raise UnsupportedTensor unless dtype is one of fp32, fp16, bf16, fp64."""
@@ -186,11 +218,14 @@ class EncodedTensor:
             return part.device
         return torch.device("cpu")
 
-    def decode(self, out: Tensor | None = None, backend: str | None = None) -> Tensor:
-        """The decoded tensor, into `out` if given (contiguous, same shape and dtype)."""
+    def decode(self, out: Tensor | None = None, backend: str | None = None, given: Given = NOTHING) -> Tensor:
+        """The decoded tensor, into `out` if there is one (contiguous, same shape and dtype).
+
+        `given` are the decoded companions that the codec needs.
+        """
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.codec.decode_into(self.parts, out, kernels.resolve(backend, self.device))
+        self.codec.decode_into(self.parts, out, kernels.resolve(backend, self.device), given)
         return out
 
     def to(self, device: torch.device | str) -> EncodedTensor:

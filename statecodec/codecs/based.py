@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, inner_parts, store
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, store
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.raw import Raw
@@ -26,10 +26,14 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Based(Codec):
     """A codec whose tensors cannot be decoded without the same tensor of a base checkpoint."""
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         raise FormatError(f"{self.name} stores what changed since a base checkpoint: it cannot encode without one")
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         raise FormatError(f"{self.name} stores what changed since a base checkpoint: it cannot be decoded without it")
 
 
@@ -60,7 +64,7 @@ class Delta(Based):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return self.inner.align(shape)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         return self.inner.error_bound(x)
 
     def difference(self, parts: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +108,7 @@ class Residual(Based):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return self.inner.align(shape)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         return torch.full(x.shape, torch.inf, dtype=torch.float64)  # depends on the base
 
     def encode_from(self, x: Tensor, base: Tensor) -> tuple[dict[str, Tensor], Tensor]:

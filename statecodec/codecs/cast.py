@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
 
 _TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _UNITS = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2.0**-24, 2.0**-150)}
@@ -36,7 +36,9 @@ class Cast(Codec):
         self.require_float(dtype)
         return {"data": PartSpec(_TARGETS[self.to], shape)}
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         data = parts["data"]
         data.copy_(x.view(data.shape))
         largest = min(torch.finfo(data.dtype).max, torch.finfo(x.dtype).max)
@@ -44,10 +46,12 @@ class Cast(Codec):
             overflowed = data.to(x.dtype).isinf() & x.view(data.shape).isfinite()
             self.refuse(kernels.INF * bool(overflowed.any()))
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         out.copy_(parts["data"].view(out.shape))
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         relative, absolute = _UNITS[self.to]
         size = x.to(torch.float64).abs()
         exact = x.to(_TARGETS[self.to]).to(torch.float64) == x.to(torch.float64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding, rows_cols, store
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, rows_cols, store
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
@@ -83,13 +83,17 @@ class Companded(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return lcm(self.group, 2)
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         flags = backend.encode_companded(
             as_rows(x), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
         )
         self.refuse(flags)
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         exact = out.dtype == torch.float32
         target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
         rows = target.view(rows_cols(tuple(out.shape)))
@@ -99,7 +103,7 @@ class Companded(Codec):
         if not exact:
             store(target, out)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         if not x.numel():
             return torch.zeros(x.shape, dtype=torch.float64)
         values = as_rows(x.contiguous()).to(torch.float64)

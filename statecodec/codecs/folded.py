@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, as_rows, inner_parts, rounding, rows_cols, store
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, inner_parts, rounding, rows_cols, store
 from statecodec.codecs.raw import Raw
 
 
@@ -48,12 +48,16 @@ class Folded(Codec):
         inner = self.inner.align(self.mean_shape(shape))
         return None if inner is None else inner * self.block
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         mean = torch.empty(self.mean_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
         self.refuse(backend.fold_mean(as_rows(x), mean.view(rows_cols(tuple(mean.shape))), block=self.block))
         self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         shape = tuple(out.shape)
         mean = torch.empty(self.mean_shape(shape), dtype=torch.float32, device=out.device)
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
@@ -63,7 +67,7 @@ class Folded(Codec):
         if not exact:
             store(target, out)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         shape = tuple(x.shape)
         values = as_rows(x.contiguous())
         mean = torch.empty(self.mean_shape(shape), dtype=torch.float32)

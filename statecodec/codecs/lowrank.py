@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, rounding, rows_cols, store
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, rounding, rows_cols, store
 
 _FORMS = ("product", "square", "rank_one")
 _LARGEST = 1e38  # beyond, products of fp32 factors may round to infinity
@@ -47,7 +47,9 @@ class LowRank(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         matrix = x.view(rows_cols(tuple(x.shape))).to(torch.float64)
         self.refuse(
             kernels.NAN * bool(matrix.isnan().any())
@@ -60,13 +62,15 @@ class LowRank(Codec):
         parts["left"].copy_(left)
         parts["right"].copy_(right)
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         product = parts["left"] @ parts["right"]
         if self.form == "square":
             product.square_()
         store(product.view(out.shape), out)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         matrix = x.to(torch.float64).reshape(rows_cols(tuple(x.shape)))
         if not matrix.numel():
             return torch.zeros(x.shape, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,15 @@ class Raw(Codec):
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         return {"data": PartSpec(dtype, shape)}
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         parts["data"].copy_(x.view(parts["data"].shape))
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         out.copy_(parts["data"].view(out.shape))
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, inner_parts, rounding, store
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, rounding, store
 from statecodec.codecs.raw import Raw
 from statecodec.errors import UnsupportedTensor
 
@@ -48,18 +48,22 @@ class Shared(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         mean = self._mean(x)
         self.refuse(kernels.NAN * bool(mean.isnan().any()) | kernels.INF * bool(mean.isinf().any()))
         self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         mean = torch.empty(self.mean_shape(tuple(out.shape)), dtype=torch.float32, device=out.device)
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
         store(mean, mean_out := torch.empty_like(mean, dtype=out.dtype))
         out.copy_(mean_out.expand(out.shape))
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         mean = self._mean(x)
         return rounding((x.to(torch.float64) - mean.to(torch.float64)).abs() + self.inner.error_bound(mean), x)
 

@@ -1,11 +1,13 @@
 """Writing a codec as text: NAME or NAME(key=value,...), nested where a field is a codec.
 
 companded(curve=log,bits=8,group=128)      shared(dims=[0,1])      folded(level=2,inner=companded(bits=4))
+uniform(step=1.52587890625e-05)            a float is written so that it reads back to the very bits
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +16,26 @@ from statecodec.codecs.base import Codec
 from statecodec.codecs.based import Delta, Residual
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
+from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
 from statecodec.codecs.folded import Folded
+from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.split import Split
+from statecodec.codecs.uniform import Uniform
 from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 
 CODECS: dict[str, type[Codec]] = {
-    c.name: c for c in (Raw, Split, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta, Residual)
-}
+    c.name: c
+    for c in (
+        Raw, Uniform, Direction, Logarithmic, Split, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta, Residual,
+    )
+}  # fmt: skip
 
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|-?\d+|[()\[\],=])")
+_NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+_TOKEN = re.compile(rf"\s*([A-Za-z_][A-Za-z0-9_]*|{_NUMBER}|[()\[\],=])")
 _MAX_DEPTH = 4
 
 
@@ -95,13 +104,23 @@ def _build(kind: type[Codec], values: Mapping[str, Any]) -> Codec:
             known = ", ".join(fields) or "none"
             raise InvalidCodec(f"{kind.name} has no field {key!r}; its fields are: {known}")
         if not _fits(str(fields[key].type), value):
-            raise InvalidCodec(f"{kind.name}: {key}={value!r} is not {fields[key].type}")
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            raise InvalidCodec(f"{kind.name}: {key}={str(value)[:40]} is not {fields[key].type}")
+    return kind(**{k: _plain(str(fields[k].type), v) for k, v in values.items()})
+
+
+def _plain(annotation: str, value: Any) -> Any:
+    """The value as the field holds it: lists as tuples, whole numbers of a float field as floats."""
+    if annotation == "float":
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _fits(annotation: str, value: object) -> bool:
     if annotation == "int":
         return type(value) is int
+    if annotation == "float":
+        # The bound comes first: an integer may be too large for a float.
+        return type(value) in (int, float) and abs(value) < 2**1023 and math.isfinite(value)  # type: ignore[arg-type]
     if annotation == "str":
         return isinstance(value, str)
     if annotation == "tuple[int, ...]":
@@ -144,17 +163,19 @@ def _parse_value(tokens: list[str], text: str, depth: int) -> Any:
     if tokens and (tokens[0] in CODECS or (len(tokens) > 1 and tokens[1] == "(")):
         return _parse_codec(tokens, text, depth)
     word = _take(tokens, text)
-    return _number(word, text) if re.fullmatch(r"-?\d+", word) else word
+    return _number(word, text) if re.fullmatch(_NUMBER, word) else word
 
 
-def _number(word: str, text: str) -> int:
-    if not re.fullmatch(r"-?\d{1,9}", word):
-        raise InvalidCodec(f"codec {text!r}: {word!r} is not a number of at most nine digits")
-    return int(word)
+def _number(word: str, text: str) -> int | float:
+    if re.fullmatch(r"-?\d{1,9}", word):
+        return int(word)
+    if len(word) > 40 or re.fullmatch(r"-?\d+", word):
+        raise InvalidCodec(f"codec {text!r}: {word[:60]!r} is not a number of at most nine digits, or 40 with a point")
+    return float(word)
 
 
 def _take(tokens: list[str], text: str) -> str:
-    if not tokens or not re.fullmatch(r"[A-Za-z_]\w*|-?\d+", tokens[0]):
+    if not tokens or not re.fullmatch(rf"[A-Za-z_]\w*|{_NUMBER}", tokens[0]):
         raise InvalidCodec(f"codec {text!r}: expected a name or number, found {tokens[0] if tokens else 'the end'!r}")
     return tokens.pop(0)
 
@@ -170,4 +191,4 @@ def _format_value(value: object) -> str:
         return format_codec(value)
     if isinstance(value, tuple):
         return f"[{','.join(str(v) for v in value)}]"
-    return str(value)
+    return repr(value) if isinstance(value, float) else str(value)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, as_rows, rounding
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding
 
 _HIGH = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LOW = {8: torch.int8, 16: torch.int16}
@@ -39,20 +39,24 @@ class Split(Codec):
         self.require_float(dtype)
         return {"high": PartSpec(_HIGH[self.high], shape), "low": PartSpec(_LOW[self.low_bits], shape)}
 
-    def encode_into(self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend) -> None:
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         values = as_rows(x)
         if x.dtype == torch.float64:
             self.refuse(kernels.INF * bool((values.isinf() & x.view(values.shape).isfinite()).any()))
         self.refuse(backend.encode_split(values.view(-1), parts["high"].view(-1), parts["low"].view(-1)))
 
-    def decode_into(self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend) -> None:
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
         exact = out.dtype == torch.float32
         target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
         backend.decode_split(parts["high"].view(-1), parts["low"].view(-1), target.view(-1))
         if not exact:
             out.copy_(target)
 
-    def error_bound(self, x: Tensor) -> Tensor:
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         size = x.to(torch.float32).to(torch.float64).abs()
         if self.high == "bf16":
             # Next to fp32's maximum the 24-bit rounding saturates instead of reaching infinity: one unit, not half.

@@ -31,7 +31,8 @@ from triton.runtime.jit import JITFunction
 from statecodec.kernels import triton as backend
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot
-from statecodec.kernels.triton import companding, folding, plan, runtime, splitting
+from statecodec.kernels.grids import Grid, LogGrid
+from statecodec.kernels.triton import companding, folding, grid, logarithm, plan, runtime, splitting
 
 # One, odd, even, divisible by 16, and both kinds beyond 32 bits.
 FORMS = (1, 3, 6, 16, 2**31 + 1, 2**40)
@@ -135,6 +136,7 @@ def stand_alone() -> None:
             master_weights(high, low)
     for block in (1, 4, 256, 8192):
         block_means(block)
+    on_grids()
 
 
 def companded(curve: Curve, rows: int, cols: int, group: int) -> None:
@@ -157,12 +159,25 @@ def block_means(block: int) -> None:
     backend.unfold(mean, x, block=block)
 
 
+def on_grids() -> None:
+    x, v, codes = torch.zeros(4096), torch.zeros(4096), torch.zeros(4096, dtype=torch.int32)
+    short = codes.to(torch.int16)
+    backend.encode_uniform(x, codes, grid=Grid(1e-5))
+    backend.decode_uniform(codes, x, grid=Grid(1e-5))
+    backend.encode_direction(x, v, codes, grid=Grid(1e-2), eps=1e-8)
+    backend.decode_direction(codes, v, x, grid=Grid(1e-2), eps=1e-8)
+    for steps in (8, 10):
+        backend.encode_logarithmic(v, short, grid=LogGrid(steps))
+        backend.decode_logarithmic(short, v, grid=LogGrid(steps))
+
+
 def few() -> None:
     """One call of each stand-alone kernel."""
     for curve, cols in ((curves()[0], 256), (curves()[7], 200)):
         companded(curve, 4, cols, 128)
     master_weights(torch.bfloat16, torch.int8)
     block_means(4)
+    on_grids()
 
 
 def flash_adam() -> None:
@@ -239,7 +254,7 @@ def main() -> None:
     recorder = Recorder(driver, options.arch, options.keep)
     triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
-    for module in (companding, folding, plan, runtime, splitting):
+    for module in (companding, folding, grid, logarithm, plan, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()
     if options.only == "few":
         few()

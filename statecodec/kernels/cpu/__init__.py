@@ -7,6 +7,8 @@ same bits as `statecodec.kernels.reference`.
 from statecodec.kernels.cpu.centring import byte_counts, centre, uncentre
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
+from statecodec.kernels.cpu.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
+from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates
@@ -18,9 +20,15 @@ __all__ = [
     "compare_updates",
     "constant_byte",
     "decode_companded",
+    "decode_direction",
+    "decode_logarithmic",
     "decode_split",
+    "decode_uniform",
     "encode_companded",
+    "encode_direction",
+    "encode_logarithmic",
     "encode_split",
+    "encode_uniform",
     "fold_mean",
     "merge_planes",
     "split_planes",

@@ -3,6 +3,8 @@
 from statecodec.kernels.reference.centring import byte_counts, centre, uncentre
 from statecodec.kernels.reference.companding import decode_companded, encode_companded
 from statecodec.kernels.reference.folding import fold_mean, unfold
+from statecodec.kernels.reference.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
+from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 from statecodec.kernels.reference.statistics import compare, compare_updates
@@ -14,9 +16,15 @@ __all__ = [
     "compare_updates",
     "constant_byte",
     "decode_companded",
+    "decode_direction",
+    "decode_logarithmic",
     "decode_split",
+    "decode_uniform",
     "encode_companded",
+    "encode_direction",
+    "encode_logarithmic",
     "encode_split",
+    "encode_uniform",
     "fold_mean",
     "merge_planes",
     "split_planes",

@@ -1,0 +1,75 @@
+"""A first moment as the direction in which Adam would move: its error is a fraction of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.codecs.uniform import grid_bound
+from statecodec.kernels.grids import MAX_STEP, MIN_STEP, Grid
+from statecodec.kernels.reference.statistics import Comparison
+
+
+@dataclass(frozen=True)
+class Direction(Codec):
+    """Part `codes` (int32): how many times `step` u = exp_avg / (sqrt(exp_avg_sq) + eps) is, rounded to nearest.
+
+    Encoding divides by the true root, decoding multiplies by the root of the exp_avg_sq that the reader has. So the
+    error of u is that of rounding, rms step / sqrt(12), whatever exp_avg_sq was stored with; the decoded exp_avg is off
+    by the root's own relative error besides.
+
+    Adam's bias corrections are folded into the fields. With c1 = 1 - beta1**t and c2 = 1 - beta2**t, a fraction f of an
+    update whose rms is U is step = f * U * sqrt(12) * c1 / sqrt(c2), and eps = Adam's eps * sqrt(c2). Directions from
+    2**22 steps on are exact, as in `uniform`: where exp_avg_sq is 0 and exp_avg is not, eps alone is the divisor.
+
+    NaN, infinities and negative second moments are refused. The error sums are those of u.
+    """
+
+    name: ClassVar[str] = "direction"
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
+
+    step: float = 0.01
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        self.require(MIN_STEP <= self.step <= MAX_STEP, f"step={self.step!r}, expected {MIN_STEP} to {MAX_STEP}")
+        self.require(MIN_STEP <= self.eps <= 1.0, f"eps={self.eps!r}, expected {MIN_STEP} to 1")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The grid as the kernels take it."""
+        return Grid(self.step)
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        return {"codes": PartSpec(torch.int32, shape)}
+
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> Comparison | None:
+        v, codes = self.companion(given, x), parts["codes"].view(-1)
+        flags, made = backend.encode_direction(as_rows(x).view(-1), v, codes, grid=self.grid, eps=self.eps)
+        self.refuse(flags)
+        return made if x.dtype == torch.float32 else None
+
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
+        v, exact = self.companion(given, out), out.dtype == torch.float32
+        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        backend.decode_direction(parts["codes"].view(-1), v, target.view(-1), grid=self.grid, eps=self.eps)
+        if not exact:
+            store(target, out)
+
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+        divisor = self.companion(given, x).to(torch.float64).sqrt().view(x.shape) + self.eps
+        direction = x.to(torch.float64) / divisor
+        bound = grid_bound(direction, self.grid) + direction.abs() * 2.0**-21  # the root's and both products' rounding
+        return rounding(bound * divisor, x)

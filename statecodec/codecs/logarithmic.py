@@ -1,0 +1,67 @@
+"""Log codes on one grid for all of fp32: a constant relative error for second moments, whatever they span."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.kernels.grids import MAX_PER_OCTAVE, LogGrid
+from statecodec.kernels.reference.statistics import Comparison
+
+
+@dataclass(frozen=True)
+class Logarithmic(Codec):
+    """Part `codes` (int16): `steps` codes per octave, from fp32's smallest number on; no groups and no scales.
+
+    Code 0 means exactly 0, and nothing positive gets it. So rows of any range and dead units need no special case. The
+    root, by which Adam divides, has an rms relative error of 0.1 / steps. Packing takes the means of rows and
+    columns out of the codes. -0.0 becomes 0.0. NaN, infinities and negative values are refused.
+    """
+
+    name: ClassVar[str] = "logarithmic"
+
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        self.require(1 <= self.steps <= MAX_PER_OCTAVE, f"steps={self.steps}, expected 1 to {MAX_PER_OCTAVE}")
+
+    @cached_property
+    def grid(self) -> LogGrid:
+        """The grid with its table of values."""
+        return LogGrid(self.steps)
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        return {"codes": PartSpec(torch.int16, shape)}
+
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> Comparison | None:
+        values = as_rows(x).view(-1)
+        if x.dtype == torch.float64:  # below fp32's range: its smallest number, not 0
+            values = torch.where((x.view(-1) > 0) & (values == 0), 2.0**-149, values)
+        flags, made = backend.encode_logarithmic(values, parts["codes"].view(-1), grid=self.grid)
+        self.refuse(flags)
+        return made if x.dtype == torch.float32 else None
+
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
+        exact = out.dtype == torch.float32
+        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        backend.decode_logarithmic(parts["codes"].view(-1), target.view(-1), grid=self.grid)
+        if not exact:
+            store(target, out)
+
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+        size = x.to(torch.float64).abs()
+        # Half a code, and the polynomial's own error of 1.2e-4 octaves.
+        relative = 2.0 ** (0.5 / self.steps + 1.3e-4) - 1.0
+        return rounding(torch.where(size > 0, size * relative + 2.0**-149, torch.zeros_like(size)), x)

@@ -1,0 +1,69 @@
+"""A uniform grid: the best quantiser before an entropy coder, with an error that is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from statecodec import kernels
+from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.kernels.grids import LIMIT, MAX_STEP, MIN_STEP, Grid
+from statecodec.kernels.reference.statistics import Comparison
+
+
+@dataclass(frozen=True)
+class Uniform(Codec):
+    """Part `codes` (int32): how many times `step` each value is, rounded to nearest.
+
+    The step is absolute and whoever chooses it decides how fine it is; the rms error is step / sqrt(12). From 2**22
+    steps on a value is exact: the codes go on with fp32's own numbers (`statecodec.kernels.grids`). Zeros decode to
+    zeros, -0.0 to 0.0. NaN and infinities are refused. Small codes pack: a byte plane of noise, one that packs and two
+    of almost nothing, or less (docs/format.md, section 5.1).
+    """
+
+    name: ClassVar[str] = "uniform"
+
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.require(MIN_STEP <= self.step <= MAX_STEP, f"step={self.step!r}, expected {MIN_STEP} to {MAX_STEP}")
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The grid as the kernels take it."""
+        return Grid(self.step)
+
+    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        self.require_float(dtype)
+        return {"codes": PartSpec(torch.int32, shape)}
+
+    def encode_into(
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+    ) -> Comparison | None:
+        flags, made = backend.encode_uniform(as_rows(x).view(-1), parts["codes"].view(-1), grid=self.grid)
+        self.refuse(flags)
+        return made if x.dtype == torch.float32 else None
+
+    def decode_into(
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+    ) -> None:
+        exact = out.dtype == torch.float32
+        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        backend.decode_uniform(parts["codes"].view(-1), target.view(-1), grid=self.grid)
+        if not exact:
+            store(target, out)
+
+    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+        return rounding(grid_bound(x.to(torch.float64), self.grid), x)
+
+
+def grid_bound(x: Tensor, grid: Grid) -> Tensor:
+    """Bound on the error of fp32 values (float64) on a linear grid: half a step, and the rounding of the arithmetic."""
+    size = x.abs()
+    bound = 0.5 * grid.width + size * 2.0**-22
+    return torch.where((size == 0) | (size > grid.width * LIMIT), torch.zeros_like(size), bound)

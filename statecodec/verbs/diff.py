@@ -31,12 +31,13 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
     u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. What is not a tensor is compared
     byte by byte, file by file. Raises FormatError, LayoutError.
     """
-    started = time.perf_counter()
     with open_checkpoint(a) as first, open_checkpoint(b) as second:
-        return _diff(first, second, threads or default_threads(), progress, started)
+        return compare(first, second, threads or default_threads(), progress)
 
 
-def _diff(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | None, started: float) -> DiffReport:
+def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | None = None) -> DiffReport:
+    """`diff` of open checkpoints."""
+    started = time.perf_counter()
     pairs_by_name = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors]
     shared = [t for t, other in pairs_by_name if _comparable(t, other)]
     unlike = [(t, o) for t, o in pairs_by_name if not _comparable(t, o) and t.role not in SKELETON_ROLES]

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from statecodec import codecs
+from statecodec.checkpoint.base import Checkpoint, TensorInfo
 from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, Report
 from statecodec.checkpoint.stored import Stored
-from statecodec.errors import CorruptFile, VerificationFailed
-from statecodec.streams import Meter, Progress
-from statecodec.verbs.diff import diff
+from statecodec.errors import CorruptFile, FormatError, VerificationFailed
+from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.verbs.diff import compare
 
 _SHOWN = 5
 
 
-def verify(src: str | Path, against: str | Path | None = None, *, progress: Progress | None = None) -> Report:
+def verify(
+    src: str | Path,
+    against: str | Path | None = None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
     """Check every checksum of a compressed checkpoint; with `against`, also that it is a compression of that original.
 
     Of a link of a chain, every earlier file is checked as well.
@@ -29,27 +39,54 @@ def verify(src: str | Path, against: str | Path | None = None, *, progress: Prog
     VerificationFailed, FormatError.
     """
     started = time.perf_counter()
+    workers = threads or default_threads()
     with Stored.open(src) as stored:
-        meter = Meter(progress, sum(item.stored_nbytes for item in stored.reader.items), "verifying")
-        damaged = []
-        for check in stored.reader.verify():
-            meter.add(check.nbytes)
-            if check.error is not None:
-                damaged.append(f"{check.name}: {check.error}")
-        if stored.document.base is not None:
-            verify(stored.base.path, progress=progress)  # what this file cannot be read without
+        check_intact(stored, workers, progress)
         report = stored.report()
-    if damaged:
-        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
-        raise CorruptFile(f"{src}: {len(damaged)} damaged tensors: {'; '.join(damaged[:_SHOWN])}{more}")
-    if against is not None:
-        comparison = diff(against, src, progress=progress)
-        _check_against(report, comparison, Path(against))
-        report = replace(report, updates=comparison.updates, total=comparison.total)
+        if against is not None:
+            with open_checkpoint(against) as original:
+                report = check_against(stored, original, workers, progress)
+            _check_digest(report, Path(against))
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _check_against(report: Report, comparison: DiffReport, original: Path) -> None:
+def check_intact(stored: Stored, threads: int, progress: Progress | None = None) -> None:
+    """Read every chunk of a compressed checkpoint, and of those that it builds on. Raises CorruptFile."""
+    reader = stored.reader
+    meter = Meter(progress, sum(item.stored_nbytes for item in reader.items), "verifying")
+    chunks = ((item, chunk) for item in stored.items for chunk in stored.chunks(item.index))
+    damaged: dict[str, FormatError] = {}
+
+    def attempt(job: tuple[TensorInfo, int]) -> tuple[TensorInfo, int, FormatError | None]:
+        item, chunk = job
+        try:
+            reader.read_chunk(item.index, chunk)
+        except FormatError as error:
+            return item, chunk, error
+        return item, chunk, None
+
+    with closing(ordered_map(attempt, chunks, threads)) as attempts:
+        for item, chunk, error in attempts:
+            meter.add(reader.items[item.index].chunks[chunk].nbytes)
+            if error is not None:
+                damaged.setdefault(item.name, error)
+    if damaged:
+        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        shown = "; ".join(f"{name}: {error}" for name, error in list(damaged.items())[:_SHOWN])
+        raise CorruptFile(f"{stored.path}: {len(damaged)} damaged tensors: {shown}{more}")
+    if stored.document.base is not None:
+        check_intact(stored.base, threads, progress)
+
+
+def check_against(stored: Stored, original: Checkpoint, threads: int, progress: Progress | None = None) -> Report:
+    """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
+    report, found = stored.report(), compare(original, stored, threads, progress)
+    _refuse(_complaints(report, found), original.path)
+    return replace(report, updates=found.updates, total=found.total)
+
+
+def _complaints(report: Report, comparison: DiffReport) -> list[str]:
+    """What the comparison with an original found that the file does not own to."""
     complaints = [f"{name} is only in the original" for name in comparison.only_in_a]
     complaints += [f"{name} is only in the compressed file" for name in comparison.only_in_b]
     complaints += [f"{name} has another shape or dtype in the original" for name in comparison.not_comparable]
@@ -68,13 +105,22 @@ def _check_against(report: Report, comparison: DiffReport, original: Path) -> No
             tensor.rms, error["rms"], rel_tol=1e-3, abs_tol=1e-30
         ):
             complaints.append(f"{tensor.name}: error {tensor.rms:.6g} rms, the file says {error['rms']:.6g}")
+    return complaints
+
+
+def _check_digest(report: Report, original: Path) -> None:
+    """Hold a single file against the SHA-256 that the compressed file was made from."""
     digest = report.source.get("sha256")
-    if digest and not complaints and original.is_file():
-        hashes = FileHashes([Watched(original, original.stat().st_size)])
-        hashes.start()
-        (found,) = hashes.digests()
-        if found != digest:
-            complaints.append(f"the original's SHA-256 is {found}, the file was made from {digest}")
+    if not digest or not original.is_file():
+        return
+    hashes = FileHashes([Watched(original, original.stat().st_size)])
+    hashes.start()
+    (found,) = hashes.digests()
+    if found != digest:
+        _refuse([f"the original's SHA-256 is {found}, the file was made from {digest}"], original)
+
+
+def _refuse(complaints: Sequence[str], original: Path) -> None:
     if complaints:
         more = f" and {len(complaints) - _SHOWN} more" if len(complaints) > _SHOWN else ""
         raise VerificationFailed(f"not a compression of {original}: {'; '.join(complaints[:_SHOWN])}{more}")

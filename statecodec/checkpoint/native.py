@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from statecodec import codecs
 from statecodec._version import __version__
+from statecodec.atomic import Output
 from statecodec.checkpoint.chain import refuse_base
 from statecodec.checkpoint.document import Document, to_json
 from statecodec.checkpoint.report import Report
@@ -92,12 +92,10 @@ def load_native(stored: Stored, device: torch.device | str = "cpu") -> Any:
         raise FormatError(f"{stored.path}: no description of the saved value can be read: {error}") from error
 
 
-def restore_native(stored: Stored, path: Path) -> None:
+def restore_native(stored: Stored, output: Output) -> None:
     """Write the saved value as an ordinary torch.save file, with encoded tensors decoded."""
-    with path.open("wb") as file:
+    with output.create() as file:
         torch.save(_decoded(load_native(stored)), file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _to_json(value: Any, path: str, found: _Collected, depth: int) -> Any:

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from statecodec import atomic
 from statecodec.choose.architectures import Layer, layer_type, recognise
 from statecodec.choose.snr import CUTOFF, Dims, LayerSNR, Ratios, average, choose, cutoffs, saved
 from statecodec.errors import PolicyError
@@ -83,14 +84,9 @@ def rules_document(layers: Sequence[LayerSNR], cutoff: float = CUTOFF, basis: st
 
 
 def write_rules(document: Mapping[str, Any], path: str | Path) -> None:
-    """Write a rules file, whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", "utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a rules file, whole or not at all; an existing one is replaced. Raises UsageError, OutputFailed."""
+    text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+    atomic.write_file(path, text.encode("utf-8"), force=True)
 
 
 def read_table(path: str | Path) -> list[LayerSNR]:

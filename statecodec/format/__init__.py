@@ -7,9 +7,10 @@ from statecodec.format.manifest import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
 from statecodec.format.placement import Item
 from statecodec.format.reader import ItemCheck, Reader
-from statecodec.format.writer import PackedChunk, Writer, Written
+from statecodec.format.writer import Finished, PackedChunk, Writer, Written
 from statecodec.limits import Limits
 
 __all__ = [
-    "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem", "Writer", "Written",
+    "Finished", "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem",
+    "Writer", "Written",
 ]  # fmt: skip

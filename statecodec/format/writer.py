@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from statecodec._version import __version__
+from statecodec.atomic import File
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk
@@ -23,7 +24,7 @@ from statecodec.format import placement
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
 from statecodec.format.index import index_json
 from statecodec.format.manifest import PACKED, Manifest, OtherShard, StoredChunk, StoredItem
-from statecodec.format.output import Destination, TemporaryFile, sweep
+from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import Item, PlannedItem, plan
 from statecodec.limits import Limits
@@ -43,20 +44,49 @@ class PackedChunk:
 
 @dataclass(frozen=True)
 class Written:
-    """What `close` made. `path` is what a Reader opens: the file, or the index of a sharded output."""
+    """An output. `path` is what a Reader opens: the file, or the index of a sharded output. `notes`: what the file
+    system could not do for durability or permissions, in words.
+    """
 
     path: Path
     files: tuple[Path, ...]
     nbytes: int
     items: tuple[StoredItem, ...]
     version: tuple[int, int] = VERSION
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """An output that is whole and on the disk, but has not its name yet: a Reader opens `path`, and checks it there.
+
+    `path` and `files` lie in the writer's temporary folder, which leaving the writer removes.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    nbytes: int
+    items: tuple[StoredItem, ...]
+    _destination: Destination
+
+    def publish(self) -> Written:
+        """Make it visible under its name, all files or none. Raises OutputExists, OutputFailed."""
+        place = self._destination
+        place.publish()
+        return Written(place.opened, tuple(place.files), self.nbytes, self.items, notes=place.staging.notes)
 
 
 class Writer:
     """Writes items whose names, codecs, shapes and dtypes are known beforehand; memory does not grow with their size.
 
-    Use it as a context manager: leaving it without `close`, by an exception or not, removes everything it wrote.
-    Raises OutputExists, OutputFailed (disk full, I/O errors) and UsageError (wrong order or parts, not JSON).
+        with Writer(path, items) as writer:
+            ...                                     # append(pack(...)) every chunk of every item
+            finished = writer.finish(document)      # whole and on the disk, under a temporary name
+            ...                                     # read finished.path
+            written = finished.publish()            # `writer.close(document)` does both
+
+    Leaving the block without publishing, by an exception or not, removes everything it wrote. Raises OutputExists,
+    OutputFailed (disk full, I/O errors) and UsageError (wrong order or parts, not JSON).
     """
 
     def __init__(
@@ -79,15 +109,11 @@ class Writer:
         self._packed: list[list[Entry]] = [[] for _ in self._plan.shards]
         self._next = (0, 0)
         self._pool = Pool()
-        self._files: list[TemporaryFile] = []
+        self._files: list[File] = []
         self._destination = Destination(path, len(self._plan.shards), force)
-        self._open()
-
-    def _open(self) -> None:
-        sweep(self._destination.path)
         try:
-            for _ in self._plan.shards:
-                self._files.append(TemporaryFile(self._destination.path))
+            for file in self._destination.files:
+                self._files.append(self._destination.create(file))
         except BaseException:
             self.abort()
             raise
@@ -155,7 +181,7 @@ class Writer:
             first = entries[-1].start
             entries[-1] = replace(entries[-1], shape=(stop - first,), stop=stop)
 
-    def _append_plain(self, planned: PlannedItem, packed: PackedChunk, file: TemporaryFile, base: int) -> None:
+    def _append_plain(self, planned: PlannedItem, packed: PackedChunk, file: File, base: int) -> None:
         if packed.index == 0:
             self._part_done = dict.fromkeys(planned.parts, 0)
         position = 0
@@ -183,37 +209,40 @@ class Writer:
         """Replace an item's attributes, any time before `close`."""
         self._attributes[item] = dict(attributes)
 
-    def close(self, document: Mapping[str, Any] | None = None) -> Written:
-        """Write manifest and headers, wait for the disk, and make the output visible."""
+    def finish(self, document: Mapping[str, Any] | None = None) -> Finished:
+        """Write manifest and headers and wait for the disk; nothing is visible yet."""
         if not self._files:
             raise UsageError("this writer is closed")
         if self._next != (len(self.items), 0):
             raise UsageError(f"{len(self.items)} items were announced; chunk {self._next} has not been appended")
         try:
-            return self._close(document or {})
+            return self._finish_all(document or {})
+        except BaseException:
+            self.abort()
+            raise
+
+    def close(self, document: Mapping[str, Any] | None = None) -> Written:
+        """Finish and publish at once."""
+        try:
+            return self.finish(document).publish()
         finally:
             self.abort()
 
-    def _close(self, document: Mapping[str, Any]) -> Written:
-        others = tuple(
-            OtherShard(self._destination.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1)
-        )
+    def _finish_all(self, document: Mapping[str, Any]) -> Finished:
+        place = self._destination
+        others = tuple(OtherShard(place.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1))
         items = tuple(self._stored_item(i) for i in range(len(self.items)))
         manifest = Manifest(VERSION, f"statecodec {__version__}", others, items, document)
         data = _json(manifest.to_json(), "attributes or document")
         if len(data) > Limits().max_manifest_bytes:
             raise UsageError(f"the manifest would take {len(data):,} bytes, above what readers accept")
-        digest = xxhash.xxh3_128_hexdigest(data)
         self._finish(len(self._files) - 1, data)
-        index = self._write_index(items, digest) if self._destination.sharded else None
-        try:
-            self._destination.publish(self._files, index)
-        finally:
-            if index is not None:
-                index.close()
-        path = self._destination.index if index else self._destination.path
+        if place.sharded:
+            self._write_index(items, xxhash.xxh3_128_hexdigest(data))
+        self._files.clear()
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
-        return Written(path, tuple(self._destination.files), nbytes, items)
+        made = place.staging.folder
+        return Finished(made / place.opened.name, tuple(made / f.name for f in place.files), nbytes, items, place)
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]
@@ -239,23 +268,21 @@ class Writer:
         file.finish(shard.header_size + self._ends[i], self._destination.mode())
         return header_digest
 
-    def _write_index(self, items: Sequence[StoredItem], digest: str) -> TemporaryFile:
+    def _write_index(self, items: Sequence[StoredItem], digest: str) -> None:
         names = [file.name for file in self._destination.files]
-        index = index_json(items, names, sum(self._ends), digest)
-        file = TemporaryFile(self._destination.path)
+        data = _json(index_json(items, names, sum(self._ends), digest), "item names")
+        file = self._destination.create(self._destination.index)
         try:
-            data = _json(index, "item names")
             file.write_at(data, 0)
             file.finish(len(data), self._destination.mode())
-        except BaseException:
+        finally:
             file.close()
-            raise
-        return file
 
     def abort(self) -> None:
         """Remove everything that is not published. May be called at any time, more than once."""
         while self._files:
             self._files.pop().close()
+        self._destination.staging.close()
 
     def __enter__(self) -> Writer:
         return self

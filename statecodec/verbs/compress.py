@@ -193,7 +193,7 @@ def _report(target: Path, outcome: Outcome, document: documents.Document, unmet:
     written = outcome.written
     shown = target.with_name(written.path.name) if len(written.files) > 1 else target  # what a reader opens
     report = make_report(shown, written.version, document, written.items, written.files)
-    return replace(report, unmet=unmet)
+    return replace(report, unmet=unmet, notes=(*report.notes, *written.notes))
 
 
 def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:

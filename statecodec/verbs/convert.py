@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from statecodec.atomic import Output
 from statecodec.checkpoint.native import save
 from statecodec.checkpoint.open import load, open_checkpoint
 from statecodec.checkpoint.report import Report
@@ -120,7 +121,10 @@ def _convert_optimizer(src: Path, dst: Path, target: Target, pack: str, force: b
     if dst.name.endswith(".safetensors"):
         save(value, dst, pack=pack, force=force)
     else:
-        _torch_save(value, dst)
+        with Output(dst, force=force) as output:
+            with output.create() as file:
+                torch.save(value, file)
+            output.publish()
     return replace(_report(dst, errors, notes), seconds=time.perf_counter() - started)
 
 
@@ -220,15 +224,6 @@ def _report(dst: Path, errors: Sequence[LoadReport], notes: Sequence[str]) -> Re
         total["worst_update_error"] = max(updates.values())
     shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
     return replace(report, total=total or None, notes=(*report.notes, *notes, *shown))
-
-
-def _torch_save(value: Any, dst: Path) -> None:
-    temporary = dst.with_name(f".{dst.name}.tmp")
-    try:
-        torch.save(value, temporary)
-        temporary.replace(dst)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _value(text: str) -> Any:

@@ -7,16 +7,16 @@ import stat
 import struct
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from zlib_ng import zlib_ng
 
 from statecodec import codecs
+from statecodec.atomic import Output
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.report import Report
@@ -36,7 +36,6 @@ from statecodec.streams import (
 from statecodec.verbs.compress import target_device
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
-from statecodec.verbs.publishing import publish
 
 _CRC_BLOCK = 1 << 20
 _scratch = Scratch()
@@ -71,24 +70,28 @@ def restore(
             target = output_file(dst, target, force=force)
         elif dst is not None:
             target = Path(dst)
-        if document.source["layout"] == "native":
-            from statecodec.checkpoint.native import restore_native
+        with Output(target, directory=document.is_directory, force=force) as output:
+            if document.source["layout"] == "native":
+                from statecodec.checkpoint.native import restore_native
 
-            write: Callable[[Path], None] = partial(restore_native, stored)
-        else:
-            meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
-            write = partial(_restore_all, stored, where, threads or default_threads(), meter, times)
-        publish(target, write, directory=document.is_directory, force=force)
-        for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
-            _finish_folder(target, root, times)
-        return replace(stored.report(), seconds=time.perf_counter() - started, path=str(target))
+                restore_native(stored, output)
+            else:
+                meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
+                _restore_all(stored, where, threads or default_threads(), meter, times, output)
+            output.finish()
+            output.publish()
+            for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
+                _finish_folder(target, root, times, output)
+        report = stored.report()
+        notes = (*report.notes, *output.notes)
+        return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes)
 
 
-def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, times: bool, made: Path) -> None:
-    document = stored.document
+def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, times: bool, output: Output) -> None:
+    document, made = stored.document, output.path
     if not document.is_directory:
-        _restore_file(stored, document.files[0], made, device, threads, meter)
-        _set_time(made, document.files[0].mtime_ns if times else None)
+        _restore_file(stored, document.files[0], made, device, threads, meter, output)
+        output.staging.set_time(made, document.files[0].mtime_ns if times else None)
         return
     if document.folders[0].mode is not None:
         made.chmod(0o700)  # nobody else sees what is not there yet
@@ -100,25 +103,20 @@ def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Mete
         if file.same_as is not None:
             os.link(made / file.same_as, path)
         else:
-            _restore_file(stored, file, path, device, threads, meter)
-            _set_time(path, file.mtime_ns if times else None)
+            _restore_file(stored, file, path, device, threads, meter, output)
+            output.staging.set_time(path, file.mtime_ns if times else None)
     for folder in reversed(document.folders[1:]):  # what is inside first: it could not be reached any more
-        _finish_folder(made / folder.path, folder, times)
+        _finish_folder(made / folder.path, folder, times, output)
 
 
-def _finish_folder(path: Path, folder: Folder, times: bool) -> None:
+def _finish_folder(path: Path, folder: Folder, times: bool, output: Output) -> None:
     if folder.mode is not None:  # setgid and its like are of the place, not of the checkpoint
-        path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o777 | folder.mode & 0o777)
-    _set_time(path, folder.mtime_ns if times else None)
-
-
-def _set_time(path: Path, mtime_ns: int | None) -> None:
-    if mtime_ns is not None:
-        os.utime(path, ns=(mtime_ns, mtime_ns))
+        output.staging.chmod(path, stat.S_IMODE(path.stat().st_mode) & ~0o777 | folder.mode & 0o777)
+    output.staging.set_time(path, folder.mtime_ns if times else None)
 
 
 def _restore_file(
-    stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter
+    stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter, output: Output
 ) -> None:
     items = stored.reader.items
     lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not codecs.is_exact(items[i].codec)]
@@ -148,8 +146,8 @@ def _restore_file(
         hashes.advance(file.nbytes)
         if hashes.files and hashes.digests() != [file.sha256]:
             raise CorruptFile(f"{file.path}: the restored bytes do not have the source's SHA-256 {file.sha256}")
-        os.fsync(fd)
-        os.fchmod(fd, file.mode)
+        output.staging.sync(fd)
+        output.staging.chmod(fd, file.mode)
     finally:
         hashes.cancel()
         os.close(fd)

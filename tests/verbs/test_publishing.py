@@ -1,12 +1,9 @@
-"""Restoring gives nothing a name before it is whole, and replaces nothing that it was not told to."""
+"""Restoring and compressing give nothing a name before it is whole, and replace nothing that they were not told to."""
 
 from __future__ import annotations
 
 import os
-import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -15,10 +12,8 @@ from typing import Any
 import pytest
 
 import statecodec
-from statecodec.errors import OutputExists, OutputFailed, UsageError, VerificationFailed
+from statecodec.errors import OutputFailed, UsageError, VerificationFailed
 from statecodec.streams import ordered_map
-from statecodec.verbs import publishing
-from statecodec.verbs.publishing import publish
 
 
 @pytest.fixture
@@ -33,8 +28,6 @@ def test_a_file_never_replaces_a_directory_or_a_device(packed: Path, tmp_path: P
     folder.mkdir()
     (folder / "keep").touch()
     os.mkfifo(device)
-    with pytest.raises(UsageError, match="not replaced"):
-        publish(folder, lambda path: None, directory=False, force=force)
     with pytest.raises(UsageError, match="not replaced"):
         statecodec.restore(packed, device, force=force)
     statecodec.restore(packed, folder, force=force)  # into it, under the file's own name
@@ -62,64 +55,9 @@ def test_a_directory_replaces_a_directory(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "run") == ["new"]
 
 
-def test_the_old_directory_stays_where_the_new_one_cannot_get_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target = tmp_path / "run"
-    target.mkdir()
-    (target / "old").touch()
-    rename = os.rename
-
-    def failing(source: Any, destination: Any) -> None:
-        if Path(source).name == "made":
-            raise OSError(5, "Input/output error")
-        rename(source, destination)
-
-    monkeypatch.setattr(publishing.os, "rename", failing)
-    with pytest.raises(OutputFailed, match="Input/output error"):
-        publish(target, lambda made: (made / "new").touch(), directory=True, force=True)
-    assert os.listdir(target) == ["old"]
-    assert os.listdir(tmp_path) == ["run"]
-
-
-@pytest.mark.parametrize("directory", [False, True])
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path, directory: bool) -> None:
-    target = tmp_path / "target"
-
-    def write(made: Path) -> None:
-        (made / "x" if directory else made).touch()
-        target.write_text("somebody else's")
-
-    with pytest.raises(OutputExists):
-        publish(target, write, directory=directory, force=False)
-    assert target.read_text() == "somebody else's"
-    assert os.listdir(tmp_path) == ["target"]
-
-
 def test_a_folder_that_cannot_be_written_to(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputFailed, match="No such file or directory"):
+    with pytest.raises(OutputFailed, match="there is no directory"):
         statecodec.restore(packed, tmp_path / "no" / "such" / "folder")
-
-
-def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "x.pt"
-    code = (
-        "import sys, time; from pathlib import Path; from statecodec.verbs.publishing import publish\n"
-        "def write(made): made.write_bytes(b'half'); print('there', flush=True); time.sleep(60)\n"
-        "publish(Path(sys.argv[1]), write, directory=False, force=False)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE, text=True)
-    with child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "there\n"
-        (left,) = os.listdir(tmp_path)
-
-        publish(target, lambda made: made.touch(), directory=False, force=True)
-        assert sorted(os.listdir(tmp_path)) == sorted([left, "x.pt"]), "swept under a living writer"
-
-        child.send_signal(signal.SIGKILL)
-    publish(target, lambda made: made.touch(), directory=False, force=True)
-    assert os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_a_closed_map_has_no_work_in_flight() -> None:

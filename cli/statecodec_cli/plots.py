@@ -20,8 +20,8 @@ Document = Mapping[str, Any]
 INK, QUIET, GRID, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 BEFORE = "#cbd2d9"
 ROLES = {  # one colour a role, told apart by every common kind of colour vision (after Okabe and Ito)
-    "weight": "#0072b2", "exp_avg": "#e69f00", "exp_avg_sq": "#009e73", "max_exp_avg_sq": "#56b4e9",
-    "momentum": "#d55e00", "step": "#999999", "other": "#999999",
+    "weight": "#0072b2", "master": "#0072b2", "ema": "#0072b2", "exp_avg": "#e69f00", "exp_avg_sq": "#009e73",
+    "max_exp_avg_sq": "#56b4e9", "momentum": "#d55e00", "step": "#999999", "other": "#999999",
 }  # fmt: skip
 STYLE: Any = {
     "font.family": "sans-serif", "font.size": 9.0, "text.color": INK, "axes.labelcolor": QUIET, "axes.edgecolor": GRID,

@@ -19,7 +19,7 @@ from statecodec_cli import console
 
 Document = Mapping[str, Any]
 _MANY = 400  # rows; more are cut with a remark, --json has them all
-_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton")
+_ROLES = ("weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton")
 
 
 def compressed(document: Document, *, every: bool = False) -> list[RenderableType]:

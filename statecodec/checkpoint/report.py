@@ -61,12 +61,14 @@ class Report:
 
     @property
     def num_params(self) -> int:
-        """Elements of the weights; without weights, of the first moments; without either, of all float tensors."""
-        for roles in (("weight",), ("exp_avg",), ("momentum",)):
-            count = sum(math.prod(t.shape) for t in self.tensors if t.role in roles)
+        """Parameters, each counted once: elements of the weights, or else of the first of their copies or states that
+        is there; without any, of all tensors of real and complex numbers.
+        """
+        for role in ("weight", "master", "ema", "exp_avg", "momentum"):
+            count = sum(math.prod(t.shape) for t in self.tensors if t.role == role)
             if count:
                 return count
-        return sum(math.prod(t.shape) for t in self.tensors if "float" in t.dtype)
+        return sum(math.prod(t.shape) for t in self.tensors if "float" in t.dtype or "complex" in t.dtype)
 
     @property
     def ratio(self) -> float | None:

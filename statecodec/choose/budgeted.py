@@ -28,6 +28,7 @@ from statecodec.codecs import Codec
 from statecodec.errors import UnencodableValues, UsageError, VerificationFailed
 from statecodec.format.packing import Packing
 from statecodec.layouts import Moments
+from statecodec.roles import family
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
 
 _MIN_NUMEL = 4096  # smaller tensors stay exact, as in the presets
@@ -85,7 +86,7 @@ class Search:
         )  # fmt: skip
         self._choices, self._base = choices, base
         self.pairs = source.moments
-        weights = (item for item in source.items if item.role == "weight")
+        weights = (item for item in source.items if family(item.role) == "weight")
         self._weights = [item for item in weights if item.dtype in codecs.base.FLOATS]
         if limits.update is not None and not self.pairs:
             raise UsageError("max_update_error: no pairs of exp_avg and exp_avg_sq here, so no Adam update to bound")

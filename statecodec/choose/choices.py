@@ -19,6 +19,7 @@ from statecodec.choose.presets import preset_rules
 from statecodec.choose.rules import Policy, Rule
 from statecodec.codecs import Codec
 from statecodec.errors import UnsupportedTensor
+from statecodec.roles import family
 
 _LOSSY_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
 
@@ -109,7 +110,7 @@ def _because(rule: Rule | None, preset: str) -> str:
 
 def _unmet(source: SourceCheckpoint, chosen: Mapping[str, Choice], preset: str) -> Iterator[str]:
     """What the preset is for and found nothing to do it to."""
-    roles = Counter(item.role for item in source.items if item.region is not None)
+    roles = Counter(family(item.role) for item in source.items if item.region is not None)
     if preset == "lossless" or not any(roles[role] for role in roles if role not in ("step",)):
         return
     if preset == "weights" and not any(isinstance(c.codec, codecs.Dropped) for c in chosen.values()):

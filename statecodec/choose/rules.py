@@ -24,8 +24,8 @@ from statecodec import codecs
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.codecs import Codec
 from statecodec.errors import CodecError, PolicyError
+from statecodec.roles import ROLES, family
 
-ROLES = ("weight", "exp_avg", "exp_avg_sq", "momentum", "max_exp_avg_sq", "step", "other")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 _CONDITION = re.compile(r"(ndim|numel|cols)(>=|<=|==|<|>)(\d{1,18})")
@@ -43,7 +43,7 @@ class Rule:
     def matches(self, tensor: TensorInfo) -> bool:
         """Whether this rule speaks of that tensor."""
         if self.pattern in ROLES:
-            named = tensor.role == self.pattern
+            named = self.pattern in (tensor.role, family(tensor.role))
         else:
             named = fnmatchcase(tensor.name, self.pattern) or (
                 tensor.param is not None and fnmatchcase(tensor.param, self.pattern)
@@ -163,7 +163,7 @@ def _holds(condition: str, tensor: TensorInfo) -> bool:
     if condition in DTYPES:
         return tensor.dtype == DTYPES[condition]
     if condition in ROLES:
-        return tensor.role == condition
+        return condition in (tensor.role, family(tensor.role))
     match = _CONDITION.fullmatch(condition)
     assert match is not None  # parse_rule checked it
     quantity, operator, bound = match.group(1), match.group(2), int(match.group(3))

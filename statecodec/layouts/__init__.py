@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from statecodec.files import ByteSource, FileBytes, Identity, MemoryBytes
 from statecodec.layouts.base import (
-    ROLES,
     Crc32,
     Folder,
     Moments,
     Region,
-    Role,
     Source,
     SourceFile,
     View,
@@ -23,7 +21,6 @@ from statecodec.layouts.directory import locate
 from statecodec.layouts.tree import OpaqueObject, tree, tree_from_pickle
 
 __all__ = [
-    "ROLES",
     "ByteSource",
     "Crc32",
     "FileBytes",
@@ -33,7 +30,6 @@ __all__ = [
     "Moments",
     "OpaqueObject",
     "Region",
-    "Role",
     "Source",
     "SourceFile",
     "View",

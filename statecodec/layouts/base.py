@@ -9,14 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
 from statecodec.files import IN_MEMORY, Identity
-
-Role = Literal["weight", "exp_avg", "exp_avg_sq", "momentum", "max_exp_avg_sq", "step", "other"]
-ROLES: tuple[str, ...] = get_args(Role)
+from statecodec.roles import Role
 
 
 @dataclass(frozen=True)

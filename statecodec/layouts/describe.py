@@ -41,16 +41,16 @@ class Described:
     """View names in the file's own order."""
     crcs: tuple[Crc32, ...]
     scalars: dict[int, bytes]
-    """id(tensor node) -> bytes, of every one-element tensor: steps and learning rates are kept as such."""
+    """Tensor's index -> bytes, of every one-element tensor: steps and learning rates are kept as such."""
 
     def for_roles(self) -> FileRoles:
         return FileRoles(self.path, self.root, self.ordered, self.scalars)
 
 
 def read_scalars(source: ByteSource, cuts: list[Cut]) -> dict[int, bytes]:
-    """The bytes of every one-element tensor, by id(tensor node)."""
+    """The bytes of every one-element tensor, by its index."""
     return {
-        id(node): source.read(piece.region.offset + offset * node.dtype.itemsize, node.dtype.itemsize)
+        node.index: source.read(piece.region.offset + offset * node.dtype.itemsize, node.dtype.itemsize)
         for piece in cuts
         for _, node, offset in piece.windows
         if math.prod(node.shape) == 1
@@ -58,12 +58,17 @@ def read_scalars(source: ByteSource, cuts: list[Cut]) -> dict[int, bytes]:
 
 
 def cut_all(root: Any, spans: dict[str, Span]) -> tuple[list[Cut], list[str]]:
-    """All regions (sorted by offset) of the storages in `spans`, and the names of all views in order."""
-    unique, order = Names(), []
+    """All regions (sorted by offset) of the storages in `spans`, and the names of all views in order.
+
+    On the way every tensor gets its index.
+    """
+    unique, order, count = Names(), [], 0
     windows: dict[str, list[tuple[str, TensorNode]]] = {}
     storages: dict[str, StorageNode] = {}
     for place, node in walk(root):
         storage = node.storage if type(node) is TensorNode else node if type(node) is StorageNode else None
+        if type(node) is TensorNode and node.index < 0:
+            node.index, count = count, count + 1
         if storage is None or storage.key not in spans:
             continue
         storages.setdefault(storage.key, storage)
@@ -85,11 +90,11 @@ def finish(described: Described, roles: FileRoles) -> SourceFile:
     region_of: dict[int, Region] = {}
     for index, piece in enumerate(described.cuts):
         nodes = [node for _, node, _ in piece.windows]
-        found_roles = {roles.roles.get(id(node), "other") for node in nodes}
-        params = {roles.params.get(id(node)) for node in nodes} - {None}
+        found_roles = {roles.roles.get(node.index, "other") for node in nodes}
+        params = {roles.params.get(node.index) for node in nodes} - {None}
         role = found_roles.pop() if len(found_roles) == 1 else "other"
         # Tied weights have several names, and the first is the one that Module.parameters() knows.
-        param = next((p for node in nodes if (p := roles.params.get(id(node)))), None) if role == "weight" else None
+        param = next((p for node in nodes if (p := roles.params.get(node.index))), None) if role == "weight" else None
         if role != "weight" and len(params) == 1:
             param = next(iter(params))
         region = replace(piece.region, role=role, param=param)
@@ -97,13 +102,13 @@ def finish(described: Described, roles: FileRoles) -> SourceFile:
         for name, node, offset in piece.windows:
             views[name] = View(name, index, node.dtype, node.shape, node.stride, offset)
             if not region.lossless:
-                region_of[id(node)] = region
+                region_of[node.index] = region
     moments = []
     for adam in roles.adam:
-        m, v = region_of.get(id(adam.exp_avg)), region_of.get(id(adam.exp_avg_sq))
+        m, v = region_of.get(adam.exp_avg.index), region_of.get(adam.exp_avg_sq.index)
         if m is None or v is None:
             continue
-        weight = region_of.get(id(adam.weight))
+        weight = None if adam.weight is None else region_of.get(adam.weight.index)
         moments.append(
             Moments(
                 adam.param, m.name, v.name, None if weight is None else weight.name, adam.beta1, adam.beta2, adam.eps,

@@ -19,6 +19,7 @@ from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
 from statecodec.choose.measure import settings
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
+from statecodec.roles import family
 from statecodec.streams import Meter, Progress, default_threads, ordered_map
 
 _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
@@ -57,7 +58,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
             meter.add(math.prod(tensor.shape))
             if tensor.role not in SKELETON_ROLES:
                 tensors.append(_tensor_diff(tensor, result))
-                sums.add_tensor(tensor.role, result.numbers)
+                sums.add_tensor(family(tensor.role), result.numbers)
             elif result.differing:
                 rest.add(_file(a, tensor))
 
@@ -217,7 +218,7 @@ class _Totals:
         self._updates = self._updates.merged(c)
 
     def total(self) -> dict[str, float]:
-        """relative_rms of each role, and of all updates: u_rms, max_u, max_u_exact, cosine."""
+        """relative_rms of each family of roles, and of all updates: u_rms, max_u, max_u_exact, cosine."""
         found = {f"{role}_relative_rms": _relative(c.sum_sq_diff, c.sum_sq) for role, c in self._roles.items()}
         u = self._updates
         if u != NO_UPDATE:

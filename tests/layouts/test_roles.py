@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import statecodec
 from statecodec.layouts import SourceFile, locate
 from tests.layouts.support import Net, check_file, split_groups, train
 
@@ -133,7 +135,8 @@ def test_timm_with_an_ema(saved: Any) -> None:
     state = {"arch": "x", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "state_dict_ema": ema}
     _, file = saved(state, name="last.pth.tar")
     assert [m.param for m in file.moments] == expected_names(model, optimizer)
-    assert by_name(file)["state_dict_ema.fc.weight"].role == "weight"
+    assert by_name(file)["state_dict_ema.fc.weight"].role == "ema"
+    assert {m.weight for m in file.moments} == {f"state_dict.{n}" for n in expected_names(model, optimizer)}
 
 
 def test_fsdp1_full_is_name_keyed(saved: Any) -> None:
@@ -164,7 +167,7 @@ def test_deepspeed_flat_partitions(saved: Any) -> None:
     _, file = saved(state)
     weights = [f"optimizer_state_dict.single_partition_of_fp32_groups.{i}" for i in range(2)]
     assert [(m.param, m.weight, m.beta2) for m in file.moments] == [(None, w, 0.95) for w in weights]
-    assert [by_name(file)[w].role for w in weights] == ["weight", "weight"]
+    assert [by_name(file)[w].role for w in weights] == ["master", "master"]
 
 
 def test_deepspeed_module_views_share_a_storage(saved: Any) -> None:
@@ -276,3 +279,156 @@ def test_checkpoints_side_by_side_keep_to_their_own_model(tmp_path: Path) -> Non
         for moments in file.moments:
             assert moments.param is not None
             assert moments.param.startswith(file.path.split("/")[0])
+
+
+# ---- oddities take nothing from what is beside them
+
+
+def three_layers() -> tuple[torch.nn.Module, torch.optim.AdamW, list[str]]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer)
+    return model, optimizer, [name for name, _ in model.named_parameters()]
+
+
+def keys_as_text(state: dict[str, Any], names: list[str]) -> None:
+    state["state"] = {str(k): v for k, v in state["state"].items()}
+
+
+def all_ids_as_text(state: dict[str, Any], names: list[str]) -> None:
+    keys_as_text(state, names)
+    state["param_groups"][0]["params"] = [str(i) for i in state["param_groups"][0]["params"]]
+
+
+def keys_are_names(state: dict[str, Any], names: list[str]) -> None:
+    state["state"] = {names[k]: v for k, v in state["state"].items()}
+
+
+def names_and_a_number(state: dict[str, Any], names: list[str]) -> None:
+    keys_are_names(state, names)
+    state["param_groups"][0]["params"] = [*names, 77]
+
+
+def tuples_for_lists(state: dict[str, Any], names: list[str]) -> None:
+    state["param_groups"][0]["params"] = tuple(state["param_groups"][0]["params"])
+    state["param_groups"] = tuple(state["param_groups"])
+
+
+def another_kind_of_group(state: dict[str, Any], names: list[str]) -> None:
+    state["param_groups"].append("none")
+
+
+def a_parameter_without_a_state(state: dict[str, Any], names: list[str]) -> None:
+    state["param_groups"][0]["params"].append(77)
+
+
+def an_id_that_is_none(state: dict[str, Any], names: list[str]) -> None:
+    state["param_groups"][0]["params"].append(None)
+
+
+def a_state_that_is_no_dict(state: dict[str, Any], names: list[str]) -> None:
+    state["state"][99] = "nothing"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [keys_as_text, all_ids_as_text, keys_are_names, names_and_a_number, tuples_for_lists, another_kind_of_group,
+     a_parameter_without_a_state, an_id_that_is_none, a_state_that_is_no_dict],
+)  # fmt: skip
+def test_odd_spellings_of_a_state_keep_moments_and_names(saved: Any, change: Any) -> None:
+    model, optimizer, names = three_layers()
+    state = optimizer.state_dict()
+    change(state, names)
+    _, file = saved({"model": model.state_dict(), "optimizer": state})
+    assert [(m.param, m.beta2) for m in file.moments] == [(n, 0.999) for n in names]
+
+
+def test_one_odd_state_is_anonymous_alone(saved: Any) -> None:
+    """A shape that no weight has (a factored or folded state): the others are named as if it were not there."""
+    model, optimizer, names = three_layers()
+    state = optimizer.state_dict()
+    state["state"][2].update(exp_avg=torch.zeros(7), exp_avg_sq=torch.zeros(7))
+    _, file = saved({"model": model.state_dict(), "optimizer": state})
+    assert [m.param for m in file.moments] == [n if i != 2 else None for i, n in enumerate(names)]
+
+
+def test_one_odd_name_is_missing_alone(saved: Any) -> None:
+    _, optimizer, names = three_layers()
+    state = optimizer.state_dict()
+    state["param_groups"][0]["param_names"] = [None if i == 2 else n for i, n in enumerate(names)]
+    _, file = saved({"optimizer": state})
+    assert [m.param for m in file.moments] == [n if i != 2 else None for i, n in enumerate(names)]
+
+
+def test_a_key_that_is_no_text_leaves_the_model_its_weights(saved: Any) -> None:
+    model, _, names = three_layers()
+    _, file = saved({"model": {**model.state_dict(), 7: "version"}})
+    assert [(r.param, r.role) for r in file.regions] == [(n, "weight") for n in names]
+
+
+def test_states_that_no_group_refers_to_take_the_settings_that_all_groups_share(saved: Any) -> None:
+    model, optimizer, _ = three_layers()
+    state = optimizer.state_dict()
+    state["state"] = {("p", k): v for k, v in state["state"].items()}
+    state["param_groups"] += [{**state["param_groups"][0], "params": [], "lr": 1.0}]
+    _, file = saved({"model": model.state_dict(), "optimizer": state})
+    assert [(m.beta1, m.eps, m.lr) for m in file.moments] == [(0.9, 1e-8, None)] * 6
+
+
+# ---- copies of weights
+
+
+def test_an_average_is_a_weight_where_nothing_else_is(saved: Any) -> None:
+    model, _, _ = three_layers()
+    _, file = saved({"ema": model.state_dict(), "model": None})
+    assert {r.role for r in file.regions} == {"weight"}
+
+
+def test_averages_are_told_by_the_folder_they_are_in(tmp_path: Path) -> None:
+    model, _, _ = three_layers()
+    for folder in ("unet", "unet_ema"):
+        (tmp_path / folder).mkdir()
+        save_file(model.state_dict(), tmp_path / folder / "model.safetensors")
+    roles = {f.path: {r.role for r in f.regions} for f in locate(tmp_path).files}
+    assert roles == {"unet/model.safetensors": {"weight"}, "unet_ema/model.safetensors": {"ema"}}
+
+
+def test_words_that_only_contain_ema_are_no_averages(saved: Any) -> None:
+    _, file = saved({"model": {"schema.weight": torch.ones(4, 4), "cinema.weight": torch.ones(2, 4)}})
+    assert {r.role for r in file.regions} == {"weight"}
+
+
+def test_every_parameter_is_counted_once(tmp_path: Path) -> None:
+    """bf16 weights, their fp32 masters, an average, a copy in fp8 with its scale: one model of 216 parameters."""
+    model, optimizer, _ = three_layers()
+    low = {k: v.bfloat16() for k, v in model.state_dict().items()}
+    fp8 = {"0.weight_fp8": low["0.weight"].to(torch.float8_e4m3fn), "0.weight_fp8_scale": torch.ones(8)}
+    state = {
+        "model": {**low, **fp8},
+        "ema": {k: v.clone() for k, v in low.items()},
+        "optimizer": {"optimizer": optimizer.state_dict(), "fp32_from_fp16_params": [list(model.parameters())]},
+    }
+    torch.save(state, tmp_path / "m.pt")
+    report = statecodec.inspect(tmp_path / "m.pt")
+    assert report.num_params == sum(p.numel() for p in model.parameters()) == 216
+    counts = Counter(t.role for t in report.tensors)
+    assert (counts["weight"], counts["ema"], counts["master"]) == (6, 6, 6)
+    assert {t.role for t in report.tensors if "fp8" in t.name} == {"other"}
+
+
+def test_weights_in_fp8_with_their_scales(saved: Any) -> None:
+    weights = {"a.weight": torch.zeros(8, 8).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 1)}
+    _, file = saved({**weights, "norm.weight": torch.ones(8)})
+    roles = {r.name: r.role for r in file.regions}
+    assert roles == {"a.weight": "weight", "a.weight_scale_inv": "other", "norm.weight": "weight"}
+
+
+def test_rules_for_weights_are_for_their_copies_too(tmp_path: Path) -> None:
+    big = {k: torch.randn(64, 64) for k in ("weight", "ema")}
+    torch.save({"model": {"fc.weight": big["weight"]}, "model_ema": {"fc.weight": big["ema"]}}, tmp_path / "m.pt")
+    report = statecodec.compress(tmp_path / "m.pt", rules=["ema=raw"])
+    codecs = {t.role: t.codec.partition("(")[0] for t in report.tensors}
+    assert (codecs["weight"], codecs["ema"]) == ("split", "raw")
+    report = statecodec.compress(tmp_path / "m.pt", force=True)
+    assert {t.codec.partition("(")[0] for t in report.tensors if t.role in ("weight", "ema")} == {"split"}

@@ -16,12 +16,13 @@ from typing import Any, Final
 
 import torch
 
-from statecodec.layouts.base import Role
 from statecodec.layouts.facts.match import Shape, deal, deal_by_shape
-from statecodec.layouts.facts.survey import Optimizer, Weight, parameter_name, survey
-from statecodec.layouts.pickle.nodes import TensorNode
+from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
+from statecodec.layouts.pickle.nodes import DictNode, TensorNode
+from statecodec.roles import Role
 
 _MAX_ELSEWHERE: Final = 8
+_STRANGERS: Final = 4  # parameters that fit, at least, for each one that does not
 _SCALARS: Final[dict[torch.dtype, str]] = {
     torch.float32: "<f", torch.float64: "<d", torch.float16: "<e",
     torch.int64: "<q", torch.int32: "<i", torch.int16: "<h", torch.uint8: "<B", torch.int8: "<b",
@@ -53,11 +54,11 @@ class FileRoles:
     ordered: bool
     """Its tensors stand in the model's order (torch files; safetensors are sorted by name)."""
     scalars: dict[int, bytes]
-    """id(tensor node) -> bytes, of the file's one-element tensors."""
+    """Tensor's index -> bytes, of the file's one-element tensors."""
     roles: dict[int, Role] = field(default_factory=dict)
-    """id(tensor node) -> role; absent means "other"."""
+    """Tensor's index -> role; absent means "other"."""
     params: dict[int, str] = field(default_factory=dict)
-    """id(tensor node) -> parameter name."""
+    """Tensor's index -> parameter name."""
     adam: list[Adam] = field(default_factory=list)
 
 
@@ -78,11 +79,12 @@ class _Candidate:
 def assign(files: list[FileRoles]) -> None:
     """Fill in `roles`, `params` and `adam` of every file."""
     surveys = [survey(file.root) for file in files]
+    _averages(files, surveys)
     own = [_candidates(s.weights, f.ordered) for f, s in zip(files, surveys, strict=True)]
     folders = _folders(files, own)
     for file, found, candidates in zip(files, surveys, own, strict=True):
         file.roles = found.roles
-        file.params.update({id(w.node): w.name for w in found.weights})
+        file.params.update({w.node.index: w.name for w in found.weights})
         if not found.optimizers:
             continue
         beside = folders[str(PurePosixPath(file.path).parent)]
@@ -90,9 +92,18 @@ def assign(files: list[FileRoles]) -> None:
         if len(elsewhere) > _MAX_ELSEWHERE:  # many checkpoints side by side, none of which need be this one's
             elsewhere = []
         names = _name_all(found.optimizers, [candidates, beside, elsewhere])
-        local = _by_name(found.weights)
+        local = _by_name([w for w in found.weights if found.roles[w.node.index] == "weight"])
         for optimizer, named in zip(found.optimizers, names, strict=True):
             _describe(file, optimizer, named, local)
+
+
+def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
+    """Weights that their path or file calls a running average are that, if there are others that they follow."""
+    weights = [(s, w, w.average or is_average(f.path)) for f, s in zip(files, surveys, strict=True) for w in s.weights]
+    if any(not average for _, _, average in weights):
+        for found, weight, average in weights:
+            if average:
+                found.roles[weight.node.index] = "ema"
 
 
 def _by_name(weights: list[Weight]) -> dict[str, TensorNode]:
@@ -154,9 +165,7 @@ def _name_all(optimizers: list[Optimizer], scopes: list[list[_Candidate]]) -> li
 
 
 def _given_names(optimizer: Optimizer) -> list[list[str | None]] | None:
-    if not any(g.names for g in optimizer.groups):
-        return None
-    return [[parameter_name(n) for n in g.names] if g.names else [None] * len(g.ids) for g in optimizer.groups]
+    return [g.names for g in optimizer.groups] if any(any(g.names) for g in optimizer.groups) else None
 
 
 def _agreed(answers: list[list[list[str | None]] | None]) -> list[list[str | None]] | None:
@@ -172,9 +181,28 @@ def _match_ordered(candidate: _Candidate, optimizers: list[Optimizer], *, exact:
         return None
     if all(shape is None for group in groups for shape in group):
         return None
-    dealt = deal(candidate.shapes(), groups)
     names = candidate.names()
-    return None if dealt is None else [[names[w] for w in group] for group in dealt]
+    dealt = deal(candidate.shapes(), groups)
+    if dealt is not None:
+        return [[names[w] for w in group] for group in dealt]
+    return None if exact else _without_strangers(candidate, groups)
+
+
+def _without_strangers(candidate: _Candidate, groups: list[list[Shape | None]]) -> list[list[str | None]] | None:
+    """The same without the few parameters that have no state, or a shape that no weight has: they stay anonymous."""
+    known = set(candidate.shapes())
+    fitting = [[i for i, shape in enumerate(group) if shape in known] for group in groups]
+    count, total = sum(map(len, fitting)), sum(map(len, groups))
+    if count == total or (total - count) * _STRANGERS > count:
+        return None
+    dealt = deal(candidate.shapes(), [[g[i] for i in kept] for g, kept in zip(groups, fitting, strict=True)])
+    if dealt is None:
+        return None
+    found: list[list[str | None]] = [[None] * len(group) for group in groups]
+    for names, kept, weights in zip(found, fitting, dealt, strict=True):
+        for i, w in zip(kept, weights, strict=True):
+            names[i] = candidate.weights[w].name
+    return found
 
 
 def _match_shapes(candidate: _Candidate, optimizer: Optimizer) -> list[list[str | None]] | None:
@@ -200,17 +228,38 @@ def _describe(
     position = 0
     for group, group_names in zip(optimizer.groups, names, strict=True):
         for key, name in zip(group.ids, group_names, strict=True):
-            state = optimizer.states.get(key)
+            state = optimizer.state(key)
             weight = weights.get(name) if name is not None else masters.get(position)
             position += 1
-            if state is None:
-                continue
-            values = state.strings()
-            if name is not None:
-                file.params.update({id(v): name for v in values.values() if type(v) is TensorNode})
-            adam = _adam(file, values, group.node.strings(), name, weight)
-            if adam is not None:
-                file.adam.append(adam)
+            if state is not None:
+                _describe_state(file, state, group.node.strings(), name, weight)
+    common = _common([group.node for group in optimizer.groups])
+    for key, state in optimizer.of_no_group().items():
+        name = parameter_name(key) if type(key) is str else None
+        _describe_state(file, state, common, name, None if name is None else weights.get(name))
+
+
+def _describe_state(
+    file: FileRoles, state: DictNode, settings: dict[str, Any], name: str | None, weight: TensorNode | None
+) -> None:
+    values = state.strings()
+    if name is not None:
+        file.params.update({v.index: name for v in values.values() if type(v) is TensorNode})
+    adam = _adam(file, values, settings, name, weight)
+    if adam is not None:
+        file.adam.append(adam)
+
+
+def _common(groups: list[DictNode]) -> dict[str, Any]:
+    """The settings that all groups share."""
+    first = groups[0].strings() if groups else {}
+    plain = {k: v for k, v in first.items() if type(v) in (int, float, tuple)}
+    return {k: v for k, v in plain.items() if all(_same(group.get(k), v) for group in groups)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(a, b, strict=False) if type(a) is type(b) is tuple and len(a) == len(b) else [(a, b)]
+    return all(type(x) is type(y) and type(x) in (int, float) and x == y for x, y in pairs)
 
 
 def _masters(optimizer: Optimizer) -> dict[int, TensorNode]:
@@ -243,7 +292,7 @@ def _adam(
 def _number(file: FileRoles, value: Any) -> float | None:
     """A finite setting: a plain number, or a one-element tensor read from the file."""
     if type(value) is TensorNode:
-        data = file.scalars.get(id(value))
+        data = file.scalars.get(value.index)
         if data is None or value.bits:
             return None
         if value.dtype is torch.bfloat16:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
-from statecodec.layouts.base import Role
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, spell, walk
 from statecodec.names import bare_name, shown
+from statecodec.roles import Role
 
 STATE_ROLES: Final[dict[str, Role]] = {
     "exp_avg": "exp_avg",
@@ -21,7 +22,7 @@ STATE_ROLES: Final[dict[str, Role]] = {
     "max_exp_avg_sq": "max_exp_avg_sq",
     "max_exp_avg_sqs": "max_exp_avg_sq",
     "momentum_buffer": "momentum",
-    "master_param": "weight",
+    "master_param": "master",
 }
 _MASTER_KEYS: Final = frozenset(
     {
@@ -35,18 +36,29 @@ _MASTER_KEYS: Final = frozenset(
 _OTHER_WORDS: Final = ("rng", "random", "sched", "scaler", "callback", "loops", "sampler", "metric")
 _BUFFER: Final = re.compile(
     r"(^|\.)(running_mean|running_var|num_batches_tracked|inv_freq|original_inv_freq|position_ids|token_type_ids|masked_bias"
-    r"|(attn_|causal_|tril_)?mask|tril|cos_cached|sin_cached|freqs_cis|freqs_cos|freqs_sin|relative_position_index|n_averaged)$"
+    r"|(attn_|causal_|tril_)?mask|tril|cos_cached|sin_cached|freqs_cis|freqs_cos|freqs_sin|relative_position_index|n_averaged"
+    r"|amax_history|amax)$"
 )
+_AVERAGE: Final = re.compile(r"(^|[._/-])(ema|swa|shadow|averaged?)([._/-]|$)", re.IGNORECASE)
+_SCALE: Final = re.compile(r"_scale(_inv)?$")
+_NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _PICKLED: Final = re.compile(r"(?<![^.])(_modules|_parameters)\.")  # a model saved as an object, not as a state dict
+
+
+Key = int | str
+"""A parameter's number or name. Numbers may be spelled as text: JSON and YAML know no other keys."""
 
 
 @dataclass
 class Group:
-    """One param_group: its ids in order, the names that the file gives for them, and its settings."""
+    """One param_group: its parameters' ids in order, the names that the file gives for them, and its settings.
+
+    Both are None where an entry is something else: it takes nothing from the others.
+    """
 
     node: DictNode
-    ids: list[int | str]
-    names: list[str] | None
+    ids: list[Key | None]
+    names: list[str | None]
 
 
 @dataclass
@@ -55,12 +67,21 @@ class Optimizer:
 
     place: Place
     groups: list[Group]
-    states: dict[int | str, DictNode]
+    states: dict[Key, DictNode]
     parent: DictNode | None
+
+    def state(self, key: Key | None) -> DictNode | None:
+        """The state of a parameter of a group."""
+        return None if key is None else self.states.get(key)
 
     def shapes(self) -> list[list[tuple[int, ...] | None]]:
         """Each group's parameters' shapes, as far as their states tell."""
-        return [[_param_shape(self.states.get(i)) for i in group.ids] for group in self.groups]
+        return [[_param_shape(self.state(i)) for i in group.ids] for group in self.groups]
+
+    def of_no_group(self) -> dict[Key, DictNode]:
+        """The states that no group refers to."""
+        known = {key for group in self.groups for key in group.ids}
+        return {key: state for key, state in self.states.items() if key not in known}
 
 
 @dataclass
@@ -70,11 +91,13 @@ class Weight:
     name: str
     top: str
     node: TensorNode
+    average: bool
+    """Its path says that it is a running average."""
 
 
 @dataclass
 class Survey:
-    """What a file holds. Keys of `roles` are id()s of tensor nodes; tensors that are not there are "other"."""
+    """What a file holds. Keys of `roles` are indices of tensors; tensors that are not there are "other"."""
 
     optimizers: list[Optimizer] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
@@ -86,14 +109,21 @@ def parameter_name(name: str) -> str:
     return bare_name(_PICKLED.sub("", shown(name)))
 
 
+def is_average(path: str) -> bool:
+    """Whether a key path or file name says that what is there is a running average of weights."""
+    return _AVERAGE.search(path) is not None
+
+
 def survey(root: Any) -> Survey:
     """Look through a description (of a torch file, or of a safetensors file as one dict)."""
     found = Survey()
     bare = _is_state_dict(root)
     parents: dict[int, DictNode] = {}
+    companions: set[int] = set()
     for place, node in walk(root):
         if type(node) is TensorNode:
-            _tensor(found, place, node, bare)
+            if node.index not in companions:
+                _tensor(found, place, node, bare)
             continue
         if type(node) is not DictNode:
             if place.key in _MASTER_KEYS and not place.inside:
@@ -106,6 +136,8 @@ def survey(root: Any) -> Survey:
             _state_roles(found, optimizer)
         elif not place.inside or place.inside == "state dict":
             place.inside = _inside(place, node)
+            if place.inside == "state dict":
+                companions.update(_companions(node))
             for _, child in node.items:
                 if type(child) is DictNode:
                     parents.setdefault(id(child), node)
@@ -121,22 +153,41 @@ def _inside(place: Place, node: DictNode) -> str:
 
 def _is_state_dict(node: Any) -> bool:
     """Mostly tensors under string keys, at least one of them with floating-point numbers and a dimension."""
-    if type(node) is not DictNode or not node.items or not all(type(k) is str for k, _ in node.items):
+    if type(node) is not DictNode or not node.items:
         return False
-    tensors = [v for _, v in node.items if type(v) is TensorNode]
+    tensors = [v for k, v in node.items if type(v) is TensorNode and type(k) is str]
     return len(tensors) * 5 >= len(node.items) * 4 and any(t.shape and _has_fractions(t.dtype) for t in tensors)
 
 
+def _companions(state_dict: DictNode) -> Iterator[int]:
+    """Indices of the tensors that only serve another of the same module: copies of it in fp8, scales of fp8 weights."""
+    wide = set()
+    narrow = set()
+    for key, tensor in state_dict.strings().items():
+        if type(tensor) is TensorNode and tensor.dtype.is_floating_point:
+            module = key.rpartition(".")[0]
+            if tensor.dtype.itemsize > 1:
+                wide.add((module, tensor.shape))
+            else:
+                narrow.add(key)
+    for key, tensor in state_dict.strings().items():
+        if type(tensor) is not TensorNode or not tensor.dtype.is_floating_point:
+            continue
+        copy = tensor.dtype.itemsize == 1 and tensor.shape and (key.rpartition(".")[0], tensor.shape) in wide
+        if copy or _SCALE.sub("", key) in narrow - {key}:
+            yield tensor.index
+
+
 def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
-    if place.inside in ("optimizer", "other") or id(node) in found.roles:
+    if place.inside in ("optimizer", "other") or node.index in found.roles:
         return
     if place.inside == "master":
-        found.roles[id(node)] = "weight"
+        found.roles[node.index] = "master"
         return
     leaf = place.key.rpartition(".")[2] if type(place.key) is str else ""
     if leaf in STATE_ROLES:
         if node.dtype.is_floating_point:
-            found.roles[id(node)] = STATE_ROLES[leaf]
+            found.roles[node.index] = STATE_ROLES[leaf]
         return
     if (
         (place.inside != "state dict" and not node.is_parameter)
@@ -147,8 +198,8 @@ def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
     path = str(place)
     top = "" if bare or place.parent is None or place.parent.parent is None else spell(place.top)
     name = parameter_name(path[len(top) + 1 :] if top and path.startswith(top + ".") else path)
-    found.roles[id(node)] = "weight"
-    found.weights.append(Weight(name, top, node))
+    found.roles[node.index] = "weight"
+    found.weights.append(Weight(name, top, node, is_average(path)))
 
 
 def _has_fractions(dtype: torch.dtype) -> bool:
@@ -168,27 +219,30 @@ def _optimizer(place: Place, node: DictNode, parents: dict[int, DictNode]) -> Op
     if len(node.items) > 64 or place.inside == "optimizer":
         return None
     state, groups = node.get("state"), node.get("param_groups")
-    if type(state) is not DictNode or type(groups) is not list or not all(type(g) is DictNode for g in groups):
+    if type(state) is not DictNode or type(groups) not in (list, tuple):
         return None
-    return Optimizer(
-        place,
-        [_group(g) for g in groups],
-        {k: v for k, v in state.items if type(v) is DictNode and _is_id(k)},
-        parents.get(id(node)),
-    )
+    if groups and not any(type(g) is DictNode for g in groups):
+        return None
+    states: dict[Key, DictNode] = {}
+    for position, (key, value) in enumerate(state.items):
+        if type(value) is DictNode:
+            known = _key(key)
+            states[-1 - position if known is None else known] = value  # no group refers to a negative number
+    return Optimizer(place, [_group(g) for g in groups if type(g) is DictNode], states, parents.get(id(node)))
 
 
-def _is_id(key: Any) -> bool:
-    return type(key) is str or (type(key) is int and 0 <= key < 1 << 31)
+def _key(value: Any) -> Key | None:
+    if type(value) is str:
+        return int(value) if _NUMBER.fullmatch(value) else value
+    return value if type(value) is int and 0 <= value < 1 << 31 else None
 
 
 def _group(node: DictNode) -> Group:
-    params, names = node.get("params"), node.get("param_names")
-    ids = params if type(params) is list and all(_is_id(p) for p in params) else []
-    if all(type(i) is str for i in ids):
-        names = ids
-    fits = type(names) is list and len(names) == len(ids) and all(type(n) is str for n in names)
-    return Group(node, ids, names if fits else None)
+    params, given = node.get("params"), node.get("param_names")
+    ids = [_key(p) for p in params] if type(params) in (list, tuple) else []
+    if type(given) not in (list, tuple) or len(given) != len(ids):
+        given = ids
+    return Group(node, ids, [parameter_name(name) if type(name) is str else None for name in given])
 
 
 def _state_roles(found: Survey, optimizer: Optimizer) -> None:
@@ -197,9 +251,9 @@ def _state_roles(found: Survey, optimizer: Optimizer) -> None:
             if type(value) is not TensorNode or type(key) is not str:
                 continue
             if key == "step" and math.prod(value.shape) == 1:
-                found.roles[id(value)] = "step"
+                found.roles[value.index] = "step"
             elif key in STATE_ROLES and value.dtype.is_floating_point:
-                found.roles[id(value)] = STATE_ROLES[key]
+                found.roles[value.index] = STATE_ROLES[key]
 
 
 def _param_shape(state: DictNode | None) -> tuple[int, ...] | None:

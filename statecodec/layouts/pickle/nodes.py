@@ -71,12 +71,16 @@ class StorageNode:
 class TensorNode:
     """A strided window into a storage. `offset` and `stride` count elements of dtype."""
 
-    __slots__ = ("bits", "dtype", "is_parameter", "offset", "requires_grad", "shape", "state", "storage", "stride")
+    __slots__ = (
+        "bits", "dtype", "index", "is_parameter", "offset", "requires_grad", "shape", "state", "storage", "stride",
+    )  # fmt: skip
 
     def __init__(
         self, storage: StorageNode, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
     ) -> None:
         self.storage, self.dtype, self.shape, self.stride, self.offset = storage, dtype, shape, stride, offset
+        self.index = -1
+        """Its number among the file's tensors, once they are numbered (describe.py)."""
         self.requires_grad = False
         self.is_parameter = False
         self.bits: frozenset[str] = frozenset()

@@ -19,7 +19,7 @@ from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, saving
 from statecodec.optim.load_report import LoadReport
 from statecodec.optim.method import LOW, Group, Job, Recipe
-from statecodec.optim.options import check_number, check_param, plain_moments
+from statecodec.optim.options import check_number, check_param, check_whole, plain_moments
 from statecodec.optim.states import StateKeeper
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, Weight, whole
 
@@ -79,6 +79,8 @@ class StateOptimizer(StateKeeper):
         self.load_report = LoadReport()
         self._reset_runtime()
         super().__init__(params, {**defaults, **given, "algorithm": self.algorithm})
+        if self.sees_shapes:
+            check_whole(self.parameters())
 
     def check_group(self, group: Group) -> None:
         check_number("lr", group["lr"], 0)

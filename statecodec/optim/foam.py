@@ -85,6 +85,7 @@ class FOAM(StateOptimizer):
     """
 
     algorithm: ClassVar[str] = "foam"
+    sees_shapes: ClassVar[bool] = True
     torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
 
     def __init__(

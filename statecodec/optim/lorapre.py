@@ -188,6 +188,7 @@ class LoRAPre(StateOptimizer):
     """
 
     algorithm: ClassVar[str] = "lorapre"
+    sees_shapes: ClassVar[bool] = True
     torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
 
     def __init__(

@@ -96,6 +96,7 @@ class Muon(StateOptimizer):
     """
 
     algorithm: ClassVar[str] = "muon"
+    sees_shapes: ClassVar[bool] = True
 
     def __init__(
         self,

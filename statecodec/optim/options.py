@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,3 +100,16 @@ def check_param(param: Tensor) -> None:
         raise OptimizerError(f"parameters are fp32, bf16, fp16 or fp64, found {param.dtype} {tuple(param.shape)}")
     if param.layout != torch.strided:
         raise OptimizerError(f"parameters are dense (strided) tensors, found {param.layout}")
+
+
+def check_whole(params: Iterable[Tensor]) -> None:
+    """Raise OptimizerError if FSDP1 has flattened and cut the parameters, so that no matrix is left among them.
+
+    It marks every parameter that it manages, also those that NO_SHARD leaves their shapes.
+    """
+    managed = [p for p in params if getattr(p, "_fsdp_flattened", False)]
+    if managed and all(p.ndim == 1 for p in managed):
+        raise OptimizerError(
+            "the parameters are flattened by FSDP1, so no matrix can be seen in them; use AdamW, Adam, SGD, SGDW or "
+            "Lion, which go element by element, or DistributedDataParallel"
+        )

@@ -137,6 +137,7 @@ class SlimAdam(StateOptimizer):
     """
 
     algorithm: ClassVar[str] = "slimadam"
+    sees_shapes: ClassVar[bool] = True
     torch_options: ClassVar[dict[str, Any]] = TORCH_ADAM
 
     def __init__(

@@ -33,6 +33,8 @@ class StateKeeper(torch.optim.Optimizer):
     algorithm: ClassVar[str]
     # Options of the torch.optim class whose state `state_dict(dense=True)` gives, with their defaults.
     torch_options: ClassVar[dict[str, Any]] = {}
+    # Whether an update depends on the shape of a parameter, not on its elements alone.
+    sees_shapes: ClassVar[bool] = False
     _fused: bool | None  # as given: whether fused steps are demanded, forbidden, or used where there are any
 
     @abstractmethod

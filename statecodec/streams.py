@@ -83,7 +83,7 @@ class Scratch(threading.local):
         """A tensor with arbitrary contents; valid until this thread takes the same role again."""
         held = self._buffers.get(role)
         if held is None or held.numel() < spec.nbytes:
-            held = torch.empty(max(spec.nbytes, 1), dtype=torch.uint8)
+            held = torch.empty(max(spec.nbytes, 1), dtype=torch.uint8, device="cpu")
             if spec.nbytes <= _SCRATCH_LIMIT:
                 self._buffers[role] = held
         return held[: spec.nbytes].view(spec.dtype).view(spec.shape)

@@ -159,7 +159,7 @@ class Elements:
     """A stream of elements that can be taken in pieces of any size, whatever the chunks' sizes."""
 
     def __init__(self, chunks: Iterator[Tensor]) -> None:
-        self._chunks, self._rest = chunks, torch.empty(0)
+        self._chunks, self._rest = chunks, torch.empty(0, dtype=torch.float32, device="cpu")
 
     def take(self, count: int) -> Tensor:
         """The next `count` elements, flat, as fp32 (fp64 stays fp64)."""
@@ -171,7 +171,13 @@ class Elements:
             pieces.append(self._rest[:missing])
             self._rest = self._rest[missing:]
             missing -= pieces[-1].numel()
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+        return (
+            pieces[0]
+            if len(pieces) == 1
+            else torch.cat(pieces)
+            if pieces
+            else torch.empty(0, dtype=torch.float32, device="cpu")
+        )
 
 
 def _floats(chunk: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class _RestoredBytes:
         first = max(bisect_right(self._starts, offset) - 1, 0)
         if self._regions and self._regions[first][:2] == (offset, nbytes):
             return self.stored.decode(self._regions[first][2]).reshape(-1).view(torch.uint8)
-        out = torch.empty(nbytes, dtype=torch.uint8)
+        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         for start, length, item in self._regions[first:]:
             if start >= offset + nbytes:
                 break

@@ -116,7 +116,7 @@ class SourceCheckpoint(Checkpoint):
             self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
         size = item.dtype.itemsize
         spec = PartSpec(item.dtype, tuple(chunk.shape))
-        values = scratch.take("source", spec) if scratch else torch.empty(spec.shape, dtype=spec.dtype)
+        values = scratch.take("source", spec) if scratch else torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
         view = memory(values)
         with self.files.open(item.file) as fd:
             name = str(self.files.path(item.file))

@@ -52,7 +52,7 @@ class _Fit:
     def second(self, name: str, codec: Companded) -> None:
         """Space the log codes as the range wants, or keep the tensor exact."""
         groups = [_octaves(x, codec.group) for x in self.places(name)]
-        octaves = torch.cat([g for g in groups if g.numel()] or [torch.zeros(1)])
+        octaves = torch.cat([g for g in groups if g.numel()] or [torch.zeros(1, dtype=torch.float32, device="cpu")])
         errors = {steps: _error(octaves, steps, codec.levels.top) for steps in _STEPS}
         best = min(errors, key=lambda steps: errors[steps])
         if errors[best] > _WORST:

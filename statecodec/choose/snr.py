@@ -112,7 +112,7 @@ class _Merged:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, count: int, mean: Tensor, variance: Tensor) -> None:
         both = self.count + count

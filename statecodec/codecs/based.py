@@ -109,7 +109,7 @@ class Residual(Based):
         return self.inner.align(shape)
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
-        return torch.full(x.shape, torch.inf, dtype=torch.float64)  # depends on the base
+        return torch.full(x.shape, torch.inf, dtype=torch.float64, device=x.device)  # depends on the base
 
     def encode_from(self, x: Tensor, base: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The parts of `x` against the base's values, and what they decode to. Raises UnencodableValues."""

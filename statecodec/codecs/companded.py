@@ -105,7 +105,7 @@ class Companded(Codec):
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         if not x.numel():
-            return torch.zeros(x.shape, dtype=torch.float64)
+            return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         values = as_rows(x.contiguous()).to(torch.float64)
         rows, cols = values.shape
         groups = -(-cols // self.group)

@@ -73,7 +73,7 @@ class LowRank(Codec):
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         matrix = x.to(torch.float64).reshape(rows_cols(tuple(x.shape)))
         if not matrix.numel():
-            return torch.zeros(x.shape, dtype=torch.float64)
+            return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         if self.form == "rank_one":
             left, right = self._factors(matrix)
             return rounding((matrix - left @ right).abs().view(x.shape), x) + 2.0**-149
@@ -107,7 +107,7 @@ def _subspace_svd(matrix: Tensor, rank: int, iterations: int = 6) -> tuple[Tenso
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     width = min(rank + max(8, rank // 4), *matrix.shape)
-    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, generator=generator).to(matrix.device)
+    start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, device="cpu", generator=generator).to(matrix.device)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(iterations):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q

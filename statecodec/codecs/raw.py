@@ -33,4 +33,4 @@ class Raw(Codec):
         out.copy_(parts["data"].view(out.shape))
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
-        return torch.zeros(x.shape, dtype=torch.float64)
+        return torch.zeros(x.shape, dtype=torch.float64, device=x.device)

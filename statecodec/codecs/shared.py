@@ -69,5 +69,5 @@ class Shared(Codec):
 
     def _mean(self, x: Tensor) -> Tensor:
         if not x.numel():
-            return torch.zeros(self.mean_shape(tuple(x.shape)), device=x.device)
+            return torch.zeros(self.mean_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
         return x.mean(self.dims, keepdim=True, dtype=torch.float64).to(torch.float32).contiguous()

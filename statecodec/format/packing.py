@@ -144,7 +144,7 @@ def _form(matrix: Bytes) -> int:
         return ZSTD
     sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE]))
     columns, lines, rest = (
-        torch.empty(n, dtype=torch.uint8) for n in (sample.shape[1], sample.shape[0], sample.numel())
+        torch.empty(n, dtype=torch.uint8, device="cpu") for n in (sample.shape[1], sample.shape[0], sample.numel())
     )
     best, least = ZSTD, CENTRE_WORTH * _entropy(sample)
     for method in (CENTRED, CENTRED_NIBBLES):

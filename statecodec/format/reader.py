@@ -279,7 +279,7 @@ def _running(sizes: Sequence[int]) -> list[int]:
 
 
 def _empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
-    return {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for name, spec in specs.items()}
 
 
 def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:

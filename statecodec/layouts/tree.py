@@ -95,7 +95,7 @@ def _tree_of_path(path: Path, layout: str) -> Any:
 
 
 def _read_tensor(source: ByteSource, offset: int, nbytes: int) -> Tensor:
-    out = torch.empty(nbytes, dtype=torch.uint8)
+    out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     view = out.numpy()
     for at in range(0, nbytes, _PIECE):
         piece = source.read(offset + at, min(_PIECE, nbytes - at))

@@ -154,7 +154,8 @@ def _build(
         for position, index in enumerate(group["params"]):
             own = (group.get("param_names") or [])[position : position + 1]
             name = own[0] if own else names.get(index, f"param.{index}")
-            params.append((name, nn.Parameter(torch.zeros(_shape(saved["state"].get(index, {}))))))
+            shape = _shape(saved["state"].get(index, {}))
+            params.append((name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device="cpu"))))
         kept = ("lr", "weight_decay", "betas", "eps", *(storage if group.get("algorithm") == kind.algorithm else ()))
         plain = {k: tuple(v) if k == "betas" else v for k in kept if (v := group.get(k)) is not None}
         groups.append({**plain, "params": params})

@@ -124,12 +124,13 @@ def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateCompariso
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:
     """Elements that differ, of integers, booleans or bytes."""
     left, right = iter(a), iter(b)
-    x, y, count = torch.empty(0), torch.empty(0), 0
+    nothing = torch.empty(0, dtype=torch.uint8, device="cpu")
+    x, y, count = nothing, nothing, 0
     while True:
         if not x.numel():
-            x = next(left, torch.empty(0))
+            x = next(left, nothing)
         if not y.numel():
-            y = next(right, torch.empty(0))
+            y = next(right, nothing)
         size = min(x.numel(), y.numel())
         if not size:
             return count + x.numel() + y.numel()

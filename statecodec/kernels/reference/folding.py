@@ -20,7 +20,7 @@ def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
     while total.shape[-1] > 1:
         total = total[..., 0::2] + total[..., 1::2]
     total = total.squeeze(-1)
-    count = torch.full((blocks,), float(block), device=x.device)
+    count = torch.full((blocks,), float(block), dtype=torch.float32, device=x.device)
     if cols % block:
         count[-1] = float(cols % block)
     out.copy_(total / count)

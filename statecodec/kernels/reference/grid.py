@@ -59,7 +59,7 @@ def _values(codes: Tensor, grid: Grid) -> Tensor:
 
 def _divisor(v: Tensor, eps: float) -> Tensor:
     # By way of fp64, because torch's fp32 root is not correctly rounded on CPUs.
-    return v.to(torch.float64).sqrt().to(torch.float32) + torch.tensor(eps, dtype=torch.float32)
+    return v.to(torch.float64).sqrt().to(torch.float32) + torch.tensor(eps, dtype=torch.float32, device=v.device)
 
 
 def _nonfinite(x: Tensor) -> int:

@@ -14,9 +14,12 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import Stored
 
 
-def open_checkpoint(path: str | Path) -> SourceCheckpoint | Stored:
-    """Open a checkpoint, compressed or not, to read single tensors. Raises FormatError, LayoutError."""
-    return Stored.open(path) if is_compressed(path) else SourceCheckpoint(path)
+def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint | Stored:
+    """Open a checkpoint, compressed or not, to read single tensors. Raises FormatError, LayoutError.
+
+    `crcs`: as for SourceCheckpoint.
+    """
+    return Stored.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Any:

@@ -34,8 +34,9 @@ class Stored(Checkpoint):
     If it is a link of a chain, its base is opened when first needed, and closed with it.
     """
 
-    def __init__(self, path: Path, reader: Reader, document: documents.Document) -> None:
+    def __init__(self, path: Path, reader: Reader, document: documents.Document, beside: Path | None = None) -> None:
         self.path, self.reader, self.document = path, reader, document
+        self.beside = path.parent if beside is None else beside
         self._bases: list[Stored] = []
         self._lock = threading.Lock()
         self.items = tuple(
@@ -47,15 +48,18 @@ class Stored(Checkpoint):
         )  # fmt: skip
 
     @classmethod
-    def open(cls, path: str | Path, limits: Limits | None = None) -> Stored:
-        """Open and check the manifest. Raises FormatError and its subclasses."""
+    def open(cls, path: str | Path, limits: Limits | None = None, *, beside: Path | None = None) -> Stored:
+        """Open and check the manifest. Raises FormatError and its subclasses.
+
+        `beside`: the folder in which a link's base lies, where that is not the file's own.
+        """
         try:
             reader = Reader(path, limits or Limits())
         except FormatError as error:
             raise _not_compressed(Path(path)) or error from None
         try:
             sizes = [item.decoded_nbytes for item in reader.items]
-            stored = cls(Path(path), reader, documents.from_json(reader.document, sizes))
+            stored = cls(Path(path), reader, documents.from_json(reader.document, sizes), beside)
             if stored.document.base is None and any(isinstance(item.codec, codecs.Based) for item in reader.items):
                 raise FormatError(f"{path} stores changes, but does not say since when")
             return stored
@@ -228,7 +232,7 @@ def _open_base(stored: Stored) -> Stored:
     """The base of an open link, checked. Raises FormatError if it is not there, CorruptFile if it is another file."""
     base = stored.document.base
     assert base is not None
-    path = stored.path.parent / base.name
+    path = stored.beside / base.name
     if not path.exists():
         raise FormatError(
             f"{stored.path} stores what changed since {base.name}, which must lie beside it and does not; the chain "

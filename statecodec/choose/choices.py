@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.presets import preset_rules
-from statecodec.choose.rules import Policy, Rule
+from statecodec.choose.rules import Policy, Rule, check_matched
 from statecodec.codecs import Codec
 from statecodec.errors import UnsupportedTensor
 from statecodec.roles import family
@@ -73,10 +73,14 @@ class Choices(Mapping[str, Choice]):
         return replace(self, by_name={**self.by_name, **open_ones}, notes=(*self.notes, *notes))
 
 
-def by_rules(source: SourceCheckpoint, own: Policy, preset: str) -> Choices:
-    """The first steps: what cannot be otherwise, your own rules, the preset. Raises PolicyError."""
+def by_rules(source: SourceCheckpoint, own: Policy, preset: str, *, strict: bool = False) -> Choices:
+    """The first steps: what cannot be otherwise, your own rules, the preset.
+
+    A rule that matches no tensor is a note. Raises PolicyError for an unknown preset and, if `strict`, for such a rule.
+    """
     rules = Policy(preset_rules(preset))
-    chosen, notes = {}, list(source.notes)
+    tensors = (item for item in source.items if item.region is not None)
+    chosen, notes = {}, [*source.notes, *check_matched(own, tensors, strict=strict)]
     for item in source.items:
         chosen[item.name], note = _first(item, own, rules, preset)
         notes.extend(note)

@@ -20,12 +20,11 @@ from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.stored import make_report
+from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Policy, Rule, load_rules, parse_rule, preset_rules
 from statecodec.choose.budgeted import Limits, Search
 from statecodec.choose.choices import Choices, by_rules
 from statecodec.choose.fit import fitted
-from statecodec.choose.rules import check_matched
 from statecodec.choose.since_base import linked
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk
@@ -35,7 +34,8 @@ from statecodec.kernels.reference.statistics import Comparison
 from statecodec.streams import Progress, Scratch, default_threads
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, parse_size
-from statecodec.verbs.writing import Encoded, Outcome, Output, write
+from statecodec.verbs.verify import check_against, check_intact
+from statecodec.verbs.writing import Check, Encoded, Output, write
 
 _scratch = Scratch()
 
@@ -90,24 +90,20 @@ def compress(
         previous = None
         if base is not None:
             previous = closing.enter_context(contextlib.closing(Base(base, target)))
-        choices = by_rules(source, own, preset)
-        tensors = (item for item in source.items if item.region is not None)
-        choices = choices.noted(*check_matched(own, tensors, strict=strict))
-        choices = fitted(source, choices)
+        choices = fitted(source, by_rules(source, own, preset, strict=strict))
         if limits:
             choices = Search(source, choices, limits, packing, workers, progress, previous).refined()
         choices = linked(source, choices, previous, packing)
         policy = Policy((*own.rules, *preset_rules(preset)))
         work = Compression(source, choices, previous if choices.uses_base else None, where, preset, policy, sha256)
-        report = work.write(Output(target, packing, shard_size, force, workers, progress))
-    if verify or limits:
-        report = _verified(target, source.path, report, limits, progress)
+        output = Output(target, packing, shard_size, force, workers, progress)
+        report = work.write(output, _check(work.source, output, limits) if verify or limits else None)
     return replace(report, seconds=time.perf_counter() - started)
 
 
 def open_source(src: str | Path) -> SourceCheckpoint:
     """An uncompressed checkpoint, to be compressed. Raises UsageError if it is compressed already, LayoutError."""
-    checkpoint = open_checkpoint(src)
+    checkpoint = open_checkpoint(src, crcs=False)  # all of it is read and checked beside the compression
     if isinstance(checkpoint, SourceCheckpoint):
         return checkpoint
     checkpoint.close()
@@ -126,26 +122,24 @@ class Compression:
     rules: Policy
     sha256: bool = True
 
-    def write(self, output: Output) -> Report:
+    def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
         located = self.source.located
         own = [i for i, f in enumerate(located.files) if f.same_as is None]
         watched = [Watched(self.source.files.path(i), located.files[i].nbytes, located.files[i].crcs) for i in own]
         hashes = FileHashes(watched, sha256=self.sha256)
-        written_as: list[documents.Document] = []
 
         def document(refusals: Mapping[str, str]) -> dict[str, Any]:
             found = dict(zip(own, hashes.digests(), strict=False))
             self.source.files.check_unchanged()
-            written_as.append(self._document([found.get(i) for i in range(len(located.files))], refusals))
-            return documents.to_json(written_as[0])
+            return documents.to_json(self._document([found.get(i) for i in range(len(located.files))], refusals))
 
         hashes.start()
         try:
-            outcome = write(output, list(self._items()), self._encode, document, "compressing")
+            outcome = write(output, list(self._items()), self._encode, document, "compressing", check=check)
         finally:
             hashes.cancel()
-        return _report(output.target, outcome, written_as[0], self.choices.unmet)
+        return replace(outcome.report(output), unmet=self.choices.unmet)
 
     def _items(self) -> Iterator[Item]:
         for item in self.source.items:
@@ -189,13 +183,6 @@ class Compression:
         )
 
 
-def _report(target: Path, outcome: Outcome, document: documents.Document, unmet: tuple[str, ...]) -> Report:
-    written = outcome.written
-    shown = target.with_name(written.path.name) if len(written.files) > 1 else target  # what a reader opens
-    report = make_report(shown, written.version, document, written.items, written.files)
-    return replace(report, unmet=unmet, notes=(*report.notes, *written.notes))
-
-
 def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """Encoded parts, and what they decode to; on the CPU in scratch memory, good until the thread's next chunk."""
     if device.type != "cpu":
@@ -215,17 +202,16 @@ def _compared(x: Tensor, decoded: Tensor) -> Comparison:
     return kernels.host().compare(x.view(-1), decoded.reshape(-1))
 
 
-def _verified(target: Path, root: Path, report: Report, limits: Limits, progress: Progress | None) -> Report:
-    from statecodec.verbs.verify import verify
+def _check(source: SourceCheckpoint, output: Output, limits: Limits) -> Check:
+    """Read a finished output back, and hold it against its source and the budgets."""
 
-    try:
-        checked = verify(target, against=root, progress=progress)
-        limits.check(checked.total or {})
-    except BaseException:
-        for name in (*report.files, report.path):
-            Path(name).unlink(missing_ok=True)
-        raise
-    return replace(report, updates=checked.updates, total=checked.total)
+    def check(stored: Stored) -> Report:
+        check_intact(stored, output.threads, output.progress)
+        report = check_against(stored, source, output.threads, output.progress)
+        limits.check(report.total or {})
+        return report
+
+    return check
 
 
 def _rule(rule: str | Rule) -> Rule:

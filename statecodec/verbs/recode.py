@@ -16,17 +16,18 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Policy, Rule, parse_rule
+from statecodec.choose.choices import by_rules
 from statecodec.choose.rules import check_matched
+from statecodec.choose.since_base import linked
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
 from statecodec.format import Item, Packing
 from statecodec.streams import Progress, default_threads
-from statecodec.verbs.compress import compress
-from statecodec.verbs.diff import diff
-from statecodec.verbs.inspect import inspect
+from statecodec.verbs.compress import Compression, target_device
+from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
-from statecodec.verbs.writing import Encoded, Output, write
+from statecodec.verbs.writing import Check, Encoded, Output, write
 
 
 def convert_codecs(
@@ -49,21 +50,22 @@ def convert_codecs(
     rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in to)
     target = output_file(dst, None, force=force)
     output = Output(target, Packing.parse(pack), force=force, threads=threads or default_threads(), progress=progress)
-    with open_checkpoint(src) as checkpoint:
-        compressed = isinstance(checkpoint, Stored)
+    with open_checkpoint(src, crcs=False) as checkpoint:
+
+        def check(stored: Stored) -> Report:
+            found, report = compare(checkpoint, stored, output.threads, progress), stored.report()
+            lost = {t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in found.tensors}
+            tensors = tuple(_with_error(t, lost.get(t.name)) for t in report.tensors)
+            return replace(report, tensors=tensors, updates=found.updates, total=found.total)
+
         if isinstance(checkpoint, Stored):
-            Recoding(checkpoint, Policy(rules), strict=strict).write(output)
-    if not compressed:
-        compress(
-            src, target, preset="lossless", rules=rules, pack=pack, strict=strict, force=force, threads=threads,
-            progress=progress,
-        )  # fmt: skip
-    found = diff(src, target, threads=threads, progress=progress)
-    report = inspect(target)
-    lost = {t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in found.tensors}
-    tensors = tuple(_with_error(t, lost.get(t.name)) for t in report.tensors)
-    seconds = time.perf_counter() - started
-    return replace(report, tensors=tensors, updates=found.updates, total=found.total, seconds=seconds)
+            report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, check)
+        else:
+            choices = by_rules(checkpoint, Policy(rules), "lossless", strict=strict)
+            choices = linked(checkpoint, choices, None, output.packing)
+            work = Compression(checkpoint, choices, None, target_device("auto"), "lossless", Policy(rules))
+            report = work.write(output, check)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def _with_error(tensor: TensorReport, lost: dict[str, float] | None) -> TensorReport:
@@ -84,13 +86,16 @@ class Recoding:
         ]
         self._chosen = [self._choose(tensor) for tensor in stored.items]
 
-    def write(self, output: Output) -> None:
-        """Write the result. Raises as `convert_codecs` does."""
+    def write(self, output: Output, check: Check) -> Report:
+        """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
             Item(item.name, codec, item.shape, item.dtype, self._attributes(index))
             for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
         ]
-        write(output, items, self._encode, self._document, "converting", self._now.__getitem__)
+        outcome = write(
+            output, items, self._encode, self._document, "converting", fallback=self._now.__getitem__, check=check
+        )
+        return outcome.report(output)
 
     def _choose(self, tensor: TensorInfo) -> Codec:
         now = self._now[tensor.index]

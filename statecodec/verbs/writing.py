@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from statecodec import codecs
+from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.stored import Stored
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues
@@ -57,10 +59,20 @@ class Outcome:
 
     written: Written
     refusals: Mapping[str, str]
+    checked: Report
+    """Of the finished output, before it was published."""
+
+    def report(self, output: Output) -> Report:
+        """The report, under the names that the output has now."""
+        written = self.written
+        shown = output.target.with_name(written.path.name) if len(written.files) > 1 else output.target
+        notes = (*self.checked.notes, *written.notes)
+        return replace(self.checked, path=str(shown), files=tuple(str(f) for f in written.files), notes=notes)
 
 
 Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
 Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
+Check = Callable[[Stored], Report]  # the finished output, not published yet -> its report; raises if it must not be
 
 
 def _exactly(_: int) -> Codec:
@@ -73,11 +85,14 @@ def write(
     encode: Encoder,
     document: Document,
     stage: str,
+    *,
     fallback: Fallback = _exactly,
+    check: Check | None = None,
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
-    Raises what `encode` and `document` raise, OutputExists, OutputFailed, UsageError.
+    `check` reads the finished output before it is published: what it raises leaves the target as it was. Raises what
+    `encode`, `document` and `check` raise, OutputExists, OutputFailed, UsageError.
     """
     run = _Run(output, items, encode, stage, fallback)
     with Writer(
@@ -90,7 +105,10 @@ def write(
         run.append_all(writer)
         for index, error in run.error_figures():
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
-        return Outcome(writer.close(document(run.refusals)), run.refusals)
+        finished = writer.finish(document(run.refusals))
+        with Stored.open(finished.path, beside=output.target.parent) as stored:
+            checked = stored.report() if check is None else check(stored)
+        return Outcome(finished.publish(), run.refusals, checked)
 
 
 @dataclass(frozen=True)

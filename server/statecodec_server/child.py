@@ -105,7 +105,7 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     operation = next(item for item in OPERATIONS if item.name == request["operation"])
     library = import_module(sys.argv[1])
     output = Path(request["output"])
-    sandbox.lock_down([output.parent, Path(os.environ["NUMBA_CACHE_DIR"])])
+    sandbox.lock_down([output.parent])
     other = request.get("other")
     call = Call(
         source=Path(request["source"]),
@@ -150,14 +150,15 @@ def _settle_in(request: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Do what stdin says, once."""
-    isolated = sandbox.detach()
+    walls = sandbox.detach()
     channel = Channel()
     _warm_up(sys.argv[1])
     request = _read_request()
     _settle_in(request)
-    _follow_parent()
     sandbox.limit(request["memory"], request["seconds"], request["file_size"], request["threads"])
-    channel.send(started=True, isolated=isolated)
+    walls += sandbox.confine(Path(request["folder"]), Path(request["data"]))  # before any thread
+    _follow_parent()
+    channel.send(walls=walls)
     try:
         result = _work(request, channel)
     except Exception as error:  # every failure becomes a message; the worker decides what to do about it

@@ -23,7 +23,6 @@ from .names import clean_name
 
 Rule = Annotated[str, StringConstraints(min_length=3, max_length=500)]
 SUFFIX = ".sc.safetensors"
-BESIDE = ("compress", "restore")  # operations whose `other` is a file the compressed one builds on
 
 
 class Options(BaseModel):
@@ -113,21 +112,17 @@ def _compress(library: Any, call: Call) -> Any:
         return library.compress(
             call.source, target, progress=call.progress, threads=call.threads, device="cpu", **options
         )
-    base = call.output / call.other.name  # laid there by the worker: a link lies beside its base
+    base = call.output / call.other.name  # laid there by the worker: what builds on a file lies beside it
     if base == target:
         target = call.output / f"{stem(call.name)}.next{SUFFIX}"
-    report = library.compress(
+    return library.compress(
         call.source, target, base=base, progress=call.progress, threads=call.threads, device="cpu", **options
     )
-    base.unlink()  # it is the client's own file already
-    return report
 
 
 def _restore(library: Any, call: Call) -> Any:
     source = _compressed(call.source)
     original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
-    if call.other is not None:
-        (call.output / call.other.name).unlink()
     target = call.output / clean_name(Path(str(original)).name)
     return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu")
 

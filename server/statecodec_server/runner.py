@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -15,8 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from . import kernels
 from .settings import Settings
 
+log = logging.getLogger("statecodec.server.jobs")
 _STDERR_KEPT = 8192
 
 
@@ -58,32 +61,20 @@ def _resident(pid: int) -> int:
     return (int(text.split()[1]) - int(text.split()[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _environment(settings: Settings) -> dict[str, str]:
-    """What a child may know: no credentials of the worker's, one cache of compiled kernels, few threads, no GPU."""
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH") if name in os.environ}
-    cache = settings.data.resolve() / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    threads = str(settings.job_threads)
-    return kept | {
-        "LANG": "C.UTF-8", "HOME": str(cache), "NUMBA_CACHE_DIR": str(cache),
-        "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads,
-        "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-
-
 class Children:
     """Starts children; keeps one ready, which has imported the library while there was nothing else to do."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._environment = kernels.child_environment(settings, kernels.folder(settings))
         self._spare: subprocess.Popen[bytes] | None = None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "statecodec_server.child", self._settings.backend],
+            [sys.executable, "-P", "-m", "statecodec_server.child", self._settings.backend],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=_environment(self._settings),
+            env=self._environment,
             start_new_session=True,
         )
 
@@ -144,6 +135,8 @@ class Child:
                 raise self._crash()
             if "progress" in message:
                 done, total, stage = message["progress"]
+            elif "walls" in message:
+                log.info("a conversion begins", extra={"fields": {"walls": message["walls"]}})
             elif "result" in message:
                 result: dict[str, Any] = message["result"]
                 return result

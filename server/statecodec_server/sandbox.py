@@ -1,7 +1,8 @@
-"""What a conversion may do: limits the kernel enforces, and an audit hook that refuses what no conversion needs.
+"""What a conversion may do, should a hostile file ever get code to run in it.
 
-The library runs nothing that a file contains. This is the second wall: no network, no other program, no unpickled
-global, no file written outside the job's folder, and bounded memory, time, file size and open files.
+The library runs nothing that a file contains. Behind that stand walls of the kernel's: limits everywhere, and on Linux
+Landlock, seccomp and an empty network (docs/service.md says which holds where). An audit hook in front of them gives
+Python code a sentence to read; native code passes it, so it is no wall.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from . import landlock, seccomp
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 _CLONE_NEWUSER = 0x10000000
 _CLONE_NEWNET = 0x40000000
 _ADDRESS_SLACK = 64 << 30  # mapped files and libraries are address space, not memory
+_OF_THE_SYSTEM = (
+    "/usr", "/lib", "/lib64", "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/sys/devices/system",
+    "/sys/fs/cgroup", "/dev/urandom", "/dev/zero", "/etc/localtime", "/etc/ld.so.cache",
+)  # fmt: skip
 _REFUSED = frozenset({
     "socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto",
     "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty", "os.kill",
@@ -53,10 +60,14 @@ def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
 
-def detach() -> bool:
-    """Die with the worker, gain no privileges, and leave the network if the kernel lets us; says whether it did."""
+def detach() -> list[str]:
+    """Die with the worker, gain no privileges, and leave the network if the kernel lets us.
+
+    Returns:
+        The walls that hold now.
+    """
     if not sys.platform.startswith("linux"):
-        return False
+        return []
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     uid, gid = os.getuid(), os.getgid()
@@ -67,7 +78,38 @@ def detach() -> bool:
         Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
         isolated = True
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    return isolated
+    return ["network"] if isolated else []
+
+
+def _readable(data: Path) -> Iterator[Path]:
+    """Where Python, the library and what they load from lie, and what they ask of the machine; nothing of the
+    service's own data."""
+    installed = [Path(place) for place in (*sys.path, sys.prefix, sys.base_prefix) if place]
+    libraries = [Path(place) for place in os.environ.get("LD_LIBRARY_PATH", "").split(":") if place]
+    for place in (*installed, *libraries):
+        if place.exists():
+            yield from landlock.without(place.resolve(), data)
+    yield from map(Path, _OF_THE_SYSTEM)
+    yield Path(os.environ["NUMBA_CACHE_DIR"])
+
+
+def confine(folder: Path, data: Path) -> list[str]:
+    """Let the kernel refuse what this job has no reason to do; must come before the first thread.
+
+    Args:
+        folder: this attempt's own folder, which it may change; its neighbours `input` and `other` it may read.
+        data: the folder of the service, of which it sees nothing else.
+
+    Returns:
+        The walls that hold now.
+    """
+    read = [*_readable(data), folder.parent / "input", folder.parent / "other"]
+    walls = []
+    if version := landlock.confine(read, [folder, Path(os.devnull)]):
+        walls.append(f"landlock {version}")
+    if seccomp.confine():
+        walls.append("seccomp")
+    return walls
 
 
 def _is_code_cache() -> bool:

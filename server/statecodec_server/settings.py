@@ -53,6 +53,9 @@ class Settings(BaseSettings):
 
     # Where it keeps things.
     data: Path = Field(default=Path("statecodec-data"), description="folder for everything it keeps on this machine")
+    kernels: Path | None = Field(
+        default=None, description="folder of compiled kernels, made at the first start; in `data` if absent"
+    )
     database_url: SecretStr | None = Field(
         default=None, description="postgresql://...; SQLite files in the data folder if absent"
     )

@@ -20,7 +20,6 @@ import sqlalchemy as sa
 from . import fetch
 from .database import Database, jobs, uploads
 from .names import clean_name
-from .operations import BESIDE
 from .problems import FULL_ERRNOS, Problem
 from .records import ENDED, Cancelled, Fenced, Jobs
 from .runner import ChildFailed, Children, Rate
@@ -143,14 +142,16 @@ class Work:
 
     @staticmethod
     def _lay_beside(request: Mapping[str, Any], folder: Path) -> None:
-        """A compressed file that builds on a previous one must find it in its own folder."""
+        """A compressed file that builds on a previous one must find it in its own folder: the new one that is being
+        written, or the one that is read. Where the conversion writes, a stored file is only pointed at."""
         other = request.get("other")
-        if other is None or other["folder"] or request["operation"] not in BESIDE:
+        if other is None or other["folder"]:
             return
         name = clean_name(other["name"])
-        for place in (folder / "output", folder.parent / "input"):
-            if not (place / name).exists():
-                os.link(folder.parent / "other" / name, place / name)
+        if request["operation"] == "compress":
+            os.symlink(folder.parent / "other" / name, folder / "output" / name)
+        elif request["operation"] == "restore" and not (folder.parent / "input" / name).exists():
+            os.link(folder.parent / "other" / name, folder.parent / "input" / name)
 
     def _child_request(self, request: Mapping[str, Any], row: Row, free: int) -> dict[str, Any]:
         def place(source: Mapping[str, Any] | None, folder: str) -> str | None:
@@ -161,6 +162,7 @@ class Work:
         settings = self.settings
         return {
             "folder": str(self.folder(row["id"]) / str(row["attempt"])),
+            "data": str(settings.data.resolve()),
             "operation": request["operation"],
             "source": place(request["source"], "input"),
             "other": place(request.get("other"), "other"),

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from . import logs
+from . import kernels, logs
 from .database import Database
 from .jobs import JobWorker
 from .settings import Settings
@@ -52,6 +52,7 @@ def run(settings: Settings, index: int, *, supervised: bool) -> None:
         signal.signal(number, lambda *_: done.set())
     if supervised:
         threading.Thread(target=_follow_parent, args=(done,), daemon=True).start()
+    kernels.prepare(settings)
     beating = threading.Event()
     work.jobs.beat(work.owner, os.getpid(), time.time())
     threading.Thread(target=_beat, args=(work, settings, beating), daemon=True).start()

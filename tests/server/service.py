@@ -25,8 +25,9 @@ def free_port():
 class Service:
     """`statecodec-server` on a fixed port over one data folder."""
 
-    def __init__(self, data, *, workers=1, backend="double", module="statecodec_server", **settings):
+    def __init__(self, data, *, workers=1, backend="double", module="statecodec_server", extra_path=None, **settings):
         self.data, self.module = Path(data), module
+        self.path = [str(HERE), *([str(extra_path)] if extra_path else [])]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         defaults = {
@@ -47,10 +48,10 @@ class Service:
         env |= {f"STATECODEC_SERVER_{name.upper()}": str(value) for name, value in self.settings.items()}
         env["STATECODEC_SERVER_DATA"] = str(self.data)
         env["STATECODEC_SERVER_PORT"] = str(self.port)
-        env["PYTHONPATH"] = os.pathsep.join([str(HERE), env.get("PYTHONPATH", "")])
+        env["PYTHONPATH"] = os.pathsep.join([*self.path, env.get("PYTHONPATH", "")])
         return env
 
-    def start(self, *, ready=True, timeout=40):
+    def start(self, *, ready=True, timeout=200):
         """Start and wait until it answers (`ready`: until a worker is there as well)."""
         self.data.mkdir(parents=True, exist_ok=True)
         log = (self.data.parent / f"{self.data.name}.log").open("ab")

@@ -133,9 +133,12 @@ def test_the_librarys_refusal_is_the_jobs_error(client):
     assert "/" not in job["error"]["message"].replace("input/ckpt.pt", "")  # no path of the server
 
 
-def test_a_crash_is_tried_again(client):
-    job = run(client, "compress", b"BEHAVE crash-once now\n" + DATA)
-    assert job["state"] == "succeeded"
+def test_a_crash_is_tried_again(fresh):
+    service = fresh(job_attempts=100)
+    with service.client() as client:
+        job = run(client, "compress", f"BEHAVE crash-until {time.time() + 2}\n".encode() + DATA)
+        assert job["state"] == "succeeded"
+    assert "a conversion crashed and is tried again" in service.log()
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +285,7 @@ def test_the_real_library_works_inside_the_sandbox(tmp_path):
         assert first["state"] == "succeeded", first
         base = {"job": first["id"]}
         chained = wait(client, submit(client, "compress", upload, options={"preset": "lossless"}, other=base)["id"])
+        assert chained["state"] == "succeeded", chained["error"]
         assert [name["name"] for name in chained["files"]] == ["ckpt.next.sc.safetensors"], chained
         back = wait(client, submit(client, "restore", source={"job": chained["id"]}, other=base)["id"])
         assert [name["name"] for name in back["files"]] == ["ckpt.pt"], back

@@ -44,7 +44,7 @@ def _storage(here: Context) -> str:
 def _workers(here: Context) -> str:
     alive = here.jobs.alive()
     if not alive:
-        raise RuntimeError("no worker has been heard of")
+        raise RuntimeError("no worker has been heard of (the first start compiles for about half a minute)")
     return f"{len(alive)} alive"
 
 

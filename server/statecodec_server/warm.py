@@ -35,19 +35,20 @@ def _use(library: Any, folder: Path) -> None:
     import torch
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        source = _checkpoint(folder / "a.pt", dtype)
-        later = _checkpoint(folder / "b.pt", dtype, 1.001)
+        place = folder / str(dtype)
+        place.mkdir()
+        source, later = _checkpoint(place / "a.pt", dtype), _checkpoint(place / "b.pt", dtype, 1.001)
         for preset in PRESETS:
-            small = folder / f"{preset}.sc.safetensors"
-            library.compress(source, small, preset=preset, force=True)
+            small = place / f"{preset}.sc.safetensors"
+            library.compress(source, small, preset=preset)
             library.verify(small, source)
             library.diff(source, small)
-            library.restore(small, folder / "back.pt", force=True)
-        next_one = folder / "next.sc.safetensors"
-        library.compress(later, next_one, base=folder / "lossless.sc.safetensors", preset="lossless", force=True)
-        library.restore(next_one, folder / "back.pt", force=True)
+            library.restore(small, place / f"{preset}.pt")
+        chained = place / "chained.sc.safetensors"
+        library.compress(later, chained, base=place / "lossless.sc.safetensors", preset="lossless")
+        library.restore(chained, place / "back.pt")
         library.analyze(source)
-    library.convert(_checkpoint(folder / "a.pt", torch.float32), folder / "foam.pt", ("foam",), force=True)
+    library.convert(_checkpoint(folder / "a.pt", torch.float32), folder / "foam.pt", ("foam",))
 
 
 def main() -> None:

@@ -23,13 +23,12 @@ from torch import Tensor
 from zipnn import ZipNN
 
 from statecodec import kernels
-from statecodec.buffers import Pool
+from statecodec.buffers import Pool, Scratch
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.choose import Policy, preset_rules
 from statecodec.codecs import Codec, PartSpec, Raw
 from statecodec.codecs.chunking import iterate
 from statecodec.format.packing import Packing, decode_record, encode_record
-from statecodec.streams import Scratch
 
 BLOCK = 64 << 20
 Work = tuple[Callable[[], int], Callable[[], None]]
@@ -138,10 +137,10 @@ class _Coder:
         parts = {"data": x}
         if not isinstance(codec, Raw):
             specs = codec.parts(tuple(x.shape), x.dtype)
-            parts = {name: self.scratch.take(name, spec) for name, spec in specs.items()}
+            parts = {name: self.scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
             codec.encode_into(x, parts, kernels.host())
             if self.measure:
-                out = self.scratch.take("decoded", PartSpec(x.dtype, tuple(x.shape)))
+                out = self.scratch.take("decoded", x.dtype, tuple(x.shape))
                 codec.decode_into(parts, out, kernels.host())
                 kernels.host().compare(x.view(-1), out.view(-1))
         buffer, size = encode_record(list(parts.values()), self.packing, self.pool)
@@ -153,10 +152,10 @@ class _Coder:
     def decode(self, codec: Codec, spec: PartSpec, made: bytes) -> None:
         xxhash.xxh3_64_hexdigest(made)
         specs = codec.parts(spec.shape, spec.dtype)
-        parts = {name: self.scratch.take(name, s) for name, s in specs.items()}
+        parts = {name: self.scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
         decode_record(torch.frombuffer(bytearray(made), dtype=torch.uint8).numpy(), list(parts.values()), self.pool)
         if not isinstance(codec, Raw):
-            codec.decode_into(parts, self.scratch.take("decoded", spec), kernels.host())
+            codec.decode_into(parts, self.scratch.take("decoded", spec.dtype, spec.shape), kernels.host())
 
 
 def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool) -> Work:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Bytes: TypeAlias = NDArray[np.uint8]
+
+_SCRATCH_LIMIT = 16 << 20
 
 
 class Pool:
@@ -35,3 +40,30 @@ class Pool:
             if buffer.size <= self._room:
                 self._room -= buffer.size
                 self._free.setdefault(buffer.size, []).append(buffer)
+
+
+class Scratch(threading.local):
+    """CPU tensors that a thread uses again for every chunk."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+
+    def take(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = "") -> Tensor:
+        """A tensor with arbitrary contents; good until this thread takes one for the same use and name again.
+
+        `name` tells apart the tensors of one use, such as the parts of a codec, whatever they are called.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        held = self._buffers.get((use, name))
+        if held is None or held.numel() < nbytes:
+            held = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu")
+            if nbytes <= _SCRATCH_LIMIT:
+                self._buffers[use, name] = held
+        return held[:nbytes].view(dtype).view(shape)
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -1,4 +1,4 @@
-"""Roles: what a tensor of a checkpoint is to training."""
+"""What a tensor is to training: its role, and the keys under which optimizers keep tensors of each role."""
 
 from __future__ import annotations
 
@@ -9,6 +9,23 @@ Role = Literal["weight", "master", "ema", "exp_avg", "exp_avg_sq", "momentum", "
 
 ROLES: Final[tuple[str, ...]] = get_args(Role)
 _FAMILIES: Final = {"master": "weight", "ema": "weight"}
+
+MOMENT_ROLES: Final = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
+"""What an optimizer averages over steps."""
+
+SKELETON_ROLES: Final = ("skeleton", "file")
+"""Of items that are no tensors: what is left of a file without its tensors, and a file without any."""
+
+STATE_ROLES: Final[dict[str, Role]] = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "square_avg": "exp_avg_sq",  # RMSprop's name for the same average
+    "max_exp_avg_sq": "max_exp_avg_sq",
+    "max_exp_avg_sqs": "max_exp_avg_sq",
+    "momentum_buffer": "momentum",
+    "master_param": "master",
+}
+"""Key in an optimizer's state -> role."""
 
 
 def family(role: str) -> str:

@@ -21,8 +21,6 @@ from statecodec.errors import UsageError
 from statecodec.layouts import Moments, View
 from statecodec.layouts.tree import window
 
-SKELETON_ROLES = ("skeleton", "file")
-
 
 @dataclass(frozen=True)
 class TensorInfo:

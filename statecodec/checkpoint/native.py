@@ -31,16 +31,10 @@ from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, OutputExists, UsageError
 from statecodec.format import Item, Packing, Writer
 from statecodec.layouts.tree import window
+from statecodec.roles import STATE_ROLES
 
 _MAX_DEPTH = 100
 _TREE = "tree"
-_ROLE_KEYS = {
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "max_exp_avg_sq": "max_exp_avg_sq",
-    "momentum_buffer": "momentum",
-    "step": "step",
-}
 
 
 @dataclass
@@ -292,7 +286,8 @@ def _decoded(value: Any) -> Any:
 
 def _attributes(path: str) -> dict[str, Any]:
     keys = path.split(".")
-    role = next((_ROLE_KEYS[k] for k in reversed(keys) if k in _ROLE_KEYS), "other")
+    known = {**STATE_ROLES, "step": "step"}
+    role = next((known[k] for k in reversed(keys) if k in known), "other")
     if role == "other" and keys[0] in ("model", "state_dict", "module"):
         role = "weight"
     return {"role": role, "param": ".".join(keys[1:]) if role == "weight" else None}

@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-STATE_ROLES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
-
 
 @dataclass(frozen=True)
 class TensorReport:

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from statecodec import codecs
+from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
-from statecodec.codecs import Codec, EncodedTensor, PartSpec
+from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
 from statecodec.layouts import Moments, Region, Source, locate
 from statecodec.layouts.tree import tree
 from statecodec.names import shown
-from statecodec.streams import Scratch, memory
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class SourceCheckpoint(Checkpoint):
         if self._check is not None and item.region is not None:
             self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
         size = item.dtype.itemsize
-        spec = PartSpec(item.dtype, tuple(chunk.shape))
-        values = scratch.take("source", spec) if scratch else torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
+        shape, dtype = tuple(chunk.shape), item.dtype
+        values = scratch.take("source", dtype, shape) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
         view = memory(values)
         with self.files.open(item.file) as fd:
             name = str(self.files.path(item.file))

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from statecodec import codecs, kernels
+from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.report import Report, TensorReport
-from statecodec.codecs import Codec, EncodedTensor, PartSpec
+from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded
 from statecodec.format import Limits, Reader, StoredItem
@@ -25,7 +26,6 @@ from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
 from statecodec.layouts.torch_zip import is_zip
 from statecodec.names import shown
-from statecodec.streams import Scratch
 
 
 class Stored(Checkpoint):
@@ -128,7 +128,7 @@ class Stored(Checkpoint):
             return codec.decode_from(parts, before.view(shape), stored.dtype)
         target = device or torch.device("cpu")
         if scratch is not None and target.type == "cpu":
-            out = scratch.take("decoded", PartSpec(stored.dtype, tuple(shape)))
+            out = scratch.take("decoded", stored.dtype, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), target)
         moved = {name: part.to(target) for name, part in parts.items()}
@@ -141,7 +141,7 @@ class Stored(Checkpoint):
         out = None
         if scratch is not None:
             specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
-            out = {name: scratch.take(name, spec) for name, spec in specs.items()}
+            out = {name: scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
         parts = self.reader.read_chunk(item, chunk, out)
         if not isinstance(stored.codec, codecs.Delta):
             return stored.codec, parts

@@ -28,8 +28,9 @@ from statecodec.codecs import Codec
 from statecodec.errors import UnencodableValues, UsageError, VerificationFailed
 from statecodec.format.packing import Packing
 from statecodec.layouts import Moments
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
 from statecodec.roles import family
-from statecodec.streams import Meter, Progress, default_threads, ordered_map
 
 _MIN_NUMEL = 4096  # smaller tensors stay exact, as in the presets
 _PIECE = 1 << 18
@@ -130,10 +131,11 @@ class Search:
     def _measure_updates(self) -> Measured:
         meter = Meter(self._progress, sum(self._nbytes(m) for m in self.pairs), "measuring codecs")
         units, energy = [], 0.0
-        for m, found, size in ordered_map(self._measure_pair, self.pairs, self._threads):
-            units.extend(found)
-            energy += size
-            meter.add(self._nbytes(m))
+        with ordered_map(self._measure_pair, self.pairs, self._threads) as measured:
+            for m, found, size in measured:
+                units.extend(found)
+                energy += size
+                meter.add(self._nbytes(m))
         return Measured(units, energy)
 
     def _measure_pair(self, m: Moments) -> tuple[Moments, list[_Unit], float]:
@@ -158,10 +160,11 @@ class Search:
             size = errors([piece * 0 for piece in found.floats()]) * found.scale
             return item, self._unit(item, found, "weight", errors), size
 
-        for item, unit, size in ordered_map(one, self._weights, self._threads):
-            units.append(unit)
-            energy += size if math.isfinite(size) else 0.0
-            meter.add(item.nbytes)
+        with ordered_map(one, self._weights, self._threads) as measured:
+            for item, unit, size in measured:
+                units.append(unit)
+                energy += size if math.isfinite(size) else 0.0
+                meter.add(item.nbytes)
         return Measured(units, energy)
 
     def _unit(self, item: SourceItem, found: Sample, role: str, errors: Any) -> _Unit:
@@ -193,9 +196,10 @@ class Search:
         """The true relative error, over every element."""
         meter = Meter(self._progress, sum(map(nbytes, work)), "checking the error")
         total = [0.0, 0.0]
-        for item, result in zip(work, ordered_map(error, work, self._threads), strict=True):
-            total = [total[0] + result[0], total[1] + result[1]]
-            meter.add(nbytes(item))
+        with ordered_map(error, work, self._threads) as errors:
+            for item, result in zip(work, errors, strict=True):
+                total = [total[0] + result[0], total[1] + result[1]]
+                meter.add(nbytes(item))
         return math.sqrt(total[1] / total[0]) if total[0] else (math.inf if total[1] else 0.0)
 
     def _pair_error(self, chosen: Mapping[str, Codec], m: Moments) -> tuple[float, float]:

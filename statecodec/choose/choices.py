@@ -19,9 +19,7 @@ from statecodec.choose.presets import preset_rules
 from statecodec.choose.rules import Policy, Rule, check_matched
 from statecodec.codecs import Codec
 from statecodec.errors import UnsupportedTensor
-from statecodec.roles import family
-
-_LOSSY_ROLES = ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
+from statecodec.roles import MOMENT_ROLES, family
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ def _unmet(source: SourceCheckpoint, chosen: Mapping[str, Choice], preset: str) 
         return
     if preset == "weights" and not any(isinstance(c.codec, codecs.Dropped) for c in chosen.values()):
         yield "preset weights: no optimizer state was recognised here, so nothing is dropped"
-    elif not any(roles[role] for role in _LOSSY_ROLES):
+    elif not any(roles[role] for role in ("weight", *MOMENT_ROLES)):
         yield f"preset {preset}: no weights and no optimizer state were recognised here, so everything is kept exact"
     states = sum(1 for i in source.items if i.role == "other" and ".state." in f".{i.name}" and i.numel >= 4096)
     if states and preset != "lossless":

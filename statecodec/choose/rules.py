@@ -18,15 +18,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import torch
-
 from statecodec import codecs
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.codecs import Codec
+from statecodec.dtypes import SHORT
 from statecodec.errors import CodecError, PolicyError
 from statecodec.roles import ROLES, family
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 _CONDITION = re.compile(r"(ndim|numel|cols)(>=|<=|==|<|>)(\d{1,18})")
 _MAX_RULES_BYTES = 16 << 20
@@ -95,9 +92,9 @@ def parse_rule(text: str) -> Rule:
     pattern, _, where = left.partition(":")
     conditions = tuple(c.strip() for c in where.split(",") if c.strip())
     for condition in conditions:
-        if condition not in DTYPES and condition not in ROLES and not _CONDITION.fullmatch(condition):
+        if condition not in SHORT and condition not in ROLES and not _CONDITION.fullmatch(condition):
             raise PolicyError(
-                f"rule {text!r}: condition {condition!r} is neither a dtype ({', '.join(DTYPES)}), nor a role, "
+                f"rule {text!r}: condition {condition!r} is neither a dtype ({', '.join(SHORT)}), nor a role, "
                 "nor like 'ndim>=2', 'numel>=4096'"
             )
     try:
@@ -160,8 +157,8 @@ def _entry(path: Path, entry: object) -> Rule | None:
 
 
 def _holds(condition: str, tensor: TensorInfo) -> bool:
-    if condition in DTYPES:
-        return tensor.dtype == DTYPES[condition]
+    if condition in SHORT:
+        return tensor.dtype == SHORT[condition]
     if condition in ROLES:
         return condition in (tensor.role, family(tensor.role))
     match = _CONDITION.fullmatch(condition)

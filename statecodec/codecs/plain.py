@@ -15,18 +15,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from statecodec import dtypes
 from statecodec.codecs.base import EncodedTensor
 from statecodec.codecs.spec import from_config
 from statecodec.errors import FormatError
 
 KEYS = frozenset(("codec", "shape", "dtype", "parts"))
-_DTYPES = {str(d).removeprefix("torch."): d for d in (
-    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool,
-)}  # fmt: skip
 _MAX_DIMS = 64
 
 
@@ -40,7 +36,7 @@ def to_plain(encoded: EncodedTensor) -> dict[str, Any]:
     return {
         "codec": encoded.codec.config(),
         "shape": list(encoded.shape),
-        "dtype": str(encoded.dtype).removeprefix("torch."),
+        "dtype": dtypes.name_of(encoded.dtype),
         "parts": dict(encoded.parts),
     }
 
@@ -57,11 +53,11 @@ def from_plain(value: Mapping[str, Any]) -> EncodedTensor:
     short = isinstance(shape, list | tuple) and len(shape) <= _MAX_DIMS
     if not short or not all(type(n) is int and n >= 0 for n in shape):
         raise FormatError(f"an encoded tensor's shape is a list of sizes, found {_shown(shape)}")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise FormatError(f"an encoded tensor's dtype is one of {', '.join(_DTYPES)}, found {_shown(dtype)}")
+    if not isinstance(dtype, str) or dtype not in dtypes.STORED:
+        raise FormatError(f"an encoded tensor's dtype is one of {', '.join(dtypes.STORED)}, found {_shown(dtype)}")
     if not isinstance(parts, Mapping) or not all(isinstance(t, Tensor) for t in parts.values()):
         raise FormatError(f"an encoded tensor's parts are tensors by name, found {_shown(parts)}")
-    return EncodedTensor(from_config(value["codec"]), tuple(shape), _DTYPES[dtype], dict(parts))
+    return EncodedTensor(from_config(value["codec"]), tuple(shape), dtypes.STORED[dtype], dict(parts))
 
 
 def _shown(value: object) -> str:

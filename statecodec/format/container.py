@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import xxhash
 
 from statecodec.errors import CorruptFile, FormatError, UnsupportedVersion
-from statecodec.format.dtypes import ITEMSIZE
+from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
 

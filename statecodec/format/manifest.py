@@ -15,8 +15,9 @@ import torch
 
 from statecodec.codecs import Codec, PartSpec, from_config
 from statecodec.codecs.chunking import Chunk
+from statecodec.dtypes import STORED
 from statecodec.errors import CodecError, FormatError, LimitExceeded, UnknownCodec, UnsupportedVersion
-from statecodec.format.dtypes import MANIFEST, dtype_name, entry_type
+from statecodec.format.entry_types import dtype_name, entry_type
 from statecodec.limits import MAX_PACKED_CHUNK, Limits
 from statecodec.strict import Fields, hexadecimal, parse_json
 
@@ -174,9 +175,9 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
 
 def _dtype(fields: Fields) -> torch.dtype:
     name = fields.take("dtype", str)
-    if name not in MANIFEST:
+    if name not in STORED:
         raise UnsupportedVersion(f"{fields.where}: unknown dtype {name[:40]!r}")
-    return MANIFEST[name]
+    return STORED[name]
 
 
 def _codec(fields: Fields) -> Codec:

@@ -17,7 +17,7 @@ from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UsageError
 from statecodec.format.container import MANIFEST_ENTRY, METADATA, UNKNOWN_OFFSET, Entry, build_header
-from statecodec.format.dtypes import dtype_name, entry_type
+from statecodec.format.entry_types import dtype_name, entry_type
 from statecodec.format.manifest import PACKED, PLAIN
 from statecodec.format.packing import Packing
 from statecodec.limits import MAX_PACKED_CHUNK, Limits

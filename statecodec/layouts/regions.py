@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from statecodec.dtypes import NUMBERS
 from statecodec.layouts.base import Region
-from statecodec.layouts.dtypes import NUMBERS
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
 

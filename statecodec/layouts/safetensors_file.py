@@ -7,22 +7,24 @@ Stricter than the published reader: duplicate keys and shapes that no memory cou
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, Final
 
 import torch
 
-from statecodec.errors import MalformedCheckpoint
+from statecodec.dtypes import SAFETENSORS, SAFETENSORS_SUB_BYTE_BITS
+from statecodec.errors import FormatError, LimitExceeded, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
-from statecodec.layouts.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_SUB_BYTE_BITS
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
 from statecodec.layouts.walk import MAX_NAMED
+from statecodec.limits import Limits
+from statecodec.strict import parse_json
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_RANK: Final = 64
 _INT64: Final = 1 << 63
+_LIMITS: Final = Limits(max_json_values=16 * MAX_NAMED, max_json_depth=8)
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -45,12 +47,12 @@ def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
             f"safetensors header is said to have {length} bytes, the file has {source.size}; it is truncated or damaged"
         )
     text = source.read(8, length)
-    if text.count(b"{") + text.count(b"[") > 4 * MAX_NAMED:  # before the JSON parser makes an object of each
-        raise MalformedCheckpoint(f"safetensors header describes more than {MAX_NAMED} tensors")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"safetensors header is not JSON: {error}") from None
+        header = parse_json(text, "safetensors header", _LIMITS)
+    except LimitExceeded:
+        raise MalformedCheckpoint(f"safetensors header describes more than {MAX_NAMED} tensors") from None
+    except FormatError as error:
+        raise MalformedCheckpoint(str(error)) from None
     if not isinstance(header, dict):
         raise MalformedCheckpoint("safetensors header is not a JSON object")
     metadata = header.pop("__metadata__", {})
@@ -59,13 +61,6 @@ def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
     if len(header) > MAX_NAMED:
         raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
     return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
@@ -86,8 +81,8 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
     nbytes = max(end - begin, 0)
     if dtype_name in SAFETENSORS_SUB_BYTE_BITS:
         nbytes, left = divmod(numel * SAFETENSORS_SUB_BYTE_BITS[dtype_name], 8)
-    elif dtype_name in SAFETENSORS_DTYPES:
-        dtype, view_shape = SAFETENSORS_DTYPES[dtype_name], tuple(shape)
+    elif dtype_name in SAFETENSORS:
+        dtype, view_shape = SAFETENSORS[dtype_name], tuple(shape)
         nbytes = numel * dtype.itemsize
     if left or end - begin != nbytes or end > buffer:
         raise MalformedCheckpoint(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from statecodec.choose.budget import CurvePoint
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
 from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
-from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _measure_one(
         return tensor, *_ratios(checkpoint, tensor, known[_name(tensor)])
 
     results = []
-    with closing(ordered_map(measure, moments, threads)) as measured:
+    with ordered_map(measure, moments, threads) as measured:
         for tensor, ratios, in_parts in measured:
             layer = known[_name(tensor)]
             results.append((LayerSNR(layer.name, tensor.shape, ratios, layer.shareable), in_parts))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from statecodec import codecs, kernels
 from statecodec._version import __version__
+from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
@@ -26,12 +27,13 @@ from statecodec.choose.budgeted import Limits, Search
 from statecodec.choose.choices import Choices, by_rules
 from statecodec.choose.fit import fitted
 from statecodec.choose.since_base import linked
-from statecodec.codecs import Codec, PartSpec
+from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.format import Item, Packing
 from statecodec.kernels.reference.statistics import Comparison
-from statecodec.streams import Progress, Scratch, default_threads
+from statecodec.parallel import default_threads
+from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, parse_size
 from statecodec.verbs.verify import check_against, check_intact
@@ -189,8 +191,8 @@ def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict
         encoded = codec.encode(x.to(device))
         return dict(encoded.parts), encoded.decode().to("cpu")
     specs = codec.parts(tuple(x.shape), x.dtype)
-    parts = {name: _scratch.take(name, spec) for name, spec in specs.items()}
-    decoded = _scratch.take("decoded", PartSpec(x.dtype, tuple(x.shape)))
+    parts = {name: _scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
+    decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))
     codec.encode_into(x, parts, kernels.host())
     codec.decode_into(parts, decoded, kernels.host())
     return parts, decoded

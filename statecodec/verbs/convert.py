@@ -25,7 +25,7 @@ from statecodec.codecs.plain import is_plain
 from statecodec.errors import UsageError
 from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.optim.adamw import Adam
-from statecodec.streams import Progress
+from statecodec.progress import Progress
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +12,15 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.checkpoint.base import SKELETON_ROLES, Checkpoint, Elements, TensorInfo
+from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
 from statecodec.choose.measure import settings
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
-from statecodec.roles import family
-from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
+from statecodec.roles import SKELETON_ROLES, family
 
 _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
 
@@ -53,7 +53,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
         return tensor, _compare_tensors(a, tensor, b, b.tensors[tensor.name])
 
     tensors, sums, rest = [], _Totals(), _one_sided_rest(a, b)
-    with closing(ordered_map(compare, shared, threads)) as compared:
+    with ordered_map(compare, shared, threads) as compared:
         for tensor, result in compared:
             meter.add(math.prod(tensor.shape))
             if tensor.role not in SKELETON_ROLES:
@@ -66,7 +66,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
         return m, _compare_update(a, b, m)
 
     updates = []
-    with closing(ordered_map(update, pairs, threads)) as changes:
+    with ordered_map(update, pairs, threads) as changes:
         for moments, change in changes:
             numel = math.prod(a.tensors[moments.exp_avg].shape)
             meter.add(2 * numel)

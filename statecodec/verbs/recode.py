@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from statecodec import codecs
-from statecodec.checkpoint.base import SKELETON_ROLES, TensorInfo
+from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import Stored
@@ -23,7 +23,9 @@ from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
 from statecodec.format import Item, Packing
-from statecodec.streams import Progress, default_threads
+from statecodec.parallel import default_threads
+from statecodec.progress import Progress
+from statecodec.roles import SKELETON_ROLES
 from statecodec.verbs.compress import Compression, target_device
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file

@@ -8,7 +8,6 @@ import struct
 import time
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from zlib_ng import zlib_ng
 
 from statecodec import codecs
 from statecodec.atomic import Output
+from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.report import Report
@@ -25,14 +25,8 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, write_exactly
 from statecodec.layouts import Crc32, Folder
-from statecodec.streams import (
-    Meter,
-    Progress,
-    Scratch,
-    default_threads,
-    memory,
-    ordered_map,
-)
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
 from statecodec.verbs.compress import target_device
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
@@ -136,8 +130,7 @@ def _restore_file(
             write_exactly(fd, start, data)
             return start, len(data), zlib_ng.crc32(data) if lossy else 0
 
-        # Closed before the file is: no thread may write to a descriptor that is somebody else's by then.
-        with closing(ordered_map(decode, jobs, threads)) as written:
+        with ordered_map(decode, jobs, threads) as written:
             for start, nbytes, crc in written:
                 crcs.add(start, nbytes, crc)
                 hashes.advance(start + nbytes)
@@ -167,7 +160,7 @@ def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, met
             done += length
         return len(data)
 
-    with closing(ordered_map(decode, stored.chunks(index), threads)) as written:
+    with ordered_map(decode, stored.chunks(index), threads) as written:
         for nbytes in written:
             meter.add(nbytes)
 

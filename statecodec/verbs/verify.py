@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, Report
 from statecodec.checkpoint.stored import Stored
 from statecodec.errors import CorruptFile, FormatError, VerificationFailed
-from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
 from statecodec.verbs.diff import compare
 
 _SHOWN = 5
@@ -65,7 +65,7 @@ def check_intact(stored: Stored, threads: int, progress: Progress | None = None)
             return item, chunk, error
         return item, chunk, None
 
-    with closing(ordered_map(attempt, chunks, threads)) as attempts:
+    with ordered_map(attempt, chunks, threads) as attempts:
         for item, chunk, error in attempts:
             meter.add(reader.items[item.index].chunks[chunk].nbytes)
             if error is not None:

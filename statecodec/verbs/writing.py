@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +23,8 @@ from statecodec.errors import UnencodableValues
 from statecodec.format import Item, PackedChunk, Packing, Writer, Written
 from statecodec.format.placement import is_plain
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.streams import Meter, Progress, default_threads, ordered_map
+from statecodec.parallel import default_threads, ordered_map
+from statecodec.progress import Meter, Progress
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _Run:
 
         done = {start: 0}
         try:
-            with closing(ordered_map(make, self._jobs(start), self.threads)) as made:
+            with ordered_map(make, self._jobs(start), self.threads) as made:
                 for job, packed, comparison in made:
                     writer.append(packed)
                     nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize

@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 
 from statecodec import codecs
+from statecodec.dtypes import STORED
 from statecodec.format import Limits, Reader
 from statecodec.format.container import VERSION
-from statecodec.format.dtypes import MANIFEST
 from statecodec.limits import MAX_DIMS, MAX_PACKED_CHUNK, MAX_WINDOW
 from tests.format.make_golden import DOCS, EXPECTED, FILES, GOLDEN, MARK, expected, hexdump
 from tests.format.minimal_reader import MinimalReader
@@ -77,7 +77,7 @@ def test_manifests_follow_the_schema(tmp_path: Path, packing: str) -> None:
 
 
 def test_the_schema_lists_the_dtypes() -> None:
-    assert SCHEMA["$defs"]["dtype"]["enum"] == list(MANIFEST)
+    assert SCHEMA["$defs"]["dtype"]["enum"] == list(STORED)
     assert SCHEMA["properties"]["format_version"]["const"] == list(VERSION)
 
 

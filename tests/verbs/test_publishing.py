@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import statecodec
-from statecodec.errors import OutputFailed, UsageError, VerificationFailed
-from statecodec.streams import ordered_map
+from statecodec.errors import OutputFailed, UsageError
 
 
 @pytest.fixture
@@ -60,24 +57,6 @@ def test_a_folder_that_cannot_be_written_to(packed: Path, tmp_path: Path) -> Non
         statecodec.restore(packed, tmp_path / "no" / "such" / "folder")
 
 
-def test_a_closed_map_has_no_work_in_flight() -> None:
-    running = []
-    lock = threading.Lock()
-
-    def work(piece: int) -> int:
-        with lock:
-            running.append(piece)
-        time.sleep(0.05)
-        with lock:
-            running.remove(piece)
-        return piece
-
-    results = ordered_map(work, range(100), 2)
-    next(results)
-    results.close()
-    assert running == []
-
-
 def test_no_thread_writes_after_a_cancelled_restore(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,17 +91,3 @@ def test_no_thread_writes_after_a_cancelled_restore(
         assert kept.__traceback__ is not None
     assert late == []
     assert not (tmp_path / "out.pt").exists()
-
-
-def test_a_sharded_output_that_fails_its_verification_is_removed(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from statecodec.verbs import verify as module
-
-    def fails(*_: Any, **__: Any) -> None:
-        raise VerificationFailed("for the test")
-
-    monkeypatch.setattr(module, "verify", fails)
-    with pytest.raises(VerificationFailed):
-        statecodec.compress(checkpoint, max_shard_size="50KB", verify=True)
-    assert os.listdir(checkpoint.parent) == [checkpoint.name]

@@ -13,17 +13,8 @@ import torch
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, spell, walk
 from statecodec.names import bare_name, shown
-from statecodec.roles import Role
+from statecodec.roles import STATE_ROLES, Role
 
-STATE_ROLES: Final[dict[str, Role]] = {
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "square_avg": "exp_avg_sq",  # RMSprop's name for the same average
-    "max_exp_avg_sq": "max_exp_avg_sq",
-    "max_exp_avg_sqs": "max_exp_avg_sq",
-    "momentum_buffer": "momentum",
-    "master_param": "master",
-}
 _MASTER_KEYS: Final = frozenset(
     {
         "single_partition_of_fp32_groups",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from typing import Any, Final
 
+from statecodec import dtypes
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.dtypes import TORCH_DTYPES
 from statecodec.layouts.pickle.nodes import Global, StorageNode
 
 _FREE_OBJECTS: Final = 500_000
@@ -61,6 +61,6 @@ class Machine:
         if found is None:
             # Protocols below 3 spell modules as Python 2 did; no module of Python 3 has one of those names.
             new = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
-            found = TORCH_DTYPES.get(name) if module == "torch" else None
+            found = dtypes.TORCH.get(name) if module == "torch" else None
             found = self.globals[module, name] = Global(*new) if found is None else found
         return found

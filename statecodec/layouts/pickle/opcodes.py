@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from statecodec.dtypes import storage_dtype
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.dtypes import storage_dtype
 from statecodec.layouts.pickle.machine import Machine
 from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode
 from statecodec.layouts.pickle.rebuild import build, call

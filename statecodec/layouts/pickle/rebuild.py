@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import torch
 
+from statecodec.dtypes import SUB_BYTE
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.dtypes import SUB_BYTE
 from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode
 
 _MAX_RANK: Final = 64

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
+from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
 _ERRORS = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2)  # rows of the curve's table
@@ -22,7 +23,10 @@ def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]
         ratios = _snr(document["tensors"], float(document["cutoff"]), every=every)
         parts += [_heading(document), ratios, _saved(document)]
     if document["curve"]:
-        parts.append(_curve(document["curve"]))
+        parts += [
+            Text("bytes per parameter of the whole file, for an error of the Adam update"),
+            _curve(document["curve"]),
+        ]
     return [*parts, *(Text(f"note: {note}", style="yellow") for note in document["notes"])]
 
 
@@ -34,20 +38,27 @@ def converted(document: Document, *, every: bool = False) -> list[RenderableType
     return [*parts, *([Text("lost: " + ", ".join(worst))] if worst else [])]
 
 
-def _heading(document: Document) -> Text:
+def _heading(document: Document) -> Facts:
     sources = document["sources"]
     name = sources[0] if len(sources) == 1 else f"{len(sources)} checkpoints"
     steps = [f"{s:g}" for s in sorted(float(s) for s in document["steps"] if s is not None)]
-    line = Text.assemble((name, "bold"), f"   {len(document['tensors'])} second moments")
-    if steps:
-        shown = ", ".join(steps) if len(steps) <= 8 else f"{steps[0]} ... {steps[-1]}"
-        line.append(f"   step{'s' if len(steps) > 1 else ''} {shown}", style="dim")
-    return line
+    shown = ", ".join(steps) if len(steps) <= 8 else f"{steps[0]} ... {steps[-1]}"
+    return Facts(
+        Text(name, style="bold"),
+        f"{len(document['tensors'])} second moments",
+        Text(f"step{'s' if len(steps) > 1 else ''} {shown}" if steps else "", style="dim"),
+    )
 
 
 def _snr(tensors: Sequence[Document], cutoff: float, *, every: bool) -> RenderableType:
     dims = _dims(tensors)
-    head = ("tensor" if every else "layer type", "kind", *(f"SNR over {d}" for d in dims), "share", "paper")
+    head = (
+        Column("tensor" if every else "layer type", text=True, gives="middle"),
+        Column("kind", text=True, drop=1),
+        *(Column(f"SNR over {d}", drop=2 + d.count(",")) for d in dims),
+        Column("share"),
+        Column("paper", drop=1),
+    )
     rows = []
     for name, group in _groups(tensors, every=every):
         first = group[0]
@@ -58,7 +69,7 @@ def _snr(tensors: Sequence[Document], cutoff: float, *, every: bool) -> Renderab
         for part in first["parts"] if every else ():
             figures = [_ratio(_mean([first["parts"][part].get(d)]), cutoff) for d in dims]
             rows.append(("  " + part.rsplit("[", 1)[-1].rstrip("]"), "", *figures, "", ""))
-    return tables.table(head, rows, left=2)
+    return Grid(head, rows)
 
 
 def _groups(tensors: Sequence[Document], *, every: bool) -> list[tuple[str, list[Document]]]:
@@ -95,12 +106,15 @@ def _named(dims: Sequence[int] | None) -> str:
     return ",".join(map(str, dims)) if dims else "keep"
 
 
-def _saved(document: Document) -> Text:
-    found = document["saved"]
-    line = Text(f"second moments saved at SNR > {document['cutoff']:g}:  ")
-    for basis, name in (("layer", "rules by layer"), ("type", "by layer type"), ("table", "the paper's table")):
-        line.append(f"{name} {100 * float(found[basis]):.1f} %   ", style="bold green" if basis == "type" else "")
-    return line
+def _saved(document: Document) -> Facts:
+    bases = (("layer", "rules by layer"), ("type", "by layer type"), ("table", "the paper's table"))
+    return Facts(
+        f"second moments saved at SNR > {document['cutoff']:g}:",
+        *(
+            Text(f"{name} {100 * float(document['saved'][basis]):.1f} %", style="bold" if basis == "type" else "")
+            for basis, name in bases
+        ),
+    )
 
 
 def _curve(curve: Sequence[Document]) -> RenderableType:
@@ -115,7 +129,8 @@ def _curve(curve: Sequence[Document]) -> RenderableType:
         sizes = [_best(own, preset["update_error"], w) for w in ("split", "bf16")]
         error = console.error(preset["update_error"])
         rows.append((error, *(_size(s) for s in sizes), f"{preset['label']} {preset['bytes_per_param']:.3f}"))
-    return tables.table(("update error", "B/param, 24-bit weights", "B/param, bf16 weights", "preset"), rows)
+    head = ("update error", "24-bit weights", "bf16 weights")
+    return Grid([*map(Column, head), Column("preset", text=True)], rows)
 
 
 def _best(points: Sequence[Document], limit: float, weights: str) -> float | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-_PIPED_WIDTH = 160  # a table in a pipe or a file is not folded at a terminal's 80 columns
+_SPACE = re.compile("(?<! ) (?! )")  # where text may be wrapped
+_UNBOUNDED = 100_000  # columns of a pipe or a file, where nothing is folded or left out
 
 
 def _console(stream: TextIO) -> Console:
     from rich.console import Console
 
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPED_WIDTH
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _UNBOUNDED
     return Console(file=stream, width=width, highlight=False, emoji=False)
 
 
@@ -42,17 +44,31 @@ def printable(value: Any) -> Any:
 
 
 def show(*renderables: RenderableType) -> None:
-    """Print to standard output. Lines of text are left for the terminal to wrap, so that a path stays whole."""
-    from rich.text import Text
-
+    """Print to standard output. Text is wrapped between words only, so that a path stays whole."""
     out = _console(sys.stdout)
     for renderable in renderables:
-        out.print(renderable, soft_wrap=isinstance(renderable, Text), crop=False)
+        _print(out, renderable)
 
 
 def say(message: str) -> None:
     """Print one message to standard error, as it is (no markup)."""
-    stderr().print(printable(message), markup=False, soft_wrap=True)
+    from rich.text import Text
+
+    _print(stderr(), Text(printable(message)))
+
+
+def _print(out: Console, renderable: RenderableType) -> None:
+    from rich.text import Text
+
+    from statecodec_cli.grid import Facts
+
+    if not isinstance(renderable, Text) or renderable.plain.startswith(" "):  # a table, or code
+        out.print(renderable, overflow="ignore", crop=False)
+        return
+    for line in renderable.split("\n", allow_blank=True):
+        spaces = [match.start() for match in _SPACE.finditer(line.plain)]
+        first, *rest = line.divide(spaces)
+        out.print(Facts(first, *(word[1:] for word in rest), gap=1), overflow="ignore", crop=False)
 
 
 def emit(document: Any) -> None:
@@ -67,7 +83,8 @@ def fail(code: str, message: str, *, as_json: bool) -> None:
         emit({"error": {"code": code, "message": message}})
     from rich.text import Text
 
-    stderr().print(Text.assemble(("error: ", "bold red"), printable(message), (f"  [{code}]", "dim")), soft_wrap=True)
+    line = Text.assemble(("error: ", "bold red"), printable(message), (f"  [{code}]", "dim"))
+    _print(stderr(), line)
 
 
 def _finite(value: Any) -> Any:
@@ -115,7 +132,10 @@ def seconds(value: float) -> str:
 
 
 def error(value: Any) -> str:
-    """An error figure: `exact` for zero, else two significant figures with an exponent."""
+    """An error figure: `exact` for zero, three significant figures from a thousandth on, else two and an exponent."""
     if value is None:
         return ""
-    return "exact" if value == 0 else f"{float(value):.1e}"
+    number = float(value)
+    if number == 0:
+        return "exact"
+    return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from statecodec_cli import console
 from statecodec_cli.verbs import (
@@ -47,16 +48,25 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.run,
 }
 
+
+class _Verb(TyperCommand):
+    """A verb's help as people read it: SRC, not {SRC}."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words of the usage line after the verb."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
 app = typer.Typer(
     name="statecodec",
     help="Training checkpoints at a third of their size, from which training resumes as if nothing had happened.",
     epilog="`statecodec VERB --help` explains a verb. Exit codes: 0 done, 1 refused or a check failed, 2 usage.",
     context_settings={"help_option_names": ["-h", "--help"]},
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: it fits narrow terminals and loads faster
 )
 for _name, _run in VERBS.items():
-    app.command(_name)(_run)
+    app.command(_name, cls=_Verb)(_run)
 
 
 def _version(asked: bool) -> None:
@@ -67,13 +77,16 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

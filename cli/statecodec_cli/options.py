@@ -20,6 +20,7 @@ Output = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse rules that match no tensor, instead of noting them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+PRESETS = "lossless, resume, small, tiny or weights; `statecodec codecs` explains them."
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result (or the error) as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 All = Annotated[bool, typer.Option("--all", "-a", help="List every tensor instead of a summary by role and codec.")]
@@ -28,7 +29,8 @@ Plot = Annotated[
     typer.Option("--plot", metavar="FILE", show_default=False, help="Draw it into FILE (.svg or .png), replacing it."),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, show_default=False, help="Worker threads. Default: one per core.")
+    int | None,
+    typer.Option("--threads", metavar="N", min=1, show_default=False, help="Worker threads. Default: one per core."),
 ]
 Device = Literal["auto", "cpu", "cuda"]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the numbers are crunched.")]

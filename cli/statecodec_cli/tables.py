@@ -6,98 +6,135 @@ Input is always the JSON document, so what is shown is what --json gives. A figu
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console
+from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
-_MANY = 400  # rows; more are cut with a remark, --json has them all
 _ROLES = ("weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton")
+_LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
+
+_NAME = Column("tensor", text=True, gives="middle")
+_ROLE, _SHAPE, _DTYPE = (
+    Column("role", text=True),
+    Column("shape", text=True, drop=4),
+    Column("dtype", text=True, drop=5),
+)
+_CODEC = Column("codec", text=True, gives="fold")
+_BEFORE, _AFTER, _RATIO = Column("before", drop=2), Column("after"), Column("ratio")
+_ERROR = Column("rel. rms")
+_UPDATE = (Column("u-rms"), Column("max |u|"), Column("exact max |u|", drop=2), Column("cosine", drop=1))
 
 
 def compressed(document: Document, *, every: bool = False) -> list[RenderableType]:
     """What `compress` did: one headline, then sizes and errors by role and codec."""
     source, before, after = document["source"], document["source"]["bytes"], document["bytes"]
     elapsed = document.get("seconds") or 0.0
-    line = Text.assemble(
-        (str(source.get("name", "")), "bold"), f"  {console.size(before)}  ->  ",
-        (str(document["path"]), "bold"), f"  {console.size(after)}   ",
-        (console.ratio(before, after), "bold green"), _per_param(document),
-    )  # fmt: skip
-    if elapsed:
-        line.append(f"   {console.seconds(elapsed)}, {console.size(before / elapsed)}/s", style="dim")
-    return [line, _body(document, every=every), *_updates(document), *_notes(document)]
+    line = Facts(
+        Text.assemble((str(source.get("name", "")), "bold"), f"  {console.size(before)}"),
+        Text.assemble("->  ", (str(document["path"]), "bold"), f"  {console.size(after)}"),
+        Text(console.ratio(before, after), style="bold green"),
+        _per_param(document),
+        Text(f"{console.seconds(elapsed)}, {console.size(before / elapsed)}/s" if elapsed else "", style="dim"),
+    )
+    grew = "note: larger than the original: nothing in it packs, or it is too small for a header"
+    return [
+        line,
+        _body(document, every=every),
+        *_updates(document),
+        *([Text(grew, style="yellow")] if after > before else []),
+        *_notes(document),
+    ]
 
 
 def inspected(document: Document, *, every: bool = False) -> list[RenderableType]:
     """What `inspect` found."""
     source, after = document["source"], document["bytes"]
-    line = Text.assemble((str(document.get("path") or source.get("name", "")), "bold"), f"  {console.size(after)}")
+    facts: list[Text | str] = [
+        Text.assemble((str(document.get("path") or source.get("name", "")), "bold"), f"  {console.size(after)}")
+    ]
+    kind = layout(source)
     if _is_compressed(document):
-        line.append(f"  from {source.get('name', 'a')} {source.get('layout', '')} {console.size(source['bytes'])}   ")
-        line.append(console.ratio(source["bytes"], after), style="bold green")
+        facts.append(f"from {source.get('name', 'a checkpoint')}, {kind}, {console.size(source['bytes'])}")
+        facts.append(Text(console.ratio(source["bytes"], after), style="bold green"))
     else:
-        line.append(f"  {source.get('layout', '')}")
-    line.append(_per_param(document))
-    facts = [f"{document['num_params']:,} parameters", f"{_count(document):,} tensors"]
+        facts.append(kind)
+    details = [f"{document['num_params']:,} parameters", f"{_count(document):,} tensors"]
     if document.get("preset"):
-        facts.append(f"preset {document['preset']}")
+        details.append(f"preset {document['preset']}")
     if document.get("format_version"):
-        facts.append("format " + ".".join(str(n) for n in document["format_version"]))
+        details.append("format " + ".".join(str(n) for n in document["format_version"]))
     if source.get("sha256"):
-        facts.append(f"sha256 of the original {source['sha256']}")
-    body = _body(document, every=every)
-    return [line, Text("  ".join(facts), style="dim"), body, *_updates(document), *_notes(document)]
+        details.append(f"SHA-256 of the original {source['sha256']}")
+    return [
+        Facts(*facts, _per_param(document)),
+        Facts(*(Text(detail, style="dim") for detail in details)),
+        _body(document, every=every),
+        *_updates(document),
+        *_notes(document),
+    ]
+
+
+def layout(source: Document) -> str:
+    """What kind of checkpoint the original is, in words."""
+    name = str(source.get("layout") or "")
+    return _LAYOUTS.get(name, name.replace("_", " "))
 
 
 def restored(document: Document) -> list[RenderableType]:
-    """What `restore` wrote."""
-    line = Text.assemble(
-        ("restored ", "green"), (str(document["path"]), "bold"), f"  {console.size(document['source']['bytes'])}"
+    """What `restore` wrote, and how close it is."""
+    elapsed, lossy = document.get("seconds"), sum(bool(t.get("error")) for t in document["tensors"])
+    exact = not lossy and all(t["codec"] in ("raw", "delta") for t in document["tensors"])
+    known = exact and document["source"].get("sha256")
+    line = Facts(
+        Text.assemble((str(document["path"]), "bold"), f"  {console.size(document['source']['bytes'])}"),
+        Text("the same SHA-256 as the original", style="green") if known else "",
+        f"{lossy:,} of {_count(document):,} tensors within the errors that `inspect` shows" if lossy else "",
+        Text(console.seconds(elapsed) if elapsed else "", style="dim"),
     )
-    if document.get("seconds"):
-        line.append(f"   {console.seconds(document['seconds'])}", style="dim")
     return [line, *_notes(document)]
 
 
 def verified(document: Document, *, against: bool) -> list[RenderableType]:
     """That `verify` found nothing wrong."""
     what = "intact, and within its stated errors of the original" if against else "intact"
-    line = Text.assemble(
-        ("ok ", "bold green"), (str(document["path"]), "bold"),
-        f"  {what}: {_count(document):,} tensors, {console.size(document['bytes'])} checked",
-    )  # fmt: skip
-    return [line, *_notes(document)]
+    line = Facts(
+        Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
+        what,
+        f"{_count(document):,} tensors, {console.size(document['bytes'])} checked",
+    )
+    return [line, *_updates(document), *_notes(document)]
 
 
 def difference(document: Document, *, every: bool = False) -> list[RenderableType]:
     """Errors by role (or by tensor), then the error of the Adam update, and what is equal or differs besides."""
     tensors = document["tensors"]
-    columns: tuple[str, ...] = ("role", "tensors", "values", "relative rms, worst", "largest difference")
+    columns: tuple[Column, ...] = (_ROLE, Column("tensors", drop=2), Column("values", drop=1))
     if every:
-        columns = ("tensor", "role", "shape", "dtype", "relative rms", "largest difference")
+        columns = (_NAME, replace(_ROLE, drop=1), _SHAPE, _DTYPE)
         rows: list[tuple[str, ...]] = [(t["name"], t["role"], _shape(t), t["dtype"], *_distance([t])) for t in tensors]
     else:
         rows = [
             (role, f"{len(group):,}", f"{sum(map(_numel, group)):,}", *_distance(group))
             for (role,), group in _groups(tensors, lambda t: (t["role"],))
         ]
+    columns = (*columns, _ERROR, Column("largest"))
     if any(t.get("differing") for t in tensors):
-        columns = (*columns, "elements that differ")
+        columns = (*columns, Column("elements that differ"))
     else:
         rows = [row[:-1] for row in rows]
-    parts: list[RenderableType] = [table(columns, rows, left=4 if every else 1)]
+    parts: list[RenderableType] = [Grid(columns, rows)] if rows else []
     updates = document.get("updates") or []
     if updates and every:
-        names = ("Adam update of", "u-rms", "max |u|", "exact max |u|", "cosine")
-        parts.append(table(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
+        names = (Column("Adam update of", text=True, gives="middle"), *_UPDATE)
+        parts.append(Grid(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
     return [*parts, *_updates(document), *_one_sided(document), *_equality(document), *_notes(document)]
 
 
@@ -142,54 +179,46 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def codecs(document: Document) -> list[RenderableType]:
-    """The codecs with their fields, then the presets with their rules."""
-    rows = []
-    for codec in document["codecs"]:
-        fields = ",".join(f"{name}={default}" for name, default in codec["fields"].items())
-        rows.append((codec["name"], f"{codec['name']}({fields})" if fields else codec["name"], codec["summary"]))
-    presets = [
-        (name, "\n".join(rules) if rules else "everything exact, losslessly packed")
-        for name, rules in document["presets"].items()
-    ]
-    return [
-        table(("codec", "fields and defaults", "what it is"), rows, left=3, fold=2),
-        table(("preset", "rules, first match wins; what no rule names stays exact"), presets, left=2, fold=1),
-    ]
-
-
-def _body(document: Document, *, every: bool) -> Table:
+def _body(document: Document, *, every: bool) -> Grid:
     tensors, packed = document["tensors"], _is_compressed(document)
-    if every:
-        head: tuple[str, ...] = ("tensor", "role", "shape", "dtype", "codec", "before", "after", "ratio", "rel. error")
-        rows: list[tuple[str, ...]] = [
-            (t["name"], t["role"], _shape(t), t["dtype"], t.get("codec") or "",
-             console.size(t["bytes_before"]), console.size(t["bytes_after"]),
-             console.ratio(t["bytes_before"], t["bytes_after"]), _worst([t], "relative_rms"))
-            for t in tensors
-        ]  # fmt: skip
-        if packed:
-            return table(head, rows, left=5)
-        return _columns(("tensor", "role", "shape", "dtype", "codec", "size"), rows, keep=(0, 1, 2, 3, 5), left=4)
-    head = ("role", "codec", "tensors", "before", "after", "ratio", "B/value", "rel. error")
+    return _tensors(tensors, packed=packed) if every else _summary(tensors, packed=packed)
+
+
+def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
+    """A row for each tensor."""
+    head = (_NAME, replace(_ROLE, drop=2), _SHAPE, _DTYPE)
+    rows = [(t["name"], t["role"], _shape(t), t["dtype"]) for t in tensors]
+    if not packed:
+        sizes = [console.size(t["bytes_before"]) for t in tensors]
+        return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
+    stored = [(*row, *_stored([t])) for row, t in zip(rows, tensors, strict=True)]
+    return Grid((*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=1), _ERROR), stored)
+
+
+def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
+    """A row for each role and codec, or role and dtype of what is not compressed."""
     groups = _groups(tensors, lambda t: (t["role"], t["codec"] if packed else t["dtype"]))
-    rows = [_summary(key, group) for key, group in groups]
-    if packed:
-        return table(head, rows, left=2, fold=1)
-    return _columns(("role", "dtype", "tensors", "size"), rows, keep=(0, 1, 2, 3), left=2)
+    if not packed:
+        sizes = [(*key, f"{len(group):,}", _stored(group)[1]) for key, group in groups]
+        return Grid((_ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
+    rows = []
+    for (role, codec), group in groups:
+        _, *sizes_and_ratio, error = _stored(group)
+        rows.append((role, codec, f"{len(group):,}", *sizes_and_ratio, _per_value(group), error))
+    head = (_ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4), _ERROR)
+    return Grid(head, rows)
 
 
-def _columns(head: Sequence[str], rows: Sequence[Sequence[str]], *, keep: Sequence[int], left: int) -> Table:
-    return table([head[i] for i in keep], [[row[i] for i in keep] for row in rows], left=left)
-
-
-def _summary(key: tuple[str, ...], group: Sequence[Document]) -> tuple[str, ...]:
+def _stored(group: Sequence[Document]) -> tuple[str, str, str, str, str]:
+    """Codec, bytes before and after, ratio and worst error of tensors in one codec."""
     before, after = sum(t["bytes_before"] for t in group), sum(t["bytes_after"] for t in group)
+    sizes = console.size(before), console.size(after), console.ratio(before, after)
+    return group[0].get("codec") or "", *sizes, _worst(group, "relative_rms")
+
+
+def _per_value(group: Sequence[Document]) -> str:
     numel = sum(map(_numel, group))
-    return (
-        *key, f"{len(group):,}", console.size(before), console.size(after), console.ratio(before, after),
-        f"{after / numel:.2f}" if numel else "-", _worst(group, "relative_rms"),
-    )  # fmt: skip
+    return f"{sum(t['bytes_after'] for t in group) / numel:.2f}" if numel else "-"
 
 
 def _groups(
@@ -227,15 +256,19 @@ def update_cells(update: Document) -> tuple[str, str, str, str]:
     )
 
 
-def _updates(document: Document) -> list[Text]:
+def _updates(document: Document) -> list[Facts]:
     """The error of the Adam update in total, where the document states it."""
     total = document.get("total") or {}
     if total.get("u_rms") is None:
         return []
     rms, largest, exact, cosine = update_cells(total)
-    line = Text.assemble("Adam update  u-rms ", (rms, "bold"), "   max |u| ", (largest, "bold"), f" (exact {exact})")
-    line.append(f"   cosine {cosine}" if cosine else "")
-    line.append(f"   over {len(document['updates']):,} parameters" if document.get("updates") else "", style="dim")
+    count = len(document.get("updates") or ())
+    line = Facts(
+        Text.assemble("Adam update  u-rms ", (rms, "bold")),
+        Text.assemble("max |u| ", (largest, "bold"), f" (exact {exact})"),
+        f"cosine {cosine}" if cosine else "",
+        Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
+    )
     return [line]
 
 
@@ -249,7 +282,7 @@ def _is_compressed(document: Document) -> bool:
 
 def _per_param(document: Document) -> str:
     per_param = document.get("bytes_per_param")
-    return f"   {per_param:.2f} B/param" if per_param else ""
+    return f"{per_param:.2f} B/param" if per_param else ""
 
 
 def _number(value: float | str | None) -> str:
@@ -267,22 +300,3 @@ def _shape(tensor: Document) -> str:
 
 def _numel(tensor: Document) -> int:
     return math.prod(tensor["shape"])
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, fold: int | None = None) -> Table:
-    """A table whose first `left` columns are text and whose others are figures.
-
-    Where the terminal is too narrow, column `fold` is folded; without one the lines run over, one row a line.
-    """
-    made = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold underline", title=" ", title_justify="left"
-    )
-    for i, name in enumerate(head):
-        made.add_column(name, justify="left" if i < left else "right", no_wrap=i != fold, overflow="fold")
-    for row in rows[:_MANY]:
-        made.add_row(*(Text(str(cell)) for cell in row))
-    made.caption = f"{len(rows) - _MANY:,} more; --json lists all" if len(rows) > _MANY else " "
-    made.caption_justify = "left"
-    if fold is None:
-        made.width = Console(width=100_000, file=io.StringIO()).measure(made).maximum
-    return made

@@ -58,7 +58,7 @@ def _describe(source: FileBytes, path: str) -> Described:
         return torch_zip.describe(source, path, source.mode)
     if safetensors_file.is_safetensors(head, source.size):
         return safetensors_file.describe(source, path, source.mode)
-    torch_zip.refuse_legacy(head, path)
+    torch_zip.refuse_legacy(head)
     if not head:
         raise MalformedCheckpoint("the file is empty")
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):

@@ -24,7 +24,7 @@ from statecodec.layouts.zip_reader import Entry, read_checked, read_entries
 
 _LEGACY_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _WAY_OUT: Final = (
-    "is a torch file from before torch 1.6, which cannot be read without running it. If you trust it: "
+    "a torch file from before torch 1.6, which cannot be read without running it. If you trust it: "
     "torch.save(torch.load(PATH, weights_only=False), NEW_PATH), then use NEW_PATH"
 )
 _SMALL: Final = 1 << 20
@@ -43,13 +43,13 @@ def is_zip(head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
 
 
-def refuse_legacy(head: bytes, name: str) -> None:
+def refuse_legacy(head: bytes) -> None:
     """Raise LegacyTorchFile if a file's first bytes are those of a pre-1.6 torch.save."""
     bare_stream = head[:1] == b"\x80" and _LEGACY_MAGIC in head[:16]
     members = {head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)}  # tar headers are 512-byte blocks
     old_tar = head[257:262] == b"ustar" and not members.isdisjoint({b"sys_info", b"pickle", b"storages", b"tensors"})
     if bare_stream or old_tar:
-        raise LegacyTorchFile(f"{name} {_WAY_OUT}")
+        raise LegacyTorchFile(_WAY_OUT)
 
 
 def open_archive(source: ByteSource, name: str) -> Archive:

@@ -29,6 +29,9 @@ def test_seconds(value: float, text: str) -> None:
 def test_error_tells_exact_from_small() -> None:
     assert console.error(0.0) == "exact"
     assert console.error(1e-12) == "1.0e-12"
+    assert console.error(0.009981) == "0.00998"  # just under a budget of 0.01, and seen to be
+    assert console.error(0.24) == "0.240"
+    assert console.error(123.4) == "123"
     assert console.error(None) == ""
     assert console.error("nan") == "nan"
 
@@ -50,3 +53,14 @@ def test_error_message_is_not_read_as_markup(capsys: pytest.CaptureFixture[str])
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "error: file [red]a[/nope] is damaged  [format.corrupt]\n"
+
+
+def test_messages_are_wrapped_between_words_and_words_stay_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    path = "/a/very/long/path" * 5
+    console.fail("io", f"{path}: cannot be read because of something; two  spaces\nare kept", as_json=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "error:", f"  {path}:", "  cannot be read because of something; two  spaces", "are kept  [io]",
+    ]  # fmt: skip

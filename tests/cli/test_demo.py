@@ -134,5 +134,5 @@ def test_the_demo_tells_the_whole_story(cli: Cli, tmp_path: Path, monkeypatch: p
     assert "output.exists" in refused.err
     again = cli(*words, "--force")
     assert again.code == 0
-    assert "loss from the restored file" in again.out
+    assert "restored file: loss" in again.out
     assert "5/5 resuming from" in again.err

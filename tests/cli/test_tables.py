@@ -26,7 +26,7 @@ def row(printed: str, *starts: str) -> list[str]:
 
 def test_compress_summarises_by_role_and_codec() -> None:
     printed = text(tables.compressed(documents.report()))
-    assert "12.0 MB  ->  ckpt.sc.safetensors  4.00 MB   3.00x   4.00 B/param   2.0 s, 6.00 MB/s" in printed
+    assert "12.0 MB   ->  ckpt.sc.safetensors  4.00 MB   3.00x   4.00 B/param   2.0 s, 6.00 MB/s" in printed
     assert row(printed, "weight", "split") == [
         "weight",
         "split",
@@ -41,7 +41,7 @@ def test_compress_summarises_by_role_and_codec() -> None:
     ]
     assert row(printed, "weight", "raw")[-1] == "exact"
     assert row(printed, "step", "raw")[-2:] == ["4.00", "exact"]
-    assert "Adam update  u-rms 9.1e-03   max |u| 1.25 (exact 1.03)   cosine 0.999960" in printed
+    assert "Adam update  u-rms 0.00910   max |u| 1.25 (exact 1.03)   cosine 0.999960" in printed
     assert "note: something to know" in printed
 
 
@@ -77,12 +77,12 @@ def test_inspect_of_a_plain_checkpoint_claims_no_compression() -> None:
 
 def test_diff_states_update_error_and_what_has_no_counterpart() -> None:
     printed = text(tables.difference(documents.difference()))
-    assert row(printed, "exp_avg_sq") == ["exp_avg_sq", "1", "1,000,000", "9.0e-03", "2.7e-02"]
-    assert "over 1 parameters" in printed
+    assert row(printed, "exp_avg_sq") == ["exp_avg_sq", "1", "1,000,000", "0.00900", "0.0270"]
+    assert "over 1 parameter" in printed
     assert "only in b.pt: extra" in printed
     assert "identical" not in printed
     every = text(tables.difference(documents.difference(), every=True))
-    assert row(every, "w.0") == ["w.0", "9.1e-03", "1.25", "1.03", "0.999960"]
+    assert row(every, "w.0") == ["w.0", "0.00910", "1.25", "1.03", "0.999960"]
 
 
 def test_mismatched_elements_are_shouted() -> None:

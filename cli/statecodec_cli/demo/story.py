@@ -15,6 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
+from statecodec_cli.grid import Column, Grid
 
 if TYPE_CHECKING:
     from statecodec_cli.demo.train import Trainer
@@ -99,23 +100,25 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
         f"  {console.size(training['bytes'])}  {training['num_params']:,} parameters, ",
         f"{training['steps']} steps, {losses}",
     )
-    columns = ("preset", "file", "size", "ratio", "B/param", "update u-rms", "max |u|", "exact max |u|")
+    columns = (
+        Column("preset", text=True),
+        Column("size"), Column("ratio"), Column("B/param", drop=1), Column("update u-rms"),
+        Column("max |u|", drop=1), Column("exact max |u|", drop=2),
+    )  # fmt: skip
     rows = [
-        (p["preset"], p["path"], console.size(p["bytes"]), console.ratio(training["bytes"], p["bytes"]),
+        (p["preset"], console.size(p["bytes"]), console.ratio(training["bytes"], p["bytes"]),
          f"{p['bytes_per_param']:.2f}", *tables.update_cells(p["update"])[:3])
         for p in document["presets"]
     ]  # fmt: skip
     verdict = "the same SHA-256" if document["lossless_same_sha256"] else "ANOTHER SHA-256"
-    curves = tables.table(
-        ("step", "loss from the exact file", "loss from the restored file", "difference"), _curve(document)
-    )
+    curves = Grid([*map(Column, ("step", "exact file: loss", "restored file: loss", "difference"))], _curve(document))
     last = Text.assemble(
         "validation loss  exact ", (f"{document['resumed']['exact']['val_loss']:.5f}", "bold"),
         "   restored ", (f"{document['resumed']['restored']['val_loss']:.5f}", "bold"),
         f"   difference {difference['val_loss']:+.1e}",
     )  # fmt: skip
     lossless = Text(f"restored from lossless: {verdict} as {training['checkpoint']}")
-    return [head, tables.table(columns, rows, left=2), lossless, curves, last]
+    return [head, Grid(columns, rows), lossless, curves, last]
 
 
 def _curve(document: Mapping[str, Any], rows: int = 8) -> list[tuple[str, ...]]:

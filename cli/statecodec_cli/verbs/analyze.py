@@ -56,7 +56,7 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Find out what a checkpoint can bear to lose.
+    """Measure how far tensors can shrink.
 
     The signal-to-noise ratio of every second moment over every subset of its dimensions says which of them can share
     one value (SlimAdam); several checkpoints are averaged. The curve says what each byte buys: the smallest size for

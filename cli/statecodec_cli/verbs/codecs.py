@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statecodec_cli import console, options
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 def run(as_json: options.AsJson = False) -> None:
-    """List the codecs, their fields and defaults, and what each preset does.
+    """List the codecs and the presets.
 
-    A codec is written NAME or NAME(key=value,...) on the command line, in rules files and in Python.
+    Codecs with their fields and defaults, presets with their rules. A codec is written NAME or NAME(key=value,...)
+    on the command line, in rules files and in Python.
     """
     from statecodec import choose, codecs
-    from statecodec_cli import tables
 
     document = {
         "codecs": [_describe(codecs.get(name)) for name in codecs.names()],
@@ -24,7 +27,29 @@ def run(as_json: options.AsJson = False) -> None:
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.codecs(document))
+        console.show(*_tables(document))
+
+
+def _tables(document: dict[str, Any]) -> list[RenderableType]:
+    """The codecs with their fields, then the presets with their rules."""
+    from rich.text import Text
+
+    from statecodec_cli.grid import Column, Grid
+
+    rows = []
+    for codec in document["codecs"]:
+        fields = ",".join(f"{name}={default}" for name, default in codec["fields"].items())
+        rows.append((f"{codec['name']}({fields})" if fields else codec["name"], codec["summary"]))
+    heads = (Column("codec, with its defaults", text=True, gives="fold"), Column("what it is", text=True, gives="fold"))
+    presets: list[RenderableType] = []
+    for name, rules in document["presets"].items():
+        presets.append(Text(f"preset {name}", style="bold"))
+        presets.extend(Text(f"  {rule}") for rule in rules or ["everything exact, packed without loss"])
+    return [
+        Grid(heads, rows),
+        *presets,
+        Text("the first rule that matches wins; what none names stays exact", style="dim"),
+    ]
 
 
 def _describe(codec: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def run(
         Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint file or directory.")
     ],
     output: options.Output = None,
-    preset: Annotated[Preset, typer.Option("--preset", "-p", help="See `statecodec codecs`.")] = "resume",
+    preset: Annotated[Preset, typer.Option("--preset", "-p", metavar="PRESET", help=options.PRESETS)] = "resume",
     rule: Annotated[
         list[str] | None,
         typer.Option(
@@ -82,7 +82,7 @@ def run(
     """Compress a checkpoint.
 
     Writes ckpt.sc.safetensors beside ckpt.pt: a third of the size with the default preset, and training resumes from
-    it as if nothing had happened. The file is whole and verified on disk before it appears under its name.
+    it as if nothing had happened. The file gets its name once it is whole and on the disk.
     """
     import statecodec
     from statecodec_cli import plots, tables

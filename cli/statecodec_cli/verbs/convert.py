@@ -36,7 +36,7 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a checkpoint, and say what that lost.
+    """Change codecs, or the optimizer.
 
     With rules, the tensors they name get that codec and all others stay as they are; DST is a compressed file. With an
     optimizer, its state becomes one that this class of statecodec.optim resumes from, `torch` leads back to

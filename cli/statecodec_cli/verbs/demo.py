@@ -23,7 +23,9 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Train a small GPT on Python's own sources, compress its checkpoint, resume from both, compare the losses.
+    """Show it all on a small GPT.
+
+    Train it on Python's own sources, compress its checkpoint, resume from both, compare the losses.
 
     Takes a minute or two on two CPU cores and needs no network. Everything stays in DIR.
     """

@@ -21,7 +21,9 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare two checkpoints: the error of weights and moments, and of the Adam update they lead to.
+    """Compare two checkpoints.
+
+    The error of weights and moments, and of the Adam update they lead to.
 
     The update is u = m_hat / (sqrt(v_hat) + eps). Its relative rms error and its largest value say whether resuming is
     safe: a small error in the second moment can be a huge one in the update.

@@ -19,7 +19,9 @@ def run(
     plot: options.Plot = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show what is in a checkpoint: tensors, roles, codecs, sizes and recorded errors.
+    """Show what is in a checkpoint.
+
+    Tensors, their roles, codecs, sizes and recorded errors, of any checkpoint, compressed or not.
 
     Nothing in the file is executed: torch files are read without unpickling them.
     """

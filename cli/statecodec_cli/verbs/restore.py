@@ -25,7 +25,9 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Restore the original checkpoint, under its own name unless -o says otherwise.
+    """Restore the original checkpoint.
+
+    It gets its own name, beside SRC, unless -o says otherwise.
 
     After `--preset lossless` it is the same file bit for bit. After any other preset it is the same file with other
     numbers in the tensors that were not kept exactly, and whatever loaded the original loads it.

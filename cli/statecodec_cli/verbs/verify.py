@@ -28,7 +28,10 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check every checksum of a compressed file; with --against also the numbers. Exit code 1 if anything is wrong."""
+    """Check that a compressed file is intact.
+
+    Every checksum; with --against ORIGINAL also every number. Exit code 1 if anything is wrong.
+    """
     import statecodec
     from statecodec_cli import tables
 

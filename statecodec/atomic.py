@@ -315,19 +315,22 @@ def _make(destination: Path) -> tuple[Path, int]:
     """A new folder beside the destination, and the descriptor that locks it."""
     while True:
         path = destination.with_name(f".{destination.name[:_NAME]}.{secrets.token_hex(8)}.tmp")
-        os.mkdir(path, 0o700)
         try:
+            os.mkdir(path, 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a file system without locks: then nobody can sweep either
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if path.is_dir():
+                return path, fd
+            os.close(fd)  # a sweep took it between open and flock
         except FileNotFoundError:
-            continue  # a sweep took it between mkdir and open
-        except OSError:
-            os.rmdir(path)
+            if not destination.parent.is_dir():
+                raise
+            # Else a sweep took it between mkdir and open.
+        except BaseException:  # Ctrl-C as soon as the folder is there, too
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
             raise
-        with contextlib.suppress(OSError):  # a file system without locks: then nobody can sweep either
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        if path.is_dir():
-            return path, fd
-        os.close(fd)  # a sweep took it between open and flock
 
 
 def _sweep(destination: Path) -> None:

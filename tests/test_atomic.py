@@ -262,3 +262,21 @@ def test_a_failing_disk(
         assert not force or directory or target.read_bytes() in (b"old", b"new")
     assert n < 99
     assert os.listdir(target) == ["new"] if directory else target.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_an_interruption_as_soon_as_the_folder_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = getattr(os, call)
+
+    def interrupted(path: object, *rest: object, **named: object) -> object:
+        result = real(path, *rest, **named)
+        if str(path).endswith(".tmp"):
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(os, call, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        atomic.Staging(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

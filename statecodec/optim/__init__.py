@@ -17,6 +17,7 @@ from statecodec.optim.base import StateOptimizer
 from statecodec.optim.foam import FOAM
 from statecodec.optim.fp32 import fp32_state_dict, load_fp32_state_dict
 from statecodec.optim.gradient_release import GradientRelease, enable_gradient_release
+from statecodec.optim.groups import decay_groups, with_names
 from statecodec.optim.lion import Lion
 from statecodec.optim.load_report import LoadReport, StateChange
 from statecodec.optim.lorapre import LoRAPre
@@ -32,6 +33,6 @@ OPTIMIZERS: dict[str, type[StateOptimizer]] = {
 
 __all__ = [
     "FOAM", "OPTIMIZERS", "SGD", "SGDW", "Adam", "AdamW", "GradientRelease", "InvisibleStep", "Lion", "LoRAPre",
-    "LoadReport", "Muon", "SlimAdam", "StateChange", "StateOptimizer", "check_numerics", "enable_gradient_release",
-    "fp32_state_dict", "load_fp32_state_dict",
+    "LoadReport", "Muon", "SlimAdam", "StateChange", "StateOptimizer", "check_numerics", "decay_groups",
+    "enable_gradient_release", "fp32_state_dict", "load_fp32_state_dict", "with_names",
 ]  # fmt: skip

@@ -40,22 +40,24 @@ class Match:
 
     saved: tuple[tuple[Any, Mapping[str, Any]] | None, ...]
 
-    def options(self) -> dict[str, Any]:
-        """The options that all of those saved groups agree on."""
+    def options(self) -> tuple[dict[str, Any], list[str]]:
+        """The options that all of those saved groups agree on, and the names of the others."""
         groups: list[Mapping[str, Any]] = []
         for entry in self.saved:
             if entry is not None and not any(entry[1] is g for g in groups):
                 groups.append(entry[1])
         first, *rest = groups or [{}]
-        return {k: v for k, v in first.items() if k not in _WHOSE and all(_same(v, g.get(k)) for g in rest)}
+        options = {k: v for k, v in first.items() if k not in _WHOSE}
+        split = [k for k, v in options.items() if not all(_same(v, g.get(k)) for g in rest)]
+        return {k: v for k, v in options.items() if k not in split}, split
 
 
 def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     """Replace the optimizer's state and group options; nothing changes if anything is wrong. Raises OptimizerError."""
     saved_groups, saved_state = _checked(state_dict)
     groups, log = optimizer.param_groups, ChangeLog()
-    matches = _matched(optimizer, groups, saved_groups)
-    merged = [_merge(optimizer, g, m.options(), log) for g, m in zip(groups, matches, strict=True)]
+    matches = _matched(groups, saved_groups, log)
+    merged = [_merge(optimizer, g, m, log) for g, m in zip(groups, matches, strict=True)]
     states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     used = set()
     for group, new, match in zip(groups, merged, matches, strict=True):
@@ -72,9 +74,10 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
             used.add(entry[0])
             recipe = optimizer.recipe(p, group)
             states[p] = adopt(recipe, p, {**group, **new}, values, entry[1], log)
+    names = dict(zip((k for g in saved_groups for k in g["params"]), _names(saved_groups) or (), strict=False))
     for key in saved_state.keys() - used:
         if saved_state[key]:
-            log.add(str(key), "all states", "unused", "saved")
+            log.add(names.get(key, str(key)), "all states", "unused", "saved")
     if saved_state and not used and any(saved_state.values()):
         raise OptimizerError(
             f"none of the state's {len(saved_state)} entries is listed in its own groups: "
@@ -99,26 +102,30 @@ def _checked(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any
 # --- whose state is whose
 
 
-def _matched(optimizer: StateKeeper, groups: Sequence[Group], saved: Sequence[Mapping[str, Any]]) -> list[Match]:
-    """By name where both sides name their parameters and mean the same ones, otherwise by position."""
+def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: ChangeLog) -> list[Match]:
+    """By position, as torch does; by name where both sides have names and they say that positions have changed."""
     ours, theirs = _names(groups), _names(saved)
     flat = [(key, g) for g in saved for key in g["params"]]
     sizes, found = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
-    known = set(ours or ()) & set(theirs or ())
-    by_name = bool(known) and (sizes != found or (ours != theirs and set(ours or ()) == set(theirs or ())))
-    if not by_name:
-        if sizes != found:
-            unnamed = "the optimizer's" if ours is None else "the state's" if theirs is None else "none of the"
-            raise OptimizerError(
-                f"the state has groups of {found} parameters, the optimizer of {sizes}, and {unnamed} parameters have "
-                "names to go by. Make the groups as they were when the state was saved (`optim.decay_groups` makes "
-                "those of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds "
-                "them to a state)"
-            )
-        entries: Iterable[Any] = flat
-    else:
-        by = dict(zip(theirs or (), flat, strict=True))
-        entries = [by.get(name) for name in ours or ()]
+    places = dict(zip(theirs or (), flat, strict=True)) if theirs else {}
+    shared = {name for name in ours or () if name in places}
+    moved = sizes != found or any(
+        a != b for a, b in zip(ours or (), theirs or (), strict=False) if a in places or b in shared
+    )
+    entries: Sequence[Any] = flat
+    if shared and moved:
+        entries = [places.get(name) for name in ours or ()]
+    elif sizes != found:
+        unnamed = "the optimizer's" if ours is None else "the state's" if theirs is None else "none of the"
+        raise OptimizerError(
+            f"the state has groups of {found} parameters, the optimizer of {sizes}, and {unnamed} parameters have "
+            "names to go by. Make the groups as they were when the state was saved (`optim.decay_groups` makes those "
+            "of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds them to a "
+            "state)"
+        )
+    elif ours and theirs and ours != theirs:
+        renamed = [f"{b} into {a}" for a, b in zip(ours, theirs, strict=True) if a != b]
+        log.notes.append(f"{len(renamed)} parameters are called otherwise; loaded by position: {_few(renamed)}")
     it = iter(entries)
     return [Match(tuple(next(it) for _ in g["params"])) for g in groups]
 
@@ -138,9 +145,12 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 # --- which options
 
 
-def _merge(optimizer: StateKeeper, group: Group, saved: Mapping[str, Any], log: ChangeLog) -> Group:
+def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -> Group:
     """The options to use from now on: saved ones where they mean the same here, and whatever schedulers and users put
     into the group. Nothing of them is shared with what was saved."""
+    saved, split = match.options()
+    if split:
+        log.notes.append(f"saved groups with different {', '.join(split)} are one group here: it stays as it was made")
     algorithm = saved.get("algorithm")
     same = algorithm == optimizer.algorithm or (algorithm is None and optimizer.takes_torch_group(saved))
     if saved and not same:

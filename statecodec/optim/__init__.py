@@ -14,6 +14,7 @@ torch's interface over all of it. An optimizer (`adamw.py`, `sgd.py`, `lion.py`,
 
 from statecodec.optim.adamw import Adam, AdamW
 from statecodec.optim.base import StateOptimizer
+from statecodec.optim.cast_model import cast_model
 from statecodec.optim.foam import FOAM
 from statecodec.optim.fp32 import fp32_state_dict, load_fp32_state_dict
 from statecodec.optim.gradient_release import GradientRelease, enable_gradient_release
@@ -33,6 +34,6 @@ OPTIMIZERS: dict[str, type[StateOptimizer]] = {
 
 __all__ = [
     "FOAM", "OPTIMIZERS", "SGD", "SGDW", "Adam", "AdamW", "GradientRelease", "InvisibleStep", "Lion", "LoRAPre",
-    "LoadReport", "Muon", "SlimAdam", "StateChange", "StateOptimizer", "check_numerics", "decay_groups",
+    "LoadReport", "Muon", "SlimAdam", "StateChange", "StateOptimizer", "cast_model", "check_numerics", "decay_groups",
     "enable_gradient_release", "fp32_state_dict", "load_fp32_state_dict", "with_names",
 ]  # fmt: skip

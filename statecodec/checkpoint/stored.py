@@ -132,8 +132,15 @@ class Stored(Checkpoint):
         else:
             out = self._empty(item, tuple(shape), target)
         moved = {name: part.to(target) for name, part in parts.items()}
-        codec.decode_into(moved, out, kernels.resolve(None, target))
+        codec.decode_into(moved, out, kernels.resolve(None, target), self._given(item, stored.chunks[chunk]))
         return out.to("cpu")
+
+    def _given(self, item: int, chunk: Chunk) -> codecs.Given:
+        """The companions of a chunk, decoded: values of the same elements of other items."""
+        named = self.reader.items[item].companions
+        return {
+            role: self.decode_range(self.reader.index(name), chunk.start, chunk.stop) for role, name in named.items()
+        }
 
     def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> tuple[Codec, Mapping[str, Tensor]]:
         """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""
@@ -152,10 +159,12 @@ class Stored(Checkpoint):
         return codec, stored.codec.apply(parts, before)
 
     def encoded(self, item: int) -> EncodedTensor:
-        """A whole item as it would stand in a file of its own; a residual, which has no such form, decoded."""
+        """A whole item as it would stand in a file of its own; decoded if it has no such form: a residual, or an item
+        that needs companions.
+        """
         stored = self.reader.items[item]
         codec = codecs.standalone(stored.codec)
-        if isinstance(codec, codecs.Residual):
+        if isinstance(codec, codecs.Residual) or codec.needs:
             return codecs.Raw().encode(self.decode(item))
         if codec == stored.codec:
             return self.reader.read(stored.name)

@@ -23,7 +23,7 @@ from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
 
-VERSION = (1, 0)
+VERSION = (1, 1)
 MANIFEST_ENTRY = "__manifest__"
 METADATA = "__metadata__"
 ALIGNMENT = 64  # of the first data byte in the file

@@ -7,7 +7,7 @@ adds what older readers may ignore.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,7 @@ class StoredItem:
     attributes: Mapping[str, Any]
     shard: int
     entry: str
+    companions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +72,8 @@ class StoredItem:
         value: dict[str, Any] = {"name": self.name}
         if self.entry != self.name:
             value["entry"] = self.entry
+        if self.companions:
+            value["companions"] = dict(self.companions)
         parts = {k: {"dtype": dtype_name(s.dtype), "shape": list(s.shape)} for k, s in self.parts.items()}
         return {
             **value, "shard": self.shard, "codec": self.codec.config(), "dtype": dtype_name(self.dtype),
@@ -121,10 +124,23 @@ class Manifest:
         items = tuple(_item(value, i, len(shards), newer, limits) for i, value in enumerate(values))
         document = top.take("document", dict)
         top.done(newer)
-        if len({item.name for item in items}) != len(items):
-            raise FormatError("manifest: two items have the same name")
+        _check_companions(items)
         limits.check("decoded bytes", sum(item.decoded_nbytes for item in items), limits.max_decoded_bytes)
         return cls(version, writer, shards, items, document)
+
+
+def _check_companions(items: Sequence[StoredItem]) -> None:
+    """Names are unique, and every item that needs others has them: of its shape, and not in need themselves."""
+    named = {item.name: item for item in items}
+    if len(named) != len(items):
+        raise FormatError("manifest: two items have the same name")
+    for item in items:
+        for role, name in item.companions.items():
+            other = named.get(name)
+            if other is None or other.shape != item.shape or other.codec.needs or not other.dtype.is_floating_point:
+                raise FormatError(
+                    f"manifest: item {item.name[:200]!r}: its {role} {name[:200]!r} is no float item of its shape"
+                )
 
 
 def _chunk_json(chunk: StoredChunk, storage: str) -> dict[str, Any]:
@@ -169,8 +185,9 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     chunks = cut.chunks(fields.take("chunks", list))
     attributes = fields.take("attributes", dict)
     shard, entry = fields.integer("shard", last_shard), fields.take("entry", str, name)
+    companions = _companions(fields, codec)
     fields.done(newer)
-    return StoredItem(name, codec, shape, dtype, storage, parts, chunks, attributes, shard, entry)
+    return StoredItem(name, codec, shape, dtype, storage, parts, chunks, attributes, shard, entry, companions)
 
 
 def _dtype(fields: Fields) -> torch.dtype:
@@ -188,6 +205,15 @@ def _codec(fields: Fields) -> Codec:
         raise UnsupportedVersion(f"{fields.where}: {error}; a newer statecodec may have it") from error
     except CodecError as error:
         raise FormatError(f"{fields.where}: {error}") from error
+
+
+def _companions(fields: Fields, codec: Codec) -> Mapping[str, str]:
+    if not codec.needs:
+        return {}
+    companions: dict[str, str] = fields.take("companions", dict)
+    if set(companions) != set(codec.needs) or not all(isinstance(name, str) for name in companions.values()):
+        raise FormatError(f"{fields.where}: {codec.name} needs companions {', '.join(codec.needs)}")
+    return companions
 
 
 def _parts(fields: Fields, newer: bool) -> dict[str, PartSpec]:

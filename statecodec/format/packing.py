@@ -1,11 +1,10 @@
-"""Packing: a chunk's parts as byte planes, each stored, compressed or constant, in one self-checking record.
+"""Packing: a chunk's parts as byte planes, or narrowed codes, in one self-checking record.
 
     record  = table payload*                table = one row per plane, parts in order, planes from the least significant
     row     = method u8, length u32 (little-endian)
 
-zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs
-better and faster than level 1. Planes of noise are found by a sample and stored. Planes that are close to a row term
-plus a column term (second moments are) are centred first; see `statecodec.kernels.reference.centring`.
+What a plane may be is in `planes`. Integer codes may be stored narrowed instead: the whole part is the payload of
+its first row, and is a record itself.
 """
 
 from __future__ import annotations
@@ -14,29 +13,31 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 import zstandard
 from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import PartSpec, rows_cols
-from statecodec.errors import CorruptFile, FormatError, UsageError
+from statecodec.codecs import PartSpec
+from statecodec.errors import FormatError, UsageError
+from statecodec.format import narrowed
+from statecodec.format.planes import (
+    CENTRED,
+    CENTRED_NIBBLES,
+    CONSTANT,
+    STORED,
+    ZSTD,
+    cpu_kernels,
+    pack_plane,
+    unpack_plane,
+)  # fmt: skip
 from statecodec.kernels.reference.planes import plane_layout
 from statecodec.limits import MAX_WINDOW
 
-STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
+NARROWED, WITHIN = 5, 6  # a part of codes: its first row, and its others
 ROW = struct.Struct("<BI")
-WORTH = 0.97  # a plane is compressed only below this share of its size
-SAMPLE = 4096  # bytes in each of four samples of a plane
-CENTRE_FROM = 16  # rows and columns a plane needs for its means to pay
-CENTRE_SAMPLE = 1024  # columns of the 64 rows that decide about it
-CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this share
-_MAGIC = b"\x28\xb5\x2f\xfd"
 _local = threading.local()
 
 
@@ -88,187 +89,157 @@ def max_record_size(specs: Mapping[str, PartSpec]) -> int:
 
 def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tuple[Bytes, int]:
     """Pack contiguous CPU tensors into a pooled buffer; returns it and the record's length."""
-    table = ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
-    buffer = pool.take(table + sum(p.nbytes for p in parts))
-    view, compressor = buffer.data, packing.compressor()
-    row, position = 0, table
+    buffer = pool.take(_room(parts))
+    return buffer, _write_record(parts, buffer, packing, pool, codes=True)
+
+
+def _room(parts: Sequence[Tensor]) -> int:
+    """Bytes that are enough to make a record in; narrowed parts may be larger until it shows that they are."""
+    return sum(2 * p.nbytes + ROW.size * plane_layout(p.dtype)[0] for p in parts) + ROW.size * 16
+
+
+def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, *, codes: bool) -> int:
+    """Write a record and return its length. Without `codes` integers are stored as planes, whatever they hold."""
+    row, position = 0, ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
     for part in parts:
-        width = plane_layout(part.dtype)[0]
-        n = part.nbytes // width
-        matrix = _matrix(part, n)
-        planes = buffer[position : position + part.nbytes].reshape(width, n)
-        zero = n > 1 and _kernels().constant_byte(part.view(-1).view(torch.uint8)) == 0
-        if n and not zero:
-            _kernels().split_planes(part, torch.from_numpy(planes))
-        source = position
-        for k in range(width):
-            method, payload = (CONSTANT, b"\0") if zero else _pack_plane(planes[k].reshape(matrix), compressor, pool)
-            length = n if payload is None else len(payload)
-            if payload is not None:
-                view[position : position + length] = payload
-            elif source != position:
-                view[position : position + n] = view[source : source + n]
-            ROW.pack_into(view, row, method, length)
-            row, position, source = row + ROW.size, position + length, source + n
-    return buffer, position
+        rest = out[position:]
+        rows = (_pack_codes(part, rest, packing, pool) if codes else None) or _pack_planes(part, rest, packing, pool)
+        for method, length in rows:
+            ROW.pack_into(out.data, row, method, length)
+            row, position = row + ROW.size, position + length
+    return position
+
+
+def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]]:
+    """Write a part's planes, one after the other; returns their rows."""
+    view, compressor, width = out.data, packing.compressor(), plane_layout(part.dtype)[0]
+    n = part.nbytes // width
+    matrix = _matrix(part, n)
+    planes = out[: part.nbytes].reshape(width, n)
+    zero = n > 1 and cpu_kernels().constant_byte(part.view(-1).view(torch.uint8)) == 0
+    if n and not zero:
+        cpu_kernels().split_planes(part, torch.from_numpy(planes))
+    rows, position = [], 0
+    for k in range(width):
+        method, payload = (CONSTANT, b"\0") if zero else pack_plane(planes[k].reshape(matrix), compressor, pool)
+        length = n if payload is None else len(payload)
+        if payload is not None:
+            view[position : position + length] = payload
+        elif k * n != position:
+            view[position : position + n] = view[k * n : (k + 1) * n]
+        rows.append((method, length))
+        position += length
+    return rows
+
+
+def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]] | None:
+    """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
+    if not narrowed.takes(part.dtype, part.numel()):
+        return None
+    some = narrowed.sample(part)
+    forms = narrowed.candidates(some)
+    if not forms:
+        return None
+    form = narrowed.whole(forms[0] if len(forms) == 1 else _smallest(some, forms, packing, pool), part)
+    length = _write_narrowed(part, form, out, packing, pool)
+    if length is None or length >= part.nbytes:
+        return None
+    return [(NARROWED, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
+
+
+def _smallest(some: Tensor, forms: Sequence[narrowed.Form], packing: Packing, pool: Pool) -> narrowed.Form:
+    """The form in which a sample takes the fewest bytes."""
+    scratch = pool.take(_room([some]))
+    sizes = [_write_narrowed(some, form, scratch, packing, pool) or some.nbytes for form in forms]
+    pool.give(scratch)
+    return forms[sizes.index(min(sizes))]
+
+
+def _write_narrowed(part: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
+    """Write the payload of a part in this form and return its length; None if it does not fit the form."""
+    with narrowed.split(part, form, pool) as made:
+        if made is None:
+            return None
+        header, parts = made
+        out.data[: len(header)] = header
+        return len(header) + _write_record(parts, out[len(header) :], packing, pool, codes=False)
 
 
 def _matrix(part: Tensor, n: int) -> tuple[int, int]:
-    """A plane of n bytes as rows: those of the part (a complex element is two bytes of a row)."""
-    rows = max(rows_cols(tuple(part.shape))[0], 1)
+    """A plane of n bytes as rows along the part's last dimension (a complex element is two bytes of a row)."""
+    cols = part.shape[-1] if part.ndim else 1
+    rows = max(part.numel() // max(cols, 1), 1)
     return rows, n // rows
 
 
-def _pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes | None]:
-    """(method, payload); payload None means the plane as it is."""
-    plane = matrix.reshape(-1)
-    n = plane.size
-    if n < 2:
-        return STORED, None
-    value = _kernels().constant_byte(torch.from_numpy(plane))
-    if value >= 0:
-        return CONSTANT, bytes([value])
-    if n >= 8 * SAMPLE:
-        pieces = [plane[at : at + SAMPLE] for at in range(0, n - SAMPLE + 1, (n - SAMPLE) // 3)]
-        sample = np.concatenate(pieces)
-        if len(compressor.compress(sample)) > WORTH * sample.size:
-            return STORED, None
-    method = _form(matrix)
-    frame = compressor.compress(plane) if method == ZSTD else _compress_centred(matrix, method, compressor, pool)
-    return (method, frame) if len(frame) <= WORTH * n else (STORED, None)
+def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool, *, codes: bool = True) -> None:
+    """Unpack a record into contiguous CPU tensors, in no more memory than a few times what they take.
+
+    Raises FormatError.
+    """
+    table = _rows(record, outs, codes)
+    position = ROW.size * sum(len(rows) for rows in table)
+    for out, rows in zip(outs, table, strict=True):
+        stop = position + sum(length for _, length in rows)
+        payload = record[position:stop]
+        if rows[0][0] == NARROWED:
+            with narrowed.join(payload, out, pool) as (rest, parts):
+                decode_record(rest, parts, pool, codes=False)
+        else:
+            _unpack_planes(payload, rows, out, pool)
+        position = stop
 
 
-def _form(matrix: Bytes) -> int:
-    """ZSTD, CENTRED or CENTRED_NIBBLES: whichever leaves a sample of the rows with the least entropy."""
-    if min(matrix.shape) < CENTRE_FROM:
-        return ZSTD
-    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE]))
-    columns, lines, rest = (
-        torch.empty(n, dtype=torch.uint8, device="cpu") for n in (sample.shape[1], sample.shape[0], sample.numel())
-    )
-    best, least = ZSTD, CENTRE_WORTH * _entropy(sample)
-    for method in (CENTRED, CENTRED_NIBBLES):
-        _kernels().centre(sample, columns, lines, rest.view(sample.shape), nibbles=method == CENTRED_NIBBLES)
-        entropy = _entropy(rest)
-        if entropy < least:
-            best, least = method, entropy
-    return best
+def _unpack_planes(payloads: Bytes, rows: Sequence[tuple[int, int]], out: Tensor, pool: Pool) -> None:
+    width = len(rows)
+    n = out.nbytes // width
+    matrix = _matrix(out, n)
+    target = out.view(-1).view(torch.uint8).numpy()
+    scratch = pool.take(width * n) if width > 1 else target
+    planes, position = [], 0
+    for k, (method, length) in enumerate(rows):
+        plane = scratch[k * n : (k + 1) * n]
+        payload = payloads[position : position + length]
+        if method == STORED and width > 1:
+            plane = payload  # merged from where it lies
+        else:
+            unpack_plane(method, payload, plane.reshape(matrix), pool)
+        planes.append(torch.from_numpy(plane))
+        position += length
+    if width > 1:
+        if n:
+            cpu_kernels().merge_planes(planes, out)
+        pool.give(scratch)
 
 
-def _entropy(sample: Tensor) -> float:
-    """Order-0 entropy in bits per byte."""
-    counts = _kernels().byte_counts(sample)
-    share = counts[counts > 0].double() / sample.numel()
-    return -float((share * share.log2()).sum())
-
-
-def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -> bytes:
-    rows, cols = matrix.shape
-    buffer = pool.take(cols + rows + matrix.size)
-    content = torch.from_numpy(buffer[: cols + rows + matrix.size])
-    columns, lines, residual = content.split_with_sizes([cols, rows, matrix.size])
-    nibbles = method == CENTRED_NIBBLES
-    _kernels().centre(torch.from_numpy(matrix), columns, lines, residual.view(rows, cols), nibbles=nibbles)
-    frame: bytes = compressor.compress(content.numpy())
-    pool.give(buffer)
-    return frame
-
-
-def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
-    """Unpack a record into contiguous CPU tensors, in no more memory than they take. Raises FormatError."""
-    rows = _rows(record, outs)
-    position = ROW.size * len(rows)
-    row = 0
-    for out in outs:
-        width = plane_layout(out.dtype)[0]
-        n = out.nbytes // width
-        matrix = _matrix(out, n)
-        target = out.view(-1).view(torch.uint8).numpy()
-        scratch = pool.take(width * n) if width > 1 else target
-        planes = []
-        for k in range(width):
-            method, length = rows[row]
-            plane = scratch[k * n : (k + 1) * n]
-            payload = record[position : position + length]
-            if method == STORED and width > 1:
-                plane = payload  # merged from where it lies
-            else:
-                _unpack_plane(method, payload, plane.reshape(matrix), pool)
-            planes.append(torch.from_numpy(plane))
-            row, position = row + 1, position + length
-        if width > 1:
-            if n:
-                _kernels().merge_planes(planes, out)
-            pool.give(scratch)
-
-
-def _rows(record: Bytes, outs: Sequence[Tensor]) -> list[tuple[int, int]]:
-    sizes = [out.nbytes // width for out in outs for width in [plane_layout(out.dtype)[0]] for _ in range(width)]
-    table = ROW.size * len(sizes)
+def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[tuple[int, int]]]:
+    """The table's rows, part by part, checked against the record and what the parts are."""
+    widths = [plane_layout(out.dtype)[0] for out in outs]
+    table = ROW.size * sum(widths)
     if record.size < table:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
-    rows: list[tuple[int, int]] = list(ROW.iter_unpack(record[:table].data))
-    for (method, length), n in zip(rows, sizes, strict=True):
-        packed = 0 < length < n
-        fits = {
-            STORED: length == n,
-            CONSTANT: length == 1 and n > 1,
-            **dict.fromkeys((ZSTD, CENTRED, CENTRED_NIBBLES), packed),
-        }
-        if method not in fits:
-            raise FormatError(f"chunk record: unknown method {method} of a plane")
-        if not fits[method]:
-            raise FormatError(f"chunk record: method {method} with {length} bytes for a plane of {n}")
-    if table + sum(length for _, length in rows) != record.size:
+    found = ROW.iter_unpack(record[:table].data)
+    rows: list[list[tuple[int, int]]] = [[next(found) for _ in range(width)] for width in widths]
+    for out, some in zip(outs, rows, strict=True):
+        if codes and some[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
+            if not 0 < some[0][1] < out.nbytes or some[1:] != [(WITHIN, 0)] * (len(some) - 1):
+                raise FormatError(f"chunk record: rows {some} of narrowed codes of {out.nbytes} bytes")
+            continue
+        for method, length in some:
+            _check_plane(method, length, out.nbytes // len(some))
+    if table + sum(length for some in rows for _, length in some) != record.size:
         raise FormatError(f"chunk record of {record.size} bytes: its planes do not fill it")
     return rows
 
 
-def _unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None:
-    plane = matrix.reshape(-1)
-    if method == STORED:
-        plane[:] = payload
-    elif method == CONSTANT:
-        plane.fill(payload[0])
-    elif method == ZSTD:
-        _decompress(payload, plane)
-    else:
-        rows, cols = matrix.shape
-        buffer = pool.take(cols + rows + plane.size)
-        content = buffer[: cols + rows + plane.size]
-        _decompress(payload, content)
-        columns, lines, residual = torch.from_numpy(content).split_with_sizes([cols, rows, plane.size])
-        nibbles = method == CENTRED_NIBBLES
-        _kernels().uncentre(residual.view(rows, cols), columns, lines, torch.from_numpy(matrix), nibbles=nibbles)
-        pool.give(buffer)
-
-
-def _decompress(frame: Bytes, plane: Bytes) -> None:
-    """One zstd frame into a plane of exactly its size. What the frame says of itself is checked before it is run."""
-    if frame[:4].tobytes() != _MAGIC:
-        raise FormatError("a compressed plane is not a zstd frame")
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    try:
-        said = zstandard.get_frame_parameters(frame.data)
-        if said.content_size != plane.size or said.window_size > MAX_WINDOW or said.dict_id:
-            raise FormatError(
-                f"zstd frame of {said.content_size} bytes, window {said.window_size}; expected {plane.size} bytes, "
-                f"window at most {MAX_WINDOW}"
-            )
-        with _local.decompressor.stream_reader(frame.data) as stream:
-            done, target = 0, plane.data
-            while done < plane.size and (n := stream.readinto(target[done:])):
-                done += n
-            if done != plane.size or stream.read(1):
-                raise CorruptFile(f"a compressed plane gives {done} bytes, expected {plane.size}")
-    except zstandard.ZstdError as error:
-        raise CorruptFile(f"a compressed plane cannot be unpacked: {error}") from error
-
-
-@cache
-def _kernels() -> ModuleType:
-    # Imported on first use: numba takes a while, and looking into a file does not need it.
-    from statecodec.kernels import cpu
-
-    return cpu
+def _check_plane(method: int, length: int, n: int) -> None:
+    packed = 0 < length < n
+    fits = {
+        STORED: length == n,
+        CONSTANT: length == 1 and n > 1,
+        **dict.fromkeys((ZSTD, CENTRED, CENTRED_NIBBLES), packed),
+    }
+    if method not in fits:
+        raise FormatError(f"chunk record: unknown method {method} of a plane")
+    if not fits[method]:
+        raise FormatError(f"chunk record: method {method} with {length} bytes for a plane of {n}")

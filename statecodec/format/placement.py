@@ -28,13 +28,17 @@ MIN_PACKED = 4096  # items with fewer bytes of parts stay plain: readable by nam
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written: name, codec, decoded shape and dtype, and attributes (JSON, carried verbatim)."""
+    """A tensor to be written: name, codec, decoded shape and dtype, and attributes (JSON, carried verbatim).
+
+    `companions`: by role, the names of the items whose tensors the codec needs.
+    """
 
     name: str
     codec: Codec
     shape: tuple[int, ...]
     dtype: torch.dtype
     attributes: dict[str, Any] = field(default_factory=dict)
+    companions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,22 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
     groups: list[list[PlannedItem]] = [[] for _ in sizes]
     for draft in drafts:
         groups[draft.shard].append(draft)
+    _check_companions(items)
     planned = [_shard(group, metadata) for group in groups]
     return Plan([item for group, _ in planned for item in group], [shard for _, shard in planned])
+
+
+def _check_companions(items: Sequence[Item]) -> None:
+    named = {item.name: item for item in items}
+    for item in items:
+        for role in item.codec.needs:
+            name = item.companions.get(role)
+            other = named.get(name) if name is not None else None
+            if other is None or tuple(other.shape) != tuple(item.shape) or other.codec.needs:
+                raise UsageError(
+                    f"item {item.name!r}: {item.codec.name} needs the {role} of a tensor of shape {tuple(item.shape)}; "
+                    f"{name!r} is no item of that shape that stands alone"
+                )
 
 
 def is_plain(item: Item, packing: Packing) -> bool:

@@ -250,6 +250,7 @@ class Writer:
         return StoredItem(
             item.name, item.codec, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._stored[i]),
             self._attributes[i], p.shard, p.entry,
+            {role: item.companions[role] for role in item.codec.needs},
         )  # fmt: skip
 
     def _finish(self, i: int, manifest: bytes | None) -> str:

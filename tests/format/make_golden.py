@@ -1,7 +1,7 @@
 """Makes the golden files, and the hex dump in docs/format.md.
 
     python -m tests.format.make_golden            writes what is missing, and refuses to change what is there
-    python -m tests.format.make_golden --renew    writes everything anew: only while a format version is being made
+    python -m tests.format.make_golden --renew    writes this version's anew: only while it is being made
 
 A golden file is a promise: every later reader reads it. To add one, add it to FILES and run this once.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,24 @@ from torch import Tensor
 
 from statecodec.codecs import Codec, EncodedTensor, LowRank, parse
 from statecodec.format import Reader
+from statecodec.format.container import VERSION
 from tests.format.support import bytes_of, write
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCS = Path(__file__).parents[2] / "docs" / "format.md"
 EXPECTED = GOLDEN / "expected.json"
 MARK = "make_golden.py -->\n```text\n"
+# Those without a number are of version 1.0.
 FILES = {
     "plain.safetensors": ("none", None),
     "packed.safetensors": ("zstd", None),
     "sharded.safetensors": ("zstd", 40_000),
     "example.safetensors": ("zstd", None),
+    "plain-1.1.safetensors": ("none", None),
+    "packed-1.1.safetensors": ("zstd", None),
+    "example-1.1.safetensors": ("zstd", None),
 }
+EXAMPLE = "example-1.1.safetensors"  # on the page
 
 
 def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
@@ -81,7 +88,31 @@ def tensors() -> dict[str, tuple[Tensor, Codec]]:
         "shared": (w.square(), parse("shared(dims=[1])")),
         "lowrank": (values(40, 3) @ values(3, 64, seed=2), parse("lowrank(rank=4)")),
         "dropped": (w, parse("dropped")),
+        **codes(),
     }
+
+
+def codes() -> dict[str, tuple[Tensor, Codec]]:
+    """What version 1.1 brought: codes of every width, with outliers and zeros, in every form that packing has."""
+    wide, tall = values(90, 64, scale=1.0), values(200, 48, scale=1.0, seed=3)
+    wide[3, 5], wide[70, 1], wide[8, :40] = 1e30, -7e5, 0.0
+    second = tall.square() * values(200, 1, scale=9.0).exp() * values(1, 48, scale=9.0, seed=2).exp()
+    second[:, 7], second[11] = 0.0, 0.0
+    narrow = [values(64, 64, scale=2.0**k).to(torch.int32) for k in (0, 3, 7, 9, 11, 13, 15)]
+    return {
+        "uniform": (wide, parse("uniform(step=0.0001220703125)")),
+        "uniform.small": (wide, parse("uniform(step=0.5)")),
+        "logarithmic": (second, parse("logarithmic")),
+        "logarithmic.nibbles": (second, parse("logarithmic(steps=1)")),
+        "direction": (tall, parse("direction(step=0.0625)")),
+        "direction.float16": (tall.half(), parse("direction(step=0.5,eps=1e-6)")),
+        "raw.int16.terms": (parse("logarithmic").encode(second).parts["codes"], parse("raw")),
+        "raw.int16.nibbles": (parse("logarithmic(steps=1)").encode(second).parts["codes"], parse("raw")),
+        **{f"raw.int32.{k}": (x, parse("raw")) for k, x in enumerate(narrow)},
+    }
+
+
+COMPANIONS = {name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")}
 
 
 def example() -> dict[str, tuple[Tensor, Codec]]:
@@ -91,17 +122,19 @@ def example() -> dict[str, tuple[Tensor, Codec]]:
 def expected(path: Path) -> dict[str, Any]:
     """Digests of a golden: of its file or files, and of every item decoded by the reference kernels."""
     with Reader(path) as reader:
-        items = {i.name: _numbers(reader.read(i.name)) for i in reader.items}
+        read = {i.name: reader.read(i.name) for i in reader.items}
+        items = {i.name: _numbers(read[i.name], i.companions, read) for i in reader.items}
         files = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (*reader.files, reader.path)}
         decoded = {name: hashlib.sha256(bytes_of(t)).hexdigest() for name, t in items.items()}
         return {"opened": reader.path.name, "files": files, "decoded": decoded}
 
 
-def _numbers(encoded: EncodedTensor) -> Tensor:
+def _numbers(encoded: EncodedTensor, companions: Mapping[str, str], others: Mapping[str, EncodedTensor]) -> Tensor:
     """The decoded tensor; of a low-rank item its parts, as a matrix product is not the same to the bit everywhere."""
     if isinstance(encoded.codec, LowRank):
         return torch.cat([part.reshape(-1).view(torch.uint8) for part in encoded.parts.values()])
-    return encoded.decode(backend="reference")
+    given = {role: others[name].decode(backend="reference") for role, name in companions.items()}
+    return encoded.decode(backend="reference", given=given)
 
 
 def hexdump(data: bytes) -> str:
@@ -123,18 +156,20 @@ def main(renew: bool) -> None:
     GOLDEN.mkdir(exist_ok=True)
     known = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {}
     for name, (packing, shard) in FILES.items():
-        if name in known and not renew:
+        if name in known and not (renew and f"-{VERSION[0]}.{VERSION[1]}." in name):
             continue
         content = example() if name.startswith("example") else tensors()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
-        written = write(GOLDEN / name, content, packing=packing, max_shard_size=shard, force=renew)
+        written = write(
+            GOLDEN / name, content, packing=packing, max_shard_size=shard, force=renew, companions=COMPANIONS
+        )
         known[name] = expected(written.path)
         print(f"wrote {written.path.name} and its shards, {written.nbytes:,} bytes", file=sys.stderr)
     EXPECTED.write_text(json.dumps(known, indent=1) + "\n")
     before, mark, rest = DOCS.read_text().partition(MARK)
     after = rest[rest.index("```") :]
-    DOCS.write_text(before + mark + hexdump((GOLDEN / "example.safetensors").read_bytes()) + after)
+    DOCS.write_text(before + mark + hexdump((GOLDEN / EXAMPLE).read_bytes()) + after)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ WIDTH = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint3
          "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2}  # fmt: skip
 
 
+def unfold(f: Any) -> Any:
+    return np.where(f % 2 == 0, f // 2, -(f + 1) // 2)
+
+
 class MinimalReader:
     """`raw_bytes(name)`: the little-endian bytes of a raw item's tensor."""
 
@@ -67,6 +71,11 @@ class MinimalReader:
 
     def _record(self, record: bytes, dtype: str, shape: list[int]) -> bytes:  # section 5
         width = WIDTH.get(dtype, 1)
+        if record[0] == 5 and dtype in ("int16", "int32"):
+            (length,) = struct.unpack_from("<I", record, 1)
+            assert record[5 : 5 * width] == (b"\6" + bytes(4)) * (width - 1)
+            assert len(record) == 5 * width + length
+            return self._narrowed(record[5 * width :], dtype, int(np.prod(shape)))
         rows = int(np.prod(shape[:-1]))
         n = int(np.prod(shape)) * (2 if dtype.startswith("complex") else 1)
         at, planes = 5 * width, []
@@ -88,6 +97,53 @@ class MinimalReader:
             top = np.array(8 * width - 1, words.dtype)
             words = (words >> np.array(1, words.dtype)) | (words << top)
         return words.tobytes()
+
+    def _parts(self, record: bytes, specs: list[tuple[str, int]]) -> list[bytes]:
+        """The parts of a record within a record."""
+        at = 5 * sum(WIDTH.get(dtype, 1) for dtype, _ in specs)
+        row, parts = 0, []
+        for dtype, n in specs:
+            width = WIDTH.get(dtype, 1)
+            rows = record[row : row + 5 * width]
+            size = sum(struct.unpack_from("<BI", rows, 5 * k)[1] for k in range(width))
+            parts.append(self._record(rows + record[at : at + size], dtype, [n]))
+            row, at = row + 5 * width, at + size
+        assert at == len(record)
+        return parts
+
+    def _narrowed(self, payload: bytes, dtype: str, n: int) -> bytes:  # section 5.1
+        flags, low, columns, count = struct.unpack_from("<BBII", payload)
+        rows, b, bits = (n // columns if columns else 0), low % 8, 8 * WIDTH[dtype]
+        sizes = [
+            columns * -(-rows // 64),
+            rows,
+            n if low >= 8 else 0,
+            -(-n * b // 8),
+            -(-n // 2) if flags else n,
+            count,
+        ]
+        specs = list(zip(["int16", "int16", "uint8", "uint8", "uint8", dtype], sizes, strict=True))
+        parts = self._parts(payload[10:], specs)
+        terms, lines = (np.frombuffer(p, "<u2").astype(np.int64) for p in parts[:2])
+        whole, few, symbols = (np.frombuffer(p, np.uint8).astype(np.int64) for p in parts[2:5])
+        exceptions = iter(np.frombuffer(parts[5], f"<u{WIDTH[dtype]}").tolist())
+        if flags:
+            symbols = np.stack((symbols & 15, symbols >> 4), -1).reshape(-1)[:n]
+        escape = 15 if flags else 255
+        f = np.array([next(exceptions) if s == escape else s for s in symbols.tolist()], np.int64) << low
+        assert next(exceptions, None) is None
+        if low >= 8:
+            f += whole
+        if b:
+            f += np.stack([few >> k & ((1 << b) - 1) for k in range(0, 8, b)], -1).reshape(-1)[:n] << (low - b)
+        f &= (1 << bits) - 1
+        if columns:
+            c = np.cumsum(unfold(terms).reshape(-1, columns), 0).repeat(64, 0)[:rows]
+            value = unfold(f - 1) + (c + np.cumsum(unfold(lines))[:, None]).reshape(-1)
+            value = np.where(f == 0, 0, value)
+        else:
+            value = unfold(f)
+        return value.astype(f"<i{WIDTH[dtype]}").tobytes()
 
     def _centred(self, content: bytes, rows: int, cols: int, nibbles: bool) -> bytes:
         data = np.frombuffer(content, np.uint8)

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ def sample(seed: int = 0) -> dict[str, tuple[Tensor, Codec]]:
         "v": (normal(40, 130).square(), parse("companded(curve=log)")),
         "s": (normal(64, 33), parse("split")),
         "gone": (normal(10, 10), parse("dropped")),
+        "u": (normal(70, 90), parse("uniform(step=0.0001)")),
+        "l": (normal(130, 40).square(), parse("logarithmic(steps=2)")),
         'a/very long name \u00e9\u4e2d with "quotes" and \n': (normal(5), raw),
     }
 
@@ -51,13 +54,19 @@ def write(
     max_shard_size: int | None = None,
     force: bool = False,
     document: dict[str, Any] | None = None,
+    companions: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
 ) -> Written:
-    items = [Item(k, c, tuple(t.shape), t.dtype, {"role": "other"}) for k, (t, c) in tensors.items()]
+    """Write tensors with their codecs; `companions` of items by name."""
+    items = [
+        Item(k, c, tuple(t.shape), t.dtype, {"role": "other"}, companions.get(k, {})) for k, (t, c) in tensors.items()
+    ]
     with Writer(path, items, packing=packing, max_shard_size=max_shard_size, force=force) as writer:
         for i, (tensor, codec) in enumerate(tensors.values()):
             for chunk in writer.chunks(i):
                 piece = tensor.reshape(-1)[chunk.start : chunk.stop].view(chunk.shape)
-                writer.append(writer.pack(i, chunk, codec.encode(piece, backend="reference").parts))
+                others = {role: tensors[name][0] for role, name in items[i].companions.items()}
+                given = {role: other.reshape(-1)[chunk.start : chunk.stop] for role, other in others.items()}
+                writer.append(writer.pack(i, chunk, codec.encode(piece, "reference", given).parts))
         return writer.close({"note": "test"} if document is None else document)
 
 

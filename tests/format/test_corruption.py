@@ -26,6 +26,8 @@ def tensors() -> dict[str, tuple[torch.Tensor, object]]:
         "b": (torch.randn(9, generator=g).bfloat16(), Raw()),
         "zeros": (torch.zeros(50, 50), Raw()),
         "m": (torch.randn(40, 64, generator=g), parse("companded(group=32)")),
+        "u": (w * 50, parse("uniform(step=0.01)")),
+        "v": (w.square(), parse("logarithmic")),
         "\u00e9\n": (torch.ones(2), Raw()),
     }
 

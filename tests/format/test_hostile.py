@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -10,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from statecodec.buffers import Pool
 from statecodec.codecs import Codec, Raw, parse
-from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion
+from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion, UsageError
 from statecodec.format import Limits, Reader
+from statecodec.format.packing import Packing, decode_record, encode_record
 from tests.format.support import build, forge, join_file, sample, split_file, write
 
 BIG = 1 << 60
@@ -176,7 +182,7 @@ def _all_shapes(shape: list[int]) -> Change:
 
 MANIFEST_LIES: dict[str, tuple[Change, type[FormatError]]] = {
     "format": (lambda m: m.update(format="x"), FormatError),
-    "version": (lambda m: m.update(format_version=[1, 1]), FormatError),
+    "version": (lambda m: m.update(format_version=[1, 2]), FormatError),
     "version type": (lambda m: m.update(format_version="1.0"), FormatError),
     "unknown field": (lambda m: m.update(more=1), FormatError),
     "not an object": (lambda m: [m], FormatError),
@@ -304,6 +310,92 @@ def test_records_that_lie(tmp_path: Path) -> None:
         (row(1, b"\x50\x2a\x4d\x18\x04\0\0\0abcd"), n),
     ]:  # fmt: skip
         refused(tmp_path / "x", packed(record, shape))
+
+
+def narrowed(n: int = 4096, dtype: torch.dtype = torch.int16) -> tuple[bytearray, torch.Tensor]:
+    """A record of narrowed codes, with exceptions, and the codes."""
+    codes = (torch.randn(n, generator=torch.Generator().manual_seed(0)) * 30).round().to(dtype)
+    codes[5], codes[n // 2] = 3000, -3000
+    buffer, length = encode_record([codes], Packing(), Pool())
+    assert buffer[0] == 5
+    return bytearray(buffer[:length].tobytes()), codes
+
+
+def unpack(record: bytes, n: int, dtype: torch.dtype = torch.int16) -> torch.Tensor:
+    out = torch.zeros(n, dtype=dtype)
+    decode_record(np.frombuffer(record, np.uint8), [out], Pool())
+    return out
+
+
+def test_narrowed_codes_that_lie() -> None:
+    record, codes = narrowed()
+    n, head = len(codes), 10  # two rows
+    assert torch.equal(unpack(record, n), codes)
+    header = struct.unpack_from("<BBII", record, head)
+    for lie in (
+        (2, *header[1:]), (1, *header[1:]), (header[0], 3, *header[2:]), (header[0], 8, *header[2:]),
+        (*header[:2], 7, header[3]), (*header[:2], 1 << 31, header[3]),
+        (*header[:3], n), (*header[:3], 3), (*header[:3], 1),
+    ):  # fmt: skip
+        wrong = bytearray(record)
+        struct.pack_into("<BBII", wrong, head, *lie)
+        with pytest.raises(FormatError):
+            unpack(wrong, n)
+    for wrong_rows in (row(5, b"")[:5] + row(6, b"")[:5], struct.pack("<BIBI", 5, len(record) - 10, 6, 1)):
+        with pytest.raises(FormatError):
+            unpack(wrong_rows + record[10:], n)
+    for at, method in ((0, 6), (5, 5), (head + 10, 5), (head + 10 + 5, 6)):  # where it must not be
+        wrong = bytearray(record)
+        wrong[at] = method
+        with pytest.raises(FormatError):
+            unpack(wrong, n)
+    with pytest.raises(FormatError):
+        unpack(record, n // 2)
+    with pytest.raises(FormatError):  # neither of bytes nor of 64-bit numbers
+        unpack(row(5, record[10:]), 2 * n, torch.uint8)
+    small = row(5, record[head : head + 40]) + row(6, b"")
+    with pytest.raises(FormatError):
+        unpack(small, 63)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damaged_narrowed_codes_are_errors_or_codes(data: st.DataObject) -> None:
+    """Whatever stands in a record whose checksum is right: an error of ours, or numbers."""
+    dtype = data.draw(st.sampled_from([torch.int16, torch.int32]))
+    record, codes = narrowed(640, dtype)
+    for _ in range(data.draw(st.integers(1, 4))):
+        record[data.draw(st.integers(0, len(record) - 1))] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(FormatError):
+        unpack(record[: data.draw(st.integers(0, len(record)))] if data.draw(st.booleans()) else record, 640, dtype)
+    assert len(codes) == 640
+
+
+def test_companions_that_lie(tmp_path: Path) -> None:
+    v, direction = torch.rand(80, 60) + 0.1, parse("direction")
+    tensors: dict[str, tuple[torch.Tensor, Codec]] = {
+        "m": (torch.randn(80, 60), direction), "n": (torch.randn(80, 60), direction), "v": (v, parse("logarithmic")),
+        "other": (torch.rand(60, 80), Raw()), "ids": (torch.ones(80, 60, dtype=torch.int32), Raw()),
+    }  # fmt: skip
+    named = {name: {"exp_avg_sq": "v"} for name in ("m", "n")}
+    data = write(tmp_path / "x", tensors, companions=named).path.read_bytes()
+    read_all(tmp_path / "x")
+    lies: list[Any] = [
+        {}, None, "v", {"exp_avg_sq": 3}, {"exp_avg_sq": "gone"}, {"exp_avg_sq": "other"}, {"exp_avg_sq": "ids"},
+        {"exp_avg_sq": "m"}, {"exp_avg_sq": "n"}, {"exp_avg_sq": "v", "more": "v"}, {"more": "v"},
+    ]  # fmt: skip
+    for lie in lies:
+        refused(tmp_path / "y", forge(data, lambda m, lie=lie: m["items"][0].update(companions=lie)))  # type: ignore[misc]
+    refused(tmp_path / "y", forge(data, lambda m: m["items"][0].pop("companions") and None))
+    refused(tmp_path / "y", forge(data, lambda m: m["items"][2].update(companions={"exp_avg_sq": "m"})))
+
+
+def test_the_writer_refuses_companions_that_are_not_there(tmp_path: Path) -> None:
+    x = (torch.rand(80, 60), parse("direction"))
+    for companions in ({}, {"exp_avg_sq": "gone"}, {"exp_avg_sq": "short"}, {"exp_avg_sq": "m"}):
+        with pytest.raises(UsageError, match="needs the exp_avg_sq"):
+            write(tmp_path / "x", {"m": x, "short": (torch.rand(3), Raw())}, companions={"m": companions})
+    assert not list(tmp_path.iterdir())
 
 
 def test_zstd_frames_that_lie_about_their_size(tmp_path: Path) -> None:

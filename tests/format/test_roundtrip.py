@@ -17,6 +17,7 @@ from statecodec.codecs import Raw
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import Item, Packing, Reader, Writer
+from statecodec.format.container import VERSION
 from tests.format.support import bytes_of, sample, write
 
 
@@ -30,7 +31,7 @@ def test_everything_comes_back(tmp_path: Path, packing: str, shard: int | None) 
     for path in {written.path, tmp_path / "x.safetensors"}:
         with Reader(path) as reader:
             assert reader.document == {"note": "test"}
-            assert reader.format_version == (1, 0)
+            assert reader.format_version == VERSION
             assert reader.nbytes == written.nbytes
             assert [item.name for item in reader.items] == list(tensors)
             for name, (tensor, codec) in tensors.items():

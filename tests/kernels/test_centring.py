@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from statecodec.format.packing import CENTRED, CENTRED_NIBBLES, ZSTD, _form
+from statecodec.format.planes import CENTRED, CENTRED_NIBBLES, ZSTD, form
 from statecodec.kernels import cpu, reference
 
 
@@ -40,8 +40,8 @@ def test_a_sum_of_row_and_column_leaves_nothing() -> None:
     assert lines[2] - lines[1] == 3
 
 
-@pytest.mark.parametrize(("kind", "form"), [("noise", ZSTD), ("product", CENTRED), ("nibbles", CENTRED_NIBBLES)])
-def test_the_form_is_chosen_by_what_it_saves(kind: str, form: int) -> None:
+@pytest.mark.parametrize(("kind", "expected"), [("noise", ZSTD), ("product", CENTRED), ("nibbles", CENTRED_NIBBLES)])
+def test_the_form_is_chosen_by_what_it_saves(kind: str, expected: int) -> None:
     rng = np.random.default_rng(0)
     structure = rng.normal(0, 12, (64, 1)) + rng.normal(0, 12, (1, 200))
     if kind == "nibbles":
@@ -51,7 +51,7 @@ def test_the_form_is_chosen_by_what_it_saves(kind: str, form: int) -> None:
         plane = np.clip((structure if kind == "product" else 0) + rng.normal(128, 6, (64, 200)), 0, 255).astype(
             np.uint8
         )
-    assert _form(plane) == form
+    assert form(plane) == expected
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 1001])

@@ -9,11 +9,13 @@ from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
 from statecodec.kernels.cpu.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarithmic
+from statecodec.kernels.cpu.narrowing import bit_lengths, narrow, widen
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates
 
 __all__ = [
+    "bit_lengths",
     "byte_counts",
     "centre",
     "compare",
@@ -31,7 +33,9 @@ __all__ = [
     "encode_uniform",
     "fold_mean",
     "merge_planes",
+    "narrow",
     "split_planes",
     "uncentre",
     "unfold",
+    "widen",
 ]

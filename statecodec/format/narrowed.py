@@ -1,0 +1,128 @@
+"""Parts of integer codes in their narrowed form: which form, what goes in front of its record, and back.
+
+    payload = flags u8 (1: nibbles), low u8, columns u32, exceptions u32, then a record of the narrowed parts
+
+`statecodec.kernels.reference.narrowing` says what the parts are. Columns are 0 where no terms were taken out.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from statecodec.buffers import Bytes, Pool
+from statecodec.codecs import rows_cols
+from statecodec.errors import FormatError
+from statecodec.format.planes import cpu_kernels
+from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form
+
+__all__ = ["Form", "candidates", "join", "sample", "split", "takes", "whole"]
+
+HEADER = struct.Struct("<BBII")
+SMALLEST = 64  # codes; fewer are planes
+SAMPLE_ROWS, SAMPLE_CODES = 64, 1 << 14
+CENTRE_FROM = 16  # rows and columns that the terms of a matrix need to pay
+CENTRE_WORTH = 0.3  # bits that the terms must save
+RARE, NIBBLES_RARE = 1000, 50  # one exception in so many codes, at most
+
+
+def takes(dtype: torch.dtype, numel: int) -> bool:
+    """Whether a part can be narrowed."""
+    return dtype in (torch.int16, torch.int32) and numel >= SMALLEST
+
+
+def sample(part: Tensor) -> Tensor:
+    """Some codes from the middle of a part, rows of a matrix, to try forms on."""
+    rows, cols = rows_cols(tuple(part.shape))
+    height = min(rows, SAMPLE_ROWS)
+    width = min(cols, SAMPLE_CODES // height)
+    top, left = (rows - height) // 2, (cols - width) // 2
+    return part.view(rows, cols)[top : top + height, left : left + width].contiguous()
+
+
+def candidates(some: Tensor) -> list[Form]:
+    """The forms worth trying on a sample: with as few low bits as leave few exceptions; none if nothing is narrow."""
+    rows, cols = some.shape
+    flat = some.view(-1)
+    lengths, terms = cpu_kernels().bit_lengths(flat, 0), 0
+    if some.dtype == torch.int16 and min(rows, cols) >= CENTRE_FROM:
+        centred = cpu_kernels().bit_lengths(flat, cols)
+        if _mean(centred) + CENTRE_WORTH < _mean(lengths):
+            lengths, terms = centred, cols
+    longer = len(flat) - lengths.cumsum(0)  # codes of more than so many bits
+    forms = [Form(terms, low) for low in LOW_BITS if longer[low + 8] <= len(flat) // RARE][:1]
+    if longer[4] <= len(flat) // NIBBLES_RARE:
+        forms.append(Form(terms, 0, nibbles=True))
+    return forms
+
+
+def whole(form: Form, part: Tensor) -> Form:
+    """A sample's form for the part that it was taken from."""
+    return replace(form, cols=rows_cols(tuple(part.shape))[1]) if form.cols else form
+
+
+def _mean(lengths: Tensor) -> float:
+    return float((lengths * torch.arange(len(lengths), device="cpu")).sum() / lengths.sum())
+
+
+@contextmanager
+def split(part: Tensor, form: Form, pool: Pool) -> Iterator[tuple[bytes, list[Tensor]] | None]:
+    """The header and the narrowed parts of `part`, in pooled memory; None if the form does not fit."""
+    flat = part.view(-1)
+    buffer, parts = _take(form, flat.numel(), pool)
+    room = pool.take(flat.nbytes // MOST_EXCEPTIONS)
+    exceptions = torch.from_numpy(room[: flat.numel() // MOST_EXCEPTIONS * flat.element_size()]).view(flat.dtype)
+    count = cpu_kernels().narrow(flat, form, parts, exceptions)
+    if count < 0:
+        yield None
+    else:
+        header = HEADER.pack(form.nibbles, form.low, form.cols, count)
+        yield header, [*parts.values(), exceptions[:count]]
+    pool.give(room)
+    pool.give(buffer)
+
+
+@contextmanager
+def join(payload: Bytes, out: Tensor, pool: Pool) -> Iterator[tuple[Bytes, Sequence[Tensor]]]:
+    """The record within a payload and the narrowed parts to unpack it into; widened into `out` afterwards.
+
+    Raises FormatError.
+    """
+    flat = out.view(-1)
+    form, count = _header(payload, flat)
+    buffer, parts = _take(form, flat.numel(), pool)
+    exceptions = torch.empty(count, dtype=flat.dtype, device="cpu")
+    yield payload[HEADER.size :], [*parts.values(), exceptions]
+    if not cpu_kernels().widen(parts, exceptions, form, flat):
+        raise FormatError(f"narrowed codes: {count} exceptions are listed, the symbols say otherwise")
+    pool.give(buffer)
+
+
+def _header(payload: Bytes, flat: Tensor) -> tuple[Form, int]:
+    n = flat.numel()
+    if payload.size < HEADER.size:
+        raise FormatError(f"narrowed codes in {payload.size} bytes: their header alone takes {HEADER.size}")
+    flags, low, cols, count = HEADER.unpack(payload[: HEADER.size].data)
+    centred = cols == 0 or (flat.dtype == torch.int16 and n % cols == 0)
+    if flags > 1 or low not in LOW_BITS or not centred or count > n // MOST_EXCEPTIONS:
+        raise FormatError(
+            f"narrowed codes: flags {flags}, {low} low bits, {cols} columns, {count} exceptions of {n} {flat.dtype}"
+        )
+    return Form(cols, low, flags == 1), count
+
+
+def _take(form: Form, n: int, pool: Pool) -> tuple[Bytes, Mapping[str, Tensor]]:
+    """Pooled memory for the narrowed parts of n codes."""
+    sizes = form.sizes(n)
+    buffer = pool.take(sum(dtype.itemsize * length + 8 for dtype, length in sizes.values()))
+    parts, position = {}, 0
+    for name, (dtype, length) in sizes.items():
+        nbytes = dtype.itemsize * length
+        parts[name] = torch.from_numpy(buffer[position : position + nbytes]).view(dtype)
+        position += -(-nbytes // 8) * 8
+    return buffer, parts

@@ -1,0 +1,136 @@
+"""A byte plane: stored, compressed, constant or centred, whichever is smallest.
+
+zstd runs with its match finder all but off: on exponents and codes, whose redundancy is their histogram, that packs
+better and faster than level 1. Planes of noise are found by a sample and stored. Planes that are close to a row term
+plus a column term (second moments are) are centred first; see `statecodec.kernels.reference.centring`.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from torch import Tensor
+
+from statecodec.buffers import Bytes, Pool
+from statecodec.errors import CorruptFile, FormatError
+from statecodec.limits import MAX_WINDOW
+
+STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
+WORTH = 0.97  # a plane is compressed only below this share of its size
+SAMPLE = 4096  # bytes in each of four samples of a plane
+CENTRE_FROM = 16  # rows and columns a plane needs for its means to pay
+CENTRE_SAMPLE = 1024  # columns of the 64 rows that decide about it
+CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this share
+_MAGIC = b"\x28\xb5\x2f\xfd"
+_local = threading.local()
+
+
+def pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes | None]:
+    """(method, payload); payload None means the plane as it is."""
+    plane = matrix.reshape(-1)
+    n = plane.size
+    if n < 2:
+        return STORED, None
+    value = cpu_kernels().constant_byte(torch.from_numpy(plane))
+    if value >= 0:
+        return CONSTANT, bytes([value])
+    if n >= 8 * SAMPLE:
+        pieces = [plane[at : at + SAMPLE] for at in range(0, n - SAMPLE + 1, (n - SAMPLE) // 3)]
+        sample = np.concatenate(pieces)
+        if len(compressor.compress(sample)) > WORTH * sample.size:
+            return STORED, None
+    method = form(matrix)
+    frame = compressor.compress(plane) if method == ZSTD else _compress_centred(matrix, method, compressor, pool)
+    return (method, frame) if len(frame) <= WORTH * n else (STORED, None)
+
+
+def form(matrix: Bytes) -> int:
+    """ZSTD, CENTRED or CENTRED_NIBBLES: whichever leaves a sample of the rows with the least entropy."""
+    if min(matrix.shape) < CENTRE_FROM:
+        return ZSTD
+    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE]))
+    columns, lines, rest = (
+        torch.empty(n, dtype=torch.uint8, device="cpu") for n in (sample.shape[1], sample.shape[0], sample.numel())
+    )
+    best, least = ZSTD, CENTRE_WORTH * _entropy(sample)
+    for method in (CENTRED, CENTRED_NIBBLES):
+        cpu_kernels().centre(sample, columns, lines, rest.view(sample.shape), nibbles=method == CENTRED_NIBBLES)
+        entropy = _entropy(rest)
+        if entropy < least:
+            best, least = method, entropy
+    return best
+
+
+def _entropy(sample: Tensor) -> float:
+    """Order-0 entropy in bits per byte."""
+    counts = cpu_kernels().byte_counts(sample)
+    share = counts[counts > 0].double() / sample.numel()
+    return -float((share * share.log2()).sum())
+
+
+def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -> bytes:
+    rows, cols = matrix.shape
+    buffer = pool.take(cols + rows + matrix.size)
+    content = torch.from_numpy(buffer[: cols + rows + matrix.size])
+    columns, lines, residual = content.split_with_sizes([cols, rows, matrix.size])
+    nibbles = method == CENTRED_NIBBLES
+    cpu_kernels().centre(torch.from_numpy(matrix), columns, lines, residual.view(rows, cols), nibbles=nibbles)
+    frame: bytes = compressor.compress(content.numpy())
+    pool.give(buffer)
+    return frame
+
+
+def unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None:
+    plane = matrix.reshape(-1)
+    if method == STORED:
+        plane[:] = payload
+    elif method == CONSTANT:
+        plane.fill(payload[0])
+    elif method == ZSTD:
+        _decompress(payload, plane)
+    else:
+        rows, cols = matrix.shape
+        buffer = pool.take(cols + rows + plane.size)
+        content = buffer[: cols + rows + plane.size]
+        _decompress(payload, content)
+        columns, lines, residual = torch.from_numpy(content).split_with_sizes([cols, rows, plane.size])
+        nibbles = method == CENTRED_NIBBLES
+        cpu_kernels().uncentre(residual.view(rows, cols), columns, lines, torch.from_numpy(matrix), nibbles=nibbles)
+        pool.give(buffer)
+
+
+def _decompress(frame: Bytes, plane: Bytes) -> None:
+    """One zstd frame into a plane of exactly its size. What the frame says of itself is checked before it is run."""
+    if frame[:4].tobytes() != _MAGIC:
+        raise FormatError("a compressed plane is not a zstd frame")
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    try:
+        said = zstandard.get_frame_parameters(frame.data)
+        if said.content_size != plane.size or said.window_size > MAX_WINDOW or said.dict_id:
+            raise FormatError(
+                f"zstd frame of {said.content_size} bytes, window {said.window_size}; expected {plane.size} bytes, "
+                f"window at most {MAX_WINDOW}"
+            )
+        with _local.decompressor.stream_reader(frame.data) as stream:
+            done, target = 0, plane.data
+            while done < plane.size and (n := stream.readinto(target[done:])):
+                done += n
+            if done != plane.size or stream.read(1):
+                raise CorruptFile(f"a compressed plane gives {done} bytes, expected {plane.size}")
+    except zstandard.ZstdError as error:
+        raise CorruptFile(f"a compressed plane cannot be unpacked: {error}") from error
+
+
+@cache
+def cpu_kernels() -> ModuleType:
+    # Imported on first use: numba takes a while, and looking into a file does not need it.
+    from statecodec.kernels import cpu
+
+    return cpu

@@ -18,7 +18,11 @@ from statecodec_cli import console
 from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
-_ROLES = ("weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton")
+_ROLES = (
+    "weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton",
+    "file",
+)  # fmt: skip
+_NO_TENSORS = ("skeleton", "file")  # what of a source is none, and files that are not understood: listed, not counted
 _LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
 
 _NAME = Column("tensor", text=True, gives="middle")
@@ -199,14 +203,18 @@ def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each role and codec, or role and dtype of what is not compressed."""
     groups = _groups(tensors, lambda t: (t["role"], t["codec"] if packed else t["dtype"]))
     if not packed:
-        sizes = [(*key, f"{len(group):,}", _stored(group)[1]) for key, group in groups]
+        sizes = [(*key, _how_many(key[0], group), _stored(group)[1]) for key, group in groups]
         return Grid((_ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
     rows = []
     for (role, codec), group in groups:
         _, *sizes_and_ratio, error = _stored(group)
-        rows.append((role, codec, f"{len(group):,}", *sizes_and_ratio, _per_value(group), error))
+        rows.append((role, codec, _how_many(role, group), *sizes_and_ratio, _per_value(group), error))
     head = (_ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4), _ERROR)
     return Grid(head, rows)
+
+
+def _how_many(role: str, group: Sequence[Document]) -> str:
+    return "-" if role in _NO_TENSORS else f"{len(group):,}"
 
 
 def _stored(group: Sequence[Document]) -> tuple[str, str, str, str, str]:
@@ -290,8 +298,7 @@ def _number(value: float | str | None) -> str:
 
 
 def _count(document: Document) -> int:
-    """Tensors: the skeleton (everything in the source that is none) is listed with them but is no tensor."""
-    return sum(t["role"] != "skeleton" for t in document["tensors"])
+    return sum(t["role"] not in _NO_TENSORS for t in document["tensors"])
 
 
 def _shape(tensor: Document) -> str:

@@ -216,3 +216,14 @@ def test_plots(cli: Cli, ckpt: Path, tmp_path: Path, suffix: str) -> None:
         target = tmp_path / f"{verb}.{suffix}"
         assert cli(verb, *words, "--plot", target).code == 0
         assert target.stat().st_size > 3000
+
+
+def test_files_that_are_not_understood_are_no_tensors(cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"w": torch.ones(9, 9)}, folder / "m.pt")
+    (folder / "config.json").write_text("{}")
+    (folder / "notes.txt").write_text("none")
+    out = cli("inspect", folder).out
+    assert "1 tensors" in out
+    assert [line.split()[2] for line in out.splitlines() if line.split()[:1] in (["file"], ["skeleton"])] == ["-", "-"]

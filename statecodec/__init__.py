@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from statecodec.checkpoint.open import open_checkpoint as open
     from statecodec.checkpoint.report import DiffReport, Report
     from statecodec.choose.snr_tracker import SNRTracker
-    from statecodec.layouts.tree import OpaqueObject
+    from statecodec.layouts.objects import OpaqueObject
     from statecodec.verbs.analyze import Analysis, analyze
     from statecodec.verbs.compress import compress
     from statecodec.verbs.convert import convert

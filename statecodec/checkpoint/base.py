@@ -19,7 +19,7 @@ from statecodec.checkpoint.report import Report
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.errors import UsageError
 from statecodec.layouts import Moments, View
-from statecodec.layouts.tree import window
+from statecodec.layouts.objects import window
 
 
 @dataclass(frozen=True)

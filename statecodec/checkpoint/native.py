@@ -30,7 +30,7 @@ from statecodec.codecs.chunking import iterate
 from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, OutputExists, UsageError
 from statecodec.format import Item, Packing, Writer
-from statecodec.layouts.tree import window
+from statecodec.layouts.objects import window
 from statecodec.roles import STATE_ROLES
 
 _MAX_DEPTH = 100

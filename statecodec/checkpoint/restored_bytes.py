@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,27 +13,32 @@ from torch import Tensor
 from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
-from statecodec.errors import FormatError, MalformedCheckpoint
-from statecodec.layouts.tree import tree
+from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
+from statecodec.files import ByteSource
+from statecodec.layouts import ListedFile, Listing, tree
 
 
 def load_files(stored: Stored, device: torch.device | str) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
     document = stored.document
-    if not document.is_directory:
-        return _load_file(stored, document.files[0], device)
-    files = {f.path: f for f in document.files}
-    return {f.path: _load_file(stored, files[f.same_as] if f.same_as else f, device) for f in document.files}
+    files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
+             for f in document.files if f.same_as is None}  # fmt: skip
+    same_as = {f.path: f.same_as for f in document.files if f.same_as is not None}
+    listing = Listing(files, document.is_directory, document.folders, same_as)
 
+    def read(path: str, offset: int, nbytes: int) -> Tensor:
+        with files[path].open() as content:
+            assert isinstance(content, _RestoredBytes)
+            return content.tensor(offset, nbytes).to(device)
 
-def _load_file(stored: Stored, file: StoredFile, device: torch.device | str) -> Any:
-    content = _RestoredBytes(stored, file)
-    if file.layout == "opaque":
-        return content.tensor(0, file.nbytes).numpy().tobytes()
     try:
-        return tree(content, lambda offset, nbytes: content.tensor(offset, nbytes).to(device))
-    except MalformedCheckpoint as error:
-        raise FormatError(f"{stored.path}: the stored skeleton of {file.path} is not a checkpoint: {error}") from error
+        return tree(listing, read)
+    except LayoutError as error:
+        raise FormatError(f"{stored.path}: what is stored beside the tensors is no checkpoint: {error}") from error
+
+
+def _opened(stored: Stored, file: StoredFile) -> AbstractContextManager[ByteSource]:
+    return nullcontext(_RestoredBytes(stored, file))
 
 
 class _RestoredBytes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
-from statecodec.layouts import Moments, Region, Source, locate
+from statecodec.layouts import ListedFile, Listing, Logical, Moments, Region, Source, locate
 from statecodec.layouts.tree import tree
 from statecodec.names import shown
 
@@ -68,32 +70,38 @@ class SourceCheckpoint(Checkpoint):
         return "directory" if self.located.is_directory else self.located.files[0].layout
 
     @cached_property
-    def _regions(self) -> list[dict[str, int]]:
-        """For every file: region name -> index of its item."""
-        found: list[dict[str, int]] = [{} for _ in self.located.files]
-        for item in self.items:
-            if item.region is not None:
-                found[item.file][item.region.name] = item.index
+    def _stored(self) -> Mapping[str, list[SourceItem]]:
+        """By the name of a located tensor: what is stored of it, piece by piece."""
+        found: dict[str, list[SourceItem]] = {}
+        regions = self._regions
+        numbers = {file.path: i for i, file in enumerate(self.located.files)}
+        for tensor in self.located.tensors:
+            found[tensor.name] = [self.items[regions[numbers[p.file]][p.region]] for p in tensor.pieces]
         return found
 
     @cached_property
-    def _moments(self) -> list[tuple[Moments, ...]]:
-        """The moments of every file, with the names of items instead of the layout's region names."""
-        found = []
-        for file, names in zip(self.located.files, self._regions, strict=True):
-            named = {region: self.items[index].name for region, index in names.items()}
-            found.append(tuple(
-                replace(
-                    m, exp_avg=named[m.exp_avg], exp_avg_sq=named[m.exp_avg_sq],
-                    weight=named[m.weight] if m.weight else None,
-                )
-                for m in file.moments
-            ))  # fmt: skip
+    def _regions(self) -> list[list[int]]:
+        """For every file the indices of its regions' items."""
+        found: list[list[int]] = [[] for _ in self.located.files]
+        for item in self.items:
+            if item.region is not None:
+                found[item.file].append(item.index)
         return found
 
-    @property
+    @cached_property
     def moments(self) -> tuple[Moments, ...]:
-        return tuple(m for group in self._moments for m in group)
+        return tuple(m for located in self.located.moments for m in self._by_piece(located))
+
+    def _by_piece(self, moments: Moments) -> Iterator[Moments]:
+        """The same moments with the names of items: once for each piece, where all are cut alike."""
+        first, second = self._stored[moments.exp_avg], self._stored[moments.exp_avg_sq]
+        weight = self._stored[moments.weight] if moments.weight else []
+        if [i.shape for i in first] != [i.shape for i in second]:
+            return
+        fits = [i.shape for i in weight] == [i.shape for i in first]
+        for number, (m, v) in enumerate(zip(first, second, strict=True)):
+            w = weight[number].name if fits else None
+            yield replace(moments, exp_avg=m.name, exp_avg_sq=v.name, weight=w)
 
     @property
     def listing(self) -> tuple[str, ...]:
@@ -103,9 +111,8 @@ class SourceCheckpoint(Checkpoint):
     @cached_property
     def places(self) -> Mapping[str, Place]:
         found = {}
-        for file, names in zip(self.located.files, self._regions, strict=True):
+        for file, indices in zip(self.located.files, self._regions, strict=True):
             prefix = f"{shown(file.path)}:" if self.located.is_directory else ""
-            indices = [names[region.name] for region in file.regions]
             for view in file.views:
                 found[prefix + view.name] = Place(view, indices[view.region])
         return found
@@ -160,30 +167,37 @@ class SourceCheckpoint(Checkpoint):
         )  # fmt: skip
 
     def load(self, device: torch.device | str = "cpu") -> Any:
-        if not self.located.is_directory:
-            return self._load_file(0, device)
-        return {f.path: self._load_file(i, device) for i, f in enumerate(self.located.files)}
+        located = self.located
+        files = {
+            f.path: ListedFile(f.path, f.nbytes, partial(self._opened, i), layout=f.layout)
+            for i, f in enumerate(located.files)
+            if f.same_as is None
+        }
+        numbers = {f.path: i for i, f in enumerate(located.files)}
+        same_as = {f.path: f.same_as for f in located.files if f.same_as is not None}
 
-    def _load_file(self, file: int, device: torch.device | str) -> Any:
+        def read(path: str, offset: int, nbytes: int) -> Tensor:
+            out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+            with self.files.open(numbers[path]) as fd:
+                read_exactly(fd, offset, memory(out), path)
+            return out.to(device)
+
+        return tree(Listing(files, located.is_directory, located.folders, same_as), read)
+
+    @contextmanager
+    def _opened(self, file: int) -> Iterator[FileBytes]:
         if self._check is not None:
             self._check.whole(file)
         with self.files.open(file) as fd:
-            name = str(self.files.path(file))
-
-            def read(offset: int, nbytes: int) -> Tensor:
-                out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-                read_exactly(fd, offset, memory(out), name)
-                return out.to(device)
-
-            content = FileBytes(fd, self.files.path(file).name)
-            if self.located.files[file].layout == "opaque":
-                return content.read(0, content.size)
-            return tree(content, read)
+            yield FileBytes(fd, self.files.path(file).name)
 
     def stored_files(self, digests: Sequence[str | None]) -> tuple[StoredFile, ...]:
         """The files as a document describes them; `digests`: hex SHA-256 of each, or None."""
         regions: list[list[tuple[int, int]]] = [[] for _ in self.located.files]
         skeleton: list[int | None] = [None] * len(self.located.files)
+        moments: list[list[Moments]] = [[] for _ in self.located.files]
+        for pair in self.moments:
+            moments[self.items[self.tensors[pair.exp_avg].index].file].append(pair)
         for item in self.items:
             if item.region is None:
                 skeleton[item.file] = item.index
@@ -192,7 +206,7 @@ class SourceCheckpoint(Checkpoint):
         return tuple(
             StoredFile(
                 path=f.path, nbytes=f.nbytes, mode=f.mode, layout=f.layout, sha256=digest, regions=tuple(regions[i]),
-                skeleton=skeleton[i], views=f.views, crcs=f.crcs, moments=self._moments[i], same_as=f.same_as,
+                skeleton=skeleton[i], views=f.views, crcs=f.crcs, moments=tuple(moments[i]), same_as=f.same_as,
                 note=f.note, mtime_ns=f.identity.mtime_ns,
             )
             for i, (f, digest) in enumerate(zip(self.located.files, digests, strict=True))
@@ -206,19 +220,31 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
     """What will be stored, in order: of each file its skeleton, then its regions."""
     taken: dict[str, int] = {}
     index = 0
+    owners = _owners(source)
     for number, (file, skeleton) in enumerate(zip(source.files, skeletons, strict=True)):
         if file.same_as is not None:
             continue
-        prefix = f"{shown(file.path)}:" if source.is_directory else ""
         if skeleton.nbytes:
             role = "skeleton" if file.regions else "file"
-            name = _unique(prefix + role, taken)
+            name = _unique(f"{shown(file.path)}:{role}" if source.is_directory else role, taken)
             yield SourceItem(name, role, None, (skeleton.nbytes,), torch.uint8, index, number)
             index += 1
-        for region in file.regions:
-            name = _unique(prefix + region.name, taken)
-            yield SourceItem(name, region.role, region.param, region.shape, region.dtype, index, number, region)
+        for region, (tensor, piece) in zip(file.regions, owners[file.path], strict=True):
+            name = _unique(tensor.name if len(tensor.pieces) == 1 else f"{tensor.name}@{piece}", taken)
+            yield SourceItem(name, tensor.role, tensor.param, region.shape, region.dtype, index, number, region)
             index += 1
+
+
+def _owners(source: Source) -> dict[str, list[tuple[Logical, int]]]:
+    """By file: for each of its regions the tensor that it holds a piece of, and the piece's number."""
+    found: dict[str, list[tuple[int, Logical, int]]] = {file.path: [] for file in source.files}
+    for tensor in source.tensors:
+        for number, piece in enumerate(tensor.pieces):
+            found[piece.file].append((piece.region, tensor, number))
+    return {
+        path: [(tensor, number) for _, tensor, number in sorted(pieces, key=itemgetter(0))]
+        for path, pieces in found.items()
+    }
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:

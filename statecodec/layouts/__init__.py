@@ -2,38 +2,55 @@
 
 `locate` takes a file of torch.save or safetensors, or a directory of any files, and says which byte ranges hold which
 tensors. `tree` rebuilds the nested Python object from the same bytes. Nothing in this package imports, calls or
-unpickles what a file names.
+unpickles what a file names. A layout is one module (protocol.py) and one row (registry.py).
 """
 
 from __future__ import annotations
 
-from statecodec.files import ByteSource, FileBytes, Identity, MemoryBytes
 from statecodec.layouts.base import (
+    Box,
     Crc32,
+    Derived,
     Folder,
+    Logical,
     Moments,
+    Piece,
     Region,
+    Run,
     Source,
     SourceFile,
     View,
 )
-from statecodec.layouts.directory import locate
-from statecodec.layouts.tree import OpaqueObject, tree, tree_from_pickle
+from statecodec.layouts.listing import ListedFile, Listing, list_memory, list_path
+from statecodec.layouts.locate import locate
+from statecodec.layouts.objects import OpaqueObject, window
+from statecodec.layouts.protocol import Claim, Layout, Located, Read
+from statecodec.layouts.tree import tree, tree_from_pickle
 
 __all__ = [
-    "ByteSource",
+    "Box",
+    "Claim",
     "Crc32",
-    "FileBytes",
+    "Derived",
     "Folder",
-    "Identity",
-    "MemoryBytes",
+    "Layout",
+    "ListedFile",
+    "Listing",
+    "Located",
+    "Logical",
     "Moments",
     "OpaqueObject",
+    "Piece",
+    "Read",
     "Region",
+    "Run",
     "Source",
     "SourceFile",
     "View",
+    "list_memory",
+    "list_path",
     "locate",
     "tree",
     "tree_from_pickle",
+    "window",
 ]

@@ -1,8 +1,9 @@
-"""What locating a checkpoint's tensors yields: regions, views, checksums to recompute, and the moments of Adam.
+"""What locating a checkpoint yields: regions, which are what is stored, and tensors, which are what people mean.
 
 A file is *skeleton* plus *regions*. A region is a byte range that holds numbers and may be encoded as one tensor;
-everything else (headers, pickles, padding) is skeleton and is kept byte for byte. Views say how the file's own named
-tensors look into the regions. Nothing here reads a file.
+everything else (headers, pickles, padding) is skeleton and is kept byte for byte. A logical tensor has a name, a role
+and a shape, and lies in one region or in several: chunks of a sharded checkpoint, two ranks' partitions. Views say
+under which names a file's own objects look into its regions. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from statecodec.files import IN_MEMORY, Identity
 from statecodec.roles import Role
 
+Shape = tuple[int, ...]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Region:
     """A byte range that can be encoded as one tensor, in physical (contiguous) order."""
 
@@ -24,32 +27,83 @@ class Region:
     """First byte in the file."""
     nbytes: int
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    name: str
-    """Unique in the file: the first view's dotted key path, or "storage:KEY" where no tensor looks at the storage."""
-    role: Role = "other"
-    param: str | None = None
-    """Name of the weight that this tensor is, or is the optimizer state of, where that is certain."""
+    shape: Shape
     lossless: bool = False
     """Several different, overlapping or strided windows look at it: only a lossless byte codec may be used."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of a tensor: first index and size along every dimension."""
+
+    offset: Shape
+    shape: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A part of a tensor: elements `start` to `stop` of it, flattened."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The part of a logical tensor that a region holds, in row-major order. No region holds parts of two tensors."""
+
+    file: str
+    """SourceFile.path."""
+    region: int
+    """Index into SourceFile.regions."""
+    part: Box | Run | None = None
+    """None: all of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A tensor as rules, reports and budgets see it."""
+
+    name: str
+    """Unique in the checkpoint; in a directory it begins with the file's or folder's path and a colon."""
+    dtype: torch.dtype
+    """The file's own: a region of a dtype that cannot be encoded is one of bytes."""
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    """Disjoint; together they are the whole tensor."""
+    role: Role = "other"
+    param: str | None = None
+    """Name of the weight that this tensor is, or is the optimizer state of, where that is certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A region whose bytes follow from another tensor: proven bit-equal while compressing, it is not stored again."""
+
+    file: str
+    region: int
+    of: str
+    """Name of the logical tensor."""
+    how: str
+    """`copy`, or `cast(DTYPE)` for round-to-nearest-even."""
+
+
+@dataclass(frozen=True, slots=True)
 class View:
-    """A named tensor of the file: a strided window into one region."""
+    """A named tensor of a file: a strided window into one region."""
 
     name: str
     region: int
     """Index into SourceFile.regions."""
     dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    shape: Shape
+    stride: Shape
     """In elements of dtype."""
     offset: int
     """In elements of dtype, from the region's first byte."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Crc32:
     """A CRC-32 of file[offset:offset+nbytes] that stands, little-endian, at each file offset of `at`."""
 
@@ -60,10 +114,10 @@ class Crc32:
 
 @dataclass(frozen=True)
 class Moments:
-    """What the Adam update of one parameter needs. `exp_avg`, `exp_avg_sq` and `weight` are region names of one file.
+    """What the Adam update of one parameter needs. `exp_avg`, `exp_avg_sq` and `weight` are names of tensors.
 
-    `weight` is None where the weight is unknown or stands in another file of the directory (`param` still names it).
-    `lr`, `weight_decay` and `step` are None where the file does not say.
+    `weight` is None where the weight is unknown (`param` may still name it). `lr`, `weight_decay` and `step` are None
+    where the file does not say.
     """
 
     param: str | None
@@ -78,7 +132,7 @@ class Moments:
     step: float | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of a checkpoint, located."""
 
@@ -88,12 +142,11 @@ class SourceFile:
     mode: int
     """Permission bits."""
     layout: str
-    """"torch_zip", "safetensors" or "opaque"."""
+    """Name of the layout that located it; "opaque": carried as bytes."""
     regions: tuple[Region, ...] = ()
     """Sorted by offset, disjoint."""
     views: tuple[View, ...] = ()
     crcs: tuple[Crc32, ...] = ()
-    moments: tuple[Moments, ...] = ()
     same_as: str | None = None
     """Path of an earlier file of the directory that this one is a hard link to; regions are then given only there."""
     note: str | None = None
@@ -102,7 +155,7 @@ class SourceFile:
     """Of the file when it was located, for whoever reads it later."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Folder:
     """A directory of a checkpoint."""
 
@@ -121,6 +174,10 @@ class Source:
     root: Path
     is_directory: bool
     files: tuple[SourceFile, ...]
+    tensors: tuple[Logical, ...] = ()
+    """By file and offset of their first piece. Every region belongs to exactly one of them."""
+    moments: tuple[Moments, ...] = ()
+    derived: tuple[Derived, ...] = ()
     folders: tuple[Folder, ...] = ()
     """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
 

@@ -15,16 +15,20 @@ import torch
 from statecodec.dtypes import SAFETENSORS, SAFETENSORS_SUB_BYTE_BITS
 from statecodec.errors import FormatError, LimitExceeded, MalformedCheckpoint
 from statecodec.files import ByteSource
-from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
+from statecodec.layouts.graph import Graph, Span
+from statecodec.layouts.listing import Listing
+from statecodec.layouts.objects import window
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
-from statecodec.layouts.walk import MAX_NAMED
+from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.walk import most_tensors
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
+
+name: Final = "safetensors"
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_RANK: Final = 64
 _INT64: Final = 1 << 63
-_LIMITS: Final = Limits(max_json_values=16 * MAX_NAMED, max_json_depth=8)
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -48,9 +52,10 @@ def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
         )
     text = source.read(8, length)
     try:
-        header = parse_json(text, "safetensors header", _LIMITS)
-    except LimitExceeded:
-        raise MalformedCheckpoint(f"safetensors header describes more than {MAX_NAMED} tensors") from None
+        limits = Limits(max_json_values=6 * most_tensors(length), max_json_depth=8)
+        header = parse_json(text, "safetensors header", limits)
+    except LimitExceeded as error:
+        raise MalformedCheckpoint(f"{error}, which no safetensors header of its length needs") from None
     except FormatError as error:
         raise MalformedCheckpoint(str(error)) from None
     if not isinstance(header, dict):
@@ -58,8 +63,6 @@ def read_header(source: ByteSource) -> tuple[dict[str, Any], int]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise MalformedCheckpoint("safetensors __metadata__ is not an object of strings")
-    if len(header) > MAX_NAMED:
-        raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
     return header, 8 + length
 
 
@@ -124,10 +127,29 @@ def read_tensors(source: ByteSource) -> tuple[DictNode, dict[str, Span]]:
     return root, spans
 
 
-def describe(source: ByteSource, path: str, mode: int) -> Described:
-    """Locate the tensors of a safetensors file. Reads its header, no payload. Raises MalformedCheckpoint."""
-    root, spans = read_tensors(source)
-    cuts, names = cut_all(root, spans)
-    return Described(
-        path, source.size, mode, "safetensors", root, False, cuts, names, (), read_scalars(source, cuts)
-    )  # fmt: skip
+def claims(listing: Listing) -> Claim | None:
+    """A file that begins with the length of a JSON object, and with that object."""
+    file = listing.only
+    return Claim((file.path,)) if file is not None and is_safetensors(file.head, file.nbytes) else None
+
+
+def locate(listing: Listing) -> Located:
+    """Read the header, no payload (but one-element tensors). Raises MalformedCheckpoint."""
+    file = listing.only
+    assert file is not None
+    with file.open() as source:
+        root, spans = read_tensors(source)
+        graph = Graph(root, spans, most_tensors(file.nbytes), ordered=False)
+        return graph.located(name, file, source, listing.prefix(file.path))
+
+
+def tree(listing: Listing, read: Read) -> Any:
+    """{name: tensor}, as safetensors.torch.load_file gives it. Raises MalformedCheckpoint."""
+    file = listing.only
+    assert file is not None
+    with file.open() as source:
+        root, spans = read_tensors(source)
+    return {
+        key: window(read(file.path, spans[key].offset, spans[key].nbytes), node.dtype, node.shape, node.stride, 0)
+        for key, node in root.items
+    }

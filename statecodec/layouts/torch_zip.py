@@ -13,20 +13,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from statecodec.errors import LegacyTorchFile, MalformedCheckpoint, UnknownLayout
+import torch
+from torch import Tensor
+
+from statecodec.errors import MalformedCheckpoint, UnknownLayout
 from statecodec.files import ByteSource
 from statecodec.layouts.base import Crc32
-from statecodec.layouts.describe import Described, Span, cut_all, read_scalars
-from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
+from statecodec.layouts.graph import Graph, Span, storages
+from statecodec.layouts.listing import Listing
+from statecodec.layouts.objects import build, window
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
-from statecodec.layouts.walk import walk
+from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.walk import most_tensors
 from statecodec.layouts.zip_reader import Entry, read_checked, read_entries
 
-_LEGACY_MAGIC: Final = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-_WAY_OUT: Final = (
-    "a torch file from before torch 1.6, which cannot be read without running it. If you trust it: "
-    "torch.save(torch.load(PATH, weights_only=False), NEW_PATH), then use NEW_PATH"
-)
+name: Final = "torch_zip"
+
 _SMALL: Final = 1 << 20
 
 
@@ -43,16 +45,54 @@ def is_zip(head: bytes) -> bool:
     return head.startswith((b"PK\x03\x04", b"PK\x05\x06"))
 
 
-def refuse_legacy(head: bytes) -> None:
-    """Raise LegacyTorchFile if a file's first bytes are those of a pre-1.6 torch.save."""
-    bare_stream = head[:1] == b"\x80" and _LEGACY_MAGIC in head[:16]
-    members = {head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)}  # tar headers are 512-byte blocks
-    old_tar = head[257:262] == b"ustar" and not members.isdisjoint({b"sys_info", b"pickle", b"storages", b"tensors"})
-    if bare_stream or old_tar:
-        raise LegacyTorchFile(_WAY_OUT)
+def claims(listing: Listing) -> Claim | None:
+    """A file that is a zip archive."""
+    file = listing.only
+    return Claim((file.path,)) if file is not None and is_zip(file.head) else None
 
 
-def open_archive(source: ByteSource, name: str) -> Archive:
+def locate(listing: Listing) -> Located:
+    """Read the zip's headers and directory and the pickle, no payload (but one-element tensors).
+
+    Raises MalformedCheckpoint or UnknownLayout.
+    """
+    file = listing.only
+    assert file is not None
+    with file.open() as source:
+        archive, root = _read(source, file.path)
+        spans = {key: Span(entry.offset, entry.nbytes) for key, entry in archive.storages.items()}
+        crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc_at and e.nbytes)
+        graph = Graph(root, spans, most_tensors(len(archive.pickle)), ordered=True, crcs=crcs)
+        return graph.located(name, file, source, listing.prefix(file.path))
+
+
+def tree(listing: Listing, read: Read) -> Any:
+    """What torch.load would give. Raises MalformedCheckpoint."""
+    file = listing.only
+    assert file is not None
+    with file.open() as source:
+        archive, root = _read(source, file.path)
+    loaded: dict[str, Tensor] = {}
+
+    def tensor(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+        entry = archive.storages.get(key)
+        if entry is None:  # a meta tensor: it never had bytes
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if key not in loaded:
+            loaded[key] = read(file.path, entry.offset, entry.nbytes)
+        return window(loaded[key], dtype, shape, stride, offset)
+
+    return build(root, tensor)
+
+
+def _read(source: ByteSource, path: str) -> tuple[Archive, Any]:
+    archive = open_archive(source, path)
+    root = read_pickle(archive.pickle)
+    check_storages(root, archive)
+    return archive, root
+
+
+def open_archive(source: ByteSource, path: str) -> Archive:
     """Check the zip and read its pickle. Raises UnknownLayout for zips that are not of torch.save."""
     entries = {entry.name: entry for entry in read_entries(source)}
     prefixes = {entry_name.partition("/")[0] for entry_name in entries}
@@ -64,11 +104,11 @@ def open_archive(source: ByteSource, name: str) -> Archive:
     ):
         if any(entry_name.startswith(prefix + marker) for entry_name in entries):
             raise UnknownLayout(
-                f"{name} is {what}, which holds a program, not a checkpoint; save its state_dict() instead"
+                f"{path} is {what}, which holds a program, not a checkpoint; save its state_dict() instead"
             )
     pickle = entries.get(prefix + "data.pkl") if prefix else None
     if pickle is None:
-        raise UnknownLayout(f"{name} is a zip archive, but not of torch.save: it has no data.pkl in one top folder")
+        raise UnknownLayout(f"{path} is a zip archive, but not of torch.save: it has no data.pkl in one top folder")
     _check_byteorder(source, entries.get(prefix + "byteorder"))
     data = prefix + "data/"
     for entry_name, entry in entries.items():
@@ -90,9 +130,8 @@ def _check_byteorder(source: ByteSource, entry: Entry | None) -> None:
 
 def check_storages(root: Any, archive: Archive) -> None:
     """Hold every storage that the pickle refers to against its archive entry. Raises MalformedCheckpoint."""
-    for _, node in walk(root):
-        storage = node.storage if type(node) is TensorNode else node if type(node) is StorageNode else None
-        if storage is None or storage.location == "meta":
+    for storage in storages(root, most_tensors(len(archive.pickle))):
+        if storage.location == "meta":
             continue
         entry = archive.storages.get(storage.key)
         if entry is None:
@@ -104,19 +143,3 @@ def check_storages(root: Any, archive: Archive) -> None:
             raise MalformedCheckpoint(
                 f"storage {storage.key!r:.80} claims {claimed} bytes but its entry has {entry.nbytes}"
             )
-
-
-def describe(source: ByteSource, path: str, mode: int) -> Described:
-    """Locate the tensors of a torch zip. Reads its headers, directory and pickle, no payload (but one-element tensors).
-
-    Raises MalformedCheckpoint or UnknownLayout.
-    """
-    archive = open_archive(source, path)
-    root = read_pickle(archive.pickle)
-    check_storages(root, archive)
-    spans = {key: Span(entry.offset, entry.nbytes) for key, entry in archive.storages.items()}
-    cuts, names = cut_all(root, spans)
-    crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc_at and e.nbytes)
-    return Described(
-        path, source.size, mode, "torch_zip", root, True, cuts, names, crcs, read_scalars(source, cuts)
-    )  # fmt: skip

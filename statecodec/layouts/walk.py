@@ -9,7 +9,6 @@ from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.nodes import DictNode, Opaque, SetNode, StorageNode, TensorNode, children
 from statecodec.names import shown
 
-MAX_NAMED: Final = 400_000
 _MAX_DEPTH: Final = 48
 _MAX_KEY: Final = 256
 _CONTAINERS: Final = frozenset({DictNode, list, tuple, SetNode, Opaque})
@@ -53,10 +52,15 @@ def spell(key: Any) -> str:
     return f"<{type(key).__name__}>"
 
 
-def walk(root: Any) -> Iterator[tuple[Place, Any]]:
+def most_tensors(described_bytes: int) -> int:
+    """How many tensors a description (pickle, JSON header) of that size may name: far more than any real one does."""
+    return 10_000 + described_bytes // 20
+
+
+def walk(root: Any, limit: int) -> Iterator[tuple[Place, Any]]:
     """Every container, tensor and storage below `root`, in order, each container once. Iterative; cycles are harmless.
 
-    Raises MalformedCheckpoint beyond MAX_NAMED tensors.
+    Raises MalformedCheckpoint beyond `limit` tensors.
     """
     seen: set[int] = set()
     leaves = 0
@@ -66,8 +70,8 @@ def walk(root: Any) -> Iterator[tuple[Place, Any]]:
         kind = type(node)
         if kind in _LEAVES:
             leaves += 1
-            if leaves > MAX_NAMED:
-                raise MalformedCheckpoint(f"names more than {MAX_NAMED} tensors")
+            if leaves > limit:
+                raise MalformedCheckpoint(f"names more than {limit} tensors, for its size far too many")
             yield place, node
             if kind is StorageNode or node.state is None:
                 continue

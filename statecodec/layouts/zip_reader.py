@@ -31,7 +31,7 @@ _WAY_OUT: Final = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One stored file of the archive."""
 
@@ -49,7 +49,7 @@ class Entry:
     """File offset behind the data and its descriptor."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Central:
     name: bytes
     flags: int

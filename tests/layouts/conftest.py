@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from statecodec.layouts import SourceFile, locate
-from tests.layouts.support import check_file
+from statecodec.layouts import locate
+from tests.contracts.layout import check_located
+from tests.layouts.support import FoundFile, found_file
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Any:
     """save(obj, **torch.save options) -> (path, located file)."""
 
-    def save(obj: Any, name: str = "ckpt.pt", **options: Any) -> tuple[Path, SourceFile]:
+    def save(obj: Any, name: str = "ckpt.pt", **options: Any) -> tuple[Path, FoundFile]:
         path = tmp_path / name
         torch.save(obj, path, **options)
-        file = locate(path).files[0]
-        check_file(file)
-        return path, file
+        check_located(locate(path), {path.name: path.read_bytes()})
+        return path, found_file(path)
 
     return save

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import zipfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from statecodec.layouts import SourceFile
+from statecodec.layouts import Crc32, Moments, Source, View, list_memory, locate, tree
+from statecodec.layouts.locate import locate_listing
 
 
 class Net(torch.nn.Module):
@@ -43,35 +45,84 @@ def split_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def read_view(path: Path, file: SourceFile, name: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class FoundRegion:
+    """A region, with what is known of the tensor in it."""
+
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    lossless: bool
+    name: str
+    role: str
+    param: str | None
+
+
+@dataclass(frozen=True)
+class FoundFile:
+    """One located file whose tensors have one piece each: what this package's tests look at."""
+
+    path: str
+    layout: str
+    note: str | None
+    same_as: str | None
+    regions: tuple[FoundRegion, ...]
+    views: tuple[View, ...]
+    crcs: tuple[Crc32, ...]
+    moments: tuple[Moments, ...]
+
+
+def found_files(source: Source) -> list[FoundFile]:
+    """The files of a located checkpoint. Names of regions and moments are without the file's own path."""
+    by_place = {(p.file, p.region): (t, p.part) for t in source.tensors for p in t.pieces}
+    files = []
+    for file in source.files:
+        prefix = f"{file.path}:" if source.is_directory else ""
+        regions = []
+        for number, r in enumerate(file.regions):
+            tensor, part = by_place.pop((file.path, number))
+            assert part is None
+            name = tensor.name.removeprefix(prefix)
+            regions.append(
+                FoundRegion(r.offset, r.nbytes, r.dtype, r.shape, r.lossless, name, tensor.role, tensor.param)
+            )
+        own = tuple(
+            replace(m, exp_avg=m.exp_avg.removeprefix(prefix), exp_avg_sq=m.exp_avg_sq.removeprefix(prefix),
+                    weight=m.weight and m.weight.removeprefix(prefix))
+            for m in source.moments
+            if m.exp_avg.startswith(prefix)
+        )  # fmt: skip
+        files.append(
+            FoundFile(file.path, file.layout, file.note, file.same_as, tuple(regions), file.views, file.crcs, own)
+        )
+    assert not by_place
+    return files
+
+
+def found_file(path: Path) -> FoundFile:
+    """The only file of a located checkpoint."""
+    (file,) = found_files(locate(path))
+    return file
+
+
+def locate_bytes(data: bytes) -> Source:
+    """Locate a checkpoint in memory."""
+    return locate_listing(list_memory({"x": data}), Path("x"))
+
+
+def tree_of_bytes(data: bytes) -> Any:
+    """The content of a checkpoint in memory."""
+    return tree(list_memory({"x": data}))
+
+
+def read_view(path: Path, file: FoundFile, name: str) -> torch.Tensor:
     """The tensor that a view describes, straight from the file's bytes."""
     view = next(v for v in file.views if v.name == name)
     region = file.regions[view.region]
     data = path.read_bytes()[region.offset : region.offset + region.nbytes]
     storage = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
     return torch.empty(0, dtype=view.dtype).set_(storage.untyped_storage(), view.offset, view.shape, view.stride)
-
-
-def check_file(file: SourceFile) -> None:
-    """What every SourceFile promises about its own fields."""
-    end = 0
-    for region in file.regions:
-        assert region.offset >= end
-        end = region.offset + region.nbytes
-        assert torch.Size(region.shape).numel() * region.dtype.itemsize == region.nbytes
-    assert end <= file.nbytes
-    assert len({r.name for r in file.regions}) == len(file.regions)
-    assert len({v.name for v in file.views}) == len(file.views)
-    names = {r.name for r in file.regions}
-    for moments in file.moments:
-        assert {moments.exp_avg, moments.exp_avg_sq} <= names
-        assert moments.weight is None or moments.weight in names
-    for view in file.views:
-        region = file.regions[view.region]
-        if torch.Size(view.shape).numel():
-            last = view.offset + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
-            assert view.offset >= 0
-            assert (last + 1) * view.dtype.itemsize <= region.nbytes
 
 
 def pickle_of(obj: Any, protocol: int = 2) -> bytes:

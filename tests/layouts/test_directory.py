@@ -77,6 +77,7 @@ def test_what_cannot_be_read_is_carried_with_a_note(folder: Path, what: str) -> 
     file = next(f for f in locate(folder).files if f.path == "odd.pt")
     assert (file.layout, file.regions) == ("opaque", ())
     assert (file.note is None) == (what == "text")
+    assert tree(folder)["odd.pt"] == path.read_bytes()
 
 
 def test_symbolic_links_are_refused_by_name(folder: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import statecodec
-from statecodec.layouts import locate
-from tests.layouts.support import pickle_of, zip_of
+from tests.layouts.support import found_file, pickle_of, zip_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
@@ -86,7 +85,7 @@ def test_a_storage_class_of_a_newer_torch_is_carried_as_bytes(tmp_path: Path) ->
     data = pickle_of({"new": torch.ones(8, dtype=torch.float16)}).replace(b"HalfStorage", b"TinyStorage")
     path, packed, back = (tmp_path / n for n in ("new.pt", "new.sc.safetensors", "back.pt"))
     path.write_bytes(zip_of(data, {"0": bytes(range(16))}))
-    (region,) = locate(path).files[0].regions
+    (region,) = found_file(path).regions
     assert (region.dtype, region.shape) == (torch.uint8, (16,))
     statecodec.compress(path, packed, verify=True)
     statecodec.restore(packed, back)
@@ -99,7 +98,7 @@ def test_a_safetensors_dtype_of_a_newer_version_is_carried_as_bytes(tmp_path: Pa
     header = b"{" + new + b',"b":{"dtype":"F32","shape":[1],"data_offsets":[3,7]}}'
     path = tmp_path / "new.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"abc\0\0\0\0")
-    a, b = locate(path).files[0].regions
+    a, b = found_file(path).regions
     assert (a.dtype, a.shape, b.dtype, b.shape) == (torch.uint8, (3,), torch.float32, (1,))
 
 

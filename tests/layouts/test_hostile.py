@@ -19,13 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statecodec.errors import LayoutError, MalformedCheckpoint
-from statecodec.layouts import MemoryBytes, locate, tree
+from statecodec.layouts import locate, tree
 from statecodec.layouts.pickle.nodes import Opaque
 from statecodec.layouts.pickle.opcodes import TABLE
 from statecodec.layouts.pickle.reader import read_pickle
 from statecodec.layouts.pickle.rebuild import _KNOWN
-from statecodec.layouts.torch_zip import describe
-from tests.layouts.support import pickle_of, zip_of
+from tests.layouts.support import locate_bytes, pickle_of, tree_of_bytes, zip_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,16 +151,16 @@ LIES = {
 @pytest.mark.parametrize("data", LIES.values(), ids=LIES.keys())
 def test_lying_tensors_are_malformed(data: bytes) -> None:
     with pytest.raises(MalformedCheckpoint):
-        describe(MemoryBytes(zip_of(data, {"0": bytes(8)})), "x", 0o644)
+        locate_bytes(zip_of(data, {"0": bytes(8)}))
     with pytest.raises(MalformedCheckpoint):
-        tree(MemoryBytes(zip_of(data, {"0": bytes(8)})))
+        tree_of_bytes(zip_of(data, {"0": bytes(8)}))
 
 
 def test_an_expanded_tensor_stays_a_description() -> None:
     """2^50 elements on two numbers: legal (torch.save of an expanded tensor), never materialised."""
-    found = describe(MemoryBytes(zip_of(lying_tensor(2, 0, (1 << 50,), (0,)), {"0": bytes(8)})), "x", 0o644)
-    assert [(c.region.nbytes, c.region.lossless) for c in found.cuts] == [(4, True)]
-    assert tree(MemoryBytes(zip_of(lying_tensor(2, 0, (1 << 50,), (0,)), {"0": bytes(8)}))).numel() == 1 << 50
+    data = zip_of(lying_tensor(2, 0, (1 << 50,), (0,)), {"0": bytes(8)})
+    assert [(r.nbytes, r.lossless) for r in locate_bytes(data).files[0].regions] == [(4, True)]
+    assert tree_of_bytes(data).numel() == 1 << 50
 
 
 # ---- bombs, each in a process of its own whose memory is watched
@@ -264,8 +263,8 @@ RICH = rich_file()
 def read_all(data: bytes) -> bool:
     """Whether the file is read; anything but a LayoutError is let through."""
     try:
-        describe(MemoryBytes(data), "x", 0o644)
-        tree(MemoryBytes(data))
+        locate_bytes(data)
+        tree_of_bytes(data)
     except LayoutError:
         return False
     return True

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import statecodec
-from statecodec.layouts import SourceFile, locate
-from tests.layouts.support import Net, check_file, split_groups, train
+from statecodec.layouts import locate
+from tests.layouts.support import FoundFile, Net, found_files, split_groups, train
 
 
 def trained(**options: Any) -> tuple[Net, torch.optim.AdamW]:
@@ -29,7 +29,7 @@ def expected_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> 
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def by_name(file: SourceFile) -> dict[str, Any]:
+def by_name(file: FoundFile) -> dict[str, Any]:
     return {r.name: r for r in file.regions}
 
 
@@ -248,22 +248,21 @@ def hugging_face(folder: Path) -> tuple[Net, torch.optim.AdamW]:
 def test_hugging_face_names_across_files(tmp_path: Path) -> None:
     """safetensors are sorted by name, so only shapes that settle it give names; none may be wrong."""
     model, optimizer = hugging_face(tmp_path)
-    files = {f.path: f for f in locate(tmp_path).files}
-    for file in files.values():
-        check_file(file)
+    files = {f.path: f for f in found_files(locate(tmp_path))}
     assert {r.role for r in files["model.safetensors"].regions} == {"weight", "other"}
     truth = expected_names(model, optimizer)
     found = [m.param for m in files["optimizer.pt"].moments]
     assert all(f in (None, t) for f, t in zip(found, truth, strict=True))
     assert {"wte.weight", "conv.weight"} <= set(found)
-    assert {m.weight for m in files["optimizer.pt"].moments} == {None}
+    for moments in files["optimizer.pt"].moments:
+        assert moments.weight == (f"model.safetensors:{moments.param}" if moments.param else None)
 
 
 def test_accelerate_names_across_torch_files(tmp_path: Path) -> None:
     model, optimizer = trained()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.bin")
-    files = {f.path: f for f in locate(tmp_path).files}
+    files = {f.path: f for f in found_files(locate(tmp_path))}
     assert [m.param for m in files["optimizer.bin"].moments] == expected_names(model, optimizer)
 
 
@@ -275,7 +274,7 @@ def test_checkpoints_side_by_side_keep_to_their_own_model(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         torch.save({f"{name}.{k}": v for k, v in model.state_dict().items()}, tmp_path / name / "pytorch_model.bin")
         torch.save(optimizer.state_dict(), tmp_path / name / "optimizer.bin")
-    for file in locate(tmp_path).files:
+    for file in found_files(locate(tmp_path)):
         for moments in file.moments:
             assert moments.param is not None
             assert moments.param.startswith(file.path.split("/")[0])
@@ -390,7 +389,7 @@ def test_averages_are_told_by_the_folder_they_are_in(tmp_path: Path) -> None:
     for folder in ("unet", "unet_ema"):
         (tmp_path / folder).mkdir()
         save_file(model.state_dict(), tmp_path / folder / "model.safetensors")
-    roles = {f.path: {r.role for r in f.regions} for f in locate(tmp_path).files}
+    roles = {f.path: {r.role for r in f.regions} for f in found_files(locate(tmp_path))}
     assert roles == {"unet/model.safetensors": {"weight"}, "unet_ema/model.safetensors": {"ema"}}
 
 

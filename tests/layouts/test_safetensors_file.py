@@ -14,9 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from statecodec.errors import LayoutError, MalformedCheckpoint
-from statecodec.layouts import MemoryBytes, locate, tree
-from statecodec.layouts.safetensors_file import describe, read_tensors
-from tests.layouts.support import check_file, read_view
+from statecodec.files import MemoryBytes
+from statecodec.layouts import tree
+from statecodec.layouts.safetensors_file import read_tensors
+from tests.layouts.support import found_file, locate_bytes, read_view
 
 
 def file_of(header: Any, payload: bytes = b"", length: int | None = None) -> bytes:
@@ -41,8 +42,7 @@ def test_views_equal_the_library(tmp_path: Path) -> None:
     }
     path = tmp_path / "m.safetensors"
     path.write_bytes(save(tensors, {"format": "pt"}))
-    file = locate(path).files[0]
-    check_file(file)
+    file = found_file(path)
     assert file.layout == "safetensors"
     for name, tensor in tensors.items():
         found = read_view(path, file, name)
@@ -109,7 +109,7 @@ def test_bit_flips_give_our_error_or_what_the_library_reads(bit: int) -> None:
     data = bytearray(GOOD)
     data[bit // 8] ^= 1 << bit % 8
     try:
-        describe(MemoryBytes(bytes(data)), "x", 0o644)
+        locate_bytes(bytes(data))
     except LayoutError:
         return
     try:
@@ -141,5 +141,5 @@ def test_a_huge_sparse_file_is_located_from_its_header(tmp_path: Path) -> None:
     with path.open("wb") as out:
         out.write(head)
         out.truncate(len(head) + nbytes)
-    file = locate(path).files[0]
+    file = found_file(path)
     assert [(r.nbytes, r.role) for r in file.regions] == [(nbytes, "weight")]

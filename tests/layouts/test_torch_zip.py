@@ -19,7 +19,7 @@ from torch.utils.serialization import config
 
 from statecodec.errors import LegacyTorchFile, MalformedCheckpoint, UnknownLayout
 from statecodec.layouts import locate
-from tests.layouts.support import Net, pickle_of, read_view, zip_of
+from tests.layouts.support import Net, found_file, pickle_of, read_view, zip_of
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -141,7 +141,7 @@ def test_two_dtypes_on_one_storage_are_lossless(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(zip_of(b"\x80\x02]" + b"(" + storage + b"e.", {"0": bytes(range(16))}))
     loaded = torch.load(path)
-    file = locate(path).files[0]
+    file = found_file(path)
     assert [(r.dtype, r.nbytes, r.lossless) for r in file.regions] == [(torch.uint8, 16, True)]
     for i, tensor in enumerate(loaded):
         assert torch.equal(read_view(path, file, str(i)), tensor)
@@ -215,7 +215,7 @@ def test_archives_without_crcs_report_none(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     with config.patch("save.compute_crc32", False):
         torch.save({"x": torch.randn(5)}, path)
-    file = locate(path).files[0]
+    file = found_file(path)
     assert file.crcs == ()
     assert len(file.regions) == 1
 
@@ -224,7 +224,7 @@ def test_ordinary_zip_tools_may_have_written_it(tmp_path: Path) -> None:
     """No data descriptors: the CRC stands in the local header and in the directory."""
     path = tmp_path / "x.pt"
     path.write_bytes(zip_of(pickle_of({"x": torch.arange(4.0)}), {"0": torch.arange(4.0).numpy().tobytes()}))
-    file = locate(path).files[0]
+    file = found_file(path)
     assert torch.equal(read_view(path, file, "x"), torch.arange(4.0))
     assert len(file.crcs[0].at) == 2
 

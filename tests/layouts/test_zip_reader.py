@@ -14,9 +14,10 @@ import torch
 
 import statecodec
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts import MemoryBytes, locate
+from statecodec.files import MemoryBytes
+from statecodec.layouts import locate
 from statecodec.layouts.zip_reader import read_entries
-from tests.layouts.support import pickle_of
+from tests.layouts.support import found_file, pickle_of
 
 
 def torch_file() -> bytes:
@@ -99,7 +100,7 @@ def test_a_100_gb_archive_is_located_from_its_headers(tmp_path: Path) -> None:
             out.write(descriptor)
             records.append((name, header, nbytes, crc))
         out.write(directory(records, out.tell()))
-    file = locate(path).files[0]
+    file = found_file(path)
     assert [(r.name, r.nbytes, r.shape, r.role) for r in file.regions] == [
         ("model.a", half, (rows, 1024), "weight"),
         ("model.b", half, (rows, 1024), "weight"),

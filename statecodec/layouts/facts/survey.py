@@ -105,13 +105,13 @@ def is_average(path: str) -> bool:
     return _AVERAGE.search(path) is not None
 
 
-def survey(root: Any) -> Survey:
+def survey(root: Any, limit: int) -> Survey:
     """Look through a description (of a torch file, or of a safetensors file as one dict)."""
     found = Survey()
     bare = _is_state_dict(root)
     parents: dict[int, DictNode] = {}
     companions: set[int] = set()
-    for place, node in walk(root):
+    for place, node in walk(root, limit):
         if type(node) is TensorNode:
             if node.index not in companions:
                 _tensor(found, place, node, bare)

@@ -1,0 +1,76 @@
+"""Locates the tensors of a checkpoint: asks the layouts, then names what their files do not name.
+
+What a file is, its content decides, never its extension. A single file must be understood. In a directory nothing is
+refused for its content: what is not understood, or looks like a checkpoint and is damaged, is carried as opaque bytes
+with a note, so that one half-written shard does not keep a user from packing the rest. What is refused is what cannot
+be carried faithfully or safely: symbolic links, devices, sockets and pipes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from statecodec.errors import LayoutError, UnknownLayout
+from statecodec.layouts import opaque
+from statecodec.layouts.base import Logical, Source, SourceFile
+from statecodec.layouts.collecting import collector_paused
+from statecodec.layouts.facts.assign import named
+from statecodec.layouts.listing import Listing, list_path
+from statecodec.layouts.protocol import Layout, Located
+from statecodec.layouts.registry import claimed
+
+
+@collector_paused()
+def locate(path: str | os.PathLike[str]) -> Source:
+    """Locate the tensors of a checkpoint file or directory, reading headers, directories and pickles but no payload.
+
+    Raises UnknownLayout (a single file that is nothing we know; a path that is neither file nor directory),
+    LegacyTorchFile (a torch file from before 1.6) and MalformedCheckpoint (truncated, lying or hostile).
+    """
+    root = Path(path)
+    try:
+        return locate_listing(list_path(root), root)
+    except OSError as error:
+        raise UnknownLayout(f"{root} cannot be read: {error.strerror or error}") from error
+    except LayoutError as error:
+        raise type(error)(f"{root}: {error}") from None
+
+
+@collector_paused()
+def locate_listing(listing: Listing, root: Path) -> Source:
+    """The same for files that are listed already. Raises LayoutError."""
+    found = [_located(layout, part) for layout, part in claimed(listing)]
+    tensors, moments = named(found)
+    tensors.sort(key=_place)
+    files = {file.path: file for located in found for file in located.files}
+    files.update(_links(listing, files))
+    return Source(
+        root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
+        tuple(d for located in found for d in located.derived), listing.folders,
+    )  # fmt: skip
+
+
+def _place(tensor: Logical) -> tuple[str, int]:
+    return tensor.pieces[0].file, tensor.pieces[0].region
+
+
+def _located(layout: Layout, part: Listing) -> Located:
+    if layout is opaque and not part.is_directory and part.only is not None:
+        raise opaque.refusal(part.only)
+    try:
+        return layout.locate(part)
+    except LayoutError as error:
+        if not part.is_directory:
+            raise
+        first, *others = part.files.values()
+        return Located((opaque.carried(first, error), *(opaque.carried(file, None) for file in others)))
+
+
+def _links(listing: Listing, files: dict[str, SourceFile]) -> Iterator[tuple[str, SourceFile]]:
+    """The hard links: described where they are first met."""
+    for path, original in (listing.same_as or {}).items():
+        file = replace(files[original], path=path, regions=(), views=(), crcs=(), note=None, same_as=original)
+        yield path, file

@@ -1,0 +1,193 @@
+"""Rebuilds the nested object that torch.load would give, without running what the file names.
+
+Unknown classes and functions come back as OpaqueObject. Objects that were shared are shared again, cycles are cycles,
+and tensors on one storage share memory. Everything is iterative: depth costs no Python stack.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from statecodec.errors import MalformedCheckpoint
+from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
+from statecodec.layouts.pickle.plain_values import factory, plain, sparse
+
+TensorSource = Callable[[str, torch.dtype, tuple[int, ...], tuple[int, ...], int], Tensor]
+"""(storage key, dtype, shape, stride, offset in elements) -> that window; windows of one storage must share memory."""
+
+_MAX_KEY_PARTS: Final = 10_000
+_MAX_KEY_DEPTH: Final = 100
+_COMPOUND: Final = frozenset({DictNode, list, tuple, SetNode, Opaque, TensorNode, StorageNode, Global})
+
+
+class OpaqueObject:
+    """An object of a class that was not run: its global name and what it was made from.
+
+    `args` and `kwargs` are what its class would be called with, or None where the file refers to the class or function
+    itself; `state` is what `__setstate__` would get (usually its attributes); `elements` and `items` are what was
+    appended or set by key.
+    """
+
+    def __init__(self, module: str, name: str, args: tuple[Any, ...] | None = None) -> None:
+        self.module, self.name, self.args = module, name, args
+        self.kwargs: dict[Any, Any] = {}
+        self.state: Any = None
+        self.elements: list[Any] = []
+        self.items: list[tuple[Any, Any]] = []
+
+    def __repr__(self) -> str:
+        if self.args is None:
+            return f"<opaque reference to {self.module}.{self.name}>"
+        inside = f" with {', '.join(map(str, self.state))[:120]}" if type(self.state) is dict and self.state else ""
+        return f"<opaque {self.module}.{self.name}{inside}>"
+
+
+def window(storage: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """A strided tensor onto the memory of `storage` (1-D uint8, from its storage's first byte); nothing is copied."""
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage.untyped_storage(), offset, shape, stride)
+
+
+def build(root: Any, tensor: TensorSource) -> Any:
+    """The object that a graph describes, its tensors supplied by `tensor`. Raises MalformedCheckpoint."""
+    return _Builder(tensor).build(root)
+
+
+class _Builder:
+    """Turns nodes into objects, each once. Mutable objects exist before their contents, so cycles close."""
+
+    def __init__(self, tensor: TensorSource) -> None:
+        self.tensor = tensor
+        self.made: dict[int, Any] = {}
+
+    def build(self, root: Any) -> Any:
+        pending = [(root, False)]
+        while pending:
+            node, children_made = pending.pop()
+            if type(node) not in _COMPOUND:
+                continue
+            if children_made:
+                self.fill(node)
+            elif id(node) not in self.made:
+                self.start(node)
+                pending.append((node, True))
+                for key, child in children(node):
+                    pending += [(child, False), (key, False)]
+                if type(node) is Opaque and type(node.state) is DictNode:
+                    pending.append((node.state, False))  # whose items, not itself, are its children
+        return self.value(root)
+
+    def value(self, node: Any) -> Any:
+        return self.made[id(node)] if type(node) in _COMPOUND else node
+
+    def start(self, node: Any) -> None:
+        """Make what can exist before its contents do."""
+        made: Any = None
+        if type(node) is list:
+            made = []
+        elif type(node) is DictNode:
+            made = _empty_dict(node)
+        elif type(node) is SetNode and not node.frozen:
+            made = set()
+        elif type(node) is Global:
+            made = OpaqueObject(node.module, node.name)
+        elif type(node) is TensorNode:
+            made = self.make_tensor(node)
+        elif type(node) is StorageNode:
+            made = self.tensor(node.key, node.dtype, (node.numel or 0,), (1,), 0)
+            made = made.untyped_storage() if node.untyped else made
+        elif type(node) is Opaque and node.name != "_rebuild_sparse_tensor":
+            made = plain(node)
+            made = OpaqueObject(node.module, node.name) if made is None else made
+        if made is not None:
+            self.made[id(node)] = made
+
+    def make_tensor(self, node: TensorNode) -> Tensor:
+        made = self.tensor(node.storage.key, node.dtype, node.shape, node.stride, node.offset)
+        if "conj" in node.bits and made.is_complex():
+            made = made.conj()
+        if "neg" in node.bits:
+            made = torch._neg_view(made)
+        grad = node.requires_grad and (made.is_floating_point() or made.is_complex())
+        if node.is_parameter:
+            return torch.nn.Parameter(made, requires_grad=grad)
+        return made.requires_grad_() if grad else made
+
+    def fill(self, node: Any) -> None:
+        """Put contents into what `start` made, and make what could not exist without its contents."""
+        made: Any = self.made.get(id(node))
+        if type(node) is tuple and made is None:
+            self.made[id(node)] = tuple(map(self.value, node))
+        elif type(node) is list:
+            made[:] = map(self.value, node)
+        elif type(node) is SetNode:
+            items = self.hashable(list(map(self.value, node.items)))
+            if node.frozen:
+                self.made.setdefault(id(node), frozenset(items))
+            else:
+                made.update(items)
+        elif type(node) is DictNode:
+            keys = self.hashable([self.value(k) for k, _ in node.items])
+            # Counter.update would add; dict.update on an OrderedDict would bypass its order.
+            update = OrderedDict.update if type(made) is OrderedDict else dict.update
+            update(made, zip(keys, (self.value(v) for _, v in node.items), strict=True))
+            self.attributes(node, made)
+        elif type(node) is TensorNode:
+            self.attributes(node, made)
+        elif type(node) is Opaque:
+            self.fill_opaque(node, made)
+
+    def fill_opaque(self, node: Opaque, made: Any) -> None:
+        args = self.value(node.args) if node.args else ()
+        if made is None:
+            made = self.made[id(node)] = sparse(node, args) if node.module == "torch._utils" else None
+            if made is None:
+                made = self.made[id(node)] = OpaqueObject(node.module, node.name)
+        if type(made) is OpaqueObject:
+            made.args, made.state = args, self.value(node.state)
+            made.kwargs = {} if node.kwargs is None else self.value(node.kwargs)
+            made.elements = list(map(self.value, node.elements))
+            made.items = [(self.value(k), self.value(v)) for k, v in node.items]
+
+    def attributes(self, node: DictNode | TensorNode, made: Any) -> None:
+        """Set attributes such as `_metadata` of a state_dict in the instance's own dict: no descriptor ever runs."""
+        if type(node.state) is DictNode and hasattr(made, "__dict__"):
+            made.__dict__.update({k: self.value(v) for k, v in node.state.items if type(k) is str})
+
+    def hashable(self, keys: list[Any]) -> list[Any]:
+        """The keys, if they can be keys; refuses sets of them that were made to collide."""
+        for key in keys:
+            if type(key) is tuple:
+                _check_small(key)
+        try:
+            distinct = len(set(map(hash, keys)))
+        except TypeError:
+            raise MalformedCheckpoint("a dict or set has a key that cannot be hashed") from None
+        if len(keys) > 1000 and distinct * 8 < len(keys) and len({id(k) for k in keys}) > distinct * 2:
+            raise MalformedCheckpoint(f"a dict of {len(keys)} keys whose hashes collide on purpose")
+        return keys
+
+
+def _empty_dict(node: DictNode) -> Any:
+    if node.kind == "OrderedDict":
+        return OrderedDict()
+    if node.kind == "Counter":
+        return Counter()
+    return defaultdict(factory(node.factory)) if node.kind == "defaultdict" else {}
+
+
+def _check_small(key: tuple[Any, ...]) -> None:
+    """Refuse tuples whose hash would recurse deeply or visit a shared part over and over."""
+    parts: list[tuple[Any, int]] = [(key, 0)]
+    visited = 0
+    while parts:
+        part, depth = parts.pop()
+        visited += 1
+        if visited > _MAX_KEY_PARTS or depth > _MAX_KEY_DEPTH:
+            raise MalformedCheckpoint("a dict or set has a tuple of unreasonable size or depth as a key")
+        if type(part) is tuple:
+            parts += [(p, depth + 1) for p in part]

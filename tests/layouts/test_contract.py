@@ -1,0 +1,43 @@
+"""The contract suite for every registered layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from statecodec.layouts import safetensors_file, torch_zip
+from statecodec.layouts.registry import LAYOUTS
+from tests.contracts.layout import LayoutContract
+from tests.layouts.support import Net, split_groups, train
+
+
+class TestTorchZip(LayoutContract):
+    layout = torch_zip
+
+    def write(self, folder: Path) -> Any:
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(split_groups(model))
+        train(model, optimizer)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 2, "odd": (None, [1.5])}
+        torch.save(state, folder / "ckpt.pt")
+        return torch.load(folder / "ckpt.pt")
+
+
+class TestSafetensors(LayoutContract):
+    layout = safetensors_file
+
+    def write(self, folder: Path) -> Any:
+        tensors = {"b": torch.randn(8, 4), "a": torch.arange(5), "none": torch.zeros(0, 3), "one": torch.tensor(1.5)}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
+
+
+def test_every_registered_layout_has_a_contract() -> None:
+    covered = {kind.layout.name for kind in LayoutContract.__subclasses__()}
+    assert covered >= {layout.name for layout in LAYOUTS}

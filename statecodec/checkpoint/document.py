@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _MAX_FILE = 1 << 50
 _MAX_SOURCE = 1 << 62  # all files together
 _MAX_TIME = (1 << 63) - 1  # nanoseconds since 1970
+_LAYOUT = re.compile(r"[a-z][a-z0-9_]{0,40}")  # restoring needs no layout; loading finds out whether it is known
 MAX_LINKS = 16  # a reader opens every file of a chain
 
 
@@ -112,8 +114,8 @@ def from_json(value: Mapping[str, Any], sizes: Sequence[int]) -> Document:
     source = _get(value, "source", dict)
     if source.get("name") is not None:
         source = {**source, "name": _path_from_json(source["name"])}
-    if source.get("layout") not in ("torch_zip", "safetensors", "directory", "opaque", "native"):
-        raise FormatError(f"unknown source layout {str(source.get('layout'))!r}; this file needs a newer reader")
+    if not _LAYOUT.fullmatch(_get(source, "layout", str)):
+        raise FormatError(f"{source['layout'][:80]!r} in the document is not the name of a layout")
     _integer(source.get("bytes"), 0, _MAX_SOURCE)
     if source["layout"] not in ("directory", "native") and len(files) != 1:
         raise FormatError(f"the document of a single file describes {len(files)} files")

@@ -15,12 +15,19 @@ from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
 from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
-from statecodec.layouts import ListedFile, Listing, tree
+from statecodec.layouts import ListedFile, Listing, opaque, tree
+from statecodec.layouts.registry import LAYOUTS
 
 
 def load_files(stored: Stored, device: torch.device | str) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
     document = stored.document
+    unknown = {f.layout for f in document.files} - {opaque.name, *(layout.name for layout in LAYOUTS)}
+    if unknown:
+        raise FormatError(
+            f"{stored.path}: the layout {min(unknown)!r} is not known here; `restore` gives the original, a newer "
+            "statecodec loads it"
+        )
     files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
              for f in document.files if f.same_as is None}  # fmt: skip
     same_as = {f.path: f.same_as for f in document.files if f.same_as is not None}

@@ -1,6 +1,7 @@
 # Everything here bootstraps itself: a machine with make and python3 >= 3.10 needs nothing else.
 #
-#   make demo     train a small GPT for a minute, compress its checkpoint, resume from both, compare
+#   make demo     train a small GPT for a minute, compress its checkpoint, resume from both, compare; installs torch,
+#                 the library and matplotlib, 1 GB on disk (TORCH='torch --index-url URL' chooses a build of torch)
 #   make test     the tests
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
@@ -16,6 +17,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+LIBRARY := $(VENV)/.library-installed
+TORCH  ?= torch
+PIP     = $(BIN)/python -m pip install $(if $(CI),--quiet) --constraint constraints.txt
 DEMO   ?= demo
 WORKERS ?= 2
 GPU_PYTHON ?= $(PYTHON)
@@ -25,20 +29,29 @@ OLDEST_TRITON := .triton/3.6.0
 .PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -13
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 venv: $(STAMP)
 
 # torch goes first and alone: nothing that follows may pull in another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(LIBRARY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is %d.%d" % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@test -x $(BIN)/python || { echo "set-up 1/3: a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "set-up 2/3: torch, by far the largest part"
+	@$(PIP) $(TORCH)
+	@echo "set-up 3/3: statecodec with its command line, and matplotlib"
+	@$(PIP) --editable '.[plot]'
 	@touch $@
 
-demo: $(STAMP)
-	$(BIN)/statecodec demo --dir $(DEMO) --force
+$(STAMP): $(LIBRARY)
+	@echo "set-up: what the tests, the service and the documents need besides"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(LIBRARY)
+	@mkdir -p $(DEMO)
+	@$(BIN)/statecodec demo --dir $(DEMO) --plot $(DEMO)/losses.svg --force
+	@echo "The losses are drawn in $(DEMO)/losses.svg. To call statecodec by its name: . $(BIN)/activate"
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile

@@ -22,16 +22,16 @@ def reporting(*, quiet: bool) -> Iterator[Callback | None]:
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar() as (callback, say), _messages(say):
+        with _bar() as (callback, say), messages(say):
             yield callback
     else:
-        with _messages(console.say):
+        with messages(console.say):
             yield Lines(console.say)
 
 
 @contextmanager
-def _messages(say: Callable[[str], None]) -> Iterator[None]:
-    """Say what the library logs meanwhile."""
+def messages(say: Callable[[str], None]) -> Iterator[None]:
+    """Say what the library logs meanwhile, such as that it compiles."""
     handler, before = _Handler(say), _log.level
     _log.addHandler(handler)
     _log.setLevel(logging.INFO)

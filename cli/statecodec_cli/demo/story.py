@@ -15,7 +15,8 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
-from statecodec_cli.grid import Column, Grid
+from statecodec_cli.grid import Column, Facts, Grid
+from statecodec_cli.progress import messages
 
 if TYPE_CHECKING:
     from statecodec_cli.demo.train import Trainer
@@ -46,14 +47,19 @@ def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, 
     _refuse_existing([checkpoint, *packed.values(), *restored.values()], force=force)
     directory.mkdir(parents=True, exist_ok=True)
 
-    say(f"1/5 training a small GPT on the Python standard library: {plan.steps} steps, {plan.seconds:.0f} s at most")
+    say(f"1/5 training a small GPT on Python's own sources: {plan.steps} steps, {plan.seconds:.0f} s at most")
     corpus = standard_library()
     trainer = Trainer(TrainConfig(seed=plan.seed), corpus=corpus)
     training = _train(trainer, plan, checkpoint, say)
 
     say(f"2/5 compressing {checkpoint} ({console.size(training['bytes'])}) with {', '.join(PRESETS)}")
-    presets = [_compress(checkpoint, packed[preset], preset) for preset in PRESETS]
-    say("3/5 restoring")
+    presets = []
+    with messages(say):
+        for preset in PRESETS:
+            made = _compress(checkpoint, packed[preset], preset)
+            presets.append(made)
+            say(f"    {preset:8}  {console.size(made['bytes'])}, {console.ratio(training['bytes'], made['bytes'])}")
+    say(f"3/5 restoring {' and '.join(path.name for path in restored.values())}")
     same = _restore(checkpoint, packed, restored)
     steps, seconds = plan.resume_steps, plan.seconds / 3
     resumed: dict[str, Any] = {}
@@ -94,11 +100,12 @@ def _train(trainer: Trainer, plan: Plan, checkpoint: Path, say: Callable[[str], 
 def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     """The document as two tables and a verdict."""
     training, difference = document["training"], document["difference"]
-    losses = f"loss {training['first_loss']:.3f} -> {training['final_loss']:.3f}, validation {training['val_loss']:.3f}"
-    head = Text.assemble(
-        (training["checkpoint"], "bold"),
-        f"  {console.size(training['bytes'])}  {training['num_params']:,} parameters, ",
-        f"{training['steps']} steps, {losses}",
+    head = Facts(
+        Text.assemble((training["checkpoint"], "bold"), f"  {console.size(training['bytes'])}"),
+        f"{training['num_params']:,} parameters",
+        f"{training['steps']} steps",
+        f"loss {training['first_loss']:.3f} -> {training['final_loss']:.3f}",
+        f"validation {training['val_loss']:.3f}",
     )
     columns = (
         Column("preset", text=True),
@@ -112,13 +119,16 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     ]  # fmt: skip
     verdict = "the same SHA-256" if document["lossless_same_sha256"] else "ANOTHER SHA-256"
     curves = Grid([*map(Column, ("step", "exact file: loss", "restored file: loss", "difference"))], _curve(document))
-    last = Text.assemble(
-        "validation loss  exact ", (f"{document['resumed']['exact']['val_loss']:.5f}", "bold"),
-        "   restored ", (f"{document['resumed']['restored']['val_loss']:.5f}", "bold"),
-        f"   difference {difference['val_loss']:+.1e}",
-    )  # fmt: skip
+    last = Facts(
+        "validation loss",
+        Text.assemble("exact ", (f"{document['resumed']['exact']['val_loss']:.5f}", "bold")),
+        Text.assemble("restored ", (f"{document['resumed']['restored']['val_loss']:.5f}", "bold")),
+        f"difference {difference['val_loss']:+.1e}",
+    )
     lossless = Text(f"restored from lossless: {verdict} as {training['checkpoint']}")
-    return [head, Grid(columns, rows), lossless, curves, last]
+    packed = next(p["path"] for p in document["presets"] if p["preset"] == _RESUMED)
+    after = Text(f"next: statecodec inspect {packed}, or statecodec compress on a checkpoint of yours", style="dim")
+    return [head, Grid(columns, rows), lossless, curves, last, Text(), after]
 
 
 def _curve(document: Mapping[str, Any], rows: int = 8) -> list[tuple[str, ...]]:
@@ -171,12 +181,13 @@ def _refuse_existing(paths: list[Path], *, force: bool) -> None:
 
 
 def _reporter(say: Callable[[str], None], steps: int) -> Callable[[int, float], None]:
-    """Say the loss five times on the way."""
+    """Say the loss at the first step and five times on the way."""
     every = max(1, steps // 5)
     calls = itertools.count(1)
 
     def on_step(step: int, loss: float) -> None:
-        if next(calls) % every == 0:
+        call = next(calls)
+        if call == 1 or call % every == 0:
             say(f"    step {step:4d}  loss {loss:.4f}")
 
     return on_step

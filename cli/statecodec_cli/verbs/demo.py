@@ -13,7 +13,7 @@ from statecodec_cli import console, options
 def run(
     directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where its files go.")] = Path("demo"),
     steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps before the checkpoint.")] = 300,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop training after that long in any case.")] = 60,
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop training after that long in any case.")] = 45,
     resume_steps: Annotated[
         int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file; fewer on a slow machine.")
     ] = 40,
@@ -27,7 +27,7 @@ def run(
 
     Train it on Python's own sources, compress its checkpoint, resume from both, compare the losses.
 
-    Takes a minute or two on two CPU cores and needs no network. Everything stays in DIR.
+    Takes about two minutes on two CPU cores and needs no network. Everything stays in DIR.
     """
     from statecodec_cli import plots
     from statecodec_cli.demo import story

@@ -8,10 +8,12 @@
 #   make campaign the long versions of the tests that damage files and kill writers
 #   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
-#   make serve    start the conversion service: ends with a URL and, the first time, a token
+#   make serve    start the conversion service: prints a URL and, the first time, a token; another token is made with
+#                 .venv/bin/statecodec-server token add NAME
 #   make faults   kill the service in 200 and more ways, compare, and rewrite the table in docs/service.md
 #   make load     many large uploads, pollers and listeners at once
-#   make docs     bring the option tables of docs/cli.md up to date
+#   make docs     bring generated tables and figures up to date, and build the site in build/site
+#   make wheel    build the wheel, install it into an empty environment, and compress something there
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -26,7 +28,7 @@ GPU_PYTHON ?= $(PYTHON)
 OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs clean
+.PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -84,6 +86,30 @@ campaign: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m statecodec_cli.reference docs/cli.md
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/figures.py
+	@$(MAKE) --no-print-directory site
+	@echo "build/site/index.html; searchable when served: $(BIN)/python -m http.server -d build/site"
+
+# The documents as a site, from what is there.
+site:
+	rm -rf build/docs build/site
+	mkdir -p build
+	cp -r docs build/docs
+	cp LICENSE CHANGELOG.md SECURITY.md build/docs
+	for page in CONTRIBUTING README; do sed 's#](docs/#](#g' $$page.md > build/docs/$$page.md; done
+	mv build/docs/README.md build/docs/index.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+wheel: $(LIBRARY)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	build/wheel/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls -t dist/*.whl | head -1)"
+	cd build/wheel && bin/python -c 'import torch; torch.save({"model": {"w": torch.randn(99, 99)}}, "ckpt.pt")'
+	cd build/wheel && bin/statecodec compress ckpt.pt --verify
+	@ls -t dist/*.whl | head -1
 
 serve: $(STAMP)
 	$(BIN)/statecodec serve

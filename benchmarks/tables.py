@@ -1,4 +1,4 @@
-"""Renders benchmarks/results/*.json as the tables of README.md, docs/benchmarks.md and docs/optimizers.md.
+"""Renders benchmarks/results/*.json as the tables of docs/benchmarks.md and docs/optimizers.md.
 
 python benchmarks/tables.py            rewrites them in place
 python benchmarks/tables.py --check    exits with 1 if they are not what the results say
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = tuple(ROOT.parent / p for p in ("README.md", "docs/benchmarks.md", "docs/optimizers.md"))
+DOCUMENTS = tuple(ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]

@@ -1,0 +1,59 @@
+"""Draws benchmarks/results/*.json as the figures of the documents, docs/figures/*.svg.
+
+python benchmarks/figures.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from statecodec_cli.plots import BEFORE, INK, PAPER, QUIET, STYLE
+
+ROOT = Path(__file__).resolve().parent
+FIGURES = ROOT.parent / "docs" / "figures"
+
+
+def main() -> None:
+    """Draw every figure."""
+    FIGURES.mkdir(exist_ok=True)
+    with rc_context(STYLE):
+        figure = presets(json.loads((ROOT / "results" / "quality.json").read_text()))
+        figure.savefig(FIGURES / "presets.svg", facecolor=PAPER, metadata={"Date": None})
+
+
+def presets(result: dict[str, Any]) -> Figure:
+    """Bytes per parameter of one checkpoint: as it is, under ZipNN, and under every preset, with the update's error."""
+    found = result["presets"]
+    whole = result["checkpoint"]["bytes"] / result["checkpoint"]["params"]
+    bars = [("fp32 AdamW checkpoint", whole, "", BEFORE)]
+    bars.append(("ZipNN", whole / result["zipnn_fp32_checkpoint"], "lossless", BEFORE))
+    for name, preset in found.items():
+        bars.append((name, preset["bytes_per_param"], _error(name, preset), "#0072b2"))
+    figure = Figure(figsize=(8.0, 0.36 * len(bars) + 0.9), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, size, error, colour) in enumerate(bars):
+        axes.barh(y, size, height=0.62, color=colour)
+        ratio = f"{size:.2f} B, {whole / size:.2f}x" if y else f"{size:.2f} B"
+        axes.text(size + 0.012 * whole, y, ratio, va="center", color=INK, fontsize=9)
+        axes.text(whole * 1.34, y, error, va="center", ha="right", color=QUIET, fontsize=8.5)
+    axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    axes.set_xlim(0, whole * 1.35)
+    axes.set_xticks([])
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_title("Bytes per parameter on disk, and what that does to the next Adam update")
+    return figure
+
+
+def _error(name: str, preset: dict[str, Any]) -> str:
+    if name == "weights":
+        return "moments dropped"
+    return f"update error {100 * preset['u_rms']:.2g} %" if preset["u_rms"] else "lossless"
+
+
+if __name__ == "__main__":
+    main()

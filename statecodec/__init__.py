@@ -55,7 +55,7 @@ _HOMES = {
     "Analysis": "verbs.analyze",
     "Checkpoint": "checkpoint.base",
     "DiffReport": "checkpoint.report",
-    "OpaqueObject": "layouts.tree",
+    "OpaqueObject": "layouts.objects",
     "Report": "checkpoint.report",
     "SNRTracker": "choose.snr_tracker",
     "analyze": "verbs.analyze",

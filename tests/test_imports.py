@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import statecodec
+
 HEAVY = ("numba", "triton", "fastapi", "typer", "rich", "matplotlib", "ray", "dbos", "transformers", "lightning")
 
 
@@ -24,8 +26,8 @@ def test_the_library_is_light() -> None:
 
 
 def test_the_public_names_are_there_and_still_light() -> None:
-    names = ("compress", "restore", "inspect", "verify", "diff", "open", "load", "save")
-    program = "import statecodec; " + "; ".join(f"statecodec.{name}" for name in names)
+    assert {"compress", "restore", "inspect", "verify", "diff", "open", "load", "save"} <= set(statecodec.__all__)
+    program = "import statecodec; " + "; ".join(f"statecodec.{name}" for name in statecodec.__all__)
     assert loaded_by(program).isdisjoint(set(HEAVY) - {"numba"})
 
 

@@ -19,7 +19,7 @@ from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, saving
 from statecodec.optim.load_report import LoadReport
 from statecodec.optim.method import LOW, Group, Job, Recipe
-from statecodec.optim.options import check_number, check_param, check_whole, plain_moments
+from statecodec.optim.options import check_fusable, check_number, check_param, check_whole, plain_moments
 from statecodec.optim.states import StateKeeper
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, Weight, whole
 
@@ -62,7 +62,8 @@ class StateOptimizer(StateKeeper):
         dense_below: parameters with fewer elements keep exact moments.
         matrix: True or False overrides the choice by name of what is a hidden matrix (FOAM, LoRAPre, Muon).
         backend: codec kernels to use (`reference`, `cpu`, `triton`); by default those of the parameter's device.
-        fused: True demands fused steps, False forbids them, None uses them on GPUs where there is one.
+        fused: True demands fused steps (parameters must be on a GPU by then), False forbids them, None uses them on
+            GPUs where there is one.
 
     All options but `backend` and `fused` may be set per param group.
     """
@@ -93,6 +94,8 @@ class StateOptimizer(StateKeeper):
             check_number("initial_lr (decouple_lr divides by it)", group["initial_lr"], 1e-45)
         for p in group["params"]:
             check_param(p)
+            if self._fused:
+                check_fusable(p)
             if group["stochastic_rounding"] and p.dtype == torch.float16:
                 raise OptimizerError("stochastic_rounding is for bf16 parameters; fp16's grid is uneven, use split32")
 

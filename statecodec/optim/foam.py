@@ -14,8 +14,8 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr, matrix_shape
-from statecodec.optim.names import is_hidden_matrix
 from statecodec.optim.options import check_number, moment_codec
 
 # (mean of squares, true tail mean, eps next to the corrected root, decay before the step)

@@ -14,9 +14,9 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.reference.steps import mix
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, matrix_shape, whole_weight
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
-from statecodec.optim.names import is_hidden_matrix
 from statecodec.optim.options import check_number, moment_codec
 
 INIT_STD = 0.02

@@ -13,8 +13,8 @@ from typing_extensions import Unpack
 from statecodec.errors import OptimizerError
 from statecodec.optim.adamw import AdamMethod, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Group, Job, Method, StateSpec, matrix_shape, whole_weight
-from statecodec.optim.names import is_hidden_matrix
 from statecodec.optim.options import check_number, moment_codec, stored_codec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

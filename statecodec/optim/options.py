@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from statecodec import kernels
 from statecodec.codecs import Cast, Codec, Companded, Raw, Split, format_codec, parse
-from statecodec.errors import CodecError, OptimizerError
+from statecodec.errors import BackendUnavailable, CodecError, OptimizerError
 from statecodec.optim.method import Group
 
 # Second moments: never negative, and a stored zero must be an exact zero. Everything else is a first moment.
@@ -113,3 +114,17 @@ def check_whole(params: Iterable[Tensor]) -> None:
             "the parameters are flattened by FSDP1, so no matrix can be seen in them; use AdamW, Adam, SGD, SGDW or "
             "Lion, which go element by element, or DistributedDataParallel"
         )
+
+
+def check_fusable(param: Tensor) -> None:
+    """Raise OptimizerError for a parameter that fused kernels cannot reach, BackendUnavailable if there are none."""
+    kernels.get("triton")
+    from statecodec.kernels.triton.runtime import on
+
+    try:
+        on(param)
+    except BackendUnavailable as error:
+        raise OptimizerError(
+            f"fused=True, but a parameter is on {param.device}: move the model to a GPU before the optimizer is made, "
+            "or leave fused out, which fuses wherever it can"
+        ) from error

@@ -12,6 +12,7 @@ from torch import nn
 from statecodec import optim
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper, Slot
+from statecodec.kernels.triton import runtime
 from statecodec.optim import fusing
 from tests.optim.helpers import gradients, parameters
 
@@ -33,6 +34,7 @@ class Recorder:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     backend = Recorder()
     monkeypatch.setattr(fusing, "_fused_backend", lambda demanded: backend)
+    monkeypatch.setattr(runtime, "INTERPRETED", True)  # as if its kernels reached CPU tensors
     return backend
 
 
@@ -69,6 +71,21 @@ def test_a_demand_that_cannot_be_met_is_an_error(recorder: Recorder) -> None:
     with pytest.raises(OptimizerError, match="no fused muon step"):
         optim.Muon([p], fused=True).step()
     assert not recorder.calls
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_demand_for_parameters_that_no_kernel_reaches_is_refused_at_once(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    p = nn.Parameter(torch.zeros(4, device=device))
+    with pytest.raises(OptimizerError, match=f"on {device}: move the model to a GPU before"):
+        optim.AdamW([p], fused=True)
+    optimizer = optim.AdamW([nn.Parameter(torch.zeros(4))])
+    optimizer._fused = True
+    with pytest.raises(OptimizerError, match=f"on {device}"):
+        optimizer.add_param_group({"params": [p]})
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("fused", [None, False])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from statecodec import optim
+from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.muon import newton_schulz
-from statecodec.optim.names import is_hidden_matrix
 from tests.optim.helpers import EVERY, parameters, run
 
 

@@ -84,13 +84,17 @@ def _files(folder: Path) -> list[tuple[str, int]]:
     return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
 
 
-def _report(value: Any, name: str) -> dict[str, Any]:
+def _report(value: Any, staged: str, display: str) -> dict[str, Any]:
+    """The report as the client may see it: names as the client gave them, or as the file itself says, and no places
+    on this machine."""
     document = value.to_json() if hasattr(value, "to_json") else value
     if not isinstance(document, dict):
         raise TypeError(f"an operation returned {type(value).__name__}, not a report")
-    if isinstance(document.get("source"), dict):
-        document["source"] = {**document["source"], "name": name}
-    for key in ("path", "a", "b", "files", "sources"):  # names, not places on this machine
+    source = document.get("source")
+    if isinstance(source, dict):
+        name = Path(str(source.get("name") or staged)).name
+        document["source"] = {**source, "name": display if name == staged else name}
+    for key in ("path", "a", "b", "files", "sources"):
         if isinstance(value := document.get(key), str):
             document[key] = Path(value).name
         elif isinstance(value, list):
@@ -99,10 +103,12 @@ def _report(value: Any, name: str) -> dict[str, Any]:
 
 
 def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
-    from .operations import OPERATIONS, Call
+    from statecodec.operations import OPERATIONS
+
+    from .operations import RUN, Call
     from .segments import tar_sha256
 
-    operation = next(item for item in OPERATIONS if item.name == request["operation"])
+    operation = OPERATIONS[request["operation"]]
     library = import_module(sys.argv[1])
     output = Path(request["output"])
     sandbox.lock_down([output.parent])
@@ -116,7 +122,7 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
         threads=request["threads"],
         progress=channel.progress,
     )
-    report = _report(operation.run(library, call), request["display"])
+    report = _report(RUN[operation.name](library, call), request["name"], request["display"])
     channel.send(progress=[0, 0, "checking"])
     files = _files(output)
     sha256, each = tar_sha256(output, files) if operation.makes_files else ("", [])

@@ -6,12 +6,13 @@ import json
 from typing import Any
 
 import sqlalchemy as sa
-from pydantic import ValidationError
+
+from statecodec.errors import UsageError
 
 from . import fetch
 from .database import Database, uploads
 from .names import check_members, clean_name, display_name, member_path
-from .operations import Offer, offers
+from .operations import offers
 from .problems import Problem, not_found
 from .records import Jobs
 from .schemas import JobRequest, Member, Source
@@ -28,16 +29,19 @@ class Inputs:
 
     def resolve(self, principal: Principal, request: JobRequest) -> tuple[dict[str, Any], int]:
         """(normalised request, bytes of the source); raises 404, 409 and 422 problems."""
-        offer = offers(self._settings.backend).get(request.operation)
-        if offer is None:
+        operation = offers(self._settings.backend).get(request.operation)
+        if operation is None:
             names = ", ".join(offers(self._settings.backend))
             raise Problem(422, "usage", f"There is no operation {request.operation!r}; there are {names}.")
-        options, operation = _options(offer, request.options), offer.operation
+        try:
+            options = operation.check(request.options)
+        except UsageError as error:
+            raise Problem(422, "usage", f"options: {error}") from None
         source = request.source or Source(upload=request.upload)
         document: dict[str, Any] = {"operation": operation.name, "options": options}
         document["source"], nbytes = self._source(principal, source)
         if request.other is not None:
-            if offer.other is None:
+            if operation.other is None:
                 raise Problem(422, "usage", f"{operation.name} takes one input only.")
             document["other"], _ = self._source(principal, request.other)
         elif operation.other_needed:
@@ -117,16 +121,3 @@ class Inputs:
 
 def _single(name: str, file: dict[str, Any]) -> tuple[dict[str, Any], int]:
     return {"name": name, "folder": False, "files": [{**file, "path": clean_name(name)}]}, file["bytes"] or 0
-
-
-def _options(offer: Offer, given: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return offer.check(given)
-    except ValidationError as error:
-        found = [
-            {"where": ".".join(["options", *map(str, item["loc"])]), "what": item["msg"]}
-            for item in error.errors()[:20]
-        ]
-        raise Problem(422, "usage", f"{found[0]['where']}: {found[0]['what']}", errors=found) from None
-    except ValueError as error:
-        raise Problem(422, "usage", f"options: {error}") from None

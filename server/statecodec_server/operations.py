@@ -1,7 +1,8 @@
-"""What jobs can do: one row per operation, and only those the installed library really has are offered.
+"""How each operation of the library's table is carried out for a job, and which of them the installed library has.
 
-Adding one is one row in OPERATIONS (and its options model). The HTTP process never imports torch: it asks a process of
-its own what the library exports and which parameters its functions take.
+The table itself is `statecodec.operations`; adding an operation is one row there and one function here. The HTTP
+process never imports torch: it asks a process of its own what the library exports and which parameters its
+functions take.
 """
 
 from __future__ import annotations
@@ -11,57 +12,17 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from statecodec.operations import OPERATIONS, Operation
 
 from .names import clean_name
 
-Rule = Annotated[str, StringConstraints(min_length=3, max_length=500)]
 SUFFIX = ".sc.safetensors"
-
-
-class Options(BaseModel):
-    """Base of every operation's options: unknown names are refused."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class NoOptions(Options):
-    """An operation without settings."""
-
-
-class CompressOptions(Options):
-    """The arguments of `statecodec compress`."""
-
-    preset: Literal["lossless", "resume", "small", "tiny", "weights"] = Field(default="resume", examples=["resume"])
-    rules: list[Rule] = Field(default_factory=list, max_length=200, examples=[["*.exp_avg_sq=companded(curve=log)"]])
-    pack: str = Field(default="zstd", pattern=r"^(none|zstd(:-?[0-9]{1,2})?)$")
-    max_shard_size: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,5} ?([KMGT]i?)?B$", examples=["5GB"])
-    max_update_error: float | None = Field(default=None, gt=0, le=1, description="budget: relative error of the update")
-    max_weight_error: float | None = Field(
-        default=None, gt=0, le=1, description="budget: relative error of the weights"
-    )
-    verify: bool = Field(default=False, description="decode everything again and compare before reporting success")
-
-
-class AnalyzeOptions(Options):
-    """The arguments of `statecodec analyze`."""
-
-    snr: bool = Field(default=True, description="signal-to-noise ratio of second moments, per dimension")
-    curve: bool = Field(default=False, description="size against error of the update")
-    cutoff: float | None = Field(default=None, gt=0, le=1e6)
-
-
-class ConvertOptions(Options):
-    """The arguments of `statecodec convert`: rules, or one optimizer."""
-
-    to: list[Rule] = Field(min_length=1, max_length=200, examples=[["exp_avg_sq=shared(dims=[1])"], ["foam(level=2)"]])
-    pack: str = Field(default="zstd", pattern=r"^(none|zstd(:-?[0-9]{1,2})?)$")
 
 
 @dataclass(frozen=True)
@@ -75,20 +36,6 @@ class Call:
     options: Mapping[str, Any]
     threads: int
     progress: Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Operation:
-    """`function` of the library, its options, what `other` means to it, and whether it makes files."""
-
-    name: str
-    function: str
-    options: type[Options]
-    summary: str
-    run: Callable[[Any, Call], Any]
-    other: str | None = None
-    other_needed: bool = False
-    makes_files: bool = False
 
 
 def stem(name: str) -> str:
@@ -106,17 +53,16 @@ def _compressed(path: Path) -> Path:
 
 
 def _compress(library: Any, call: Call) -> Any:
-    options = {key: value for key, value in call.options.items() if value is not None}
     target = call.output / f"{stem(call.name)}{SUFFIX}"
     if call.other is None:
         return library.compress(
-            call.source, target, progress=call.progress, threads=call.threads, device="cpu", **options
+            call.source, target, progress=call.progress, threads=call.threads, device="cpu", **call.options
         )
     base = call.output / call.other.name  # laid there by the worker: what builds on a file lies beside it
     if base == target:
         target = call.output / f"{stem(call.name)}.next{SUFFIX}"
     return library.compress(
-        call.source, target, base=base, progress=call.progress, threads=call.threads, device="cpu", **options
+        call.source, target, base=base, progress=call.progress, threads=call.threads, device="cpu", **call.options
     )
 
 
@@ -141,8 +87,7 @@ def _diff(library: Any, call: Call) -> Any:
 
 
 def _analyze(library: Any, call: Call) -> Any:
-    options = {key: value for key, value in call.options.items() if value is not None}
-    return library.analyze(_compressed(call.source), progress=call.progress, threads=call.threads, **options)
+    return library.analyze(_compressed(call.source), progress=call.progress, threads=call.threads, **call.options)
 
 
 def _convert(library: Any, call: Call) -> Any:
@@ -153,27 +98,15 @@ def _convert(library: Any, call: Call) -> Any:
     )
 
 
-OPERATIONS: tuple[Operation, ...] = (
-    Operation("inspect", "inspect", NoOptions, "Say what is in a checkpoint.", _inspect),
-    Operation(
-        "compress", "compress", CompressOptions, "Make a checkpoint small.", _compress, other="base", makes_files=True
-    ),
-    Operation(
-        "restore",
-        "restore",
-        NoOptions,
-        "Give the original file or folder back.",
-        _restore,
-        other="base",
-        makes_files=True,
-    ),
-    Operation("verify", "verify", NoOptions, "Check every checksum.", _verify, other="against"),
-    Operation("diff", "diff", NoOptions, "Compare two checkpoints.", _diff, other="other", other_needed=True),
-    Operation("analyze", "analyze", AnalyzeOptions, "Measure what could be shared and how far.", _analyze),
-    Operation(
-        "convert", "convert", ConvertOptions, "Other codecs, or another optimizer's state.", _convert, makes_files=True
-    ),
-)
+RUN: dict[str, Callable[[Any, Call], Any]] = {
+    "compress": _compress,
+    "restore": _restore,
+    "inspect": _inspect,
+    "verify": _verify,
+    "diff": _diff,
+    "analyze": _analyze,
+    "convert": _convert,
+}
 
 
 def parameters(backend: str) -> dict[str, list[str]]:
@@ -196,33 +129,19 @@ def describe(backend: str) -> dict[str, list[str]]:
     return found
 
 
-class Offer:
-    """An operation as the installed library has it: an option its function does not take is not offered."""
+def _offer(operation: Operation, taken: Sequence[str]) -> Operation:
+    """The operation as the installed library has it: an option that its function does not take is not offered.
 
-    def __init__(self, operation: Operation, taken: Sequence[str]) -> None:
-        self.operation = operation
-        known = operation.other_needed or operation.other in taken or operation.name == "restore"
-        self.other = operation.other if known else None
-        self.fields = [name for name in operation.options.model_fields if name in taken]
-
-    def schema(self) -> dict[str, Any]:
-        """JSON schema of the options."""
-        schema = self.operation.options.model_json_schema()
-        schema["properties"] = {name: schema["properties"][name] for name in self.fields}
-        return schema
-
-    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as the library takes them; raises pydantic.ValidationError, or ValueError with a sentence."""
-        checked = self.operation.options.model_validate(given).model_dump(exclude_unset=True)
-        if unknown := set(checked) - set(self.fields):
-            raise ValueError(f"the library of this service does not take {', '.join(sorted(unknown))}")
-        return checked
+    Restoring takes no base as an argument: it lies beside the file."""
+    known = operation.other in taken or operation.name == "restore"
+    options = tuple(option for option in operation.options if option.name in taken)
+    return replace(operation, options=options, other=operation.other if known else None)
 
 
-def offers(backend: str) -> dict[str, Offer]:
+def offers(backend: str) -> dict[str, Operation]:
     """The operations whose function the library exports."""
     found = describe(backend)
-    return {item.name: Offer(item, found[item.function]) for item in OPERATIONS if item.function in found}
+    return {name: _offer(item, found[name]) for name, item in OPERATIONS.items() if name in found}
 
 
 if __name__ == "__main__":

@@ -142,7 +142,8 @@ class OperationDocument(BaseModel):
 
     name: str
     summary: str
-    other: str | None = Field(description="what the second input means; null when there is none")
+    other: str | None = Field(description="the library's name for the second input; null when there is none")
+    other_help: str
     other_required: bool
     makes_files: bool
     options: dict[str, Any] = Field(description="JSON schema of the options")

@@ -128,7 +128,7 @@ def restore(src, dst=None, *, progress=None, threads=None, device="auto"):
     restored = zlib.decompress(data[8 + size : -4])
     dst.write_bytes(restored)
     progress(len(restored), len(restored), "decoding")
-    return Report(path=str(dst), bytes=len(restored), tensors=[], notes=[])
+    return Report(path=str(dst), bytes=len(restored), source={"bytes": len(restored)}, tensors=[], notes=[])
 
 
 def inspect(src):

@@ -12,7 +12,7 @@ import pytest
 from service import Service
 
 from statecodec.errors import CorruptFile
-from statecodec_server.client import Client, ServiceError
+from statecodec_client import Client, ServiceError
 
 DATA = os.urandom(1_000_000) * 6
 
@@ -95,7 +95,7 @@ def test_an_upload_survives_the_death_of_the_server_and_of_the_client(tmp_path, 
                 if done > total / 2:
                     raise KeyboardInterrupt
 
-            monkeypatch.setattr("statecodec_server._transfer.CHUNK", 1 << 20)
+            monkeypatch.setattr("statecodec_client.transfer.CHUNK", 1 << 20)
             with pytest.raises(KeyboardInterrupt):
                 client.upload(source, progress=stop_half_way)
             starts = []
@@ -162,3 +162,95 @@ def test_the_command_line(service, client, tmp_path):
     source.write_bytes(b"BEHAVE refuse\n")
     refused = cli(service, "inspect", small, "--token", "sct_wrong", cwd=tmp_path)
     assert (refused.returncode, "auth.invalid" in refused.stderr) == (1, True)
+
+
+def test_the_client_needs_nothing_of_the_service(tmp_path):
+    """`pip install 'statecodec[remote]'`: a client where the service's packages are not installed, nor torch used."""
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        top = name.split(".")[0]
+        if top in "fastapi starlette uvicorn dbos sqlalchemy pydantic obstore statecodec_server torch".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from statecodec_client import Client, ServiceError
+from statecodec.operations import OPERATIONS
+with Client("http://127.0.0.1:9", "sct_x", patience=0.2) as client:
+    try:
+        client.job("x")
+    except ServiceError as error:
+        print(error.code, OPERATIONS["compress"].check({"preset": "small"}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "unreachable {'preset': 'small'}\n", done.stderr
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A service with the real library."""
+    with Service(tmp_path_factory.mktemp("real") / "data", backend="statecodec") as running:
+        yield running
+
+
+def test_remote_prints_what_the_local_verb_prints(real, tmp_path):
+    import torch
+
+    state = {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(64, 64), "exp_avg_sq": torch.rand(64, 64)}}
+    groups = [{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": [0]}]
+    optimizer = {"state": state, "param_groups": groups}
+    torch.save({"model": {"w": torch.randn(64, 64)}, "optimizer": optimizer}, tmp_path / "ckpt.pt")
+
+    def local(*arguments):
+        command = [sys.executable, "-m", "statecodec_cli", *map(str, arguments)]
+        env = {**os.environ}  # readline puts COLUMNS into the process's environment behind Python's back
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+
+    made = cli(real, "compress", "ckpt.pt", "--preset", "small", "--no-strict", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    assert "ckpt.pt" in made.stdout
+    small = "ckpt.sc.safetensors"
+    for verb, arguments, second in (("inspect", [small], []), ("verify", [small], []), ("diff", ["ckpt.pt"], [small])):
+        here = local(verb, *arguments, *second)
+        there = cli(real, verb, *arguments, *(["--other", *second] if second else []), cwd=tmp_path)
+        assert there.returncode == here.returncode == 0, there.stderr
+        assert there.stdout == here.stdout
+    assert "SNR" in cli(real, "analyze", "ckpt.pt", "--cutoff", "0.5", cwd=tmp_path).stdout
+    document = json.loads(cli(real, "inspect", small, "--json", cwd=tmp_path).stdout)
+    assert document["report"]["bytes"] == (tmp_path / small).stat().st_size
+
+
+def test_remote_convert(real, tmp_path):
+    import torch
+
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 64)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    done = cli(real, "convert", "ckpt.pt", "--to", "foam(level=1)", "-o", "foam.pt", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "foam.pt").stat().st_size < (tmp_path / "ckpt.pt").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["restore", "--preset", "small"], "restore has no option 'preset'"),
+        (["compress", "--max-update-error", "7"], "max_update_error: 7.0 is not a number above 0 and at most 1"),
+        (["compress", "--pack", "rar"], "pack: 'rar' is not a text"),
+        (["compress", "--rule", "nonsense"], "rules: ['nonsense'] is not a list"),
+        (["convert", "-o", "x.pt"], "convert needs to:"),
+        (["convert", "--to", "foam"], "convert needs -o"),
+        (["diff"], "diff needs --other"),
+        (["inspect", "--other", "ckpt.pt"], "inspect takes one checkpoint"),
+        (["inspect", "-o", "x"], "inspect makes no file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_uploaded(service, client, tmp_path, arguments, says):
+    (tmp_path / "ckpt.pt").write_bytes(b"x")
+    before = client.get("/v1/uploads").json()
+    done = cli(service, arguments[0], "ckpt.pt", *arguments[1:], cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert client.get("/v1/uploads").json() == before

@@ -1,26 +1,71 @@
-"""`statecodec remote`: let a conversion service do it - upload with resume, wait, download, verify."""
+"""`statecodec remote`: let a conversion service do it - upload with resume, wait, download, verify.
+
+The operations and their options come from the library's table (statecodec/operations.py), not from here.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from statecodec.errors import OutputExists, UsageError
+from statecodec.operations import OPERATIONS, Operation, Option
 from statecodec_cli import console, options
 from statecodec_cli.progress import Callback, reporting
 
-Operation = Literal["compress", "restore", "inspect", "verify", "diff", "analyze"]
-Preset = Literal["lossless", "resume", "small", "tiny", "weights"]
 SUFFIX = ".sc.safetensors"
+_TYPES: dict[str, Any] = {"flag": bool | None, "number": float | None, "text": str | None, "texts": list[str] | None}
 
 
+def _flag(option: Option) -> str:
+    return f"--{option.flag or option.name.replace('_', '-')}"
+
+
+def _declared(option: Option, names: Iterable[str]) -> inspect.Parameter:
+    """A row of the table as a parameter of the verb; nothing given leaves the choice to the library."""
+    kind = _TYPES.get(option.kind)
+    if option.kind == "choice":
+        kind = Literal[tuple(option.choices or ())] | None
+    spelled = _flag(option)
+    if option.kind == "flag":
+        spelled += f"/--no-{spelled[2:]}"
+    words = f"{option.help} ({', '.join(names)})"
+    metavar = {"number": "X", "text": "TEXT", "texts": "TEXT"}.get(option.kind)
+    told = typer.Option(spelled, metavar=metavar, show_default=False, help=words)
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, told]
+    )
+
+
+def _declare(function: Callable[..., None]) -> Callable[..., None]:
+    """Give the verb one option for every row of the table, in place of its `**chosen`."""
+    takers: dict[str, tuple[Option, list[str]]] = {}
+    for operation in OPERATIONS.values():
+        for option in operation.options:
+            takers.setdefault(option.name, (option, []))[1].append(operation.name)
+    found = [_declared(option, names) for option, names in takers.values()]
+    signature = inspect.signature(function, eval_str=True)
+    fixed = [parameter for name, parameter in signature.parameters.items() if name != "chosen"]
+    parameters = [*fixed[:6], *found, *fixed[6:]]
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return function
+
+
+@_declare
 def run(
-    operation: Annotated[Operation, typer.Argument(metavar="OPERATION", show_default=False, help="What to do.")],
+    operation: Annotated[
+        str, typer.Argument(metavar="OPERATION", show_default=False, help=f"One of {', '.join(OPERATIONS)}.")
+    ],
     src: Annotated[
         Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint file or directory.")
     ],
+    *,
     server: Annotated[
         str,
         typer.Option(
@@ -41,67 +86,84 @@ def run(
             metavar="PATH",
             exists=True,
             show_default=False,
-            help="compress: base; verify: original; diff: B.",
+            help="compress, restore: base; verify: original; diff: B.",
         ),
-    ] = None,
-    preset: Annotated[Preset, typer.Option("--preset", "-p", help="See `statecodec codecs`.")] = "resume",
-    rule: Annotated[
-        list[str] | None,
-        typer.Option("--rule", metavar="PATTERN=CODEC", show_default=False, help="As for compress. Repeatable."),
-    ] = None,
-    max_update_error: Annotated[
-        float | None,
-        typer.Option("--max-update-error", metavar="X", show_default=False, help="Budget for the update's error."),
     ] = None,
     force: options.Force = False,
     keep: Annotated[
         bool, typer.Option("--keep", help="Leave upload and result on the service until they expire.")
     ] = False,
+    every: options.All = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
+    **chosen: Any,
 ) -> None:
     """Convert on a conversion service.
 
     Uploads SRC, goes on where an interrupted upload was, waits for the job, downloads the result and compares SHA-256.
+    What it prints is what the verb of that name prints.
     """
     try:
-        from statecodec_server.client import Client
+        from statecodec_client import Client
     except ImportError as error:
         raise typer.BadParameter(f"this needs {error.name}: pip install 'statecodec[remote]'") from None
-    target = _target(operation, src, None if output is None else Path(output), force=force)
-    chosen: dict[str, Any] = {}
-    if operation == "compress":
-        chosen = {"preset": preset, "rules": rule or None, "max_update_error": max_update_error}
-        chosen = {name: value for name, value in chosen.items() if value is not None}
+    row = OPERATIONS.get(operation)
+    if row is None:
+        raise UsageError(f"there is no operation {operation!r}; there are {', '.join(OPERATIONS)}")
+    checked = row.check({name: value for name, value in chosen.items() if value != []})
+    if other is not None and row.other is None:
+        raise UsageError(f"{operation} takes one checkpoint; --other has no meaning there")
+    if other is None and row.other_needed:
+        raise UsageError(f"{operation} needs --other: {row.other_help}")
+    target = _target(row, src, output, force=force)
     with Client(server, token) as client, reporting(quiet=quiet) as progress:
-        document = _carry_out(client, operation, src, other, chosen, target, keep, progress or _ignore)
+        document = _carry_out(client, operation, src, other, checked, target, keep, progress or _ignore)
     if as_json:
         console.emit(document)
-    elif target is not None:
-        before, after = document["job"]["bytes_in"], document["job"]["bytes_out"]
-        console.say(f"{target}: {console.size(after)}, {console.ratio(before, after)}, SHA-256 compared")
-    else:
-        console.emit(document["report"])
+        return
+    _show(operation, console.printable(document["report"]), every=every, against=other is not None)
+    if target is not None:
+        console.say(f"{target}: {console.size(document['job']['bytes_out'])}, SHA-256 compared")
 
 
 def _ignore(done: int, total: int, stage: str) -> None:
     pass
 
 
-def _target(operation: str, src: Path, output: Path | None, *, force: bool) -> Path | None:
-    """Where the result goes, refused before anything is uploaded; None when there is only a report."""
-    from statecodec.errors import OutputExists
+def _show(operation: str, report: dict[str, Any], *, every: bool, against: bool) -> None:
+    """Print a report as the local verb does."""
+    from statecodec_cli import analysis_tables, tables
 
-    if operation not in ("compress", "restore"):
+    show: dict[str, Callable[[], Any]] = {
+        "compress": lambda: tables.compressed(report, every=every),
+        "restore": lambda: tables.restored(report),
+        "inspect": lambda: tables.inspected(report, every=every),
+        "verify": lambda: tables.verified(report, against=against),
+        "diff": lambda: tables.difference(report, every=every),
+        "analyze": lambda: analysis_tables.analyzed(report, every=every),
+        "convert": lambda: analysis_tables.converted(report, every=every),
+    }
+    console.show(*show[operation]())
+
+
+def _target(row: Operation, src: Path, output: str | None, *, force: bool) -> Path | None:
+    """Where the result goes, refused before anything is uploaded; None when there is only a report."""
+    if not row.makes_files:
+        if output is not None:
+            raise UsageError(f"{row.name} makes no file; its result is printed, with --json as JSON")
         return None
-    if output is None and operation == "compress":
-        output = src.with_name((src.stem if src.is_file() else src.name) + SUFFIX)
-    elif output is None:
-        known = src.name.endswith(SUFFIX)
-        output = src.with_name(src.name[: -len(SUFFIX)] if known else f"{src.name}.restored")
-    if output.exists() and not force:
-        raise OutputExists(f"{output} is there already: give --force to replace it, or another -o")
-    return output
+    name = (src.stem if src.is_file() else src.name) + SUFFIX
+    if row.name == "restore":
+        name = src.name[: -len(SUFFIX)] if src.name.endswith(SUFFIX) else f"{src.name}.restored"
+    if output is None:
+        if row.name == "convert":
+            raise UsageError("convert needs -o: where to write the result")
+        target = src.with_name(name)
+    else:
+        target = Path(output) / name if output.endswith("/") or Path(output).is_dir() else Path(output)
+    if target.exists() and not force:
+        raise OutputExists(f"{target} is there already: give --force to replace it, or another -o")
+    return target
 
 
 def _carry_out(

@@ -33,10 +33,11 @@ async def operations(here: Here, who: Who) -> Response:
     found = [
         {
             "name": name,
-            "summary": offer.operation.summary,
+            "summary": offer.summary,
             "other": offer.other,
-            "other_required": offer.operation.other_needed,
-            "makes_files": offer.operation.makes_files,
+            "other_help": offer.other_help,
+            "other_required": offer.other_needed,
+            "makes_files": offer.makes_files,
             "options": offer.schema(),
         }
         for name, offer in (await run_sync(offers, here.settings.backend)).items()

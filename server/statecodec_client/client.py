@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ._transfer import PATIENCE, TUS, Connection, Document, Progress, ServiceError, inside
+from .transfer import PATIENCE, TUS, Connection, Document, Progress, ServiceError, inside
 
 ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
@@ -164,6 +164,3 @@ def _shift(progress: Progress, base: int, whole: int, done: int, total: int, sta
 
 def _seen(progress: Progress, base: int, total: int, done: int) -> None:
     progress(base + done, total, "downloading")
-
-
-__all__ = ["Client", "ServiceError"]

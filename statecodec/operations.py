@@ -1,0 +1,224 @@
+"""What can be asked of a checkpoint, as data: one row per operation and its options.
+
+`statecodec remote`, the HTTP service, its JSON schemas and its page are all driven by OPERATIONS. Each operation is the
+function of that name in this package, each option one of its keywords. Imports nothing but the errors, so that a
+process without torch can read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from statecodec.errors import UsageError
+
+Kind = Literal["choice", "flag", "number", "text", "texts"]
+_TYPES: dict[Kind, str] = {
+    "choice": "string",
+    "flag": "boolean",
+    "number": "number",
+    "text": "string",
+    "texts": "array",
+}
+_MOST_TEXTS, _LONGEST = 200, 500
+
+
+@dataclass(frozen=True)
+class Option:
+    """One keyword of an operation.
+
+    Args:
+        name: the keyword.
+        kind: what its value is; `texts` is a list of texts.
+        help: one sentence, without the values that can be chosen.
+        default: what the function takes when nothing is given.
+        choices: value -> what it means, for `choice`.
+        above, at_most: bounds of a `number`, the lower one excluded.
+        pattern: what a text (each of `texts`) must match as a whole.
+        example: a value to show.
+        flag: how the command line calls it; by default the name with dashes.
+        needed: whether it must be given.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any = None
+    choices: Mapping[str, str] | None = None
+    above: float | None = None
+    at_most: float | None = None
+    pattern: str | None = None
+    example: Any = None
+    flag: str = ""
+    needed: bool = False
+
+    def check(self, value: Any) -> Any:
+        """The value as the function takes it. Raises UsageError with a sentence that names the option."""
+        if not self._accepts(value):
+            raise UsageError(f"{self.name}: {_shown(value)} is not {self._wanted()}")
+        return list(value) if self.kind == "texts" else value
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the value, with `title`, `default` and `examples` where there are any."""
+        text: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST}
+        if self.pattern:
+            text["pattern"] = f"^(?:{self.pattern})$"
+        found: dict[str, Any] = {"type": _TYPES[self.kind], "description": self.help}
+        if self.kind == "choice":
+            found |= {"enum": list(self.choices or {}), "x-meanings": dict(self.choices or {})}
+        elif self.kind == "text":
+            found |= text
+        elif self.kind == "texts":
+            found |= {"items": text, "maxItems": _MOST_TEXTS} | ({"minItems": 1} if self.needed else {})
+        elif self.kind == "number":
+            found |= {"exclusiveMinimum": self.above} if self.above is not None else {}
+            found |= {"maximum": self.at_most} if self.at_most is not None else {}
+        found |= {"default": self.default} if self.default not in (None, ()) else {}
+        return found | ({"examples": [self.example]} if self.example is not None else {})
+
+    def _accepts(self, value: Any) -> bool:
+        if self.kind == "flag":
+            return isinstance(value, bool)
+        if self.kind == "number":
+            real = isinstance(value, (int, float)) and not isinstance(value, bool)
+            return (
+                real and (self.above is None or value > self.above) and (self.at_most is None or value <= self.at_most)
+            )
+        if self.kind == "choice":
+            return isinstance(value, str) and value in (self.choices or {})
+        if self.kind == "text":
+            return self._matches(value)
+        listed = isinstance(value, (list, tuple)) and int(self.needed) <= len(value) <= _MOST_TEXTS
+        return listed and all(map(self._matches, value))
+
+    def _matches(self, value: Any) -> bool:
+        whole = isinstance(value, str) and 0 < len(value) <= _LONGEST
+        return whole and (self.pattern is None or re.fullmatch(self.pattern, value) is not None)
+
+    def _wanted(self) -> str:
+        bounds = [f"above {self.above:g}"] if self.above is not None else []
+        bounds += [f"at most {self.at_most:g}"] if self.at_most is not None else []
+        what = {
+            "choice": "one of " + ", ".join(self.choices or {}),
+            "flag": "true or false",
+            "number": " ".join(["a number", " and ".join(bounds)]),
+            "text": f"a text of 1 to {_LONGEST} characters",
+            "texts": f"a list of at most {_MOST_TEXTS} texts of 1 to {_LONGEST} characters",
+        }[self.kind]
+        return what + (f", such as {_shown(self.example)}" if self.example is not None else "")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One function of the library as something to ask for.
+
+    Args:
+        name: the function, the verb of the command line, and what HTTP calls it.
+        summary: one sentence.
+        options: its keywords that a caller may choose.
+        other: the keyword or parameter that takes a second checkpoint, if it takes one.
+        other_help: what the second checkpoint is to it.
+        other_needed: whether it cannot do without.
+        makes_files: whether its result is a checkpoint; otherwise it is the report.
+    """
+
+    name: str
+    summary: str
+    options: tuple[Option, ...] = ()
+    other: str | None = None
+    other_help: str = ""
+    other_needed: bool = False
+    makes_files: bool = False
+
+    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options as the function takes them; those that are None count as not given. Raises UsageError."""
+        options = {option.name: option for option in self.options}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name in chosen:
+            if name not in options:
+                there = f"; there are {', '.join(options)}" if options else ""
+                raise UsageError(f"{self.name} has no option {_shown(name)}{there}")
+        for option in self.options:
+            if option.needed and option.name not in chosen:
+                raise UsageError(f"{self.name} needs {option.name}: {option.help}")
+        return {name: options[name].check(value) for name, value in chosen.items()}
+
+    def schema(self) -> dict[str, Any]:
+        """JSON schema of the options as one object."""
+        return {
+            "type": "object",
+            "properties": {option.name: option.schema() for option in self.options},
+            "required": [option.name for option in self.options if option.needed],
+            "additionalProperties": False,
+        }
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+PRESETS = {
+    "lossless": "bit for bit the same file",
+    "resume": "about a third; training goes on as before",
+    "small": "smaller still, with 4-bit moments",
+    "tiny": "smallest; the errors are larger, and reported",
+    "weights": "moments dropped: training cannot resume",
+}
+_PRESET = Option("preset", "choice", "How small, at what error.", "resume", choices=PRESETS)
+_RULES = Option(
+    "rules", "texts", "PATTERN=CODEC, before the preset's own; the first match wins.", (),
+    pattern=r"[^=]+=.+", example=["*.exp_avg_sq=companded(curve=log)"], flag="rule",
+)  # fmt: skip
+_PACK = Option(
+    "pack",
+    "text",
+    "Entropy packing: none or zstd[:LEVEL].",
+    "zstd",
+    pattern=r"none|zstd(:-?[0-9]{1,2})?",
+    example="zstd:9",
+)
+_SHARDS = Option(
+    "max_shard_size", "text", "Split the output into files of at most this size.", "5GB",
+    pattern=r"[1-9][0-9]{0,5} ?([KMGT]i?)?B", example="5GB",
+)  # fmt: skip
+_UPDATE = Option(
+    "max_update_error", "number", "Budget: the smallest file whose error of the Adam update is within it.",
+    above=0.0, at_most=1.0, example=0.01,
+)  # fmt: skip
+_WEIGHTS = Option(
+    "max_weight_error", "number", "Budget: the smallest file whose relative error of the weights is within it.",
+    above=0.0, at_most=1.0, example=1e-4,
+)  # fmt: skip
+_STRICT = Option("strict", "flag", "Refuse a rule that matches nothing.", False)
+_VERIFY = Option("verify", "flag", "Read the result back, check it, and measure the update.", False)
+_SNR = Option("snr", "flag", "Signal-to-noise ratio of the second moments, per dimension.", True)
+_CURVE = Option("curve", "flag", "Size against error of the update.", False)
+_CUTOFF = Option("cutoff", "number", "Share only above this ratio; lower saves more.", 1.0, above=0.0, at_most=1e6)
+_TO = Option(
+    "to", "texts", "PATTERN=CODEC rules, or one of torch, adamw, foam, slimadam, lorapre.",
+    example=["foam(level=2)"], needed=True,
+)  # fmt: skip
+
+OPERATIONS: dict[str, Operation] = {
+    item.name: item
+    for item in (
+        Operation(
+            "compress", "Make a checkpoint small.",
+            (_PRESET, _RULES, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS),
+            other="base", other_help="the previous compressed checkpoint, to store only what changed since",
+            makes_files=True,
+        ),
+        Operation(
+            "restore", "Give the original file or folder back.",
+            other="base", other_help="the compressed checkpoint that this one builds on", makes_files=True,
+        ),
+        Operation("inspect", "Say what is in a checkpoint."),
+        Operation("verify", "Check every checksum.", other="against", other_help="the original, to compare with"),
+        Operation("diff", "Compare two checkpoints.", other="b", other_help="the second checkpoint", other_needed=True),
+        Operation("analyze", "Measure what could be shared, and at what price.", (_SNR, _CURVE, _CUTOFF)),
+        Operation("convert", "Other codecs, or another optimizer's state.", (_TO, _PACK, _STRICT), makes_files=True),
+    )
+}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
 from statecodec.codecs import Codec, Delta, Residual
-from statecodec.codecs.chunking import chunks
+from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import UnencodableValues, UsageError
 from statecodec.format.packing import Packing, encode_record
 
@@ -52,7 +52,7 @@ def _smaller(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Bas
         return False
     stored = base.stored.reader.items[index]
     own = list(chunks(codec, item.shape, item.dtype))
-    if codecs.standalone(stored.codec) != codec or [c.start for c in own] != [c.start for c in stored.chunks]:
+    if codecs.standalone(stored.codec) != codec or _cut(own) != _cut(stored.chunks):
         return False
     before = after = 0
     for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
@@ -63,6 +63,10 @@ def _smaller(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Bas
         before += _packed(parts, packing)
         after += _packed(Delta(codec).difference(parts, base.parts(item, chunk)), packing)
     return after < _WORTH * before
+
+
+def _cut(pieces: Sequence[Chunk]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(c.start, tuple(c.shape)) for c in pieces]
 
 
 def _can_change(codec: Codec) -> bool:

@@ -4,7 +4,7 @@ A codec is a frozen dataclass whose fields are its JSON config. From (config, sh
 every stored part's dtype and shape: that gives byte counts, file headers before encoding, the check of an untrusted
 file before any allocation and the zero state of a live optimizer.
 
-Tensors are seen as rows: `()` is 1 x 1, `(n,)` is 1 x n, `(..., q)` is prod x q. Nothing ever crosses a row, so a
+Tensors are seen as rows: `()` is 1 x 1, `(n,)` is 1 x n, `(n, ...)` is n x the rest. Nothing ever crosses a row, so a
 tensor may be cut between rows (and inside a row at multiples of `align()`), each piece encoded alone, and the pieces'
 parts concatenated: the result equals encoding it whole. A codec whose `align()` is None needs the whole tensor.
 """
@@ -57,16 +57,36 @@ class PartSpec:
         return self.numel * self.dtype.itemsize
 
 
-def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
-    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(..., q)` -> (prod, q)."""
-    if not shape:
-        return 1, 1
-    return math.prod(shape[:-1]), shape[-1]
+FIRST, LAST = "first", "last"
 
 
-def as_rows(x: Tensor) -> Tensor:
+def rows_cols(shape: tuple[int, ...], rows: str = FIRST) -> tuple[int, int]:
+    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(n, ...)` -> (n, product of the rest).
+
+    With rows along the last dimension, as files of format 1.0 have them, `(..., q)` -> (product of the rest, q).
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if rows == LAST:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def along_the_last(version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fields of a codec whose version 1 had rows along the last dimension only."""
+    return {**fields, "rows": LAST} if version == 1 and "rows" not in fields else None
+
+
+def in_rows(shape: tuple[int, ...], cols: int, rows: str = FIRST) -> tuple[int, ...]:
+    """The shape of what has `cols` numbers for every row of a tensor of this shape."""
+    if len(shape) < 2:
+        return (cols,)
+    return (*(shape[:-1] if rows == LAST else shape[:1]), cols)
+
+
+def as_rows(x: Tensor, rows: str = FIRST) -> Tensor:
     """`x` (contiguous) as an fp32 matrix of rows: a view if it is fp32 already."""
-    return x.to(torch.float32).view(rows_cols(tuple(x.shape)))
+    return x.to(torch.float32).view(rows_cols(tuple(x.shape), rows))
 
 
 def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -132,6 +152,25 @@ class Codec(ABC):
 
         Of a codec with companions: where they are decoded to exactly what they were.
         """
+
+    def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How this codec sees a tensor of this shape as rows."""
+        return rows_cols(shape)
+
+    def settled(self, shape: tuple[int, ...]) -> Codec:
+        """This codec without what makes no difference for the shape: `rows=last` up to two dimensions."""
+        if len(shape) > 2:
+            return self
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changes: dict[str, Any] = {k: v.settled(shape) for k, v in fields.items() if isinstance(v, Codec)}
+        if fields.get("rows") == LAST:
+            changes["rows"] = FIRST
+        return dataclasses.replace(self, **changes) if changes else self
+
+    @classmethod
+    def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The fields that mean what those of an earlier version meant; None if there was no such version."""
+        return None
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         """Cut points inside a row must be multiples of this; None if the tensor cannot be cut at all."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from statecodec.codecs.base import Codec, rows_cols
+from statecodec.codecs.base import Codec
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -40,7 +40,7 @@ def iterate(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: in
     if align is None or total <= target:
         yield Chunk(0, total, shape)
         return
-    rows, cols = rows_cols(shape)
+    rows, cols = codec.rows_cols(shape)
     if cols <= target:
         height = max(1, target // cols)
         for row in range(0, rows, height):

@@ -12,7 +12,20 @@ import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, rows_cols, store
+from statecodec.codecs.base import (
+    FIRST,
+    LAST,
+    NOTHING,
+    Codec,
+    Given,
+    PartSpec,
+    along_the_last,
+    as_rows,
+    in_rows,
+    rounding,
+    rows_cols,
+    store,
+)  # fmt: skip
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
@@ -24,7 +37,8 @@ class Companded(Codec):
     group).
 
     `softsign` and `linear` are signed (first moments), `sqrt` and `log` unsigned (second moments). Groups of `group`
-    values run along the last dimension and restart at each row. The scale is the group's largest magnitude in bf16,
+    values run along a row, all dimensions but the first, and restart at each row (`rows=last`: along the last
+    dimension, as in version 1). The scale is the group's largest magnitude in bf16,
     rounded before encoding, so it has fp32's range and is what decoding will use. `steps` (log only): codes per octave;
     0 means 16 for 8 bits, 2 for 4 bits. `top`: the largest code, 0 for as many as the bits allow; fewer levels cost
     the same unpacked, and packing turns them into fewer bits (8-bit codes with top=15 pack into about 4.5).
@@ -35,18 +49,21 @@ class Companded(Codec):
     """
 
     name: ClassVar[str] = "companded"
+    version: ClassVar[int] = 2
 
     curve: str = "softsign"
     bits: int = 8
     group: int = 128
     steps: int = 0
     top: int = 0
+    rows: str = FIRST
 
     def __post_init__(self) -> None:
         self.require(self.curve in KINDS, f"curve={self.curve!r}, expected one of {', '.join(KINDS)}")
         self.require(self.bits in (8, 4), f"bits={self.bits}, expected 8 or 4")
         self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
         self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
+        self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
         most = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         self.require(0 <= self.top <= most, f"top={self.top}, expected 0 to {most}")
         octaves = ((self.top or most) + 1) / (self.steps or DEFAULT_STEPS[self.bits])
@@ -72,13 +89,19 @@ class Companded(Codec):
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        _, cols = rows_cols(shape)
-        lead = shape[:-1]
-        packed = shape if self.bits == 8 else (*lead, -(-cols // 2))
+        _, cols = self.rows_cols(shape)
+        packed = shape if self.bits == 8 else in_rows(shape, -(-cols // 2), self.rows)
         return {
             "codes": PartSpec(torch.int8 if self.signed and self.bits == 8 else torch.uint8, packed),
-            "scales": PartSpec(torch.bfloat16, (*lead, -(-cols // self.group))),
+            "scales": PartSpec(torch.bfloat16, in_rows(shape, -(-cols // self.group), self.rows)),
         }
+
+    def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return rows_cols(shape, self.rows)
+
+    @classmethod
+    def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return along_the_last(version, fields)
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return lcm(self.group, 2)
@@ -87,7 +110,7 @@ class Companded(Codec):
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
     ) -> None:
         flags = backend.encode_companded(
-            as_rows(x), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
+            as_rows(x, self.rows), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
         )
         self.refuse(flags)
 
@@ -96,7 +119,7 @@ class Companded(Codec):
     ) -> None:
         exact = out.dtype == torch.float32
         target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        rows = target.view(rows_cols(tuple(out.shape)))
+        rows = target.view(self.rows_cols(tuple(out.shape)))
         backend.decode_companded(
             parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group
         )
@@ -106,7 +129,7 @@ class Companded(Codec):
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         if not x.numel():
             return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        values = as_rows(x.contiguous()).to(torch.float64)
+        values = as_rows(x.contiguous(), self.rows).to(torch.float64)
         rows, cols = values.shape
         groups = -(-cols // self.group)
         padded = torch.nn.functional.pad(values.abs(), (0, groups * self.group - cols)).view(rows, groups, self.group)

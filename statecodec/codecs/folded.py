@@ -1,16 +1,30 @@
-"""Block means along the last dimension (FOAM, arXiv 2512.07112, section 1)."""
+"""Block means along rows (FOAM, arXiv 2512.07112, section 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, inner_parts, rounding, rows_cols, store
+from statecodec.codecs.base import (
+    FIRST,
+    LAST,
+    NOTHING,
+    Codec,
+    Given,
+    PartSpec,
+    along_the_last,
+    as_rows,
+    in_rows,
+    inner_parts,
+    rounding,
+    rows_cols,
+    store,
+)  # fmt: skip
 from statecodec.codecs.raw import Raw
 
 
@@ -24,20 +38,31 @@ class Folded(Codec):
     """
 
     name: ClassVar[str] = "folded"
+    version: ClassVar[int] = 2
 
     level: int = 3
     inner: Codec = field(default_factory=Raw)
+    rows: str = FIRST
 
     def __post_init__(self) -> None:
         self.require(0 <= self.level <= 16, f"level={self.level}, expected 0 to 16")
+        self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
+        self.require(not self.inner.needs, f"inner={self.inner.name} needs companions, which means do not have")
 
     @property
     def block(self) -> int:
         return 1 << self.level
 
     def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the means of a tensor of this shape: the last dimension over the block, rounded up."""
-        return (*shape[:-1], -(-rows_cols(shape)[1] // self.block))
+        """Shape of the means of a tensor of this shape: each row's length over the block, rounded up."""
+        return in_rows(shape, -(-self.rows_cols(shape)[1] // self.block), self.rows)
+
+    def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return rows_cols(shape, self.rows)
+
+    @classmethod
+    def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return along_the_last(version, fields)
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         self.require_float(dtype)
@@ -52,7 +77,7 @@ class Folded(Codec):
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
     ) -> None:
         mean = torch.empty(self.mean_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
-        self.refuse(backend.fold_mean(as_rows(x), mean.view(rows_cols(tuple(mean.shape))), block=self.block))
+        self.refuse(backend.fold_mean(as_rows(x, self.rows), self._matrix(mean), block=self.block))
         self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
 
     def decode_into(
@@ -63,18 +88,21 @@ class Folded(Codec):
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
         exact = out.dtype == torch.float32
         target = out if exact else torch.empty(shape, dtype=torch.float32, device=out.device)
-        backend.unfold(mean.view(rows_cols(tuple(mean.shape))), target.view(rows_cols(shape)), block=self.block)
+        backend.unfold(self._matrix(mean), self._matrix(target), block=self.block)
         if not exact:
             store(target, out)
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         shape = tuple(x.shape)
-        values = as_rows(x.contiguous())
+        values = as_rows(x.contiguous(), self.rows)
         mean = torch.empty(self.mean_shape(shape), dtype=torch.float32, device=x.device)
         reference = kernels.get("reference")
-        reference.fold_mean(values, mean.view(rows_cols(tuple(mean.shape))), block=self.block)
+        reference.fold_mean(values, self._matrix(mean), block=self.block)
         repeat = torch.empty(values.shape, dtype=torch.float64, device=x.device)
-        reference.unfold(mean.view(rows_cols(tuple(mean.shape))).to(torch.float64), repeat, block=self.block)
+        reference.unfold(self._matrix(mean).to(torch.float64), repeat, block=self.block)
         inner = torch.empty(values.shape, dtype=torch.float64, device=x.device)
-        reference.unfold(self.inner.error_bound(mean).view(rows_cols(tuple(mean.shape))), inner, block=self.block)
+        reference.unfold(self._matrix(self.inner.error_bound(mean)), inner, block=self.block)
         return rounding(((values.to(torch.float64) - repeat).abs() + inner).view(x.shape), x)
+
+    def _matrix(self, x: Tensor) -> Tensor:
+        return x.view(self.rows_cols(tuple(x.shape)))

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, rounding, rows_cols, store
+from statecodec.codecs.base import (
+    FIRST,
+    LAST,
+    NOTHING,
+    Codec,
+    Given,
+    PartSpec,
+    along_the_last,
+    rounding,
+    rows_cols,
+    store,
+)  # fmt: skip
 
 _FORMS = ("product", "square", "rank_one")
 _LARGEST = 1e38  # beyond, products of fp32 factors may round to infinity
@@ -29,20 +40,30 @@ class LowRank(Codec):
     """
 
     name: ClassVar[str] = "lowrank"
+    version: ClassVar[int] = 2
 
     rank: int = 8
     form: str = "product"
+    rows: str = FIRST
 
     def __post_init__(self) -> None:
         self.require(1 <= self.rank <= 65536, f"rank={self.rank}, expected 1 to 65536")
         self.require(self.form in _FORMS, f"form={self.form!r}, expected one of {', '.join(_FORMS)}")
+        self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
         self.require(self.form != "rank_one" or self.rank == 1, "form=rank_one needs rank=1")
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        rows, cols = rows_cols(shape)
+        rows, cols = self.rows_cols(shape)
         rank = min(self.rank, rows, cols)
         return {"left": PartSpec(torch.float32, (rows, rank)), "right": PartSpec(torch.float32, (rank, cols))}
+
+    def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        return rows_cols(shape, self.rows)
+
+    @classmethod
+    def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        return along_the_last(version, fields)
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None
@@ -50,7 +71,7 @@ class LowRank(Codec):
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
     ) -> None:
-        matrix = x.view(rows_cols(tuple(x.shape))).to(torch.float64)
+        matrix = x.view(self.rows_cols(tuple(x.shape))).to(torch.float64)
         self.refuse(
             kernels.NAN * bool(matrix.isnan().any())
             | kernels.INF * bool((matrix.abs() > _LARGEST).any())
@@ -71,7 +92,7 @@ class LowRank(Codec):
         store(product.view(out.shape), out)
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
-        matrix = x.to(torch.float64).reshape(rows_cols(tuple(x.shape)))
+        matrix = x.to(torch.float64).reshape(self.rows_cols(tuple(x.shape)))
         if not matrix.numel():
             return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         if self.form == "rank_one":

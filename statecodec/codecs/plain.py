@@ -57,7 +57,8 @@ def from_plain(value: Mapping[str, Any]) -> EncodedTensor:
         raise FormatError(f"an encoded tensor's dtype is one of {', '.join(dtypes.STORED)}, found {_shown(dtype)}")
     if not isinstance(parts, Mapping) or not all(isinstance(t, Tensor) for t in parts.values()):
         raise FormatError(f"an encoded tensor's parts are tensors by name, found {_shown(parts)}")
-    return EncodedTensor(from_config(value["codec"]), tuple(shape), dtypes.STORED[dtype], dict(parts))
+    codec = from_config(value["codec"]).settled(tuple(shape))
+    return EncodedTensor(codec, tuple(shape), dtypes.STORED[dtype], dict(parts))
 
 
 def _shown(value: object) -> str:

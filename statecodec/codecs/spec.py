@@ -91,10 +91,20 @@ def _from_config(config: object, depth: int) -> Codec:
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str) or depth > _MAX_DEPTH:
         raise InvalidCodec(f"a codec config is an object with a name, not {str(config)[:80]!r}")
     kind = get(config["name"])
-    if config.get("version", kind.version) != kind.version:
-        raise UnsupportedVersion(f"codec {kind.name} version {config['version']}: this reader knows {kind.version}")
-    fields = {k: v for k, v in config.items() if k not in ("name", "version")}
+    fields = _current(kind, config)
     return _build(kind, {k: _from_config(v, depth + 1) if isinstance(v, Mapping) else v for k, v in fields.items()})
+
+
+def _current(kind: type[Codec], config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a config, as the version of the codec here has them. Raises UnsupportedVersion."""
+    fields = {k: v for k, v in config.items() if k not in ("name", "version")}
+    version = config.get("version", kind.version)
+    if version == kind.version:
+        return fields
+    upgraded = kind.upgraded(version, fields) if type(version) is int else None
+    if upgraded is None:
+        raise UnsupportedVersion(f"codec {kind.name} version {version}: this reader knows {kind.version} and earlier")
+    return upgraded
 
 
 def _build(kind: type[Codec], values: Mapping[str, Any]) -> Codec:

@@ -172,7 +172,7 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     # Zero-size dimensions count as one here: a shape of (0, 2**60) is no less a lie.
     footprint = math.prod(max(d, 1) for d in shape) * dtype.itemsize
     limits.check(f"{fields.where}: decoded bytes", footprint, limits.max_decoded_bytes)
-    codec = _codec(fields)
+    codec = _codec(fields).settled(shape)
     storage = fields.take("storage", str)
     if storage not in (PLAIN, PACKED):
         raise UnsupportedVersion(f"{fields.where}: storage {storage[:40]!r}; this reader knows plain and packed")
@@ -295,7 +295,9 @@ class _Cut:
     def _fits(self, shape: tuple[int, ...], start: int, stop: int) -> bool:
         if len(shape) != 2 or not self.shape or stop == start or stop > math.prod(self.shape):
             return False
-        cols = self.shape[-1]
-        if shape[1] == cols and start % cols == 0:
-            return True
-        return shape[0] == 1 and start // cols == (stop - 1) // cols
+        for trailing in range(1, max(len(self.shape), 2)):
+            cols = math.prod(self.shape[-trailing:])
+            whole, within = shape[1] == cols and start % cols == 0, start // cols == (stop - 1) // cols
+            if whole or (shape[0] == 1 and within):
+                return True
+        return False

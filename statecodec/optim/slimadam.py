@@ -88,8 +88,7 @@ class SlimMethod(Method):
 
     def walk(self, shape: tuple[int, ...], align: int) -> tuple[tiles.Tile, ...]:
         """Slabs of whole indices of dimension 0, so that every tile broadcasts against the shared moment."""
-        inner, cols = math.prod(shape[1:-1]), shape[-1]
-        return tiles.tiles(shape, max(cols, 1), unit=max(inner, 1))
+        return tiles.tiles(shape, max(math.prod(shape[1:]), 1))
 
     def step(self, job: Job) -> None:
         s, shape = adam_scalars(job), job.recipe.shape

@@ -48,11 +48,11 @@ class Access:
     shapes: tuple[tuple[int, int], ...]
 
 
-def tiles(shape: tuple[int, ...], align: int, target: int = TILE_ELEMENTS, unit: int = 1) -> tuple[Tile, ...]:
-    """Cut a tensor of this shape. `align` is the common cut inside a row, `unit` how many rows must stay together."""
+def tiles(shape: tuple[int, ...], align: int, target: int = TILE_ELEMENTS) -> tuple[Tile, ...]:
+    """Cut a tensor of this shape. `align` is the common cut inside a row."""
     rows, cols = rows_cols(shape)
     if cols <= target or cols <= align:
-        height = max(1, target // max(cols * unit, 1)) * unit
+        height = max(1, target // max(cols, 1))
         bounds = [(r, min(r + height, rows)) for r in range(0, rows, height)]
         return tuple(Tile(a * cols, b * cols, b - a, cols) for a, b in bounds)
     width = max(align, target // align * align)

@@ -33,6 +33,7 @@ FILES = {
     "packed.safetensors": ("zstd", None),
     "sharded.safetensors": ("zstd", 40_000),
     "example.safetensors": ("zstd", None),
+    "conv.safetensors": ("zstd", None),  # more than two dimensions: rows along the last one
     "plain-1.1.safetensors": ("none", None),
     "packed-1.1.safetensors": ("zstd", None),
     "example-1.1.safetensors": ("zstd", None),
@@ -98,10 +99,15 @@ def codes() -> dict[str, tuple[Tensor, Codec]]:
     wide[3, 5], wide[70, 1], wide[8, :40] = 1e30, -7e5, 0.0
     second = tall.square() * values(200, 1, scale=9.0).exp() * values(1, 48, scale=9.0, seed=2).exp()
     second[:, 7], second[11] = 0.0, 0.0
+    kernel = values(12, 40, 3, 3)
     narrow = [values(64, 64, scale=2.0**k).to(torch.int32) for k in (0, 3, 7, 9, 11, 13, 15)]
     return {
         "uniform": (wide, parse("uniform(step=0.0001220703125)")),
         "uniform.small": (wide, parse("uniform(step=0.5)")),
+        "companded.conv": (kernel, parse("companded")),
+        "companded.conv.last": (kernel, parse("companded(rows=last)")),
+        "folded.conv": (kernel, parse("folded(level=1)")),
+        "lowrank.conv": (kernel, parse("lowrank(rank=2)")),
         "logarithmic": (second, parse("logarithmic")),
         "logarithmic.nibbles": (second, parse("logarithmic(steps=1)")),
         "direction": (tall, parse("direction(step=0.0625)")),
@@ -158,6 +164,8 @@ def main(renew: bool) -> None:
     for name, (packing, shard) in FILES.items():
         if name in known and not (renew and f"-{VERSION[0]}.{VERSION[1]}." in name):
             continue
+        if "-" not in name:
+            raise SystemExit(f"{name} is of version 1.0, which this writer no longer writes: it is in the history")
         content = example() if name.startswith("example") else tensors()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))

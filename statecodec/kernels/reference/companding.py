@@ -27,7 +27,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     if flags:
         return flags
     scale_bits = _scale_bits(magnitude.amax(-1), curve)
-    scales.view(torch.int16).copy_(scale_bits.to(torch.int16))
+    scales.view(torch.int16).copy_(scale_bits.to(torch.int16).view(scales.shape))
     scale = (scale_bits << 16).to(torch.int32).view(torch.float32).unsqueeze(-1)
     r = torch.where(scale > 0, magnitude / scale, torch.zeros_like(magnitude)).clamp(max=1.0)
     code = _codes(r, curve)

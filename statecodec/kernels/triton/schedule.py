@@ -39,11 +39,7 @@ def schedule(
 
 def rows_cols(shape: tuple[int, ...]) -> tuple[int, int]:
     """The two-dimensional view of a shape, as `codecs.base` has it."""
-    cols = shape[-1] if shape else 1
-    rows = 1
-    for n in shape[:-1]:
-        rows *= n
-    return rows, cols
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def planes(shape: tuple[int, ...], dims: tuple[int, ...] | None) -> tuple[int, int, int]:

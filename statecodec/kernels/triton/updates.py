@@ -122,14 +122,18 @@ def update_tile(
 
 @triton.jit
 def _shared_moment(v_data, begin, size, inside, row, WIDTH: tl.constexpr):
-    """Second moments that groups share: a group lies in one row and needs one value, or neighbours in a row of them."""
-    shared, inner = tl.load(row + SHARED), tl.load(row + INNER)
-    outer = begin // (shared * inner)
-    at = outer * inner + begin % inner
-    lane = tl.where(inner > 1, tl.arange(0, WIDTH), 0)
+    """Second moments that groups share. A group lies in one row: mostly it needs one value, or neighbours in a row of
+    them; in a kernel of a convolution it may need any."""
+    shared, inner, cols = tl.load(row + SHARED), tl.load(row + INNER), tl.load(row + COLS)
+    if (inner >= cols) | ((inner == 1) & (shared >= cols)):
+        first = (begin // (shared * inner)) * inner + begin % inner
+        at = first[:, None] + tl.where(inner > 1, tl.arange(0, WIDTH), 0)[None, :]
+    else:
+        place = begin[:, None] + tl.arange(0, WIDTH)[None, :]
+        at = place // (shared * inner) * inner + place % inner
     # Written in this very launch, by whoever opened the gate: read from the cache that all multiprocessors share.
     return tl.load(
-        pointer(v_data, tl.float32, False) + at[:, None] + lane[None, :], mask=inside & (size > 0)[:, None], other=0.0,
+        pointer(v_data, tl.float32, False) + at, mask=inside & (size > 0)[:, None], other=0.0,
         cache_modifier=".cg",
     )  # fmt: skip
 

@@ -90,6 +90,18 @@ class MemoryBytes:
         return self.data[offset : offset + nbytes]
 
 
+class PartOfBytes:
+    """A ByteSource over `nbytes` bytes of another one, from `start` on. The other one checks that they are there."""
+
+    def __init__(self, whole: ByteSource, start: int, nbytes: int, name: str) -> None:
+        self.whole, self.start, self.size, self.name = whole, start, nbytes, name
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly `nbytes` bytes from `offset`. Raises MalformedCheckpoint past the end."""
+        _check_range(self, self.name, offset, nbytes)
+        return self.whole.read(self.start + offset, nbytes)
+
+
 def _check_range(source: ByteSource, name: str, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
         raise MalformedCheckpoint(

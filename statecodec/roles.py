@@ -24,6 +24,7 @@ STATE_ROLES: Final[dict[str, Role]] = {
     "max_exp_avg_sqs": "max_exp_avg_sq",
     "momentum_buffer": "momentum",
     "master_param": "master",
+    "fp32_param": "master",  # Megatron's distributed optimizer
 }
 """Key in an optimizer's state -> role."""
 

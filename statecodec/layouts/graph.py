@@ -70,7 +70,8 @@ class Graph:
             for index, piece in enumerate(cuts)
         )
         windows = tuple(tuple(node for _, node, _ in piece.windows) for piece in cuts)
-        facts = Facts(found, self.root, self.limit, self.ordered, dict(_scalars(source, cuts)), windows)
+        shared = frozenset(i for i, region in enumerate(found.regions) if region.lossless)
+        facts = Facts(file.path, self.root, self.limit, self.ordered, dict(_scalars(source, cuts)), windows, shared)
         return Located((found,), tensors, facts=(facts,))
 
 
@@ -81,6 +82,15 @@ def storages(root: Any, limit: int) -> Iterator[StorageNode]:
             yield node.storage
         elif type(node) is StorageNode:
             yield node
+
+
+def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row-major strides, as torch counts them (dimensions of size 0 as 1)."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
 
 
 def _dtype_and_shape(piece: Cut) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -80,8 +80,8 @@ class Listing:
         return self.files.get(f"{self.folder}/{name}" if self.folder else name)
 
     def prefix(self, path: str) -> str:
-        """What names of tensors begin with: in a directory the path of their file (or folder) and a colon."""
-        return f"{shown(path) or '.'}:" if self.is_directory else ""
+        """What names of tensors begin with: in a directory the path of their file (or subfolder) and a colon."""
+        return f"{shown(path)}:" if self.is_directory and path else ""
 
     def of(self, paths: Iterable[str], folder: str | None = None) -> Listing:
         """Only these files (by path, sorted); `folder` is then the one that is looked at."""

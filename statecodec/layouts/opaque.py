@@ -56,5 +56,5 @@ def refusal(file: ListedFile) -> LayoutError:
     if b"PK\x03\x04" in head:
         return MalformedCheckpoint("unknown bytes before what looks like a zip archive")
     return UnknownLayout(
-        "neither a torch.save file nor a safetensors file (those two are known, and directories of files)"
+        "neither a torch.save file nor a safetensors file (those are known, DCP folders, and directories of any files)"
     )

@@ -32,7 +32,8 @@ class Claim:
 class Facts:
     """What roles, names and moments of one file's tensors can be guessed from (see facts/), where files do not say."""
 
-    file: SourceFile
+    path: str
+    """Of the file, or of the one that says what is in the others."""
     root: Any
     """The object graph (pickle/nodes.py)."""
     limit: int
@@ -42,7 +43,9 @@ class Facts:
     scalars: dict[int, bytes]
     """Tensor's index -> bytes, of the one-element tensors: steps and learning rates are kept as such."""
     windows: tuple[tuple[TensorNode, ...], ...]
-    """For each region of the file, which are as many tensors, the nodes that look at it."""
+    """For each tensor the nodes that look at it; every node has an index."""
+    shared: frozenset[int] = frozenset()
+    """Positions of the tensors that several different windows look at: they are no weight and no moment as a whole."""
 
 
 @dataclass(frozen=True)

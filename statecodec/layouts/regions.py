@@ -69,17 +69,19 @@ def cut(storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str,
         if not empty:
             return []
         first_name, first = empty[0]
-        return [Cut(_region(offset, 0, first.dtype, first.shape), first_name, [(n, t, 0) for n, t in empty])]
+        return [Cut(stored_region(offset, 0, first.dtype, first.shape), first_name, [(n, t, 0) for n, t in empty])]
     if not solid:
         found = windows[0][0] if windows else name
-        whole = _region(offset, nbytes, *_flat(storage.dtype, nbytes), lossless=True)
+        whole = stored_region(offset, nbytes, *_flat(storage.dtype, nbytes), lossless=True)
         return [Cut(whole, found, [(n, t, 0) for n, t in empty])]
     cuts = [_cut(cluster, offset) for cluster in _clusters(solid, nbytes)]
     cuts[0].windows += [(n, t, 0) for n, t in empty]
     return cuts
 
 
-def _region(offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...], *, lossless: bool = False) -> Region:
+def stored_region(
+    offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...], *, lossless: bool = False
+) -> Region:
     """A region of numbers, or of bytes where the dtype is not one that can be encoded."""
     if dtype not in NUMBERS:
         dtype, shape = torch.uint8, (nbytes,)
@@ -123,8 +125,8 @@ def _cut(cluster: _Cluster, offset: int) -> Cut:
     shape = physical_shape(first.shape, first.stride)
     dtypes = {node.dtype for _, node in cluster.windows}
     if len(dtypes) == 1 and None not in shapes and shape is not None:
-        region = _region(offset + cluster.start, span, first.dtype, shape)
+        region = stored_region(offset + cluster.start, span, first.dtype, shape)
     else:
         dtype = first.dtype if len(dtypes) == 1 else torch.uint8
-        region = _region(offset + cluster.start, span, *_flat(dtype, span), lossless=True)
+        region = stored_region(offset + cluster.start, span, *_flat(dtype, span), lossless=True)
     return Cut(region, first_name, [(n, t, t.offset - cluster.start // t.dtype.itemsize) for n, t in cluster.windows])

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from statecodec.layouts import opaque, safetensors_file, torch_zip
+from statecodec.layouts import dcp, opaque, safetensors_file, torch_zip
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.protocol import Layout
 
 LAYOUTS: Final[list[Layout]] = [
+    dcp,
     torch_zip,
     safetensors_file,
 ]

@@ -15,7 +15,7 @@ import torch
 from statecodec.dtypes import SAFETENSORS, SAFETENSORS_SUB_BYTE_BITS
 from statecodec.errors import FormatError, LimitExceeded, MalformedCheckpoint
 from statecodec.files import ByteSource
-from statecodec.layouts.graph import Graph, Span
+from statecodec.layouts.graph import Graph, Span, contiguous
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import window
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
@@ -93,15 +93,6 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
         )
     storage = StorageNode(name, dtype, "cpu", nbytes // dtype.itemsize, untyped=False)
     return TensorNode(storage, dtype, view_shape, contiguous(view_shape), 0), begin, end
-
-
-def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides, as torch counts them (dimensions of size 0 as 1)."""
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(stride))
 
 
 def _naturals(value: Any) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from statecodec.layouts.base import Logical, Moments, Region
+from statecodec.layouts.base import Logical, Moments
 from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
@@ -63,7 +63,7 @@ class FileRoles:
 
     @property
     def path(self) -> str:
-        return self.facts.file.path
+        return self.facts.path
 
     @property
     def folder(self) -> str:
@@ -84,7 +84,7 @@ def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments]]:
         at = 0
         for file in group:
             own = located.tensors[at : at + len(file.facts.windows)]
-            tensors += map(partial(_tensor, file), own, file.facts.windows, file.facts.file.regions)
+            tensors += map(partial(_tensor, file), own, range(len(own)))
             at += len(own)
         tensors += located.tensors[at:]
     for file in (file for group in files for file in group):
@@ -92,9 +92,10 @@ def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments]]:
     return tensors, moments
 
 
-def _tensor(file: FileRoles, tensor: Logical, nodes: Sequence[TensorNode], region: Region) -> Logical:
+def _tensor(file: FileRoles, tensor: Logical, number: int) -> Logical:
     """A file's tensor, with the role that all of its views have, and the name of its parameter."""
-    if not region.lossless:
+    nodes = file.facts.windows[number]
+    if number not in file.facts.shared:
         file.tensors.update((node.index, tensor.name) for node in nodes)
     roles = {file.roles.get(node.index, "other") for node in nodes}
     names = [file.params[node.index] for node in nodes if node.index in file.params]

@@ -1,0 +1,314 @@
+"""Locates the tensors of torch.distributed.checkpoint (DCP): a folder with `.metadata` and one file or more per rank.
+
+What `.metadata` says is in dcp_index.py. What lies in the shards is what torch.save wrote: a chunk is a tensor,
+anything else a value. What a healthy checkpoint does not have (a chunk that is missing, two that overlap, bytes past a
+file's end) is an error that names it; what is only not understood (a compressed item, a transposed chunk) stays bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from statecodec.errors import LayoutError, MalformedCheckpoint
+from statecodec.files import ByteSource, PartOfBytes
+from statecodec.layouts.base import Box, Crc32, Logical, Piece, Region, Shape, SourceFile, View
+from statecodec.layouts.dcp_index import INDEX, Index, Item, TensorAbout, nested, read_index
+from statecodec.layouts.graph import contiguous, storages
+from statecodec.layouts.listing import Listing
+from statecodec.layouts.objects import build, window
+from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
+from statecodec.layouts.pickle.reader import read_pickle
+from statecodec.layouts.protocol import Claim, Facts, Located, Read
+from statecodec.layouts.regions import physical_shape, stored_region
+from statecodec.layouts.torch_zip import Archive, check_storages, is_zip, open_archive
+from statecodec.layouts.walk import Names, most_tensors
+from statecodec.names import shown
+
+name: Final = "dcp"
+
+_SHARD: Final = ".distcp"
+_WHOLE: Final = "whole/"  # before the keys of tensors; storages inside of items have a number there
+_FLAT_STATE: Final = re.compile(r"(?:optim(?:izer)?\.)?state\.(.+)\.([^.]+)")
+_FLAT_GROUP: Final = re.compile(r"(?:optim(?:izer)?\.)?param_groups\.(.+)\.([^.]+)")
+_MEGATRON_STATE: Final = re.compile(r"(?:.*\.)?optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param)\.(.+)")
+
+
+def claims(listing: Listing) -> Claim | None:
+    """A folder's `.metadata` and `.distcp` files; also one shard alone, which is then refused with what helps."""
+    folder = f"{listing.folder}/" if listing.folder else ""
+    shards = [p for p in listing.files if p.endswith(_SHARD) and "/" not in p[len(folder) :]]
+    index = listing.get(INDEX)
+    if index is not None and (shards or index.head.startswith(b"\x80")):
+        return Claim((f"{folder}{INDEX}", *shards))
+    only = listing.only
+    return Claim((only.path,)) if only is not None and only.path.endswith(_SHARD) and is_zip(only.head) else None
+
+
+def locate(listing: Listing) -> Located:
+    """Read `.metadata` and the headers of every item. Raises LayoutError."""
+    with ExitStack() as stack:
+        reading = _Reading(listing, stack)
+        found = [reading.item(item) for item in reading.index.items]
+        return _located(listing, reading.index, found)
+
+
+def tree(listing: Listing, read: Read) -> Any:
+    """The nested dict that was saved, as torch.distributed.checkpoint.format_utils.dcp_to_torch_save gives it."""
+    with ExitStack() as stack:
+        reading = _Reading(listing, stack)
+        index, found = reading.index, [reading.item(item) for item in reading.index.items]
+    chunks: dict[str, list[_Found]] = {key: [] for key in index.tensors}
+    inner: dict[str, tuple[_Found, str]] = {}
+    loaded: dict[str, Tensor] = {}
+    for number, each in enumerate(found):
+        if each.item.box is not None:
+            chunks[each.item.key].append(each)
+        for key in each.archive.storages if each.archive else ():
+            inner[f"{number}/{key}"] = (each, key)
+
+    def tensor(key: str, dtype: torch.dtype, shape: Shape, stride: Shape, offset: int) -> Tensor:
+        if key.startswith(_WHOLE):
+            key = key.removeprefix(_WHOLE)
+            return _whole(index.tensors[key], chunks[key], read)
+        if key not in inner:  # a meta tensor: it never had bytes
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        if key not in loaded:
+            loaded[key] = _storage(*inner[key], read)
+        return window(loaded[key], dtype, shape, stride, offset)
+
+    nodes = _nodes(index)
+    values: dict[str, Any] = {key: nodes.get(key) for key in index.keys}
+    for each in found:
+        if each.item.box is None:
+            values[each.item.key] = _bytes(each.item, read) if each.archive is None else each.root
+    return build(_graph(nested(index, values)), tensor)
+
+
+def _bytes(item: Item, read: Read) -> bytes:
+    return read(item.file, item.offset, item.nbytes).cpu().numpy().tobytes()
+
+
+# ---- what lies there
+
+
+@dataclass(slots=True)
+class _Found:
+    """An item, and what torch.save wrote there; `archive` is None where it is something else."""
+
+    item: Item
+    archive: Archive | None = None
+    root: Any = None
+    value: bytes = b""
+    """The bytes of a one-element tensor."""
+
+    def chunk(self) -> TensorNode | None:
+        return self.root if type(self.root) is TensorNode else None
+
+
+class _Reading:
+    """Opens the shards, one at a time, and the items in them."""
+
+    def __init__(self, listing: Listing, stack: ExitStack) -> None:
+        self.index = read_index(listing)
+        self._listing, self._stack = listing, stack
+        self._open: tuple[str, ByteSource] | None = None
+        self._count = 0
+
+    def item(self, item: Item) -> _Found:
+        """Raises MalformedCheckpoint for a chunk that is not the tensor that it should be."""
+        if self._open is None or self._open[0] != item.file:
+            self._stack.close()
+            self._open = item.file, self._stack.enter_context(self._listing.files[item.file].open())
+        source = PartOfBytes(self._open[1], item.offset, item.nbytes, item.file)
+        number, self._count = self._count, self._count + 1
+        found = _Found(item)
+        if item.plain and (item.box is not None or is_zip(source.read(0, min(4, item.nbytes)))):
+            self._unpack(found, source, number)
+        return found
+
+    def _unpack(self, found: _Found, source: ByteSource, number: int) -> None:
+        item = found.item
+        try:
+            found.archive = open_archive(source, item.file)
+            found.root = read_pickle(found.archive.pickle)
+            check_storages(found.root, found.archive)
+        except LayoutError as error:
+            if item.box is not None:
+                raise MalformedCheckpoint(f"{item.file}, {shown(item.key)!r:.80}: {error}") from None
+            found.archive, found.root = None, None  # a value that only its own program understands
+            return
+        own = {id(s): s for s in storages(found.root, most_tensors(len(found.archive.pickle)))}
+        for storage in own.values():  # one archive's keys are not another's
+            storage.key = f"{number}/{storage.key}"
+        if item.box is None:
+            return
+        node, about = found.chunk(), self.index.tensors[item.key]
+        if (
+            node is None
+            or (node.dtype, node.shape) != (about.dtype, item.box.shape)
+            or node.storage.location == "meta"
+            or math.prod(node.shape) * node.dtype.itemsize > item.nbytes
+        ):
+            raise MalformedCheckpoint(f"{item.file}: {shown(item.key)!r:.80} is not the chunk that {INDEX} says")
+        if math.prod(about.size) == 1:
+            entry = found.archive.storages[_storage_key(node)]
+            found.value = source.read(entry.offset + node.offset * node.dtype.itemsize, node.dtype.itemsize)
+
+
+def _storage(each: _Found, key: str, read: Read) -> Tensor:
+    """The bytes of a storage in an item's archive."""
+    assert each.archive is not None
+    entry = each.archive.storages[key]
+    return read(each.item.file, each.item.offset + entry.offset, entry.nbytes)
+
+
+def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
+    """A tensor put together from its chunks."""
+    pieces = []
+    for each in chunks:
+        node = each.chunk()
+        if node is None:
+            raise MalformedCheckpoint(
+                f"{each.item.file}: {shown(each.item.key)!r:.80} is stored in a form that is not known"
+            )
+        storage = _storage(each, _storage_key(node), read)
+        pieces.append(window(storage, node.dtype, node.shape, node.stride, node.offset))
+    if len(pieces) == 1:
+        return pieces[0]
+    whole = torch.empty(about.size, dtype=about.dtype, device=pieces[0].device if pieces else "cpu")
+    for each, piece in zip(chunks, pieces, strict=True):
+        box = each.item.box
+        assert box is not None
+        whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = piece
+    return whole
+
+
+# ---- the saved object
+
+
+def _regrouped(value: Any) -> Any:
+    """The same object with flattened optimizer states as torch.optim has them: state -> parameter -> tensors."""
+    if type(value) is list:
+        return [_regrouped(v) for v in value]
+    if type(value) is not dict:
+        return value
+    others: dict[str, Any] = {}
+    states: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for key, inner in value.items():
+        if match := _MEGATRON_STATE.fullmatch(key):
+            states.setdefault(match[2], {})[match[1]] = inner
+        elif match := _FLAT_STATE.fullmatch(key):
+            states.setdefault(match[1], {})[match[2]] = inner
+        elif match := _FLAT_GROUP.fullmatch(key):
+            groups.setdefault(match[1], {"params": [match[1]]})[match[2]] = inner
+        else:
+            others[key] = _regrouped(inner)
+    optimizer = {"state": states, "param_groups": list(groups.values())}
+    if not states or not others:
+        return optimizer if states else others
+    weights = {key: inner for key, inner in others.items() if type(inner) is TensorNode}
+    return {**{k: v for k, v in others.items() if k not in weights}, "model": weights, "optimizer": optimizer}
+
+
+def _graph(value: Any) -> Any:
+    """Dicts as nodes of an object graph."""
+    if type(value) is list:
+        return [_graph(v) for v in value]
+    if type(value) is not dict:
+        return value
+    node = DictNode()
+    node.items = [(key, _graph(inner)) for key, inner in value.items()]
+    return node
+
+
+def _nodes(index: Index) -> dict[str, TensorNode]:
+    """Every tensor as a node, on a storage of its own."""
+    found = {}
+    for number, (key, about) in enumerate(index.tensors.items()):
+        storage = StorageNode(f"{_WHOLE}{key}", about.dtype, "cpu", math.prod(about.size), untyped=False)
+        found[key] = TensorNode(storage, about.dtype, about.size, contiguous(about.size), 0)
+        found[key].index = number
+    return found
+
+
+# ---- putting it together
+
+
+def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
+    regions: dict[str, list[tuple[Region, _Found]]] = {path: [] for path in listing.files}
+    crcs: dict[str, list[Crc32]] = {path: [] for path in listing.files}
+    strange = {each.item.key for each in found if each.item.box is not None and _region(each) is None}
+    for each in found:
+        region = None if each.item.box is None or each.item.key in strange else _region(each)
+        if region is not None:
+            regions[each.item.file].append((region, each))
+        for entry in each.archive.storages.values() if each.archive else ():
+            if entry.crc_at and entry.nbytes:
+                at = tuple(each.item.offset + a for a in entry.crc_at)
+                crcs[each.item.file].append(Crc32(each.item.offset + entry.offset, entry.nbytes, at))
+    pieces: dict[str, list[Piece]] = {key: [] for key in index.tensors if key not in strange}
+    files = []
+    for path, file in listing.files.items():
+        views = []
+        regions[path].sort(key=lambda r: (r[0].offset, r[0].nbytes))
+        for number, (_, each) in enumerate(regions[path]):
+            box, about = each.item.box, index.tensors[each.item.key]
+            assert box is not None
+            part = None if box.shape == about.size else box
+            pieces[each.item.key].append(Piece(path, number, part))
+            views.append(
+                View(_view_name(each.item.key, part), number, about.dtype, box.shape, contiguous(box.shape), 0)
+            )
+        files.append(
+            SourceFile(
+                path, file.nbytes, file.mode, name, tuple(region for region, _ in regions[path]), tuple(views),
+                tuple(crcs[path]), identity=file.identity,
+            )
+        )  # fmt: skip
+    nodes, unique, prefix = _nodes(index), Names(), listing.prefix(listing.folder)
+    tensors = tuple(
+        Logical(unique.unique(prefix + shown(key)), about.dtype, about.size, tuple(sorted(pieces[key], key=_corner)))
+        for key, about in index.tensors.items()
+        if key in pieces
+    )
+    values = {key: nodes.get(key) for key in index.keys} | {f.item.key: f.root for f in found if f.item.box is None}
+    scalars = {nodes[f.item.key].index: f.value for f in found if f.value}
+    root = _graph(_regrouped(nested(index, values)))
+    windows = tuple((nodes[key],) for key in pieces)
+    facts = Facts(f"{listing.folder}/{INDEX}", root, index.limit + len(found), True, scalars, windows)
+    return Located(tuple(files), tensors, facts=(facts,))
+
+
+def _region(each: _Found) -> Region | None:
+    """Where a chunk's numbers are; None if they are not one row-major run."""
+    node = each.chunk()
+    if node is None or each.archive is None or physical_shape(node.shape, node.stride) != node.shape:
+        return None
+    entry = each.archive.storages[_storage_key(node)]
+    size = node.dtype.itemsize
+    return stored_region(
+        each.item.offset + entry.offset + node.offset * size, math.prod(node.shape) * size, node.dtype, node.shape
+    )
+
+
+def _storage_key(node: TensorNode) -> str:
+    """The storage's key in the item's own archive."""
+    return node.storage.key.partition("/")[2]
+
+
+def _view_name(key: str, part: Box | None) -> str:
+    if part is None:
+        return shown(key)
+    return f"{shown(key)}[{','.join(f'{o}:{o + n}' for o, n in zip(part.offset, part.shape, strict=True))}]"
+
+
+def _corner(piece: Piece) -> Shape:
+    return piece.part.offset if isinstance(piece.part, Box) else ()

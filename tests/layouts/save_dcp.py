@@ -1,0 +1,65 @@
+"""Trains a small model on some ranks and saves it with torch.distributed.checkpoint, as its own process.
+
+    python save_dcp.py FOLDER RANKS WIDTH
+
+FOLDER/nested and FOLDER/flat get the checkpoints (the optimizer's state nested, or flattened as torchtitan does it),
+FOLDER/nested.pt and FOLDER/flat.pt what torch's own converter makes of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+class Net(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(2 * width + 1, width)
+        self.fc = nn.Linear(width, 3 * width)
+        self.ln = nn.LayerNorm(3 * width)
+        self.register_buffer("mask", torch.ones(3, 3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.ln(self.fc(self.emb(tokens)))
+
+
+def work(rank: int, folder: str, ranks: int, width: int) -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    torch.manual_seed(0)
+    model = Net(width)
+    if ranks > 1:
+        mesh = init_device_mesh("cpu", (ranks,))
+        fully_shard(model.fc, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    for _ in range(12):
+        model(torch.randint(0, 2 * width, (32,))).pow(3).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for flat in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        weights, states = get_state_dict(model, optimizer, options=options)
+        extra = {"list": [1, 2.5, "x"], "tensor": torch.arange(6).view(2, 3)}
+        saved = {"model": weights, "optimizer": states, "step": 12, "extra": extra}
+        target = Path(folder) / ("flat" if flat else "nested")
+        dcp.save(saved, checkpoint_id=target)
+        dist.barrier()
+        if rank == 0:
+            dcp_to_torch_save(target, f"{target}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(work, (sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), nprocs=int(sys.argv[2]))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +27,22 @@ def saved(tmp_path: Path) -> Any:
         return path, found_file(path)
 
     return save
+
+
+def saved_by_dcp(folder: Path, ranks: int, width: int) -> Path:
+    script = Path(__file__).with_name("save_dcp.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(ranks), str(width)]
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dcp_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DCP folders `nested` and `flat` that one rank saved (see save_dcp.py)."""
+    return saved_by_dcp(tmp_path_factory.mktemp("alone"), 1, 8)
+
+
+@pytest.fixture(scope="session")
+def dcp_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, sharded over two ranks, with tensors large enough for lossy codecs."""
+    return saved_by_dcp(tmp_path_factory.mktemp("sharded"), 2, 64)

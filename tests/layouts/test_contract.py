@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from statecodec.layouts import safetensors_file, torch_zip
+from statecodec.layouts import dcp, safetensors_file, torch_zip
 from statecodec.layouts.registry import LAYOUTS
 from tests.contracts.layout import LayoutContract
 from tests.layouts.support import Net, split_groups, train
@@ -38,6 +40,19 @@ class TestSafetensors(LayoutContract):
             return {name: file.get_tensor(name) for name in file.offset_keys()}
 
 
+class TestDcp(LayoutContract):
+    layout = dcp
+    sample = 12
+
+    @pytest.fixture(autouse=True)
+    def folder(self, dcp_alone: Path) -> None:
+        self.source = dcp_alone / "nested"
+
+    def write(self, folder: Path) -> Any:
+        shutil.copytree(self.source, folder, dirs_exist_ok=True)
+        return torch.load(self.source.with_suffix(".pt"), weights_only=False)
+
+
 def test_every_registered_layout_has_a_contract() -> None:
-    covered = {kind.layout.name for kind in LayoutContract.__subclasses__()}
-    assert covered >= {layout.name for layout in LAYOUTS}
+    covered = {kind.layout.name for kind in (TestTorchZip, TestSafetensors, TestDcp)}
+    assert covered == {layout.name for layout in LAYOUTS}

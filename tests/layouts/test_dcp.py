@@ -6,8 +6,6 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,28 +20,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 import statecodec
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
 from statecodec.layouts import Box, dcp, list_path, locate, tree
-from tests.contracts.layout import LayoutContract, check_located, same
+from tests.contracts.layout import check_located, same
 
-SCRIPT = Path(__file__).with_name("save_dcp.py")
 PARAMS = {"emb.weight", "fc.weight", "fc.bias", "ln.weight", "ln.bias"}
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-def saved(folder: Path, ranks: int, width: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), str(ranks), str(width)]
-    subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("alone"), 1, 8)
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("sharded"), 2, 64)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -54,23 +34,10 @@ def object_of(folder: Path) -> Any:
     return torch.load(folder.with_suffix(".pt"), weights_only=False)
 
 
-class TestDcp(LayoutContract):
-    layout = dcp
-    sample = 12
-
-    @pytest.fixture(autouse=True)
-    def folder(self, alone: Path) -> None:
-        self.source = alone / "nested"
-
-    def write(self, folder: Path) -> Any:
-        shutil.copytree(self.source, folder, dirs_exist_ok=True)
-        return object_of(self.source)
-
-
 @pytest.mark.parametrize("form", ["nested", "flat"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_tensors_roles_and_moments(form: str, ranks: int, alone: Path, sharded: Path) -> None:
-    folder = (alone if ranks == 1 else sharded) / form
+def test_tensors_roles_and_moments(form: str, ranks: int, dcp_alone: Path, dcp_sharded: Path) -> None:
+    folder = (dcp_alone if ranks == 1 else dcp_sharded) / form
     source = locate(folder)
     check_located(source, contents(folder))
     tensors = {t.name: t for t in source.tensors}
@@ -89,8 +56,10 @@ def test_tensors_roles_and_moments(form: str, ranks: int, alone: Path, sharded: 
 
 
 @pytest.mark.parametrize("form", ["nested", "flat"])
-def test_the_content_is_what_torch_converts_it_to(form: str, alone: Path, sharded: Path, tmp_path: Path) -> None:
-    for folder in (alone / form, sharded / form):
+def test_the_content_is_what_torch_converts_it_to(
+    form: str, dcp_alone: Path, dcp_sharded: Path, tmp_path: Path
+) -> None:
+    for folder in (dcp_alone / form, dcp_sharded / form):
         assert same(tree(folder), object_of(folder))
         assert same(statecodec.load(folder), object_of(folder))
         packed = tmp_path / "packed.sc.safetensors"
@@ -98,19 +67,21 @@ def test_the_content_is_what_torch_converts_it_to(form: str, alone: Path, sharde
         assert same(statecodec.load(packed), object_of(folder))
 
 
-def test_every_byte_comes_back(sharded: Path, tmp_path: Path) -> None:
-    statecodec.compress(sharded / "nested", tmp_path / "x.sc.safetensors", preset="lossless")
+def test_every_byte_comes_back(dcp_sharded: Path, tmp_path: Path) -> None:
+    statecodec.compress(dcp_sharded / "nested", tmp_path / "x.sc.safetensors", preset="lossless")
     statecodec.restore(tmp_path / "x.sc.safetensors", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(sharded / "nested")
+    assert contents(tmp_path / "back") == contents(dcp_sharded / "nested")
 
 
-def test_torch_reads_what_a_lossy_preset_restores(sharded: Path, tmp_path: Path) -> None:
-    report = statecodec.compress(sharded / "flat", tmp_path / "x.sc.safetensors", verify=True)
+def test_torch_reads_what_a_lossy_preset_restores(dcp_sharded: Path, tmp_path: Path) -> None:
+    report = statecodec.compress(dcp_sharded / "flat", tmp_path / "x.sc.safetensors", verify=True)
     assert {t.codec.partition("(")[0] for t in report.tensors if t.name.startswith("model.fc.weight")} == {"split"}
-    assert report.num_params == sum(t.numel() for k, t in object_of(sharded / "flat")["model"].items() if k != "mask")
+    assert report.num_params == sum(
+        t.numel() for k, t in object_of(dcp_sharded / "flat")["model"].items() if k != "mask"
+    )
     statecodec.restore(tmp_path / "x.sc.safetensors", tmp_path / "back")
     dcp_to_torch_save(tmp_path / "back", tmp_path / "back.pt")
-    exact, back = object_of(sharded / "flat"), torch.load(tmp_path / "back.pt", weights_only=False)
+    exact, back = object_of(dcp_sharded / "flat"), torch.load(tmp_path / "back.pt", weights_only=False)
     weight = exact["model"]["fc.weight"]
     assert (back["model"]["fc.weight"] - weight).norm() < 1e-4 * weight.norm()
     second = exact["optimizer"]["state.fc.weight.exp_avg_sq"]
@@ -135,24 +106,24 @@ def test_keys_as_megatron_writes_them(tmp_path: Path) -> None:
     assert roles == {f"optimizer.state.{k}.{param}": (role, param) for k, role in expected.items()}
 
 
-def test_two_folders_under_one_root(sharded: Path, tmp_path: Path) -> None:
+def test_two_folders_under_one_root(dcp_sharded: Path, tmp_path: Path) -> None:
     """As FSDP1 through the Trainer: names begin with the folder, and what lies beside is carried."""
     root = tmp_path / "checkpoint-3"
     for name in ("model_0", "optimizer_0"):
-        shutil.copytree(sharded / "nested", root / name)
+        shutil.copytree(dcp_sharded / "nested", root / name)
     (root / "trainer_state.json").write_text("{}")
     source = locate(root)
     assert {f.layout for f in source.files} == {"dcp", "opaque"}
     assert {t.name.partition(":")[0] for t in source.tensors} == {"model_0", "optimizer_0"}
     content = tree(root)
     assert list(content) == ["model_0", "optimizer_0", "trainer_state.json"]
-    assert same(content["model_0"], object_of(sharded / "nested"))
+    assert same(content["model_0"], object_of(dcp_sharded / "nested"))
 
 
-def test_one_shard_says_what_is_needed(sharded: Path, tmp_path: Path) -> None:
+def test_one_shard_says_what_is_needed(dcp_sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownLayout, match="one file of a DCP checkpoint"):
-        locate(sharded / "nested" / "__1_0.distcp")
-    shutil.copytree(sharded / "nested", tmp_path / "x")
+        locate(dcp_sharded / "nested" / "__1_0.distcp")
+    shutil.copytree(dcp_sharded / "nested", tmp_path / "x")
     (tmp_path / "x" / ".metadata").unlink()
     source = locate(tmp_path / "x")
     assert [f.layout for f in source.files] == ["opaque", "opaque"]
@@ -258,9 +229,9 @@ LIES: list[Callable[[Any], None]] = [
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.__name__)
-def test_lies_are_errors_and_bytes_in_a_directory(lie: Callable[[Any], None], alone: Path, tmp_path: Path) -> None:
+def test_lies_are_errors_and_bytes_in_a_directory(lie: Callable[[Any], None], dcp_alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    shutil.copytree(alone / "nested", folder)
+    shutil.copytree(dcp_alone / "nested", folder)
     about = metadata(folder)
     lie(about)
     (folder / ".metadata").write_bytes(pickle.dumps(about))
@@ -274,9 +245,9 @@ def test_lies_are_errors_and_bytes_in_a_directory(lie: Callable[[Any], None], al
     assert tree(folder)["__0_0.distcp"] == (folder / "__0_0.distcp").read_bytes()
 
 
-def test_a_missing_and_a_short_shard_are_named(sharded: Path, tmp_path: Path) -> None:
+def test_a_missing_and_a_short_shard_are_named(dcp_sharded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    shutil.copytree(sharded / "nested", folder)
+    shutil.copytree(dcp_sharded / "nested", folder)
     shard = folder / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(MalformedCheckpoint, match=r"__1_0\.distcp has"):
@@ -286,9 +257,9 @@ def test_a_missing_and_a_short_shard_are_named(sharded: Path, tmp_path: Path) ->
         dcp.locate(list_path(folder))
 
 
-def test_a_shard_of_another_checkpoint_is_no_wrong_tensor(alone: Path, sharded: Path, tmp_path: Path) -> None:
+def test_a_shard_of_another_checkpoint_is_no_wrong_tensor(dcp_alone: Path, dcp_sharded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "x"
-    shutil.copytree(sharded / "nested", folder)
+    shutil.copytree(dcp_sharded / "nested", folder)
     shutil.copy(folder / "__0_0.distcp", folder / "__1_0.distcp")
     with pytest.raises(MalformedCheckpoint):
         dcp.locate(list_path(folder))
@@ -302,9 +273,9 @@ class Runs:
         return os.system, (self.command,)
 
 
-def test_nothing_of_the_metadata_is_run(alone: Path, tmp_path: Path) -> None:
+def test_nothing_of_the_metadata_is_run(dcp_alone: Path, tmp_path: Path) -> None:
     folder, marker = tmp_path / "x", tmp_path / "executed"
-    shutil.copytree(alone / "nested", folder)
+    shutil.copytree(dcp_alone / "nested", folder)
     about = metadata(folder)
     about.planner_data["evil"] = Runs(f"touch {marker}")
     (folder / ".metadata").write_bytes(pickle.dumps(about))
@@ -316,10 +287,10 @@ def test_nothing_of_the_metadata_is_run(alone: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_compressed_items_stay_bytes(alone: Path, tmp_path: Path) -> None:
+def test_compressed_items_stay_bytes(dcp_alone: Path, tmp_path: Path) -> None:
     """A storage extension transforms items in ways that only it undoes."""
     folder = tmp_path / "x"
-    shutil.copytree(alone / "nested", folder)
+    shutil.copytree(dcp_alone / "nested", folder)
     about = metadata(folder)
     info_of(about, FC).transform_descriptors = ["zstd"]
     (folder / ".metadata").write_bytes(pickle.dumps(about))

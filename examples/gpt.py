@@ -6,6 +6,7 @@
 
 The model, the data and the training loop are those of `statecodec demo`, in `statecodec_cli.demo`. Every loss goes to
 standard output as one line of JSON; the same seed gives the same losses.
+300 steps take about a minute on two CPU cores.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@
     python examples/train_gpt.py --optimizer muon --resume ckpt.sc.safetensors --steps 400    # goes on to step 400
 
 The model, the data and the schedule are those of `examples/gpt.py`.
+200 steps take about two minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from train_setup import make, parser, report
+from train_setup import make, parser, progress, report
 
 import statecodec
 from statecodec import optim
@@ -44,7 +45,7 @@ def main() -> None:
         if not isinstance(trainer.optimizer, optim.StateOptimizer):
             options.error("--release needs one of this project's optimizers")
         optim.enable_gradient_release(trainer.model, trainer.optimizer)
-    trainer.run(max(0, args.steps - trainer.step))
+    trainer.run(max(0, args.steps - trainer.step), progress(args.steps))
     if args.save:
         state = {"model": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
         statecodec.save({**state, "step": trainer.step, "losses": trainer.losses}, args.save, force=True)

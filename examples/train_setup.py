@@ -1,9 +1,11 @@
-"""What the training examples share: one command-line name per optimizer, loss curves in a file, and a plot of them."""
+"""What the training examples share: one command-line name per optimizer, progress, loss curves and a plot of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def parser(description: str | None, steps: int) -> argparse.ArgumentParser:
     result.add_argument("--seed", type=int, default=0)
     result.add_argument("--bf16", action="store_true", help="bf16 parameters (with split master weights)")
     result.add_argument("--release", action="store_true", help="step and free each gradient during the backward pass")
-    result.add_argument("--curves", type=Path, default=Path("curves.json"), help="loss curves, one per run, added to")
+    result.add_argument("--curves", type=Path, help="add the loss curve to this file (default: none, or beside --plot)")
     result.add_argument("--plot", type=Path, help="draw all curves of the file: curves.svg, curves.png")
     return result
 
@@ -50,6 +52,21 @@ def make(args: argparse.Namespace, model: torch.nn.Module) -> torch.optim.Optimi
     return factory(list(model.named_parameters()), args.lr or rate)
 
 
+def progress(steps: int, every: float = 5.0) -> Callable[[int, float], None]:
+    """A function to call with each step (from 1) and its loss: it says how far the run is, every few seconds."""
+    started = last = time.monotonic()
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if step == 1 or now - last >= every:
+            last = now
+            left = (now - started) / step * (steps - step)
+            print(f"step {step} of {steps}  loss {loss:.4f}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return on_step
+
+
 def report(
     args: argparse.Namespace, optimizer: torch.optim.Optimizer, losses: list[float], final: dict[str, float]
 ) -> None:
@@ -58,9 +75,12 @@ def report(
     state = optimizer.state_nbytes() if isinstance(optimizer, optim.StateOptimizer) else 8 * count
     name = args.optimizer + ("-bf16" if args.bf16 else "")
     print(json.dumps({"run": name, **final, "state_bytes_per_param": round(state / count, 3)}))
-    curves = json.loads(args.curves.read_text()) if args.curves.exists() else {}
+    file = args.curves or (args.plot and args.plot.with_suffix(".json"))
+    if file is None:
+        return
+    curves = json.loads(file.read_text()) if file.exists() else {}
     curves[name] = losses
-    args.curves.write_text(json.dumps(curves))
+    file.write_text(json.dumps(curves))
     if args.plot:
         draw(curves, args.plot)
 

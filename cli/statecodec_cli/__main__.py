@@ -1,5 +1,19 @@
-"""`python -m statecodec_cli` is `statecodec`."""
+"""Starts the command line, as `statecodec` and as `python -m statecodec_cli`."""
 
-from statecodec_cli.main import main
+from __future__ import annotations
 
-raise SystemExit(main())
+import sys
+
+
+def main() -> int:
+    """Run the command line; a Ctrl-C while it is still being imported ends it without a traceback."""
+    try:
+        from statecodec_cli.main import main as run
+
+        return run()
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

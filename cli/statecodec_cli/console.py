@@ -43,9 +43,9 @@ def printable(value: Any) -> Any:
     return value
 
 
-def show(*renderables: RenderableType) -> None:
-    """Print to standard output. Text is wrapped between words only, so that a path stays whole."""
-    out = _console(sys.stdout)
+def show(*renderables: RenderableType, to: TextIO | None = None) -> None:
+    """Print to standard output, or to another stream. Text is wrapped between words only: a path stays whole."""
+    out = _console(to or sys.stdout)
     for renderable in renderables:
         _print(out, renderable)
 

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-Source = Annotated[Path, typer.Argument(metavar="SRC", exists=True, show_default=False)]
-Output = Annotated[
-    str | None,  # no Path, which would lose a slash at the end
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DST",
-        show_default=False,
-        help="Where to write: a file, or a folder. Default: beside SRC.",
-    ),
-]
+
+def _existing(text: str) -> Path:
+    """A path that is there, or - for standard input."""
+    if text != "-" and not Path(text).exists():
+        raise typer.BadParameter(f"path {text!r} does not exist.")
+    return Path(text)
+
+
+def source(explanation: str) -> Any:
+    """The argument SRC of a verb that takes one checkpoint."""
+    return typer.Argument(metavar="SRC", parser=_existing, show_default=False, help=explanation)
+
+
+def _output(places: str) -> Any:
+    return typer.Option(
+        "--output", "-o", metavar="DST", show_default=False, help=f"Where to write: {places}. Default: beside SRC."
+    )
+
+
+# Text and no Path, which would lose a slash at the end.
+Output = Annotated[str | None, _output("a file, or a folder")]
+OutputOrStream = Annotated[str | None, _output("a file, a folder, or - for standard output")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse rules that match no tensor, instead of noting them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
 PRESETS = "lossless, resume, small, tiny or weights; `statecodec codecs` explains them."

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from statecodec.choose.snr import Dims
 from statecodec.names import bare_name
@@ -84,7 +84,12 @@ class Part:
 def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
     """What every parameter of a model is, by name; `shapes` are those of its parameters."""
     transposed = uses_conv1d(shapes)
-    return {name: _layer(name, shape, transposed=transposed) for name, shape in shapes.items()}
+    layers = {name: _layer(name, shape, transposed=transposed) for name, shape in shapes.items()}
+    vocabularies = {shapes[name][0] for name, layer in layers.items() if layer.kind == "token_embedding"}
+    for name, layer in layers.items():  # `head` over the tokens that the model embeds is no classifier of images
+        if layer.kind == "vision_head" and shapes[name][0] in vocabularies:
+            layers[name] = replace(layer, kind="lm_head", mixed=False)
+    return layers
 
 
 def uses_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:

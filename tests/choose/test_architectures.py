@@ -115,6 +115,13 @@ def test_conv1d_is_told_by_its_shape() -> None:
     assert not uses_conv1d({"h.0.attn.c_proj.weight": (64, 192)})
 
 
+def test_a_head_over_embedded_tokens_is_no_vision_head() -> None:
+    shapes = {"wte.weight": (300, 64), "blocks.0.fc1.weight": (256, 64), "head.weight": (300, 64)}
+    found = recognise(shapes)["head.weight"]
+    assert (found.kind, found.recommended, found.mixed) == ("lm_head", (1,), False)
+    assert recognise({**shapes, "head.weight": (10, 64)})["head.weight"].kind == "vision_head"
+
+
 def test_layer_type() -> None:
     assert layer_type("transformer.h.11.attn.c_proj.weight") == "transformer.h.*.attn.c_proj.weight"
     assert layer_type("fc1.weight") == "fc1.weight"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -30,6 +31,14 @@ def interrupt_when_writing(verb: str, source: Path, output: Path, number: signal
     child.send_signal(number)
     _, err = child.communicate(timeout=60)
     return child.returncode, err
+
+
+def test_an_interruption_while_importing_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = finished(
+        "codecs", env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    )
+    assert (done.code, done.out, done.err) == (130, "", "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -16,6 +16,7 @@ def example(name: str, folder: Path, *options: str) -> dict[str, float]:
     command = [sys.executable, str(EXAMPLES / name), "--curves", str(folder / "c.json"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("step 1 of ") or "--resume" in options, "progress is seen from the first step on"
     result: dict[str, float] = json.loads(done.stdout)
     return result
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 Preset = Literal["lossless", "resume", "small", "tiny", "weights"]
 
 
 def run(
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint file or directory.")
-    ],
-    output: options.Output = None,
+    src: Annotated[Path, options.source("A checkpoint file or directory; - for standard input.")],
+    output: options.OutputOrStream = None,
     preset: Annotated[Preset, typer.Option("--preset", "-p", metavar="PRESET", help=options.PRESETS)] = "resume",
     rule: Annotated[
         list[str] | None,
@@ -88,10 +87,14 @@ def run(
     from statecodec_cli import plots, tables
 
     plots.require(plot)
-    with reporting(quiet=quiet) as progress:
+    with (
+        standard.source(src) as source,
+        standard.output(output, src=src, as_json=as_json) as target,
+        reporting(quiet=quiet) as progress,
+    ):
         report = statecodec.compress(
-            src,
-            output,
+            source,
+            target,
             preset=preset,
             rules=tuple(rule or ()),
             rules_file=rules,
@@ -101,7 +104,7 @@ def run(
             base=base,
             pack=pack,
             device=device,
-            max_shard_size=max_shard_size,
+            max_shard_size=None if output == standard.DASH else max_shard_size,
             verify=verify,
             force=force,
             progress=progress,
@@ -113,4 +116,5 @@ def run(
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.compressed(console.printable(document), every=every))
+        shown = tables.compressed(console.printable(document), every=every)
+        console.show(*shown, to=sys.stderr if output == standard.DASH else None)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 
 def run(
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint, compressed or not.")
+    src: Annotated[Path, options.source("A checkpoint, compressed or not.")],
+    dst: Annotated[
+        str, typer.Argument(metavar="DST", show_default=False, help="Where to write; - for standard output.")
     ],
-    dst: Annotated[str, typer.Argument(metavar="DST", show_default=False, help="Where to write.")],
     to: Annotated[
         list[str],
         typer.Option(
@@ -45,12 +46,17 @@ def run(
     import statecodec
     from statecodec_cli import analysis_tables
 
-    with reporting(quiet=quiet) as progress:
+    with (
+        standard.source(src) as source,
+        standard.output(dst, src=src, as_json=as_json) as target,
+        reporting(quiet=quiet) as progress,
+    ):
         report = statecodec.convert(
-            src, dst, tuple(to), pack=pack, strict=strict, force=force, threads=threads, progress=progress
+            source, target or dst, tuple(to), pack=pack, strict=strict, force=force, threads=threads, progress=progress
         )
     document = report.to_json()
     if as_json:
         console.emit(document)
     else:
-        console.show(*analysis_tables.converted(console.printable(document), every=every))
+        shown = analysis_tables.converted(console.printable(document), every=every)
+        console.show(*shown, to=sys.stderr if dst == standard.DASH else None)

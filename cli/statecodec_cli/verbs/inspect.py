@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 
 
 def run(
-    src: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", exists=True, show_default=False, help="Any checkpoint, compressed or not."),
-    ],
+    src: Annotated[Path, options.source("Any checkpoint, compressed or not.")],
     every: options.All = False,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
@@ -29,7 +24,8 @@ def run(
     from statecodec_cli import plots, tables
 
     plots.require(plot)
-    document = statecodec.inspect(src).to_json()
+    with standard.source(src) as source:
+        document = standard.named(src, statecodec.inspect(source).to_json())
     if plot:
         plots.save(plots.report(document), plot)
     if as_json:

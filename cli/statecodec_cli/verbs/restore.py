@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 
 def run(
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A file that `compress` wrote.")
-    ],
-    output: options.Output = None,
+    src: Annotated[Path, options.source("A file that `compress` wrote.")],
+    output: options.OutputOrStream = None,
     device: options.DeviceOption = "auto",
     times: Annotated[
         bool, typer.Option("--times", help="Give files and directories their modification times back.")
@@ -35,12 +34,17 @@ def run(
     import statecodec
     from statecodec_cli import tables
 
-    with reporting(quiet=quiet) as progress:
+    with (
+        standard.source(src) as source,
+        standard.output(output, src=src, as_json=as_json) as target,
+        reporting(quiet=quiet) as progress,
+    ):
         report = statecodec.restore(
-            src, output, device=device, force=force, times=times, progress=progress, threads=threads
+            source, target, device=device, force=force, times=times, progress=progress, threads=threads
         )
     document = report.to_json()
     if as_json:
         console.emit(document)
     else:
-        console.show(*tables.restored(console.printable(document)))
+        shown = tables.restored(console.printable(document))
+        console.show(*shown, to=sys.stderr if output == standard.DASH else None)

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 
 def run(
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A file that `compress` wrote.")
-    ],
+    src: Annotated[Path, options.source("A file that `compress` wrote.")],
     against: Annotated[
         Path | None,
         typer.Option(
@@ -35,9 +33,8 @@ def run(
     import statecodec
     from statecodec_cli import tables
 
-    with reporting(quiet=quiet) as progress:
-        report = statecodec.verify(src, against, progress=progress)
-    document = report.to_json()
+    with standard.source(src) as source, reporting(quiet=quiet) as progress:
+        document = standard.named(src, statecodec.verify(source, against, progress=progress).to_json())
     if as_json:
         console.emit(document)
     else:

@@ -1,0 +1,83 @@
+"""`-`: a checkpoint from standard input, an output to standard output."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.run import Cli
+
+STATECODEC = (sys.executable, "-m", "statecodec_cli")
+
+
+def run(*words: object, data: bytes = b"", folder: Path) -> subprocess.CompletedProcess[bytes]:
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    return subprocess.run(
+        [*STATECODEC, *map(str, words)], input=data, capture_output=True, env=environment, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    return folder
+
+
+def test_there_and_back_through_pipes(ckpt: Path, temporary: Path) -> None:
+    original = ckpt.read_bytes()
+    packed = run("compress", "-", "-o", "-", "--preset", "lossless", data=original, folder=temporary)
+    assert packed.returncode == 0, packed.stderr
+    assert b"B/param" in packed.stderr
+    shown = run("inspect", "-", data=packed.stdout, folder=temporary)
+    assert b"standard input" in shown.stdout
+    checked = run("verify", "-", "--against", ckpt, data=packed.stdout, folder=temporary)
+    assert checked.returncode == 0, checked.stderr
+    restored = run("restore", "-", "-o", "-", data=packed.stdout, folder=temporary)
+    assert hashlib.sha256(restored.stdout).digest() == hashlib.sha256(original).digest()
+    converted = run("convert", "-", "-", "--to", "exp_avg=cast", data=packed.stdout, folder=temporary)
+    assert 0 < len(converted.stdout) < len(packed.stdout)
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_makes_no_sense_says_so(ckpt: Path, temporary: Path) -> None:
+    content = ckpt.read_bytes()
+    nameless = run("compress", "-", data=content, folder=temporary)
+    assert (nameless.returncode, nameless.stdout) == (2, b"")
+    assert b"give -o" in nameless.stderr
+    both = run("compress", ckpt, "-o", "-", "--json", folder=temporary)
+    assert both.returncode == 2
+    assert b"not both" in both.stdout
+    garbage = run("compress", "-", "-o", "-", data=b"garbage", folder=temporary)
+    assert (garbage.returncode, garbage.stdout) == (1, b"")
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_directory_does_not_go_to_standard_output(ckpt: Path, temporary: Path, cli: Cli) -> None:
+    packed = ckpt.parent / "out.sc.safetensors"
+    folder = ckpt.parent / "run"
+    folder.mkdir()
+    ckpt.rename(folder / "ckpt.pt")
+    assert cli("compress", folder, "-o", packed).code == 0
+    refused = run("restore", packed, "-o", "-", folder=temporary)
+    assert (refused.returncode, refused.stdout) == (2, b"")
+    assert b"a directory cannot be written" in refused.stderr
+
+
+@pytest.mark.parametrize("words", [("compress", "-", "-o", "x"), ("compress", "CKPT", "-o", "-")])
+def test_a_terminal_is_neither_read_nor_written(ckpt: Path, words: tuple[str, ...]) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        command = [*STATECODEC, *(str(ckpt) if word == "CKPT" else word for word in words)]
+        done = subprocess.run(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, timeout=60, check=False)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert done.returncode == 2
+    assert b"terminal" in done.stderr

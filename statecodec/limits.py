@@ -1,16 +1,25 @@
-"""What a reader accepts before it allocates anything, and the constants of the format itself."""
+"""What a reader accepts before it allocates anything, and the constants of the format itself.
+
+Writers keep to the same limits: what they publish, the reader with its defaults opens.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from statecodec.errors import LimitExceeded
 
-# Constants of format 1.x. They bound what a packed chunk can expand to, however small it is on disk.
+# Constants of the format. They bound what a packed chunk can expand to, however small it is on disk.
 MAX_PACKED_CHUNK = 64 << 20  # unpacked bytes of one chunk record; larger chunks are stored plain
+MAX_SHARED = 1 << 20  # unpacked bytes of a record that small items share, and how many may
+MAX_CHUNKS = 1 << 20  # of all items together, beyond those that the file holds a record or a checksum for
 MAX_WINDOW = 8 << 20  # zstd window
 MAX_DIMS = 64
 MAX_EXPANSION = 16  # decoded bytes per stored byte of a chunk above MAX_PACKED_CHUNK (fp64 from 4-bit codes)
+
+# How a compressed manifest may expand: so much at least, and in proportion to its stored bytes.
+TEXT_BYTES, TEXT_EXPANSION = 16 << 20, 100
+JSON_VALUES, JSON_VALUES_EXPANSION = 500_000, 8
 
 
 @dataclass(frozen=True)
@@ -19,16 +28,27 @@ class Limits:
 
     `max_decoded_bytes` counts all items decoded: folded, low-rank and dropped items may be far smaller on disk.
     `max_whole_bytes` is for one item of a codec that cannot be cut (shared, low-rank), which decodes in one piece.
+    A compressed manifest may have a text of eight times `max_manifest_bytes` and eight times `max_json_values`, but
+    only in proportion to its size.
     """
 
     max_header_bytes: int = 64 << 20
     max_manifest_bytes: int = 64 << 20
     max_json_values: int = 4_000_000
     max_json_depth: int = 64
-    max_items: int = 1 << 20
+    max_items: int = 1 << 21
     max_shards: int = 10_000
     max_decoded_bytes: int = 1 << 44
     max_whole_bytes: int = 1 << 33
+
+    def manifest_text(self, stored: int) -> int:
+        """Bytes that the text of a manifest of so many stored bytes may have."""
+        return min(TEXT_BYTES + TEXT_EXPANSION * stored, 8 * self.max_manifest_bytes)
+
+    def for_manifest(self, stored: int) -> Limits:
+        """The same limits, with as many JSON values as a manifest of so many stored bytes may have."""
+        most = min(JSON_VALUES + JSON_VALUES_EXPANSION * stored, 8 * self.max_json_values)
+        return replace(self, max_json_values=most)
 
     def check_chunk(self, what: str, decoded: int, stored: int, whole: bool) -> None:
         """Raise LimitExceeded if one chunk, `stored` bytes of parts, decodes to more than a reader would allocate."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts import ListedFile, Listing, opaque, tree
@@ -71,7 +71,8 @@ class _RestoredBytes:
         if self._regions and self._regions[first][:2] == (offset, nbytes):
             return self.stored.decode(self._regions[first][2]).reshape(-1).view(torch.uint8)
         out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        for start, length, item in self._regions[first:]:
+        for index in range(first, len(self._regions)):
+            start, length, item = self._regions[index]
             if start >= offset + nbytes:
                 break
             low, high = max(start, offset), min(start + length, offset + nbytes)

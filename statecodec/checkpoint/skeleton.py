@@ -46,7 +46,8 @@ class Skeleton:
     def within(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """(file offset, length) of the parts of file range start..stop that belong to the skeleton."""
         first = max(bisect_right(self.gaps, (start, 1 << 62)) - 1, 0)
-        for offset, length in self.gaps[first:]:
+        for index in range(first, len(self.gaps)):
+            offset, length = self.gaps[index]
             if offset >= stop:
                 break
             low, high = max(offset, start), min(offset + length, stop)

@@ -16,10 +16,10 @@ from torch import Tensor
 from statecodec import codecs
 from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
-from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
+from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError

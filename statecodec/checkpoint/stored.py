@@ -58,8 +58,7 @@ class Stored(Checkpoint):
         except FormatError as error:
             raise _not_compressed(Path(path)) or error from None
         try:
-            sizes = [item.decoded_nbytes for item in reader.items]
-            stored = cls(Path(path), reader, documents.from_json(reader.document, sizes), beside)
+            stored = cls(Path(path), reader, documents.from_json(reader.document, reader.items), beside)
             if stored.document.base is None and any(isinstance(item.codec, codecs.Based) for item in reader.items):
                 raise FormatError(f"{path} stores changes, but does not say since when")
             return stored

@@ -3,7 +3,7 @@
 docs/format.md is normative. `Writer` and `Reader` move encoded parts and never look at numbers.
 """
 
-from statecodec.format.manifest import StoredChunk, StoredItem
+from statecodec.format.items import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
 from statecodec.format.placement import Item
 from statecodec.format.reader import ItemCheck, Reader

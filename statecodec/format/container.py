@@ -23,7 +23,8 @@ from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
 
-VERSION = (1, 1)
+VERSION = (2, 0)  # what is written
+READ = {1: 1, 2: 0}  # major version -> the newest minor that this reader knows
 MANIFEST_ENTRY = "__manifest__"
 METADATA = "__metadata__"
 ALIGNMENT = 64  # of the first data byte in the file
@@ -57,7 +58,7 @@ class Header:
     @property
     def newer(self) -> bool:
         """Whether the file is of a newer minor version than this reader."""
-        return self.version > VERSION
+        return self.version[1] > READ[self.version[0]]
 
 
 def build_header(entries: Iterable[Entry], metadata: Mapping[str, str], size: int | None = None) -> tuple[bytes, str]:
@@ -109,8 +110,9 @@ def _version(metadata: Mapping[str, str], path: str) -> tuple[int, int]:
     if not (dot and major.isdecimal() and minor.isdecimal() and major.isascii() and minor.isascii() and len(text) < 12):
         raise FormatError(f"{path}: statecodec.version is {text[:20]!r}, expected MAJOR.MINOR")
     version = int(major), int(minor)
-    if version[0] != VERSION[0]:
-        raise UnsupportedVersion(f"{path}: format {text}; this reader knows {VERSION[0]}.x: use a newer statecodec")
+    if version[0] not in READ:
+        known = " and ".join(f"{major}.x" for major in READ)
+        raise UnsupportedVersion(f"{path}: format {text}; this reader knows {known}: use a newer statecodec")
     return version
 
 

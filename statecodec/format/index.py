@@ -1,4 +1,4 @@
-"""The Hugging Face index of a sharded output: a JSON file that says which shard holds which entry."""
+"""The entries of a file's shards, as they follow from its items, and the Hugging Face index that lists them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,40 @@ from typing import Any
 
 from statecodec.errors import FormatError
 from statecodec.format.container import MANIFEST_ENTRY
-from statecodec.format.manifest import StoredItem, is_file_name
+from statecodec.format.items import PLAIN, StoredItem
+from statecodec.format.manifest import is_file_name
 
 INDEX_SUFFIX = ".safetensors.index.json"
+
+Entries = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def expected_entries(items: Sequence[StoredItem], shards: int) -> list[Entries]:
+    """The safetensors entries of every shard but for the manifest: name -> (dtype, shape).
+
+    Raises FormatError for two items with one entry.
+    """
+    plain: list[Entries] = [{} for _ in range(shards)]
+    packed: list[dict[str, int]] = [{} for _ in range(shards)]
+    for item in items:
+        if item.storage == PLAIN:
+            own = item.plain_entries()
+            if own.keys() & plain[item.shard].keys():
+                raise FormatError(f"item {item.name[:200]!r}: another item has its entry")
+            plain[item.shard].update(own)
+        else:
+            packed[item.shard][item.entry] = packed[item.shard].get(item.entry, 0) + item.stored_nbytes
+    for own, sizes in zip(plain, packed, strict=True):
+        if own.keys() & sizes.keys() or MANIFEST_ENTRY in own or MANIFEST_ENTRY in sizes:
+            raise FormatError("an item has the entry of another, or of the manifest")
+        own.update({name: ("U8", (size,)) for name, size in sizes.items()})
+    return plain
 
 
 def index_json(items: Sequence[StoredItem], files: Sequence[str], total_size: int, digest: str) -> dict[str, Any]:
     """The whole index: it follows from the manifest, its digest and the size of all data sections."""
-    weight_map = {name: files[item.shard] for item in items for name in item.entries()}
+    entries = expected_entries(items, len(files))
+    weight_map = {name: file for file, own in zip(files, entries, strict=True) for name in own}
     weight_map[MANIFEST_ENTRY] = files[-1]
     return {"metadata": {"total_size": total_size, "statecodec.manifest": digest}, "weight_map": weight_map}
 

@@ -1,7 +1,7 @@
 """Where everything goes, decided before the first byte is written: chunks, storage, shards, entry names, plain offsets.
 
-A shard's data section is: the plain parts, widest dtype first (so that each is naturally aligned); the packed items,
-whose sizes are known only once they are written; in the last shard, the manifest.
+A shard's data section is: the plain parts, widest dtype first (so that each is naturally aligned); the records of
+packed and small items, whose sizes are known only once they are written; in the last shard, the manifest.
 """
 
 from __future__ import annotations
@@ -16,21 +16,25 @@ import torch
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UsageError
-from statecodec.format.container import MANIFEST_ENTRY, METADATA, UNKNOWN_OFFSET, Entry, build_header
+from statecodec.format.container import MANIFEST_ENTRY, UNKNOWN_OFFSET, Entry, build_header
 from statecodec.format.entry_types import dtype_name, entry_type
-from statecodec.format.manifest import PACKED, PLAIN
+from statecodec.format.items import PACKED, PLAIN, SHARED, packed_entry
 from statecodec.format.packing import Packing
-from statecodec.limits import MAX_PACKED_CHUNK, Limits
+from statecodec.limits import MAX_CHUNKS, MAX_PACKED_CHUNK, Limits
 from statecodec.strict import shape as check_shape
 
-MIN_PACKED = 4096  # items with fewer bytes of parts stay plain: readable by name, and not worth a record
+MIN_PACKED = 4096  # items with fewer bytes of parts share records: one each is not worth it
+MANY_ITEMS = (
+    1 << 16
+)  # of so many, small ones share records even without packing: a header cannot hold an entry for each
 
 
 @dataclass(frozen=True)
 class Item:
     """A tensor to be written: name, codec, decoded shape and dtype, and attributes (JSON, carried verbatim).
 
-    `companions`: by role, the names of the items whose tensors the codec needs.
+    `companions`: by role, the names of the items whose tensors the codec needs. `text`: bytes that repeat each other,
+    as those of headers and pickles do, unlike numbers: packed accordingly.
     """
 
     name: str
@@ -39,6 +43,16 @@ class Item:
     dtype: torch.dtype
     attributes: dict[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
+    text: bool = False
+
+
+@dataclass(frozen=True)
+class Form:
+    """What follows from an item's codec, shape and dtype: its parts, how it is cut, how it is stored."""
+
+    parts: Mapping[str, PartSpec]
+    chunks: Sequence[Chunk]
+    storage: str
 
 
 @dataclass(frozen=True)
@@ -46,17 +60,27 @@ class PlannedItem:
     """An item with everything that is known of it beforehand."""
 
     item: Item
+    form: Form
     entry: str
-    storage: str
     shard: int
-    parts: Mapping[str, PartSpec]
-    chunks: Sequence[Chunk]
     offsets: Mapping[str, int]  # of each plain part in the shard's data section
+
+    @property
+    def storage(self) -> str:
+        return self.form.storage
+
+    @property
+    def parts(self) -> Mapping[str, PartSpec]:
+        return self.form.parts
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        return self.form.chunks
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its plain entries, where the packed region starts in the data section, the header's reserved size."""
+    """One file: its plain entries, where the records start in the data section, the header's reserved size."""
 
     plain: Sequence[Entry]
     packed_start: int
@@ -70,24 +94,31 @@ class Plan:
 
 
 def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]) -> Plan:
-    """Plan a file. `metadata`: what its headers will hold, placeholders for digests. Raises UsageError, CodecError."""
+    """Plan a file. `metadata`: what its headers will hold, placeholders for digests.
+
+    What the reader's limits would refuse is refused here. Raises UsageError, CodecError, LimitExceeded.
+    """
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError(f"max_shard_size={max_shard_size}, expected at least 1 byte")
-    names = _Names()
-    drafts: list[PlannedItem] = []
-    sizes = [0]
+    limits = Limits()
+    limits.check("items", len(items), limits.max_items)
+    forms, names = _Forms(packing, len(items)), _Names()
+    groups: list[list[PlannedItem]] = [[]]
+    size = decoded = 0
     for item in items:
-        draft = _draft(item, packing, names)
-        size = sum(spec.nbytes for spec in draft.parts.values())
-        if max_shard_size is not None and sizes[-1] and sizes[-1] + size > max_shard_size:
-            sizes.append(0)
-        sizes[-1] += size
-        drafts.append(PlannedItem(item, draft.entry, draft.storage, len(sizes) - 1, draft.parts, draft.chunks, {}))
-    groups: list[list[PlannedItem]] = [[] for _ in sizes]
-    for draft in drafts:
-        groups[draft.shard].append(draft)
+        form = forms.of(item)
+        nbytes = sum(spec.nbytes for spec in form.parts.values())
+        if max_shard_size is not None and size and size + nbytes > max_shard_size:
+            groups.append([])
+            size = 0
+        size += nbytes
+        decoded += math.prod(item.shape) * item.dtype.itemsize
+        shard = len(groups) - 1
+        groups[-1].append(PlannedItem(item, form, names.claim(item.name, form), shard, {}))
+    limits.check("decoded bytes", decoded, limits.max_decoded_bytes)
+    limits.check("shards", len(groups), limits.max_shards)
     _check_companions(items)
-    planned = [_shard(group, metadata) for group in groups]
+    planned = [_shard(group, metadata, limits) for group in groups]
     return Plan([item for group, _ in planned for item in group], [shard for _, shard in planned])
 
 
@@ -106,22 +137,52 @@ def _check_companions(items: Sequence[Item]) -> None:
 
 def is_plain(item: Item, packing: Packing) -> bool:
     """Whether an item's parts stand in the file one by one, at places fixed before anything is written."""
-    shape = tuple(item.shape)
-    largest = max(
-        item.codec.nbytes(piece, item.dtype) for piece in {c.shape for c in chunks(item.codec, shape, item.dtype)}
-    )
-    return _is_plain(item.codec.nbytes(shape, item.dtype), largest, packing)
+    return _Forms(packing, 1).of(item).storage == PLAIN
 
 
-def _is_plain(nbytes: int, largest_chunk: int, packing: Packing) -> bool:
-    return packing.method == "none" or nbytes < MIN_PACKED or largest_chunk > MAX_PACKED_CHUNK
-
-
-def recoded(planned: PlannedItem, codec: Codec) -> PlannedItem:
-    """A packed item under another codec, in the same place."""
+def recoded(planned: PlannedItem, codec: Codec, packing: Packing, items: int) -> PlannedItem:
+    """An item that is not plain under another codec, in a file of so many items. Raises UsageError."""
     item = replace(planned.item, codec=codec)
-    shape = tuple(item.shape)
-    return replace(planned, item=item, parts=codec.parts(shape, item.dtype), chunks=chunks(codec, shape, item.dtype))
+    form = _Forms(packing, items).of(item)
+    if PLAIN in (planned.storage, form.storage):
+        raise UsageError(f"item {item.name!r} cannot be stored by another codec any more: its place was fixed")
+    return replace(planned, item=item, form=form)
+
+
+class _Forms:
+    """The forms of a file's items; most of them are alike."""
+
+    def __init__(self, packing: Packing, items: int) -> None:
+        self._plain, self._many = packing.method == "none", items > MANY_ITEMS
+        self._known: dict[tuple[Codec, tuple[int, ...], torch.dtype], Form] = {}
+
+    def of(self, item: Item) -> Form:
+        shape = tuple(item.shape)
+        key = (item.codec, shape, item.dtype)
+        if key not in self._known:
+            self._known[key] = self._make(item, shape)
+        return self._known[key]
+
+    def _make(self, item: Item, shape: tuple[int, ...]) -> Form:
+        try:
+            check_shape(list(shape), item.name)
+            dtype_name(item.dtype)
+        except (FormatError, KeyError) as error:
+            raise UsageError(f"item {item.name!r}: {item.dtype} {shape} cannot be stored ({error})") from error
+        footprint = math.prod(max(d, 1) for d in shape) * item.dtype.itemsize
+        Limits().check(f"item {item.name!r}: decoded bytes", footprint, Limits.max_decoded_bytes)
+        parts, pieces = item.codec.parts(shape, item.dtype), chunks(item.codec, shape, item.dtype)
+        if not parts:
+            Limits().check(f"item {item.name!r}: chunks", len(pieces), MAX_CHUNKS)
+        whole, largest = item.codec.align(shape) is None, 0
+        for piece in {c.shape for c in pieces}:
+            nbytes = item.codec.nbytes(piece, item.dtype)
+            Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)
+            largest = max(largest, nbytes)
+        small = len(pieces) == 1 and largest < MIN_PACKED
+        if not parts or largest > MAX_PACKED_CHUNK or (self._plain and not (small and self._many)):
+            return Form(parts, pieces, PLAIN)
+        return Form(parts, pieces, SHARED if small else PACKED)
 
 
 class _Names:
@@ -129,9 +190,10 @@ class _Names:
 
     def __init__(self) -> None:
         self.items: set[str] = set()
-        self.entries = {MANIFEST_ENTRY, METADATA}
+        self.entries: set[str] = set()
 
-    def claim(self, item: str, suffixes: Sequence[str]) -> str:
+    def claim(self, item: str, form: Form) -> str:
+        """The base of the item's entry names. Raises UsageError."""
         if item in self.items:
             raise UsageError(f"two items are named {item!r}")
         try:
@@ -139,49 +201,31 @@ class _Names:
         except UnicodeEncodeError:
             raise UsageError(f"item name {item!r} is not valid Unicode") from None
         self.items.add(item)
+        if form.storage != PLAIN:
+            return item
         entry, attempt = item, 1
-        while any(entry + suffix in self.entries for suffix in suffixes):
+        while any(f"{entry}/{part}" in self.entries for part in form.parts):
             attempt += 1
             entry = f"{item}#{attempt}"
-        self.entries.update(entry + suffix for suffix in suffixes)
+        self.entries.update(f"{entry}/{part}" for part in form.parts)
         return entry
 
 
-def _draft(item: Item, packing: Packing, names: _Names) -> PlannedItem:
-    shape = tuple(item.shape)
-    try:
-        check_shape(list(shape), item.name)
-        dtype_name(item.dtype)
-    except (FormatError, KeyError) as error:
-        raise UsageError(f"item {item.name!r}: {item.dtype} {shape} cannot be stored ({error})") from error
-    parts = item.codec.parts(shape, item.dtype)
-    pieces = chunks(item.codec, shape, item.dtype)
-    whole, largest = item.codec.align(shape) is None, 0
-    for piece in {c.shape for c in pieces}:
-        nbytes = sum(s.nbytes for s in item.codec.parts(piece, item.dtype).values())
-        Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)
-        largest = max(largest, nbytes)
-    storage = PLAIN if _is_plain(sum(spec.nbytes for spec in parts.values()), largest, packing) else PACKED
-    suffixes = [""] if storage == PACKED else [f"/{part}" for part in parts]
-    return PlannedItem(item, names.claim(item.name, suffixes), storage, 0, parts, pieces, {})
-
-
-def _shard(group: Sequence[PlannedItem], metadata: Mapping[str, str]) -> tuple[list[PlannedItem], Shard]:
+def _shard(
+    group: Sequence[PlannedItem], metadata: Mapping[str, str], limits: Limits
+) -> tuple[list[PlannedItem], Shard]:
     plain = [(i, part, spec) for i, p in enumerate(group) if p.storage == PLAIN for part, spec in p.parts.items()]
     plain.sort(key=lambda entry: -entry[2].dtype.itemsize)
-    offsets: list[dict[str, int]] = [{} for _ in group]
+    offsets: dict[int, dict[str, int]] = {}
     entries, position = [], 0
     for i, part, spec in plain:
-        offsets[i][part] = position
+        offsets.setdefault(i, {})[part] = position
         dtype, shape = entry_type(spec)
         entries.append(Entry(f"{group[i].entry}/{part}", dtype, shape, position, position + spec.nbytes))
         position += spec.nbytes
-    widest = [
-        Entry(name, "U8", (UNKNOWN_OFFSET,), UNKNOWN_OFFSET, UNKNOWN_OFFSET)
-        for name in [p.entry for p in group if p.storage == PACKED] + [MANIFEST_ENTRY]
-    ]
+    unknown = ((UNKNOWN_OFFSET,), UNKNOWN_OFFSET, UNKNOWN_OFFSET)
+    widest = [Entry(name, "U8", *unknown) for name in (packed_entry(limits.max_shards), MANIFEST_ENTRY)]
     header, _ = build_header([*entries, *widest], metadata)
-    items = [
-        PlannedItem(p.item, p.entry, p.storage, p.shard, p.parts, p.chunks, offsets[i]) for i, p in enumerate(group)
-    ]
+    limits.check(f"header bytes for {len(entries):,} plain parts", len(header) - 8, limits.max_header_bytes)
+    items = [replace(p, offsets=offsets[i]) if i in offsets else p for i, p in enumerate(group)]
     return items, Shard(entries, position, len(header))

@@ -7,19 +7,16 @@ plus a column term (second moments are) are centred first; see `statecodec.kerne
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.errors import CorruptFile, FormatError
-from statecodec.limits import MAX_WINDOW
+from statecodec.format.frames import decompress
 
 STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
 WORTH = 0.97  # a plane is compressed only below this share of its size
@@ -27,8 +24,6 @@ SAMPLE = 4096  # bytes in each of four samples of a plane
 CENTRE_FROM = 16  # rows and columns a plane needs for its means to pay
 CENTRE_SAMPLE = 1024  # columns of the 64 rows that decide about it
 CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this share
-_MAGIC = b"\x28\xb5\x2f\xfd"
-_local = threading.local()
 
 
 def pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes | None]:
@@ -93,39 +88,16 @@ def unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None
     elif method == CONSTANT:
         plane.fill(payload[0])
     elif method == ZSTD:
-        _decompress(payload, plane)
+        decompress(payload, plane)
     else:
         rows, cols = matrix.shape
         buffer = pool.take(cols + rows + plane.size)
         content = buffer[: cols + rows + plane.size]
-        _decompress(payload, content)
+        decompress(payload, content)
         columns, lines, residual = torch.from_numpy(content).split_with_sizes([cols, rows, plane.size])
         nibbles = method == CENTRED_NIBBLES
         cpu_kernels().uncentre(residual.view(rows, cols), columns, lines, torch.from_numpy(matrix), nibbles=nibbles)
         pool.give(buffer)
-
-
-def _decompress(frame: Bytes, plane: Bytes) -> None:
-    """One zstd frame into a plane of exactly its size. What the frame says of itself is checked before it is run."""
-    if frame[:4].tobytes() != _MAGIC:
-        raise FormatError("a compressed plane is not a zstd frame")
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
-    try:
-        said = zstandard.get_frame_parameters(frame.data)
-        if said.content_size != plane.size or said.window_size > MAX_WINDOW or said.dict_id:
-            raise FormatError(
-                f"zstd frame of {said.content_size} bytes, window {said.window_size}; expected {plane.size} bytes, "
-                f"window at most {MAX_WINDOW}"
-            )
-        with _local.decompressor.stream_reader(frame.data) as stream:
-            done, target = 0, plane.data
-            while done < plane.size and (n := stream.readinto(target[done:])):
-                done += n
-            if done != plane.size or stream.read(1):
-                raise CorruptFile(f"a compressed plane gives {done} bytes, expected {plane.size}")
-    except zstandard.ZstdError as error:
-        raise CorruptFile(f"a compressed plane cannot be unpacked: {error}") from error
 
 
 @cache

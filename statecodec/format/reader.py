@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import stat
+import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ from torch import Tensor
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
+from statecodec.format import sharing
 from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
-from statecodec.format.index import INDEX_SUFFIX, index_json, last_shard
-from statecodec.format.manifest import PACKED, Manifest, StoredItem
+from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, last_shard
+from statecodec.format.items import PACKED, StoredItem, StoredRecord
+from statecodec.format.manifest import Manifest
 from statecodec.format.packing import decode_record
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
+
+_UNPACKED = 8  # shared records that are kept: neighbours are read together
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class Reader:
         self._pool = Pool(32 << 20)
         self._fds: list[int] = []
         self._known_offsets: dict[int, _Offsets] = {}
+        self._unpacked: dict[StoredRecord, dict[int, dict[str, Tensor]]] = {}  # shared records, the last used last
+        self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _close_all, self._fds)
         try:
             self._open()
@@ -135,12 +142,7 @@ class Reader:
 
     def _check_entries(self) -> None:
         """The header's entries must be exactly those of the manifest."""
-        expected: list[dict[str, tuple[str, tuple[int, ...]]]] = [{} for _ in self._headers]
-        for item in self.items:
-            entries = item.entries()
-            if entries.keys() & expected[item.shard].keys() or MANIFEST_ENTRY in entries:
-                raise FormatError(f"item {item.name[:200]!r}: another item has its entry")
-            expected[item.shard].update(entries)
+        expected = expected_entries(self.items, len(self._headers))
         for i, header in enumerate(self._headers):
             found = {e.name: (e.dtype, e.shape) for e in header.entries.values()}
             if i == len(self._headers) - 1:
@@ -205,6 +207,8 @@ class Reader:
         try:
             if stored.storage == PACKED:
                 self._read_packed(item, chunk, list(parts.values()))
+            elif stored.record is not None:
+                self._read_shared(item, stored.record, parts)
             else:
                 self._read_plain(item, chunk, parts)
         except FormatError as error:
@@ -214,15 +218,32 @@ class Reader:
 
     def _read_packed(self, i: int, chunk: int, outs: Sequence[Tensor]) -> None:
         item = self.items[i]
+        start = item.start + self._offsets(i).records[chunk]
+        self._read_record(item, start, item.chunks[chunk].nbytes, item.chunks[chunk].checksums[0], outs)
+
+    def _read_record(self, item: StoredItem, start: int, size: int, checksum: str, outs: Sequence[Tensor]) -> None:
         header = self._headers[item.shard]
-        offset = header.data + header.entries[item.entry].start + self._offsets(i).records[chunk]
-        size = item.chunks[chunk].nbytes
         buffer = self._pool.take(size)
         record = buffer[:size]
-        self._pread(self._fds[item.shard], record.data, offset)
-        _check(record, item.chunks[chunk].checksums[0])
+        self._pread(self._fds[item.shard], record.data, header.data + header.entries[item.entry].start + start)
+        _check(record, checksum)
         decode_record(record, outs, self._pool)
         self._pool.give(buffer)
+
+    def _read_shared(self, i: int, record: StoredRecord, parts: Mapping[str, Tensor]) -> None:
+        with self._lock:
+            unpacked = self._unpacked.pop(record, None)
+        if unpacked is None:
+            specs = [self.items[owner].parts for owner in record.items]
+            vectors = sharing.vectors(specs)
+            self._read_record(self.items[i], record.start, record.nbytes, record.checksum, vectors)
+            unpacked = dict(zip(record.items, sharing.split(specs, vectors), strict=True))
+        with self._lock:
+            self._unpacked[record] = unpacked
+            while len(self._unpacked) > _UNPACKED:
+                self._unpacked.pop(next(iter(self._unpacked)))
+        for name, part in parts.items():
+            part.copy_(unpacked[i][name])
 
     def _read_plain(self, i: int, chunk: int, parts: Mapping[str, Tensor]) -> None:
         item = self.items[i]

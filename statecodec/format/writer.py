@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,21 @@ from statecodec.atomic import File
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import UsageError
-from statecodec.format import placement
+from statecodec.errors import FormatError, OutputFailed, UsageError
+from statecodec.format import placement, sharing
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
 from statecodec.format.index import index_json
-from statecodec.format.manifest import PACKED, Manifest, OtherShard, StoredChunk, StoredItem
+from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
+from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import Item, PlannedItem, plan
-from statecodec.limits import Limits
+from statecodec.format.reader import Reader
 from statecodec.strict import dump_json
+
+_SHARING_ITEMS = 1024  # small items in one record, at most: whoever wants one unpacks all of them
+_SHARING_BYTES = 256 << 10  # of their parts, about
+_TEXT_PACKING = Packing("zstd", 3)  # looks for matches; of text, and of small tensors, which repeat each other
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,15 @@ class Finished:
     items: tuple[StoredItem, ...]
     _destination: Destination
 
+    def check(self) -> None:
+        """Open it as any reader will. Raises UsageError if that refuses it."""
+        try:
+            Reader(self.path).close()
+        except FormatError as error:
+            if isinstance(error.__cause__, OSError):
+                raise OutputFailed(f"cannot read what was written: {error}") from error
+            raise UsageError(f"readers would refuse the output: {error}") from error
+
     def publish(self) -> Written:
         """Make it visible under its name, all files or none. Raises OutputExists, OutputFailed."""
         place = self._destination
@@ -100,13 +114,14 @@ class Writer:
     ) -> None:
         self.packing = Packing.parse(packing) if isinstance(packing, str) else packing
         self._plan = plan(items, self.packing, max_shard_size, _metadata(99_999, 99_999, "0" * 32))
-        self.items = tuple(p.item for p in self._plan.items)
-        self._attributes = [dict(item.attributes) for item in self.items]
-        self._stored: list[list[StoredChunk]] = [[] for _ in self.items]
-        self._starts: list[list[int] | None] = [None] * len(self.items)
+        self._attributes = [dict(item.attributes) for item in items]
+        self._chunks: list[list[StoredChunk]] = [[] for _ in items]
+        self._first: list[int] = [0] * len(items)  # byte of each packed item's first record in its shard's entry
+        self._records: dict[int, StoredRecord] = {}  # of small items
+        self._small: list[PackedChunk] = []  # that wait for a record to share
+        self._small_nbytes = 0
         self._part_done: dict[str, int] = {}
         self._ends = [shard.packed_start for shard in self._plan.shards]
-        self._packed: list[list[Entry]] = [[] for _ in self._plan.shards]
         self._next = (0, 0)
         self._pool = Pool()
         self._files: list[File] = []
@@ -117,6 +132,11 @@ class Writer:
         except BaseException:
             self.abort()
             raise
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """What is written, in order."""
+        return tuple(planned.item for planned in self._plan.items)
 
     def chunks(self, item: int) -> Sequence[Chunk]:
         """The chunks of an item, in the order in which they must be appended."""
@@ -129,7 +149,8 @@ class Writer:
         tensors = _checked(parts, specs, planned.item.name)
         index = self._index(item, chunk)
         if planned.storage == PACKED:
-            buffer, size = encode_record(tensors, self.packing, self._pool)
+            packing = _TEXT_PACKING if planned.item.text and self.packing.level is None else self.packing
+            buffer, size = encode_record(tensors, packing, self._pool)
             return PackedChunk(item, index, buffer, (size,), (xxhash.xxh3_64_hexdigest(buffer[:size].data),))
         lengths = tuple(t.nbytes for t in tensors)
         buffer = self._pool.take(sum(lengths))
@@ -137,18 +158,16 @@ class Writer:
         for tensor, length in zip(tensors, lengths, strict=True):
             target = buffer[position : position + length]
             target[:] = tensor.view(-1).view(torch.uint8).numpy()
-            checksums.append(xxhash.xxh3_64_hexdigest(target.data))
+            if planned.storage == PLAIN:
+                checksums.append(xxhash.xxh3_64_hexdigest(target.data))
             position += length
         return PackedChunk(item, index, buffer, lengths, tuple(checksums))
 
     def _index(self, item: int, chunk: Chunk) -> int:
         pieces = self._plan.items[item].chunks
-        starts = self._starts[item]
-        if starts is None:
-            starts = self._starts[item] = [c.start for c in pieces]
-        index = bisect_left(starts, chunk.start)
+        index = bisect_left(pieces, chunk.start, key=lambda piece: piece.start)
         if index == len(pieces) or pieces[index] != chunk:
-            raise UsageError(f"item {self.items[item].name!r} has no chunk {chunk}")
+            raise UsageError(f"item {self._plan.items[item].item.name!r} has no chunk {chunk}")
         return index
 
     def append(self, packed: PackedChunk) -> None:
@@ -158,30 +177,35 @@ class Writer:
         if (packed.item, packed.index) != self._next:
             raise UsageError(f"chunk {(packed.item, packed.index)} out of order; expected {self._next}")
         planned = self._plan.items[packed.item]
-        file, base = self._files[planned.shard], self._plan.shards[planned.shard].header_size
-        if planned.storage == PACKED:
-            file.write_at(packed.buffer[: packed.lengths[0]].data, base + self._ends[planned.shard])
-            self._append_packed(planned, packed)
+        if self._small and (planned.shard != self._plan.items[self._small[0].item].shard or self._is_full(planned)):
+            self._share_record()
+        if planned.storage == SHARED:
+            self._small.append(packed)
+            self._small_nbytes += sum(packed.lengths)
         else:
-            self._append_plain(planned, packed, file, base)
-        self._pool.give(packed.buffer)
-        chunk = planned.chunks[packed.index]
-        stored = StoredChunk(chunk.start, chunk.stop, tuple(chunk.shape), sum(packed.lengths), packed.checksums)
-        self._stored[packed.item].append(stored)
+            self._append_large(planned, packed)
         last = packed.index + 1 == len(planned.chunks)
         self._next = (packed.item + 1, 0) if last else (packed.item, packed.index + 1)
 
-    def _append_packed(self, planned: PlannedItem, packed: PackedChunk) -> None:
-        start = self._ends[planned.shard]
-        stop = self._ends[planned.shard] = start + packed.lengths[0]
-        entries = self._packed[planned.shard]
-        if packed.index == 0:
-            entries.append(Entry(planned.entry, "U8", (stop - start,), start, stop))
+    def _append_large(self, planned: PlannedItem, packed: PackedChunk) -> None:
+        if planned.storage == PACKED:
+            if packed.index == 0:
+                self._first[packed.item] = self._ends[planned.shard] - self._plan.shards[planned.shard].packed_start
+            self._write_record(planned.shard, packed.buffer[: packed.lengths[0]])
         else:
-            first = entries[-1].start
-            entries[-1] = replace(entries[-1], shape=(stop - first,), stop=stop)
+            self._write_plain(planned, packed)
+        self._pool.give(packed.buffer)
+        c = planned.chunks[packed.index]
+        self._chunks[packed.item].append(
+            StoredChunk(c.start, c.stop, tuple(c.shape), sum(packed.lengths), packed.checksums)
+        )
 
-    def _append_plain(self, planned: PlannedItem, packed: PackedChunk, file: File, base: int) -> None:
+    def _write_record(self, shard: int, record: Bytes) -> None:
+        self._files[shard].write_at(record.data, self._plan.shards[shard].header_size + self._ends[shard])
+        self._ends[shard] += record.size
+
+    def _write_plain(self, planned: PlannedItem, packed: PackedChunk) -> None:
+        file, base = self._files[planned.shard], self._plan.shards[planned.shard].header_size
         if packed.index == 0:
             self._part_done = dict.fromkeys(planned.parts, 0)
         position = 0
@@ -191,19 +215,40 @@ class Writer:
             self._part_done[part] += length
             position += length
 
+    def _is_full(self, planned: PlannedItem) -> bool:
+        if planned.storage != SHARED:
+            return False
+        return len(self._small) >= _SHARING_ITEMS or self._small_nbytes >= _SHARING_BYTES
+
+    def _share_record(self) -> None:
+        """Write one record of the small items that wait for it."""
+        small, self._small, self._small_nbytes = self._small, [], 0
+        planned = [self._plan.items[p.item] for p in small]
+        shard, owners = planned[0].shard, tuple(p.item for p in small)
+        start = self._ends[shard] - self._plan.shards[shard].packed_start
+        content = sharing.join([(p.parts, packed.buffer) for p, packed in zip(planned, small, strict=True)])
+        buffer, size = encode_record(content, _TEXT_PACKING, self._pool)
+        self._write_record(shard, buffer[:size])
+        record = StoredRecord(shard, start, size, xxhash.xxh3_64_hexdigest(buffer[:size].data), owners)
+        self._pool.give(buffer)
+        for packed, p, share in zip(small, planned, shares(size, [sum(p.lengths) for p in small]), strict=True):
+            (c,) = p.chunks
+            self._records[packed.item] = record
+            self._chunks[packed.item].append(StoredChunk(c.start, c.stop, tuple(c.shape), share, ()))
+            self._pool.give(packed.buffer)
+
     def restart(self, item: int, codec: Codec) -> None:
         """Store the item that is being appended by another codec: what was appended of it is taken back.
 
         Raises UsageError for an item with plain parts, whose place was fixed beforehand.
         """
         planned = self._plan.items[item]
-        if item != self._next[0] or planned.storage != PACKED:
+        if item != self._next[0]:
             raise UsageError(f"item {planned.item.name!r} cannot be stored by another codec any more")
-        if self._next[1]:
-            self._ends[planned.shard] = self._packed[planned.shard].pop().start
-        self._plan.items[item] = placement.recoded(planned, codec)
-        self.items = tuple(p.item for p in self._plan.items)
-        self._stored[item], self._starts[item], self._next = [], None, (item, 0)
+        self._plan.items[item] = placement.recoded(planned, codec, self.packing, len(self._plan.items))
+        if self._chunks[item]:
+            self._ends[planned.shard] = self._first[item] + self._plan.shards[planned.shard].packed_start
+        self._chunks[item], self._next = [], (item, 0)
 
     def set_attributes(self, item: int, attributes: Mapping[str, Any]) -> None:
         """Replace an item's attributes, any time before `close`."""
@@ -211,10 +256,7 @@ class Writer:
 
     def finish(self, document: Mapping[str, Any] | None = None) -> Finished:
         """Write manifest and headers and wait for the disk; nothing is visible yet."""
-        if not self._files:
-            raise UsageError("this writer is closed")
-        if self._next != (len(self.items), 0):
-            raise UsageError(f"{len(self.items)} items were announced; chunk {self._next} has not been appended")
+        self._check_complete()
         try:
             return self._finish_all(document or {})
         except BaseException:
@@ -223,40 +265,53 @@ class Writer:
 
     def close(self, document: Mapping[str, Any] | None = None) -> Written:
         """Finish and publish at once."""
+        self._check_complete()
         try:
             return self.finish(document).publish()
         finally:
             self.abort()
 
+    def _check_complete(self) -> None:
+        if not self._files:
+            raise UsageError("this writer is closed")
+        if self._next != (len(self._plan.items), 0):
+            raise UsageError(f"{len(self._plan.items)} items were announced; chunk {self._next} has not been appended")
+
     def _finish_all(self, document: Mapping[str, Any]) -> Finished:
         place = self._destination
+        if self._small:
+            self._share_record()
         others = tuple(OtherShard(place.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1))
-        items = tuple(self._stored_item(i) for i in range(len(self.items)))
-        manifest = Manifest(VERSION, f"statecodec {__version__}", others, items, document)
-        data = _json(manifest.to_json(), "attributes or document")
-        if len(data) > Limits().max_manifest_bytes:
-            raise UsageError(f"the manifest would take {len(data):,} bytes, above what readers accept")
+        items = tuple(self._stored_item(i) for i in range(len(self._plan.items)))
+        try:
+            data = Manifest(VERSION, f"statecodec {__version__}", others, items, document).to_bytes()
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(f"attributes or document cannot be written as JSON: {error}") from error
         self._finish(len(self._files) - 1, data)
         if place.sharded:
             self._write_index(items, xxhash.xxh3_128_hexdigest(data))
         self._files.clear()
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
         made = place.staging.folder
-        return Finished(made / place.opened.name, tuple(made / f.name for f in place.files), nbytes, items, place)
+        finished = Finished(made / place.opened.name, tuple(made / f.name for f in place.files), nbytes, items, place)
+        finished.check()
+        return finished
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]
-        item = p.item
+        item, entry = p.item, p.entry if p.storage == PLAIN else packed_entry(p.shard)
         return StoredItem(
-            item.name, item.codec, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._stored[i]),
-            self._attributes[i], p.shard, p.entry,
+            item.name, item.codec, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._chunks[i]),
+            self._attributes[i], p.shard, entry, self._first[i], self._records.get(i),
             {role: item.companions[role] for role in item.codec.needs},
         )  # fmt: skip
 
     def _finish(self, i: int, manifest: bytes | None) -> str:
         """Complete one shard on disk; returns its header's digest."""
         shard, file, end = self._plan.shards[i], self._files[i], self._ends[i]
-        entries = [*shard.plain, *self._packed[i]]
+        entries, packed = list(shard.plain), end - shard.packed_start
+        if packed:
+            entries.append(Entry(packed_entry(i), "U8", (packed,), shard.packed_start, end))
         digest = None
         if manifest is not None:
             digest = xxhash.xxh3_128_hexdigest(manifest)

@@ -134,7 +134,8 @@ class Compression:
         def document(refusals: Mapping[str, str]) -> dict[str, Any]:
             found = dict(zip(own, hashes.digests(), strict=False))
             self.source.files.check_unchanged()
-            return documents.to_json(self._document([found.get(i) for i in range(len(located.files))], refusals))
+            written = self._document([found.get(i) for i in range(len(located.files))], refusals)
+            return documents.to_json(written, self.source.items)
 
         hashes.start()
         try:
@@ -146,7 +147,8 @@ class Compression:
     def _items(self) -> Iterator[Item]:
         for item in self.source.items:
             attributes = {"role": item.role, **({"param": item.param} if item.region is not None else {})}
-            yield Item(item.name, self.choices[item.name].codec, item.shape, item.dtype, attributes)
+            text = item.region is None
+            yield Item(item.name, self.choices[item.name].codec, item.shape, item.dtype, attributes, text=text)
 
     def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
         item = self.source.items[index]

@@ -18,10 +18,10 @@ from statecodec import codecs
 from statecodec.atomic import Output
 from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.digests import FileHashes, Watched
-from statecodec.checkpoint.document import StoredFile
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, write_exactly
 from statecodec.layouts import Crc32, Folder

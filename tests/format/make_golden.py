@@ -21,7 +21,7 @@ from torch import Tensor
 from statecodec.codecs import Codec, EncodedTensor, LowRank, parse
 from statecodec.format import Reader
 from statecodec.format.container import VERSION
-from tests.format.support import bytes_of, write
+from tests.format.support import bytes_of, forge, write
 
 GOLDEN = Path(__file__).parent / "golden"
 DOCS = Path(__file__).parents[2] / "docs" / "format.md"
@@ -37,8 +37,12 @@ FILES = {
     "plain-1.1.safetensors": ("none", None),
     "packed-1.1.safetensors": ("zstd", None),
     "example-1.1.safetensors": ("zstd", None),
+    "plain-2.0.safetensors": ("none", None),
+    "packed-2.0.safetensors": ("zstd", None),
+    "sharded-2.0.safetensors": ("zstd", 150_000),
+    "example-2.0.safetensors": ("zstd", None),
 }
-EXAMPLE = "example-1.1.safetensors"  # on the page
+EXAMPLE = "example-2.0.safetensors"  # on the page
 
 
 def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
@@ -172,6 +176,8 @@ def main(renew: bool) -> None:
         written = write(
             GOLDEN / name, content, packing=packing, max_shard_size=shard, force=renew, companions=COMPANIONS
         )
+        if name == EXAMPLE:  # its manifest is there to be read
+            written.path.write_bytes(forge(written.path.read_bytes(), lambda manifest: manifest))
         known[name] = expected(written.path)
         print(f"wrote {written.path.name} and its shards, {written.nbytes:,} bytes", file=sys.stderr)
     EXPECTED.write_text(json.dumps(known, indent=1) + "\n")

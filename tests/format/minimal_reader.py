@@ -34,10 +34,14 @@ class MinimalReader:
         start, stop = entries["__manifest__"]["data_offsets"]
         text = data[start:stop]
         assert xxhash.xxh3_128_hexdigest(text) == metadata["statecodec.manifest"]
+        if text.startswith(b"\x28\xb5\x2f\xfd"):
+            text = zstandard.decompress(text)
         self.manifest: dict[str, Any] = json.loads(text)
         self.shards = [self._open(path.with_name(s["file"])) for s in self.manifest["shards"]] + [(entries, data)]
         for shard, known in zip(self.shards, self.manifest["shards"], strict=False):
             assert shard[0]["__metadata__"]["statecodec.header"] == known["header"]
+        if self.manifest["format_version"][0] > 1:
+            self._place()
 
     def _open(self, path: Path) -> tuple[dict[str, Any], bytes]:  # section 2
         data = path.read_bytes()
@@ -49,14 +53,46 @@ class MinimalReader:
         assert xxhash.xxh3_64_hexdigest(zeroed).encode() == digest
         return entries, data[8 + n :]
 
+    def _place(self) -> None:  # sections 3.2 and 3.3
+        """What every item is, as in a manifest of format 1.x, and where its records lie."""
+        items, records = self.manifest["items"], self.manifest["records"]
+        shard_of = [shard for shard, count in enumerate(items["shards"]) for _ in range(count)]
+        self.items = []
+        for i, form in enumerate(items["form"]):
+            item = {**self.manifest["forms"][form], "name": items["name"][i], "shard": shard_of[i], "records": []}
+            item["chunks"] = [{"shape": shape} for number, shape in item["chunks"] for _ in range(number)]
+            self.items.append(item)
+        for i, entry in items["entry"]:
+            self.items[i]["entry"] = entry
+        packed = [item for item in self.items if item["storage"] == "packed" for _ in item["chunks"]]
+        small = [item for item in self.items if item["storage"] == "shared"]
+        sharing, at = dict(records["shared"]), [0] * len(self.shards)
+        for r, nbytes in enumerate(records["nbytes"]):
+            owners, small = (small[: sharing[r]], small[sharing[r] :]) if r in sharing else ([packed.pop(0)], small)
+            shard = owners[0]["shard"]
+            entries, data = self.shards[shard]
+            start = entries[f"__packed_{shard}__"]["data_offsets"][0] + at[shard]
+            record = data[start : start + nbytes]
+            assert xxhash.xxh3_64_hexdigest(record) == records["checksums"][16 * r : 16 * r + 16]
+            at[shard] += nbytes
+            for owner in owners:
+                owner["records"].append((record, owners))
+        assert not packed
+        assert not small
+
     def raw_bytes(self, name: str) -> bytes:
-        item = next(i for i in self.manifest["items"] if i["name"] == name)
+        if self.manifest["format_version"][0] > 1:
+            item = next(i for i in self.items if i["name"] == name)
+            if item["storage"] != "plain":
+                return self._from_records(item)
+        else:
+            item = next(i for i in self.manifest["items"] if i["name"] == name)
         assert item["codec"]["name"] == "raw"
         entries, data = self.shards[item["shard"]]
         base = item.get("entry", name)
         if item["storage"] == "plain":  # section 4
             start, stop = entries[f"{base}/data"]["data_offsets"]
-            if len(item["chunks"]) == 1:
+            if len(item["chunks"]) == 1 and "checksums" in item["chunks"][0]:
                 assert [xxhash.xxh3_64_hexdigest(data[start:stop])] == item["chunks"][0]["checksums"]
             return data[start:stop]
         start, stop = entries[base]["data_offsets"]
@@ -68,6 +104,29 @@ class MinimalReader:
             start += chunk["nbytes"]
         assert start == stop
         return out
+
+    def _from_records(self, item: dict[str, Any]) -> bytes:  # section 5
+        if item["storage"] == "packed":
+            pairs = zip(item["records"], item["chunks"], strict=True)
+            return b"".join(self._record(record, item["dtype"], chunk["shape"]) for (record, _), chunk in pairs)
+        ((record, owners),) = item["records"]
+        sizes: dict[str, int] = {}
+        for owner in owners:
+            for part in owner["parts"].values():
+                if owner is item:
+                    start = sizes.get(part["dtype"], 0)
+                sizes[part["dtype"]] = sizes.get(part["dtype"], 0) + int(np.prod(part["shape"]))
+        at = 5 * sum(WIDTH.get(dtype, 1) for dtype in sizes)
+        table = record[:at]
+        for dtype, numel in sizes.items():
+            rows, table = table[: 5 * WIDTH.get(dtype, 1)], table[5 * WIDTH.get(dtype, 1) :]
+            length = sum(struct.unpack_from("<BI", rows, k)[1] for k in range(0, len(rows), 5))
+            if dtype == item["dtype"]:
+                vector = self._record(rows + record[at : at + length], dtype, [numel])
+                size = len(vector) // max(numel, 1)
+                return vector[start * size : (start + int(np.prod(item["shape"]))) * size]
+            at += length
+        raise AssertionError("its dtype is not among the vectors")
 
     def _record(self, record: bytes, dtype: str, shape: list[int]) -> bytes:  # section 5
         width = WIDTH.get(dtype, 1)

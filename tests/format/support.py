@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 import xxhash
+import zstandard
 from torch import Tensor
 
+from statecodec import dtypes
+from statecodec.buffers import Pool
 from statecodec.codecs import Codec, Raw, parse
-from statecodec.format import Item, Writer, Written
+from statecodec.codecs.chunking import chunks
+from statecodec.format import Item, Packing, Writer, Written
+from statecodec.format.entry_types import ITEMSIZE, entry_type
+from statecodec.format.packing import encode_record
 
 
 def sample(seed: int = 0) -> dict[str, tuple[Tensor, Codec]]:
@@ -93,11 +99,16 @@ def join_file(header: dict[str, Any] | bytes, body: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def manifest_text(data: bytes) -> bytes:
+    """The JSON text of a manifest, whether compressed or not."""
+    return data if data.startswith(b"{") else zstandard.decompress(data)
+
+
 def forge(data: bytes, change: Callable[[dict[str, Any]], Any], raw: Callable[[bytes], bytes] | None = None) -> bytes:
     """A single-file output with its manifest changed and every digest over it made right again."""
     header, body = split_file(data)
     start, stop = header["__manifest__"]["data_offsets"]
-    manifest = json.loads(body[start:stop])
+    manifest = json.loads(manifest_text(body[start:stop]))
     manifest = change(manifest) or manifest
     text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode()
     text = raw(text) if raw else text
@@ -106,17 +117,74 @@ def forge(data: bytes, change: Callable[[dict[str, Any]], Any], raw: Callable[[b
     return join_file(header, body[:start] + text)
 
 
-def build(items: Sequence[dict[str, Any]], entries: Mapping[str, tuple[str, list[int], bytes]]) -> bytes:
-    """A whole file from chosen manifest items and entries (name -> dtype, shape, bytes), all digests right."""
+def build(
+    items: Sequence[dict[str, Any]],
+    entries: Mapping[str, tuple[str, list[int], bytes]],
+    document: Mapping[str, Any] = MappingProxyType({}),
+    version: str = "1.0",
+) -> bytes:
+    """A whole file of format 1.x from chosen manifest items and entries (name -> dtype, shape, bytes), all digests
+    right.
+    """
     manifest = {
-        "format": "statecodec", "format_version": [1, 0], "writer": "test", "shards": [], "items": list(items),
-        "document": {},
+        "format": "statecodec", "format_version": [int(n) for n in version.split(".")], "writer": "test", "shards": [],
+        "items": list(items), "document": dict(document),
     }  # fmt: skip
-    text = json.dumps(manifest).encode()
-    metadata = {"format": "statecodec", "statecodec.version": "1.0", "statecodec.header": "0" * 16}
+    text = json.dumps(manifest, separators=(",", ":"), ensure_ascii=False).encode()
+    metadata = {"format": "statecodec", "statecodec.version": version, "statecodec.header": "0" * 16}
     header: dict[str, Any] = {"__metadata__": {**metadata, "statecodec.manifest": xxhash.xxh3_128_hexdigest(text)}}
     body = b""
     for name, (dtype, shape, data) in {**entries, "__manifest__": ("U8", [len(text)], text)}.items():
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(data)]}
         body += data
     return join_file(header, body)
+
+
+def write_old(
+    path: Path,
+    tensors: Mapping[str, tuple[Tensor, Codec]],
+    *,
+    packing: str = "zstd",
+    document: dict[str, Any] | None = None,
+    companions: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> Path:
+    """A file of format 1.1, which is only read now: rows of items, an entry for each packed one, small ones plain."""
+    plain: dict[str, tuple[str, list[int], bytes]] = {}
+    packed: dict[str, tuple[str, list[int], bytes]] = {}
+    items = []
+    for name, (tensor, codec) in tensors.items():
+        shape, named = tuple(tensor.shape), companions.get(name, {})
+        specs, storage = codec.parts(shape, tensor.dtype), "plain"
+        if packing != "none" and codec.nbytes(shape, tensor.dtype) >= 4096:
+            storage = "packed"
+        rows, data = [], dict.fromkeys(specs, b"")
+        records = b""
+        for chunk in chunks(codec, shape, tensor.dtype):
+            piece = tensor.reshape(-1)[chunk.start : chunk.stop].view(chunk.shape)
+            given = {role: tensors[other][0].reshape(-1)[chunk.start : chunk.stop] for role, other in named.items()}
+            parts = codec.encode(piece, "reference", given).parts
+            row: dict[str, Any] = {"shape": list(chunk.shape)}
+            if storage == "packed":
+                buffer, size = encode_record([p.contiguous() for p in parts.values()], Packing(), Pool())
+                record = buffer[:size].tobytes()
+                row |= {"nbytes": size, "checksum": xxhash.xxh3_64_hexdigest(record)}
+                records += record
+            else:
+                row["checksums"] = [xxhash.xxh3_64_hexdigest(bytes_of(parts[part])) for part in specs]
+                for part in specs:
+                    data[part] += bytes_of(parts[part])
+            rows.append(row)
+        for part, spec in specs.items() if storage == "plain" else ():
+            kind, dims = entry_type(spec)
+            plain[f"{name}/{part}"] = (kind, list(dims), data[part])
+        if storage == "packed":
+            packed[name] = ("U8", [len(records)], records)
+        found = {k: {"dtype": dtypes.name_of(s.dtype), "shape": list(s.shape)} for k, s in specs.items()}
+        value = {
+            "name": name, "shard": 0, "codec": codec.config(), "dtype": dtypes.name_of(tensor.dtype),
+            "shape": list(shape), "storage": storage, "parts": found, "chunks": rows, "attributes": {"role": "other"},
+        }  # fmt: skip
+        items.append({**value, "companions": dict(named)} if named else value)
+    entries = dict(sorted(plain.items(), key=lambda entry: -ITEMSIZE[entry[1][0]])) | packed
+    path.write_bytes(build(items, entries, {"note": "test"} if document is None else document, "1.1"))
+    return path

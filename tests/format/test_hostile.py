@@ -24,7 +24,7 @@ from statecodec.codecs import Codec, Raw, parse
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion, UsageError
 from statecodec.format import Limits, Reader
 from statecodec.format.packing import Packing, decode_record, encode_record
-from tests.format.support import build, forge, join_file, sample, split_file, write
+from tests.format.support import build, forge, join_file, sample, split_file, write, write_old
 
 BIG = 1 << 60
 Change = Callable[[dict[str, Any]], Any]
@@ -61,7 +61,7 @@ def _peak(reset: bool = False) -> int:
 @pytest.fixture
 def good(tmp_path: Path) -> bytes:
     tensors = {"w": (torch.randn(100, 30), Raw()), "b": (torch.ones(3), Raw())}
-    return write(tmp_path / "good", tensors).path.read_bytes()
+    return write_old(tmp_path / "good", tensors).read_bytes()
 
 
 def item(data: bytes = b"", **fields: Any) -> dict[str, Any]:
@@ -142,7 +142,7 @@ HEADER_LIES: dict[str, Change] = {
     "manifest beyond the end": _header("__manifest__", data_offsets=[0, BIG], shape=[BIG]),
     "metadata": lambda h: h["__metadata__"].update(other=1),
     "no manifest": lambda h: h["__metadata__"].pop("statecodec.manifest") and None,
-    "major version": lambda h: h["__metadata__"].update({"statecodec.version": "2.0"}),
+    "major version": lambda h: h["__metadata__"].update({"statecodec.version": "3.0"}),
     "bad version": lambda h: h["__metadata__"].update({"statecodec.version": "1"}),
 }
 
@@ -284,7 +284,7 @@ def test_limits(tmp_path: Path, good: bytes, limits: dict[str, int]) -> None:
 @pytest.mark.parametrize("codec", ["dropped", "folded", "shared", "lowrank"])
 def test_codecs_that_expand(tmp_path: Path, codec: str) -> None:
     tensors = {"x": (torch.zeros(64, 64), _codec(codec))}
-    data = write(tmp_path / "x", tensors, packing="none").path.read_bytes()
+    data = write_old(tmp_path / "x", tensors, packing="none").read_bytes()
     shape = [1 << 30, 1 << 30]
 
     def change(m: dict[str, Any]) -> None:
@@ -378,7 +378,7 @@ def test_companions_that_lie(tmp_path: Path) -> None:
         "other": (torch.rand(60, 80), Raw()), "ids": (torch.ones(80, 60, dtype=torch.int32), Raw()),
     }  # fmt: skip
     named = {name: {"exp_avg_sq": "v"} for name in ("m", "n")}
-    data = write(tmp_path / "x", tensors, companions=named).path.read_bytes()
+    data = write_old(tmp_path / "x", tensors, companions=named).read_bytes()
     read_all(tmp_path / "x")
     lies: list[Any] = [
         {}, None, "v", {"exp_avg_sq": 3}, {"exp_avg_sq": "gone"}, {"exp_avg_sq": "other"}, {"exp_avg_sq": "ids"},
@@ -421,7 +421,7 @@ def test_no_record_expands_beyond_the_format_s_bound(tmp_path: Path) -> None:
 
 
 def test_chunks_must_tile_the_item(tmp_path: Path) -> None:
-    data = write(tmp_path / "g", {"x": (torch.randn(1100, 1024), Raw())}).path.read_bytes()
+    data = write_old(tmp_path / "g", {"x": (torch.randn(1100, 1024), Raw())}).read_bytes()
 
     def lie(change: Callable[[list[dict[str, Any]]], Any]) -> bytes:
         def on(m: dict[str, Any]) -> None:
@@ -439,7 +439,7 @@ def test_chunks_must_tile_the_item(tmp_path: Path) -> None:
 
 
 def test_chunks_of_an_item_without_parts_must_tile_it_too(tmp_path: Path) -> None:
-    data = write(tmp_path / "g", {"x": (torch.zeros(64, 64), parse("dropped"))}).path.read_bytes()
+    data = write_old(tmp_path / "g", {"x": (torch.zeros(64, 64), parse("dropped"))}).read_bytes()
 
     def change(m: dict[str, Any]) -> None:
         m["items"][0]["chunks"] = [{"shape": [1, 64], "checksums": []}] * 2
@@ -449,7 +449,7 @@ def test_chunks_of_an_item_without_parts_must_tile_it_too(tmp_path: Path) -> Non
 
 def test_mutated_manifests_raise_only_our_errors(tmp_path: Path) -> None:
     """Random JSON surgery with valid digests: whatever happens, it is a FormatError or a readable file."""
-    data = write(tmp_path / "g", sample(), document={"a": [1, {"b": None}]}).path.read_bytes()
+    data = write_old(tmp_path / "g", sample(), document={"a": [1, {"b": None}]}).read_bytes()
     rng = random.Random(5)
     junk: list[Any] = [
         None,

@@ -57,11 +57,11 @@ def test_opens_with_the_safetensors_library(tmp_path: Path, packing: str) -> Non
                     assert torch.equal(found, tensors[name[:-5]][0])
 
 
-def test_small_items_stay_plain_and_every_plain_part_is_aligned(tmp_path: Path) -> None:
+def test_every_plain_part_is_aligned(tmp_path: Path) -> None:
     tensors = {
         f"t{i}": (torch.ones(i, dtype=d), Raw()) for i, d in enumerate([torch.int8, torch.float64, torch.int8] * 5)
     }
-    write(tmp_path / "x.safetensors", tensors)
+    write(tmp_path / "x.safetensors", tensors, packing="none")
     with Reader(tmp_path / "x.safetensors") as reader:
         assert {item.storage for item in reader.items} == {"plain"}
         header = reader._headers[0]
@@ -79,6 +79,31 @@ def test_entry_names_never_collide(tmp_path: Path) -> None:
     with Reader(tmp_path / "x.safetensors") as reader:
         for name, (tensor, _) in tensors.items():
             assert torch.equal(reader.read(name).decode(backend="reference"), tensor)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 1200), min_size=1, max_size=60),
+    seed=st.integers(0, 1 << 30),
+    shard=st.none() | st.integers(1, 20_000),
+)
+def test_small_items_share_records(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int, shard: int | None
+) -> None:
+    """Of several dtypes, between large ones, over shards: each comes back alone and in any order."""
+    g = torch.Generator().manual_seed(seed)
+    kinds = (torch.float32, torch.int64, torch.bfloat16, torch.uint8)
+    tensors = {f"t{i}": ((torch.randn(n, generator=g) * 9).to(kinds[n % 4]), Raw()) for i, n in enumerate(sizes)}
+    path = tmp_path_factory.mktemp("small") / "x"
+    written = write(path, tensors, max_shard_size=shard)
+    with Reader(path) as reader:
+        small = [i for i in reader.items if i.nbytes < 4096]
+        assert all(item.storage == ("shared" if item.nbytes < 4096 else "packed") for item in reader.items)
+        assert sum(item.stored_nbytes for item in reader.items) + 4096 * len(written.files) > written.nbytes - 20_000
+        assert len({(i.record.shard, i.record.start) for i in small if i.record}) <= len(small)
+        for name in sorted(tensors, reverse=True):
+            assert bytes_of(reader.read(name).parts["data"]) == bytes_of(tensors[name][0])
+        assert all(check.error is None for check in reader.verify())
 
 
 @pytest.mark.parametrize("packing", ["none", "zstd"])
@@ -142,8 +167,9 @@ def test_reading_one_item_touches_only_its_bytes(tmp_path: Path, monkeypatch: py
                 spans.clear()
                 reader.read(name)
                 item = reader.items[reader.index(name)]
-                entries = [reader._headers[0].entries[e] for e in item.entries()]
-                low = reader._headers[0].data + min(e.start for e in entries)
+                entry = item.entry if packing == "zstd" else f"{item.entry}/data"
+                low = reader._headers[0].data + reader._headers[0].entries[entry].start
+                low += item.record.start if item.record else item.start
                 assert sum(b - a for a, b in spans) == item.stored_nbytes
                 assert all(low <= a and b <= low + item.stored_nbytes for a, b in spans)
 

@@ -1,0 +1,221 @@
+"""Items as they stand in a file, and the checks that all versions of the manifest share. What is read is untrusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from statecodec.codecs import Codec, PartSpec, from_config
+from statecodec.codecs.chunking import Chunk
+from statecodec.dtypes import STORED
+from statecodec.errors import CodecError, FormatError, LimitExceeded, UnknownCodec, UnsupportedVersion
+from statecodec.format.entry_types import dtype_name, entry_type
+from statecodec.limits import MAX_PACKED_CHUNK, Limits
+from statecodec.strict import Fields
+
+PLAIN, PACKED, SHARED = "plain", "packed", "shared"
+
+Specs = Callable[[tuple[int, ...], torch.dtype], dict[str, PartSpec]]
+
+
+@dataclass(frozen=True)
+class StoredChunk(Chunk):
+    """A chunk in a file. `nbytes`: of its record (packed), its parts (plain) or its share of a record (shared).
+    `checksums`: one (packed), one per part (plain), none (shared).
+    """
+
+    nbytes: int
+    checksums: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredRecord:
+    """A record that several small items share: where it lies in its shard's packed entry, and whose it is, by index."""
+
+    shard: int
+    start: int
+    nbytes: int
+    checksum: str
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """One encoded tensor in a file; `parts` are the whole tensor's.
+
+    `entry` is the base of its entries' names (plain), or the entry in which its records lie one after the other, from
+    byte `start` on (packed); `record` is the one it shares (shared).
+    """
+
+    name: str
+    codec: Codec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    storage: str
+    parts: Mapping[str, PartSpec]
+    chunks: tuple[StoredChunk, ...]
+    attributes: Mapping[str, Any]
+    shard: int
+    entry: str
+    start: int = 0
+    record: StoredRecord | None = field(default=None, repr=False)
+    companions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parts before packing."""
+        return sum(spec.nbytes for spec in self.parts.values())
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(chunk.nbytes for chunk in self.chunks)
+
+    @property
+    def decoded_nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def plain_entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The safetensors entries of a plain item's parts: name -> (dtype, shape)."""
+        return {f"{self.entry}/{part}": entry_type(spec) for part, spec in self.parts.items()}
+
+
+def packed_entry(shard: int) -> str:
+    """The entry that holds all records of a shard, since format 2.0."""
+    return f"__packed_{shard}__"
+
+
+def shares(record: int, sizes: Iterable[int]) -> list[int]:
+    """A record's bytes, dealt out to the items that share it in proportion to theirs; they add up."""
+    weights = [size + 1 for size in sizes]  # an item may have no bytes at all
+    total, dealt, sofar, found = sum(weights), 0, 0, []
+    for weight in weights:
+        sofar += weight
+        found.append(record * sofar // total - dealt)
+        dealt += found[-1]
+    return found
+
+
+def read_dtype(fields: Fields) -> torch.dtype:
+    """The field `dtype`. Raises UnsupportedVersion."""
+    name = fields.take("dtype", str)
+    if name not in STORED:
+        raise UnsupportedVersion(f"{fields.where}: unknown dtype {name[:40]!r}")
+    return STORED[name]
+
+
+def read_codec(fields: Fields) -> Codec:
+    """The field `codec`. Raises UnsupportedVersion for one this version does not know, FormatError."""
+    config = fields.take("codec", dict)
+    try:
+        return from_config(config)
+    except UnknownCodec as error:
+        raise UnsupportedVersion(f"{fields.where}: {error}; a newer statecodec may have it") from error
+    except CodecError as error:
+        raise FormatError(f"{fields.where}: {error}") from error
+
+
+def check_companions(value: Any, codec: Codec, where: str) -> Mapping[str, str]:
+    """The companions of an item, by role: exactly those that its codec needs. Raises FormatError."""
+    found = value if isinstance(value, dict) else {}
+    if set(found) != set(codec.needs) or not all(isinstance(name, str) for name in found.values()):
+        raise FormatError(f"{where}: {codec.name} needs {', '.join(codec.needs) or 'no'} companions")
+    return found
+
+
+def read_parts(fields: Fields, newer: bool) -> dict[str, PartSpec]:
+    """The field `parts`."""
+    parts = {}
+    for name, value in fields.take("parts", dict).items():
+        part = Fields(value, f"{fields.where}: part {name[:80]!r}")
+        parts[name] = PartSpec(read_dtype(part), part.shape())
+        part.done(newer)
+    return parts
+
+
+def parts_json(parts: Mapping[str, PartSpec]) -> dict[str, Any]:
+    """The field `parts`, to be written."""
+    return {k: {"dtype": dtype_name(s.dtype), "shape": list(s.shape)} for k, s in parts.items()}
+
+
+def checked_specs(codec: Codec, where: str) -> Specs:
+    """`codec.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
+    known: dict[tuple[int, ...], dict[str, PartSpec]] = {}
+
+    def specs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+        if shape not in known:
+            try:
+                known[shape] = codec.parts(shape, dtype)
+            except CodecError as error:
+                raise FormatError(f"{where}: {error}") from error
+        return known[shape]
+
+    return specs
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the manifest says of a tensor before it says how it is cut: checked."""
+
+    codec: Codec
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    storage: str
+    parts: Mapping[str, PartSpec]
+
+    @classmethod
+    def read(cls, fields: Fields, storages: tuple[str, ...], newer: bool, limits: Limits) -> Tensor:
+        """Read and check the fields dtype, shape, codec, storage and parts. Raises FormatError and its subclasses."""
+        dtype, shape = read_dtype(fields), fields.shape()
+        # Zero-size dimensions count as one here: a shape of (0, 2**60) is no less a lie.
+        footprint = math.prod(max(d, 1) for d in shape) * dtype.itemsize
+        limits.check(f"{fields.where}: decoded bytes", footprint, limits.max_decoded_bytes)
+        codec = read_codec(fields).settled(shape)
+        storage = fields.take("storage", str)
+        if storage not in storages:
+            raise UnsupportedVersion(
+                f"{fields.where}: storage {storage[:40]!r}; this reader knows {' and '.join(storages)}"
+            )
+        stated, parts = checked_specs(codec, fields.where)(shape, dtype), read_parts(fields, newer)
+        if parts != stated or list(parts) != list(stated):
+            raise FormatError(f"{fields.where}: its parts are not those of {codec} for {dtype} {shape}")
+        return cls(codec, dtype, shape, storage, parts)
+
+    def cut(self, shapes: Iterable[tuple[int, ...]], count: int, where: str, limits: Limits) -> list[Chunk]:
+        """The chunks of these shapes, `count` in all: they tile the tensor in order, stay within rows or take whole
+        rows, and their parts add up to its own. Raises FormatError.
+        """
+        specs, whole = checked_specs(self.codec, where), self.codec.align(self.shape) is None
+        if not count:
+            raise FormatError(f"{where}: it has no chunks")
+        total, start, chunks = dict.fromkeys(self.parts, 0), 0, []
+        for shape in shapes:
+            stop = start + math.prod(shape)
+            if (shape != self.shape) if count == 1 else not self._fits(shape, start, stop):
+                raise FormatError(f"{where}: no chunk of shape {shape} can start at element {start}")
+            parts = specs(shape, self.dtype)
+            nbytes = sum(spec.nbytes for spec in parts.values())
+            limits.check_chunk(where, math.prod(shape) * self.dtype.itemsize, nbytes, whole)
+            if self.storage != PLAIN and nbytes > MAX_PACKED_CHUNK:
+                raise LimitExceeded(f"{where}: a packed chunk of {nbytes:,} bytes; at most {MAX_PACKED_CHUNK:,}")
+            for name, spec in parts.items():
+                total[name] = total.get(name, 0) + spec.nbytes
+            chunks.append(Chunk(start, stop, shape))
+            start = stop
+        if start != math.prod(self.shape) or total != {name: spec.nbytes for name, spec in self.parts.items()}:
+            raise FormatError(f"{where}: its chunks do not add up to the item")
+        return chunks
+
+    def _fits(self, shape: tuple[int, ...], start: int, stop: int) -> bool:
+        if len(shape) != 2 or not self.shape or stop == start or stop > math.prod(self.shape):
+            return False
+        for trailing in range(1, max(len(self.shape), 2)):
+            cols = math.prod(self.shape[-trailing:])
+            whole, within = shape[1] == cols and start % cols == 0, start // cols == (stop - 1) // cols
+            if whole or (shape[0] == 1 and within):
+                return True
+        return False

@@ -1,0 +1,52 @@
+"""What a record packs that small items share: for each dtype one vector, the items' parts one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from statecodec.buffers import Bytes
+from statecodec.codecs import PartSpec
+
+Parts = Mapping[str, PartSpec]
+
+
+def vectors(items: Sequence[Parts]) -> list[Tensor]:
+    """Vectors of the right dtypes and sizes, to be filled: in the order in which dtypes first occur."""
+    numel: dict[torch.dtype, int] = {}
+    for parts in items:
+        for spec in parts.values():
+            numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
+    return [torch.empty(count, dtype=dtype, device="cpu") for dtype, count in numel.items()]
+
+
+def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:
+    """The vectors of items, each given by the bytes of its parts, one after the other."""
+    found = vectors([parts for parts, _ in items])
+    at = {vector.dtype: 0 for vector in found}
+    flat = {vector.dtype: vector.view(torch.uint8).numpy() for vector in found}
+    for parts, data in items:
+        position = 0
+        for spec in parts.values():
+            piece = data[position : position + spec.nbytes]
+            flat[spec.dtype][at[spec.dtype] : at[spec.dtype] + spec.nbytes] = piece
+            at[spec.dtype] += spec.nbytes
+            position += spec.nbytes
+    return found
+
+
+def split(items: Sequence[Parts], filled: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The parts of each item: views of the vectors."""
+    at = {vector.dtype: 0 for vector in filled}
+    flat = {vector.dtype: vector for vector in filled}
+    found = []
+    for parts in items:
+        own = {}
+        for name, spec in parts.items():
+            start = at[spec.dtype]
+            at[spec.dtype] = start + spec.numel
+            own[name] = flat[spec.dtype][start : start + spec.numel].view(spec.shape)
+        found.append(own)
+    return found

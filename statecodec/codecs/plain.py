@@ -2,8 +2,8 @@
 
     {"codec": {"name": "companded", "version": 1, "curve": "softsign", ...},    Codec.config(), JSON
      "shape": [768, 3072],                                                      of the decoded tensor
-     "dtype": "float32",                                                        of the decoded tensor, torch's name for
-     it "parts": {"codes": tensor, "scales": tensor}}                              Codec.parts(), by name, nothing else
+     "dtype": "float32",                                                        of the decoded tensor, torch's name
+     "parts": {"codes": tensor, "scales": tensor}}                              Codec.parts(), by name, nothing else
 
 Exactly these four keys. Values are dicts, lists, strings, ints and tensors: torch.save writes it,
 torch.load(weights_only=True) reads it, and whatever walks a checkpoint recognises it by its keys (for torch's key

@@ -1,5 +1,7 @@
-"""AdamW and Adam with encoded moments (FlashOptim, arXiv 2602.23349, section 3; Adam: Kingma and Ba; AdamW:
-Loshchilov and Hutter)."""
+"""AdamW and Adam with encoded moments.
+
+Sources: Adam, Kingma and Ba; AdamW, Loshchilov and Hutter; encoded moments, FlashOptim (arXiv 2602.23349, section 3).
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""FOAM: Adam on block means, plus the residual of the current gradient (arXiv 2512.07112, algorithm 1 and its
-published code)."""
+"""FOAM: Adam on block means, plus the residual of the current gradient.
+
+Source: arXiv 2512.07112, algorithm 1, and its published code.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,8 @@ VARIANTS = {
 
 
 class FoamMethod(Elementwise):
-    """Folded moments; the arithmetic is `kernels.reference.steps.foam`. Convolution kernels fold as out x everything
-    else."""
+    """Folded moments; the arithmetic is `kernels.reference.steps.foam`. A convolution kernel is seen as a matrix of one
+    row per output."""
 
     name: ClassVar[str] = "foam"
 
@@ -64,24 +66,25 @@ class FoamMethod(Elementwise):
 
 
 class FOAM(StateOptimizer):
-    """FOAM: moments of hidden matrices folded to one value per 2**level neighbours of a row, everything else plain
-    Adam.
+    """FOAM: one moment for 2**level neighbours in a row of a hidden matrix; everything else gets plain Adam.
+
+    The moments m and v average the mean gradient of each block. The difference d of an element's gradient from that mean
+    is used as it is now: the step goes along (m + d) / sqrt(v + d**2). Such directions are not Adam's.
 
     Args (further options: StateOptimizer):
-        level: fold blocks of 2**level; clamped so that a block is not wider than a row. 0 folds nothing.
-        scale: alpha, a factor of the step of folded matrices.
-        residual_scale: rho_r, how much of the current gradient's residual enters the step.
-        variant: `safe`: a short tail block is averaged over its own length, eps stands next to the corrected root and
-            decay comes before the step, as in torch.optim.AdamW. `official`: the published code: the tail divides by
-            the full block, eps is in effect eps / sqrt(1 - beta2**t), decay follows the step. `paper`: as official, but
-            the second moment averages the square of the folded gradient, not the folded squares.
-        moments: how the folded means are stored (and the moments of the other parameters): `dense` fp32 or e.g.
-            `companded8`.
+        level: blocks have 2**level elements, and are never wider than a row. 0 folds nothing.
+        scale: alpha in the paper; the step of folded matrices is multiplied by it.
+        residual_scale: rho_r in the paper; the difference from the block's mean is multiplied by it.
+        variant: `safe`: a short block at the end of a row is averaged over its own length, eps is added to the
+            corrected root, and decay comes before the step, as in torch.optim.AdamW. `official`, the published code:
+            the short block is divided by the full length, eps is in effect eps / sqrt(1 - beta2**t), decay follows the
+            step. `paper`: as `official`, but the second moment averages the square of the block's mean gradient, not
+            the mean of the squares.
+        moments: how the folded moments, and those of the other parameters, are stored: `dense` (fp32), `companded8`, or
+            a codec.
 
-    Give `model.named_parameters()` so that embeddings and heads are exempt, or set `matrix` per group. What folding
-    does: the block
-    mean of a gradient gets Adam, its deviations within a block get the current gradient, normalised: do not expect
-    Adam's directions.
+    Give `model.named_parameters()`, so that embeddings and heads are known and get plain Adam, or set `matrix` per
+    group.
     """
 
     algorithm: ClassVar[str] = "foam"

@@ -1,9 +1,10 @@
-"""Gradient release: step each parameter as soon as its gradient is there, and free the gradient (FlashOptim section
-3.4).
+"""Gradient release: step each parameter as soon as its gradient is there, and free the gradient.
 
 The backward pass then never holds more than a few gradients at once. What needs all gradients together cannot be
-combined with it: global-norm clipping, GradScaler, accumulation over several backward passes, DistributedDataParallel,
-FSDP1.
+combined with it: clipping of the global norm, GradScaler, accumulation over several backward passes,
+DistributedDataParallel, FSDP1.
+
+Source: FlashOptim (arXiv 2602.23349), section 3.4.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-"""LoRA-Pre: moments as low-rank factors that follow their average by block-wise Newton steps (arXiv 2602.24283,
-theorem 3.1)."""
+"""LoRA-Pre: moments as products of two thin factors, which follow the moving average by Newton steps.
+
+Source: arXiv 2602.24283, theorem 3.1.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,22 @@ VARIANTS = {"safe": ("gauss_seidel", True, 1e-4, True), "paper": ("jacobi", Fals
 def track(
     left: Tensor, right: Tensor, target: Tensor, keep: float, *, jacobi: bool, relative: bool, damping: float, cap: bool
 ) -> None:
-    """Move factors (..., p, r) and (..., r, q) towards `target` (..., p, q), in place: their product follows an average
-    of targets.
+    """Move two factors in place, so that their product follows a moving average of the targets.
 
-    B' = keep B + (1 - keep) T A^T (A A^T)^-1, then A' = keep A + (1 - keep) (B^T B)^-1 B^T T with B' for B
-    (Gauss-Seidel: at full rank the product is exactly the average with beta = keep**2) or with the old B (Jacobi, as
-    printed: overshoots when targets grow). `cap` bounds the product's norm by that of the average's recursion. With
-    relative damping the factors' common scale is free, and is
-    moved so that A has unit rms: in long stretches of zeros it would otherwise underflow, and never come back.
+    With B = `left`, A = `right`, T = `target`:
+    B' = keep B + (1 - keep) T A^T (A A^T)^-1, then A' = keep A + (1 - keep) (B^T B)^-1 B^T T.
+
+    Args:
+        left: (..., p, r), fp32.
+        right: (..., r, q), fp32.
+        target: (..., p, q), fp32.
+        keep: how much of the factors stays. At full rank the product is then the average with beta = keep**2.
+        jacobi: A' is computed from the old B, as the paper prints it, which overshoots when targets grow; otherwise
+            from B' (Gauss-Seidel).
+        relative: damping is a share of the mean eigenvalue of A A^T and B^T B. The scale that both factors share is
+            then free, and is moved so that A has an rms of 1: after many targets of zero it would underflow for good.
+        damping: added to the diagonals of A A^T and B^T B before they are inverted.
+        cap: the norm of the product is at most keep**2 times its old one plus (1 - keep**2) times the target's.
     """
     limit = None
     if cap:
@@ -83,14 +93,14 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _LowRankMethod(Method):
-    """What both variants share: which states, how the factors start, how they are moved."""
+    """What Adam and Muon over low-rank moments share: how the factors start, and how they are moved."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
 
     def init(self, param: Tensor, recipe: Recipe, group: Group) -> dict[str, EncodedTensor]:
-        """B = 0 and A ~ N(0, 0.02**2) from (seed, parameter, state): the row space that the first gradient is caught
-        in."""
+        """B = 0 and A ~ N(0, 0.02**2), drawn from (seed, parameter, state): the first gradient is projected onto A's
+        rows."""
         states = super().init(param, recipe, group)
         for k, (name, state) in enumerate(states.items()):
             generator = torch.Generator("cpu").manual_seed(mix(int(group["seed"]) + mix(2 * recipe.index + k)))
@@ -113,9 +123,9 @@ class _LowRankMethod(Method):
 
 
 class LowRankAdamMethod(_LowRankMethod):
-    """Adam's step from the old factors and the fresh gradient at full rank; then the factors move.
+    """Adam's step from the old factors and the new gradient, at full rank; then the factors move.
 
-    `exp_avg_sq` is (left @ right)**2, whose factors follow |g|: an average with sqrt(beta2), squared.
+    `exp_avg_sq` is (left @ right)**2: the factors follow |g| with sqrt(beta2), and their product is squared.
     """
 
     name: ClassVar[str] = "lorapre_adam"
@@ -147,7 +157,7 @@ class LowRankAdamMethod(_LowRankMethod):
 
 
 class LowRankMuonMethod(_LowRankMethod):
-    """Newton-Schulz of mu * (left @ right) + g; the factors follow the heavy ball, an average of g / (1 - mu)."""
+    """Muon's step from mu * (left @ right) + g; the factors follow the momentum buffer, an average of g / (1 - mu)."""
 
     name: ClassVar[str] = "lorapre_muon"
 
@@ -171,20 +181,21 @@ class LoRAPre(StateOptimizer):
     """LoRA-Pre for hidden matrices whose smaller side exceeds the rank; AdamW for everything else.
 
     Args (further options: StateOptimizer):
-        rank: of the factors; 8 (p + q) rank bytes per Adam matrix (p, q), half for Muon.
-        base: `adam` or `muon`: what is done with the moments.
-        scale: factor of Adam's step for low-rank matrices (0.25 in the paper's setting); Muon has `adjust` instead.
-        variant: `safe`: Gauss-Seidel factors, damping 1e-4 relative to the Gram, product norm capped. `paper`: as
-            printed: both factors from the old ones (overshoots when gradients grow), absolute damping 1e-6 (loses small
-                gradients), no cap.
-        factor_update, damping: override the variant's `gauss_seidel` or `jacobi`, and its damping.
-        bias_correction: `paper` divides by 1 - beta2**t; `matched` by what the squared low-rank average really starts
-            like (needs lr
-            to be tuned again: the mismatch acts as a warm boost).
-        momentum, ns_steps, adjust: of Muon.
-        moments: how the other parameters' moments are stored; factors are always fp32 (their Grams amplify rounding).
+        rank: of the factors. An Adam matrix of (p, q) takes 8 (p + q) rank bytes, a Muon matrix half of that.
+        base: `adam` or `muon`, the rule that the low-rank moments are used by.
+        scale: the step of low-rank Adam matrices is multiplied by it (0.25 in the paper); Muon has `adjust` instead.
+        variant: `safe`: the second factor is computed from the new first one, damping is 1e-4 of the mean eigenvalue,
+            and the product's norm is capped. `paper`, as printed: both factors are computed from the old ones, which
+            overshoots when gradients grow; damping is 1e-6, which loses small gradients; no cap.
+        factor_update: `gauss_seidel` or `jacobi` instead of the variant's.
+        damping: a number instead of the variant's.
+        bias_correction: `paper` divides the second moment by 1 - beta2**t; `matched` by what the squared low-rank
+            average amounts to after t steps. The paper's makes early steps larger, so `matched` needs another lr.
+        momentum, ns_steps, adjust: Muon's, where `base` is `muon`.
+        moments: how the other parameters' moments are stored. Factors are always fp32: inverting A A^T would amplify
+            their rounding.
 
-    Give `model.named_parameters()` so that embeddings and heads are exempt, or set `matrix` per group.
+    Give `model.named_parameters()`, so that embeddings and heads are known and get AdamW, or set `matrix` per group.
     """
 
     algorithm: ClassVar[str] = "lorapre"

@@ -1,5 +1,7 @@
-"""Muon: momentum of hidden matrices, orthogonalised by Newton-Schulz (Jordan et al. 2024); everything else gets
-AdamW."""
+"""Muon: the momentum of hidden matrices, made orthogonal by Newton-Schulz; everything else gets AdamW.
+
+Source: Jordan et al. 2024, and torch.optim.Muon.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,13 @@ ADJUSTMENTS = ("match_rms_adamw", "original")
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """An approximately orthogonal matrix with the singular vectors of `matrix` (..., rows, cols): singular values in
-    0.7..1.2.
+    """A matrix with the singular vectors of `matrix`, and singular values between 0.7 and 1.2.
 
-    Computed in `dtype`; None is bf16 on a GPU and fp32 elsewhere (fp64 for fp64 input): CPUs have no fast bf16 matmul.
+    Args:
+        matrix: (..., rows, cols), of any float dtype, which the result has too.
+        steps: iterations.
+        dtype: what is computed in; None is bf16 on a GPU, and fp32 elsewhere (fp64 for fp64 input), because CPUs have
+            no fast bf16 matrix product.
     """
     if dtype is None:
         dtype = torch.bfloat16 if matrix.is_cuda else torch.float64 if matrix.dtype == torch.float64 else torch.float32
@@ -49,8 +54,8 @@ def step_size(group: Group, rows: int, cols: int) -> float:
 
 
 class MuonMethod(Method):
-    """Whole-matrix step: buffer = lerp(buffer, g, 1 - momentum), then Newton-Schulz of it (or of Nesterov's
-    look-ahead)."""
+    """buffer = lerp(buffer, g, 1 - momentum); the step is Newton-Schulz of it, or of lerp(g, buffer, momentum) with
+    Nesterov's momentum."""
 
     name: ClassVar[str] = "muon"
 
@@ -89,10 +94,11 @@ class Muon(StateOptimizer):
         momentum, nesterov, ns_steps: as in torch.optim.Muon.
         adjust: `match_rms_adamw` scales updates by 0.2 sqrt(max(rows, cols)), so that lr and weight_decay of AdamW fit
             both kinds; `original` by sqrt(max(1, rows / cols)).
-        betas, eps: of AdamW. `adam_lr_ratio`: AdamW's lr over Muon's.
-        moments: how the buffer (and AdamW's moments) are stored.
+        betas, eps: AdamW's.
+        adam_lr_ratio: AdamW's learning rate is lr times this.
+        moments: how the momentum buffer, and AdamW's moments, are stored.
 
-    Give `model.named_parameters()` so that embeddings and heads go to AdamW, or set `matrix` per group.
+    Give `model.named_parameters()`, so that embeddings and heads are known and get AdamW, or set `matrix` per group.
     """
 
     algorithm: ClassVar[str] = "muon"

@@ -1,5 +1,4 @@
-"""Is a step large enough to be seen? Stored weights have a grid; what is smaller than half its spacing rounds away,
-every time."""
+"""Whether steps are large enough to change the stored weights: a change of less than half their spacing rounds away."""
 
 from __future__ import annotations
 
@@ -37,12 +36,19 @@ class InvisibleStep:
 
 @torch.no_grad()
 def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> list[InvisibleStep]:
-    """What would not be seen at the present lr; empty if everything is.
+    """The steps and decays that the stored weights would round away at the present learning rate.
 
-    A step of lr * `typical_update` (an Adam update is around 0.1 to 1, a sign update 1) is compared with the spacing at
-    the parameter's largest weight, weight decay (lr * weight_decay, relative) with the relative spacing. Parameters
-    that round stochastically are fine by construction. Reads every parameter once; call it at the start and when the
-    schedule has become small.
+    A step of lr * `typical_update` is compared with the spacing of the stored weights at the parameter's largest
+    weight, and decay (lr * weight_decay, a relative change) with their relative spacing. Parameters that round
+    stochastically lose nothing on average and are left out. Reads every parameter once: call it at the start, and when
+    the schedule has made the learning rate small.
+
+    Args:
+        optimizer: any of this package.
+        typical_update: size of an update before lr: 0.1 to 1 for Adam, 1 for Lion.
+
+    Returns:
+        One entry for each parameter and kind of change; empty if nothing is lost.
     """
     found = []
     for group in optimizer.param_groups:

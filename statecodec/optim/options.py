@@ -18,8 +18,8 @@ from statecodec.optim.method import Group
 # Second moments: never negative, and a stored zero must be an exact zero. Everything else is a first moment.
 SECOND_MOMENTS = ("exp_avg_sq",)
 
-# FlashOptim's group of 32. Square root rather than logarithm for a live second moment: its codes are so fine near the
-# top that an average with beta2 = 0.999 still moves, where a logarithmic code (4 % apart everywhere) would stand still.
+# Groups of 32, as in FlashOptim. A live second moment compands by the square root: near the top its codes are close
+# enough for an average with beta2 = 0.999 to move. Logarithmic codes are 4 % apart everywhere: it would stand still.
 PRESETS: dict[str, tuple[Codec, Codec]] = {
     "dense": (Raw(), Raw()),
     "companded8": (Companded("softsign", 8, 32), Companded("sqrt", 8, 32)),

@@ -88,8 +88,10 @@ class SGD(StateOptimizer):
 
 
 class SGDW(SGD):
-    """SGD with decoupled weight decay (Loshchilov and Hutter, algorithm 1): the weight shrinks by 1 - lr *
-    weight_decay."""
+    """SGD with decoupled weight decay: each step first multiplies the weight by 1 - lr * weight_decay.
+
+    Source: Loshchilov and Hutter, algorithm 1. Options: see SGD and StateOptimizer.
+    """
 
     algorithm: ClassVar[str] = "sgdw"
     _l2: ClassVar[bool] = False

@@ -124,15 +124,16 @@ class SlimMethod(Method):
 
 
 class SlimAdam(StateOptimizer):
-    """SlimAdam: AdamW whose second moments are means over fan_in or fan_out, parameter by parameter.
+    """SlimAdam: AdamW in which second moments are shared along a matrix's inputs or outputs, as rules say.
 
     Args (further options: StateOptimizer):
         rules: which dimensions to share, by name: `static` (the paper's table 3), None, a mapping or pairs, or a rules
-            file, for instance one measured with the signal-to-noise ratio. First match wins. Vectors are never shared.
-        decay_vectors: False leaves parameters of fewer than two dimensions undecayed, as the published code does.
-        moments: how first moments, and second moments that are not shared, are stored; `dense` is the published form.
+            file, such as the one that `statecodec analyze -o` writes. The first match wins; vectors are never shared.
+        decay_vectors: False, as in the published code, applies no weight decay to parameters of fewer than two
+            dimensions.
+        moments: how first moments, and second moments that are not shared, are stored; the published code has `dense`.
 
-    Rules need names: give `model.named_parameters()`.
+    Rules need names: give `model.named_parameters()`. A rule that matches no parameter is a warning.
     """
 
     algorithm: ClassVar[str] = "slimadam"

@@ -34,8 +34,8 @@ def split_codec(dtype: torch.dtype, master_weights: str | None) -> Split | None:
 
 @dataclass(frozen=True)
 class Dither:
-    """Stochastic rounding of the bits that the stored weight lacks; the draw depends on (seed, index, step, element)
-    only."""
+    """Stochastic rounding of the bits that the stored weight drops; the draw depends on nothing but seed, index of the
+    parameter, step and element."""
 
     seed: int
     index: int

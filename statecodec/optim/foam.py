@@ -68,8 +68,8 @@ class FoamMethod(Elementwise):
 class FOAM(StateOptimizer):
     """FOAM: one moment for 2**level neighbours in a row of a hidden matrix; everything else gets plain Adam.
 
-    The moments m and v average the mean gradient of each block. The difference d of an element's gradient from that mean
-    is used as it is now: the step goes along (m + d) / sqrt(v + d**2). Such directions are not Adam's.
+    The moments m and v average the mean gradient of each block. The difference d of an element's gradient from that
+    mean is used as it is now: the step goes along (m + d) / sqrt(v + d**2). Such directions are not Adam's.
 
     Args (further options: StateOptimizer):
         level: blocks have 2**level elements, and are never wider than a row. 0 folds nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,16 +132,16 @@ def _convert_optimizer(src: Path, dst: Path, target: Target, pack: str, force: b
 def _converted(saved: Mapping[str, Any], names: Mapping[int, str], target: Target) -> tuple[Any, list[LoadReport]]:
     """A state dict in the target's form, and what loading it lost."""
     algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
-    if target.name == "torch":
-        source = _CLASSES.get(str(algorithm))
-        if source is None:
-            raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
-        optimizer = _build(source, saved, names, {})
-        optimizer.load_state_dict(dict(saved))
-        return optimizer.state_dict(dense=True), [optimizer.load_report]
-    optimizer = _build(OPTIMIZERS[target.name], saved, names, target.options)
+    kind = OPTIMIZERS.get(target.name) or _CLASSES.get(str(algorithm))
+    if kind is None:
+        raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = _build(kind, saved, names, target.options)
     optimizer.load_state_dict(dict(saved))
-    return optimizer.state_dict(), [optimizer.load_report]
+    report = optimizer.load_report
+    notes = (*report.notes, *(str(w.message) for w in caught))
+    return optimizer.state_dict(dense=target.name == "torch"), [replace(report, notes=notes)]
 
 
 def _build(
@@ -155,7 +156,8 @@ def _build(
             own = (group.get("param_names") or [])[position : position + 1]
             name = own[0] if own else names.get(index, f"param.{index}")
             shape = _shape(saved["state"].get(index, {}))
-            params.append((name, nn.Parameter(torch.zeros(shape, dtype=torch.float32, device="cpu"))))
+            weight = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            params.append((name, nn.Parameter(weight, requires_grad=bool(saved["state"].get(index)))))
         kept = ("lr", "weight_decay", "betas", "eps", *(storage if group.get("algorithm") == kind.algorithm else ()))
         plain = {k: tuple(v) if k == "betas" else v for k in kept if (v := group.get(k)) is not None}
         groups.append({**plain, "params": params})

@@ -187,3 +187,16 @@ def test_what_it_refuses(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no optimizer state"):
         statecodec.convert(tmp_path / "weights.pt", tmp_path / "b.pt", "foam")
     assert not (tmp_path / "b.pt").exists()
+
+
+def test_rules_that_share_nothing_are_a_note_and_a_frozen_parameter_is_no_loss(tmp_path: Path) -> None:
+    params = {name: nn.Parameter(torch.ones(6, 4)) for name in ("one.weight", "two.weight", "frozen.weight")}
+    params["frozen.weight"].requires_grad_(False)
+    optimizer = torch.optim.AdamW(params.items())
+    for name in ("one.weight", "two.weight"):
+        params[name].grad = torch.ones(6, 4)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    report = statecodec.convert(tmp_path / "a.pt", tmp_path / "b.pt", "slimadam")
+    assert any("SlimAdam rules that match no parameter" in note for note in report.notes)
+    assert not any("missing" in note for note in report.notes)

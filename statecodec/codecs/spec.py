@@ -99,11 +99,14 @@ def _current(kind: type[Codec], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config, as the version of the codec here has them. Raises UnsupportedVersion."""
     fields = {k: v for k, v in config.items() if k not in ("name", "version")}
     version = config.get("version", kind.version)
-    if version == kind.version:
+    known = type(version) is int  # a tensor would compare element by element
+    if known and version == kind.version:
         return fields
-    upgraded = kind.upgraded(version, fields) if type(version) is int else None
+    upgraded = kind.upgraded(version, fields) if known else None
     if upgraded is None:
-        raise UnsupportedVersion(f"codec {kind.name} version {version}: this reader knows {kind.version} and earlier")
+        raise UnsupportedVersion(
+            f"codec {kind.name} version {str(version)[:40]}: this reader knows {kind.version} and earlier"
+        )
     return upgraded
 
 

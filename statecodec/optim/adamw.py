@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
-from statecodec.optim.options import check_number, moment_codec, stored_codec
+from statecodec.optim.options import check_betas, check_number, moment_codec, stored_codec
 
 TORCH_ADAM: dict[str, Any] = {
     "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
@@ -64,8 +64,7 @@ def adam_scalars(job: Job) -> dict[str, Any]:
 
 def check_adam_group(group: Group) -> None:
     """Raise OptimizerError for betas or eps that Adam cannot take."""
-    check_number("betas[0]", group["betas"][0], 0, 1, open_top=True)
-    check_number("betas[1]", group["betas"][1], 0, 1, open_top=True)
+    check_betas(group, open_top=True)
     check_number("eps", group["eps"], 0)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs import EncodedTensor, Raw, Split, format_codec
+from statecodec.codecs.base import FLOATS
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.errors import OptimizerError
 from statecodec.optim.dense import (
@@ -143,6 +144,7 @@ def _encoded(value: object, name: str | int, state: str, p: Tensor) -> EncodedTe
         value = from_plain(value)  # type: ignore[arg-type]
     if not isinstance(value, EncodedTensor):
         raise OptimizerError(f"{name}: {state} is a tensor or an encoded tensor, found {type(value).__name__}")
+    _check_kind(value, name, state)
     shape = tuple(p.shape)
     if value.shape != shape and (len(shape) < 2 or value.shape != matrix_shape(shape)):
         raise OptimizerError(
@@ -150,6 +152,15 @@ def _encoded(value: object, name: str | int, state: str, p: Tensor) -> EncodedTe
             "delete the parameter's entry in `state` to start it afresh"
         )
     return value
+
+
+def _check_kind(value: EncodedTensor, name: str | int, state: str) -> None:
+    """Raise OptimizerError for tensors that hold no numbers, or not of the kind that the state is."""
+    if any(part.is_meta or part.layout != torch.strided for part in value.parts.values()):
+        raise OptimizerError(f"{name}: {state} is a sparse tensor or has no data")
+    if not (value.dtype in (torch.int8, torch.int16) if state == LOW else value.dtype in FLOATS):
+        kinds = "int8 or int16" if state == LOW else "a float"
+        raise OptimizerError(f"{name}: {state} is {kinds}, found {value.dtype}")
 
 
 def _copy(encoded: EncodedTensor, spec: StateSpec, device: torch.device) -> EncodedTensor:
@@ -172,8 +183,6 @@ def _low(recipe: Recipe, p: Tensor, saved: EncodedTensor | None, log: ChangeLog)
     if low.dtype == ours.dtype:
         ours.copy_(low)
         return made
-    if {low.dtype, ours.dtype} != {torch.int8, torch.int16}:
-        raise OptimizerError(f"{name}: weight_low is int8 or int16, found {low.dtype}")
     widening = ours.dtype == torch.int16
     wide = low.to(torch.int32)
     ours.copy_(wide << 8 if widening else ((wide + 128) >> 8).clamp(-128, 127))

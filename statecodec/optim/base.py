@@ -19,7 +19,16 @@ from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, saving
 from statecodec.optim.load_report import LoadReport
 from statecodec.optim.method import LOW, Group, Job, Recipe
-from statecodec.optim.options import check_fusable, check_number, check_param, check_whole, plain_moments
+from statecodec.optim.options import (
+    check_choice,
+    check_flags,
+    check_fusable,
+    check_integer,
+    check_number,
+    check_param,
+    check_whole,
+    plain_moments,
+)
 from statecodec.optim.states import StateKeeper
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, Weight, whole
 
@@ -86,8 +95,12 @@ class StateOptimizer(StateKeeper):
     def check_group(self, group: Group) -> None:
         check_number("lr", group["lr"], 0)
         check_number("weight_decay", group["weight_decay"], 0)
-        if group["master_weights"] not in MASTER_WEIGHTS:
-            raise OptimizerError(f"master_weights={group['master_weights']!r}, expected one of {MASTER_WEIGHTS}")
+        check_flags(group, "decouple_lr", "maximize", "stochastic_rounding")
+        check_integer("dense_below", group["dense_below"], 0, 2**63)
+        check_integer("seed", group["seed"], -(2**63), 2**63)
+        check_choice("master_weights", group["master_weights"], MASTER_WEIGHTS)
+        if group["matrix"] is not None:
+            check_flags(group, "matrix")
         group["moments"] = plain_moments(group["moments"])
         if group["decouple_lr"]:
             group.setdefault("initial_lr", float(group["lr"]))

@@ -18,7 +18,7 @@ from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_a
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr, matrix_shape
-from statecodec.optim.options import check_number, moment_codec
+from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
 
 # (mean of squares, true tail mean, eps next to the corrected root, decay before the step)
 VARIANTS = {
@@ -114,11 +114,10 @@ class FOAM(StateOptimizer):
     def check_group(self, group: Group) -> None:
         super().check_group(group)
         check_adam_group(group)
-        check_number("level", group["level"], 0, 16)
+        check_integer("level", group["level"], 0, 16)
         check_number("scale", group["scale"], 0)
         check_number("residual_scale", group["residual_scale"], 0)
-        if group["variant"] not in VARIANTS:
-            raise OptimizerError(f"variant={group['variant']!r}, expected one of {', '.join(VARIANTS)}")
+        check_choice("variant", group["variant"], tuple(VARIANTS))
         for state in ("exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
-from statecodec.optim.options import check_number, moment_codec, stored_codec
+from statecodec.optim.options import check_betas, moment_codec, stored_codec
 
 
 class LionMethod(Elementwise):
@@ -52,8 +52,7 @@ class Lion(StateOptimizer):
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
-        check_number("betas[0]", group["betas"][0], 0, 1)
-        check_number("betas[1]", group["betas"][1], 0, 1)
+        check_betas(group, open_top=False)
         moment_codec(group["moments"], "exp_avg")
 
     def method(self, param: Tensor, name: str | None, group: Group) -> Method:

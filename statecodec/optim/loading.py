@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,10 +68,6 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
                 if saved_state and p.requires_grad:
                     log.add(optimizer.label(p), "all states", "missing", "nothing", "zeros")
                 continue
-            if not isinstance(values, Mapping):
-                raise OptimizerError(
-                    f"{optimizer.label(p)}: a state by name was expected, found {type(values).__name__}"
-                )
             used.add(entry[0])
             recipe = optimizer.recipe(p, group)
             states[p] = adopt(recipe, p, {**group, **new}, values, entry[1], log)
@@ -96,7 +93,23 @@ def _checked(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any
     )
     if not lists or not isinstance(state, Mapping):
         raise OptimizerError("an optimizer state has `state` and `param_groups`, each group with `params`")
+    for group in groups or ():
+        _check_group(group)
+    for key, values in state.items():
+        if values is not None and not isinstance(values, Mapping):
+            raise OptimizerError(f"state {str(key)[:60]}: expected values by name, found {type(values).__name__}")
     return list(groups or ()), state
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    """Raise OptimizerError unless the group says plainly which parameters are its own, and whose options it has."""
+    if not all(isinstance(key, int | str) for key in group["params"]):
+        raise OptimizerError("a group's `params` are positions or names")
+    names = group.get("param_names")
+    if not (names is None or (isinstance(names, list | tuple) and all(isinstance(n, str) for n in names))):
+        raise OptimizerError(f"a group's `param_names` are texts, found {str(names)[:80]}")
+    if not isinstance(group.get("algorithm"), str | None):
+        raise OptimizerError(f"a group's `algorithm` is a text, found {str(group['algorithm'])[:80]}")
 
 
 # --- whose state is whose
@@ -163,13 +176,16 @@ def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -
     new = {k: _own(v, optimizer.defaults.get(k)) for k, v in saved.items() if k not in kept}
     merged = {**group, **new}
     optimizer.accept_group(merged)
-    return {k: merged[k] for k in new}
+    return {k: v for k, v in merged.items() if k in new or k not in group}
 
 
 def _own(value: Any, default: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return tuple(value) if isinstance(value, list) and isinstance(default, tuple) else copy.deepcopy(value)
+    try:
+        return tuple(value) if isinstance(value, list) and isinstance(default, tuple) else copy.deepcopy(value)
+    except Exception as error:  # whatever somebody put into a group
+        raise OptimizerError(f"a group's option cannot be copied: {type(value).__name__}: {error}") from error
 
 
 def _option_names() -> frozenset[str]:
@@ -184,6 +200,8 @@ def _option_names() -> frozenset[str]:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return bool(np.array_equal(a, b))
     return bool(without_numpy(a) == without_numpy(b))
 
 

@@ -19,7 +19,7 @@ from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, matrix_shape, whole_weight
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
-from statecodec.optim.options import check_number, moment_codec
+from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
 
 INIT_STD = 0.02
 # (factor update, damping relative to the Gram's mean eigenvalue, damping, cap)
@@ -234,7 +234,7 @@ class LoRAPre(StateOptimizer):
         super().check_group(group)
         check_adam_group(group)
         check_muon_group(group)
-        check_number("rank", group["rank"], 1, 65536)
+        check_integer("rank", group["rank"], 1, 65536)
         check_number("scale", group["scale"], 0)
         if group["damping"] is not None:
             check_number("damping", group["damping"], 0)
@@ -243,8 +243,7 @@ class LoRAPre(StateOptimizer):
             "factor_update": (None, "gauss_seidel", "jacobi"),
         }  # fmt: skip
         for key, legal in choices.items():
-            if group[key] not in legal:
-                raise OptimizerError(f"{key}={group[key]!r}, expected one of {legal}")
+            check_choice(key, group[key], legal)
         for state in ("exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)
 

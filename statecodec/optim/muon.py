@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from statecodec.errors import OptimizerError
 from statecodec.optim.adamw import AdamMethod, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Group, Job, Method, StateSpec, matrix_shape, whole_weight
-from statecodec.optim.options import check_number, moment_codec, stored_codec
+from statecodec.optim.options import check_choice, check_flags, check_integer, check_number, moment_codec, stored_codec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADJUSTMENTS = ("match_rms_adamw", "original")
@@ -82,9 +81,8 @@ class MuonMethod(Method):
 def check_muon_group(group: Group) -> None:
     """Raise OptimizerError for what Newton-Schulz and the momentum cannot take."""
     check_number("momentum", group["momentum"], 0, 1, open_top=True)
-    check_number("ns_steps", group["ns_steps"], 1, 99)
-    if group["adjust"] not in ADJUSTMENTS:
-        raise OptimizerError(f"adjust={group['adjust']!r}, expected one of {', '.join(ADJUSTMENTS)}")
+    check_integer("ns_steps", group["ns_steps"], 1, 99)
+    check_choice("adjust", group["adjust"], ADJUSTMENTS)
 
 
 class Muon(StateOptimizer):
@@ -129,6 +127,7 @@ class Muon(StateOptimizer):
         super().check_group(group)
         check_adam_group(group)
         check_muon_group(group)
+        check_flags(group, "nesterov")
         check_number("adam_lr_ratio", group["adam_lr_ratio"], 0)
         for state in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)

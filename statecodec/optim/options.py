@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,39 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf, *, o
     ok = isinstance(found, int | float) and low <= found <= high and not (open_top and found == high)
     if not ok:
         top = "" if high == math.inf else f" and {'<' if open_top else '<='} {high}"
-        raise OptimizerError(f"{name}={value!r}, expected a number >= {low}{top}")
+        raise OptimizerError(f"{name}={_shown(value)}, expected a number >= {low}{top}")
+
+
+def check_integer(name: str, value: Any, low: int, high: int) -> None:
+    """Raise OptimizerError unless it is an integer in low..high."""
+    if type(value) is not int or not low <= value <= high:
+        raise OptimizerError(f"{name}={_shown(value)}, expected an integer from {low} to {high}")
+
+
+def check_flags(group: Group, *names: str) -> None:
+    """Raise OptimizerError unless these options are True or False."""
+    for name in names:
+        if type(group[name]) is not bool:
+            raise OptimizerError(f"{name}={_shown(group[name])}, expected True or False")
+
+
+def check_betas(group: Group, *, open_top: bool) -> None:
+    """Raise OptimizerError unless `betas` is two numbers from 0 to 1 (below 1 if `open_top`)."""
+    betas = group["betas"]
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise OptimizerError(f"betas={_shown(betas)}, expected two numbers")
+    for at, beta in enumerate(betas):
+        check_number(f"betas[{at}]", beta, 0, 1, open_top=open_top)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Raise OptimizerError unless it is one of the choices."""
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise OptimizerError(f"{name}={_shown(value)}, expected one of {', '.join(map(str, choices))}")
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
 
 
 def check_param(param: Tensor) -> None:

@@ -12,7 +12,7 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
-from statecodec.optim.options import check_number, moment_codec, stored_codec
+from statecodec.optim.options import check_flags, check_number, moment_codec, stored_codec
 
 
 class SGDMethod(Elementwise):
@@ -76,6 +76,7 @@ class SGD(StateOptimizer):
         super().check_group(group)
         check_number("momentum", group["momentum"], 0)
         check_number("dampening", group["dampening"], 0, 1)
+        check_flags(group, "nesterov")
         if group["nesterov"] and (not group["momentum"] or group["dampening"]):
             raise OptimizerError("nesterov needs a momentum and no dampening")
         moment_codec(group["moments"], "momentum_buffer")

@@ -21,7 +21,7 @@ from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Group, Job, Method, StateSpec
-from statecodec.optim.options import moment_codec, stored_codec
+from statecodec.optim.options import check_flags, moment_codec, stored_codec
 
 # Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
 # match nothing: their parts want different dimensions.
@@ -45,7 +45,7 @@ def read_rules(rules: object) -> list[list[Any]]:
     """
     if rules is None:
         return []
-    if rules == "static":
+    if isinstance(rules, str) and rules == "static":
         return [[p, list(d)] for p, d in STATIC_RULES]
     if isinstance(rules, str | Path):
         rules = _read_file(Path(rules))
@@ -163,6 +163,7 @@ class SlimAdam(StateOptimizer):
         group["rules"] = read_rules(group["rules"])
         super().check_group(group)
         check_adam_group(group)
+        check_flags(group, "decay_vectors")
         for state in ("exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)
 

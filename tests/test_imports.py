@@ -25,6 +25,10 @@ def test_the_library_is_light() -> None:
     assert loaded_by("import torch, statecodec").isdisjoint(HEAVY)
 
 
+def test_completion_knows_the_public_names() -> None:
+    assert set(statecodec.__all__) <= set(dir(statecodec))
+
+
 def test_the_public_names_are_there_and_still_light() -> None:
     assert {"compress", "restore", "inspect", "verify", "diff", "open", "load", "save"} <= set(statecodec.__all__)
     program = "import statecodec; " + "; ".join(f"statecodec.{name}" for name in statecodec.__all__)

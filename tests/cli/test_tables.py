@@ -45,6 +45,12 @@ def test_compress_summarises_by_role_and_codec() -> None:
     assert "note: something to know" in printed
 
 
+def test_a_file_that_grew_says_so() -> None:
+    document = documents.report()
+    assert "larger than the original" not in text(tables.compressed(document))
+    assert "larger than the original" in text(tables.compressed(document | {"bytes": 12_000_001}))
+
+
 def test_roles_come_in_the_order_people_think_in() -> None:
     document = documents.report()
     document["tensors"].reverse()

@@ -16,7 +16,6 @@ from statecodec._version import __version__
 
 if TYPE_CHECKING:
     from statecodec.checkpoint.base import Checkpoint
-    from statecodec.checkpoint.native import save
     from statecodec.checkpoint.open import load
     from statecodec.checkpoint.open import open_checkpoint as open
     from statecodec.checkpoint.report import DiffReport, Report
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from statecodec.verbs.diff import diff
     from statecodec.verbs.inspect import inspect
     from statecodec.verbs.restore import restore
+    from statecodec.verbs.save import save
     from statecodec.verbs.verify import verify
 
 __all__ = [
@@ -66,7 +66,7 @@ _HOMES = {
     "load": "checkpoint.open",
     "open": "checkpoint.open",
     "restore": "verbs.restore",
-    "save": "checkpoint.native",
+    "save": "verbs.save",
     "verify": "verbs.verify",
 }
 

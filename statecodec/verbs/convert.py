@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from statecodec.atomic import Output
-from statecodec.checkpoint.native import save
 from statecodec.checkpoint.open import load, open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
@@ -30,6 +29,7 @@ from statecodec.progress import Progress
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs
+from statecodec.verbs.save import save
 
 OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
 _CLASSES: dict[str, type[StateOptimizer]] = {**OPTIMIZERS, "adam": Adam}

@@ -1,0 +1,86 @@
+"""`save`: nested Python values straight into a compressed file, losslessly."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec import codecs
+from statecodec._version import __version__
+from statecodec.checkpoint.document import Document, to_json
+from statecodec.checkpoint.nested import TREE, Collected
+from statecodec.checkpoint.nested import to_json as nested_json
+from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.stored import make_report
+from statecodec.codecs import EncodedTensor
+from statecodec.codecs.chunking import iterate
+from statecodec.format import Item, Packing, Writer
+from statecodec.verbs.output_file import output_file
+
+
+def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False) -> Report:
+    """Save nested dicts, lists and tuples of tensors and plain values as a compressed checkpoint, losslessly.
+
+    Encoded tensors (EncodedTensor, or their plain form as in an optimizer's state_dict()) are stored as they are,
+    nothing is decoded. Tensors sharing a storage share it again after `load`. Values may be dict, OrderedDict, list,
+    tuple, None, bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device, of exactly these types:
+    what would come back as something else (named tuples, defaultdicts, numpy's numbers) is refused by its key path, as
+    are tensors without plain memory (meta, nested, sparse, quantized, subclasses).
+
+    Args:
+        obj: The value.
+        path: The file to write.
+        pack: How to pack: `none`, `zstd` or `zstd:LEVEL`.
+        force: Replace a file that is there.
+
+    Returns:
+        The report of the file.
+
+    Raises:
+        UsageError: For a value that cannot be saved, or a path that is no file's.
+        OutputExists: If the file is there, without `force`.
+        OutputFailed: If it cannot be written.
+    """
+    target, found = output_file(path, None, force=force), Collected()
+    tree = nested_json(obj, found)
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in found.tensors)
+    text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
+    found.items.append(Item(TREE, codecs.Raw(), tuple(text.shape), torch.uint8, {"role": "skeleton"}, text=True))
+    found.tensors.append(text)
+    source = {"name": _original_name(target), "layout": "native", "bytes": size, "sha256": None}
+    document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
+    with Writer(target, found.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
+        for index, tensor in enumerate(found.tensors):
+            for chunk, parts in _chunks(found.items[index], tensor):
+                writer.append(writer.pack(index, chunk, parts))
+        written = writer.close(to_json(document))
+    report = make_report(target, written.version, document, written.items, written.files)
+    return replace(report, notes=(*report.notes, *written.notes))
+
+
+def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+    """Chunks of an item with their parts: slices of what is there, nothing is encoded."""
+    encoded = (
+        tensor
+        if isinstance(tensor, EncodedTensor)
+        else EncodedTensor(item.codec, item.shape, item.dtype, {"data": tensor})
+    )
+    flat = {name: part.reshape(-1) for name, part in encoded.parts.items()}
+    position = dict.fromkeys(flat, 0)
+    for chunk in iterate(item.codec, item.shape, item.dtype):
+        parts = {}
+        for name, spec in item.codec.parts(chunk.shape, item.dtype).items():
+            parts[name] = flat[name][position[name] : position[name] + spec.numel].view(spec.shape).to("cpu")
+            position[name] += spec.numel
+        yield chunk, parts
+
+
+def _original_name(target: Path) -> str:
+    return target.name.removesuffix(".safetensors").removesuffix(".sc") + ".pt"

@@ -1,0 +1,66 @@
+"""Records of integer codes: whatever they are, they come back, and what is small is stored small."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from statecodec import codecs
+from statecodec.buffers import Pool
+from statecodec.format.packing import NARROWED, Packing, decode_record, encode_record
+
+INTEGERS = st.sampled_from([torch.int16, torch.int32])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    dtype=INTEGERS,
+    shape=st.sampled_from([(64,), (5000,), (70, 90), (16, 3, 3, 40), (200, 17)]),
+    scale=st.floats(0, 20),
+    base=st.integers(-5000, 5000),
+    outliers=st.integers(0, 30),
+    seed=st.integers(0, 5),
+)
+def test_packing_gives_any_integers_back(
+    dtype: torch.dtype, shape: tuple[int, ...], scale: float, base: int, outliers: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(shape, generator=generator) * 2**scale + base).round().clamp(-(2**31), 2**31 - 129).to(torch.int32)
+    x.view(-1)[torch.randint(x.numel(), (outliers,), generator=generator)] = -(2**31) + 5
+    x = x.to(dtype)
+    for packing in (Packing(), Packing("zstd", 3)):
+        buffer, length = encode_record([x], packing, Pool())
+        out = torch.full_like(x, 9)
+        decode_record(buffer[:length].copy(), [out], Pool())
+        assert torch.equal(out, x)
+        assert length <= x.nbytes + 5 * x.element_size()
+
+
+def packed(x: torch.Tensor) -> float:
+    """Bits per element; the record must be of narrowed codes."""
+    buffer, length = encode_record([x], Packing(), Pool())
+    assert buffer[0] == NARROWED
+    return 8 * length / x.numel()
+
+
+def test_narrow_codes_take_little_more_than_their_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for deviation in (0.5, 1.0, 3.0, 30.0, 4000.0, 16000.0):
+        x = (torch.randn(512, 512, generator=generator) * deviation).round().to(torch.int32)
+        levels = torch.arange(-8 * int(deviation + 1), 8 * int(deviation + 1) + 1, dtype=torch.float64)
+        edges = torch.special.ndtr((levels + 0.5) / deviation) - torch.special.ndtr((levels - 0.5) / deviation)
+        entropy = float(torch.special.entr(edges).sum()) / 0.6931471805599453
+        assert entropy - 0.01 < packed(x) < entropy + 0.2, deviation
+
+
+def test_terms_are_taken_out_of_second_moments() -> None:
+    """A row factor times a column factor costs its noise, however many octaves it spans, and dead units nothing."""
+    generator = torch.Generator().manual_seed(1)
+    row, column = torch.randn(600, 1, generator=generator) * 9, torch.randn(1, 400, generator=generator) * 3
+    v = torch.exp2(row + column + torch.randn(600, 400, generator=generator) * 0.3 - 40)
+    codec = codecs.Logarithmic(8)
+    alive = packed(codec.encode(v).parts["codes"])
+    assert alive < 3.6  # noise of 2.4 codes: 3.3 bits
+    v[:, ::7], v[::9] = 0.0, 0.0
+    assert packed(codec.encode(v).parts["codes"]) < alive + 0.3

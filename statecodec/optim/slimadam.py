@@ -169,16 +169,16 @@ class SlimAdam(StateOptimizer):
 
     def _warn_of_idle_rules(self) -> None:
         """Warn of rules that match no parameter: nothing would be shared, without a word."""
-        names = [name for p in self.parameters() if (name := self.name(p)) is not None]
+        names = {name: None for p in self.parameters() if (name := self.name(p)) is not None}
         idle: dict[str, None] = {}
         for rules in (group["rules"] for group in self.param_groups):
-            unmatched = [pattern for pattern, _ in rules if not fnmatch.filter(names, pattern)]
+            unmatched = [pattern for pattern, _ in rules if pattern not in names and not fnmatch.filter(names, pattern)]
             if rules != read_rules("static"):
                 idle.update(dict.fromkeys(unmatched))
             elif len(unmatched) == len(rules):  # they are for every family of models: it is enough that one matches
                 idle["all of the static ones"] = None
         if idle:
-            seen = f"names are like {', '.join(names[:4])}" if names else "the parameters have no names"
+            seen = f"names are like {', '.join([*names][:4])}" if names else "the parameters have no names"
             warnings.warn(f"SlimAdam rules that match no parameter: {', '.join([*idle][:4])}; {seen}", stacklevel=3)
 
     def takes_torch_group(self, group: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -175,14 +175,20 @@ class Elementwise(Method):
 
     @abstractmethod
     def scalars(self, job: Job) -> dict[str, Any]:
-        """Keyword arguments of the arithmetic in `kernels.*.steps`, computed once per parameter."""
+        """Keyword arguments of the arithmetic, computed once per parameter."""
+
+    def arithmetic(self, job: Job) -> Callable[..., None]:
+        """The update of one tile in place: a function of weight, gradient, the states in order, and the scalars. By
+        default the function of this method's name in `kernels.*.steps`."""
+        update: Callable[..., None] = getattr(job.steps, self.name)
+        return update
 
     def l2(self, group: Group) -> float:
         """Weight decay that goes through the gradient."""
         return 0.0
 
     def step(self, job: Job) -> None:
-        arithmetic = getattr(job.steps, self.name)
+        arithmetic = self.arithmetic(job)
         scalars, l2 = self.scalars(job), self.l2(job.group)
         for at, tile in enumerate(job.recipe.walk):
             w = job.weight.load(tile)

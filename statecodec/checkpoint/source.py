@@ -24,7 +24,7 @@ from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
-from statecodec.layouts import ListedFile, Listing, Logical, Moments, Region, Source, locate
+from statecodec.layouts import Box, ListedFile, Listing, Logical, Moments, Region, Run, Source, locate
 from statecodec.layouts.tree import tree
 from statecodec.names import shown
 
@@ -70,14 +70,13 @@ class SourceCheckpoint(Checkpoint):
         return "directory" if self.located.is_directory else self.located.files[0].layout
 
     @cached_property
-    def _stored(self) -> Mapping[str, list[SourceItem]]:
-        """By the name of a located tensor: what is stored of it, piece by piece."""
-        found: dict[str, list[SourceItem]] = {}
-        regions = self._regions
+    def _stored(self) -> Mapping[str, list[tuple[Box | Run | None, str]]]:
+        """By the name of a located tensor: its parts, and the names of the items that they are stored as."""
         numbers = {file.path: i for i, file in enumerate(self.located.files)}
-        for tensor in self.located.tensors:
-            found[tensor.name] = [self.items[regions[numbers[p.file]][p.region]] for p in tensor.pieces]
-        return found
+        return {
+            tensor.name: [(p.part, self.items[self._regions[numbers[p.file]][p.region]].name) for p in tensor.pieces]
+            for tensor in self.located.tensors
+        }
 
     @cached_property
     def _regions(self) -> list[list[int]]:
@@ -96,12 +95,11 @@ class SourceCheckpoint(Checkpoint):
         """The same moments with the names of items: once for each piece, where all are cut alike."""
         first, second = self._stored[moments.exp_avg], self._stored[moments.exp_avg_sq]
         weight = self._stored[moments.weight] if moments.weight else []
-        if [i.shape for i in first] != [i.shape for i in second]:
+        if [part for part, _ in first] != [part for part, _ in second]:
             return
-        fits = [i.shape for i in weight] == [i.shape for i in first]
-        for number, (m, v) in enumerate(zip(first, second, strict=True)):
-            w = weight[number].name if fits else None
-            yield replace(moments, exp_avg=m.name, exp_avg_sq=v.name, weight=w)
+        fits = [part for part, _ in weight] == [part for part, _ in first]
+        for number, ((_, m), (_, v)) in enumerate(zip(first, second, strict=True)):
+            yield replace(moments, exp_avg=m, exp_avg_sq=v, weight=weight[number][1] if fits else None)
 
     @property
     def listing(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import statecodec
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
@@ -168,6 +168,11 @@ def another_item(about: Any) -> None:
     info_of(about, FC).offset = info_of(about, "model.ln.bias").offset
 
 
+def the_same_bytes_twice(about: Any) -> None:
+    first, second = (info_of(about, f"optimizer.state.fc.weight.{key}") for key in ("exp_avg", "exp_avg_sq"))
+    first.offset, first.length = second.offset, second.length
+
+
 def shifted(about: Any) -> None:
     info_of(about, FC).offset += 1
     info_of(about, FC).length -= 1
@@ -223,8 +228,9 @@ def long_path(about: Any) -> None:
 
 
 LIES: list[Callable[[Any], None]] = [
-    elsewhere, absolute, itself, past_the_end, negative, another_item, shifted, forgotten, of_nothing, chunk_outside,
-    hole, twice_the_same, huge, another_dtype, many_entangled_chunks, far_index, through_a_value, long_path,
+    elsewhere, absolute, itself, past_the_end, negative, another_item, the_same_bytes_twice, shifted, forgotten,
+    of_nothing, chunk_outside, hole, twice_the_same, huge, another_dtype, many_entangled_chunks, far_index,
+    through_a_value, long_path,
 ]  # fmt: skip
 
 
@@ -243,6 +249,20 @@ def test_lies_are_errors_and_bytes_in_a_directory(lie: Callable[[Any], None], dc
     assert source.tensors == ()
     assert [bool(f.note) for f in source.files] == [True, False]
     assert tree(folder)["__0_0.distcp"] == (folder / "__0_0.distcp").read_bytes()
+
+
+def test_shards_that_overlap_and_leave_a_hole(dcp_sharded: Path, tmp_path: Path) -> None:
+    """As many elements as the tensor has, each chunk whole and where it is said to be; only its place is a lie."""
+    folder = tmp_path / "x"
+    shutil.copytree(dcp_sharded / "nested", folder)
+    about = metadata(folder)
+    middle = torch.Size((48, 0))
+    index = next(i for i in about.storage_data if i.fqn == FC and i.offset == torch.Size((96, 0)))
+    about.storage_data[MetadataIndex(FC, middle)] = about.storage_data.pop(index)
+    about.state_dict_metadata[FC].chunks[1].offsets = middle
+    (folder / ".metadata").write_bytes(pickle.dumps(about))
+    with pytest.raises(MalformedCheckpoint, match="not the whole of it, once"):
+        dcp.locate(list_path(folder))
 
 
 def test_a_missing_and_a_short_shard_are_named(dcp_sharded: Path, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from statecodec.errors import UnknownLayout
+from statecodec.errors import LayoutError, UnknownLayout
 from statecodec.files import Identity
-from statecodec.layouts import locate, tree
+from statecodec.layouts import list_path, locate, tree
+from statecodec.layouts.locate import locate_listing
 
 
 @pytest.fixture
@@ -118,3 +119,19 @@ def test_tree_of_a_directory(folder: Path) -> None:
     assert list(found) == ["model.safetensors", "sub/optimizer.pt", "trainer_state.json", "zero.bin"]
     assert torch.equal(found["model.safetensors"]["w"], torch.ones(4, 4))
     assert found["trainer_state.json"] == b'{"step": 3}'
+
+
+def test_a_file_that_is_replaced_after_it_was_listed_is_not_read(folder: Path) -> None:
+    listing = list_path(folder)
+    save_file({"w": torch.zeros(4, 4)}, folder / "other")
+    os.replace(folder / "other", folder / "model.safetensors")
+    with pytest.raises(LayoutError, match=r"model\.safetensors was changed or replaced"):
+        locate_listing(listing, folder)
+
+
+def test_a_file_that_becomes_a_link_after_it_was_listed_is_not_followed(folder: Path) -> None:
+    listing = list_path(folder)
+    (folder / "zero.bin").unlink()
+    (folder / "zero.bin").symlink_to("model.safetensors")
+    with pytest.raises(OSError, match="symbolic links"):
+        locate_listing(listing, folder)

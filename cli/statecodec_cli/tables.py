@@ -22,7 +22,8 @@ _ROLES = (
     "weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton",
     "file",
 )  # fmt: skip
-_NO_TENSORS = ("skeleton", "file")  # what of a source is none, and files that are not understood: listed, not counted
+_NO_TENSORS = {"skeleton": "not tensors", "file": "other files"}  # listed under these names, but not counted
+_MANY_NOTES = 12
 _LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
 
 _NAME = Column("tensor", text=True, gives="middle")
@@ -191,7 +192,7 @@ def _body(document: Document, *, every: bool) -> Grid:
 def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each tensor."""
     head = (_NAME, replace(_ROLE, drop=2), _SHAPE, _DTYPE)
-    rows = [(t["name"], t["role"], _shape(t), t["dtype"]) for t in tensors]
+    rows = [(t["name"], _shown(t["role"]), _shape(t), t["dtype"]) for t in tensors]
     if not packed:
         sizes = [console.size(t["bytes_before"]) for t in tensors]
         return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
@@ -203,12 +204,12 @@ def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each role and codec, or role and dtype of what is not compressed."""
     groups = _groups(tensors, lambda t: (t["role"], t["codec"] if packed else t["dtype"]))
     if not packed:
-        sizes = [(*key, _how_many(key[0], group), _stored(group)[1]) for key, group in groups]
+        sizes = [(_shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in groups]
         return Grid((_ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
     rows = []
     for (role, codec), group in groups:
         _, *sizes_and_ratio, error = _stored(group)
-        rows.append((role, codec, _how_many(role, group), *sizes_and_ratio, _per_value(group), error))
+        rows.append((_shown(role), codec, _how_many(role, group), *sizes_and_ratio, _per_value(group), error))
     head = (_ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4), _ERROR)
     return Grid(head, rows)
 
@@ -280,8 +281,16 @@ def _updates(document: Document) -> list[Facts]:
     return [line]
 
 
+def _shown(role: str) -> str:
+    return _NO_TENSORS.get(role, role)
+
+
 def _notes(document: Document) -> list[Text]:
-    return [Text(f"note: {note}", style="yellow") for note in document.get("notes") or []]
+    notes = document.get("notes") or []
+    lines = [Text(f"note: {note}", style="yellow") for note in notes[:_MANY_NOTES]]
+    if len(notes) > _MANY_NOTES:
+        lines.append(Text(f"and {len(notes) - _MANY_NOTES:,} more notes; --json lists all", style="dim"))
+    return lines
 
 
 def _is_compressed(document: Document) -> bool:

@@ -51,6 +51,18 @@ def test_a_file_that_grew_says_so() -> None:
     assert "larger than the original" in text(tables.compressed(document | {"bytes": 12_000_001}))
 
 
+def test_many_notes_are_cut() -> None:
+    printed = text(tables.compressed(documents.report() | {"notes": [f"tensor {i}: kept exact" for i in range(100)]}))
+    assert printed.count("kept exact") == 12
+    assert "and 88 more notes; --json lists all" in printed
+
+
+def test_what_is_no_tensor_is_called_so() -> None:
+    document = documents.report()
+    document["tensors"].append(documents.tensor("skeleton", "skeleton", "raw", 400, 40, 0.0))
+    assert row(text(tables.compressed(document)), "not", "tensors")[2] == "raw"
+
+
 def test_roles_come_in_the_order_people_think_in() -> None:
     document = documents.report()
     document["tensors"].reverse()

@@ -264,3 +264,30 @@ def test_full_precision_weights_round_trip(tmp_path: Path) -> None:
         optim.load_fp32_state_dict(model, optimizer, {**exact.state_dict(), "more": torch.zeros(1)})
     with pytest.raises(OptimizerError, match="other shapes"):
         optim.load_fp32_state_dict(model, optimizer, {**exact.state_dict(), "0.bias": torch.zeros(1)})
+
+
+def test_torch_s_moments_written_into_the_state_are_encoded_with_a_word() -> None:
+    params = parameters()
+    optimizer = EVERY["adamw"](params.items())
+    run(optimizer, params, range(2))
+    p = params["a.weight"]
+    exact = torch.randn(24, 70, generator=torch.Generator().manual_seed(0))
+    optimizer.state[p] = {"step": torch.tensor(5), "exp_avg": exact, "exp_avg_sq": exact.square()}
+    with pytest.warns(UserWarning, match=r"a\.weight: exp_avg encoded .* relative rms error"):
+        state = optimizer.ensure_state(p, optimizer.param_groups[0])
+    assert int(state["step"]) == 5
+    assert relative(state["exp_avg"].decode(), exact) < 0.02
+    run(optimizer, params, range(2, 3))  # and no second word
+
+
+def test_a_low_part_that_says_nothing_any_more_is_dropped_with_a_word() -> None:
+    """Cast and changed besides: the low part was of another weight."""
+    params = parameters(torch.bfloat16)
+    optimizer = EVERY["adamw"](params.items())
+    run(optimizer, params, range(2))
+    p = params["a.weight"]
+    p.data, p.grad = p.data.float() * 1.01, None
+    before = p.detach().clone()
+    with pytest.warns(UserWarning, match=r"a\.weight was cast to torch\.float32 and changed besides"):
+        assert torch.equal(optimizer.master_weight(p), before)
+    assert "weight_low" not in optimizer.state[p]

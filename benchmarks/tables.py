@@ -168,10 +168,27 @@ def optim_memory(r: Result) -> list[str]:
     return lines + [f"| {name} | {row['peak']:.2f} | {row['at_rest']:.2f} |" for name, row in rows]
 
 
+def step_budget(r: Result) -> list[str]:
+    """Bits of each part at each fraction of a step."""
+    lines = [
+        "| state | fraction of a step | exp_avg | exp_avg_sq | weights | B/param | u-rms | encode, decode, ns/param |",
+        "| --- " * 8 + "|",
+    ]
+    for state in ("gpt", "conv"):
+        for name, f in r[state]["fractions"].items():
+            shown = f"{float(name) * 100:g} %" if name[0].isdigit() else f"`{name}`"
+            bits = " | ".join(f"{f[part]['bits']:.2f}" for part in ("exp_avg", "exp_avg_sq", "weight"))
+            # Of companded moments the figure is the error of exp_avg alone.
+            error = f"{f['exp_avg']['relative_rms']:.2g}" if name[0].isdigit() else "-"
+            rates = f"{f['encode_ns']:.1f}, {f['decode_ns']:.1f}"
+            lines.append(f"| {state} | {shown} | {bits} | {f['bytes_per_param']:.2f} | {error} | {rates} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
     "memory": memory, "resume": resume, "startup": startup,
-    "convergence": convergence, "optim_memory": optim_memory,
+    "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
 }  # fmt: skip
 
 

@@ -162,9 +162,10 @@ def _shown(value: Any) -> str:
 
 PRESETS = {
     "lossless": "bit for bit the same file",
-    "resume": "about a third; training goes on as before",
-    "small": "smaller still, with 4-bit moments",
-    "tiny": "smallest; the errors are larger, and reported",
+    "resume": "1 % of an optimizer step: training goes on as before",
+    "small": "10 % of an optimizer step: smaller, at a small and reported cost",
+    "tiny": "30 % of an optimizer step: for keeping many",
+    "live": "the form that the live optimizers hold: split weights, 8-bit moments",
     "weights": "moments dropped: training cannot resume",
 }
 _PRESET = Option("preset", "choice", "How small, at what error.", "resume", choices=PRESETS)
@@ -184,18 +185,20 @@ _SHARDS = Option(
     "max_shard_size", "text", "Split the output into files of at most this size.", "5GB",
     pattern=r"[1-9][0-9]{0,5} ?([KMGT]i?)?B", example="5GB",
 )  # fmt: skip
-_UPDATE = Option(
-    "max_update_error", "number", "Budget: the smallest file whose error of the Adam update is within it.",
+_STEP = Option(
+    "max_step_error", "number", "The error of weights and moments, as a fraction of one optimizer step.",
     above=0.0, at_most=1.0, example=0.01,
 )  # fmt: skip
+_UPDATE = Option(
+    "max_update_error", "number", "The same for the moments alone.", above=0.0, at_most=1.0, example=0.01,
+)  # fmt: skip
 _WEIGHTS = Option(
-    "max_weight_error", "number", "Budget: the smallest file whose relative error of the weights is within it.",
-    above=0.0, at_most=1.0, example=1e-4,
+    "max_weight_error", "number", "The same for the weights alone.", above=0.0, at_most=1.0, example=0.01,
 )  # fmt: skip
 _STRICT = Option("strict", "flag", "Refuse a rule that matches nothing.", False)
 _VERIFY = Option("verify", "flag", "Read the result back, check it, and measure the update.", False)
 _SNR = Option("snr", "flag", "Signal-to-noise ratio of the second moments, per dimension.", True)
-_CURVE = Option("curve", "flag", "Size against error of the update.", False)
+_CURVE = Option("curve", "flag", "Size against the error, in optimizer steps.", False)
 _CUTOFF = Option("cutoff", "number", "Share only above this ratio; lower saves more.", 1.0, above=0.0, at_most=1e6)
 _TO = Option(
     "to", "texts", "PATTERN=CODEC rules, or one of torch, adamw, foam, slimadam, lorapre.",
@@ -207,7 +210,7 @@ OPERATIONS: dict[str, Operation] = {
     for item in (
         Operation(
             "compress", "Make a checkpoint small.",
-            (_PRESET, _RULES, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS),
+            (_PRESET, _RULES, _STEP, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS),
             other="base", other_help="the previous compressed checkpoint, to store only what changed since",
             makes_files=True,
         ),

@@ -85,25 +85,19 @@ def _saved(axes: Axes, document: Document) -> None:
 
 
 def _curve(axes: Axes, curve: Sequence[Document]) -> None:
-    """The best size for every error, a line per kind of weights; presets as labelled points."""
-    colours = {"split": "#0072b2", "bf16": "#d55e00", "exact": QUIET}
-    for weights, label in (("split", "budget, 24-bit weights"), ("bf16", "budget, bf16 weights")):
-        line = [p for p in curve if p["label"] is None and p["weights"] == weights and 0 < p["update_error"] < 1]
-        line.sort(key=lambda p: p["update_error"])
-        axes.plot(
-            [p["update_error"] for p in line], [p["bytes_per_param"] for p in line], color=colours[weights], label=label
-        )
-    for point in (p for p in curve if p["label"] is not None and p["update_error"] > 0):
-        place = (point["update_error"], point["bytes_per_param"])
-        axes.scatter([place[0]], [place[1]], s=32, color=colours[point["weights"]], zorder=3)
+    """Estimated size against step error; presets as labelled points."""
+    line = [p for p in curve if p["label"] is None]
+    axes.plot([p["step_error"] for p in line], [p["bytes_per_param"] for p in line], color=INK)
+    for point in (p for p in curve if p["label"] is not None):
+        place = (point["step_error"], point["bytes_per_param"])
+        axes.scatter([place[0]], [place[1]], s=32, color="#0072b2", zorder=3)
         axes.annotate(point["label"], place, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set_xscale("log")
-    axes.set_xlabel("error of the Adam update, relative rms")
+    axes.set_xlabel("error of weights and moments, as a fraction of one optimizer step")
     axes.set_ylabel("bytes per parameter")
     axes.set_ylim(bottom=0)
     axes.grid(axis="both", color=GRID)
-    axes.set_title("Size against update error (points: presets)")
-    axes.legend(frameon=False)
+    axes.set_title("Size against step error (points: presets)")
 
 
 def _number(value: Any) -> float:

@@ -13,7 +13,6 @@ from statecodec_cli import console, tables
 from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
-_ERRORS = (1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2)  # rows of the curve's table
 
 
 def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]:
@@ -118,25 +117,11 @@ def _saved(document: Document) -> Facts:
 
 
 def _curve(curve: Sequence[Document]) -> RenderableType:
-    """The smallest size at some errors, and the presets beside what the curve reaches at their error."""
-    own = [p for p in curve if p["label"] is None]
-    rows = []
-    for limit in _ERRORS:
-        sizes = [_best(own, limit, weights) for weights in ("split", "bf16")]
-        if any(sizes):
-            rows.append((f"{limit:g}", *(_size(s) for s in sizes), ""))
-    for preset in (p for p in curve if p["label"] is not None):
-        sizes = [_best(own, preset["update_error"], w) for w in ("split", "bf16")]
-        error = console.error(preset["update_error"])
-        rows.append((error, *(_size(s) for s in sizes), f"{preset['label']} {preset['bytes_per_param']:.3f}"))
-    head = ("update error", "24-bit weights", "bf16 weights")
-    return Grid([*map(Column, head), Column("preset", text=True)], rows)
-
-
-def _best(points: Sequence[Document], limit: float, weights: str) -> float | None:
-    sizes = [float(p["bytes_per_param"]) for p in points if p["weights"] == weights and p["update_error"] <= limit]
-    return min(sizes) if sizes else None
-
-
-def _size(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    """The estimated size at some step errors, and which of them are presets."""
+    labels = {p["step_error"]: p["label"] for p in curve if p["label"] is not None}
+    rows = [
+        (console.error(p["step_error"]), f"{p['bytes_per_param']:.3f}", labels.get(p["step_error"], ""))
+        for p in curve
+        if p["label"] is None
+    ]
+    return Grid([Column("step error"), Column("bytes a parameter"), Column("preset", text=True)], rows)

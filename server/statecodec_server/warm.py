@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-PRESETS = ("lossless", "resume", "small", "tiny")
+PRESETS = ("lossless", "resume", "small", "tiny", "live")
 
 
 def _checkpoint(path: Path, dtype: Any, scale: float = 1.0) -> Path:

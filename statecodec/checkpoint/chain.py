@@ -15,6 +15,7 @@ from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import MAX_LINKS, BaseFile
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.stored import Stored
+from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError
 
@@ -56,11 +57,11 @@ class Base:
         alike = found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
         return found.index if found is not None and alike else None
 
-    def parts(self, tensor: TensorInfo, chunk: Chunk) -> Mapping[str, Tensor]:
-        """The base's parts of a chunk, as they would stand in a file of their own."""
+    def parts(self, tensor: TensorInfo, codec: Codec, chunk: Chunk) -> Mapping[str, Tensor]:
+        """The parts that a chunk of the base's tensor has under a codec. Raises FormatError if it has none."""
         index = self.index(tensor)
         assert index is not None  # only tensors the base has are linked
-        return self.stored.parts(index, self.stored.chunk_at(index, chunk))[1]
+        return self.stored.parts_under(codec, index, chunk)
 
     def values(self, tensor: TensorInfo, chunk: Chunk) -> Tensor:
         """The base's decoded values of a chunk's elements, in the chunk's shape."""

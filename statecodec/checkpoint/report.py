@@ -93,6 +93,7 @@ class TensorDiff:
 
     mismatched: elements that are NaN or infinite on one side only. differing: elements that differ, of a tensor that
     is not compared as numbers (integers, booleans, complex numbers, 8-bit floats). identical: the same bits.
+    step_error: rms as a fraction of the optimizer step that trains it; None where that is not known.
     """
 
     name: str
@@ -105,6 +106,7 @@ class TensorDiff:
     mismatched: int = 0
     differing: int = 0
     identical: bool = True
+    step_error: float | None = None
 
 
 @dataclass(frozen=True)

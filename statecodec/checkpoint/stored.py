@@ -20,7 +20,7 @@ from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import CorruptFile, FormatError, LimitExceeded
+from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
@@ -151,11 +151,21 @@ class Stored(Checkpoint):
         parts = self.reader.read_chunk(item, chunk, out)
         if not isinstance(stored.codec, codecs.Delta):
             return stored.codec, parts
-        index = self._in_base(item)
-        codec, before = self.base.parts(index, self.base.chunk_at(index, stored.chunks[chunk]))
-        if codec != stored.codec.inner:
-            raise FormatError(f"{self.path}: {stored.name} is a change of {stored.codec.inner}, its base is {codec}")
-        return codec, stored.codec.apply(parts, before)
+        place, codec = stored.chunks[chunk], stored.codec.inner
+        return codec, stored.codec.apply(parts, self.base.parts_under(codec, self._in_base(item), place))
+
+    def parts_under(self, codec: Codec, item: int, place: Chunk) -> Mapping[str, Tensor]:
+        """The parts that elements of an item have under a codec: its own, or its decoded values encoded anew.
+
+        Raises FormatError if its values do not go into that codec.
+        """
+        stored = self.reader.items[item]
+        if codecs.standalone(stored.codec) == codec:
+            return self.parts(item, self.chunk_at(item, place))[1]
+        try:
+            return codec.encode(self.decode_range(item, place.start, place.stop).view(place.shape)).parts
+        except UnencodableValues as error:
+            raise FormatError(f"{self.path}: {stored.name} is no base for {codec}: {error}") from error
 
     def encoded(self, item: int) -> EncodedTensor:
         """A whole item as it would stand in a file of its own; decoded if it has no such form: a residual, or an item
@@ -205,6 +215,10 @@ class Stored(Checkpoint):
         if found is None or (found.shape, found.dtype) != (stored.shape, stored.dtype):
             raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
         return base.index(stored.name)
+
+    def report_of(self, name: str) -> TensorReport:
+        """What the manifest says of one stored tensor."""
+        return tensor_report(self.reader.items[self.tensors[name].index])
 
     def report(self) -> Report:
         reader = self.reader

@@ -1,6 +1,6 @@
 """Policies: ordered rules that say which codec each tensor gets."""
 
-from statecodec.choose.presets import PRESETS, preset_rules
+from statecodec.choose.presets import PRESETS, Preset, preset
 from statecodec.choose.rules import Policy, Rule, load_rules, parse_rule
 
-__all__ = ["PRESETS", "Policy", "Rule", "load_rules", "parse_rule", "preset_rules"]
+__all__ = ["PRESETS", "Policy", "Preset", "Rule", "load_rules", "parse_rule", "preset"]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
-from statecodec.choose.presets import preset_rules
+from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, check_matched
 from statecodec.codecs import Codec
 from statecodec.errors import UnsupportedTensor
@@ -24,11 +24,17 @@ from statecodec.roles import MOMENT_ROLES, family
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec of one tensor. `settled`: later steps leave it alone."""
+    """The codec of one tensor. `settled`: later steps leave it alone.
+
+    `unit`: one optimizer step in the unit of the codec's error sums, where that is known. `companions`: the tensors
+    that the codec needs, role -> name.
+    """
 
     codec: Codec
     reason: str
     settled: bool = False
+    unit: float | None = None
+    companions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -76,11 +82,12 @@ def by_rules(source: SourceCheckpoint, own: Policy, preset: str, *, strict: bool
 
     A rule that matches no tensor is a note. Raises PolicyError for an unknown preset and, if `strict`, for such a rule.
     """
-    rules = Policy(preset_rules(preset))
+    rules = Policy(presets.preset(preset).rules)
+    companions = {m.exp_avg: {"exp_avg_sq": m.exp_avg_sq} for m in source.moments}
     tensors = (item for item in source.items if item.region is not None)
     chosen, notes = {}, [*source.notes, *check_matched(own, tensors, strict=strict)]
     for item in source.items:
-        chosen[item.name], note = _first(item, own, rules, preset)
+        chosen[item.name], note = _first(item, own, rules, preset, companions)
         notes.extend(note)
     dropped = sum(isinstance(c.codec, codecs.Dropped) for c in chosen.values())
     if dropped:
@@ -89,7 +96,12 @@ def by_rules(source: SourceCheckpoint, own: Policy, preset: str, *, strict: bool
     return Choices(chosen, (*notes, *unmet), unmet)
 
 
-def _first(item: SourceItem, own: Policy, preset: Policy, name: str) -> tuple[Choice, tuple[str, ...]]:
+Companions = Mapping[str, Mapping[str, str]]  # tensor -> role -> the tensor that it may need
+
+
+def _first(
+    item: SourceItem, own: Policy, preset: Policy, name: str, companions: Companions
+) -> tuple[Choice, tuple[str, ...]]:
     if item.region is None:
         return Choice(codecs.Raw(), "bytes that are not tensors", settled=True), ()
     rule = own.rule_for(item)
@@ -101,9 +113,17 @@ def _first(item: SourceItem, own: Policy, preset: Policy, name: str) -> tuple[Ch
         return Choice(codecs.Raw(), reason, settled=True), (f"{item.name}: {reason}",)
     try:
         codec.parts(item.shape, item.dtype)
+        given = {role: _companion(item, role, companions) for role in codec.needs}
     except UnsupportedTensor as error:
         return Choice(codecs.Raw(), f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
-    return Choice(codec, _because(rule, name), settled=rule is not None), ()
+    return Choice(codec, _because(rule, name), settled=rule is not None, companions=given), ()
+
+
+def _companion(item: SourceItem, role: str, companions: Companions) -> str:
+    name = companions.get(item.name, {}).get(role)
+    if name is None:
+        raise UnsupportedTensor(f"no {role} is known to belong to it")
+    return name
 
 
 def _because(rule: Rule | None, preset: str) -> str:

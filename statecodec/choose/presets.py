@@ -1,46 +1,55 @@
-"""The presets: named points between exact and small. docs/codecs.md says what each costs and where that was measured.
+"""The presets: named fractions of one optimizer step, and the forms that are none.
 
 Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most
-sensitive.
+sensitive. docs/codecs.md says what each preset costs and where that was measured.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import dataclass
 
+from statecodec import operations
 from statecodec.choose.rules import Rule, parse_rule
 from statecodec.errors import PolicyError
 
-_BIG = "numel>=4096"
+MIN_NUMEL = 4096
+_BIG = f"numel>={MIN_NUMEL}"
 
-_MOMENTS_8 = (
+_LIVE = (
+    f"weight:fp32,{_BIG}=split(high=bf16,low_bits=8)",
     f"exp_avg:{_BIG}=companded(curve=softsign,bits=8,group=64)",
     f"momentum:{_BIG}=companded(curve=softsign,bits=8,group=64)",
     f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
     f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
 )
-_MOMENTS_4 = (
-    f"exp_avg:{_BIG}=companded(curve=softsign,bits=4,group=32)",
-    f"momentum:{_BIG}=companded(curve=softsign,bits=4,group=32)",
-    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=4,group=128)",
-    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=4,group=128)",
-)
 _MOMENTS_GONE = ("exp_avg=dropped", "momentum=dropped", "exp_avg_sq=dropped", "max_exp_avg_sq=dropped")
-_SPLIT = (f"weight:fp32,{_BIG}=split(high=bf16,low_bits=8)",)
-_BF16 = (f"weight:fp32,{_BIG}=cast(to=bf16)",)
 
-PRESETS: dict[str, tuple[str, ...]] = {
-    "lossless": (),
-    "resume": (*_SPLIT, *_MOMENTS_8),
-    "small": (*_SPLIT, *_MOMENTS_4),
-    "tiny": (*_BF16, *_MOMENTS_4),
-    "weights": _MOMENTS_GONE,
+
+@dataclass(frozen=True)
+class Preset:
+    """`step_error`: the error of weights and moments, as a fraction of one optimizer step (None: not by steps).
+
+    `rules` go before it.
+    """
+
+    about: str
+    step_error: float | None = None
+    rules: tuple[Rule, ...] = ()
+
+
+def _rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
+    return tuple(parse_rule(text) for text in texts)
+
+
+_STEP_ERRORS = {"resume": 0.01, "small": 0.1, "tiny": 0.3}
+_RULES = {"live": _rules(_LIVE), "weights": _rules(_MOMENTS_GONE)}
+PRESETS: dict[str, Preset] = {
+    name: Preset(about, _STEP_ERRORS.get(name), _RULES.get(name, ())) for name, about in operations.PRESETS.items()
 }
 
 
-@cache
-def preset_rules(name: str) -> tuple[Rule, ...]:
-    """The rules of a preset. Raises PolicyError for an unknown name."""
+def preset(name: str) -> Preset:
+    """A preset by name. Raises PolicyError for an unknown one."""
     if name not in PRESETS:
         raise PolicyError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    return tuple(parse_rule(text) for text in PRESETS[name])
+    return PRESETS[name]

@@ -14,7 +14,8 @@ from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
 from statecodec.codecs import Codec, Delta, Residual
 from statecodec.codecs.chunking import Chunk, chunks
-from statecodec.errors import UnencodableValues, UsageError
+from statecodec.errors import FormatError, UnencodableValues, UsageError
+from statecodec.format import StoredItem
 from statecodec.format.packing import Packing, encode_record
 
 _WORTH = 0.98  # a change must pack below this share of what the parts alone pack to
@@ -30,8 +31,8 @@ def linked(source: SourceCheckpoint, choices: Choices, base: Base | None, packin
         choice = choices[item.name]
         if isinstance(choice.codec, Residual):
             _require(item, base)
-        elif base is not None and _smaller(source, item, choice.codec, base, packing):
-            changed[item.name] = replace(choice, codec=Delta(choice.codec))
+        elif base is not None:
+            changed[item.name] = replace(choice, codec=_smallest(source, item, choice.codec, base, packing))
     choices = replace(choices, by_name={**choices.by_name, **changed})
     if base is not None and not choices.uses_base:
         note = f"nothing is smaller as a change since {base.file.name}: this file stands alone"
@@ -46,31 +47,38 @@ def _require(item: SourceItem, base: Base | None) -> None:
         raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the residual from")
 
 
-def _smaller(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> bool:
+def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> Codec:
+    """The codec itself, or a change of it that packs smaller: judged on the first and the middle chunk."""
     index = base.index(item)
-    if index is None or not item.numel or not _can_change(codec) or packing.method == "none":
-        return False
+    if index is None or not item.numel or packing.method == "none":
+        return codec
     stored = base.stored.reader.items[index]
     own = list(chunks(codec, item.shape, item.dtype))
-    if codecs.standalone(stored.codec) != codec or _cut(own) != _cut(stored.chunks):
-        return False
-    before = after = 0
+    if not _can_change(codec, stored, own):
+        return codec
+    change, before, after = Delta(codec), 0, 0
     for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
         try:
             parts = codec.encode(source.chunk(item, chunk)).parts
-        except UnencodableValues:
-            return False
+            changed = change.difference(parts, base.parts(item, codec, chunk))
+        except (UnencodableValues, FormatError):
+            return codec
         before += _packed(parts, packing)
-        after += _packed(Delta(codec).difference(parts, base.parts(item, chunk)), packing)
-    return after < _WORTH * before
+        after += _packed(changed, packing)
+    return change if after < _WORTH * before else codec
+
+
+def _can_change(codec: Codec, stored: StoredItem, own: Sequence[Chunk]) -> bool:
+    """Whether the base has parts to subtract: those of the same codec, cut alike; or, on a grid, of any codec."""
+    if isinstance(codec, codecs.Uniform):
+        return True  # every checkpoint has a grid of its own: the base's values are put on this one
+    can = isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded | codecs.Logarithmic)
+    alike = codecs.standalone(stored.codec) == codec
+    return can and alike and _cut(own) == _cut(stored.chunks)
 
 
 def _cut(pieces: Sequence[Chunk]) -> list[tuple[int, tuple[int, ...]]]:
     return [(c.start, tuple(c.shape)) for c in pieces]
-
-
-def _can_change(codec: Codec) -> bool:
-    return isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded)
 
 
 def _packed(parts: Mapping[str, Tensor], packing: Packing) -> int:

@@ -1,136 +1,294 @@
-"""Grids whose error is a stated fraction of one optimizer step: the codec of every tensor, in closed form.
+"""The budget: an error of a stated fraction of one optimizer step, the same for every tensor.
 
-A uniform grid of width d has an rms error of d / sqrt(12). So a fraction F of one step is a width of F * sqrt(12)
-steps, and the only question is how long a step is:
+One step moves a parameter by lr * u, where u = m_hat / (sqrt(v_hat) + eps) is Adam's update direction. Its rms over a
+tensor, U, is the unit of that tensor:
 
-    adam        exp_avg as a direction: rms of u = m_hat / (sqrt(v_hat) + eps) over the tensor
-    weights     lr times that rms; for other optimizers lr times the rms of what they add
-    momenta     of SGD and Lion their own rms; of Muon finer, for it amplifies small singular directions
+    exp_avg      `direction`, a grid of fraction * U * sqrt(12) in u: the error of u is the fraction, by construction
+    exp_avg_sq   `logarithmic`: decoding exp_avg multiplies by the decoded root, so its error is not in u at all
+    weights      `uniform`, a grid of fraction * lr * U * sqrt(12)
 
-Nothing is searched, sampled or tried. Where a step is not defined, the functions say what is done.
+A uniform quantiser before an entropy coder is the best there is at these rates, and the same fraction everywhere is the
+optimal allocation: nothing is searched. Where there is no step to count in, `_Chooser` says what is done instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
 
 import torch
+from torch import Tensor
 
-from statecodec.codecs import Codec, Direction, Logarithmic, Raw, Uniform
-from statecodec.kernels.grids import MAX_PER_OCTAVE, MAX_STEP, MIN_STEP
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.choices import Choice, Choices
+from statecodec.choose.presets import MIN_NUMEL
+from statecodec.codecs import Direction, Dropped, Logarithmic, Split, Uniform
+from statecodec.codecs.base import FLOATS
+from statecodec.codecs.chunking import Chunk
+from statecodec.errors import UsageError, VerificationFailed
+from statecodec.kernels.grids import MAX_STEP, MIN_STEP
+from statecodec.layouts import Moments
+from statecodec.parallel import ordered_map
+from statecodec.progress import Meter, Progress
+from statecodec.roles import MOMENT_ROLES, family
 
-Method = Literal["adam", "sgd", "lion", "muon"]
-
-SPREAD: Final = math.sqrt(12)  # widths of a uniform grid in its rms error
-FINEST: Final = 2.0**-14  # of a weight grid, in rms of the weights; a converged layer would ask for ever finer ones
-COARSEST: Final = 2.0**-7.5  # of a weight grid: the error of bf16 on bell-shaped weights, or a little less
-MUON: Final = 0.3  # share of the fraction that a Muon momentum gets: untested
-_SIXTEEN: Final = (torch.bfloat16, torch.float16)
+_SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
+_SAMPLE, _PIECE = 1 << 18, 1 << 12  # a larger tensor's unit is taken from 64 pieces, evenly spread
+_SAFETY = 0.97  # of the step where the unit is sampled
+_TRIES = 8  # to find the step of values that do not spread over the grid's cells
+_FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
+_COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
 
 
 @dataclass(frozen=True)
-class Correction:
-    """Adam's bias corrections after `step` steps: c1 = 1 - beta1**step, c2 = 1 - beta2**step."""
+class Budget:
+    """The error of moments and of weights, as fractions of one optimizer step; None leaves them as they are.
 
-    c1: float
-    c2: float
-    eps: float
+    `asked` names the options that were given: something must be there for each of them to bound.
+    """
+
+    moments: float | None = None
+    weights: float | None = None
+    asked: tuple[str, ...] = ()
 
     @classmethod
-    def at(cls, beta1: float, beta2: float, eps: float, step: float | None) -> Correction:
-        """For an optimizer's settings; without a step, as after many."""
-        if step is None:
-            return cls(1.0, 1.0, eps)
-        after = max(step, 1.0)
-        return cls(1.0 - beta1**after if beta1 < 1 else 1.0, 1.0 - beta2**after if beta2 < 1 else 1.0, eps)
+    def of(
+        cls,
+        preset: float | None = None,
+        *,
+        max_step_error: float | None = None,
+        max_update_error: float | None = None,
+        max_weight_error: float | None = None,
+    ) -> Budget:
+        """The preset's fraction, or that of `max_step_error`, unless a half has its own. Raises UsageError."""
+        options = {
+            "max_step_error": max_step_error,
+            "max_update_error": max_update_error,
+            "max_weight_error": max_weight_error,
+        }
+        for name, value in options.items():
+            if value is not None and not (isinstance(value, int | float) and 0 < value <= 1):
+                raise UsageError(
+                    f"{name}={value!r}: expected a fraction of an optimizer step above 0 and up to 1, such as 0.01"
+                )
+        both = max_step_error if max_step_error is not None else preset
+        return cls(
+            max_update_error if max_update_error is not None else both,
+            max_weight_error if max_weight_error is not None else both,
+            tuple(name for name, value in options.items() if value is not None),
+        )
+
+    def __bool__(self) -> bool:
+        return self.moments is not None or self.weights is not None
+
+    def check(self, total: dict[str, float]) -> None:
+        """Raise VerificationFailed if the update error that a comparison with the source found is above the promise."""
+        found = total.get("u_rms")
+        if self.moments is not None and found is not None and not found <= self.moments * 1.001:
+            raise VerificationFailed(f"update error {found:.4g} of a step is above the promised {self.moments:g}")
 
 
-def exp_avg(fraction: float, update_rms: float, correction: Correction) -> Codec:
-    """A first moment whose update direction is off by `fraction` of one step.
+def codes_per_octave(fraction: float) -> int:
+    """Of `logarithmic`, for a step error: 8 at 1 %, 3 at 10 %, 2 at 30 %, 1 at a whole step."""
+    return max(1, math.ceil(0.8 / math.sqrt(fraction) - 1e-9))
 
-    Args:
-        fraction: rms error over the tensor, in rms of its own update.
-        update_rms: of u, without the elements whose second moment is 0 (`kernels.Backend.update_size`).
-        correction: the bias corrections and Adam's eps.
 
-    Returns:
-        `direction`. Its error does not see how exp_avg_sq is stored. With eps = 0 the least that is allowed stands in.
+def by_steps(
+    source: SourceCheckpoint, choices: Choices, budget: Budget, threads: int, progress: Progress | None = None
+) -> Choices:
+    """The same choices, with the tensors that no rule of yours settled as fine as the budget asks.
+
+    Raises UsageError if there is nothing that a half of the budget, asked for, could bound.
     """
-    root = math.sqrt(correction.c2)
-    step = _legal(fraction * update_rms * SPREAD * correction.c1 / root)
-    return Raw() if step is None else Direction(step, min(max(correction.eps * root, MIN_STEP), 1.0))
+    _require_something(source, budget)
+    chooser = _Chooser(source, choices, budget)
+    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in source.moments), "measuring the step")
+    with ordered_map(chooser.parameter, source.moments, threads) as parameters:
+        for moments, chosen in parameters:
+            chooser.chosen.update(chosen)
+            meter.add(2 * source.tensors[moments.exp_avg].nbytes)
+    chooser.rest()
+    return choices.updated(chooser.chosen, tuple(chooser.notes))
 
 
-def exp_avg_sq(fraction: float) -> Codec:
-    """A second moment, or amsgrad's largest one: 1 / sqrt(fraction) codes per octave.
-
-    That is 10 at 1 % (1 % of the root), 3 at 10 % (3 %), 1 at a whole step (10 %): its error moves no direction that is
-    stored, only those of later steps, so it need not fall as fast as the fraction.
-    """
-    return Logarithmic(min(max(round(fraction**-0.5), 1), MAX_PER_OCTAVE)) if fraction > 0 else Raw()
-
-
-def momentum(fraction: float, rms: float, method: Method = "sgd") -> Codec:
-    """A momentum that is no direction of Adam's (SGD, Lion, Muon, an exp_avg without exp_avg_sq): by its own rms."""
-    step = _legal(fraction * (MUON if method == "muon" else 1.0) * rms * SPREAD)
-    return Raw() if step is None else Uniform(step)
+def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
+    bounds = {
+        "max_update_error": ("optimizer states", MOMENT_ROLES),
+        "max_weight_error": ("weights", ("weight",)),
+        "max_step_error": ("weights and no optimizer states", ("weight", *MOMENT_ROLES)),
+    }
+    roles = {family(item.role) for item in source.items if item.dtype in FLOATS}
+    for name in budget.asked:
+        what, needed = bounds[name]
+        if roles.isdisjoint(needed):
+            raise UsageError(f"{name}: no {what} are known in {source.path}, so there is nothing to bound")
 
 
-def update_rms(method: Method, shape: tuple[int, ...], own: float) -> float:
-    """The rms of what one step of a method adds, over lr: `own` is the rms of u for adam, of the momentum for sgd."""
-    if method == "lion":
-        return 1.0  # a sign
-    if method == "muon":  # an orthogonal matrix
-        rows = shape[0] if shape else 1
-        return 1.0 / math.sqrt(max(rows, math.prod(shape) // max(rows, 1), 1))
-    return own
+class _Chooser:
+    """Chooses for one checkpoint: pairs of moments with their weights first, then what is left."""
 
+    def __init__(self, source: SourceCheckpoint, choices: Choices, budget: Budget) -> None:
+        self.source, self.choices, self.budget = source, choices, budget
+        self.chosen: dict[str, Choice] = {}
+        self.notes: list[str] = []
+        self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
+        rates = [m.lr for m in source.moments if m.lr is not None and m.lr > 0]
+        self._largest_rate = max(rates, default=None)
 
-def weight(fraction: float, rms: float, lr: float | None, moved_rms: float | None, dtype: torch.dtype) -> Codec:
-    """A weight that is off by `fraction` of one step of its own training, within what bf16 and 24 bits would give.
+    def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
+        """The choices for one parameter's moments and its weight."""
+        first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
+        if first.shape != second.shape or not self._open(second):
+            return moments, {}
+        unit = _Unit.measured(self.source, first, second, moments)
+        chosen: dict[str, Choice] = {}
+        if self.budget.moments is not None:
+            chosen[second.name] = self._second_moment(self.budget.moments)
+            if unit is not None and self._open(first):
+                chosen[first.name] = self._first_moment(unit, self.budget.moments, second)
+        weight = self.source.tensors.get(moments.weight) if moments.weight else None
+        if weight is not None and unit is not None and self.budget.weights is not None:
+            choice = self._weight(self._item(weight.name), unit, moments, self.budget.weights)
+            if choice is not None:
+                chosen[weight.name] = choice
+        return moments, chosen
 
-    Args:
-        fraction: rms error, in rms of one step.
-        rms: of the weights.
-        lr: learning rate of its group (`learning_rate`); None if nothing says it.
-        moved_rms: of what one step adds, over lr (`update_rms`); None for a weight that nothing trains.
-        dtype: of the weights.
+    def _first_moment(self, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
+        codec = Direction(_legal(_grid(unit.values, fraction * unit.direction) * unit.safety), unit.eps)
+        reason = f"{fraction:.4g} of the update's rms"
+        return Choice(codec, reason, unit=unit.update / unit.direction, companions={"exp_avg_sq": second.name})
 
-    Returns:
-        `uniform`; the finest grid where there is no lr; `raw` for 16-bit weights, which are what the model runs on, and
-        for weights without moments (frozen, or of inference alone).
-    """
-    if dtype in _SIXTEEN or moved_rms is None or not math.isfinite(rms):
-        return Raw()
-    wanted = fraction * (lr or 0.0) * moved_rms * SPREAD
-    step = _legal(min(max(wanted, FINEST * rms), COARSEST * rms))
-    return Raw() if step is None else Uniform(step)
+    def _second_moment(self, fraction: float) -> Choice:
+        steps = codes_per_octave(fraction)
+        return Choice(Logarithmic(steps), f"{steps} codes an octave, for {fraction:.4g} of a step")
 
+    def _weight(self, item: SourceItem, unit: _Unit, moments: Moments, fraction: float) -> Choice | None:
+        """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
+        if item.dtype != torch.float32 or not self._open(item):
+            return None
+        values = _finite(sampled(self.source, item))
+        rms, largest = _rms(values), float(values.abs().max()) if values.numel() else 0.0
+        if not rms:
+            return None
+        rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
+        one_step = (rate or 0.0) * unit.update
+        finest, coarsest = _FINEST * rms, max(_COARSEST * largest, _FINEST * rms)
+        step = min(max(_grid(values, fraction * one_step) * unit.safety, finest), coarsest)
+        reason = f"{fraction:.4g} of a step" if step not in (finest, coarsest) else "24 bits"
+        return Choice(Uniform(_legal(step)), "bf16" if step == coarsest else reason, unit=one_step or None)
 
-def average(followed: Codec, dtype: torch.dtype) -> Codec:
-    """A running average or a master of weights: on the grid of those that it follows, exact if they are exact."""
-    return followed if isinstance(followed, Uniform) and dtype not in _SIXTEEN else Raw()
+    def rest(self) -> None:
+        """Tensors that no pair of moments speaks of."""
+        # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
+        unnamed = any(m.weight is None for m in self.source.moments) or not self.source.moments
+        for item in self.source.items:
+            if item.name in self.chosen or not self._open(item):
+                continue
+            choice = self._without_step(item, unnamed)
+            if choice is not None:
+                self.chosen[item.name] = choice
 
-
-def learning_rate(lr: float | None, initial: float | None, others: Iterable[float | None]) -> float | None:
-    """The lr that a step has: the group's own; at the end of a schedule, or without one, the initial or the largest.
-
-    Args:
-        lr: of the parameter's group, now.
-        initial: `initial_lr` of the group, which schedulers leave there.
-        others: of all groups of the file.
-    """
-    for found in (lr, initial, max((x for x in others if x is not None and math.isfinite(x)), default=None)):
-        if found is not None and math.isfinite(found) and found > 0:
-            return found
-    return None
-
-
-def _legal(step: float) -> float | None:
-    """A width that a grid may have; None of values that have no size. Of zeros any width will do."""
-    if not math.isfinite(step):
+    def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
+        if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == torch.float32:
+            if not unnamed or item.role == "ema":
+                return Choice(self.choices[item.name].codec, "exact: it has no moments, so no step trains it")
+            return Choice(Split(high="bf16", low_bits=8), "24 bits: the step that trains it is not known")
+        fraction = self.budget.moments
+        if fraction is None:
+            return None
+        if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
+            return self._second_moment(fraction)
+        if item.role == "momentum" or (item.role == "exp_avg" and item.name not in self._paired):
+            values = _finite(sampled(self.source, item))
+            size = _rms(values)
+            safety = _SAFETY if item.numel > _SAMPLE else 1.0
+            step = _legal(_grid(values, fraction * size) * safety)
+            return Choice(Uniform(step), f"{fraction:.4g} of its rms", unit=size)
         return None
-    return min(max(step, MIN_STEP), MAX_STEP) if step else 1.0
+
+    def _item(self, name: str) -> SourceItem:
+        return self.source.items[self.source.tensors[name].index]
+
+    def _open(self, item: SourceItem) -> bool:
+        choice = self.choices[item.name]
+        large = item.numel >= MIN_NUMEL and item.dtype in FLOATS and not item.bytes_only
+        return large and not choice.settled and not isinstance(choice.codec, Dropped)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """One parameter's step: the rms of its update, and of the codec's own direction, which lacks bias corrections."""
+
+    update: float
+    direction: float
+    eps: float
+    safety: float
+    values: Tensor
+    """The sampled direction, where there is one."""
+
+    @classmethod
+    def measured(
+        cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
+    ) -> _Unit | None:
+        """From the numbers; None where nothing moves."""
+        m, v = sampled(source, first), sampled(source, second)
+        step = moments.step if moments.step and moments.step > 0 else math.inf
+        correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
+        eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
+        sound = m.isfinite() & v.isfinite() & (v >= 0)
+        updates = m[sound] / (v[sound].sqrt() + eps)
+        # Where v is 0 and m is not, the update is m / eps, which may drown all others.
+        usual = updates[v[sound] > 0].abs()
+        values = updates[updates.abs() <= usual.max()] if usual.numel() else usual
+        direction = _rms(values)
+        if not direction or not math.isfinite(direction):
+            return None
+        safety = _SAFETY if first.numel > _SAMPLE else 1.0
+        return cls(direction * math.sqrt(correction2) / correction1, direction, eps, safety, values)
+
+
+def correction(beta: float, step: float) -> float:
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
+
+
+def sampled(source: SourceCheckpoint, item: SourceItem) -> Tensor:
+    """All elements of a small tensor, 64 pieces of a large one: flat, float64."""
+    if item.numel <= _SAMPLE:
+        return source.chunk(item, Chunk(0, item.numel, item.shape)).reshape(-1).to(torch.float64)
+    return torch.cat(list(_pieces(source, item))).to(torch.float64)
+
+
+def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Tensor]:
+    count = _SAMPLE // _PIECE
+    for i in range(count):
+        start = (item.numel - _PIECE) * i // (count - 1)
+        yield source.chunk(item, Chunk(start, start + _PIECE, (1, _PIECE))).reshape(-1)
+
+
+def _grid(values: Tensor, error: float) -> float:
+    """The step of a grid that rounds these values with that rms error.
+
+    error * sqrt(12) for values that spread over the grid's cells; finer for those that do not, such as the updates of
+    rows that were trained once.
+    """
+    step = error * _SQRT12
+    for _ in range(_TRIES):
+        found = _rms(values - (values / step).round() * step) if step else 0.0
+        if found <= error:
+            break
+        step *= 0.999 * error / found
+    return step
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x[x.isfinite()]
+
+
+def _rms(x: Tensor) -> float:
+    return math.sqrt(float((x * x).mean())) if x.numel() else 0.0
+
+
+def _legal(step: float) -> float:
+    return min(max(step, MIN_STEP), MAX_STEP)

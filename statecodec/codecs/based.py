@@ -16,8 +16,10 @@ from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, store
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.companded import Companded
+from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.split import Split
+from statecodec.codecs.uniform import Uniform
 from statecodec.errors import FormatError
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,8 +53,8 @@ class Delta(Based):
     inner: Codec = field(default_factory=Raw)
 
     def __post_init__(self) -> None:
-        known = isinstance(self.inner, Raw | Cast | Split | Companded)
-        self.require(known, "inner is one of raw, cast, split, companded")
+        known = isinstance(self.inner, Raw | Cast | Split | Companded | Logarithmic | Uniform)
+        self.require(known, "inner is one of raw, cast, split, companded, logarithmic, uniform")
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         specs = self.inner.parts(shape, dtype)
@@ -98,7 +100,7 @@ class Residual(Based):
     inner: Codec = field(default_factory=Companded)
 
     def __post_init__(self) -> None:
-        self.require(isinstance(self.inner, Cast | Companded), "inner is one of cast, companded")
+        self.require(isinstance(self.inner, Cast | Companded | Uniform), "inner is one of cast, companded, uniform")
         self.require(not (isinstance(self.inner, Companded) and not self.inner.signed), "inner must be signed")
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:

@@ -16,7 +16,7 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import jsonable
 from statecodec.checkpoint.stored import Stored
 from statecodec.choose.architectures import Layer, Part, parts, recognise
-from statecodec.choose.budget import CurvePoint
+from statecodec.choose.curve import CurvePoint, measure_curve
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
 from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
@@ -132,8 +132,6 @@ def analyze(
         layers, pieces, steps = _measure(sources, threads or default_threads(), progress, notes)
     points: Sequence[CurvePoint] = ()
     if curve:
-        from statecodec.choose.budgeted import measure_curve
-
         known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
         last = max(range(len(sources)), key=lambda i: (known[i], i))
         points = measure_curve(sources[last], threads=threads, progress=progress)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statecodec import codecs, kernels
+from statecodec import choose, codecs, kernels
 from statecodec._version import __version__
 from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
@@ -20,14 +21,14 @@ from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report
-from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.checkpoint.stored import Stored
-from statecodec.choose import Policy, Rule, load_rules, parse_rule, preset_rules
-from statecodec.choose.budgeted import Limits, Search
+from statecodec.choose import Policy, Rule, load_rules, parse_rule
 from statecodec.choose.choices import Choices, by_rules
-from statecodec.choose.fit import fitted
 from statecodec.choose.since_base import linked
+from statecodec.choose.steps import Budget, by_steps
 from statecodec.codecs import Codec
+from statecodec.codecs.base import Given
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.format import Item, Packing
@@ -55,6 +56,7 @@ def compress(
     max_shard_size: str | int | None = "5GB",
     verify: bool = False,
     force: bool = False,
+    max_step_error: float | None = None,
     max_update_error: float | None = None,
     max_weight_error: float | None = None,
     base: str | Path | None = None,
@@ -70,9 +72,9 @@ def compress(
     reads the result back and compares it with the source before returning. Memory is bounded whatever the size of the
     checkpoint (codecs that need a whole tensor excepted). Nothing of the source is ever executed.
 
-    `max_update_error` chooses the moments' codecs: the smallest whose relative rms error of the Adam updates, over all
-    parameters, is at most that; `max_weight_error` likewise the weights' by the relative rms error of their values. The
-    preset decides what neither does, and your own rules go before both. The result is verified.
+    `max_step_error` bounds the error of every tensor by a fraction of one optimizer step, in place of the preset's:
+    0.01 is 1 % of how far a step moves the weights. `max_update_error` is its half for the moments, `max_weight_error`
+    that for the weights. Your own rules go before.
 
     `base`, an earlier compressed checkpoint in the folder of `dst`, makes this one a link of a chain: it stores what
     changed, where that is smaller, and restores to what it would without, as long as its base lies beside it. Only with
@@ -81,8 +83,15 @@ def compress(
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
     started = time.perf_counter()
+    chosen_preset = choose.preset(preset)
     own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
-    limits, where = Limits(max_update_error, max_weight_error), target_device(device)
+    budget = Budget.of(
+        chosen_preset.step_error,
+        max_step_error=max_step_error,
+        max_update_error=max_update_error,
+        max_weight_error=max_weight_error,
+    )
+    where = target_device(device)
     packing, shard_size, workers = Packing.parse(pack), parse_size(max_shard_size), threads or default_threads()
     with contextlib.ExitStack() as closing:
         source = closing.enter_context(open_source(src))
@@ -92,14 +101,14 @@ def compress(
         previous = None
         if base is not None:
             previous = closing.enter_context(contextlib.closing(Base(base, target)))
-        choices = fitted(source, by_rules(source, own, preset, strict=strict))
-        if limits:
-            choices = Search(source, choices, limits, packing, workers, progress, previous).refined()
+        choices = by_rules(source, own, preset, strict=strict)
+        if budget:
+            choices = by_steps(source, choices, budget, workers, progress)
         choices = linked(source, choices, previous, packing)
-        policy = Policy((*own.rules, *preset_rules(preset)))
+        policy = Policy((*own.rules, *chosen_preset.rules))
         work = Compression(source, choices, previous if choices.uses_base else None, where, preset, policy, sha256)
         output = Output(target, packing, shard_size, force, workers, progress)
-        report = work.write(output, _check(work.source, output, limits) if verify or limits else None)
+        report = work.write(output, _check(source, output, budget) if verify else None)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -110,6 +119,23 @@ def open_source(src: str | Path) -> SourceCheckpoint:
         return checkpoint
     checkpoint.close()
     raise UsageError(f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original")
+
+
+class Totals:
+    """Errors over all tensors, in optimizer steps, as they come out of encoding."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, error: float, size: float) -> None:
+        """Squared error and squared size of one tensor."""
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = before[0] + error, before[1] + size
+
+    def figures(self) -> dict[str, float] | None:
+        """Relative errors by name; None if there are none."""
+        found = {name: math.sqrt(error / size) for name, (error, size) in self._sums.items() if size}
+        return found or None
 
 
 @dataclass(frozen=True)
@@ -123,6 +149,7 @@ class Compression:
     preset: str | None
     rules: Policy
     sha256: bool = True
+    totals: Totals = field(default_factory=lambda: Totals())
 
     def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
@@ -139,33 +166,72 @@ class Compression:
 
         hashes.start()
         try:
-            outcome = write(output, list(self._items()), self._encode, document, "compressing", check=check)
+            outcome = write(
+                output, list(self._items()), self._encode, document, "compressing", check=check, figures=self._figures
+            )
         finally:
             hashes.cancel()
-        return replace(outcome.report(output), unmet=self.choices.unmet)
+        report = outcome.report(output)
+        return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
     def _items(self) -> Iterator[Item]:
         for item in self.source.items:
-            attributes = {"role": item.role, **({"param": item.param} if item.region is not None else {})}
-            text = item.region is None
-            yield Item(item.name, self.choices[item.name].codec, item.shape, item.dtype, attributes, text=text)
+            attributes: dict[str, Any] = {"role": item.role}
+            if item.region is not None:
+                attributes["param"] = item.param
+            choice = self.choices[item.name]
+            yield Item(
+                item.name,
+                choice.codec,
+                item.shape,
+                item.dtype,
+                attributes,
+                choice.companions,
+                text=item.region is None,
+            )
 
     def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
         item = self.source.items[index]
         x = self.source.chunk(item, chunk, _scratch)
         if isinstance(codec, codecs.Delta) and self.base is not None:
-            inner = self._encoded(codec.inner, x)
-            return replace(inner, parts=codec.difference(inner.parts, self.base.parts(item, chunk)))
+            inner = self._encoded(item, codec.inner, x, chunk)
+            return replace(inner, parts=codec.difference(inner.parts, self.base.parts(item, codec.inner, chunk)))
         if isinstance(codec, codecs.Residual) and self.base is not None:
             parts, decoded = codec.encode_from(x, self.base.values(item, chunk))
-            return Encoded(parts, _compared(x, decoded))
-        return self._encoded(codec, x)
+            return Encoded(parts, _compared(codec, x, decoded, {}))
+        return self._encoded(item, codec, x, chunk)
 
-    def _encoded(self, codec: Codec, x: Tensor) -> Encoded:
+    def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> Encoded:
         if isinstance(codec, codecs.Raw):
             return Encoded({"data": x})
-        parts, decoded = _there_and_back(codec, x, self.device)
-        return Encoded({name: part.to("cpu") for name, part in parts.items()}, _compared(x, decoded))
+        given = self._given(item, codec, chunk)
+        parts, comparison = _there_and_back(codec, x, given, self.device)
+        return Encoded({name: part.to("cpu") for name, part in parts.items()}, comparison)
+
+    def _given(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Given:
+        """The companions' values of the same elements, as they are in the source."""
+        names = self.choices[item.name].companions
+        found = {}
+        for role in codec.needs:
+            other = self.source.items[self.source.tensors[names[role]].index]
+            found[role] = self.source.chunk(other, chunk)
+        return found
+
+    def _figures(self, index: int, c: Comparison) -> dict[str, float]:
+        """The error of one tensor: of its values, or (what is stored as a direction) of the update alone."""
+        item = self.source.items[index]
+        unit, relative = self.choices[item.name].unit, math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
+        if "exp_avg_sq" in self.choices[item.name].companions:
+            scale = (unit or 1.0) ** 2
+            self.totals.add("u_rms", c.sum_sq_diff * scale, c.sum_sq * scale)
+            return {"step_error": relative}
+        rms = math.sqrt(c.sum_sq_diff / max(item.numel, 1))
+        figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
+        if unit is not None:
+            figures["step_error"] = rms / unit
+            if item.role == "weight":
+                self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
+        return figures
 
     def _document(self, digests: Sequence[str | None], refusals: Mapping[str, str]) -> documents.Document:
         source, located = self.source, self.source.located
@@ -187,32 +253,40 @@ class Compression:
         )
 
 
-def _there_and_back(codec: Codec, x: Tensor, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """Encoded parts, and what they decode to; on the CPU in scratch memory, good until the thread's next chunk."""
+def _there_and_back(
+    codec: Codec, x: Tensor, given: Given, device: torch.device
+) -> tuple[Mapping[str, Tensor], Comparison | None]:
+    """Encoded parts, and the error made; on the CPU in scratch memory, good until the thread's next chunk."""
     if device.type != "cpu":
-        encoded = codec.encode(x.to(device))
-        return dict(encoded.parts), encoded.decode().to("cpu")
+        encoded = codec.encode(x.to(device), given=given)
+        return encoded.parts, _compared(codec, x, encoded.decode(given=given).to("cpu"), given)
     specs = codec.parts(tuple(x.shape), x.dtype)
     parts = {name: _scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
-    decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))
-    codec.encode_into(x, parts, kernels.host())
-    codec.decode_into(parts, decoded, kernels.host())
-    return parts, decoded
+    comparison = codec.encode_into(x, parts, kernels.host(), given)
+    if comparison is None:
+        decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))
+        codec.decode_into(parts, decoded, kernels.host(), given)
+        comparison = _compared(codec, x, decoded, given)
+    return parts, comparison
 
 
-def _compared(x: Tensor, decoded: Tensor) -> Comparison:
+def _compared(codec: Codec, x: Tensor, decoded: Tensor, given: Given) -> Comparison:
+    """Sums of the error between values; of a direction, between update directions."""
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
-    return kernels.host().compare(x.view(-1), decoded.reshape(-1))
+    if isinstance(codec, codecs.Direction):
+        divisor = given["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
+        x, decoded = x / divisor, decoded / divisor
+    return kernels.host().compare(x.reshape(-1), decoded.reshape(-1))
 
 
-def _check(source: SourceCheckpoint, output: Output, limits: Limits) -> Check:
-    """Read a finished output back, and hold it against its source and the budgets."""
+def _check(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
+    """Read a finished output back, and hold it against its source and the budget."""
 
     def check(stored: Stored) -> Report:
         check_intact(stored, output.threads, output.progress)
         report = check_against(stored, source, output.threads, output.progress)
-        limits.check(report.total or {})
+        budget.check(report.total or {})
         return report
 
     return check

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
-from statecodec.choose.measure import settings
+from statecodec.choose.steps import correction
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.parallel import default_threads, ordered_map
@@ -65,20 +66,53 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
     def update(m: Moments) -> tuple[Moments, UpdateComparison]:
         return m, _compare_update(a, b, m)
 
-    updates = []
+    updates, units = [], _Units(a.moments)
     with ordered_map(update, pairs, threads) as changes:
         for moments, change in changes:
             numel = math.prod(a.tensors[moments.exp_avg].shape)
             meter.add(2 * numel)
             updates.append(_update_report(moments.param or moments.exp_avg, numel, change))
             sums.add_update(change)
+            units.add(moments, change, numel)
             if change.nonfinite:
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
     return DiffReport(
-        a=str(a.path), b=str(b.path), tensors=tuple(tensors), updates=tuple(updates), total=sums.total(),
+        a=str(a.path), b=str(b.path), tensors=units.counted(tensors), updates=tuple(updates),
+        total={**sums.total(), **units.total()},
         only_in_a=_missing(a, b), only_in_b=_missing(b, a), not_comparable=tuple(t.name for t, _ in unlike),
         rest_differs=tuple(sorted(rest)), notes=tuple(notes), seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+class _Units:
+    """One optimizer step of every weight: lr times the rms of its exact update."""
+
+    def __init__(self, moments: Iterable[Moments]) -> None:
+        self._rate = max((m.lr for m in moments if m.lr is not None), default=0.0)
+        self._steps: dict[str, float] = {}
+        self._error = self._numel = 0.0
+
+    def add(self, m: Moments, c: UpdateComparison, numel: int) -> None:
+        """Take one parameter's update; where its learning rate is 0 or not known, the file's largest counts."""
+        step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
+        if m.weight is not None and step > 0:
+            self._steps[m.weight] = step
+
+    def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
+        """The same tensors, with the errors of weights counted in steps."""
+        return tuple(self._counted(tensor) for tensor in tensors)
+
+    def _counted(self, tensor: TensorDiff) -> TensorDiff:
+        step = self._steps.get(tensor.name)
+        if step is None:
+            return tensor
+        numel = math.prod(tensor.shape)
+        self._error, self._numel = self._error + numel * (tensor.rms / step) ** 2, self._numel + numel
+        return replace(tensor, step_error=tensor.rms / step)
+
+    def total(self) -> dict[str, float]:
+        """The error of all weights that have a step, in steps."""
+        return {"weight_step_error": math.sqrt(self._error / self._numel)} if self._numel else {}
 
 
 class _Compared(NamedTuple):
@@ -116,9 +150,15 @@ def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateCompariso
     total = NO_UPDATE
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
-        found = kernels.host().compare_updates(first, second, other_first, other_second, **settings(m))
+        found = kernels.host().compare_updates(first, second, other_first, other_second, **_settings(m))
         total = total.merged(found)
     return total
+
+
+def _settings(m: Moments) -> dict[str, float]:
+    """Keyword arguments of `compare_updates` for one parameter."""
+    step = m.step if m.step and m.step > 0 else math.inf
+    return {"correction1": correction(m.beta1, step), "correction2": correction(m.beta2, step), "eps": m.eps}
 
 
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:

@@ -87,11 +87,18 @@ class Recoding:
             for item in stored.reader.items
         ]
         self._chosen = [self._choose(tensor) for tensor in stored.items]
+        # What is encoded beside a companion is the numbers that it decodes to once that is encoded anew.
+        for index, item in enumerate(stored.reader.items):
+            others = [stored.tensors[name].index for name in item.companions.values()]
+            if any(self._chosen[other] != self._now[other] for other in others):
+                kept = self._chosen[index] == self._now[index]
+                self._now[index] = codecs.Raw()
+                self._chosen[index] = codecs.Raw() if kept else self._chosen[index]
 
     def write(self, output: Output, check: Check) -> Report:
         """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
-            Item(item.name, codec, item.shape, item.dtype, self._attributes(index))
+            Item(item.name, codec, item.shape, item.dtype, self._attributes(index), item.companions)
             for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
         ]
         outcome = write(
@@ -107,6 +114,8 @@ class Recoding:
         try:
             if isinstance(rule.codec, codecs.Based):
                 raise UnsupportedTensor(f"{rule.codec.name} needs a base; compress --base makes links")
+            if rule.codec.needs:
+                raise UnsupportedTensor(f"{rule.codec.name} is made by compress, beside its companions")
             rule.codec.parts(tensor.shape, tensor.dtype)
         except UnsupportedTensor as error:
             self.notes.append(f"{tensor.name}: left as it is: {error}")
@@ -115,7 +124,7 @@ class Recoding:
 
     def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
         item = self.stored.reader.items[index]
-        if codec == self._now[index] and not isinstance(item.codec, codecs.Residual):
+        if codec == codecs.standalone(item.codec):
             return Encoded(self.stored.parts(index, self.stored.chunk_at(index, chunk))[1])
         x = self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
         return Encoded(codec.encode(x).parts)

@@ -81,7 +81,7 @@ def check_intact(stored: Stored, threads: int, progress: Progress | None = None)
 def check_against(stored: Stored, original: Checkpoint, threads: int, progress: Progress | None = None) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
     report, found = stored.report(), compare(original, stored, threads, progress)
-    _refuse(_complaints(report, found), original.path)
+    _refuse([*_complaints(report, found), *_update_complaints(stored, found)], original.path)
     return replace(report, updates=found.updates, total=found.total)
 
 
@@ -105,6 +105,20 @@ def _complaints(report: Report, comparison: DiffReport) -> list[str]:
             tensor.rms, error["rms"], rel_tol=1e-3, abs_tol=1e-30
         ):
             complaints.append(f"{tensor.name}: error {tensor.rms:.6g} rms, the file says {error['rms']:.6g}")
+    return complaints
+
+
+def _update_complaints(stored: Stored, comparison: DiffReport) -> list[str]:
+    """First moments whose update is not as near as the file says: those that are stored as directions."""
+    found = {update.param: update.u_rms for update in comparison.updates}
+    complaints = []
+    for m in stored.moments:
+        error = stored.report_of(m.exp_avg).error or {}
+        promised, reached = error.get("step_error"), found.get(m.param or m.exp_avg)
+        if "rms" in error or promised is None or reached is None:
+            continue
+        if not math.isclose(reached, promised, rel_tol=1e-2, abs_tol=1e-6):
+            complaints.append(f"{m.exp_avg}: update error {reached:.6g}, the file says {promised:.6g}")
     return complaints
 
 

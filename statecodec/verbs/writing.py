@@ -72,6 +72,7 @@ class Outcome:
 
 Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
 Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
+Figures = Callable[[int, Comparison], dict[str, float]]  # item, its error sums -> the figures to be stored
 Check = Callable[[Stored], Report]  # the finished output, not published yet -> its report; raises if it must not be
 
 
@@ -88,11 +89,13 @@ def write(
     *,
     fallback: Fallback = _exactly,
     check: Check | None = None,
+    figures: Figures | None = None,
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
-    `check` reads the finished output before it is published: what it raises leaves the target as it was. Raises what
-    `encode`, `document` and `check` raise, OutputExists, OutputFailed, UsageError.
+    `check` reads the finished output before it is published: what it raises leaves the target as it was. `figures`
+    says what is stored of an item's error sums. Raises what `encode`, `document` and `check` raise, OutputExists,
+    OutputFailed, UsageError.
     """
     run = _Run(output, items, encode, stage, fallback)
     with Writer(
@@ -103,7 +106,9 @@ def write(
         force=output.force,
     ) as writer:
         run.append_all(writer)
-        for index, error in run.error_figures():
+        for index, comparison in run.errors.items():
+            found = figures(index, comparison) if figures is not None else {}
+            error = {name: x for name, x in found.items() if math.isfinite(x)}  # fp64 may overflow
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
         finished = writer.finish(document(run.refusals))
         with Stored.open(finished.path, beside=output.target.parent) as stored:
@@ -142,14 +147,6 @@ class _Run:
             self._refuse(refused)
             writer.restart(refused.index, self.items[refused.index].codec)
             refused = self._append_from(writer, refused.index)
-
-    def error_figures(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """(item, its errors) of every item that was not stored exactly."""
-        for index, c in self.errors.items():
-            relative = math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
-            rms = math.sqrt(c.sum_sq_diff / max(math.prod(self.items[index].shape), 1))
-            figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
-            yield index, {name: value for name, value in figures.items() if math.isfinite(value)}  # fp64 may overflow
 
     def _settle_plain(self, packing: Packing) -> None:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""

@@ -86,7 +86,7 @@ def test_codecs(checkpoint: Path, codec: str, start: str, tmp_path: Path) -> Non
 
 
 def test_untouched_parts_are_copied_not_encoded_again(checkpoint: Path, tmp_path: Path) -> None:
-    first = statecodec.compress(checkpoint, tmp_path / "a.sc.safetensors")
+    first = statecodec.compress(checkpoint, tmp_path / "a.sc.safetensors", preset="live")
     statecodec.convert(first.path, tmp_path / "b.sc.safetensors", "exp_avg_sq=raw")
     with Reader(first.path) as a, Reader(tmp_path / "b.sc.safetensors") as b:
         for item in a.items:

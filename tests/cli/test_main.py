@@ -130,7 +130,7 @@ def test_codecs_are_written_as_they_are_parsed(cli: Cli) -> None:
         fields = ",".join(f"{name}={value}" for name, value in codec["fields"].items())
         assert parse(f"{codec['name']}({fields})") == parse(codec["name"])
         assert codec["summary"]
-    assert list(document["presets"]) == ["lossless", "resume", "small", "tiny", "weights"]
+    assert list(document["presets"]) == ["lossless", "resume", "small", "tiny", "live", "weights"]
 
 
 def test_presets_of_the_option_are_those_of_the_library() -> None:

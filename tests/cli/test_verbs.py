@@ -40,8 +40,9 @@ def test_compress_reports_what_it_did(cli: Cli, ckpt: Path) -> None:
     assert document["ratio"] > 2
     assert document["num_params"] == 2 * (96 * 96 + 96)
     codecs = {t["role"]: t["codec"] for t in document["tensors"] if t["shape"] == [96, 96]}
-    assert codecs["weight"].startswith("split")
-    assert codecs["exp_avg"].startswith("companded")
+    assert codecs["weight"].startswith("uniform")
+    assert codecs["exp_avg"].startswith("direction")
+    assert document["total"]["u_rms"] <= 0.01
 
 
 def test_the_table_goes_to_stdout_and_nothing_else_does(ckpt: Path) -> None:
@@ -85,7 +86,7 @@ def test_rules_go_before_the_preset(cli: Cli, ckpt: Path, tmp_path: Path) -> Non
     codecs = {t["role"]: t["codec"] for t in cli(*words).json()["tensors"] if t["shape"] == [96, 96]}
     assert codecs["weight"] == "raw"
     assert codecs["exp_avg"].startswith("cast")
-    assert codecs["exp_avg_sq"].startswith("companded")
+    assert codecs["exp_avg_sq"].startswith("logarithmic")
 
 
 @pytest.mark.parametrize("rule", ["weight=quantum", "weight=companded(bits=7)", "no equals sign", "weight:fp7=raw"])
@@ -206,8 +207,8 @@ def test_what_is_restored_loads_in_torch(cli: Cli, ckpt: Path) -> None:
     assert cli("restore", ckpt.with_name("ckpt.sc.safetensors"), "-o", again).code == 0
     exact, lossy = (torch.load(path, weights_only=True) for path in (ckpt, again))
     assert exact["optimizer"]["param_groups"] == lossy["optimizer"]["param_groups"]
-    for name, weight in exact["model"].items():
-        torch.testing.assert_close(lossy["model"][name], weight, rtol=2**-8, atol=0)
+    for name, weight in exact["model"].items():  # no weight is off by more than a step of lr = 1e-3
+        torch.testing.assert_close(lossy["model"][name], weight, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

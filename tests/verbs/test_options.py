@@ -51,9 +51,9 @@ class Done:
 
 def _resume(done: Done) -> None:
     if "max_update_error" not in done.options:
-        assert done.error["u_rms"] < 0.012
+        assert done.error["u_rms"] < 0.01001
     if "max_weight_error" not in done.options:
-        assert done.error["weight_relative_rms"] < 1e-5
+        assert done.error["weight_relative_rms"] < 2e-5  # 24 bits: a hundredth of this step is finer
 
 
 def _rule(done: Done) -> None:
@@ -62,12 +62,13 @@ def _rule(done: Done) -> None:
 
 
 def _no_update_left(done: Done) -> None:
-    assert done.error["u_rms"] <= 0.05
-    assert (done.report.total or {})["u_rms"] <= 0.05
+    assert done.error["u_rms"] <= 0.05005
+    if "rules" not in done.options:  # the rule keeps exp_avg_sq exact: exp_avg is still as asked
+        assert (done.report.total or {})["u_rms"] <= 0.05005
 
 
 def _weights(done: Done) -> None:
-    assert done.error["weight_relative_rms"] <= 0.003
+    assert done.error["weight_step_error"] <= 0.3003
 
 
 def _plain(done: Done) -> None:
@@ -95,7 +96,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Done], None]]] = {
     "preset": ("resume", _resume),
     "rules": (["exp_avg_sq=raw"], _rule),
     "max_update_error": (0.05, _no_update_left),
-    "max_weight_error": (0.003, _weights),
+    "max_weight_error": (0.3, _weights),
     "pack": ("none", _plain),
     "max_shard_size": (60_000, _shards),
     "base": ("base.sc.safetensors", _linked),

@@ -32,7 +32,7 @@ def _compress(source: Path, target: Path) -> None:
 
 
 def _budget(source: Path, target: Path) -> None:
-    statecodec.compress(source, target, max_weight_error=0.01, force=True)
+    statecodec.compress(source, target, max_weight_error=0.01, verify=True, force=True)
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ def run(as_json: options.AsJson = False) -> None:
 
     document = {
         "codecs": [_describe(codecs.get(name)) for name in codecs.names()],
-        "presets": {name: list(rules) for name, rules in choose.PRESETS.items()},
+        "presets": {name: _preset(preset) for name, preset in choose.PRESETS.items()},
     }
     if as_json:
         console.emit(document)
@@ -60,6 +60,10 @@ def _describe(codec: Any) -> dict[str, Any]:
         "summary": (inspect.getmodule(codec).__doc__ or "").strip().partition("\n")[0],
         "fields": {field.name: _written(getattr(codec(), field.name)) for field in dataclasses.fields(codec)},
     }
+
+
+def _preset(preset: Any) -> dict[str, Any]:
+    return {"about": preset.about, "step_error": preset.step_error, "rules": [str(rule) for rule in preset.rules]}
 
 
 def _written(value: Any) -> Any:

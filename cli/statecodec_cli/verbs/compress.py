@@ -11,7 +11,7 @@ import typer
 from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
-Preset = Literal["lossless", "resume", "small", "tiny", "weights"]
+Preset = Literal["lossless", "resume", "small", "tiny", "live", "weights"]
 
 
 def run(
@@ -34,23 +34,22 @@ def run(
         ),
     ] = None,
     strict: options.Strict = False,
-    max_update_error: Annotated[
+    max_step_error: Annotated[
         float | None,
         typer.Option(
-            "--max-update-error",
-            metavar="X",
+            "--max-step-error",
+            metavar="F",
             show_default=False,
-            help="Choose the moments' codecs: the smallest with an error of the Adam updates of at most X (0.01: 1 %).",
+            help="The error of weights and moments, as a fraction of one optimizer step (0.01: 1 %).",
         ),
+    ] = None,
+    max_update_error: Annotated[
+        float | None,
+        typer.Option("--max-update-error", metavar="F", show_default=False, help="The same for the moments alone."),
     ] = None,
     max_weight_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-weight-error",
-            metavar="X",
-            show_default=False,
-            help="Choose the weights' codecs: the smallest with a relative rms error of at most X.",
-        ),
+        typer.Option("--max-weight-error", metavar="F", show_default=False, help="The same for the weights alone."),
     ] = None,
     base: Annotated[
         Path | None,
@@ -99,6 +98,7 @@ def run(
             rules=tuple(rule or ()),
             rules_file=rules,
             strict=strict,
+            max_step_error=max_step_error,
             max_update_error=max_update_error,
             max_weight_error=max_weight_error,
             base=base,

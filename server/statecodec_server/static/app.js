@@ -6,9 +6,10 @@ import { bytes, el, percent, size, table, updates } from "./plots.js";
 const $ = (id) => document.getElementById(id);
 const PRESETS = {
   lossless: ["Lossless", "bit for bit the same file"],
-  resume: ["Resume", "about a third; training goes on as before"],
-  small: ["Small", "smaller still; 4-bit moments"],
-  tiny: ["Tiny", "smallest; errors are larger and reported"],
+  resume: ["Resume", "1 % of a step; training goes on as before"],
+  small: ["Small", "10 % of a step; smaller, at a reported cost"],
+  tiny: ["Tiny", "30 % of a step; for keeping many"],
+  live: ["Live", "as the live optimizers hold it"],
   weights: ["Weights", "moments dropped; cannot resume"],
 };
 const LABELS = { inspect: "Inspect", compress: "Compress", restore: "Restore", verify: "Verify", analyze: "Analyze" };
@@ -147,7 +148,7 @@ function settings(operation) {
   const rules = $("rules").value.split("\n").map((line) => line.trim()).filter(Boolean);
   if ("rules" in taken && rules.length) options.rules = rules;
   const budget = Number($("budget").value);
-  if ("max_update_error" in taken && budget > 0) options.max_update_error = budget;
+  if ("max_step_error" in taken && budget > 0) options.max_step_error = budget;
   return options;
 }
 
@@ -296,7 +297,7 @@ function radios() {
     const [label, text] = PRESETS[name] || [name, ""];
     return el("label", { class: "preset" }, input, el("span", { class: "mark", "aria-hidden": "true" }), el("strong", {}, label), el("span", { class: "hint" }, text));
   }));
-  $("budget-field").hidden = !("max_update_error" in (operations.compress?.options.properties || {}));
+  $("budget-field").hidden = !("max_step_error" in (operations.compress?.options.properties || {}));
 }
 
 function refuseToken(error) {

@@ -1,0 +1,117 @@
+"""Size against step error, in closed form: the entropy of the codes that a fraction of a step would give.
+
+Samples of every tensor are rounded to the grids that `by_steps` would choose, and their order-0 entropy is what an
+entropy coder needs. `benchmarks/step_budget.py` holds it against real files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.choices import Choice, by_rules
+from statecodec.choose.presets import PRESETS
+from statecodec.choose.rules import Policy
+from statecodec.choose.steps import Budget, by_steps, sampled
+from statecodec.codecs import Direction, Logarithmic, Uniform
+from statecodec.errors import UsageError
+from statecodec.parallel import default_threads
+from statecodec.progress import Meter, Progress
+
+_FRACTIONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_EXACT_BITS = 0.83 * 8  # a byte of fp32 or bf16 numbers, packed without loss; measured in docs/benchmarks.md
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The estimated size of a whole checkpoint at an error of its weights and moments, as a fraction of one step.
+
+    `label` names a preset; points of the curve have none.
+    """
+
+    nbytes: int
+    bytes_per_param: float
+    step_error: float
+    label: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "bytes": self.nbytes, "bytes_per_param": self.bytes_per_param, "step_error": self.step_error,
+            "label": self.label,
+        }  # fmt: skip
+
+
+def measure_curve(src: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> list[CurvePoint]:
+    """The curve of one checkpoint, with the presets as labelled points.
+
+    Raises UsageError for a compressed checkpoint or one without Adam moments.
+    """
+    with open_checkpoint(src) as source:
+        if not isinstance(source, SourceCheckpoint):
+            raise UsageError(f"{src} is compressed: its curve would be that of errors already made; give the original")
+        if not source.moments:
+            raise UsageError(f"{src}: no pairs of exp_avg and exp_avg_sq here, so no optimizer step to count in")
+        labels = {preset.step_error: name for name, preset in PRESETS.items() if preset.step_error is not None}
+        fractions = sorted({*_FRACTIONS, *labels})
+        meter = Meter(progress, len(fractions) * source.nbytes, "estimating sizes")
+        points = []
+        for fraction in fractions:
+            points.append(_point(source, fraction, threads or default_threads()))
+            meter.add(source.nbytes)
+        named = [CurvePoint(p.nbytes, p.bytes_per_param, p.step_error, labels[p.step_error])
+                 for p in points if p.step_error in labels]  # fmt: skip
+        return [*points, *named]
+
+
+def _point(source: SourceCheckpoint, fraction: float, threads: int) -> CurvePoint:
+    choices = by_steps(source, by_rules(source, Policy(()), "lossless"), Budget(fraction, fraction), threads)
+    bits = sum(_bits(source, item, choices[item.name]) for item in source.items)
+    numel = sum(source.tensors[m.exp_avg].numel for m in source.moments)
+    return CurvePoint(round(bits / 8), bits / 8 / max(numel, 1), fraction)
+
+
+def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
+    """Estimated bits of one tensor under its codec."""
+    codes = _codes(source, item, choice)
+    return item.numel * _entropy(codes) if codes is not None else item.nbytes * _EXACT_BITS
+
+
+def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Tensor | None:
+    codec = choice.codec
+    if isinstance(codec, Uniform):
+        return (sampled(source, item) / codec.step).round()
+    if isinstance(codec, Direction):
+        other = source.items[source.tensors[choice.companions["exp_avg_sq"]].index]
+        return (sampled(source, item) / (sampled(source, other).sqrt() + codec.eps) / codec.step).round()
+    if isinstance(codec, Logarithmic):
+        return _centred((sampled(source, item).clamp(min=2.0**-149).log2() * codec.steps).round(), item.shape[-1])
+    return None
+
+
+def _centred(codes: Tensor, cols: int) -> Tensor:
+    """Codes without the means of their rows, as packing stores them; whole rows only."""
+    rows = codes.numel() // cols if cols else 0
+    if rows < 2:
+        return codes
+    grid = codes[: rows * cols].view(rows, cols)
+    grid = grid - grid.mean(1, keepdim=True)
+    return (grid - grid.mean(0, keepdim=True)).round().reshape(-1)
+
+
+def _entropy(codes: Tensor) -> float:
+    """Bits a code, order 0."""
+    finite = codes[codes.isfinite()]
+    if not finite.numel():
+        return 0.0
+    counts: Sequence[int] = torch.unique(finite, return_counts=True)[1].tolist()
+    total = sum(counts)
+    return -sum(c / total * math.log2(c / total) for c in counts)

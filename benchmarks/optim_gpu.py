@@ -2,7 +2,7 @@
 
     python benchmarks/optim_gpu.py                        # 100 M, 1 B and many small tensors -> results/optim_gpu.json
     python benchmarks/optim_gpu.py --sets small --only statecodec,flashoptim
-    python benchmarks/optim_gpu.py --tune                 # tile shapes and look-ahead of our launch, on the sets given
+    python benchmarks/optim_gpu.py --tune                 # shapes of our launch, on the sets given
     TRITON_INTERPRET=1 python benchmarks/optim_gpu.py --tiny    # no GPU: does it run? The times mean nothing
 
 First the gate: fused steps must equal the generic path on this device, or nothing is timed. Times are CUDA events
@@ -223,28 +223,20 @@ def _state_nbytes(optimizer: Any) -> int:
 
 def tunings() -> Iterator[dict[str, int]]:
     """Launch shapes worth trying. Each is another launch of its own: an in-place step must never be autotuned."""
-    for tile, warps, run in ((1024, 4, 1), (1024, 4, 8), (2048, 4, 4), (2048, 8, 4), (4096, 8, 2), (512, 2, 8)):
-        yield {"UPDATE_TILE": tile, "WARPS": warps, "RUN": run}
-    for chunks in (1, 2, 8):
-        yield {"PROBE_CHUNKS": chunks}
-    for ahead in (0, 1 << 20, 16 << 20, 1 << 40):
-        yield {"AHEAD": ahead}
+    for count, run in ((32, 8), (32, 4), (32, 16), (64, 8)):
+        yield {"COUNT": count, "RUN": run}
 
 
 def tune(shapes: Shapes, device: torch.device, steps: int, copy: float) -> list[dict[str, Any]]:
     """The plain AdamW step under every launch shape, slowest last."""
-    from statecodec.kernels.triton import plan
+    from statecodec.kernels.triton import fast
 
-    usual = {name: getattr(plan, name) for setting in tunings() for name in setting}
+    usual = {"COUNT": fast.COUNT, "RUN": fast.RUN}
     rows = []
-    for setting in tunings():
-        for name, value in (usual | setting).items():
-            setattr(plan, name, value)
-        plan._PLANS.clear()
+    for setting in [*tunings(), usual]:
+        for name, value in setting.items():
+            setattr(fast, name, value)
         rows.append({**setting, **measure(shapes, CONTENDERS["statecodec"], device, steps, copy)})
-    for name, value in usual.items():
-        setattr(plan, name, value)
-    plan._PLANS.clear()
     return sorted(rows, key=lambda row: row["ms"])
 
 

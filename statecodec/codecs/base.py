@@ -24,6 +24,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
+from statecodec.kernels.fused import Stored
 from statecodec.kernels.reference.statistics import Comparison
 
 _FLAG_TEXTS = {
@@ -195,6 +196,10 @@ class Codec(ABC):
     def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
         """Bytes of all parts before packing."""
         return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
+
+    def stored(self) -> Stored | None:
+        """How fused optimizer steps are told what the parts hold; None if they cannot step this codec's parts."""
+        return None
 
     def config(self) -> dict[str, Any]:
         """JSON config: {"name": ..., "version": ..., field: value, ...}; nested codecs are nested configs."""

@@ -27,6 +27,7 @@ from statecodec.codecs.base import (
     store,
 )  # fmt: skip
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
+from statecodec.kernels.fused import Stored
 
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
 
@@ -106,6 +107,9 @@ class Companded(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return lcm(self.group, 2)
 
+    def stored(self) -> Stored | None:
+        return Stored(self.levels, self.group) if self.rows == FIRST else None
+
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
     ) -> None:
@@ -134,7 +138,7 @@ class Companded(Codec):
         groups = -(-cols // self.group)
         padded = torch.nn.functional.pad(values.abs(), (0, groups * self.group - cols)).view(rows, groups, self.group)
         scale = padded.amax(-1, keepdim=True).to(torch.bfloat16).to(torch.float64)
-        scale = scale.clamp(max=torch.finfo(torch.bfloat16).max, min=2.0**-133)
+        scale = scale.clamp(max=torch.finfo(torch.bfloat16).max, min=2.0**-126)
         r = padded / scale
         half = 0.51 / self.levels.top  # half a code, and a little for the fp32 arithmetic of the encoder
         y = self._curve(r.clamp(max=1.0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from statecodec.codecs.base import (
     store,
 )  # fmt: skip
 from statecodec.codecs.raw import Raw
+from statecodec.kernels.fused import Stored
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ class Folded(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         inner = self.inner.align(self.mean_shape(shape))
         return None if inner is None else inner * self.block
+
+    def stored(self) -> Stored | None:
+        inner = self.inner.stored()
+        if inner is None or inner.block or inner.dims or self.rows != FIRST:
+            return None
+        return replace(inner, block=self.block)
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.kernels.fused import Stored
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,9 @@ class Raw(Codec):
 
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
         return {"data": PartSpec(dtype, shape)}
+
+    def stored(self) -> Stored | None:
+        return Stored()
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, rounding, store
 from statecodec.codecs.raw import Raw
 from statecodec.errors import UnsupportedTensor
+from statecodec.kernels.fused import Stored
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Shared(Codec):
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None
+
+    def stored(self) -> Stored | None:
+        inner = self.inner.stored()
+        if inner is None or inner.block or inner.dims:
+            return None
+        return replace(inner, dims=self.dims)
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

@@ -79,9 +79,9 @@ class Curve:
 
     @cached_property
     def min_scale(self) -> int:
-        """bf16 bits of the smallest scale whose lowest level is still a positive fp32 number."""
+        """bf16 bits of the smallest scale: a normal number, whose lowest level is a positive fp32 number."""
         needed = 2.0**-149 / float(self.levels[1])
-        bits = max(int(np.float32(needed).view(np.uint32)) >> 16, 1)
+        bits = max(int(np.float32(needed).view(np.uint32)) >> 16, 0x80)
         while np.float32(np.uint32(bits << 16).view(np.float32)) * self.levels[1] <= 0:
             bits += 1
         return bits

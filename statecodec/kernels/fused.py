@@ -4,23 +4,24 @@
 path is the definition. A backend that can do a whole parameter group at once offers, in its
 package (`statecodec.kernels.triton`),
 
-    supports(method, formats, param, low) -> bool     # may this combination be fused? (no tensors)
-    step(method, slots, formats, hyper) -> None       # do it, in place, for every slot
+    supports(method, formats, param, low) -> bool         # may this combination be fused? (no tensors)
+    prepare(method, slots, formats) -> Launch             # once; a Launch is called with gradients at every step
 
-and the optimizer calls it with the slots of one group that share method, formats and dtypes. Contract of `step`:
+Contract of a launch:
 
-* Per slot: if any element of `grad` is NaN or beyond LARGEST_GRADIENT in magnitude (infinities are), nothing of that
-  slot changes except `skipped += 1`. Otherwise `step += 1` and the arithmetic of `reference.steps.<method>` is applied
-  to decoded fp32 values, with t = the incremented step; results are encoded by the arithmetic of the codec kernels
-  (same codes and scales as `encode_companded`, same bits as `encode_split`).
+* A slot whose gradient is None is left alone. Of all others `step` is counted up, and the arithmetic of
+  `reference.steps.<method>` is applied to decoded fp32 values, with t = the incremented step; results are encoded by
+  the arithmetic of the codec kernels (same codes and scales as `encode_companded`, same bits as `encode_split`).
+* A unit in which any new weight or moment would be NaN, infinite or not below LARGEST (LARGEST_FP16 for an fp16 weight)
+  keeps its old bytes, and is added to `skipped`. The unit is what shares a stored number: an element; where a moment is
+  companded, its group; where it is folded, a block, or a companded group of blocks. A shared second moment has its own
+  say: it keeps its old value, and so do all weights that it stands for.
 * `step` and `skipped` are read and written on their device, never on the host: a step is CUDA-graph capturable when
-  `lr` is a tensor. The bias corrections 1 - beta**t need 1e-6 relative accuracy (expm1 of t * log(beta), with log(beta)
-  computed on the host).
-* `grad` has any strides and dtype fp32, bf16 or fp16; `param` and every part are contiguous. Sizes may exceed 2**31
+  `lr` is a tensor. The bias corrections 1 - beta**t need 1e-6 relative accuracy.
+* A gradient has any strides and dtype fp32, bf16 or fp16; `param` and every part are contiguous. Sizes may exceed 2**31
   elements.
-* `formats[state]` is that state's codec config (`Codec.config()`: raw, companded, folded with an inner codec, shared
-  with dims and an inner codec); `slot.states[state]` are the parts under the codec's part names. Rows and groups:
-  `codecs.base`.
+* `formats[state]` says how that state is stored; `slot.states[state]` are the parts under the codec's part names. Rows
+  and groups: `codecs.base`.
 * `low is None`: `param` is stepped in its own dtype (fp32 in place; bf16 / fp16 widened, stepped, rounded to nearest
   even, or stochastically). Otherwise param and low are the two parts of a split: decode, step, encode.
 * `hyper.stochastic`: before the weight is split (or rounded to bf16), the bits that the stored form drops are dithered
@@ -33,13 +34,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-# Gradients beyond this are treated like infinite ones: their squares, summed over a tensor, would leave fp32's range.
-LARGEST_GRADIENT = 2.0**48
+from statecodec.kernels.curves import Curve
+
+# New weights and moments stay below this in magnitude: with a little room above them, every operation of a step is
+# exact to the last bit on every backend.
+LARGEST = 2.0**64
+LARGEST_FP16 = 65520.0  # of an fp16 weight: from here on, it would round to infinity
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How one state is stored, as a codec says it (`Codec.stored`): everything that its bytes depend on.
+
+    `curve` None: dense fp32 values. Otherwise codes of that curve, with one scale per `group` values of a row. `block`:
+    the values are means of that many neighbours (0: they are not folded). `dims`: one value stands for all along these
+    dimensions.
+    """
+
+    curve: Curve | None = None
+    group: int = 0
+    block: int = 0
+    dims: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +67,8 @@ class Slot:
     """One parameter of a launch. `states`: state name -> part name -> tensor. All tensors are updated in place."""
 
     param: Tensor
-    grad: Tensor
     step: Tensor  # 0-d fp32: steps done so far
-    skipped: Tensor  # 0-d fp32: steps skipped because the gradient was not finite
+    skipped: Tensor  # 0-d fp32: units that kept their old bytes so far
     low: Tensor | None  # int8 or int16, same shape as param; None without master weights
     states: Mapping[str, Mapping[str, Tensor]]
     index: int  # position of the parameter in the optimizer; seeds the dither
@@ -80,11 +99,17 @@ class Hyper:
     seed: int = 0
 
 
-class FusedStep(Protocol):
+class Launch(Protocol):
+    """A group of slots, prepared: one step each time it is called, with one gradient (or None) per slot."""
+
+    def __call__(self, gradients: Sequence[Tensor | None], hyper: Hyper) -> None: ...
+
+
+class FusedBackend(Protocol):
     """What a backend package has when it can step whole groups."""
 
     def supports(
-        self, method: str, formats: Mapping[str, dict[str, Any]], param: torch.dtype, low: torch.dtype | None
+        self, method: str, formats: Mapping[str, Stored | None], param: torch.dtype, low: torch.dtype | None
     ) -> bool: ...
 
-    def step(self, method: str, slots: Sequence[Slot], formats: Mapping[str, dict[str, Any]], hyper: Hyper) -> None: ...
+    def prepare(self, method: str, slots: Sequence[Slot], formats: Mapping[str, Stored | None]) -> Launch: ...

@@ -1,7 +1,7 @@
 """The optimizer that every class here is: torch's interface over states kept in encoded form.
 
-A gradient that is not finite, or whose squares may sum beyond fp32 (|g| > 2**48), skips its own tensor's step and is
-counted in `skipped`: every method here would otherwise spread it over a group, a block, a row or the whole matrix.
+Where a step would not be finite, the smallest unit that shares a stored number keeps its old bytes and is counted in
+`skipped` (see `units`): it would otherwise spread over a group, a block, a row or a whole matrix.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.errors import OptimizerError
-from statecodec.kernels.fused import LARGEST_GRADIENT
 from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, saving
 from statecodec.optim.load_report import LoadReport
@@ -122,9 +121,7 @@ class StateOptimizer(StateKeeper):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            ready = [p for p in group["params"] if p.grad is not None]
-            rest = fusing.step_group(self, group, ready) if self._fused is not False else ready
-            for p in rest:
+            for p in fusing.step_group(self, group, group["params"], id(group)):
                 self._step_one(p, group)
         return loss
 
@@ -132,7 +129,7 @@ class StateOptimizer(StateKeeper):
     def step_param(self, param: Tensor) -> None:
         """Step one parameter from its `.grad`; gradient release calls it during the backward pass."""
         group = self.group_of(param)
-        for p in fusing.step_group(self, group, [param]) if self._fused is not False else [param]:
+        for p in fusing.step_group(self, group, [param], param):
             self._step_one(p, group)
 
     def _step_one(self, p: Tensor, group: Group) -> None:
@@ -140,9 +137,6 @@ class StateOptimizer(StateKeeper):
         if grad.is_sparse:
             raise OptimizerError("sparse gradients are not supported; build the embedding with sparse=False")
         recipe, state = self.recipe(p, group), self.ensure_state(p, group)
-        if not _usable(grad):
-            state["skipped"] += 1
-            return
         state["step"] += 1
         t = int(state["step"])
         work = p.detach().contiguous()
@@ -151,7 +145,7 @@ class StateOptimizer(StateKeeper):
             states={k: state[k] for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
             backend=kernels.resolve(self._backend, p.device), steps=self._arithmetic(work),
         )  # fmt: skip
-        recipe.method.step(job)
+        state["skipped"] += recipe.method.step(job)
         if work.data_ptr() != p.data_ptr():
             p.copy_(work)
 
@@ -171,8 +165,8 @@ class StateOptimizer(StateKeeper):
         return reference_steps
 
     def skipped(self) -> dict[str | int, int]:
-        """Steps skipped for gradients that were not finite, by parameter name (or position); only those that skipped
-        any."""
+        """How many units kept their old bytes because their step was not finite, by parameter name (or position); only
+        parameters with any. A unit is an element, a group, a block of a folded moment or a matrix (see `units`)."""
         counts = {self.label(p): int(self.state[p]["skipped"]) for p in self.parameters() if self.state.get(p)}
         return {k: n for k, n in counts.items() if n}
 
@@ -256,11 +250,3 @@ class StateOptimizer(StateKeeper):
         super().__setstate__(state)
         self.defaults.pop("differentiable", None)  # torch puts it in; no option here has that name
         self._reset_runtime()
-
-
-def _usable(grad: Tensor) -> bool:
-    """Whether a gradient may be used: one pass, no temporaries; NaN fails both comparisons."""
-    if not grad.numel():
-        return True
-    low, high = torch.aminmax(grad)
-    return bool(low >= -LARGEST_GRADIENT) and bool(high <= LARGEST_GRADIENT)

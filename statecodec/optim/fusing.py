@@ -1,65 +1,124 @@
-"""Handing whole groups to a backend that steps them in one launch; the contract is `kernels.fused`."""
+"""Handing whole groups to a backend that steps them in few launches; the contract is `kernels.fused`.
+
+Which parameters share a launch, and where everything lies, is found out once and kept. A step then looks at parameters,
+states and gradients only to see that they are the ones it knows.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from statecodec import kernels
 from statecodec.errors import OptimizerError
-from statecodec.kernels.fused import FusedStep, Slot
-from statecodec.optim.method import Group
+from statecodec.kernels.fused import FusedBackend, Launch, Slot
+from statecodec.optim.method import LOW, Group, Method
 
 if TYPE_CHECKING:
-    from statecodec.optim.states import StateKeeper
+    from statecodec.optim.base import StateOptimizer
+
+_gradient = attrgetter("grad")
 
 
-def step_group(optimizer: StateKeeper, group: Group, ready: list[Tensor]) -> list[Tensor]:
-    """Step what can be fused, one launch per kind of slot; returns the parameters that are left for the generic path.
+def step_group(optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], key: Any) -> list[Tensor]:
+    """Step what of `params` has a gradient and can be fused; returns what is left for the generic path.
 
-    Raises OptimizerError if the optimizer was made with fused=True and a parameter cannot be fused.
+    `key` tells this set of parameters from others of the same optimizer. Raises OptimizerError if the optimizer was
+    made with fused=True and a parameter cannot be fused.
     """
+    gradients: list[Tensor | None] = list(map(_gradient, params))
     demanded = optimizer._fused is True
-    if not ready or not (demanded or any(p.device.type == "cuda" for p in ready)):
-        return ready
-    backend = _fused_backend(demanded)
-    if backend is None:
-        return ready
-    launches: dict[tuple[Any, ...], list[Slot]] = defaultdict(list)
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {}
-    rest = []
-    for p in ready:
-        recipe = optimizer.recipe(p, group)
-        hyper = recipe.method.hyper(group)
-        formats, grad = recipe.formats, cast(Tensor, p.grad).detach()
-        state, name = optimizer.ensure_state(p, group), recipe.method.name
-        low = state["weight_low"].parts["data"] if "weight_low" in state else None
-        fits = hyper is not None and p.is_contiguous() and not grad.is_sparse and (demanded or p.is_cuda)
-        if not (fits and backend.supports(name, formats, p.dtype, None if low is None else low.dtype)):
-            if demanded:
-                raise OptimizerError(f"fused=True, but no fused {name} step takes {p.dtype} and {formats}; use None")
-            rest.append(p)
-            continue
-        key = (recipe.kind, hyper, p.dtype, p.device, None if low is None else low.dtype)
-        states = {k: state[k].parts for k in recipe.specs}
-        kinds[recipe.kind] = name, formats
-        launches[key].append(
-            Slot(p.detach(), grad, state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
+    wanted = demanded or (optimizer._fused is None and any(p.is_cuda for p in params))
+    if not wanted or not any(g is not None for g in gradients):
+        return [p for p, g in zip(params, gradients, strict=True) if g is not None]
+    known = optimizer._launches.get(key)
+    if known is None or not known.suits(optimizer, group, params, gradients):
+        backend = _fused_backend(demanded)
+        if backend is None:
+            return [p for p, g in zip(params, gradients, strict=True) if g is not None]
+        known = optimizer._launches[key] = GroupLaunches(optimizer, group, params, gradients, backend)
+    return known.step(gradients)
+
+
+class GroupLaunches:
+    """The launches of one param group, as long as its parameters and their states stay where they are."""
+
+    def __init__(
+        self, optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None],
+        backend: FusedBackend,
+    ) -> None:  # fmt: skip
+        self._group, self._params = group, list(params)
+        self._rest = list[int]()
+        alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+        slots: dict[int, Slot] = {}
+        for at, (p, grad) in enumerate(zip(params, gradients, strict=True)):
+            if grad is None:
+                continue
+            recipe, state = optimizer.recipe(p, group), optimizer.ensure_state(p, group)
+            method, formats = recipe.method, recipe.formats
+            low = state[LOW].parts["data"] if LOW in state else None
+            fits = method.hyper(group) is not None and p.is_contiguous() and not grad.is_sparse
+            fits = fits and (optimizer._fused is True or p.is_cuda)
+            if not (fits and backend.supports(method.name, formats, p.dtype, None if low is None else low.dtype)):
+                if optimizer._fused is True:
+                    codecs = {k: str(s.codec) for k, s in recipe.specs.items()}
+                    raise OptimizerError(
+                        f"fused=True, but no fused {method.name} step takes {p.dtype} and {codecs}; use None"
+                    )
+                self._rest.append(at)
+                continue
+            states = {k: state[k].parts for k in recipe.specs}
+            slots[at] = Slot(p.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
+            rule = (type(method), tuple(vars(method).values()))
+            alike[rule, tuple(formats.items()), p.dtype, p.device, None if low is None else low.dtype].append(at)
+        # States are made on the first gradient: a parameter that gets one later makes these launches anew.
+        self._absent = [at for at, grad in enumerate(gradients) if grad is None]
+        self._launches: list[tuple[Method, Launch, list[int]]] = []
+        for some in alike.values():
+            recipe = optimizer.recipe(params[some[0]], group)
+            launch = backend.prepare(recipe.method.name, [slots[at] for at in some], recipe.formats)
+            self._launches.append((recipe.method, launch, some))
+        self._addresses = list(map(Tensor.data_ptr, params))
+        self._states = [optimizer.state.get(p) for p in params]
+        self._kept = [state for state in self._states if state]
+        self._values = self._every_value()
+
+    def suits(
+        self, optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> bool:
+        """Whether these launches still step what is asked for."""
+        return (
+            self._group is group
+            and len(params) == len(self._params)
+            and all(map(is_, params, self._params))
+            and list(map(Tensor.data_ptr, params)) == self._addresses
+            and all(gradients[at] is None for at in self._absent)
+            # Nobody has written into the optimizer's state.
+            and all(map(is_, map(optimizer.state.get, params), self._states))
+            and len(values := self._every_value()) == len(self._values)
+            and all(map(is_, values, self._values))
         )
-    for (kind, hyper, *_), slots in launches.items():
-        backend.step(kinds[kind][0], slots, kinds[kind][1], hyper)
-    return rest
+
+    def _every_value(self) -> list[Any]:
+        """Counters and states of these parameters, one after the other."""
+        return list(chain.from_iterable(map(dict.values, self._kept)))
+
+    def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """Launch; returns the parameters that are left."""
+        for method, launch, some in self._launches:
+            hyper = method.hyper(self._group)
+            assert hyper is not None
+            launch(gradients if len(some) == len(gradients) else [gradients[at] for at in some], hyper)
+        return [self._params[at] for at in self._rest if gradients[at] is not None]
 
 
-def _fused_backend(demanded: bool) -> FusedStep | None:
+def _fused_backend(demanded: bool) -> FusedBackend | None:
     """The backend with fused steps; None if there is none and none was demanded."""
     if "triton" not in kernels.available() and not demanded:
         return None
-    backend = cast(Any, kernels.get("triton"))
-    if hasattr(backend, "supports") and hasattr(backend, "step"):
-        return cast(FusedStep, backend)
-    if demanded:
-        raise OptimizerError("fused=True, but this build of the triton backend has no fused steps")
-    return None
+    return cast(FusedBackend, kernels.get("triton"))

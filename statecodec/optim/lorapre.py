@@ -17,7 +17,7 @@ from statecodec.kernels.reference.steps import mix
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
-from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, matrix_shape, whole_weight
+from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, WholeMatrix, matrix_shape, whole_weight
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
 from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
 
@@ -92,7 +92,7 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
     return square.clamp(min=0).sqrt() * (a * b)[..., 0, 0]
 
 
-class _LowRankMethod(Method):
+class _LowRankMethod(WholeMatrix):
     """What Adam and Muon over low-rank moments share: how the factors start, and how they are moved."""
 
     def __init__(self, rank: int) -> None:
@@ -135,7 +135,7 @@ class LowRankAdamMethod(_LowRankMethod):
         forms = {"exp_avg": "product", "exp_avg_sq": "square"}
         return {k: StateSpec(LowRank(self._rank, form), shape, torch.float32) for k, form in forms.items()}
 
-    def step(self, job: Job) -> None:
+    def update(self, job: Job) -> None:
         tile, w = whole_weight(job)
         g, group, s = job.gradient(tile, w), job.group, adam_scalars(job)
         beta1, beta2 = s["beta1"], s["beta2"]
@@ -164,7 +164,7 @@ class LowRankMuonMethod(_LowRankMethod):
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
         return {"momentum_buffer": StateSpec(LowRank(self._rank), self.view_shape(param), torch.float32)}
 
-    def step(self, job: Job) -> None:
+    def update(self, job: Job) -> None:
         tile, w = whole_weight(job)
         g, group, state = job.gradient(tile, w), job.group, job.states["momentum_buffer"]
         mu = float(group["momentum"])

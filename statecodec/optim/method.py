@@ -20,8 +20,8 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs import Codec, EncodedTensor, Raw, Split
-from statecodec.kernels.fused import Hyper
-from statecodec.optim import tiles
+from statecodec.kernels.fused import Hyper, Stored
+from statecodec.optim import tiles, units
 from statecodec.optim.weights import Weight, whole
 
 Group: TypeAlias = dict[str, Any]
@@ -75,19 +75,20 @@ class Recipe:
         return {**({} if self.low is None else {LOW: self.low}), **self.specs}
 
     @cached_property
-    def formats(self) -> dict[str, dict[str, Any]]:
-        """The states' codec configs, as fused kernels are given them."""
-        return {k: s.codec.config() for k, s in self.specs.items()}
-
-    @cached_property
-    def kind(self) -> str:
-        """What may share a fused launch: the method and the formats, as text."""
-        return f"{self.method.name} {self.formats}"
+    def formats(self) -> dict[str, Stored | None]:
+        """How the states are stored, as fused steps are told it."""
+        return {k: s.codec.stored() for k, s in self.specs.items()}
 
     @cached_property
     def walk(self) -> tuple[tiles.Tile, ...]:
         codecs = {k: s.codec for k, s in self.specs.items()}
         return self.method.walk(self.shape, tiles.common_align(codecs, self.shape))
+
+    @cached_property
+    def unit(self) -> int:
+        """How many neighbours in a row share a stored number, and so their fate where a step is not finite."""
+        cut = {k: s.codec for k, s in self.specs.items() if s.codec.align(self.shape) is not None}
+        return tiles.common_align(cut, self.shape)
 
     @cached_property
     def accesses(self) -> dict[str, tiles.Access]:
@@ -97,7 +98,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one parameter. `grad` is contiguous and finite, `t` counts this step too."""
+    """One step of one parameter. `grad` is contiguous, `t` counts this step too."""
 
     recipe: Recipe
     weight: Weight
@@ -146,8 +147,8 @@ class Method(ABC):
         """The states of this parameter, in order."""
 
     @abstractmethod
-    def step(self, job: Job) -> None:
-        """Update states and weight in place."""
+    def step(self, job: Job) -> int:
+        """Update states and weight in place; returns how many units kept their old bytes (see `units`)."""
 
     def view_shape(self, param: Tensor) -> tuple[int, ...]:
         """The shape in which the states see the parameter."""
@@ -187,20 +188,30 @@ class Elementwise(Method):
         """Weight decay that goes through the gradient."""
         return 0.0
 
-    def step(self, job: Job) -> None:
+    def step(self, job: Job) -> int:
         arithmetic = self.arithmetic(job)
         scalars, l2 = self.scalars(job), self.l2(job.group)
+        kept = 0
         for at, tile in enumerate(job.recipe.walk):
-            w = job.weight.load(tile)
-            g = job.gradient(tile, w, l2)
-            states = [
-                tiles.StateTile(k, job.states[k], how, at, job.scratch, job.backend)
-                for k, how in job.recipe.accesses.items()
-            ]
-            arithmetic(w, g, *(s.values for s in states), **scalars)
-            for state in states:
-                state.store()
-            job.weight.store(tile, w)
+            part = units.TileStep(job, at, tile)
+            g = job.gradient(tile, part.weight, l2)
+            arithmetic(part.weight, g, *part.values, **scalars)
+            kept += part.store()
+        return kept
+
+
+class WholeMatrix(Method):
+    """A method that needs all of a matrix at once: the matrix is the unit, its gradient is judged before the step."""
+
+    @abstractmethod
+    def update(self, job: Job) -> None:
+        """Update states and weight in place, from a gradient whose squares stay within fp32."""
+
+    def step(self, job: Job) -> int:
+        if not units.below(job.grad, units.LARGEST_GRADIENT):
+            return 1
+        self.update(job)
+        return 0
 
 
 def whole_weight(job: Job) -> tuple[tiles.Tile, Tensor]:

@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from statecodec.optim.adamw import AdamMethod, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
-from statecodec.optim.method import Group, Job, Method, StateSpec, matrix_shape, whole_weight
+from statecodec.optim.method import Group, Job, Method, StateSpec, WholeMatrix, matrix_shape, whole_weight
 from statecodec.optim.options import check_choice, check_flags, check_integer, check_number, moment_codec, stored_codec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -52,7 +52,7 @@ def step_size(group: Group, rows: int, cols: int) -> float:
     return float(0.2 * max(rows, cols) ** 0.5)
 
 
-class MuonMethod(Method):
+class MuonMethod(WholeMatrix):
     """buffer = lerp(buffer, g, 1 - momentum); the step is Newton-Schulz of it, or of lerp(g, buffer, momentum) with
     Nesterov's momentum."""
 
@@ -62,7 +62,7 @@ class MuonMethod(Method):
         codec = stored_codec(param, group, "momentum_buffer")
         return {"momentum_buffer": StateSpec(codec, tuple(param.shape), self.state_dtype(param))}
 
-    def step(self, job: Job) -> None:
+    def update(self, job: Job) -> None:
         group, state = job.group, job.states["momentum_buffer"]
         tile, w = whole_weight(job)
         g = job.gradient(tile, w)

@@ -16,8 +16,8 @@ from typing_extensions import Unpack
 
 from statecodec.codecs import Shared
 from statecodec.errors import OptimizerError
-from statecodec.kernels.fused import Hyper
-from statecodec.optim import tiles
+from statecodec.kernels.fused import LARGEST, Hyper
+from statecodec.optim import tiles, units
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Group, Job, Method, StateSpec
@@ -90,22 +90,25 @@ class SlimMethod(Method):
         """Slabs of whole indices of dimension 0, so that every tile broadcasts against the shared moment."""
         return tiles.tiles(shape, max(math.prod(shape[1:]), 1))
 
-    def step(self, job: Job) -> None:
+    def step(self, job: Job) -> int:
         s, shape = adam_scalars(job), job.recipe.shape
         second = job.states["exp_avg_sq"].parts["mean.data"]
         beta2 = s.pop("beta2")
-        second.mul_(beta2).add_(self._mean_square(job), alpha=1 - beta2)
+        moved = (second * beta2).add_(self._mean_square(job), alpha=1 - beta2)
+        fits = moved < LARGEST
+        # A moment that is too large keeps its old value, and NaN in its place makes all that it stands for do the same.
+        moved.masked_fill_(~fits, math.nan)
         slab = math.prod(shape[1:])
-        how = job.recipe.accesses["exp_avg"]
+        kept = 0
         for at, tile in enumerate(job.recipe.walk):
             full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
-            w = job.weight.load(tile)
-            g = job.gradient(tile, w)
-            m = tiles.StateTile("exp_avg", job.states["exp_avg"], how, at, job.scratch, job.backend)
-            v = second if 0 in self._dims else second[tile.start // max(slab, 1) :][: full[0]]
-            job.steps.shared_adam(w.view(full), g.view(full), m.values.view(full), v, **s)
-            m.store()
-            job.weight.store(tile, w)
+            part = units.TileStep(job, at, tile)
+            g = job.gradient(tile, part.weight)
+            v = moved if 0 in self._dims else moved[tile.start // max(slab, 1) :][: full[0]]
+            job.steps.shared_adam(part.weight.view(full), g.view(full), part.values[0].view(full), v, **s)
+            kept += part.store()
+        second.copy_(torch.where(fits, moved, second))
+        return kept
 
     def _mean_square(self, job: Job) -> Tensor:
         """The mean of g * g over the shared dimensions, in their keepdim shape (fp32)."""

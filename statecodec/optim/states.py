@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from statecodec.optim.method import LOW, Group, Method, Recipe
 from statecodec.optim.options import without_numpy
 from statecodec.optim.tiles import Scratch
 from statecodec.optim.weights import split_codec
+
+if TYPE_CHECKING:
+    from statecodec.optim.fusing import GroupLaunches
 
 
 class StateKeeper(torch.optim.Optimizer):
@@ -148,6 +151,7 @@ class StateKeeper(torch.optim.Optimizer):
         # For each parameter, the states that were found to fit its recipe: until they are replaced they need no check.
         self._seen: dict[Tensor, tuple[Recipe, tuple[tuple[str, Any], ...]]] = {}
         self._scratch = Scratch()
+        self._launches: dict[Any, GroupLaunches] = {}
         self._places: dict[Tensor, tuple[int, str | None]] = {}
         self._groups: dict[Tensor, Group] = {}
 
@@ -168,6 +172,6 @@ class StateKeeper(torch.optim.Optimizer):
                 if p is not None:
                     places[p] = len(places), None if name is None else bare_name(name)
                     groups[p] = group
-        self._places, self._groups = places, groups
+        self._places, self._groups, self._launches = places, groups, {}
         self._recipes = {p: r for p, r in self._recipes.items() if places.get(p) == (r.index, r.name)}
         self._seen = {p: s for p, s in self._seen.items() if p in places}

@@ -39,11 +39,11 @@ PartSlice: TypeAlias = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Access:
-    """How one state is decoded within tiles: its codec (a folded state's inner one), and where its parts lie per
-    tile."""
+    """How one state is decoded within tiles: its codec (a folded state's inner one), over blocks of how many elements
+    (0: it is not folded), and where its parts lie per tile."""
 
     codec: Codec
-    folded: bool
+    block: int
     slices: tuple[dict[str, PartSlice], ...]
     shapes: tuple[tuple[int, int], ...]
 
@@ -78,7 +78,7 @@ def access(codec: Codec, walk: tuple[Tile, ...], dtype: torch.dtype) -> Access:
             here[name] = (begin, begin + spec.numel, spec.shape)
         slices.append(here)
         shapes.append(shape)
-    return Access(inner, folded is not None, tuple(slices), tuple(shapes))
+    return Access(inner, folded.block if folded else 0, tuple(slices), tuple(shapes))
 
 
 def common_align(codecs: Mapping[str, Codec], shape: tuple[int, ...]) -> int:
@@ -111,9 +111,9 @@ class StateTile:
     def __init__(
         self, name: str, state: EncodedTensor, how: Access, at: int, scratch: Scratch, backend: kernels.Backend
     ) -> None:
-        source = inner_parts(state.parts, "mean") if how.folded else state.parts
+        source = inner_parts(state.parts, "mean") if how.block else state.parts
         self._parts = {k: source[k].view(-1)[a:b].view(shape) for k, (a, b, shape) in how.slices[at].items()}
-        self._codec, self._backend = how.codec, backend
+        self._codec, self._block, self._backend, self._dtype = how.codec, how.block, backend, state.dtype
         shape = how.shapes[at]
         if isinstance(how.codec, Raw):
             self.values = self._parts["data"]  # stepped where it lies
@@ -125,3 +125,12 @@ class StateTile:
         """Encode the values into the state."""
         if not isinstance(self._codec, Raw):
             self._codec.encode_into(self.values, self._parts, self._backend)
+
+    def width(self, unit: int) -> int:
+        """How many values belong to `unit` neighbouring elements of a row."""
+        return -(-unit // self._block) if self._block else unit
+
+    def parts_by_unit(self, unit: int) -> list[tuple[Tensor, int]]:
+        """The stored parts of this tile, each with how many of its columns belong to `unit` elements of a row."""
+        widths = self._codec.parts((1, self.width(unit)), self._dtype)
+        return [(part, widths[name].shape[-1]) for name, part in self._parts.items()]

@@ -54,6 +54,11 @@ class Weight:
     backend: kernels.Backend
     steps: ModuleType
 
+    def parts(self, tile: Tile) -> list[Tensor]:
+        """What is stored of a tile: the parameter, and the low part if there is one."""
+        stored = [self.param] if self.low is None else [self.param, self.low]
+        return [x.view(-1)[tile.start : tile.stop].view(tile.rows, tile.cols) for x in stored]
+
     def load(self, tile: Tile) -> Tensor:
         """The values of a tile: a view of an fp32 or fp64 parameter, a scratch buffer otherwise."""
         high = self.param.view(-1)[tile.start : tile.stop].view(tile.rows, tile.cols)

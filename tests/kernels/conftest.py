@@ -21,6 +21,22 @@ if not CUDA:
 
 SENTINEL = 0x5A
 
+if not CUDA:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    _plain_call, _patched = InterpretedFunction.__call__, set[str]()
+
+    def _call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
+        """Triton patches its language anew at every call of a device function, which takes seconds a tile. A launch has
+        done it for our modules, and for each of its own once is enough."""
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in _patched:
+            _patched.add(module)
+            return _plain_call(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    InterpretedFunction.__call__ = _call
+
 
 @pytest.fixture(
     params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)],

@@ -47,18 +47,25 @@ def compiled(only: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("only", ["few", "adam"])
-def test_compiles_for_sm90(only: str) -> None:
+def test_compiles_for_sm90() -> None:
     """Whatever Triton knows of an integer argument, a kernel compiles; no flushed subnormals, no approximate division,
     no contraction beyond the fused operations that are written.
 
     The whole list, for three architectures and the oldest triton too, takes minutes: `make sm90`.
     """
-    rows = compiled(only)
+    rows = compiled("few")
     assert rows
     assert all(row["faults"] == [] for row in rows), rows
-    if only == "adam":
-        # Whole groups in aligned memory: wide accesses, and nothing kept in slow local memory.
-        assert rows[0]["wide_loads"] >= 5
-        assert rows[0]["wide_stores"] >= 4
-        assert rows[0]["spills"] == 0
+
+
+@pytest.mark.slow
+def test_the_fast_steps_stay_within_their_budget() -> None:
+    """Without a GPU, from the machine code: at copy speed an H100 has about 98 issue slots an element."""
+    rows = [row for row in compiled("fast") if row["kernel"] == "step_words"]
+    assert len(rows) >= 5
+    for row in rows:
+        assert row["slots_per_element"] <= 90, row
+        assert row["registers"] <= 64, row
+        assert row["spills"] == row["loop_calls"] == row["loop_barriers"] == row["loop_branches"] == 0, row
+        assert row["loads_of_16_bytes"] >= 2, row
+        assert row["faults"] == [], row

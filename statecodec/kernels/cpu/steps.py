@@ -112,6 +112,17 @@ def _lion(w: NDArray[Any], g: NDArray[Any], m: NDArray[Any], lr: Any, beta1: Any
 
 
 @kernel
+def _tree_sum(x: NDArray[Any]) -> Any:
+    """The sum of 2**n numbers as a binary tree of neighbours; they are overwritten."""
+    width = x.size
+    while width > 1:
+        width //= 2
+        for i in range(width):
+            x[i] = x[2 * i] + x[2 * i + 1]
+    return x[0]
+
+
+@kernel
 def _foam(
     w: NDArray[Any], g: NDArray[Any], m: NDArray[Any], v: NDArray[Any], block: int,
     one_beta1: Any, beta2: Any, one_beta2: Any, eps: Any, step: Any, root: Any, decay: Any, decay_after: Any,
@@ -119,16 +130,18 @@ def _foam(
     mean_of_squares: bool, true_tail: bool,
 ) -> None:  # fmt: skip
     rows, cols = w.shape
+    tree, squares = np.empty(block, w.dtype), np.empty(block, w.dtype)
     for row in range(rows):
         for b in range(m.shape[1]):
             begin, stop = b * block, min((b + 1) * block, cols)
-            total, squares = np.float32(0), np.float32(0)
+            tree[stop - begin :], squares[stop - begin :] = 0, 0
             for i in range(begin, stop):
-                total += g[row, i]
-                squares += g[row, i] * g[row, i]
+                tree[i - begin] = g[row, i]
+                squares[i - begin] = g[row, i] * g[row, i]
+            total = _tree_sum(tree)
             count = np.float32(stop - begin if true_tail else block)
             mean = total / count
-            square = squares / count if mean_of_squares else mean * mean
+            square = _tree_sum(squares) / count if mean_of_squares else mean * mean
             m[row, b] = m[row, b] + one_beta1 * (mean - m[row, b])
             v[row, b] = v[row, b] * beta2 + one_beta2 * square
             for i in range(begin, stop):

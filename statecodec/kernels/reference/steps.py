@@ -90,12 +90,15 @@ def foam(
 
 
 def _block_mean(x: Tensor, block: int, true_tail: bool) -> Tensor:
+    """Sums over blocks, as a binary tree of neighbours so that every backend rounds alike, over their lengths."""
     rows, cols = x.shape
     blocks = -(-cols // block)
-    total = torch.nn.functional.pad(x, (0, blocks * block - cols)).view(rows, blocks, block).sum(-1)
-    mean = total / block
+    total = torch.nn.functional.pad(x, (0, blocks * block - cols)).view(rows, blocks, block)
+    while total.shape[-1] > 1:
+        total = total[..., 0::2] + total[..., 1::2]
+    mean = total[..., 0] / block
     if true_tail and cols % block:
-        mean[:, -1] = total[:, -1] / (cols % block)
+        mean[:, -1] = total[:, -1, 0] / (cols % block)
     return mean
 
 

@@ -1,0 +1,241 @@
+"""The fused step of the usual case: bf16 weights with 8 more bits, bf16 gradients, 8-bit moments in groups of 32.
+
+Each program steps a run of tiles of one parameter. A tile is read as words (see `words`): [threads, 2], eight values a
+thread, so that loads and stores are wide and every value exists as one of four planes. Four threads hold a group; they
+share its largest value by two shuffles. The next tile is loaded before the present one is computed. There is no
+barrier, no branch and no call in the loop, and the results are those of the generic path, bit for bit: softsign codes
+are divided out, square-root codes squared, instead of looked up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from statecodec.kernels.triton import tables as t
+from statecodec.kernels.triton import words
+from statecodec.kernels.triton.runtime import INTERPRETED
+from statecodec.kernels.triton.scalars import entry
+
+GROUP, COUNT, RUN = 32, 1024 if INTERPRETED else 32, 8
+THREADS = tl.constexpr(4)  # of a group
+_WORDS = tl.constexpr(2)  # of a thread
+_MAGNITUDE, _TOO_LARGE = tl.constexpr(0x7FFFFFFF), tl.constexpr((127 + 64) << 23)  # bits of LARGEST
+# Averaged second moments are carried times 2**56, their square roots times 2**28: MUFU flushes what is subnormal, and
+# corrections need some bits below the result.
+_SHIFT, _UP, _ROOT_UP = tl.constexpr(56 << 23), tl.constexpr(2.0**56), tl.constexpr(2.0**28)
+_ROOT_DOWN = tl.constexpr(2.0**-28)
+_SQUARE, _SQUARE_REST = tl.constexpr(1.537870048196055e-05), tl.constexpr(1.784721797974155e-14)  # 1 / 255**2
+_LOWEST_RATIO = tl.constexpr(1.54e-05)  # just above the square of code 1's lower half: a positive value gets code 1
+_SCALE, _SCALE_UP = tl.constexpr(1 << 23), tl.constexpr((1 + 56) << 23)  # bits of 2**-126, the smallest scale
+
+
+@triton.jit
+def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
+    """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
+    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    at, first = tl.load(chunk).to(tl.int64), tl.load(chunk + 1)
+    mine, known, gradient = table + at, scalars + at, tl.load(news + at)
+    if gradient != 0:
+        groups = entry(mine, count, t.GROUPS).to(tl.int32)
+        first = first * SPEC.count
+        places = (
+            pointer(entry(mine, count, t.PARAM), tl.int64), pointer(entry(mine, count, t.LOW), tl.int32),
+            pointer(gradient, tl.int64), pointer(entry(mine, count, t.M_DATA), tl.int32),
+            entry(mine, count, t.M_SCALES).to(tl.pointer_type(tl.int16)),
+            pointer(entry(mine, count, t.V_DATA), tl.int32),
+            entry(mine, count, t.V_SCALES).to(tl.pointer_type(tl.int16)),
+        )  # fmt: skip
+        numbers = (
+            entry(known, count, t.DECAY_BY), entry(known, count, t.SIZE),
+            entry(known, count, t.ROOT) * _ROOT_UP, entry(known, count, t.RECIPROCAL) * _ROOT_DOWN,
+            entry(known, count, t.KEEP_1), entry(known, count, t.RATE_1), entry(known, count, t.KEEP_2),
+            entry(known, count, t.RATE_2), entry(known, count, t.EPSILON),
+            entry(known, count, t.L2_DECAY), entry(known, count, t.GAIN), entry(known, count, t.HEAVY),
+        )  # fmt: skip
+        tiles = tl.minimum((groups - first + SPEC.count - 1) // SPEC.count, SPEC.run)
+        now, kept = fetch(places, first, groups, SPEC), tl.zeros([SPEC.count * THREADS], tl.int32)
+        for tile in range(tiles):
+            following = first + SPEC.count
+            # After the last tile nothing is left to load: the mask is empty.
+            after = fetch(places, following, tl.where(tile + 1 < tiles, groups, following), SPEC)
+            kept += finish(now, places, numbers, first, groups, SPEC)
+            now = after
+            first = following
+        skipped = entry(mine, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+        tl.atomic_add(skipped + tl.zeros_like(kept), kept.to(tl.float32), mask=kept > 0, sem="relaxed")
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr):
+    """A pointer that is known to be aligned to 16 bytes."""
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+
+
+@triton.jit
+def lanes(first, groups, SPEC: tl.constexpr):
+    """For each thread: its words from the tile's start, its group from there, whether that exists; the tile's start."""
+    thread = tl.arange(0, SPEC.count * THREADS)
+    group = thread // THREADS
+    place = (thread * _WORDS)[:, None] + tl.arange(0, _WORDS)[None, :]
+    return place, group, group < groups - first, first.to(tl.int64)
+
+
+@triton.jit
+def fetch(places, first, groups, SPEC: tl.constexpr):
+    """The stored words of one tile: weight, low part, gradient, first moment and its scales, second and its scales."""
+    weight, low, gradient, m, m_scales, v, v_scales = places
+    place, group, live, start = lanes(first, groups, SPEC)
+    mask = live[:, None]
+    at = start * 8
+    high = tl.load(weight + at + place, mask=mask)
+    rest = tl.load(low + at + place, mask=mask)
+    g = tl.load(gradient + at + place, mask=mask)
+    mc = tl.load(m + at + place, mask=mask)
+    ms = tl.load(m_scales + start + group, mask=live)
+    if SPEC.v.kind == "companded":
+        vc = tl.load(v + at + place, mask=mask)
+        vs = tl.load(v_scales + start + group, mask=live)
+    else:
+        vc, vs = mc, ms
+    return high, rest, g, mc, ms, vc, vs
+
+
+@triton.jit
+def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
+    """Step one tile and store it, but for groups that would not be finite; returns those, each in one thread."""
+    high, rest, g, mc, ms, vc, vs = now
+    weight, low, _, m, m_scales, v, v_scales = places
+    place, group, live, start = lanes(first, groups, SPEC)
+    g0, g1, g2, g3 = words.bf16_values(g)
+    w0, w1, w2, w3 = words.joined(high, rest)
+    c0, c1, c2, c3 = words.signed_codes(mc)
+    d0, d1, d2, d3 = words.unsigned_codes(vc)
+    scales = words.value(ms.to(tl.int32) << 16)[:, None], words.value(vs.to(tl.int32) << 16)[:, None]
+    w0, m0, v0 = rule(w0, g0, c0, d0, scales, numbers, SPEC)
+    w1, m1, v1 = rule(w1, g1, c1, d1, scales, numbers, SPEC)
+    w2, m2, v2 = rule(w2, g2, c2, d2, scales, numbers, SPEC)
+    w3, m3, v3 = rule(w3, g3, c3, d3, scales, numbers, SPEC)
+    w_top, m_top = largest(w0, w1, w2, w3, SPEC), largest(m0, m1, m2, m3, SPEC)
+    bad = (w_top >= _TOO_LARGE) | (m_top >= _TOO_LARGE)
+    if SPEC.v.kind == "companded":
+        v_top = largest(v0, v1, v2, v3, SPEC)
+        bad = bad | (v_top >= _TOO_LARGE + _SHIFT)
+    bad = bad & live
+    good = live & (bad == 0)
+    mask = good[:, None]
+    once = tl.arange(0, SPEC.count * THREADS) % THREADS == 0
+    at = start * 8
+    high, rest = words.divided(w0, w1, w2, w3)
+    tl.store(weight + at + place, high, mask=mask)
+    tl.store(low + at + place, rest, mask=mask)
+    scale = bf16_scale(m_top, _SCALE)
+    tl.store(m + at + place, first_codes(m0, m1, m2, m3, words.value(scale)), mask=mask)
+    tl.store(m_scales + start + group, tl.where(m_top > 0, scale >> 16, 0).to(tl.int16), mask=good & once)
+    if SPEC.v.kind == "companded":
+        scale = bf16_scale(v_top, _SCALE_UP)
+        tl.store(v + at + place, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
+        scale = tl.where(v_top > 0, (scale - _SHIFT) >> 16, 0)
+        tl.store(v_scales + start + group, scale.to(tl.int16), mask=good & once)
+    return (bad & once).to(tl.int32)
+
+
+@triton.jit
+def rule(w, g, c, d, scales, numbers, SPEC: tl.constexpr):
+    """One plane of the method: (weight, first moment, second moment times 2**56), from the codes of the moments."""
+    decay, size, root_, root_reciprocal, keep_1, rate_1, keep_2, rate_2, eps, l2, gain, heavy = numbers
+    m_scale, v_scale = scales
+    denominator = 254.0 - tl.abs(c)
+    m = words.quotient(c, denominator, words.reciprocal(denominator)) * m_scale
+    if SPEC.maximize:
+        g = words.negated(g)
+    if SPEC.l2:
+        g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs
+    v = d
+    if SPEC.method == "adam":
+        m = m + rate_1 * (g - m)
+        square = d * d
+        v = tl.fma(square, _SQUARE, square * _SQUARE_REST) * v_scale
+        v = (v * keep_2 + rate_2 * g * g) * _UP
+        s = words.root(v)
+        divisor = quotient_by(s, root_, root_reciprocal) + eps
+        y = words.reciprocal(divisor)
+        y = tl.fma(tl.fma(words.negated(divisor), y, 1.0), y, y)
+        w = w * decay - size * words.quotient(m, divisor, y)
+    elif SPEC.method == "lion":
+        u = g + keep_1 * (m - g)
+        w = w * decay - tl.where(u > 0, size, tl.where(u < 0, 0.0 - size, 0.0))
+        m = m + rate_2 * (g - m)
+    else:
+        m = m * heavy + gain * g
+        if SPEC.nesterov:
+            w = w * decay - size * (g + heavy * m)
+        else:
+            w = w * decay - size * m
+    return w, m, v
+
+
+@triton.jit
+def quotient_by(x, divisor, rounded):
+    """x / divisor, from its correctly rounded reciprocal."""
+    q = x * rounded
+    return tl.fma(tl.fma(words.negated(q), divisor, x), rounded, q)
+
+
+@triton.jit
+def largest(a, b, c, d, SPEC: tl.constexpr):
+    """The bits of the largest magnitude in each group, in every thread of it; NaN is the largest."""
+    top = words.larger(words.larger(tl.abs(a), tl.abs(b)), words.larger(tl.abs(c), tl.abs(d)))
+    top = tl.reshape(tl.max(words.bits(top) & _MAGNITUDE, axis=1), [SPEC.count, THREADS])
+    spread = tl.broadcast_to(tl.max(top, axis=1)[:, None], [SPEC.count, THREADS])
+    return tl.reshape(spread, [SPEC.count * THREADS])
+
+
+@triton.jit
+def bf16_scale(top, LOWEST: tl.constexpr):
+    """A scale in bf16, as fp32 bits: nearest even, not below LOWEST."""
+    return tl.maximum((top + 0x7FFF + ((top >> 16) & 1)) & -0x10000, LOWEST)
+
+
+@triton.jit
+def two_parts(scale):
+    """1 / scale in two parts, for divisions by one number of many others."""
+    y = words.rounded_reciprocal(scale)
+    return y[:, None], (tl.fma(words.negated(scale), y, 1.0) * y)[:, None]
+
+
+@triton.jit
+def first_codes(a, b, c, d, scale):
+    """Softsign codes of four planes, as a word."""
+    y, rest = two_parts(scale)
+    return words.packed_bytes(
+        softsign_code(a, y, rest), softsign_code(b, y, rest), softsign_code(c, y, rest), softsign_code(d, y, rest), 0
+    )
+
+
+@triton.jit
+def second_codes(a, b, c, d, scale):
+    """Square-root codes of four planes, as a word."""
+    y, rest = two_parts(scale)
+    return words.packed_bytes(
+        root_code(a, y, rest), root_code(b, y, rest), root_code(c, y, rest), root_code(d, y, rest), 1
+    )
+
+
+@triton.jit
+def softsign_code(x, y, rest):
+    """254 r / (1 + |r|) with r = x / scale, rounded half away from zero."""
+    r = tl.fma(x, y, x * rest)
+    d = 1.0 + tl.abs(r)
+    q = words.quotient(r, d, words.reciprocal(d)) * 254.0
+    return (q + words.value((words.bits(q) & (-0x7FFFFFFF - 1)) | 0x3F000000)).to(tl.int32)
+
+
+@triton.jit
+def root_code(x, y, rest):
+    """255 sqrt(x / scale), rounded half up and at least 1 where x is positive; in byte 1."""
+    r = tl.maximum(tl.fma(x, y, x * rest), _LOWEST_RATIO)
+    y = words.reciprocal_root(r)
+    q = r * y
+    q = tl.fma(tl.fma(words.negated(q), q, r), 0.5 * y, q) * 255.0
+    return words.floor_in_byte_one(q, words.is_positive(x))

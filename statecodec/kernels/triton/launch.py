@@ -1,0 +1,187 @@
+"""The host side of a fused step: what is made once for a group of parameters, and what happens at each step.
+
+What depends on shapes and storage only (the table of addresses, the lists of chunks) is made once. At a step the
+gradients' addresses and the group's numbers are compared with the last ones, and sent again where they changed, in one
+asynchronous copy from pinned memory, so that a CUDA graph can capture it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from statecodec.errors import UsageError
+from statecodec.kernels.fused import Hyper, Slot, Stored
+from statecodec.kernels.triton import fast, general, runtime, scalars, sharing
+from statecodec.kernels.triton.geometry import Geometry, Traits, check_dense, geometry
+from statecodec.kernels.triton.runtime import OPTIONS, on
+from statecodec.kernels.triton.tables import NUMBERS, SCALARS, Form, Spec
+
+KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
+Chunks = NDArray[np.int32]
+
+
+def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, Stored | None]) -> Launch:
+    """Prepare steps of these slots, which share method, formats and dtypes; the contract is `kernels.fused`.
+
+    Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports` refuses.
+    """
+    first = slots[0]
+    low = None if first.low is None else first.low.dtype
+    traits = Traits.of(method, formats, first.param.dtype, low)
+    if traits is None:
+        raise UsageError(f"no fused {method} step for {first.param.dtype} with {dict(formats)}; ask `supports` first")
+    check_dense(slots)
+    with on(first.param):
+        return Launch(traits, slots)
+
+
+class Launch:
+    """One step of a group of slots, each time it is called. Does not synchronise."""
+
+    def __init__(self, traits: Traits, slots: Sequence[Slot]) -> None:
+        self.traits, self.device, self.count = traits, slots[0].param.device, len(slots)
+        self.param = slots[0].param
+        self.low = LOW_BITS[None if slots[0].low is None else slots[0].low.dtype]
+        self.geometry: Geometry = geometry(traits, slots)
+        self.scratch = torch.zeros(self.geometry.scratch, dtype=torch.float32, device=self.device)
+        table = self.geometry.table(slots, self.scratch)
+        self.table = torch.from_numpy(table).to(self.device)
+        self.scalars = torch.zeros(len(SCALARS), self.count, dtype=torch.float32, device=self.device)
+        self.news = News(self.count + len(NUMBERS), self.device)
+        self.tables = [runtime.decode_table(c, self.device) if c else self.scalars for c in traits.curves]
+        self.addresses: list[int] = []
+        self.numbers: tuple[float, ...] = ()
+        self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
+        self.kept: dict[Any, list[tuple[Any, Spec, Tensor]]] = {}
+
+    def __call__(self, gradients: Sequence[Tensor | None], hyper: Hyper) -> None:
+        present, dtype = usable([g for g in gradients if g is not None])
+        if not present:
+            return
+        addresses = list(map(Tensor.data_ptr, present))
+        if len(present) != len(gradients):
+            found = iter(addresses)
+            addresses = [0 if g is None else next(found) for g in gradients]
+        live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
+        numbers = (0.0 if live else float(hyper.lr), *(getattr(hyper, name) for name in NUMBERS[1:]))
+        with on(self.param):
+            if addresses != self.addresses or numbers != self.numbers:
+                self._send(addresses, numbers)
+            spec = self._spec(hyper, KINDS[dtype], live)
+            lr = hyper.lr if live else self.scalars
+            begin = -(-self.count // scalars.LANES)
+            scalars.begin[(begin,)](
+                self.news.there, self.table, self.scalars, lr, self.count, LANES=scalars.LANES, SPEC=spec, **OPTIONS
+            )
+            if self.traits.dims is not None:
+                self._share(spec)
+            for kernel, part, chunks in self._parts(spec):
+                kernel[(chunks.shape[0],)](
+                    self.news.there, self.table, chunks, self.scalars, *self.tables, self.count, SPEC=part, **OPTIONS
+                )
+
+    def _send(self, addresses: list[int], numbers: tuple[float, ...]) -> None:
+        *floats, seed = numbers
+        here = np.array([*addresses, *(_bits(x) for x in floats), int(seed) & 0xFFFFFFFF], np.int64)
+        self.news.send(here)
+        self.aligned = here[: self.count] % 16 == 0
+        self.addresses, self.numbers = addresses, numbers
+
+    def _spec(self, hyper: Hyper, gradient: str, live: bool) -> Spec:
+        """The record for this step; tile shapes are filled in by `_parts`."""
+        t = self.traits
+        second = Form("shared") if t.dims is not None else t.forms[1]
+        return Spec(
+            method=t.method, weight=KINDS[self.param.dtype], low=self.low, gradient=gradient, m=t.forms[0], v=second,
+            group=0, width=0, count=0, run=0, block=t.block, whole=False, lr_tensor=live, maximize=hyper.maximize,
+            l2=hyper.l2 != 0, nesterov=hyper.nesterov, stochastic=hyper.stochastic,
+            mean_of_squares=hyper.mean_of_squares, true_tail=hyper.true_tail, torch_bias=hyper.torch_bias,
+            decay_first=hyper.decay_first,
+        )  # fmt: skip
+
+    def _parts(self, spec: Spec) -> list[tuple[Any, Spec, Tensor]]:
+        """The launches of a step: kernel, its record, its chunks. One, unless parameters differ in how they lie."""
+        key = (spec, self.aligned.tobytes())
+        if key not in self.kept:
+            words = spec.gradient == "bf16" and not spec.stochastic
+            self.kept[key] = [
+                (fast.step_words if tiling.words else general.step_elements, tiling.fill(spec), self._there(chunks))
+                for tiling, chunks in self.geometry.parts(self.aligned, words)
+            ]
+        return self.kept[key]
+
+    def _share(self, spec: Spec) -> None:
+        """The shared second moments of this step."""
+        if "sums" not in self.kept:
+            sums, values = (self._there(c) for c in self.geometry.sums())
+            self.kept["sums"] = [(sharing.squares, spec, sums), (sharing.share, spec, values)]
+        (_, _, sums), (_, _, values) = self.kept["sums"]
+        there = self.news.there
+        sharing.squares[(sums.shape[0],)](there, self.table, sums, self.count, SPEC=spec, **OPTIONS)
+        sharing.share[(values.shape[0],)](there, self.table, values, self.scalars, self.count, **OPTIONS)
+
+    def _there(self, chunks: Chunks) -> Tensor:
+        return torch.from_numpy(chunks).to(self.device)
+
+
+class News:
+    """A small array that changes from step to step, on the device.
+
+    It goes through a ring of pinned buffers; one is not written again before its copy is done. A buffer that a CUDA
+    graph copies from at each replay leaves the ring.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.there = torch.zeros(size, dtype=torch.int64, device=device)
+        self._cuda = device.type == "cuda"
+        self._ring = [self._buffer() for _ in range(4)] if self._cuda else []
+        self._captured: list[Any] = []
+
+    def send(self, here: NDArray[np.int64]) -> None:
+        """Copy `here` to the device, without waiting for it."""
+        if not self._cuda:
+            self.there.copy_(torch.from_numpy(here))
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._ring.pop())
+            buffer, event = self._captured[-1]
+        else:
+            self._ring = self._ring or [self._buffer()]
+            buffer, event = self._ring.pop(0)
+            event.synchronize()
+            self._ring.append((buffer, event))
+        buffer.numpy()[:] = here
+        self.there.copy_(buffer, non_blocking=True)
+        if not torch.cuda.is_current_stream_capturing():
+            event.record()
+
+    def _buffer(self) -> tuple[Tensor, Any]:
+        return torch.zeros(self.there.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+
+
+def usable(gradients: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:
+    """The gradients as a kernel can read them: contiguous, and of one dtype, which is returned too.
+
+    What is not so is copied. A copy need not outlive the launch: memory of a CUDA stream is not reused before the work
+    queued on it.
+    """
+    dtypes = set(map(attrgetter("dtype"), gradients))
+    if len(dtypes) > 1:
+        gradients, dtypes = [g.float() for g in gradients], {torch.float32}
+    if not all(map(Tensor.is_contiguous, gradients)):
+        gradients = [g.contiguous() for g in gradients]
+    return gradients, dtypes.pop() if dtypes else torch.float32
+
+
+def _bits(x: float) -> int:
+    """The bits of a float64 as a signed integer."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])

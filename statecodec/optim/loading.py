@@ -10,6 +10,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -37,17 +38,14 @@ _SHOWN = 8  # names in one message
 
 @dataclass(frozen=True)
 class Match:
-    """Which saved parameter is loaded into each parameter of a group (None: none), and the group it was saved in."""
+    """What is loaded into one group."""
 
-    saved: tuple[tuple[Any, Mapping[str, Any]] | None, ...]
+    params: tuple[tuple[Any, Mapping[str, Any]] | None, ...]  # for each parameter its saved key and group, if any
+    groups: tuple[Mapping[str, Any], ...]  # all of those saved groups
 
     def options(self) -> tuple[dict[str, Any], list[str]]:
-        """The options that all of those saved groups agree on, and the names of the others."""
-        groups: list[Mapping[str, Any]] = []
-        for entry in self.saved:
-            if entry is not None and not any(entry[1] is g for g in groups):
-                groups.append(entry[1])
-        first, *rest = groups or [{}]
+        """The options that all of the saved groups agree on, and the names of the others."""
+        first, *rest = self.groups or ({},)
         options = {k: v for k, v in first.items() if k not in _WHOSE}
         split = [k for k, v in options.items() if not all(_same(v, g.get(k)) for g in rest)]
         return {k: v for k, v in options.items() if k not in split}, split
@@ -62,7 +60,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     used = set()
     for group, new, match in zip(groups, merged, matches, strict=True):
-        for p, entry in zip(group["params"], match.saved, strict=True):
+        for p, entry in zip(group["params"], match.params, strict=True):
             values = None if entry is None else saved_state.get(entry[0])
             if entry is None or not values:
                 if saved_state and p.requires_grad:
@@ -118,17 +116,18 @@ def _check_group(group: Mapping[str, Any]) -> None:
 def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: ChangeLog) -> list[Match]:
     """By position, as torch does; by name where both sides have names and they say that positions have changed."""
     ours, theirs = _names(groups), _names(saved)
-    flat = [(key, g) for g in saved for key in g["params"]]
     sizes, found = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
-    places = dict(zip(theirs or (), flat, strict=True)) if theirs else {}
+    flat = [(key, g) for g in saved for key in g["params"]]
+    places = dict(zip(theirs, flat, strict=True)) if theirs else {}
     shared = {name for name in ours or () if name in places}
     moved = sizes != found or any(
         a != b for a, b in zip(ours or (), theirs or (), strict=False) if a in places or b in shared
     )
-    entries: Sequence[Any] = flat
     if shared and moved:
-        entries = [places.get(name) for name in ours or ()]
-    elif sizes != found:
+        names = iter(ours or ())
+        entries = [[places.get(name) for name in islice(names, n)] for n in sizes]
+        return [Match(tuple(some), tuple({id(e[1]): e[1] for e in some if e}.values())) for some in entries]
+    if sizes != found:
         unnamed = "the optimizer's" if ours is None else "the state's" if theirs is None else "none of the"
         raise OptimizerError(
             f"the state has groups of {found} parameters, the optimizer of {sizes}, and {unnamed} parameters have "
@@ -136,11 +135,10 @@ def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: C
             "of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds them to a "
             "state)"
         )
-    elif ours and theirs and ours != theirs:
+    if ours and theirs and ours != theirs:
         renamed = [f"{b} into {a}" for a, b in zip(ours, theirs, strict=True) if a != b]
         log.notes.append(f"{len(renamed)} parameters are called otherwise; loaded by position: {_few(renamed)}")
-    it = iter(entries)
-    return [Match(tuple(next(it) for _ in g["params"])) for g in groups]
+    return [Match(tuple((key, g) for key in g["params"]), (g,)) for g in saved]
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:

@@ -181,3 +181,18 @@ def test_states_follow_their_names_through_any_regrouping(data: st.DataObject) -
     for n in names:
         ours, theirs = (o.state[p[n]]["exp_avg"].decode() for o, p in ((target, others), (source, params)))
         assert torch.equal(ours, theirs)
+
+
+def test_a_group_without_parameters_keeps_its_options() -> None:
+    """A Trainer's second group, of a model that has no vectors: schedules want their keys in it as well."""
+
+    def make() -> optim.AdamW:
+        return optim.AdamW([{"params": [nn.Parameter(torch.ones(3, 4))]}, {"params": [], "weight_decay": 0.0}], lr=1e-3)
+
+    source = make()
+    torch.optim.lr_scheduler.LambdaLR(source, lambda step: 0.5)
+    target = make()
+    target.load_state_dict(source.state_dict())
+    assert [(g["lr"], g["initial_lr"], g["weight_decay"]) for g in target.param_groups] == [
+        (5e-4, 1e-3, 1e-2), (5e-4, 1e-3, 0.0)
+    ]  # fmt: skip

@@ -27,7 +27,7 @@ class Limits:
     """Upper bounds for an untrusted file; a reader raises LimitExceeded at the first one passed.
 
     `max_decoded_bytes` counts all items decoded: folded, low-rank and dropped items may be far smaller on disk.
-    `max_whole_bytes` is for one item of a codec that cannot be cut (shared, low-rank), which decodes in one piece.
+    `max_whole_bytes` is for one item of a codec that cannot be cut, but decodes in pieces (shared, low-rank).
     A compressed manifest may have a text of eight times `max_manifest_bytes` and eight times `max_json_values`, but
     only in proportion to its size.
     """

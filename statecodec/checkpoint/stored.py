@@ -19,7 +19,7 @@ from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.codecs import Codec, EncodedTensor
-from statecodec.codecs.chunking import Chunk
+from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.layouts import Moments
@@ -86,7 +86,8 @@ class Stored(Checkpoint):
 
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
         for number in self.chunks(tensor.index):
-            yield self.decode_chunk(tensor.index, number).reshape(-1)
+            for _, piece in self.decode_pieces(tensor.index, number):
+                yield piece.reshape(-1)
 
     def codec(self, index: int) -> Codec:
         return self.reader.items[index].codec
@@ -108,6 +109,25 @@ class Stored(Checkpoint):
     def chunks(self, item: int) -> Iterator[int]:
         """Chunk numbers of an item."""
         return iter(range(len(self.reader.items[item].chunks)))
+
+    def decode_pieces(
+        self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """A chunk in pieces that are good until the next: (first element in the item, decoded elements).
+
+        One piece, unless the chunk is a large tensor of a codec that takes it whole: a small file may hold a large one.
+        """
+        stored = self.reader.items[item]
+        place, codec = stored.chunks[chunk], stored.codec
+        if codec.in_pieces and place.stop - place.start > PIECE_ELEMENTS:
+            parts = self.parts(item, chunk, scratch)[1]
+            host = kernels.resolve(None, torch.device("cpu"))
+            for piece in iterate(codecs.Raw(), codec.rows_cols(place.shape), stored.dtype, PIECE_ELEMENTS):
+                out = torch.empty(piece.shape, dtype=stored.dtype, device="cpu")
+                codec.decode_piece(parts, place.shape, piece.start, out, host)
+                yield place.start + piece.start, out
+        else:
+            yield place.start, self.decode_chunk(item, chunk, device, scratch)
 
     def decode_chunk(
         self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None

@@ -138,6 +138,25 @@ class Codec(ABC):
         the error made where the codec knows them without decoding, else None.
         """
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether `decode_piece` is there: of codecs that need the whole tensor to encode it, but not to decode it."""
+        return False
+
+    def decode_piece(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], start: int, out: Tensor, backend: kernels.Backend
+    ) -> None:
+        """Decode a piece of a tensor of that shape, in memory for the piece only.
+
+        Args:
+            parts: Those of the whole tensor.
+            shape: The whole tensor's.
+            start: The piece's first element in the flattened tensor.
+            out: The piece as (rows, columns): whole rows (see `rows_cols`), or within one row.
+            backend: As for `decode_into`.
+        """
+        raise NotImplementedError(self.name)
+
     @abstractmethod
     def decode_into(
         self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING

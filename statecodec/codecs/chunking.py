@@ -11,6 +11,7 @@ import torch
 from statecodec.codecs.base import Codec
 
 CHUNK_ELEMENTS = 1 << 20
+PIECE_ELEMENTS = 1 << 22  # of a tensor that is one chunk, but decoded in pieces
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from statecodec.codecs.base import (
     rows_cols,
     store,
 )  # fmt: skip
+from statecodec.codecs.chunking import PIECE_ELEMENTS, iterate
+from statecodec.codecs.raw import Raw
 
 _FORMS = ("product", "square", "rank_one")
 _LARGEST = 1e38  # beyond, products of fp32 factors may round to infinity
@@ -86,10 +88,29 @@ class LowRank(Codec):
     def decode_into(
         self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
     ) -> None:
-        product = parts["left"] @ parts["right"]
+        shape = tuple(out.shape)
+        matrix = out.view(self.rows_cols(shape))
+        for piece in iterate(Raw(), tuple(matrix.shape), out.dtype, PIECE_ELEMENTS):
+            rows, cols = piece.shape if len(piece.shape) == 2 else matrix.shape
+            first, column = divmod(piece.start, max(matrix.shape[1], 1))
+            target = matrix[first : first + rows, column : column + cols]
+            self._multiply(parts, first, column, target)
+
+    @property
+    def in_pieces(self) -> bool:
+        return True
+
+    def decode_piece(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], start: int, out: Tensor, backend: kernels.Backend
+    ) -> None:
+        self._multiply(parts, *divmod(start, self.rows_cols(shape)[1]), out)
+
+    def _multiply(self, parts: Mapping[str, Tensor], row: int, column: int, out: Tensor) -> None:
+        rows, cols = out.shape
+        product = parts["left"][row : row + rows] @ parts["right"][:, column : column + cols]
         if self.form == "square":
             product.square_()
-        store(product.view(out.shape), out)
+        store(product, out)
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         matrix = x.to(torch.float64).reshape(self.rows_cols(tuple(x.shape)))

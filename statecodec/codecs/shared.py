@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -70,6 +71,31 @@ class Shared(Codec):
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
         store(mean, mean_out := torch.empty_like(mean, dtype=out.dtype))
         out.copy_(mean_out.expand(out.shape))
+
+    @property
+    def in_pieces(self) -> bool:
+        return self.inner.align((2, 2)) is not None  # the mean itself is decoded whole
+
+    def decode_piece(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, ...], start: int, out: Tensor, backend: kernels.Backend
+    ) -> None:
+        small = self.mean_shape(shape)
+        mean = torch.empty(small, dtype=torch.float32, device=out.device)
+        self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
+        store(mean, rounded := torch.empty_like(mean, dtype=out.dtype))
+        rows, cols = out.shape
+        if cols == self.rows_cols(shape)[1] and len(shape) > 1:
+            first = start // cols
+            block = rounded if 0 in self.dims else rounded[first : first + rows]
+            out.view(rows, *shape[1:]).copy_(block.expand(rows, *shape[1:]))
+            return
+        at = torch.arange(start, start + out.numel(), device=out.device)
+        index = torch.zeros_like(at)
+        for dim in reversed(range(len(shape))):
+            if dim not in self.dims:
+                index += at % shape[dim] * math.prod(small[dim + 1 :])
+            at = at // shape[dim]
+        out.view(-1).copy_(rounded.view(-1)[index])
 
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         mean = self._mean(x)

@@ -189,7 +189,7 @@ class Tensor:
         """The chunks of these shapes, `count` in all: they tile the tensor in order, stay within rows or take whole
         rows, and their parts add up to its own. Raises FormatError.
         """
-        specs, whole = checked_specs(self.codec, where), self.codec.align(self.shape) is None
+        specs, whole = checked_specs(self.codec, where), self.codec.in_pieces
         if not count:
             raise FormatError(f"{where}: it has no chunks")
         total, start, chunks = dict.fromkeys(self.parts, 0), 0, []

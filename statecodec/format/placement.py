@@ -174,7 +174,7 @@ class _Forms:
         parts, pieces = item.codec.parts(shape, item.dtype), chunks(item.codec, shape, item.dtype)
         if not parts:
             Limits().check(f"item {item.name!r}: chunks", len(pieces), MAX_CHUNKS)
-        whole, largest = item.codec.align(shape) is None, 0
+        whole, largest = item.codec.in_pieces, 0
         for piece in {c.shape for c in pieces}:
             nbytes = item.codec.nbytes(piece, item.dtype)
             Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)

@@ -125,10 +125,12 @@ def _restore_file(
 
         def decode(job: tuple[int, int, int]) -> tuple[int, int, int]:
             offset, index, chunk = job
-            data = memory(stored.decode_chunk(index, chunk, device, _scratch))
-            start = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize
-            write_exactly(fd, start, data)
-            return start, len(data), zlib_ng.crc32(data) if lossy else 0
+            first, nbytes, crc = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize, 0, 0
+            for _, piece in stored.decode_pieces(index, chunk, device, _scratch):
+                data = memory(piece)
+                write_exactly(fd, first + nbytes, data)
+                nbytes, crc = nbytes + len(data), zlib_ng.crc32(data, crc) if lossy else 0
+            return first, nbytes, crc
 
         with ordered_map(decode, jobs, threads) as written:
             for start, nbytes, crc in written:

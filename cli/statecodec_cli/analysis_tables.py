@@ -23,7 +23,7 @@ def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]
         parts += [_heading(document), ratios, _saved(document)]
     if document["curve"]:
         parts += [
-            Text("bytes per parameter of the whole file, for an error of the Adam update"),
+            Text("size at an error of weights and moments, in optimizer steps (estimated)"),
             _curve(document["curve"]),
         ]
     return [*parts, *(Text(f"note: {note}", style="yellow") for note in document["notes"])]
@@ -124,4 +124,4 @@ def _curve(curve: Sequence[Document]) -> RenderableType:
         for p in curve
         if p["label"] is None
     ]
-    return Grid([Column("step error"), Column("bytes a parameter"), Column("preset", text=True)], rows)
+    return Grid([Column("step error"), Column("B/param"), Column("preset", text=True)], rows)

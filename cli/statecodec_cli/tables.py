@@ -7,6 +7,7 @@ Input is always the JSON document, so what is shown is what --json gives. A figu
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,8 @@ _ROLES = (
 )  # fmt: skip
 _NO_TENSORS = {"skeleton": "not tensors", "file": "other files"}  # listed under these names, but not counted
 _MANY_NOTES = 12
+_FRACTION = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+")
+_FITTED = re.compile(rf"\w+=(?:{_FRACTION.pattern})(?:,|(?=\)))")
 _LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
 
 _NAME = Column("tensor", text=True, gives="middle")
@@ -191,38 +194,57 @@ def _body(document: Document, *, every: bool) -> Grid:
 
 def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each tensor."""
-    head = (_NAME, replace(_ROLE, drop=2), _SHAPE, _DTYPE)
+    head: tuple[Column, ...] = (_NAME, replace(_ROLE, drop=2), _SHAPE, _DTYPE)
     rows = [(t["name"], _shown(t["role"]), _shape(t), t["dtype"]) for t in tensors]
     if not packed:
         sizes = [console.size(t["bytes_before"]) for t in tensors]
         return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
     stored = [(*row, *_stored([t])) for row, t in zip(rows, tensors, strict=True)]
-    return Grid((*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=1), _ERROR), stored)
+    head = (*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=2))
+    return _with_errors(head, stored, tensors)
 
 
 def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each role and codec, or role and dtype of what is not compressed."""
-    groups = _groups(tensors, lambda t: (t["role"], t["codec"] if packed else t["dtype"]))
+    groups = _groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else t["dtype"]))
     if not packed:
         sizes = [(_shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in groups]
         return Grid((_ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
     rows = []
     for (role, codec), group in groups:
-        _, *sizes_and_ratio, error = _stored(group)
-        rows.append((_shown(role), codec, _how_many(role, group), *sizes_and_ratio, _per_value(group), error))
-    head = (_ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4), _ERROR)
-    return Grid(head, rows)
+        _, *sizes_and_ratio, relative, steps = _stored(group)
+        figures = (*sizes_and_ratio, _per_value(group), relative, steps)
+        rows.append((_shown(role), codec, _how_many(role, group), *figures))
+    head = (_ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4))
+    return _with_errors(head, rows, tensors)
+
+
+def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensors: Sequence[Document]) -> Grid:
+    """A table whose last two columns are the relative error and that in optimizer steps, where any is known."""
+    if any("step_error" in (t.get("error") or {}) for t in tensors):
+        return Grid((*head, replace(_ERROR, drop=1), Column("in steps")), rows)
+    return Grid((*head, _ERROR), [row[:-1] for row in rows])
+
+
+def _kind(codec: str) -> str:
+    """A codec without what was fitted to one tensor, which is a fraction: `uniform(step=2.0e-05)` -> `uniform`."""
+    return _FITTED.sub("", codec).replace(",)", ")").replace("()", "")
+
+
+def _rounded(codec: str) -> str:
+    """A codec with its fractions to three figures."""
+    return _FRACTION.sub(lambda found: f"{float(found[0]):.3g}", codec)
 
 
 def _how_many(role: str, group: Sequence[Document]) -> str:
     return "-" if role in _NO_TENSORS else f"{len(group):,}"
 
 
-def _stored(group: Sequence[Document]) -> tuple[str, str, str, str, str]:
-    """Codec, bytes before and after, ratio and worst error of tensors in one codec."""
+def _stored(group: Sequence[Document]) -> tuple[str, ...]:
+    """Codec, bytes before and after, ratio and worst errors of tensors in one codec."""
     before, after = sum(t["bytes_before"] for t in group), sum(t["bytes_after"] for t in group)
     sizes = console.size(before), console.size(after), console.ratio(before, after)
-    return group[0].get("codec") or "", *sizes, _worst(group, "relative_rms")
+    return _rounded(group[0].get("codec") or ""), *sizes, _worst(group, "relative_rms"), _worst(group, "step_error")
 
 
 def _per_value(group: Sequence[Document]) -> str:
@@ -272,9 +294,13 @@ def _updates(document: Document) -> list[Facts]:
         return []
     rms, largest, exact, cosine = update_cells(total)
     count = len(document.get("updates") or ())
+    weights = total.get("weight_step_error")
     line = Facts(
         Text.assemble("Adam update  u-rms ", (rms, "bold")),
-        Text.assemble("max |u| ", (largest, "bold"), f" (exact {exact})"),
+        Text.assemble("weights ", (console.error(weights), "bold"), " of a step" if weights else "")
+        if weights is not None
+        else "",
+        Text.assemble("max |u| ", (largest, "bold"), f" (exact {exact})") if largest else "",
         f"cosine {cosine}" if cosine else "",
         Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
     )

@@ -139,13 +139,15 @@ class _Chooser:
     def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
         """The choices for one parameter's moments and its weight."""
         first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
-        if first.shape != second.shape or not self._open(second):
+        if first.shape != second.shape or not (self._open(first) or self._open(second)):
             return moments, {}
         unit = _Unit.measured(self.source, first, second, moments)
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
-            chosen[second.name] = self._second_moment(self.budget.moments)
-            if unit is not None and self._open(first):
+            if self._open(second):
+                chosen[second.name] = self._second_moment(self.budget.moments)
+            # A direction decodes to the same update whatever a rule of yours made of the second moment, if anything.
+            if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
                 chosen[first.name] = self._first_moment(unit, self.budget.moments, second)
         weight = self.source.tensors.get(moments.weight) if moments.weight else None
         if weight is not None and unit is not None and self.budget.weights is not None:

@@ -41,6 +41,7 @@ from statecodec.verbs.verify import check_against, check_intact
 from statecodec.verbs.writing import Check, Encoded, Output, write
 
 _scratch = Scratch()
+_FAR = 2.0  # times the preset's error: worth a remark
 
 
 def compress(
@@ -108,8 +109,26 @@ def compress(
         policy = Policy((*own.rules, *chosen_preset.rules))
         work = Compression(source, choices, previous if choices.uses_base else None, where, preset, policy, sha256)
         output = Output(target, packing, shard_size, force, workers, progress)
-        report = work.write(output, _check(source, output, budget) if verify else None)
-    return replace(report, seconds=time.perf_counter() - started)
+        # What a preset stands for is no promise about tensors that your own rules decide; what was asked for is one.
+        promised = budget if budget.asked or not own.rules else Budget()
+        report = work.write(output, _check(source, output, promised) if verify else None)
+    notes = (*report.notes, *_price(report, own, chosen_preset.step_error))
+    return replace(report, notes=notes, seconds=time.perf_counter() - started)
+
+
+def _price(report: Report, own: Policy, step_error: float | None) -> Iterator[str]:
+    """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
+    if not own.rules or step_error is None:
+        return
+    found = (report.total or {}).get("u_rms")
+    if found is None:
+        if any(t.role in ("exp_avg", "exp_avg_sq") for t in report.tensors):
+            yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
+    elif found > _FAR * step_error:
+        yield (
+            f"the rules cost {100 * found:.3g} % in the Adam update, preset {report.preset} alone stands for "
+            f"{100 * step_error:g} %"
+        )
 
 
 def open_source(src: str | Path) -> SourceCheckpoint:

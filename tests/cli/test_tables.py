@@ -51,6 +51,24 @@ def test_a_file_that_grew_says_so() -> None:
     assert "larger than the original" in text(tables.compressed(document | {"bytes": 12_000_001}))
 
 
+def test_codecs_fitted_to_each_tensor_are_one_row_and_rounded_by_name() -> None:
+    document = documents.report()
+    for tensor, step in zip(document["tensors"], ("2.0018294210415284e-05", "0.0992692189195605"), strict=False):
+        tensor |= {"codec": f"uniform(step={step},bits=8)", "error": {"step_error": 0.00998}}
+    printed = text(tables.compressed(document))
+    assert row(printed, "weight", "uniform(bits=8)")[2] == "2"
+    assert row(printed, "weight", "uniform(bits=8)")[-1] == "0.00998"
+    assert "in steps" in printed
+    every = text(tables.compressed(document, every=True))
+    assert "uniform(step=2e-05,bits=8)" in every
+    assert "uniform(step=0.0993,bits=8)" in every
+
+
+def test_the_error_in_steps_is_said() -> None:
+    document = documents.report() | {"total": {"u_rms": 0.00998, "weight_step_error": 0.0}, "updates": []}
+    assert "Adam update  u-rms 0.00998   weights exact\n" in text(tables.compressed(document))
+
+
 def test_many_notes_are_cut() -> None:
     printed = text(tables.compressed(documents.report() | {"notes": [f"tensor {i}: kept exact" for i in range(100)]}))
     assert printed.count("kept exact") == 12

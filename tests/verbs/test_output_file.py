@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 
 import statecodec
-from statecodec.errors import FormatError, OutputExists, PolicyError, StatecodecError, UnknownLayout, UsageError
+from statecodec.errors import (
+    FormatError,
+    OutputExists,
+    PolicyError,
+    StatecodecError,
+    UnknownLayout,
+    UsageError,
+    VerificationFailed,
+)
 
 Write = Callable[[Path, str, bool], object]
 
@@ -143,3 +151,39 @@ def test_many_rules_that_match_nothing_make_one_note(checkpoint: Path, tmp_path:
     (note,) = (n for n in statecodec.compress(checkpoint, rules_file=rules).notes if "no tensor" in n)
     assert note.startswith("40 rules match no tensor: layer.0.*=raw, ")
     assert "and 35 more" in note
+
+
+def test_rules_that_cost_far_more_than_the_preset_say_so(checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out.sc.safetensors"
+
+    def notes(rule: str, *, verify: bool) -> list[str]:
+        report = statecodec.compress(checkpoint, target, rules=[rule], verify=verify, force=True)
+        return [note for note in report.notes if "Adam update" in note]
+
+    (dear,) = notes("exp_avg=companded(bits=4,group=32)", verify=True)
+    assert re.fullmatch(r"the rules cost [\d.]+ % in the Adam update, preset resume alone stands for 1 %", dear)
+    (unmeasured,) = notes("exp_avg=companded(bits=4,group=32)", verify=False)
+    assert "--verify" in unmeasured
+    assert notes("*.misspelt=raw", verify=True) == []
+    with pytest.raises(VerificationFailed, match="above the promised"):  # asked for, not only stood for
+        statecodec.compress(
+            checkpoint, target, rules=["exp_avg=companded(bits=4,group=32)"], max_update_error=0.01, verify=True,
+            force=True,
+        )  # fmt: skip
+
+
+def test_a_rule_for_one_tensor_leaves_the_budget_to_the_others(checkpoint: Path, tmp_path: Path) -> None:
+    """A direction gives the same update whatever stands for the second moment, so sharing that costs nothing here."""
+    plain = statecodec.compress(checkpoint, tmp_path / "plain.sc.safetensors")
+    shared = statecodec.compress(
+        checkpoint, tmp_path / "shared.sc.safetensors", rules=["exp_avg_sq:ndim>=2=shared(dims=[1])"], verify=True
+    )
+    assert shared.bytes < plain.bytes
+    assert shared.total is not None
+    assert shared.total["u_rms"] <= 0.01
+    codecs = {(t.role, t.codec.partition("(")[0]) for t in shared.tensors if t.bytes_before > 1 << 17}
+    assert codecs == {("weight", "uniform"), ("exp_avg", "direction"), ("exp_avg_sq", "shared")}
+    dropped = statecodec.compress(
+        checkpoint, tmp_path / "dropped.sc.safetensors", rules=["exp_avg_sq=dropped"], verify=True
+    )
+    assert not any(t.codec.startswith("direction") for t in dropped.tensors)

@@ -42,9 +42,9 @@ def _tables(document: dict[str, Any]) -> list[RenderableType]:
         rows.append((f"{codec['name']}({fields})" if fields else codec["name"], codec["summary"]))
     heads = (Column("codec, with its defaults", text=True, gives="fold"), Column("what it is", text=True, gives="fold"))
     presets: list[RenderableType] = []
-    for name, rules in document["presets"].items():
-        presets.append(Text(f"preset {name}", style="bold"))
-        presets.extend(Text(f"  {rule}") for rule in rules or ["everything exact, packed without loss"])
+    for name, preset in document["presets"].items():
+        presets.append(Text.assemble((f"preset {name}", "bold"), f"  {preset['about']}"))
+        presets.extend(Text(f"  {rule}") for rule in preset["rules"])
     return [
         Grid(heads, rows),
         *presets,

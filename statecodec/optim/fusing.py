@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -18,14 +18,12 @@ from statecodec import kernels
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import FusedBackend, Launch, Slot
 from statecodec.optim.method import LOW, Group, Method
-
-if TYPE_CHECKING:
-    from statecodec.optim.base import StateOptimizer
+from statecodec.optim.states import StateKeeper
 
 _gradient = attrgetter("grad")
 
 
-def step_group(optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], key: Any) -> list[Tensor]:
+def step_group(optimizer: StateKeeper, group: Group, params: Sequence[Tensor], key: Any) -> list[Tensor]:
     """Step what of `params` has a gradient and can be fused; returns what is left for the generic path.
 
     `key` tells this set of parameters from others of the same optimizer. Raises OptimizerError if the optimizer was
@@ -36,7 +34,7 @@ def step_group(optimizer: StateOptimizer, group: Group, params: Sequence[Tensor]
     wanted = demanded or (optimizer._fused is None and any(p.is_cuda for p in params))
     if not wanted or not any(g is not None for g in gradients):
         return [p for p, g in zip(params, gradients, strict=True) if g is not None]
-    known = optimizer._launches.get(key)
+    known: GroupLaunches | None = optimizer._launches.get(key)
     if known is None or not known.suits(optimizer, group, params, gradients):
         backend = _fused_backend(demanded)
         if backend is None:
@@ -49,7 +47,7 @@ class GroupLaunches:
     """The launches of one param group, as long as its parameters and their states stay where they are."""
 
     def __init__(
-        self, optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None],
+        self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None],
         backend: FusedBackend,
     ) -> None:  # fmt: skip
         self._group, self._params = group, list(params)
@@ -89,7 +87,7 @@ class GroupLaunches:
         self._values = self._every_value()
 
     def suits(
-        self, optimizer: StateOptimizer, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> bool:
         """Whether these launches still step what is asked for."""
         return (

@@ -119,6 +119,14 @@ class Job:
         """The factor of decoupled weight decay."""
         return 1 - self.lr * decay_per_lr(self.group)
 
+    def part(self, at: int, tile: tiles.Tile) -> units.TileStep:
+        """Weight and states of the tile with number `at`."""
+        states = [
+            tiles.StateTile(k, self.states[k], how, at, self.scratch, self.backend)
+            for k, how in self.recipe.accesses.items()
+        ]
+        return units.TileStep(self.weight, states, tile, self.recipe.unit)
+
     def gradient(self, tile: tiles.Tile, w: Tensor, l2: float = 0.0) -> Tensor:
         """The gradient of a tile in the weight's dtype, with `maximize` and L2 decay applied; may be a view: read
         only."""
@@ -193,7 +201,7 @@ class Elementwise(Method):
         scalars, l2 = self.scalars(job), self.l2(job.group)
         kept = 0
         for at, tile in enumerate(job.recipe.walk):
-            part = units.TileStep(job, at, tile)
+            part = job.part(at, tile)
             g = job.gradient(tile, part.weight, l2)
             arithmetic(part.weight, g, *part.values, **scalars)
             kept += part.store()

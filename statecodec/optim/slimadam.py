@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 from statecodec.codecs import Shared
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import LARGEST, Hyper
-from statecodec.optim import tiles, units
+from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.method import Group, Job, Method, StateSpec
@@ -102,7 +102,7 @@ class SlimMethod(Method):
         kept = 0
         for at, tile in enumerate(job.recipe.walk):
             full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
-            part = units.TileStep(job, at, tile)
+            part = job.part(at, tile)
             g = job.gradient(tile, part.weight)
             v = moved if 0 in self._dims else moved[tile.start // max(slab, 1) :][: full[0]]
             job.steps.shared_adam(part.weight.view(full), g.view(full), part.values[0].view(full), v, **s)

@@ -11,7 +11,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from statecodec.optim.method import LOW, Group, Method, Recipe
 from statecodec.optim.options import without_numpy
 from statecodec.optim.tiles import Scratch
 from statecodec.optim.weights import split_codec
-
-if TYPE_CHECKING:
-    from statecodec.optim.fusing import GroupLaunches
 
 
 class StateKeeper(torch.optim.Optimizer):
@@ -151,7 +148,7 @@ class StateKeeper(torch.optim.Optimizer):
         # For each parameter, the states that were found to fit its recipe: until they are replaced they need no check.
         self._seen: dict[Tensor, tuple[Recipe, tuple[tuple[str, Any], ...]]] = {}
         self._scratch = Scratch()
-        self._launches: dict[Any, GroupLaunches] = {}
+        self._launches: dict[Any, Any] = {}  # prepared fused steps, which `fusing` keeps here
         self._places: dict[Tensor, tuple[int, str | None]] = {}
         self._groups: dict[Tensor, Group] = {}
 

@@ -7,16 +7,14 @@ group of a companded state, a block of a folded one. Fused steps do the same (se
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from statecodec.kernels.fused import LARGEST, LARGEST_FP16
 from statecodec.optim.tiles import StateTile, Tile
-
-if TYPE_CHECKING:
-    from statecodec.optim.method import Job
+from statecodec.optim.weights import Weight
 
 # Gradients of whole-matrix methods: their squares, summed over a matrix, must stay within fp32.
 LARGEST_GRADIENT = 2.0**48
@@ -33,23 +31,20 @@ def below(x: Tensor, limit: float) -> bool:
 class TileStep:
     """One tile of a parameter and its states: loaded, stepped in place by the caller, then stored."""
 
-    def __init__(self, job: Job, at: int, tile: Tile) -> None:
-        self._job, self._tile, self._unit = job, tile, job.recipe.unit
-        self.weight = job.weight.load(tile)
-        self._states = [
-            StateTile(k, job.states[k], how, at, job.scratch, job.backend) for k, how in job.recipe.accesses.items()
-        ]
+    def __init__(self, weight: Weight, states: Sequence[StateTile], tile: Tile, unit: int) -> None:
+        self._stored, self._states, self._tile, self._unit = weight, states, tile, unit
+        self.weight = weight.load(tile)
         self.values = [s.values for s in self._states]
         # What is stepped where it lies is copied first; what is encoded keeps its old bytes until it is stored.
         self._before = {
-            x.data_ptr(): job.scratch.take(f"before {k}", tuple(x.shape), x.dtype, x.device).copy_(x)
+            x.data_ptr(): weight.scratch.take(f"before {k}", tuple(x.shape), x.dtype, x.device).copy_(x)
             for k, x in enumerate((self.weight, *self.values))
             if x.data_ptr() in {part.data_ptr() for part, _ in self._parts()}
         }
 
     def store(self) -> int:
         """Encode what the step has made of weight and states; returns how many units kept their old bytes."""
-        largest = LARGEST_FP16 if self._job.weight.param.dtype == torch.float16 else LARGEST
+        largest = LARGEST_FP16 if self._stored.param.dtype == torch.float16 else LARGEST
         stepped = [
             (self.weight, self._unit, largest),
             *((s.values, s.width(self._unit), LARGEST) for s in self._states),
@@ -75,11 +70,11 @@ class TileStep:
     def _encode(self) -> None:
         for state in self._states:
             state.store()
-        self._job.weight.store(self._tile, self.weight)
+        self._stored.store(self._tile, self.weight)
 
     def _parts(self) -> list[tuple[Tensor, int]]:
         """Everything that is stored of this tile, and how many columns of it make up a unit."""
-        weight = [(part, self._unit) for part in self._job.weight.parts(self._tile)]
+        weight = [(part, self._unit) for part in self._stored.parts(self._tile)]
         return [*weight, *(pair for s in self._states for pair in s.parts_by_unit(self._unit))]
 
     @staticmethod

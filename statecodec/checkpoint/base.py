@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.errors import UsageError
@@ -80,6 +81,11 @@ class Checkpoint(ABC):
     def places(self) -> Mapping[str, Place]:
         """The tensors under the names that the original files give them."""
 
+    @property
+    @abstractmethod
+    def joined(self) -> Mapping[str, Joined]:
+        """The tensors of the original that are stored in several items, by name."""
+
     @abstractmethod
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
         """The tensor's elements in order, checked and decoded: one flat chunk after the other."""
@@ -105,26 +111,42 @@ class Checkpoint(ABC):
         """Close what is open. May be called more than once."""
 
     def names(self) -> list[str]:
-        """Names of all tensors: key paths such as `optimizer.state.0.exp_avg`, `FILE:` before them in a directory."""
-        return list(self.places)
+        """Names of all tensors: key paths such as `optimizer.state.0.exp_avg`, `FILE:` before them in a directory.
+
+        A tensor in several files (of a sharded checkpoint) has one name, without a file.
+        """
+        parts = {index for tensor in self.joined.values() for index, _ in tensor.pieces}
+        return [*(name for name, place in self.places.items() if place.index not in parts), *self.joined]
 
     def info(self, name: str) -> dict[str, Any]:
         """role, param, shape, dtype and codec config of a tensor. Raises UsageError if there is none of that name."""
-        place = self._place(name)
-        tensor = self.items[place.index]
+        if name in self.joined:
+            whole = self.joined[name]
+            index, shape, dtype = whole.pieces[0][0], whole.shape, whole.dtype
+        else:
+            place = self._place(name)
+            index, shape, dtype = place.index, place.view.shape, place.view.dtype
+        tensor = self.items[index]
         return {
-            "role": tensor.role, "param": tensor.param, "shape": place.view.shape,
-            "dtype": str(place.view.dtype).removeprefix("torch."), "codec": self.codec(place.index).config(),
+            "role": tensor.role, "param": tensor.param, "shape": shape, "dtype": str(dtype).removeprefix("torch."),
+            "codec": self.codec(index).config(),
         }  # fmt: skip
 
     def read(self, name: str) -> Tensor:
         """One tensor, checked and decoded; touches only its bytes. Raises UsageError, FormatError, LayoutError."""
+        if name in self.joined:
+            return self.joined[name].assembled(self.decode)
         place = self._place(name)
         view, storage = place.view, self.decode(place.index).reshape(-1).view(torch.uint8)
         return window(storage, view.dtype, view.shape, view.stride, view.offset)
 
     def read_encoded(self, name: str) -> EncodedTensor:
-        """One tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint."""
+        """One tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint, and for a tensor
+        that is stored in several pieces.
+        """
+        if name in self.joined:
+            first, *others = (self.items[index].name for index, _ in self.joined[name].pieces)
+            raise UsageError(f"{name} is stored in pieces, each on its own: {first} and {len(others)} more")
         return self.encoded(self._place(name).index)
 
     def _place(self, name: str) -> Place:
@@ -135,7 +157,7 @@ class Checkpoint(ABC):
             found = self._first_places.get(self.tensors[name].index)
             if found is not None:
                 return found
-        close = [n for n in self.places if name in n or n.endswith("." + name)][:3]
+        close = [n for n in (*self.places, *self.joined) if name in n or n.endswith("." + name)][:3]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise UsageError(f"{self.path} has no tensor {name!r}{hint}")
 

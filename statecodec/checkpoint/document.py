@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from statecodec.checkpoint import joined
+from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.paths_json import path_from_json, path_to_json, safe_path
 from statecodec.checkpoint.stored_files import MAX_TIME, Named, StoredFile, file_from_json, file_to_json
 from statecodec.errors import FormatError
@@ -47,6 +49,8 @@ class Document:
     """The root (path "") and all subdirectories."""
     notes: tuple[str, ...]
     base: BaseFile | None = None
+    tensors: tuple[Joined, ...] = ()
+    """Those that are stored in several items."""
 
     @property
     def is_directory(self) -> bool:
@@ -70,6 +74,7 @@ def to_json(document: Document, items: Sequence[Named] = ()) -> dict[str, Any]:
         "files": [file_to_json(file, items, numbers, document.is_directory) for file in document.files],
         "directories": [path_to_json(path) for path in document.directories],
         "notes": list(document.notes),
+        **({"tensors": joined.to_json(document.tensors)} if document.tensors else {}),
         **_folder_fields(document.folders),
         **link,
     }
@@ -101,6 +106,7 @@ def from_json(value: Mapping[str, Any], items: Sequence[Named]) -> Document:
         folders=_folders(value),
         notes=tuple(_strings(value, "notes")),
         base=_base(value["base"]) if value.get("base") is not None else None,
+        tensors=joined.from_json(value.get("tensors", []), items),
     )
 
 

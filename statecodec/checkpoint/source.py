@@ -16,6 +16,7 @@ from torch import Tensor
 from statecodec import codecs
 from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
@@ -86,6 +87,19 @@ class SourceCheckpoint(Checkpoint):
             if item.region is not None:
                 found[item.file].append(item.index)
         return found
+
+    @cached_property
+    def joined(self) -> Mapping[str, Joined]:
+        return {
+            tensor.name: Joined(tensor.name, tensor.dtype, tensor.shape, tuple(self._several(tensor)))
+            for tensor in self.located.tensors
+            if len(tensor.pieces) > 1
+        }
+
+    def _several(self, tensor: Logical) -> Iterator[tuple[int, Box | Run]]:
+        for part, name in self._stored[tensor.name]:
+            assert part is not None  # a part that is all of it is the only one
+            yield self.tensors[name].index, part
 
     @cached_property
     def moments(self) -> tuple[Moments, ...]:

@@ -17,6 +17,7 @@ from statecodec import codecs, kernels
 from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
@@ -74,6 +75,10 @@ class Stored(Checkpoint):
     def listing(self) -> tuple[str, ...]:
         document = self.document
         return (*(f.path for f in document.files), *document.directories) if document.is_directory else ()
+
+    @cached_property
+    def joined(self) -> Mapping[str, Joined]:
+        return {tensor.name: tensor for tensor in self.document.tensors}
 
     @cached_property
     def places(self) -> Mapping[str, Place]:

@@ -9,7 +9,6 @@ Source: torch/distributed/checkpoint/metadata.py, filesystem.py and _nested_dict
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -20,6 +19,7 @@ import torch
 from statecodec.errors import MalformedCheckpoint, UnknownLayout
 from statecodec.layouts.base import Box, Shape
 from statecodec.layouts.listing import Listing
+from statecodec.layouts.parts import are_whole
 from statecodec.layouts.pickle.nodes import DictNode, Opaque
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
 from statecodec.layouts.walk import most_tensors
@@ -28,7 +28,6 @@ from statecodec.names import shown
 INDEX: Final = ".metadata"
 _MAX_RANK: Final = 64
 _MAX_DEPTH: Final = 64
-_MAX_COMPARISONS: Final = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +142,9 @@ def _tensor(key: str, about: dict[str, Any]) -> tuple[TensorAbout, list[Box]]:
     for chunk in chunks:
         fields = _fields(chunk, "ChunkStorageMetadata")
         boxes.append(Box(_sizes(fields.get("offsets"), len(size)), _sizes(fields.get("sizes"), len(size))))
-    inside = all(o + n <= whole for box in boxes for o, n, whole in zip(box.offset, box.shape, size, strict=True))
-    if not inside or sum(math.prod(box.shape) for box in boxes) != math.prod(size) or _overlapping(boxes):
+    if not are_whole(size, boxes):
         raise MalformedCheckpoint(f"{INDEX}: the chunks of {shown(key)!r:.80} are not the whole of it, once")
     return TensorAbout(dtype, size), boxes
-
-
-def _overlapping(boxes: list[Box]) -> bool:
-    """Whether two boxes share an element; boxes that are too many and too entangled to tell count as such."""
-    solid = sorted((box for box in boxes if math.prod(box.shape)), key=attrgetter("offset"))
-    open_ones: list[Box] = []
-    work = 0
-    for box in solid:
-        open_ones = [b for b in open_ones if not box.offset or b.offset[0] + b.shape[0] > box.offset[0]]
-        work += len(open_ones)
-        if work > _MAX_COMPARISONS or any(_meet(box, other) for other in open_ones):
-            return True
-        open_ones.append(box)
-    return False
-
-
-def _meet(a: Box, b: Box) -> bool:
-    return all(o < p + m and p < o + n for o, n, p, m in zip(a.offset, a.shape, b.offset, b.shape, strict=True))
 
 
 def _stored(pair: tuple[Any, Any], boxes: dict[tuple[str, Shape | None], Box | None], listing: Listing) -> Item:

@@ -269,6 +269,7 @@ class Compression:
             folders=located.folders,
             notes=(*self.choices.notes, *kept),
             base=self.base.file if self.base else None,
+            tensors=tuple(source.joined.values()),
         )
 
 

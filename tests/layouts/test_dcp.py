@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import statecodec
-from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
+from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout, UsageError
 from statecodec.layouts import Box, dcp, list_path, locate, tree
 from tests.contracts.layout import check_located, same
 
@@ -65,6 +65,24 @@ def test_the_content_is_what_torch_converts_it_to(
         packed = tmp_path / "packed.sc.safetensors"
         statecodec.compress(folder, packed, preset="lossless", force=True, verify=True)
         assert same(statecodec.load(packed), object_of(folder))
+
+
+def test_sharded_tensors_have_one_name_and_are_read_whole(dcp_sharded: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "x.sc.safetensors"
+    statecodec.compress(dcp_sharded / "nested", packed, preset="lossless")
+    state = object_of(dcp_sharded / "nested")
+    for path in (dcp_sharded / "nested", packed):
+        with statecodec.open(path) as checkpoint:
+            names = checkpoint.names()
+            assert {FC, "optimizer.state.emb.weight.exp_avg_sq"} <= set(names)
+            assert not [name for name in names if "[" in name], "pieces are no tensors of their own"
+            assert torch.equal(checkpoint.read(FC), state["model"]["fc.weight"])
+            second = state["optimizer"]["state"]["emb.weight"]["exp_avg_sq"]
+            assert torch.equal(checkpoint.read("optimizer.state.emb.weight.exp_avg_sq"), second)
+            about = checkpoint.info(FC)
+            assert (about["role"], about["param"], about["shape"]) == ("weight", "fc.weight", (192, 64))
+            with pytest.raises(UsageError, match=r"pieces, each on its own|not compressed"):
+                checkpoint.read_encoded(FC)
 
 
 def test_every_byte_comes_back(dcp_sharded: Path, tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_what_the_chunking_gives_is_within_it(tmp_path: Path, codec: str) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        "shared(dims=0)", "shared(dims=1)", "shared(dims=[0,1])", "shared(dims=[1,2])", "shared(dims=2,inner=companded)",
+        "shared(dims=0)", "shared(dims=1)", "shared(dims=[0,1])", "shared(dims=[1,2])",
+        "shared(dims=2,inner=companded)",
         "lowrank(rank=2)", "lowrank(rank=2,rows=last)", "lowrank(rank=2,form=square)",
     ],
 )  # fmt: skip

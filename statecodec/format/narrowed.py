@@ -36,6 +36,15 @@ def takes(dtype: torch.dtype, numel: int) -> bool:
     return dtype in (torch.int16, torch.int32) and numel >= SMALLEST
 
 
+def slack(part: Tensor) -> int:
+    """How many bytes more than the part its narrowed form can take, with header and rows."""
+    if not takes(part.dtype, part.numel()):
+        return 0
+    form = Form(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
+    parts = sum(dtype.itemsize * length for dtype, length in form.sizes(part.numel()).values())
+    return max(parts + part.nbytes // MOST_EXCEPTIONS - part.nbytes, 0) + 128
+
+
 def sample(part: Tensor) -> Tensor:
     """Some codes from the middle of a part, rows of a matrix, to try forms on."""
     rows, cols = rows_cols(tuple(part.shape))

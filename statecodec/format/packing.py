@@ -94,8 +94,9 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
 
 
 def _room(parts: Sequence[Tensor]) -> int:
-    """Bytes that are enough to make a record in; narrowed parts may be larger until it shows that they are."""
-    return sum(2 * p.nbytes + ROW.size * plane_layout(p.dtype)[0] for p in parts) + ROW.size * 16
+    """Bytes that are enough to make a record in. Narrowed, a code can take three bytes until it shows that it does."""
+    rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
+    return rows + sum(p.nbytes + narrowed.slack(p) for p in parts)
 
 
 def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, *, codes: bool) -> int:

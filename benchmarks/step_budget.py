@@ -1,9 +1,10 @@
 """What a stated fraction of one optimizer step costs: bits per value of each part, errors, and the codecs' own rate.
 
-Weights and moments of matrices and kernels (4096 values and more) are encoded on the grids of `statecodec.choose.steps`
-and packed as in a file, memory to memory. Beside each part stands the order-0 entropy of its codes, each tensor by
-itself. Rates are CPU nanoseconds per parameter (weight, exp_avg and exp_avg_sq), encoding and packing, unpacking and
-decoding, the best of `--runs`; the 24-bit split with 8-bit companded moments takes its turns in the same run.
+Weights and moments of matrices and kernels (4096 values and more) are encoded on the grids of
+`statecodec.choose.steps` and packed as in a file, memory to memory. Beside each part stands the order-0 entropy of its
+codes, each tensor by itself. Rates are CPU nanoseconds per parameter (weight, exp_avg and exp_avg_sq), encoding and
+packing, unpacking and decoding, the best of `--runs`; the 24-bit split with 8-bit companded moments takes its turns in
+the same run.
 
     python benchmarks/step_budget.py [--steps 60] [--runs 3]        -> benchmarks/results/step_budget.json
 """
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 
 from statecodec import kernels
 from statecodec.buffers import Pool, Scratch
-from statecodec.choose import steps
-from statecodec.choose.steps import Correction
-from statecodec.codecs import Codec, parse
+from statecodec.choose.steps import codes_per_octave, correction
+from statecodec.codecs import Codec, Direction, Logarithmic, Uniform, parse
 from statecodec.codecs.chunking import chunks
 from statecodec.format.packing import Packing, decode_record, encode_record
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
@@ -42,8 +42,10 @@ class Param:
     """One parameter with its moments."""
 
     tensors: Mapping[str, Tensor]
-    correction: Correction
     lr: float
+    c1: float
+    c2: float
+    eps: float
 
     @property
     def numel(self) -> int:
@@ -106,8 +108,8 @@ def params(found: Iterator[tuple[Tensor, dict[str, Tensor], dict[str, Any]]]) ->
     """The parameters that are large enough to be encoded."""
     for w, state, group in found:
         if w.numel() >= 4096:
-            correction = Correction.at(*group["betas"], group["eps"], float(state["step"]))
-            yield Param({"weight": w, **{k: state[k] for k in PARTS[:2]}}, correction, group["lr"])
+            c1, c2 = (correction(beta, float(state["step"])) for beta in group["betas"])
+            yield Param({"weight": w, **{k: state[k] for k in PARTS[:2]}}, group["lr"], c1, c2, group["eps"])
 
 
 def measured(state: list[Param], runs: int) -> dict[str, Any]:
@@ -128,14 +130,15 @@ def measured(state: list[Param], runs: int) -> dict[str, Any]:
 
 
 def on_grids(p: Param, fraction: float) -> dict[str, Codec]:
-    """The codecs of a parameter's three tensors."""
-    c, (m, v, w) = p.correction, (p.tensors[k].reshape(-1) for k in PARTS)
-    moved = kernels.host().update_size(m, v, correction1=c.c1, correction2=c.c2, eps=c.eps).rms
-    rms = float(w.double().square().mean().sqrt())
+    """The codecs of a parameter's three tensors: the same fraction of one step for the direction and the weight."""
+    m, v, w = (p.tensors[k].double() for k in PARTS)
+    eps = p.eps * math.sqrt(p.c2)
+    direction = (m / (v.sqrt() + eps))[v > 0].square().mean().sqrt().item()
+    moved = p.lr * direction * math.sqrt(p.c2) / p.c1
     return {
-        "exp_avg": steps.exp_avg(fraction, moved, c),
-        "exp_avg_sq": steps.exp_avg_sq(fraction),
-        "weight": steps.weight(fraction, rms, p.lr, moved, torch.float32),
+        "exp_avg": Direction(fraction * direction * math.sqrt(12), eps),
+        "exp_avg_sq": Logarithmic(codes_per_octave(fraction)),
+        "weight": Uniform(max(fraction * moved * math.sqrt(12), 2**-16 * w.square().mean().sqrt().item())),
     }
 
 

@@ -11,7 +11,6 @@ import torch
 import statecodec
 from statecodec import codecs
 from statecodec.checkpoint.stored import Stored
-from statecodec.errors import UsageError
 from statecodec.format import Item, Reader, Writer
 
 
@@ -44,10 +43,18 @@ def test_rules_may_name_grids(checkpoint: Path, tmp_path: Path) -> None:
         assert torch.allclose(again, v, rtol=2 ** (0.5 / 6) - 0.999, atol=0)
 
 
-def test_a_direction_without_its_companion_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs the exp_avg_sq"):
-        statecodec.compress(checkpoint, tmp_path / "x.sc.safetensors", rules=["exp_avg=direction"])
-    assert not list(tmp_path.glob("*.sc.*"))
+def test_a_rule_s_direction_finds_its_companion_or_is_left_out(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.sc.safetensors"
+    report = statecodec.compress(checkpoint, out, rules=["exp_avg=direction(step=0.01)"], preset="live", verify=True)
+    assert {t.codec for t in report.tensors if t.role == "exp_avg"} == {"direction"}
+    back = statecodec.load(out)["optimizer"]["state"]
+    for i, state in torch.load(checkpoint, weights_only=True)["optimizer"]["state"].items():
+        error = back[i]["exp_avg"] / (back[i]["exp_avg_sq"].sqrt() + 1e-8)
+        error -= state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
+        assert error.abs().max() < 0.0051
+    other = statecodec.compress(checkpoint, tmp_path / "y.sc.safetensors", rules=["weight=direction"])
+    assert all(t.codec == "raw" for t in other.tensors if t.role == "weight")
+    assert any("no exp_avg_sq is known" in note for note in other.notes)
 
 
 def test_an_open_file_brings_the_companions(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statecodec.kernels.cpu.views import array_of, summing_kernel
 from statecodec.kernels.reference import statistics as reference
-from statecodec.kernels.reference.statistics import Comparison, Size, UpdateComparison
+from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
 
 _SLICE = 256
 
@@ -34,30 +34,6 @@ def compare_updates(
     sums = _compare_updates(*arrays, 1.0 / correction1, 1.0 / correction2, eps)
     a, b, c, d, largest, largest_other, nonfinite = sums
     return UpdateComparison(a, b, c, d, float(largest), float(largest_other), int(nonfinite))
-
-
-def update_size(m: Tensor, v: Tensor, *, correction1: float, correction2: float, eps: float) -> Size:
-    """See `reference.statistics.update_size`."""
-    sum_sq, count = _update_size(array_of(m), array_of(v), 1.0 / correction1, 1.0 / correction2, eps)
-    return Size(sum_sq, int(count))
-
-
-@summing_kernel
-def _update_size(m: NDArray[Any], v: NDArray[Any], rate1: float, rate2: float, eps: float) -> Any:
-    sum_sq, count, u = 0.0, np.int64(0), np.empty(_SLICE, np.float32)
-    for start in range(0, m.size, _SLICE):
-        stop = min(start + _SLICE, m.size)
-        second = v[start:stop]
-        _update(m[start:stop], second, np.float32(rate1), np.float32(rate2), np.float32(eps), u)
-        part, there = 0.0, np.int32(0)
-        for i in range(stop - start):
-            sound = second[i] > np.float32(0.0) and abs(u[i]) < np.inf
-            value = np.float64(u[i]) if sound else 0.0
-            part += value * value
-            there += np.int32(sound)
-        sum_sq += part
-        count += np.int64(there)
-    return sum_sq, count
 
 
 @summing_kernel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -56,32 +55,6 @@ class UpdateComparison(NamedTuple):
 
 NO_DIFFERENCE = Comparison(0.0, 0.0, 0.0, 0)
 NO_UPDATE = UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
-
-
-class Size(NamedTuple):
-    """How large numbers are: the sum of their squares, and how many there are."""
-
-    sum_sq: float
-    numel: int
-
-    @property
-    def rms(self) -> float:
-        """Root mean square; 0 of nothing."""
-        return math.sqrt(self.sum_sq / self.numel) if self.numel else 0.0
-
-    def merged(self, other: Size) -> Size:
-        """Of both."""
-        return Size(self.sum_sq + other.sum_sq, self.numel + other.numel)
-
-
-def update_size(m: Tensor, v: Tensor, *, correction1: float, correction2: float, eps: float) -> Size:
-    """Size of u = (m / correction1) / (sqrt(v / correction2) + eps) (flat fp32 tensors), over positive v and finite u.
-
-    Where v is 0 and m is not, u is m / eps, which says nothing of the others.
-    """
-    u = (m.double() / correction1) / ((v.double() / correction2).sqrt() + eps)
-    u = u[(v > 0) & u.isfinite()]
-    return Size(float((u * u).sum()), u.numel())
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:

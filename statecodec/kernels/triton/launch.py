@@ -165,7 +165,7 @@ class News:
             event.record()
 
     def _buffer(self) -> tuple[Tensor, Any]:
-        return torch.zeros(self.there.shape, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+        return torch.zeros(self.there.shape, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
 
 
 def usable(gradients: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:

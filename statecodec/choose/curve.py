@@ -6,21 +6,18 @@ entropy coder needs. `benchmarks/step_budget.py` holds it against real files.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, by_rules
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
-from statecodec.choose.steps import Budget, by_steps, sampled
+from statecodec.choose.steps import Budget, Values, by_steps, sampled
 from statecodec.codecs import Direction, Logarithmic, Uniform
 from statecodec.errors import UsageError
 from statecodec.parallel import default_threads
@@ -85,33 +82,37 @@ def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
     return item.numel * _entropy(codes) if codes is not None else item.nbytes * _EXACT_BITS
 
 
-def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Tensor | None:
+def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values | None:
     codec = choice.codec
     if isinstance(codec, Uniform):
-        return (sampled(source, item) / codec.step).round()
+        rounded: Values = np.rint(sampled(source, item) / codec.step)
+        return rounded
     if isinstance(codec, Direction):
         other = source.items[source.tensors[choice.companions["exp_avg_sq"]].index]
-        return (sampled(source, item) / (sampled(source, other).sqrt() + codec.eps) / codec.step).round()
+        root = np.sqrt(np.maximum(sampled(source, other), 0.0))
+        turned: Values = np.rint(sampled(source, item) / (root + codec.eps) / codec.step)
+        return turned
     if isinstance(codec, Logarithmic):
-        return _centred((sampled(source, item).clamp(min=2.0**-149).log2() * codec.steps).round(), item.shape[-1])
+        codes = np.rint(np.log2(np.maximum(sampled(source, item), 2.0**-149)) * codec.steps)
+        return _centred(codes, item.numel // max(item.shape[0], 1) if item.shape else 1)
     return None
 
 
-def _centred(codes: Tensor, cols: int) -> Tensor:
-    """Codes without the means of their rows, as packing stores them; whole rows only."""
-    rows = codes.numel() // cols if cols else 0
+def _centred(codes: Values, cols: int) -> Values:
+    """Codes without the means of their rows and columns, as packing stores them; whole rows only."""
+    rows = codes.size // cols if cols else 0
     if rows < 2:
         return codes
-    grid = codes[: rows * cols].view(rows, cols)
-    grid = grid - grid.mean(1, keepdim=True)
-    return (grid - grid.mean(0, keepdim=True)).round().reshape(-1)
+    grid = codes[: rows * cols].reshape(rows, cols)
+    grid = grid - grid.mean(1, keepdims=True)
+    centred: Values = np.rint(grid - grid.mean(0, keepdims=True)).reshape(-1)
+    return centred
 
 
-def _entropy(codes: Tensor) -> float:
+def _entropy(codes: Values) -> float:
     """Bits a code, order 0."""
-    finite = codes[codes.isfinite()]
-    if not finite.numel():
+    finite = codes[np.isfinite(codes)]
+    if not finite.size:
         return 0.0
-    counts: Sequence[int] = torch.unique(finite, return_counts=True)[1].tolist()
-    total = sum(counts)
-    return -sum(c / total * math.log2(c / total) for c in counts)
+    share = np.unique(finite, return_counts=True)[1] / finite.size
+    return float(-(share * np.log2(share)).sum())

@@ -16,8 +16,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
@@ -33,8 +36,10 @@ from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import MOMENT_ROLES, family
 
+Values: TypeAlias = NDArray[np.float64]
+
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
-_SAMPLE, _PIECE = 1 << 18, 1 << 12  # a larger tensor's unit is taken from 64 pieces, evenly spread
+_SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor's unit is taken from 32 pieces, evenly spread
 _SAFETY = 0.97  # of the step where the unit is sampled
 _TRIES = 8  # to find the step of values that do not spread over the grid's cells
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
@@ -170,7 +175,7 @@ class _Chooser:
         if item.dtype != torch.float32 or not self._open(item):
             return None
         values = _finite(sampled(self.source, item))
-        rms, largest = _rms(values), float(values.abs().max()) if values.numel() else 0.0
+        rms, largest = _rms(values), float(np.abs(values).max(initial=0.0))
         if not rms:
             return None
         rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
@@ -226,7 +231,7 @@ class _Unit:
     direction: float
     eps: float
     safety: float
-    values: Tensor
+    values: Values
     """The sampled direction, where there is one."""
 
     @classmethod
@@ -238,11 +243,11 @@ class _Unit:
         step = moments.step if moments.step and moments.step > 0 else math.inf
         correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
-        sound = m.isfinite() & v.isfinite() & (v >= 0)
-        updates = m[sound] / (v[sound].sqrt() + eps)
+        sound = np.isfinite(m) & np.isfinite(v) & (v >= 0)
+        updates = m[sound] / (np.sqrt(v[sound]) + eps)
         # Where v is 0 and m is not, the update is m / eps, which may drown all others.
-        usual = updates[v[sound] > 0].abs()
-        values = updates[updates.abs() <= usual.max()] if usual.numel() else usual
+        usual = np.abs(updates[v[sound] > 0])
+        values = updates[np.abs(updates) <= usual.max()] if usual.size else usual
         direction = _rms(values)
         if not direction or not math.isfinite(direction):
             return None
@@ -255,21 +260,31 @@ def correction(beta: float, step: float) -> float:
     return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
 
 
-def sampled(source: SourceCheckpoint, item: SourceItem) -> Tensor:
-    """All elements of a small tensor, 64 pieces of a large one: flat, float64."""
+def sampled(source: SourceCheckpoint, item: SourceItem) -> Values:
+    """All elements of a small tensor, 32 pieces of a large one: flat, float64.
+
+    In numpy: arrays of this size are not worth torch's threads.
+    """
     if item.numel <= _SAMPLE:
-        return source.chunk(item, Chunk(0, item.numel, item.shape)).reshape(-1).to(torch.float64)
-    return torch.cat(list(_pieces(source, item))).to(torch.float64)
+        return _flat(source.chunk(item, Chunk(0, item.numel, item.shape)))
+    return np.concatenate(list(_pieces(source, item)))
 
 
-def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Tensor]:
+def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Values]:
     count = _SAMPLE // _PIECE
     for i in range(count):
         start = (item.numel - _PIECE) * i // (count - 1)
-        yield source.chunk(item, Chunk(start, start + _PIECE, (1, _PIECE))).reshape(-1)
+        yield _flat(source.chunk(item, Chunk(start, start + _PIECE, (1, _PIECE))))
 
 
-def _grid(values: Tensor, error: float) -> float:
+def _flat(x: Tensor) -> Values:
+    flat = x.reshape(-1)
+    if flat.dtype == torch.bfloat16:  # which numpy does not have
+        flat = flat.to(torch.float32)
+    return flat.numpy().astype(np.float64)
+
+
+def _grid(values: Values, error: float) -> float:
     """The step of a grid that rounds these values with that rms error.
 
     error * sqrt(12) for values that spread over the grid's cells; finer for those that do not, such as the updates of
@@ -277,19 +292,19 @@ def _grid(values: Tensor, error: float) -> float:
     """
     step = error * _SQRT12
     for _ in range(_TRIES):
-        found = _rms(values - (values / step).round() * step) if step else 0.0
+        found = _rms(values - np.rint(values / step) * step) if step else 0.0
         if found <= error:
             break
         step *= 0.999 * error / found
     return step
 
 
-def _finite(x: Tensor) -> Tensor:
-    return x[x.isfinite()]
+def _finite(x: Values) -> Values:
+    return x[np.isfinite(x)]
 
 
-def _rms(x: Tensor) -> float:
-    return math.sqrt(float((x * x).mean())) if x.numel() else 0.0
+def _rms(x: Values) -> float:
+    return math.sqrt(float(np.square(x).mean())) if x.size else 0.0
 
 
 def _legal(step: float) -> float:

@@ -102,11 +102,16 @@ def _flat(x: Tensor, width: int) -> Array:
     return x.view(-1).view(SIGNED[width]).numpy().view(UNSIGNED[width])
 
 
+def _bytes(x: Tensor) -> Array:
+    array: Array = x.view(-1).view(torch.uint8).numpy()
+    return array
+
+
 def split_planes(x: Tensor, planes: Tensor) -> None:
     """Split `x` (contiguous, any shape and dtype) into `planes` (uint8, width x n, rows contiguous)."""
     width, rotate = plane_layout(x.dtype)
     if width == 1:
-        planes.view(-1).copy_(x.view(-1).view(torch.uint8))
+        np.copyto(planes.view(-1).numpy(), _bytes(x))  # not by torch, whose own threads get in the callers' way
     else:
         SPLIT[width](_flat(x, width), planes.numpy(), rotate)
 
@@ -115,7 +120,7 @@ def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
     """The inverse: merge `width` planes (uint8, n each) into `out` (contiguous)."""
     width, rotate = plane_layout(out.dtype)
     if width == 1:
-        out.view(-1).view(torch.uint8).copy_(planes[0])
+        np.copyto(_bytes(out), planes[0].numpy())
         return
     if any(len(plane) != out.numel() * (2 if out.dtype.is_complex else 1) for plane in planes):
         raise ValueError("every plane holds one byte per element")

@@ -19,7 +19,7 @@ MAX_EXPANSION = 16  # decoded bytes per stored byte of a chunk above MAX_PACKED_
 
 # How a compressed manifest may expand: so much at least, and in proportion to its stored bytes.
 TEXT_BYTES, TEXT_EXPANSION = 16 << 20, 100
-JSON_VALUES, JSON_VALUES_EXPANSION = 500_000, 8
+JSON_VALUES, JSON_VALUES_EXPANSION = 500_000, 12
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -38,31 +39,37 @@ class Places:
         self._first: dict[int, int] = {}  # packed item -> its first record
         self._starts: list[int] = []  # of every record in its shard's entry
         self._shared: dict[int, tuple[StoredRecord, int]] = {}  # item -> its record, and its bytes of it
-        packed = (i for i, form in enumerate(of) if form.tensor.storage == PACKED)
-        small = [i for i, form in enumerate(of) if form.tensor.storage == SHARED]
-        sharing, record, taken, shard, start = dict(shared), 0, 0, 0, 0
+        self._packed = deque(i for i, form in enumerate(of) if form.tensor.storage == PACKED)
+        self._small = deque(i for i, form in enumerate(of) if form.tensor.storage == SHARED)
+        sharing, record, shard, start = dict(shared), 0, 0, 0
         while record < len(sizes):
             count = sharing.pop(record, 0)
-            owners = small[taken : taken + count] if count else [i for _, i in zip(range(1), packed, strict=False)]
-            length = 1 if count else len(of[owners[0]].chunks) if owners else 0
-            if len(owners) != max(count, 1) or shard_of[owners[-1]] != shard_of[owners[0]]:
-                raise FormatError(f"manifest: record {record} belongs to no item, or to items of several shards")
-            if shard_of[owners[0]] != shard:
-                if shard_of[owners[0]] < shard:
-                    raise FormatError(f"manifest: record {record} is not in the order of shards")
-                shard, start = shard_of[owners[0]], 0
-            taken += count
+            owners = self._owners(record, count)
+            length = 1 if count else len(of[owners[0]].chunks)
             own = sizes[record : record + length]
             if len(own) != length or any(number in sharing for number in range(record, record + length)):
                 raise FormatError(f"manifest: the records of item {owners[0]} do not follow each other")
+            if not shard <= shard_of[owners[0]] == shard_of[owners[-1]]:
+                raise FormatError(f"manifest: record {record} is not in the order of shards")
+            if shard_of[owners[0]] > shard:
+                shard, start = shard_of[owners[0]], 0
             self._starts.extend(start + before for before in [0, *accumulate(own[:-1])])
             if count:
-                self._share(StoredRecord(shard, start, own[0], checksums[record], tuple(owners)))
+                self._share(StoredRecord(shard, start, own[0], checksums[record], owners))
             else:
                 self._first[owners[0]] = record
             record, start = record + length, start + sum(own)
-        if sharing or taken != len(small) or next(packed, None) is not None:
+        if sharing or self._small or self._packed:
             raise FormatError("manifest: records: some items have none")
+
+    def _owners(self, record: int, count: int) -> tuple[int, ...]:
+        """The next items in order: `count` small ones that share a record, or (0) the packed one that it is the first
+        of.
+        """
+        waiting = self._small if count else self._packed
+        if len(waiting) < max(count, 1):
+            raise FormatError(f"manifest: record {record} belongs to no item")
+        return tuple(waiting.popleft() for _ in range(max(count, 1)))
 
     def _share(self, record: StoredRecord) -> None:
         sizes = [self._of[i].sizes[0] for i in record.items]

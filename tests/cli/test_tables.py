@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from statecodec_cli import tables
+from statecodec_cli import tables, tensor_tables
 from tests.cli import documents
 
 
@@ -85,7 +85,7 @@ def test_roles_come_in_the_order_people_think_in() -> None:
     document = documents.report()
     document["tensors"].reverse()
     lines = text(tables.compressed(document)).splitlines()
-    roles = [line.split()[0] for line in lines if line.strip() and line.split()[0] in tables._ROLES]
+    roles = [line.split()[0] for line in lines if line.strip() and line.split()[0] in tensor_tables._ROLES]
     assert roles == ["weight", "weight", "exp_avg", "exp_avg_sq", "step"]
 
 

@@ -1,0 +1,141 @@
+"""The tensors of a report as a table: a row for each tensor, or for each role and codec."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from statecodec_cli import console
+from statecodec_cli.grid import Column, Grid
+
+Document = Mapping[str, Any]
+_ROLES = (
+    "weight", "master", "ema", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum", "step", "other", "skeleton",
+    "file",
+)  # fmt: skip
+NO_TENSORS = {"skeleton": "not tensors", "file": "other files"}  # listed under these names, but not counted
+_FRACTION = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?|\d+e[+-]?\d+")
+_FITTED = re.compile(rf"\w+=(?:{_FRACTION.pattern})(?:,|(?=\)))")
+
+NAME = Column("tensor", text=True, gives="middle")
+ROLE, SHAPE, DTYPE = (
+    Column("role", text=True),
+    Column("shape", text=True, drop=4),
+    Column("dtype", text=True, drop=5),
+)
+_CODEC = Column("codec", text=True, gives="fold")
+_BEFORE, _AFTER, _RATIO = Column("before", drop=2), Column("after"), Column("ratio")
+ERROR = Column("rel. rms")
+
+
+def body(document: Document, *, every: bool) -> Grid:
+    """The tensors of a report, one by one or summed up."""
+    tensors, packed = document["tensors"], is_compressed(document)
+    return _tensors(tensors, packed=packed) if every else _summary(tensors, packed=packed)
+
+
+def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
+    """A row for each tensor."""
+    head: tuple[Column, ...] = (NAME, replace(ROLE, drop=2), SHAPE, DTYPE)
+    rows = [(t["name"], shown(t["role"]), shape(t), t["dtype"]) for t in tensors]
+    if not packed:
+        sizes = [console.size(t["bytes_before"]) for t in tensors]
+        return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
+    stored = [(*row, *_stored([t])) for row, t in zip(rows, tensors, strict=True)]
+    head = (*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=2))
+    return _with_errors(head, stored, tensors)
+
+
+def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
+    """A row for each role and codec, or role and dtype of what is not compressed."""
+    found = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else t["dtype"]))
+    if not packed:
+        sizes = [(shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in found]
+        return Grid((ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
+    rows = []
+    for (role, codec), group in found:
+        _, *sizes_and_ratio, relative, steps = _stored(group)
+        figures = (*sizes_and_ratio, _per_value(group), relative, steps)
+        rows.append((shown(role), codec, _how_many(role, group), *figures))
+    head = (ROLE, _CODEC, Column("tensors", drop=3), _BEFORE, _AFTER, _RATIO, Column("B/value", drop=4))
+    return _with_errors(head, rows, tensors)
+
+
+def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensors: Sequence[Document]) -> Grid:
+    """A table whose last two columns are the relative error and that in optimizer steps, where any is known."""
+    if any("step_error" in (t.get("error") or {}) for t in tensors):
+        return Grid((*head, replace(ERROR, drop=1), Column("in steps")), rows)
+    return Grid((*head, ERROR), [row[:-1] for row in rows])
+
+
+def _kind(codec: str) -> str:
+    """A codec without what was fitted to one tensor, which is a fraction: `uniform(step=2.0e-05)` -> `uniform`."""
+    return _FITTED.sub("", codec).replace(",)", ")").replace("()", "")
+
+
+def _rounded(codec: str) -> str:
+    """A codec with its fractions to three figures."""
+    return _FRACTION.sub(lambda found: f"{float(found[0]):.3g}", codec)
+
+
+def _how_many(role: str, group: Sequence[Document]) -> str:
+    return "-" if role in NO_TENSORS else f"{len(group):,}"
+
+
+def _stored(group: Sequence[Document]) -> tuple[str, ...]:
+    """Codec, bytes before and after, ratio and worst errors of tensors in one codec."""
+    before, after = sum(t["bytes_before"] for t in group), sum(t["bytes_after"] for t in group)
+    sizes = console.size(before), console.size(after), console.ratio(before, after)
+    return _rounded(group[0].get("codec") or ""), *sizes, worst(group, "relative_rms"), worst(group, "step_error")
+
+
+def _per_value(group: Sequence[Document]) -> str:
+    values = sum(map(numel, group))
+    return f"{sum(t['bytes_after'] for t in group) / values:.2f}" if values else "-"
+
+
+def groups(
+    tensors: Iterable[Document], key: Callable[[Document], tuple[str, ...]]
+) -> list[tuple[tuple[str, ...], list[Document]]]:
+    """Tensors by key, in the order of roles people think in, then by size."""
+    found: dict[tuple[str, ...], list[Document]] = {}
+    for tensor in tensors:
+        found.setdefault(key(tensor), []).append(tensor)
+    rank = {role: i for i, role in enumerate(_ROLES)}
+
+    def order(item: tuple[tuple[str, ...], list[Document]]) -> tuple[int, int]:
+        (role, *_), group = item
+        return rank.get(role, len(rank)), -sum(t.get("bytes_before", 0) for t in group)
+
+    return sorted(found.items(), key=order)
+
+
+def worst(group: Sequence[Document], figure: str) -> str:
+    """The largest of one error figure over the group; NaN, should there be any, wins."""
+    values = [float(e[figure]) for t in group if (e := t.get("error", t)) and e.get(figure) is not None]
+    if not values:
+        return "exact" if all(t.get("codec") == "raw" for t in group) else ""
+    return console.error(math.nan if any(math.isnan(v) for v in values) else max(values))
+
+
+def shown(role: str) -> str:
+    """A role as people call it."""
+    return NO_TENSORS.get(role, role)
+
+
+def shape(tensor: Document) -> str:
+    """512x512, or `scalar`."""
+    return "x".join(str(n) for n in tensor["shape"]) or "scalar"
+
+
+def numel(tensor: Document) -> int:
+    """Elements of a tensor."""
+    return math.prod(tensor["shape"])
+
+
+def is_compressed(document: Document) -> bool:
+    """Whether the report is of a compressed file."""
+    return document.get("format_version") is not None

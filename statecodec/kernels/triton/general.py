@@ -81,10 +81,10 @@ def step_tile(gradient, mine, known, m_table, v_table, count, start, SPEC: tl.co
     if M.kind == "companded" or V.kind == "companded":  # the unit is the group, else the element
         units = tl.max(bad, axis=1)
         kept = tl.sum(units, axis=0)
-        bad = bad | units[:, None]
+        good = (units == 0)[:, None]  # the same along a group, which keeps accesses wide
     else:
         kept = tl.sum(tl.sum(bad, axis=1), axis=0)
-    good = bad == 0
+        good = bad == 0
     if M.kind != "absent":
         store_state(m, m_data, m_scales, here, good, M, SPEC)
     if SPEC.method == "adam":
@@ -137,12 +137,13 @@ def step_folded(gradient, mine, known, m_table, v_table, count, start, SPEC: tl.
     if M.kind == "companded" or V.kind == "companded":  # the unit is the group of blocks, else the block
         units = tl.max(bad, axis=1)
         kept = tl.sum(units, axis=0)
-        bad = bad | units[:, None]
+        good = (units == 0)[:, None]
     else:
         kept = tl.sum(tl.sum(bad, axis=1), axis=0)
-    store_state(m, m_data, m_scales, here, bad == 0, M, SPEC)
-    store_state(v, v_data, v_scales, here, bad == 0, V, SPEC)
-    good = tl.reshape(bad == 0, [TALL])[:, None]
+        good = bad == 0
+    store_state(m, m_data, m_scales, here, good, M, SPEC)
+    store_state(v, v_data, v_scales, here, good, V, SPEC)
+    good = tl.reshape(tl.broadcast_to(good, [COUNT, WIDTH]), [TALL])[:, None]
     store_weight(w, param, low, offset, inside & good, key(known, count, SPEC), SPEC)
     count_kept(mine, count, kept)
 

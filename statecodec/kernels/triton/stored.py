@@ -159,7 +159,7 @@ def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.
         STEPS: tl.constexpr = FORM.steps
         HALF: tl.constexpr = FORM.half_lowest
         group_good = exists & (tl.min(good.to(tl.int32), axis=1) != 0)
-        value = tl.where(inside & good, value, 0.0)
+        value = tl.where(inside & group_good[:, None], value, 0.0)
         scale = scale_bits(tl.max(magnitude_bits(value), axis=1), LOWEST)
         code = quantise(value, scale[:, None], KIND, TOP, SIGNED, STEPS, HALF)
         tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=group_good)
@@ -169,4 +169,4 @@ def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.
             pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
             tl.store(pointer(data, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & group_good[:, None])
         else:
-            tl.store(pointer(data, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & good)
+            tl.store(pointer(data, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & group_good[:, None])

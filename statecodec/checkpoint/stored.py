@@ -17,6 +17,7 @@ from statecodec import codecs, kernels
 from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.companions import Companions
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.codecs import Codec, EncodedTensor
@@ -38,6 +39,7 @@ class Stored(Checkpoint):
     def __init__(self, path: Path, reader: Reader, document: documents.Document, beside: Path | None = None) -> None:
         self.path, self.reader, self.document = path, reader, document
         self.beside = path.parent if beside is None else beside
+        self._kept = Companions()
         self._bases: list[Stored] = []
         self._lock = threading.Lock()
         self.items = tuple(
@@ -141,6 +143,9 @@ class Stored(Checkpoint):
 
         With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
         """
+        kept = self._kept.take((item, chunk))
+        if kept is not None:
+            return kept
         stored = self.reader.items[item]
         codec, parts = self.parts(item, chunk, scratch)
         shape = stored.chunks[chunk].shape
@@ -162,9 +167,17 @@ class Stored(Checkpoint):
     def _given(self, item: int, chunk: Chunk) -> codecs.Given:
         """The companions of a chunk, decoded: values of the same elements of other items."""
         named = self.reader.items[item].companions
-        return {
-            role: self.decode_range(self.reader.index(name), chunk.start, chunk.stop) for role, name in named.items()
-        }
+        return {role: self._companion(self.reader.index(name), chunk) for role, name in named.items()}
+
+    def _companion(self, item: int, chunk: Chunk) -> Tensor:
+        """Elements of an item, decoded; a chunk that is cut alike is kept, because its own turn comes soon."""
+        chunks = self.reader.items[item].chunks
+        number = bisect_left(chunks, chunk.start, key=lambda c: c.start)
+        if number == len(chunks) or (chunks[number].start, chunks[number].stop) != (chunk.start, chunk.stop):
+            return self.decode_range(item, chunk.start, chunk.stop)
+        values = self.decode_chunk(item, number)
+        self._kept.put((item, number), values)
+        return values
 
     def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> tuple[Codec, Mapping[str, Tensor]]:
         """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""

@@ -1,0 +1,39 @@
+"""Chunks that were decoded as companions of others, kept for their own turn: the two lie near each other in a file."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from torch import Tensor
+
+Key = tuple[int, int]  # item, chunk
+
+
+class Companions:
+    """The last few decoded chunks, whole. Thread-safe; nobody may change what it holds."""
+
+    def __init__(self, keep: int = 32 << 20) -> None:
+        """`keep`: bytes held at most."""
+        self._keep = keep
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Key, Tensor] = OrderedDict()
+        self._nbytes = 0
+
+    def put(self, key: Key, chunk: Tensor) -> None:
+        """Hold a chunk; the oldest ones go where there is no room."""
+        with self._lock:
+            if key in self._held or chunk.nbytes > self._keep:
+                return
+            self._held[key] = chunk
+            self._nbytes += chunk.nbytes
+            while self._nbytes > self._keep:
+                self._nbytes -= self._held.popitem(last=False)[1].nbytes
+
+    def take(self, key: Key) -> Tensor | None:
+        """The chunk, which is held no longer; None if it is not there."""
+        with self._lock:
+            chunk = self._held.pop(key, None)
+            if chunk is not None:
+                self._nbytes -= chunk.nbytes
+            return chunk

@@ -10,6 +10,7 @@
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
 #   make serve    start the conversion service: prints a URL and, the first time, a token; another token is made with
 #                 .venv/bin/statecodec-server token add NAME
+#   make page     the service's page in a browser; keeps a picture of every state in build/artefacts/page
 #   make faults   kill the service in 200 and more ways, compare, and rewrite the table in docs/service.md
 #   make load     many large uploads, pollers and listeners at once
 #   make docs     bring generated tables and figures up to date, and build the site in build/site
@@ -28,7 +29,7 @@ GPU_PYTHON ?= $(PYTHON)
 OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 gpu serve faults load docs site wheel clean
+.PHONY: help venv demo test lint check format campaign sm90 gpu serve page faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -113,6 +114,10 @@ wheel: $(LIBRARY)
 
 serve: $(STAMP)
 	$(BIN)/statecodec serve
+
+page: $(STAMP)
+	$(BIN)/python -m pytest tests/server/test_page.py tests/server/test_page_states.py
+	@echo "pictures of every state: build/artefacts/page"
 
 faults: $(STAMP)
 	$(BIN)/python benchmarks/service_faults.py --write

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -21,6 +22,7 @@ from . import sandbox
 from .problems import FULL_ERRNOS
 
 PROGRESS_SECONDS = 0.1
+_PLACES = re.compile(r"\b(?:input|other|[0-9]+/output)/")  # of the job's folder: the client knows names only
 
 
 class Channel:
@@ -66,7 +68,7 @@ def _read_request() -> dict[str, Any]:
 
 def _describe(error: Exception) -> dict[str, Any]:
     code = getattr(error, "code", None)
-    text = str(error).replace(os.getcwd() + os.sep, "")
+    text = re.sub(_PLACES, "", str(error).replace(os.getcwd() + os.sep, ""))
     if isinstance(code, str):
         return {"code": code, "message": text}
     if isinstance(error, MemoryError):

@@ -86,6 +86,8 @@ def _announcement(settings: Settings, here: Context, port: int) -> str:
             "          (shown this once; make others with `statecodec-server token add NAME`)",
             f"open      {url}/#token={token}",
         ]
+    else:
+        lines.append("token     as before; another is made with `statecodec-server token add NAME`")
     if not settings.loopback:
         lines.append("reachable from outside this machine: put TLS in front of it")
     return "\n".join(lines)
@@ -129,6 +131,9 @@ def _tokens(settings: Settings) -> Tokens:
 
 def manage_tokens(settings: Settings, action: str, name: str | None) -> int:
     """token list | add NAME | revoke NAME; the exit status."""
+    if action != "add" and settings.database_url is None and not settings.data.is_dir():
+        print(f"statecodec-server: no service has kept anything in {settings.data}", file=sys.stderr)
+        return 1
     tokens = _tokens(settings)
     if action == "list":
         print("\n".join(tokens.names()))

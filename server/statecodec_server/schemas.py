@@ -149,6 +149,12 @@ class OperationDocument(BaseModel):
     options: dict[str, Any] = Field(description="JSON schema of the options")
 
 
+class Token(BaseModel):
+    """The token of this request."""
+
+    name: str
+
+
 class Problem(BaseModel):
     """RFC 9457 problem document; `code` is stable."""
 

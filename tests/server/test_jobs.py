@@ -130,7 +130,7 @@ def test_the_librarys_refusal_is_the_jobs_error(client):
     job = run(client, "compress", b"BEHAVE refuse\n")
     assert (job["state"], job["error"]["code"]) == ("failed", "layout.malformed")
     assert "ckpt.pt is truncated" in job["error"]["message"]
-    assert "/" not in job["error"]["message"].replace("input/ckpt.pt", "")  # no path of the server
+    assert "/" not in job["error"]["message"]  # no path of the server, nor of the job's folder
 
 
 def test_a_crash_is_tried_again(fresh):

@@ -79,6 +79,8 @@ def test_the_first_start_prints_a_token_and_later_ones_do_not(fresh):
     assert service.stop() == 0
     service.start(ready=False)
     assert "sct_" not in "".join(service.output)
+    while "token add NAME" not in "".join(service.output):
+        time.sleep(0.02)
     with service.client(token) as client:
         assert client.get("/v1/jobs").status_code == 200
     second = subprocess.run(
@@ -87,6 +89,16 @@ def test_the_first_start_prints_a_token_and_later_ones_do_not(fresh):
     )  # fmt: skip
     assert second.returncode == 1
     assert "another service is using" in second.stderr
+
+
+def test_looking_at_tokens_makes_no_data_folder(tmp_path):
+    for arguments in (["token", "list"], ["token", "revoke", "x"]):
+        done = server(tmp_path, *arguments)
+        assert done.returncode == 1
+        assert "no service has kept anything" in done.stderr
+        assert not (tmp_path / "data").exists()
+    assert server(tmp_path, "token", "add", "x").stdout.startswith("sct_")
+    assert server(tmp_path, "token", "list").stdout == "x\n"
 
 
 def test_metrics_and_logs_tell_what_happened(fresh):

@@ -45,6 +45,12 @@ async def operations(here: Here, who: Who) -> Response:
     return JSONResponse(found)
 
 
+@router.get("/token", response_model=schemas.Token)
+async def token(who: Who) -> Response:
+    """Whose token this is: the name it was made under."""
+    return JSONResponse({"name": who.name}, headers=NO_STORE)
+
+
 def _create(here: Context, who: Principal, request: JobRequest, key: str | None) -> tuple[dict[str, Any], bool]:
     fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     row = None if key is None else here.jobs.find(who, key, fingerprint)

@@ -23,11 +23,15 @@ async function refusal(answer) {
   return new Refusal(answer.status, problem);
 }
 
-export async function call(method, path, body, more = {}) {
+let lost = () => {}; // told when the service does not answer at all
+export const onLost = (run) => { lost = run; };
+
+// `keepalive`: finish even when the page is left.
+export async function call(method, path, body, more = {}, keepalive = false) {
   const json = body === undefined ? {} : { "Content-Type": "application/json" };
   const answer = await fetch(path, {
-    method, headers: headers({ ...json, ...more }), body: body === undefined ? undefined : JSON.stringify(body),
-  });
+    method, keepalive, headers: headers({ ...json, ...more }), body: body === undefined ? undefined : JSON.stringify(body),
+  }).catch(() => { lost(); throw new Error("the service does not answer"); });
   if (!answer.ok) throw await refusal(answer);
   return answer.status === 204 ? null : answer.json();
 }
@@ -59,6 +63,7 @@ export async function follow(id, tell) {
       }
     } catch (error) {
       if (error instanceof Refusal && error.status < 500) throw error;
+      lost();
     }
     await sleep(wait);
   }
@@ -71,13 +76,18 @@ const note = (key, value) => {
   localStorage.setItem(NOTES, JSON.stringify(all));
 };
 
+// What is noted of uploads that have not ended: where they are, and what was to be done with them.
+export const pending = () => Object.entries(notes()).filter(([key, value]) => key.startsWith(`${location.origin}|`) && value.url)
+  .map(([key, value]) => ({ key, ...value }));
+export const discard = (key) => note(key, null);
+
 const encode = (bytes) => btoa(String.fromCharCode(...bytes));
 
 // One file on its way up. It may be paused, the connection may break, the page may be closed: it goes on where it was.
 export class Upload {
-  constructor(file, name, tell) {
-    Object.assign(this, { file, name, tell, offset: 0, paused: false, stopped: false, request: null, url: null });
-    this.key = `${location.origin}|${name}|${file.size}|${file.lastModified}`;
+  constructor(file, name, tell, about, key) {
+    Object.assign(this, { file, name, tell, about, offset: 0, paused: false, stopped: false, request: null, url: null });
+    this.key = key || `${location.origin}|${name}|${file.size}|${file.lastModified}`;
   }
 
   pause() { this.paused = true; this.request?.abort(); this.tell(this); }
@@ -102,6 +112,7 @@ export class Upload {
         if (error instanceof Refusal && error.status === 507) throw error;
         if (error.status === 404 || error.status === 410) { note(this.key, null); this.url = null; }
         this.trouble = error.message;
+        if (!(error instanceof Refusal)) lost();
         this.tell(this);
         await sleep(wait);
         wait = Math.min(wait * 2, 10000);
@@ -113,7 +124,7 @@ export class Upload {
   }
 
   async open() {
-    this.url = notes()[this.key] || null;
+    this.url = notes()[this.key]?.url || null;
     if (this.url) return;
     const name = encode(new TextEncoder().encode(this.name.split("/").pop()));
     const answer = await fetch("/v1/uploads", {
@@ -122,7 +133,7 @@ export class Upload {
     });
     if (!answer.ok) throw await refusal(answer);
     this.url = new URL(answer.headers.get("Location"), location.href).pathname;
-    note(this.key, this.url);
+    note(this.key, { url: this.url, name: this.name, size: this.file.size, about: this.about });
   }
 
   async ask() {

@@ -32,21 +32,30 @@ function figure(title, description, width, height, ...shapes) {
   return svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${description}` }, svg("title", {}, title), ...shapes);
 }
 
-// The drawing is as wide as the card, so that its letters keep their size on a phone.
-const wide = () => (globalThis.matchMedia("(max-width: 46rem)").matches ? 360 : 720);
-
 const role = (tensor) => (tensor.role === "max_exp_avg_sq" ? "exp_avg_sq" : ROLES.some(([id]) => id === tensor.role) ? tensor.role : "other");
 
-// Two bars to one scale: the checkpoint by role, before and after.
-export function bytes(report) {
+// A name that fits: its beginning and its end say most.
+const middle = (text, letters) => {
+  if (text.length <= letters) return text;
+  const end = Math.ceil((letters - 1) * 0.6);
+  return `${text.slice(0, letters - 1 - end)}\u2026${text.slice(-end)}`;
+};
+
+// Two bars to one scale: the checkpoint by role, before and after. They add up to the files themselves.
+export function bytes(report, job, width) {
   const sums = Object.fromEntries(ROLES.map(([id]) => [id, { before: 0, after: 0 }]));
   for (const tensor of report.tensors) {
     sums[role(tensor)].before += tensor.bytes_before;
     sums[role(tensor)].after += tensor.bytes_after;
   }
+  const whole = { before: report.source?.bytes ?? job.bytes_in, after: job.operation === "compress" ? job.bytes_out : report.bytes };
+  for (const side of ["before", "after"]) {
+    const held = ROLES.reduce((sum, [id]) => sum + sums[id][side], 0);
+    sums.other[side] += Math.max((whole[side] || held) - held, 0); // headers, and what is no tensor
+  }
   const used = ROLES.filter(([id]) => sums[id].before + sums[id].after > 0);
   const total = Math.max(...["before", "after"].map((side) => used.reduce((sum, [id]) => sum + sums[id][side], 0)), 1);
-  const left = 52, width = wide(), scale = (width - left - 70) / total, shapes = [];
+  const left = 52, scale = (width - left - 70) / total, shapes = [];
   ["before", "after"].forEach((side, line) => {
     let x = left;
     const y = line * 44;
@@ -59,8 +68,8 @@ export function bytes(report) {
       shapes.push(bar);
       x += long;
     }
-    const whole = used.reduce((sum, [id]) => sum + sums[id][side], 0);
-    shapes.push(svg("text", { x: x + 8, y: y + 21, class: "ink" }, size(whole)));
+    const sum = used.reduce((all, [id]) => all + sums[id][side], 0);
+    shapes.push(svg("text", { x: x + 8, y: y + 21, class: "ink" }, size(sum)));
   });
   const said = used.map(([id, label]) => `${label} from ${size(sums[id].before)} to ${size(sums[id].after)}`).join(", ");
   const legend = el("ul", { class: "legend" }, ...used.map(([id, label]) =>
@@ -68,25 +77,27 @@ export function bytes(report) {
   return plot("Where the bytes went", "Stored bytes by what they hold.", figure("Where the bytes went", said, width, 80, ...shapes), legend);
 }
 
-// One dot per parameter: how far the optimizer's next step moved, on a logarithmic axis.
-export function updates(report) {
+// One dot per parameter: how far the optimizer's next step moved, on a logarithmic axis. A narrow drawing has the names
+// above the lines, so that they keep their ends.
+export function updates(report, width) {
   const all = (report.updates || []).filter((item) => Number.isFinite(item.u_rms));
   if (!all.length) return null;
   const shown = [...all].sort((a, b) => b.u_rms - a.u_rms || b.numel - a.numel).slice(0, 14);
-  const width = wide(), left = width / 3, right = 62, letters = Math.floor(left / 7) - 1, line = 22, low = -5, high = 0;
+  const narrow = width < 520, left = narrow ? 6 : Math.min(width / 3, 260), right = 62, low = -5, high = 0;
+  const letters = Math.floor((narrow ? width - 8 : left) / 7) - 1, line = narrow ? 38 : 22;
   const place = (value) => left + ((Math.min(Math.max(Math.log10(value), low), high) - low) / (high - low)) * (width - left - right);
   const bottom = shown.length * line + 4, shapes = [];
   for (let power = low; power <= high; power += 1) {
     const x = place(10 ** power);
-    shapes.push(svg("line", { x1: x, x2: x, y1: 0, y2: bottom, class: "axis" }));
-    if (width > 400 || power % 2) shapes.push(svg("text", { x, y: bottom + 16, "text-anchor": "middle" }, `${10 ** (power + 2)} %`));
+    if (!narrow) shapes.push(svg("line", { x1: x, x2: x, y1: 0, y2: bottom, class: "axis" }));
+    const label = { x, y: bottom + 16, "text-anchor": narrow && power === low ? "start" : "middle" };
+    if (!narrow || power % 2) shapes.push(svg("text", label, `${10 ** (power + 2)} %`));
   }
   shown.forEach((item, index) => {
-    const y = index * line + 14, name = item.param || "?";
-    const short = name.length > letters ? `\u2026${name.slice(1 - letters)}` : name;
-    shapes.push(svg("text", { x: left - 12, y: y + 4, "text-anchor": "end", class: "ink" }, short));
-    const exact = item.u_rms <= 10 ** low;
-    const x = exact ? left : place(item.u_rms);
+    const y = index * line + (narrow ? 28 : 14), name = item.param || "?";
+    const spot = narrow ? { x: 0, y: y - 12 } : { x: left - 12, y: y + 4, "text-anchor": "end" };
+    shapes.push(svg("text", { ...spot, class: "ink" }, middle(name, letters)));
+    const exact = item.u_rms <= 10 ** low, x = exact ? left : place(item.u_rms);
     if (!exact) shapes.push(svg("line", { x1: left, x2: x, y1: y, y2: y, stroke: "var(--accent)", "stroke-width": 2.5, opacity: 0.45 }));
     const dot = svg("circle", { cx: x, cy: y, r: 5.5, fill: exact ? "var(--good)" : "var(--accent)" });
     dot.append(svg("title", {}, `${name}: ${percent(item.u_rms)}, cosine ${item.cosine.toFixed(6)}`));
@@ -94,25 +105,26 @@ export function updates(report) {
   });
   const worst = shown[0];
   const more = all.length > shown.length ? ` The ${shown.length} largest of ${all.length}.` : "";
-  const said = `Largest: ${worst.param} with ${percent(worst.u_rms)}.${more}`;
+  const about = `Largest: ${worst.param} with ${percent(worst.u_rms)}.${more}`;
   return plot("What it did to the update direction",
     `Relative error of the optimizer's next step, per parameter.${more}`,
-    figure("What it did to the update direction", said, width, bottom + 22, ...shapes));
+    figure("What it did to the update direction", about, width, bottom + 22, ...shapes));
 }
 
 function plot(title, hint, picture, ...rest) {
   return el("div", { class: "plot" }, el("h4", {}, title), el("p", { class: "hint" }, hint), picture, ...rest);
 }
 
-// Everything the figures show, and more, as a table.
-export function table(report) {
-  const head = ["tensor", "role", "codec", "before", "after", "error"];
-  const numeric = (index) => (index > 2 ? { class: "n" } : {});
+// Everything the figures show, and more, as a table; what people look for stands before what may be scrolled to.
+export function table(report, width) {
+  const letters = width < 480 ? 16 : 44;
+  const head = ["tensor", "error", "before", "after", "role", "codec"];
+  const numeric = (index) => (index > 0 && index < 4 ? { class: "n" } : {});
   const rows = report.tensors.slice(0, 2000).map((tensor) => el("tr", {}, ...[
-    tensor.name, tensor.role, tensor.codec, size(tensor.bytes_before), size(tensor.bytes_after),
-    tensor.error ? percent(Number(tensor.error.relative_rms)) : "",
-  ].map((text, index) => el("td", numeric(index), text))));
-  const caption = `${report.tensors.length} stored tensors`;
+    tensor.name, tensor.error ? percent(Number(tensor.error.relative_rms)) : "", size(tensor.bytes_before), size(tensor.bytes_after),
+    tensor.role, tensor.codec,
+  ].map((text, index) => el("td", { ...numeric(index), ...(index ? {} : { title: text }) }, index ? text : middle(text, letters)))));
+  const caption = `${report.tensors.length} stored tensors${report.tensors.length > rows.length ? `, the first ${rows.length}` : ""}`;
   return el("details", { class: "table" }, el("summary", {}, caption),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, el("table", {},
       el("thead", {}, el("tr", {}, ...head.map((text, index) => el("th", { scope: "col", ...numeric(index) }, text)))),

@@ -1,0 +1,60 @@
+// What a finished job found or made: figures, plots and a table, in words of its own for each operation.
+
+import { bytes, el, percent, size, table, updates } from "./plots.js";
+
+function figure(label, value, unit = "") {
+  return el("div", { class: "figure" }, el("dt", {}, label), el("dd", {}, value, " ", el("small", {}, unit)));
+}
+
+const FIGURES = {
+  compress: (job, report) => [
+    figure("smaller by", `${(job.bytes_in / job.bytes_out).toFixed(2)}\u00d7`),
+    figure("size now", size(job.bytes_out), `from ${size(job.bytes_in)}`),
+    ...(report.bytes_per_param ? [figure("per parameter", report.bytes_per_param.toFixed(2), "bytes")] : []),
+    ...(report.total?.u_rms !== undefined ? [figure("error of the next step", percent(report.total.u_rms), "rms")] : []),
+  ],
+  restore: (job) => [figure("restored", size(job.bytes_out), job.files[0]?.name || "")],
+  convert: (job) => [figure("converted", size(job.bytes_out), `from ${size(job.bytes_in)}`)],
+  verify: (job, report) => [figure("intact", size(report.bytes ?? job.bytes_in), "checked")],
+  diff: (job, report) => [
+    ...(report.identical !== undefined ? [figure("the two are", report.identical ? "identical" : "different")] : []),
+    ...(report.total?.u_rms !== undefined ? [figure("error of the next step", percent(report.total.u_rms), "rms")] : []),
+  ],
+  analyze: (job, report) => [
+    ...(report.saved !== undefined ? [figure("could be shared", percent(report.saved), "of second moments")] : []),
+    ...(report.tensors?.length ? [figure("measured", String(report.tensors.length), "tensors")] : []),
+  ],
+};
+
+const contents = (job, report) => [
+  ...(report.tensors ? [figure("tensors", String(report.tensors.length))] : []),
+  ...(report.num_params ? [figure("parameters", report.num_params.toLocaleString())] : []),
+];
+
+export function outcome(job, report, root) {
+  const whole = ["compress", "inspect", "verify"].includes(job.operation); // the report is of the file that was stored
+  const stored = whole && report.tensors?.length && report.tensors[0].bytes_before !== undefined;
+  const plots = el("div", { class: "plots" }), open = root.querySelector("details.table")?.open;
+  root.replaceChildren(el("dl", { class: "headline" }, ...(FIGURES[job.operation] || contents)(job, report)), plots);
+  root.hidden = false;
+  const width = Math.max(plots.clientWidth, 240);
+  if (stored) plots.append(bytes(report, job, width));
+  const moved = updates(report, width);
+  if (moved) plots.append(moved);
+  if (stored) root.append(table(report, width));
+  if (open && stored) root.querySelector("details.table").open = true; // drawn again at another width
+  if (report.notes?.length) root.append(el("ul", { class: "notes" }, ...report.notes.slice(0, 50).map((note) => el("li", {}, note))));
+  redrawWhenWider(job, report, root, width);
+}
+
+const watched = new WeakMap();
+
+function redrawWhenWider(job, report, root, width) {
+  watched.get(root)?.disconnect();
+  const observer = new ResizeObserver(() => {
+    const now = root.clientWidth;
+    if (now && Math.abs(now - width) > 8) { observer.disconnect(); outcome(job, report, root); }
+  });
+  observer.observe(root);
+  watched.set(root, observer);
+}

@@ -51,7 +51,8 @@ class Grid:
             yield Text(f"{self._left_out:,} more; --json lists all", style="dim")
         hidden = [c.name for i, c in enumerate(self._columns) if i not in shown]
         if hidden:
-            yield Text(f"not shown at this width: {', '.join(hidden)}", style="dim")
+            words = ["not shown at this width:", *(f"{name}," for name in hidden[:-1]), hidden[-1]]
+            yield Facts(*(Text(word, style="dim") for word in words), gap=1)
         yield Text()
 
     def _fit(self, width: int) -> tuple[list[int], list[int]]:

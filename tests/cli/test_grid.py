@@ -65,6 +65,13 @@ def test_every_width_fits_and_keeps_every_figure(rows: list[tuple[str, str, str]
         assert set(codec) <= set(shown)
 
 
+def test_the_list_of_what_is_not_shown_fits_as_well() -> None:
+    columns = [Column("name"), *(Column(f"a column {i}", drop=1) for i in range(20))]
+    lines = printed(Grid(columns, [["x"] * 21]), 60)
+    assert max(map(len, lines)) <= 60
+    assert sum(line.count("a column") for line in lines) == 20
+
+
 def test_a_name_of_a_million_characters_is_printed_in_no_time() -> None:
     lines = printed(Grid(COLUMNS, [("x" * 1_000_000, "raw", "1 B", "1", "1")]), 80)
     assert max(map(len, lines)) <= 80

@@ -116,7 +116,7 @@ def _build(kind: type[Codec], values: Mapping[str, Any]) -> Codec:
         if key not in fields:
             known = ", ".join(fields) or "none"
             raise InvalidCodec(f"{kind.name} has no field {key!r}; its fields are: {known}")
-        if not _fits(str(fields[key].type), value):
+        if not _fits(_annotation(fields[key]), value):
             raise InvalidCodec(f"{kind.name}: {key}={str(value)[:40]} is not {fields[key].type}")
     return kind(**{k: _plain(str(fields[k].type), v) for k, v in values.items()})
 
@@ -126,6 +126,11 @@ def _plain(annotation: str, value: Any) -> Any:
     if annotation == "float":
         return float(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _annotation(field: dataclasses.Field[Any]) -> str:
+    """A field's type as it is written, with or without `from __future__ import annotations`."""
+    return field.type if isinstance(field.type, str) else field.type.__name__
 
 
 def _fits(annotation: str, value: object) -> bool:

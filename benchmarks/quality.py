@@ -21,7 +21,9 @@ def main() -> None:
     """Measure and record."""
     checkpoint = trained()
     output = CACHE / "quality.sc.safetensors"
-    presets = {name: preset(checkpoint, output, name) for name in ("lossless", "resume", "small", "tiny", "weights")}
+    presets = {
+        name: preset(checkpoint, output, name) for name in ("lossless", "resume", "small", "tiny", "live", "weights")
+    }
     weights = bf16_weights(checkpoint)
     report = statecodec.compress(weights, output, preset="lossless", force=True)
     record(
@@ -43,7 +45,7 @@ def preset(checkpoint: Path, output: Path, name: str) -> dict[str, Any]:
     """Size and errors of one preset."""
     report = statecodec.compress(checkpoint, output, preset=name, force=True)
     total = statecodec.diff(checkpoint, output).total
-    keys = ("weight_relative_rms", "u_rms", "max_u", "max_u_exact", "cosine")
+    keys = ("weight_relative_rms", "weight_step_error", "u_rms", "max_u", "max_u_exact", "cosine")
     return {"ratio": report.ratio, "bytes_per_param": report.bytes_per_param, **{k: total[k] for k in keys}}
 
 

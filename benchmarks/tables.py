@@ -47,7 +47,7 @@ def table(name: str) -> str:
 def quality(r: Result) -> list[str]:
     """Size and error of each preset."""
     lines = [
-        "| preset | ratio | B/param | weights, rel. rms | u-rms | max \\|u\\| / exact | cosine |",
+        "| preset | ratio | B/param | weights, of a step | update, of a step | max \\|u\\| / exact | cosine |",
         "| --- " * 7 + "|",
     ]
     for name, p in r["presets"].items():
@@ -55,7 +55,7 @@ def quality(r: Result) -> list[str]:
         largest = "-" if name == "weights" else f"{p['max_u'] / p['max_u_exact']:.2f}"
         cosine = "-" if name == "weights" else f"{p['cosine']:.6f}"
         lines.append(
-            f"| `{name}` | {p['ratio']:.2f} | {p['bytes_per_param']:.2f} | {p['weight_relative_rms']:.2g} | {moments} "
+            f"| `{name}` | {p['ratio']:.2f} | {p['bytes_per_param']:.2f} | {p['weight_step_error']:.2g} | {moments} "
             f"| {largest} | {cosine} |"
         )
     bf16 = r["bf16_weights"]
@@ -113,22 +113,28 @@ def memory(r: Result) -> list[str]:
 
 
 def resume(r: Result) -> list[str]:
-    """What resuming from a preset did to the validation loss."""
+    """What resuming from every step error did to the validation loss, and to the path of the weights."""
     before, after = r["steps"]
     lines = [
-        f"| resumed from, after {before} steps, for {after} more | validation loss minus exact, {r['seeds']} seeds "
-        "| largest |",
-        "| --- " * 3 + "|",
+        f"| beta2 | step error | ratio | B/param | validation loss minus exact, {after} steps on | path deviation |",
+        "| --- " * 6 + "|",
     ]
-    for name, gaps in r["loss_minus_exact"].items():
-        shown = ", ".join(f"{g:+.1e}" for g in gaps)
-        lines.append(f"| {name} | {shown} | {max(map(abs, gaps)):.1e} |")
-    losses = statistics.mean(x for orders in r["exact_validation_loss"].values() for x in orders)
+    for beta2 in dict.fromkeys(run["beta2"] for run in r["runs"]):
+        runs = [run["fractions"] for run in r["runs"] if run["beta2"] == beta2]
+        for fraction in runs[0]:
+            own = [run[fraction] for run in runs]
+            gaps = ", ".join(f"{f['loss_minus_exact']:+.1e}" for f in own)
+            ratio, size, path = (
+                statistics.mean(f[key] for f in own) for key in ("ratio", "bytes_per_param", "path_deviation")
+            )
+            shown = f"{float(fraction) * 100:g} %"
+            lines.append(f"| {beta2} | {shown} | {ratio:.2f} | {size:.2f} | {gaps} | {path:.3f} |")
+    spread = ", ".join(f"{sd:.1e} (beta2 {beta2})" for beta2, sd in r["data_order_sd"].items())
+    seeds = "one seed" if r["seeds"] == 1 else f"{r['seeds']} seeds"
     return [
-        *lines,
-        "",
-        f"Standard deviation over data orders: {r['data_order_sd']:.1e}, at a loss of {losses:.2f} nats.",
-    ]
+        *lines, "",
+        f"Resumed after {before} steps, {seeds}. Standard deviation of exact resumes over three data orders: {spread}.",
+    ]  # fmt: skip
 
 
 def startup(r: Result) -> list[str]:

@@ -1,4 +1,4 @@
-"""statecodec: training checkpoints and optimizer state at a third of their size.
+"""statecodec: training checkpoints and optimizer state at a quarter of their size.
 
     report = statecodec.compress("ckpt.pt")                     -> ckpt.sc.safetensors
     statecodec.restore("ckpt.sc.safetensors", "ckpt.pt")

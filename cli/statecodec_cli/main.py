@@ -59,7 +59,7 @@ class _Verb(TyperCommand):
 
 app = typer.Typer(
     name="statecodec",
-    help="Training checkpoints at a third of their size, from which training resumes as if nothing had happened.",
+    help="Training checkpoints at a quarter of their size, from which training resumes as if nothing had happened.",
     epilog="`statecodec VERB --help` explains a verb. Exit codes: 0 done, 1 refused or a check failed, 2 usage.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

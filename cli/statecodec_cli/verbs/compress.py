@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Compress a checkpoint.
 
-    Writes ckpt.sc.safetensors beside ckpt.pt: a third of the size with the default preset, and training resumes from
+    Writes ckpt.sc.safetensors beside ckpt.pt: a quarter of the size with the default preset, and training resumes from
     it as if nothing had happened. The file gets its name once it is whole and on the disk.
     """
     import statecodec

@@ -100,7 +100,17 @@ class Staging:
             self._note("the file system cannot sync a directory: a power failure may lose the file's name", error)
 
     def chmod(self, file: int | Path, mode: int) -> None:
-        """Set the permissions of a file, open or by its path. Raises OSError."""
+        """Set the permissions of a file or folder, open or by its path. Raises OSError.
+
+        Always by a descriptor: a sandbox may forbid a path to be followed.
+        """
+        if isinstance(file, Path):
+            fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                self.chmod(fd, mode)
+            finally:
+                os.close(fd)
+            return
         try:
             os.chmod(file, mode)
         except OSError as error:

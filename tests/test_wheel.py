@@ -26,11 +26,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_wheel_holds_the_three_packages_the_page_and_the_licence(wheel: Path) -> None:
+def test_the_wheel_holds_the_four_packages_the_page_and_the_licence(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert {"statecodec", "statecodec_cli", "statecodec_server"} <= tops
-    assert len(tops) == 4  # and the metadata
+    assert {"statecodec", "statecodec_cli", "statecodec_client", "statecodec_server"} <= tops
+    assert len(tops) == 5  # and the metadata
     assert "statecodec_server/static/index.html" in names
     assert "statecodec/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -88,7 +88,7 @@ def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Mete
         output.staging.set_time(made, document.files[0].mtime_ns if times else None)
         return
     if document.folders[0].mode is not None:
-        made.chmod(0o700)  # nobody else sees what is not there yet
+        output.staging.chmod(made, 0o700)  # nobody else sees what is not there yet
     for directory in document.directories:
         (made / directory).mkdir(parents=True, exist_ok=True)
     for file in document.files:

@@ -293,4 +293,4 @@ def test_the_real_library_works_inside_the_sandbox(tmp_path):
         members = [{"upload": upload, "path": f"run/{name}"} for name in ("a.pt", "b.pt")]
         both = wait(client, submit(client, "compress", source={"uploads": members})["id"])
         back = wait(client, submit(client, "restore", source={"job": both["id"]})["id"])
-        assert [name["name"] for name in back["files"]] == ["run/a.pt", "run/b.pt"], back
+        assert [name["name"] for name in back["files"]] == ["run/a.pt", "run/b.pt"], back["error"]

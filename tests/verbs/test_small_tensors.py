@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,29 +47,40 @@ def test_tensors_cost_less_than_their_own_header(tmp_path: Path, numel: int) -> 
     assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "x.safetensors").read_bytes()
 
 
-def test_time_grows_with_the_number_of_tensors(tmp_path: Path) -> None:
-    """Eight times as many may take sixteen times the processor's time; with the square it would be 64 times."""
+def calls(work: Callable[[], Any]) -> int:
+    """Function calls of this thread, Python's and C's: a measure of time that no other work on the machine changes."""
+    count = 0
+
+    def event(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    sys.setprofile(event)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_work_grows_with_the_number_of_tensors(tmp_path: Path) -> None:
+    """Eight times as many may take twelve times the calls; with the square it would be 64 times."""
     source, packed = tmp_path / "x.pt", tmp_path / "x.sc.safetensors"
     verbs: dict[str, Callable[[], Any]] = {
-        "compress": lambda: statecodec.compress(source, packed, force=True),
-        "verify": lambda: statecodec.verify(packed),
+        "compress": lambda: statecodec.compress(source, packed, force=True, threads=1),
+        "verify": lambda: statecodec.verify(packed, threads=1),
         "load": lambda: statecodec.load(packed),
-        "restore": lambda: statecodec.restore(packed, tmp_path / "y.pt", force=True),
+        "restore": lambda: statecodec.restore(packed, tmp_path / "y.pt", force=True, threads=1),
     }
 
-    def measured(count: int) -> dict[str, float]:
+    def measured(count: int) -> dict[str, int]:
         layers = {f"l.{i}": torch.full((1,), float(i)) for i in range(count)}
         state = {i: {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1)} for i in range(count)}
         group = {"params": list(range(count)), "betas": (0.9, 0.99), "eps": 1e-8, "lr": 0.1}
         torch.save({"model": layers, "optimizer": {"state": state, "param_groups": [group]}}, source)
-        times = {}
-        for name, verb in verbs.items():
-            started = time.process_time()
-            verb()
-            times[name] = time.process_time() - started
-        return times
+        return {name: calls(verb) for name, verb in verbs.items()}
 
     measured(10)  # compiles and imports
     few, many = measured(400), measured(3200)
     assert (tmp_path / "y.pt").read_bytes() == source.read_bytes()
-    assert {name: many[name] / few[name] for name in verbs if many[name] > 16 * few[name]} == {}
+    assert {name: many[name] / few[name] for name in verbs if many[name] > 12 * few[name]} == {}

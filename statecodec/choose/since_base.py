@@ -12,7 +12,7 @@ from statecodec.buffers import Pool
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
-from statecodec.codecs import Codec, Delta, Residual
+from statecodec.codecs import Based, Codec, Delta
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UnencodableValues, UsageError
 from statecodec.format import StoredItem
@@ -24,12 +24,12 @@ _WORTH = 0.98  # a change must pack below this share of what the parts alone pac
 def linked(source: SourceCheckpoint, choices: Choices, base: Base | None, packing: Packing) -> Choices:
     """The same choices, stored as a change whatever that makes smaller: judged on each item's first and middle chunk.
 
-    Raises UsageError for a residual without a base, or whose base lacks the tensor.
+    Raises UsageError for a rule's change without a base, or whose base lacks the tensor.
     """
     changed = {}
     for item in source.items:
         choice = choices[item.name]
-        if isinstance(choice.codec, Residual):
+        if isinstance(choice.codec, Based):
             _require(item, base)
         elif base is not None:
             changed[item.name] = replace(choice, codec=_smallest(source, item, choice.codec, base, packing))
@@ -44,7 +44,7 @@ def _require(item: SourceItem, base: Base | None) -> None:
     if base is None:
         raise UsageError(f"{item.name}: this codec stores what changed since a base checkpoint; give one (--base)")
     if base.index(item) is None:
-        raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the residual from")
+        raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the change from")
 
 
 def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> Codec:

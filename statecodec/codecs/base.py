@@ -120,6 +120,8 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
     """Roles of the companions without which a tensor is neither encoded nor decoded."""
+    stands_alone: ClassVar[bool] = True
+    """Whether a tensor can be decoded without the same tensor of another checkpoint."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
@@ -246,6 +248,11 @@ class Codec(ABC):
         """Raise InvalidCodec with this codec's name unless the condition holds."""
         if not condition:
             raise InvalidCodec(f"{self.name}: {message}")
+
+    def require_inner(self, inner: Codec) -> None:
+        """Raise InvalidCodec unless `inner` can encode what this codec makes of a tensor: from its values alone."""
+        self.require(not inner.needs, f"inner={inner.name} needs companions, which means do not have")
+        self.require(inner.stands_alone, f"inner={inner.name} needs a base checkpoint, which has no such means")
 
     def refuse(self, flags: int) -> None:
         """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""

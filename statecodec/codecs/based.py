@@ -28,6 +28,8 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Based(Codec):
     """A codec whose tensors cannot be decoded without the same tensor of a base checkpoint."""
 
+    stands_alone: ClassVar[bool] = False
+
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
     ) -> None:

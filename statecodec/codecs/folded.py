@@ -48,7 +48,7 @@ class Folded(Codec):
     def __post_init__(self) -> None:
         self.require(0 <= self.level <= 16, f"level={self.level}, expected 0 to 16")
         self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
-        self.require(not self.inner.needs, f"inner={self.inner.name} needs companions, which means do not have")
+        self.require_inner(self.inner)
 
     @property
     def block(self) -> int:

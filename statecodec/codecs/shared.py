@@ -33,7 +33,7 @@ class Shared(Codec):
 
     def __post_init__(self) -> None:
         legal = self.dims and all(0 <= d < 16 for d in self.dims) and list(self.dims) == sorted(set(self.dims))
-        self.require(not self.inner.needs, f"inner={self.inner.name} needs companions, which a mean does not have")
+        self.require_inner(self.inner)
         self.require(bool(legal), f"dims={list(self.dims)}, expected distinct dimensions in rising order, from 0")
 
     def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -264,3 +264,21 @@ def test_golden_chain_reads_as_ever() -> None:
         assert found == expected["tensors"]
     kinds = {f.codec.name for f in Reader(GOLDEN / "link2.sc.safetensors").items}
     assert {"delta", "residual"} <= kinds
+
+
+@pytest.mark.parametrize("codec", ["delta", "residual"])
+def test_a_rule_for_a_change_needs_a_base_that_has_the_tensor(codec: str, tmp_path: Path) -> None:
+    for name, keys in (("old", "a"), ("new", "ab")):
+        torch.save({"model": {k: torch.randn(80, 80) for k in keys}}, tmp_path / f"{name}.pt")
+    with pytest.raises(UsageError, match=r"give one \(--base\)"):
+        statecodec.compress(tmp_path / "new.pt", rules=[f"*.b={codec}"])
+    base = statecodec.compress(tmp_path / "old.pt", preset="lossless").path
+    with pytest.raises(UsageError, match="has no such tensor"):
+        statecodec.compress(tmp_path / "new.pt", rules=[f"*.b={codec}"], base=base)
+    assert not (tmp_path / "new.sc.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["folded(inner=delta)", "folded(inner=residual)", "shared(dims=[0],inner=delta)"])
+def test_a_change_is_no_inner_codec(text: str) -> None:
+    with pytest.raises(InvalidCodec):
+        codecs.parse(text)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
@@ -119,6 +120,11 @@ def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path)
     expect(page.locator(".detail").first).to_contain_text("MB of", timeout=PATIENCE)
     beyond_5_mb = re.compile(r"^(?:[5-9]|[1-6][0-9])(?:\.\d+)? MB of 62\.9 MB")
     expect(page.locator(".detail").first).to_have_text(beyond_5_mb, timeout=PATIENCE)
+    with service.client() as client:  # the page counts what it has sent; what is there is what the service has kept
+        until = time.monotonic() + PATIENCE / 1000
+        while not any(u["name"] == "large.pt" and u["offset"] > 6_000_000 for u in client.get("/v1/uploads").json()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
     page.get_by_role("button", name="Pause").click()
     expect(page.locator(".state.paused")).to_be_visible()
     page.reload()

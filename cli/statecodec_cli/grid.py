@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.cells import cell_len
+from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
@@ -126,9 +126,9 @@ def _folded(text: str, width: int) -> Iterator[str]:
             yield line.rstrip()
             line = ""
         line += piece
-        while cell_len(line.rstrip()) > width:
-            yield line[:width]
-            line = line[width:]
+        if cell_len(line.rstrip()) > width:
+            *full, line = chop_cells(line, width)
+            yield from full
     if line.strip():
         yield line.rstrip()
 

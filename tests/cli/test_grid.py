@@ -65,6 +65,13 @@ def test_every_width_fits_and_keeps_every_figure(rows: list[tuple[str, str, str]
         assert set(codec) <= set(shown)
 
 
+def test_wide_characters_are_folded_by_the_cells_they_take() -> None:
+    columns = (Column("name", text=True, gives="middle"), Column("codec", text=True, gives="fold"), Column("size"))
+    lines = printed(Grid(columns, [("0" * 19, "0" * 18 + "\N{CJK RADICAL REPEAT}" * 3, "0 MB")]), 50)
+    assert max(map(cell_len, lines)) <= 50
+    assert "".join(lines).count("\N{CJK RADICAL REPEAT}") == 3
+
+
 def test_the_list_of_what_is_not_shown_fits_as_well() -> None:
     columns = [Column("name"), *(Column(f"a column {i}", drop=1) for i in range(20))]
     lines = printed(Grid(columns, [["x"] * 21]), 60)

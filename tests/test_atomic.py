@@ -216,6 +216,18 @@ def test_a_mount_without_permissions_is_a_note_where_they_differ(
         output.staging.chmod(file.fileno(), 0o604)
 
 
+def test_a_sandbox_that_follows_no_path_lets_permissions_be_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "chmod", failing(errno.EPERM, os.chmod, lambda file, *_: not isinstance(file, int)))
+    (tmp_path / "sub").mkdir()
+    with Output(tmp_path / "x") as output:
+        fill(output)
+        output.staging.chmod(tmp_path / "sub", 0o711)
+    assert output.notes == ()
+    assert stat.S_IMODE((tmp_path / "sub").stat().st_mode) == 0o711
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK])
 def test_a_mount_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     monkeypatch.setattr(os, "link", failing(code, os.link))

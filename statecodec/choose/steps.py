@@ -23,14 +23,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from statecodec import kernels
+from statecodec.buffers import Scratch
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
-from statecodec.codecs import Direction, Dropped, Logarithmic, Split, Uniform
+from statecodec.codecs import Direction, Dropped, Logarithmic, Raw, Split, Uniform
 from statecodec.codecs.base import FLOATS
-from statecodec.codecs.chunking import Chunk
+from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, UpdateSize
 from statecodec.layouts import Moments
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -39,8 +42,9 @@ from statecodec.roles import MOMENT_ROLES, family
 Values: TypeAlias = NDArray[np.float64]
 
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
-_SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor's unit is taken from 32 pieces, evenly spread
-_SAFETY = 0.97  # of the step where the unit is sampled
+_SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor is sampled by 32 pieces, evenly spread
+_SAFETY = 0.995  # of the step where the error is known from a sample
+_first, _second = Scratch(), Scratch()
 _TRIES = 8  # to find the step of values that do not spread over the grid's cells
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
 _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
@@ -162,7 +166,7 @@ class _Chooser:
         return moments, chosen
 
     def _first_moment(self, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
-        codec = Direction(_legal(_grid(unit.values, fraction * unit.direction) * unit.safety), unit.eps)
+        codec = Direction(_legal(_grid(unit.values, fraction * unit.direction) * _safety(second)), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
         return Choice(codec, reason, unit=unit.update / unit.direction, companions={"exp_avg_sq": second.name})
 
@@ -181,7 +185,7 @@ class _Chooser:
         rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
         one_step = (rate or 0.0) * unit.update
         finest, coarsest = _FINEST * rms, max(_COARSEST * largest, _FINEST * rms)
-        step = min(max(_grid(values, fraction * one_step) * unit.safety, finest), coarsest)
+        step = min(max(_grid(values, fraction * one_step) * _safety(item), finest), coarsest)
         reason = f"{fraction:.4g} of a step" if step not in (finest, coarsest) else "24 bits"
         return Choice(Uniform(_legal(step)), "bf16" if step == coarsest else reason, unit=one_step or None)
 
@@ -207,10 +211,8 @@ class _Chooser:
         if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
             return self._second_moment(fraction)
         if item.role == "momentum" or (item.role == "exp_avg" and item.name not in self._paired):
-            values = _finite(sampled(self.source, item))
-            size = _rms(values)
-            safety = _SAFETY if item.numel > _SAMPLE else 1.0
-            step = _legal(_grid(values, fraction * size) * safety)
+            values, size = _finite(sampled(self.source, item)), _size(self.source, item)
+            step = _legal(_grid(values, fraction * size) * _safety(item))
             return Choice(Uniform(step), f"{fraction:.4g} of its rms", unit=size)
         return None
 
@@ -230,29 +232,43 @@ class _Unit:
     update: float
     direction: float
     eps: float
-    safety: float
     values: Values
-    """The sampled direction, where there is one."""
+    """The sampled direction."""
 
     @classmethod
     def measured(
         cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
     ) -> _Unit | None:
-        """From the numbers; None where nothing moves."""
-        m, v = sampled(source, first), sampled(source, second)
+        """From all of the numbers: rows that are trained rarely make a sample lie. None where nothing moves."""
         step = moments.step if moments.step and moments.step > 0 else math.inf
         correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
-        sound = np.isfinite(m) & np.isfinite(v) & (v >= 0)
-        updates = m[sound] / (np.sqrt(v[sound]) + eps)
-        # Where v is 0 and m is not, the update is m / eps, which may drown all others.
-        usual = np.abs(updates[v[sound] > 0])
-        values = updates[np.abs(updates) <= usual.max()] if usual.size else usual
-        direction = _rms(values)
+        size = _update_size(source, first, second, eps)
+        direction = math.sqrt(size.sum_sq / size.numel) if size.numel else 0.0
         if not direction or not math.isfinite(direction):
             return None
-        safety = _SAFETY if first.numel > _SAMPLE else 1.0
-        return cls(direction * math.sqrt(correction2) / correction1, direction, eps, safety, values)
+        m, v = sampled(source, first), sampled(source, second)
+        sound = np.isfinite(m) & np.isfinite(v) & ((v > 0) | ((v == 0) & (m == 0)))
+        values = m[sound] / (np.sqrt(v[sound]) + eps)
+        return cls(direction * math.sqrt(correction2) / correction1, direction, eps, values)
+
+
+def _size(source: SourceCheckpoint, item: SourceItem) -> float:
+    """The rms of all finite values."""
+    sums = NO_DIFFERENCE
+    for chunk in iterate(Raw(), item.shape, item.dtype):
+        x = source.chunk(item, chunk, _first).reshape(-1).to(torch.float32)
+        sums = sums.merged(kernels.host().compare(x, x))
+    return math.sqrt(sums.sum_sq / item.numel) if item.numel else 0.0
+
+
+def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:
+    numel, sum_sq = 0, 0.0
+    for chunk in iterate(Raw(), first.shape, first.dtype):
+        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
+        part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
+        numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
+    return UpdateSize(numel, sum_sq)
 
 
 def correction(beta: float, step: float) -> float:
@@ -297,6 +313,10 @@ def _grid(values: Values, error: float) -> float:
             break
         step *= 0.999 * error / found
     return step
+
+
+def _safety(item: SourceItem) -> float:
+    return _SAFETY if item.numel > _SAMPLE else 1.0
 
 
 def _finite(x: Values) -> Values:

@@ -20,7 +20,7 @@ from statecodec.kernels.curves import Curve
 from statecodec.kernels.grids import Grid, LogGrid
 
 if TYPE_CHECKING:
-    from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
+    from statecodec.kernels.reference.statistics import Comparison, UpdateComparison, UpdateSize
 
 # What an encoding kernel found in its input; it returns the bits, the codec raises.
 NAN, INF, NEGATIVE, OUT_OF_RANGE = 1, 2, 4, 8
@@ -76,6 +76,8 @@ class HostBackend(Backend, Protocol):
         correction2: float,
         eps: float,
     ) -> UpdateComparison: ...
+
+    def update_size(self, m: Tensor, v: Tensor, *, eps: float) -> UpdateSize: ...
 
 
 BACKENDS = {"reference": (), "cpu": ("numba",), "triton": ("triton",)}

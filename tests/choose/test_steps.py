@@ -211,6 +211,38 @@ def test_large_tensors_are_sampled_and_keep_the_promise(tmp_path: Path, monkeypa
     assert 0.04 < report.total["u_rms"] <= 0.05
 
 
+@pytest.mark.parametrize("share", [0.003, 0.02])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_an_embedding_whose_rows_are_trained_rarely_keeps_the_promise(
+    optimizer: str, share: float, tmp_path: Path
+) -> None:
+    """Whatever a sample of its rows would say: here more of the sampled rows were trained than of the others."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4096, 256, generator=generator) * 0.02
+    trained_rows = torch.rand(4096, generator=generator) < share
+    piece, count = choosing._PIECE, choosing._SAMPLE // choosing._PIECE
+    for i in range(count):
+        trained_rows[(weight.numel() - piece) * i // (count - 1) // 256] = True
+    m = torch.randn(4096, 256, generator=generator) * 1e-4 * trained_rows[:, None]
+    v = torch.full((4096, 256), 1e-8) * trained_rows[:, None]
+    state: dict[str, Any] = {"momentum_buffer": m}
+    group: dict[str, Any] = {"params": [0], "lr": LR, "momentum": 0.9}
+    if optimizer == "adam":
+        state, group = {"step": torch.tensor(30.0), "exp_avg": m, "exp_avg_sq": v}, {
+            "params": [0], "lr": LR, "betas": BETAS, "eps": EPS,
+        }  # fmt: skip
+    content = {"model": {"emb": weight}, "optimizer": {"state": {0: state}, "param_groups": [group]}}
+    torch.save(content, tmp_path / "ckpt.pt")
+    _, back = restored(tmp_path / "ckpt.pt", max_step_error=0.05, verify=True)
+    found = torch.load(back, weights_only=True)["optimizer"]["state"][0]
+    if optimizer == "adam":
+        error, of_weight = errors(tmp_path / "ckpt.pt", back)["emb"]
+        assert 0.03 < of_weight <= 0.0501
+    else:
+        error = rms((found["momentum_buffer"] - m).numpy()) / rms(m.numpy())
+    assert error <= 0.0501
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1.5, "much"])
 def test_fractions_are_above_0_and_up_to_1(value: Any, tmp_path: Path) -> None:
     path = trained(tmp_path / "ckpt.pt", steps=1)

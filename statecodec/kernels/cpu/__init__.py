@@ -12,7 +12,7 @@ from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarith
 from statecodec.kernels.cpu.narrowing import bit_lengths, narrow, widen
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
-from statecodec.kernels.cpu.statistics import compare, compare_updates
+from statecodec.kernels.cpu.statistics import compare, compare_updates, update_size
 
 __all__ = [
     "bit_lengths",
@@ -37,5 +37,6 @@ __all__ = [
     "split_planes",
     "uncentre",
     "unfold",
+    "update_size",
     "widen",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statecodec.kernels.cpu.views import array_of, summing_kernel
 from statecodec.kernels.reference import statistics as reference
-from statecodec.kernels.reference.statistics import Comparison, UpdateComparison
+from statecodec.kernels.reference.statistics import Comparison, UpdateComparison, UpdateSize
 
 _SLICE = 256
 
@@ -34,6 +34,12 @@ def compare_updates(
     sums = _compare_updates(*arrays, 1.0 / correction1, 1.0 / correction2, eps)
     a, b, c, d, largest, largest_other, nonfinite = sums
     return UpdateComparison(a, b, c, d, float(largest), float(largest_other), int(nonfinite))
+
+
+def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
+    """See `reference.statistics.update_size`."""
+    numel, sum_sq = _update_size(array_of(m), array_of(v), eps)
+    return UpdateSize(int(numel), sum_sq)
 
 
 @summing_kernel
@@ -108,3 +114,21 @@ def _compare_updates(
 def _update(m: NDArray[Any], v: NDArray[Any], rate1: Any, rate2: Any, eps: Any, u: NDArray[Any]) -> None:
     for i in range(m.size):
         u[i] = m[i] * rate1 / (np.sqrt(v[i] * rate2) + eps)
+
+
+@summing_kernel
+def _update_size(m: NDArray[Any], v: NDArray[Any], eps: float) -> Any:
+    numel, sum_sq = 0, 0.0
+    u = np.empty(_SLICE, np.float32)
+    for start in range(0, m.size, _SLICE):
+        stop = min(start + _SLICE, m.size)
+        first, second = m[start:stop], v[start:stop]
+        _update(first, second, np.float32(1.0), np.float32(1.0), np.float32(eps), u)
+        part, count = 0.0, 0
+        for i in range(stop - start):
+            sound = (second[i] > 0 or first[i] == 0) and abs(u[i]) < np.inf
+            value = np.float64(u[i]) if sound else 0.0
+            part += value * value
+            count += 1 if sound else 0
+        numel, sum_sq = numel + count, sum_sq + part
+    return numel, sum_sq

@@ -8,7 +8,7 @@ from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_lo
 from statecodec.kernels.reference.narrowing import bit_lengths, narrow, widen
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
-from statecodec.kernels.reference.statistics import compare, compare_updates
+from statecodec.kernels.reference.statistics import compare, compare_updates, update_size
 
 __all__ = [
     "bit_lengths",
@@ -33,5 +33,6 @@ __all__ = [
     "split_planes",
     "uncentre",
     "unfold",
+    "update_size",
     "widen",
 ]

@@ -53,6 +53,13 @@ class UpdateComparison(NamedTuple):
         )
 
 
+class UpdateSize(NamedTuple):
+    """Of an Adam update direction: how many elements have one, and the sum of their squares."""
+
+    numel: int
+    sum_sq: float
+
+
 NO_DIFFERENCE = Comparison(0.0, 0.0, 0.0, 0)
 NO_UPDATE = UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
@@ -82,3 +89,14 @@ def compare_updates(
         return NO_UPDATE._replace(nonfinite=nonfinite)
     squares = (float((u * u).sum()), float((w * w).sum()), float(((w - u) ** 2).sum()), float((u * w).sum()))
     return UpdateComparison(*squares, float(u.abs().max()), float(w.abs().max()), nonfinite)
+
+
+def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
+    """The size of u = m / (sqrt(v) + eps) (flat fp32 tensors).
+
+    Left out is what is no update: values that are not finite, negative v, and m != 0 where v is 0: m / eps, which may
+    drown all others.
+    """
+    u = m.double() / (v.double().sqrt() + eps)
+    u = u[u.isfinite() & ((v > 0) | (m == 0))]
+    return UpdateSize(u.numel(), float((u * u).sum()))

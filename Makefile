@@ -5,7 +5,7 @@
 #   make test     the tests
 #   make check    linters, types, import contracts, and the tests: what CI runs
 #   make format   let ruff rewrite the sources
-#   make campaign the long versions of the tests that damage files and kill writers
+#   make campaign the long versions of the tests that damage files and kill writers, and all tests with new examples
 #   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
 #   make serve    start the conversion service: prints a URL and, the first time, a token; another token is made with
@@ -84,6 +84,7 @@ format: $(STAMP)
 
 campaign: $(STAMP)
 	STATECODEC_FLIPS=20000 STATECODEC_KILLS=50 $(BIN)/python -m pytest --timeout=7200 tests/format -k "flips or kill"
+	STATECODEC_RANDOM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 docs: $(STAMP)
 	$(BIN)/python -m statecodec_cli.reference docs/cli.md

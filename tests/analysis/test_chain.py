@@ -206,7 +206,7 @@ def test_hostile_base_entries(change: dict[str, object] | None, runs: dict[str, 
         statecodec.load(links[1])
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(st.sampled_from(DTYPES), st.integers(0, 40), st.integers(0, 2**32 - 1))
 def test_delta_is_the_identity_on_any_bits(dtype: torch.dtype, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

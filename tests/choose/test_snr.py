@@ -32,7 +32,7 @@ def oracle(v: np.ndarray, dims: tuple[int, ...]) -> float:
     return sum(ratios) / len(ratios) if ratios else math.nan
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 7), min_size=1, max_size=4), st.integers(0, 2**32 - 1), st.integers(-30, 10))
 def test_every_subset_matches_the_definition(shape: list[int], seed: int, exponent: int) -> None:
     v = np.random.default_rng(seed).chisquare(1.0, shape).astype(np.float32) * np.float32(10.0**exponent)

@@ -139,7 +139,7 @@ def test_negative_zero() -> None:
         assert not torch.signbit(codecs.parse(text).encode(x).decode())[0], text
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     text=st.sampled_from(["split", "split(low_bits=16)", "split(high=fp16)", "split(high=fp16,low_bits=16)"]),
     bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64),

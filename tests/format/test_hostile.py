@@ -358,7 +358,7 @@ def test_narrowed_codes_that_lie() -> None:
         unpack(small, 63)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.data())
 def test_damaged_narrowed_codes_are_errors_or_codes(data: st.DataObject) -> None:
     """Whatever stands in a record whose checksum is right: an error of ours, or numbers."""

@@ -13,7 +13,7 @@ from statecodec.format.packing import NARROWED, Packing, decode_record, encode_r
 INTEGERS = st.sampled_from([torch.int16, torch.int32])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     dtype=INTEGERS,
     shape=st.sampled_from([(64,), (5000,), (70, 90), (16, 3, 3, 40), (200, 17)]),

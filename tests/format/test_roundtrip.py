@@ -81,7 +81,7 @@ def test_entry_names_never_collide(tmp_path: Path) -> None:
             assert torch.equal(reader.read(name).decode(backend="reference"), tensor)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(0, 1200), min_size=1, max_size=60),
     seed=st.integers(0, 1 << 30),
@@ -120,7 +120,7 @@ def test_large_items_in_chunks(tmp_path: Path, packing: str) -> None:
                 assert torch.equal(out["data"].view(-1), tensor.view(-1)[chunk.start : chunk.stop])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 40), max_size=3), min_size=1, max_size=6),
     dtypes=st.lists(

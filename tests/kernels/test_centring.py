@@ -24,7 +24,7 @@ def run(backend: object, plane: torch.Tensor, nibbles: bool) -> tuple[torch.Tens
     return made
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 40), cols=st.integers(1, 40), seed=st.integers(0, 99), nibbles=st.booleans())
 def test_lossless_and_alike(rows: int, cols: int, seed: int, nibbles: bool) -> None:
     plane = torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (rows, cols), np.uint8))

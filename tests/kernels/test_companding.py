@@ -75,7 +75,7 @@ def test_backends_agree(curve: Curve, shape: tuple[int, int], group: int, device
         assert bool(((decoded > 0) == (x > 0)).all()), "a positive second moment decodes to a positive number"
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_values(data: st.DataObject, device, same_bits) -> None:
     curve = data.draw(st.sampled_from(CURVES))

@@ -322,7 +322,7 @@ def test_what_is_not_finite_stays_local_as_in_the_generic_path(make: Any, option
 
 
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Lion, optim.SGD], ids=lambda m: m.__name__)
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(exponents=st.lists(st.integers(-44, 22), min_size=3, max_size=3), seed=st.integers(0, 99))
 def test_any_scale_of_gradients(make: Any, exponents: list[int], seed: int, device) -> None:
     """From fp32's subnormal numbers to where squares leave its range, rows of zeros between: still bit for bit."""

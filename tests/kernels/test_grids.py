@@ -111,7 +111,7 @@ def test_logarithmic_backends_agree(steps: int, n: int, device, same_bits) -> No
         assert same_bits(again, values)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(few=st.lists(FINITE, min_size=1, max_size=20), step=st.floats(MIN_STEP, MAX_STEP), steps=st.integers(1, 64))
 def test_any_values_are_numbered_to_the_nearest(few: list[float], step: float, steps: int, device, same_bits) -> None:
     x, grid, log = torch.tensor(few), Grid(step), LogGrid(steps)
@@ -132,7 +132,7 @@ def test_any_values_are_numbered_to_the_nearest(few: list[float], step: float, s
         assert bool(((codes > 0) == (x != 0)).all())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     few=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20),
     step=st.floats(MIN_STEP, MAX_STEP),

@@ -105,7 +105,7 @@ def test_columns_are_centred_on_sixty_four_rows() -> None:
     assert parts["symbols"].float().mean() < 60
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     values=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=60),
     dtype=st.sampled_from([torch.int16, torch.int32]),
@@ -138,7 +138,7 @@ def test_too_many_exceptions_are_refused() -> None:
         assert narrow(backend, codes, Form(), room=100)[1] is not None
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data(), n=st.integers(1, 50), low=st.sampled_from(LOW_BITS), nibbles=st.booleans())
 def test_any_bytes_widen_alike(data: st.DataObject, n: int, low: int, nibbles: bool) -> None:
     dtype = data.draw(st.sampled_from([torch.int16, torch.int32]))

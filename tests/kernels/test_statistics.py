@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -15,7 +15,6 @@ FIRST = st.floats(-1e3, 1e3, width=32) | st.sampled_from([0.0, float("nan"), flo
 SECOND = st.floats(0, 1e3, width=32) | st.sampled_from([0.0, -1.0, float("nan"), float("inf"), 1e-38])
 
 
-@settings(deadline=None)  # the first call compiles
 @given(data=st.data(), n=st.integers(0, 600))
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_update_size(backend: str, data: st.DataObject, n: int) -> None:

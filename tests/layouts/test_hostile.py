@@ -325,7 +325,7 @@ ATOMS = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.lists(ATOMS, max_size=40))
 def test_random_opcodes_give_only_our_errors(atoms: list[bytes]) -> None:
     read_pickle_alone(b"\x80\x02" + b"".join(atoms) + b".")

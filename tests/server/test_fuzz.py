@@ -36,7 +36,7 @@ def test_no_input_makes_a_server_error(service, schema):
         operation = result.ok()
 
         @settings(
-            max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+            max_examples=EXAMPLES, database=None, suppress_health_check=list(HealthCheck),
             phases=[Phase.explicit, Phase.generate],
         )  # fmt: skip
         @given(case=operation.as_strategy())

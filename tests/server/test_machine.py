@@ -199,7 +199,5 @@ def test_the_protocol(service):
     with service.client(token) as client:
         machine = type("Bound", (Protocol,), {"client": client})
         examples = int(os.environ.get("STATECODEC_MACHINE_RUNS", "8"))
-        options = settings(
-            max_examples=examples, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
-        )
+        options = settings(max_examples=examples, stateful_step_count=20, suppress_health_check=list(HealthCheck))
         run_state_machine_as_test(machine, settings=options)

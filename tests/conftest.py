@@ -1,0 +1,13 @@
+"""Generated tests draw the same examples at every run, so that a fault is met by whoever brought it; `make campaign`
+draws new ones. None of them has a time limit of its own: the first call of a kernel compiles it.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("campaign", deadline=None)
+settings.load_profile("campaign" if os.environ.get("STATECODEC_RANDOM") else "suite")

@@ -66,6 +66,11 @@ class SourceCheckpoint(Checkpoint):
         return sum(f.nbytes for f in self.located.files if f.same_as is None)
 
     @property
+    def own_files(self) -> list[int]:
+        """The files that are stored, by number: those that are not other names of another one."""
+        return [i for i, f in enumerate(self.located.files) if f.same_as is None]
+
+    @property
     def layout(self) -> str:
         """The name of the layout, as in reports."""
         return "directory" if self.located.is_directory else self.located.files[0].layout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -21,9 +21,16 @@ from statecodec.format.packing import Packing, encode_record
 _WORTH = 0.98  # a change must pack below this share of what the parts alone pack to
 
 
-def linked(source: SourceCheckpoint, choices: Choices, base: Base | None, packing: Packing) -> Choices:
+def linked(
+    source: SourceCheckpoint,
+    choices: Choices,
+    base: Base | None,
+    packing: Packing,
+    only: Container[str] | None = None,
+) -> Choices:
     """The same choices, stored as a change whatever that makes smaller: judged on each item's first and middle chunk.
 
+    `only`: the names that are looked at, where not all are.
     Raises UsageError for a rule's change without a base, or whose base lacks the tensor.
     """
     changed = {}
@@ -31,13 +38,16 @@ def linked(source: SourceCheckpoint, choices: Choices, base: Base | None, packin
         choice = choices[item.name]
         if isinstance(choice.codec, Based):
             _require(item, base)
-        elif base is not None:
+        elif base is not None and (only is None or item.name in only):
             changed[item.name] = replace(choice, codec=_smallest(source, item, choice.codec, base, packing))
-    choices = replace(choices, by_name={**choices.by_name, **changed})
-    if base is not None and not choices.uses_base:
-        note = f"nothing is smaller as a change since {base.file.name}: this file stands alone"
-        return replace(choices, notes=(*choices.notes, note))
-    return choices
+    return replace(choices, by_name={**choices.by_name, **changed})
+
+
+def standing_alone(choices: Choices, base: Base | None) -> Choices:
+    """The same choices, with a note if there is a base and none of them needs it."""
+    if base is None or choices.uses_base:
+        return choices
+    return choices.noted(f"nothing is smaller as a change since {base.file.name}: this file stands alone")
 
 
 def _require(item: SourceItem, base: Base | None) -> None:

@@ -14,7 +14,7 @@ optimal allocation: nothing is searched. Where there is no step to count in, `_C
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -104,20 +104,28 @@ def codes_per_octave(fraction: float) -> int:
 
 
 def by_steps(
-    source: SourceCheckpoint, choices: Choices, budget: Budget, threads: int, progress: Progress | None = None
+    source: SourceCheckpoint,
+    choices: Choices,
+    budget: Budget,
+    threads: int,
+    progress: Progress | None = None,
+    only: Container[str] | None = None,
 ) -> Choices:
     """The same choices, with the tensors that no rule of yours settled as fine as the budget asks.
+
+    `only`: the names that are looked at, where not all are.
 
     Raises UsageError if there is nothing that a half of the budget, asked for, could bound.
     """
     _require_something(source, budget)
     chooser = _Chooser(source, choices, budget)
-    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in source.moments), "measuring the step")
-    with ordered_map(chooser.parameter, source.moments, threads) as parameters:
+    wanted = [m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight))]
+    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in wanted), "measuring the step")
+    with ordered_map(chooser.parameter, wanted, threads) as parameters:
         for moments, chosen in parameters:
             chooser.chosen.update(chosen)
             meter.add(2 * source.tensors[moments.exp_avg].nbytes)
-    chooser.rest()
+    chooser.rest(only)
     return choices.updated(chooser.chosen, tuple(chooser.notes))
 
 
@@ -189,12 +197,12 @@ class _Chooser:
         reason = f"{fraction:.4g} of a step" if step not in (finest, coarsest) else "24 bits"
         return Choice(Uniform(_legal(step)), "bf16" if step == coarsest else reason, unit=one_step or None)
 
-    def rest(self) -> None:
+    def rest(self, only: Container[str] | None) -> None:
         """Tensors that no pair of moments speaks of."""
         # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
         unnamed = any(m.weight is None for m in self.source.moments) or not self.source.moments
         for item in self.source.items:
-            if item.name in self.chosen or not self._open(item):
+            if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
                 continue
             choice = self._without_step(item, unnamed)
             if choice is not None:

@@ -6,11 +6,11 @@ docs/format.md is normative. `Writer` and `Reader` move encoded parts and never 
 from statecodec.format.items import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
 from statecodec.format.placement import Item
-from statecodec.format.reader import ItemCheck, Reader
+from statecodec.format.reader import ItemCheck, Reader, Record
 from statecodec.format.writer import Finished, PackedChunk, Writer, Written
 from statecodec.limits import Limits
 
 __all__ = [
-    "Finished", "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem",
-    "Writer", "Written",
+    "Finished", "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "Record", "StoredChunk",
+    "StoredItem", "Writer", "Written",
 ]  # fmt: skip

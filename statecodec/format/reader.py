@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -41,6 +42,14 @@ class ItemCheck:
     name: str
     nbytes: int
     error: FormatError | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A packed chunk as it lies in the file: verified bytes, and their XXH3-64."""
+
+    data: Bytes
+    checksum: str
 
 
 class Reader:
@@ -215,6 +224,18 @@ class Reader:
             where = f"{self.files[stored.shard].name}: item {stored.name[:200]!r}, chunk {chunk}"
             raise type(error)(f"{where}: {error}") from error
         return parts
+
+    def record(self, item: int, chunk: int) -> Record:
+        """A chunk of a packed item as it is stored, to be written elsewhere. Raises FormatError."""
+        stored = self.items[item]
+        if stored.storage != PACKED:
+            raise UsageError(f"item {stored.name!r} is {stored.storage}: its chunks have no records of their own")
+        header, piece = self._headers[stored.shard], stored.chunks[chunk]
+        data = np.empty(piece.nbytes, np.uint8)
+        start = header.data + header.entries[stored.entry].start + stored.start + self._offsets(item).records[chunk]
+        self._pread(self._fds[stored.shard], data.data, start)
+        _check(data, piece.checksums[0])
+        return Record(data, piece.checksums[0])
 
     def _read_packed(self, i: int, chunk: int, outs: Sequence[Tensor]) -> None:
         item = self.items[i]

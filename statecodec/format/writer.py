@@ -28,7 +28,7 @@ from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import Item, PlannedItem, plan
-from statecodec.format.reader import Reader
+from statecodec.format.reader import Reader, Record
 from statecodec.strict import dump_json
 
 _SHARING_ITEMS = 1024  # small items in one record, at most: whoever wants one unpacks all of them
@@ -162,6 +162,15 @@ class Writer:
                 checksums.append(xxhash.xxh3_64_hexdigest(target.data))
             position += length
         return PackedChunk(item, index, buffer, lengths, tuple(checksums))
+
+    def repacked(self, item: int, chunk: Chunk, record: Record) -> PackedChunk:
+        """A chunk that was packed before, as `Reader.record` gives it. Thread-safe. Raises UsageError."""
+        planned = self._plan.items[item]
+        if planned.storage != PACKED:
+            raise UsageError(f"item {planned.item.name!r} is {planned.storage} here: pack its parts")
+        buffer = self._pool.take(record.data.size)
+        buffer[: record.data.size] = record.data
+        return PackedChunk(item, self._index(item, chunk), buffer, (record.data.size,), (record.checksum,))
 
     def _index(self, item: int, chunk: Chunk) -> int:
         pieces = self._plan.items[item].chunks

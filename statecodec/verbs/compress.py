@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,21 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.checkpoint.stored import Stored
-from statecodec.choose import Policy, Rule, load_rules, parse_rule
-from statecodec.choose.choices import Choices, by_rules
-from statecodec.choose.since_base import linked
-from statecodec.choose.steps import Budget, by_steps
+from statecodec.choose import Rule
+from statecodec.choose.choices import Choices
+from statecodec.choose.since_base import standing_alone
+from statecodec.choose.steps import Budget
 from statecodec.codecs import Codec
 from statecodec.codecs.base import Given
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import BackendUnavailable, UsageError
-from statecodec.format import Item, Packing
+from statecodec.format import Item
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
-from statecodec.verbs.paths import compressed_path, named, parse_size
+from statecodec.verbs.paths import compressed_path, named
+from statecodec.verbs.settings import Settings
 from statecodec.verbs.verify import check_against, check_intact
 from statecodec.verbs.writing import Check, Encoded, Output, write
 
@@ -84,41 +85,42 @@ def compress(
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
     started = time.perf_counter()
-    chosen_preset = choose.preset(preset)
-    own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
-    budget = Budget.of(
-        chosen_preset.step_error,
+    settings = Settings.of(
+        preset=preset,
+        rules=rules,
+        rules_file=rules_file,
+        strict=strict,
+        pack=pack,
+        max_shard_size=max_shard_size,
         max_step_error=max_step_error,
         max_update_error=max_update_error,
         max_weight_error=max_weight_error,
+        sha256=sha256,
     )
-    where = target_device(device)
-    packing, shard_size, workers = Packing.parse(pack), parse_size(max_shard_size), threads or default_threads()
+    where, workers = target_device(device), threads or default_threads()
     with contextlib.ExitStack() as closing:
         source = closing.enter_context(open_source(src))
-        if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.path):
-            raise UsageError(f"{dst} is the source itself; compress it to another name")
-        target = output_file(dst, compressed_path(source.path), force=force)
-        previous = None
-        if base is not None:
-            previous = closing.enter_context(contextlib.closing(Base(base, target)))
-        choices = by_rules(source, own, preset, strict=strict)
-        if budget:
-            choices = by_steps(source, choices, budget, workers, progress)
-        choices = linked(source, choices, previous, packing)
-        policy = Policy((*own.rules, *chosen_preset.rules))
-        work = Compression(source, choices, previous if choices.uses_base else None, where, preset, policy, sha256)
-        output = Output(target, packing, shard_size, force, workers, progress)
-        # What a preset stands for is no promise about tensors that your own rules decide; what was asked for is one.
-        promised = budget if budget.asked or not own.rules else Budget()
-        report = work.write(output, _check(source, output, promised) if verify else None)
-    notes = (*report.notes, *_price(report, own, chosen_preset.step_error))
+        target = output_of(source, dst, force=force)
+        output = settings.output(target, force, workers, progress)
+        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
+        work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
+        report = work.write(output, _check(source, output, settings.promised) if verify else None)
+    notes = (*report.notes, *_price(report, settings))
     return replace(report, notes=notes, seconds=time.perf_counter() - started)
 
 
-def _price(report: Report, own: Policy, step_error: float | None) -> Iterator[str]:
+def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) -> Path:
+    """Where a compression of `source` goes. Raises UsageError, OutputExists."""
+    if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.path):
+        raise UsageError(f"{dst} is the source itself; compress it to another name")
+    return output_file(dst, compressed_path(source.path), force=force)
+
+
+def _price(report: Report, settings: Settings) -> Iterator[str]:
     """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
-    if not own.rules or step_error is None:
+    step_error = choose.preset(settings.preset).step_error
+    if not settings.own.rules or step_error is None:
         return
     found = (report.total or {}).get("u_rms")
     if found is None:
@@ -165,51 +167,47 @@ class Compression:
     choices: Choices
     base: Base | None
     device: torch.device
-    preset: str | None
-    rules: Policy
-    sha256: bool = True
+    settings: Settings
     totals: Totals = field(default_factory=lambda: Totals())
 
     def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        located = self.source.located
-        own = [i for i, f in enumerate(located.files) if f.same_as is None]
-        watched = [Watched(self.source.files.path(i), located.files[i].nbytes, located.files[i].crcs) for i in own]
-        hashes = FileHashes(watched, sha256=self.sha256)
+        with self.hashing(self.source.own_files) as hashes:
 
-        def document(refusals: Mapping[str, str]) -> dict[str, Any]:
-            found = dict(zip(own, hashes.digests(), strict=False))
-            self.source.files.check_unchanged()
-            written = self._document([found.get(i) for i in range(len(located.files))], refusals)
-            return documents.to_json(written, self.source.items)
+            def document(refusals: Mapping[str, str]) -> dict[str, Any]:
+                digests = hashes()
+                self.source.files.check_unchanged()
+                return self.document(digests, refusals)
 
-        hashes.start()
-        try:
-            outcome = write(
-                output, list(self._items()), self._encode, document, "compressing", check=check, figures=self._figures
-            )
-        finally:
-            hashes.cancel()
+            items = [self.item(i) for i in range(len(self.source.items))]
+            outcome = write(output, items, self.encode, document, "compressing", check=check, figures=self.figures)
         report = outcome.report(output)
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
-    def _items(self) -> Iterator[Item]:
-        for item in self.source.items:
-            attributes: dict[str, Any] = {"role": item.role}
-            if item.region is not None:
-                attributes["param"] = item.param
-            choice = self.choices[item.name]
-            yield Item(
-                item.name,
-                choice.codec,
-                item.shape,
-                item.dtype,
-                attributes,
-                choice.companions,
-                text=item.region is None,
-            )
+    @contextlib.contextmanager
+    def hashing(self, files: Sequence[int]) -> Iterator[Callable[[], dict[int, str]]]:
+        """Read these files of the source beside the work in the block; the function waits for their SHA-256."""
+        located = self.source.located.files
+        watched = [Watched(self.source.files.path(i), located[i].nbytes, located[i].crcs) for i in files]
+        hashes = FileHashes(watched, sha256=self.settings.sha256)
+        hashes.start()
+        try:
+            yield lambda: dict(zip(files, hashes.digests(), strict=False))
+        finally:
+            hashes.cancel()
 
-    def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
+    def item(self, index: int) -> Item:
+        """What is stored of an item of the source, and how."""
+        item = self.source.items[index]
+        choice = self.choices[item.name]
+        attributes: dict[str, Any] = {"role": item.role}
+        if item.region is not None:
+            attributes["param"] = item.param
+        text = item.region is None
+        return Item(item.name, choice.codec, item.shape, item.dtype, attributes, choice.companions, text=text)
+
+    def encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
+        """A chunk of an item of the source."""
         item = self.source.items[index]
         x = self.source.chunk(item, chunk, _scratch)
         if isinstance(codec, codecs.Delta) and self.base is not None:
@@ -236,7 +234,7 @@ class Compression:
             found[role] = self.source.chunk(other, chunk)
         return found
 
-    def _figures(self, index: int, c: Comparison) -> dict[str, float]:
+    def figures(self, index: int, c: Comparison) -> dict[str, float]:
         """The error of one tensor: of its values, or (what is stored as a direction) of the update alone."""
         item = self.source.items[index]
         unit, relative = self.choices[item.name].unit, math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
@@ -252,25 +250,28 @@ class Compression:
                 self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
         return figures
 
-    def _document(self, digests: Sequence[str | None], refusals: Mapping[str, str]) -> documents.Document:
+    def document(self, digests: Mapping[int, str], refusals: Mapping[str, str]) -> dict[str, Any]:
+        """The document's JSON. `digests`: file -> SHA-256."""
         source, located = self.source, self.source.located
+        every = [digests.get(i) for i in range(len(located.files))]
         kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
-        return documents.Document(
+        described = documents.Document(
             created_by=f"statecodec {__version__}",
-            preset=self.preset,
-            rules=tuple(str(rule) for rule in self.rules.rules),
+            preset=self.settings.preset,
+            rules=tuple(str(rule) for rule in self.settings.policy.rules),
             source={
                 "name": named(source.path).name,
                 "layout": source.layout,
                 "bytes": source.nbytes,
-                "sha256": None if located.is_directory else digests[0],
+                "sha256": None if located.is_directory else every[0],
             },
-            files=source.stored_files(digests),
+            files=source.stored_files(every),
             folders=located.folders,
             notes=(*self.choices.notes, *kept),
             base=self.base.file if self.base else None,
             tensors=tuple(source.joined.values()),
         )
+        return documents.to_json(described, source.items)
 
 
 def _there_and_back(
@@ -310,10 +311,6 @@ def _check(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
         return report
 
     return check
-
-
-def _rule(rule: str | Rule) -> Rule:
-    return parse_rule(rule) if isinstance(rule, str) else rule
 
 
 def target_device(name: str) -> torch.device:

@@ -16,9 +16,7 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Policy, Rule, parse_rule
-from statecodec.choose.choices import by_rules
 from statecodec.choose.rules import check_matched
-from statecodec.choose.since_base import linked
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
@@ -29,6 +27,7 @@ from statecodec.roles import SKELETON_ROLES
 from statecodec.verbs.compress import Compression, target_device
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
+from statecodec.verbs.settings import Settings
 from statecodec.verbs.writing import Check, Encoded, Output, write
 
 
@@ -63,9 +62,9 @@ def convert_codecs(
         if isinstance(checkpoint, Stored):
             report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, check)
         else:
-            choices = by_rules(checkpoint, Policy(rules), "lossless", strict=strict)
-            choices = linked(checkpoint, choices, None, output.packing)
-            work = Compression(checkpoint, choices, None, target_device("auto"), "lossless", Policy(rules))
+            settings = Settings.of(preset="lossless", rules=rules, strict=strict, pack=pack)
+            choices = settings.choose(checkpoint, None, output.threads)
+            work = Compression(checkpoint, choices, None, target_device("auto"), settings)
             report = work.write(output, check)
     return replace(report, seconds=time.perf_counter() - started)
 

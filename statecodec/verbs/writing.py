@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues
-from statecodec.format import Item, PackedChunk, Packing, Writer, Written
+from statecodec.format import Item, PackedChunk, Packing, Record, Writer, Written
 from statecodec.format.placement import is_plain
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.parallel import default_threads, ordered_map
@@ -29,10 +30,14 @@ from statecodec.progress import Meter, Progress
 
 @dataclass(frozen=True)
 class Encoded:
-    """One chunk's parts, and how what they decode to compares with what they were made of (None: equal)."""
+    """One chunk's parts, and how what they decode to compares with what they were made of (None: equal).
+
+    `record`: the chunk as it was packed before, in place of `parts`.
+    """
 
     parts: Mapping[str, Tensor]
     comparison: Comparison | None = None
+    record: Record | None = None
 
 
 class Encoder(Protocol):
@@ -97,6 +102,24 @@ def write(
     says what is stored of an item's error sums. Raises what `encode`, `document` and `check` raise, OutputExists,
     OutputFailed, UsageError.
     """
+    with appended(output, items, encode, stage, fallback=fallback, figures=figures) as (writer, refusals):
+        finished = writer.finish(document(refusals))
+        with Stored.open(finished.path, beside=output.target.parent) as stored:
+            checked = stored.report() if check is None else check(stored)
+        return Outcome(finished.publish(), refusals, checked)
+
+
+@contextmanager
+def appended(
+    output: Output,
+    items: Sequence[Item],
+    encode: Encoder,
+    stage: str,
+    *,
+    fallback: Fallback = _exactly,
+    figures: Figures | None = None,
+) -> Iterator[tuple[Writer, Mapping[str, str]]]:
+    """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
     run = _Run(output, items, encode, stage, fallback)
     with Writer(
         output.target,
@@ -110,10 +133,7 @@ def write(
             found = figures(index, comparison) if figures is not None else {}
             error = {name: x for name, x in found.items() if math.isfinite(x)}  # fp64 may overflow
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
-        finished = writer.finish(document(run.refusals))
-        with Stored.open(finished.path, beside=output.target.parent) as stored:
-            checked = stored.report() if check is None else check(stored)
-        return Outcome(finished.publish(), run.refusals, checked)
+        yield writer, run.refusals
 
 
 @dataclass(frozen=True)
@@ -173,6 +193,8 @@ class _Run:
                 encoded = self.encode(job.index, self.items[job.index].codec, job.chunk)
             except UnencodableValues as error:
                 raise _Refused(job.index, str(error)) from error
+            if encoded.record is not None:
+                return job, writer.repacked(job.index, job.chunk, encoded.record), encoded.comparison
             return job, writer.pack(job.index, job.chunk, encoded.parts), encoded.comparison
 
         done = {start: 0}

@@ -63,13 +63,13 @@ def test_a_failed_or_interrupted_check_leaves_what_was_there(
 
 def test_what_is_written_wrong_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target, before = earlier(tmp_path)
-    encode = compressing.Compression._encode
+    encode = compressing.Compression.encode
 
     def wrong(self: compressing.Compression, *args: object) -> writing.Encoded:
         made = encode(self, *args)  # type: ignore[arg-type]
         return writing.Encoded({name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison)
 
-    monkeypatch.setattr(compressing.Compression, "_encode", wrong)
+    monkeypatch.setattr(compressing.Compression, "encode", wrong)
     with pytest.raises(StatecodecError):
         _compress(source, target)
     assert target.read_bytes() == before

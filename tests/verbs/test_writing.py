@@ -32,13 +32,13 @@ def test_a_refused_tensor_is_stored_exactly(
     monkeypatch.setattr(chunking.chunks, "__defaults__", (4096,))
     path, value = bad(tmp_path / "ckpt.pt", late=late)
     encoded: list[int] = []
-    encode = Compression._encode
+    encode = Compression.encode
 
     def counting(self: Compression, index: int, codec: object, chunk: object) -> object:
         encoded.append(index)
         return encode(self, index, codec, chunk)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Compression, "_encode", counting)
+    monkeypatch.setattr(Compression, "encode", counting)
     rules = ["weight=companded"]
     report = statecodec.compress(path, rules=rules, pack=pack, max_shard_size=shard, threads=threads, verify=True)
     kept = {t.name: t.codec for t in report.tensors if t.role == "weight"}

@@ -1,0 +1,92 @@
+"""How to compress, as one record: what `compress` takes beside where from and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from statecodec import choose
+from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.choose import Policy, Rule, load_rules, parse_rule
+from statecodec.choose.choices import Choices, by_rules
+from statecodec.choose.since_base import linked
+from statecodec.choose.steps import Budget, by_steps
+from statecodec.format import Packing
+from statecodec.progress import Progress
+from statecodec.verbs.paths import parse_size
+from statecodec.verbs.writing import Output
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compress, whatever it is and wherever it goes."""
+
+    preset: str
+    own: Policy
+    """Rules of the caller's own."""
+    budget: Budget
+    packing: Packing
+    max_shard_size: int | None
+    strict: bool
+    sha256: bool
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        preset: str = "resume",
+        rules: Sequence[str | Rule] = (),
+        rules_file: str | Path | None = None,
+        strict: bool = False,
+        pack: str = "zstd",
+        max_shard_size: str | int | None = "5GB",
+        max_step_error: float | None = None,
+        max_update_error: float | None = None,
+        max_weight_error: float | None = None,
+        sha256: bool = True,
+    ) -> Settings:
+        """As `compress` takes them. Raises UsageError, PolicyError."""
+        budget = Budget.of(
+            choose.preset(preset).step_error,
+            max_step_error=max_step_error,
+            max_update_error=max_update_error,
+            max_weight_error=max_weight_error,
+        )
+        own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
+        return cls(preset, own, budget, Packing.parse(pack), parse_size(max_shard_size), strict, sha256)
+
+    @property
+    def policy(self) -> Policy:
+        """All rules, the caller's own first."""
+        return Policy((*self.own.rules, *choose.preset(self.preset).rules))
+
+    @property
+    def promised(self) -> Budget:
+        """What a check holds the result against: what a preset stands for is no promise about tensors that rules of
+        the caller's own decide; what was asked for is one.
+        """
+        return self.budget if self.budget.asked or not self.own.rules else Budget()
+
+    def output(self, target: Path, force: bool, threads: int, progress: Progress | None) -> Output:
+        """Where and how to write."""
+        return Output(target, self.packing, self.max_shard_size, force, threads, progress)
+
+    def choose(
+        self,
+        source: SourceCheckpoint,
+        base: Base | None,
+        threads: int,
+        progress: Progress | None = None,
+        only: Container[str] | None = None,
+    ) -> Choices:
+        """A codec for every tensor, the budget and the base considered for those in `only`, or all of them."""
+        choices = by_rules(source, self.own, self.preset, strict=self.strict)
+        if self.budget:
+            choices = by_steps(source, choices, self.budget, threads, progress, only)
+        return linked(source, choices, base, self.packing, only)
+
+
+def _rule(rule: str | Rule) -> Rule:
+    return parse_rule(rule) if isinstance(rule, str) else rule

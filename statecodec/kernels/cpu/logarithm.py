@@ -24,7 +24,7 @@ _FIRST = np.int32(127 + LOWEST)
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
     """See `reference.logarithm.encode_logarithmic`."""
     bits = bits_of(x)
-    sum_sq, sum_sq_diff, largest, bad = _encode(array_of(x), bits, array_of(codes), grid.table, grid.steps)
+    sum_sq, sum_sq_diff, largest, bad = _encode(array_of(x), bits, _unsigned(codes), grid.every_code, grid.steps)
     flags = nonfinite_flags(bits) | NEGATIVE * has_negative(bits) if bad else 0
     if flags:
         return flags, NO_DIFFERENCE
@@ -33,7 +33,11 @@ def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int,
 
 def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
     """See `reference.logarithm.decode_logarithmic`."""
-    _values(array_of(codes), grid.table, array_of(out))
+    _values(_unsigned(codes), grid.every_code, array_of(out))
+
+
+def _unsigned(codes: Tensor) -> NDArray[np.uint16]:
+    return array_of(codes).view(np.uint16)
 
 
 @kernel
@@ -81,11 +85,10 @@ def _number(x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], steps: int
         log2 = f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
         octave = (lifted >> np.int32(23)) - _FIRST - (_LIFT if subnormal else np.int32(0))
         code = np.int32(1) + octave * per_octave + np.int32(log2 * per_octave_float + _HALF)
-        codes[i] = np.int16(code if x[i] > np.float32(0.0) else np.int32(0))
+        codes[i] = np.uint16(code if x[i] > np.float32(0.0) else np.int32(0))
 
 
 @kernel
 def _values(codes: NDArray[Any], table: NDArray[Any], out: NDArray[Any]) -> None:
-    top = np.int32(table.size - 1)
     for i in range(codes.size):
-        out[i] = table[min(max(np.int32(codes[i]), np.int32(0)), top)]
+        out[i] = table[codes[i]]

@@ -1,8 +1,9 @@
-"""Parts of integer codes in their narrowed form: which form, what goes in front of its record, and back.
+"""Parts of integer codes in their narrowed form: what goes in front of its record, and back.
 
     payload = flags u8 (1: nibbles), low u8, columns u32, exceptions u32, then a record of the narrowed parts
 
-`statecodec.kernels.reference.narrowing` says what the parts are. Columns are 0 where no terms were taken out.
+`statecodec.kernels.reference.narrowing` says what the parts are, `forms` which form is taken. Columns are 0 where no
+terms were taken out.
 """
 
 from __future__ import annotations
@@ -10,25 +11,19 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import rows_cols
 from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
 from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form
 
-__all__ = ["Form", "candidates", "join", "sample", "split", "takes", "whole"]
+__all__ = ["Form", "join", "split", "takes"]
 
 HEADER = struct.Struct("<BBII")
 SMALLEST = 64  # codes; fewer are planes
-SAMPLE_ROWS, SAMPLE_CODES = 64, 1 << 14
-CENTRE_FROM = 16  # rows and columns that the terms of a matrix need to pay
-CENTRE_WORTH = 0.3  # bits that the terms must save
-RARE, NIBBLES_RARE = 1000, 50  # one exception in so many codes, at most
 
 
 def takes(dtype: torch.dtype, numel: int) -> bool:
@@ -43,40 +38,6 @@ def slack(part: Tensor) -> int:
     form = Form(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
     parts = sum(dtype.itemsize * length for dtype, length in form.sizes(part.numel()).values())
     return max(parts + part.nbytes // MOST_EXCEPTIONS - part.nbytes, 0) + 128
-
-
-def sample(part: Tensor) -> Tensor:
-    """Some codes from the middle of a part, rows of a matrix, to try forms on."""
-    rows, cols = rows_cols(tuple(part.shape))
-    height = min(rows, SAMPLE_ROWS)
-    width = min(cols, SAMPLE_CODES // height)
-    top, left = (rows - height) // 2, (cols - width) // 2
-    return part.view(rows, cols)[top : top + height, left : left + width].contiguous()
-
-
-def candidates(some: Tensor) -> list[Form]:
-    """The forms worth trying on a sample: with as few low bits as leave few exceptions; none if nothing is narrow."""
-    rows, cols = some.shape
-    flat = some.view(-1)
-    lengths, terms = cpu_kernels().bit_lengths(flat, 0), 0
-    if some.dtype == torch.int16 and min(rows, cols) >= CENTRE_FROM:
-        centred = cpu_kernels().bit_lengths(flat, cols)
-        if _mean(centred) + CENTRE_WORTH < _mean(lengths):
-            lengths, terms = centred, cols
-    longer = len(flat) - lengths.cumsum(0)  # codes of more than so many bits
-    forms = [Form(terms, low) for low in LOW_BITS if longer[low + 8] <= len(flat) // RARE][:1]
-    if longer[4] <= len(flat) // NIBBLES_RARE:
-        forms.append(Form(terms, 0, nibbles=True))
-    return forms
-
-
-def whole(form: Form, part: Tensor) -> Form:
-    """A sample's form for the part that it was taken from."""
-    return replace(form, cols=rows_cols(tuple(part.shape))[1]) if form.cols else form
-
-
-def _mean(lengths: Tensor) -> float:
-    return float((lengths * torch.arange(len(lengths), device="cpu")).sum() / lengths.sum())
 
 
 @contextmanager

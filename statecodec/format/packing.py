@@ -23,6 +23,7 @@ from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import narrowed
+from statecodec.format.forms import form_of
 from statecodec.format.planes import (
     CENTRED,
     CENTRED_NIBBLES,
@@ -115,45 +116,30 @@ def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list
     """Write a part's planes, one after the other; returns their rows."""
     view, compressor, width = out.data, packing.compressor(), plane_layout(part.dtype)[0]
     n = part.nbytes // width
-    matrix = _matrix(part, n)
-    planes = out[: part.nbytes].reshape(width, n)
-    zero = n > 1 and cpu_kernels().constant_byte(part.view(-1).view(torch.uint8)) == 0
-    if n and not zero:
+    matrix, content = _matrix(part, n), part.view(-1).view(torch.uint8)
+    zero = width > 1 and n > 1 and cpu_kernels().constant_byte(content) == 0
+    planes = content.numpy().reshape(1, n) if width == 1 else out[: part.nbytes].reshape(width, n)
+    if width > 1 and n and not zero:
         cpu_kernels().split_planes(part, torch.from_numpy(planes))
     rows, position = [], 0
-    for k in range(width):
-        method, payload = (CONSTANT, b"\0") if zero else pack_plane(planes[k].reshape(matrix), compressor, pool)
-        length = n if payload is None else len(payload)
-        if payload is not None:
-            view[position : position + length] = payload
-        elif k * n != position:
-            view[position : position + n] = view[k * n : (k + 1) * n]
-        rows.append((method, length))
-        position += length
+    for plane in planes:
+        method, payload = (CONSTANT, b"\0") if zero else pack_plane(plane.reshape(matrix), compressor, pool)
+        data = plane.data if payload is None else payload
+        view[position : position + len(data)] = data
+        rows.append((method, len(data)))
+        position += len(data)
     return rows
 
 
 def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]] | None:
     """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
-    if not narrowed.takes(part.dtype, part.numel()):
+    form = form_of(part) if narrowed.takes(part.dtype, part.numel()) else None
+    if form is None:
         return None
-    some = narrowed.sample(part)
-    forms = narrowed.candidates(some)
-    if not forms:
-        return None
-    form = narrowed.whole(forms[0] if len(forms) == 1 else _smallest(some, forms, packing, pool), part)
     length = _write_narrowed(part, form, out, packing, pool)
     if length is None or length >= part.nbytes:
         return None
     return [(NARROWED, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
-
-
-def _smallest(some: Tensor, forms: Sequence[narrowed.Form], packing: Packing, pool: Pool) -> narrowed.Form:
-    """The form in which a sample takes the fewest bytes."""
-    scratch = pool.take(_room([some]))
-    sizes = [_write_narrowed(some, form, scratch, packing, pool) or some.nbytes for form in forms]
-    pool.give(scratch)
-    return forms[sizes.index(min(sizes))]
 
 
 def _write_narrowed(part: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:

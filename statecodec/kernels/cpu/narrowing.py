@@ -49,13 +49,28 @@ def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, codes: Te
 
 def bit_lengths(codes: Tensor, cols: int) -> Tensor:
     """See `reference.narrowing.bit_lengths`."""
+    return torch.from_numpy(_bit_lengths(*_sampled(codes, cols)))
+
+
+def symbol_counts(codes: Tensor, form: Form) -> Tensor:
+    """See `reference.narrowing.symbol_counts`."""
+    return torch.from_numpy(_symbol_counts(*_sampled(codes, form.cols), form.low, form.escape))
+
+
+def _sampled(codes: Tensor, cols: int) -> tuple[NDArray[Any], bool]:
+    """The codes, and whether they are still to be folded."""
     source = array_of(codes)
     if not cols:
-        return torch.from_numpy(_bit_lengths(source, True))
+        return source, True
     rows = source.size // cols
     columns, lines = np.empty(-(-rows // BLOCK_ROWS) * cols, np.uint16), np.empty(rows, np.uint16)
     folded = _centred(source.reshape(rows, cols), columns, lines)
-    return torch.from_numpy(_bit_lengths(np.full(source.size, 0xFFFF, np.uint16) if folded is None else folded, False))
+    return (np.full(source.size, 0xFFFF, np.uint16) if folded is None else folded), False
+
+
+def huffman_bits(weights: Tensor) -> float:
+    """See `reference.narrowing.huffman_bits`."""
+    return float(_huffman_bits(np.sort(array_of(weights))))
 
 
 def _centred(matrix: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -> NDArray[Any] | None:
@@ -73,6 +88,39 @@ def _bit_lengths(source: NDArray[Any], fold: bool) -> Any:
         length = (np.float64(folded).view(np.int64) >> 52) - 1022 if folded else 0  # the exponent of an exact number
         counts[length] += 1
     return counts
+
+
+@kernel
+def _symbol_counts(source: NDArray[Any], fold: bool, low: int, escape: int) -> Any:
+    counts = np.zeros(escape + 1, np.int64)
+    for i in range(source.size):
+        folded = _fold(np.int32(source[i])) if fold else np.uint32(source[i])
+        counts[min(np.int64(folded >> np.uint32(low)), escape)] += 1
+    return counts
+
+
+@kernel
+def _huffman_bits(leaves: NDArray[Any]) -> Any:
+    """Of weights in rising order: the two lightest trees are joined, and joined ones come out in rising order, too."""
+    n, first = leaves.size, 0
+    while first < n and not leaves[first] > 0:
+        first += 1
+    if n - first == 1:
+        return leaves[n - 1]
+    joined, done, made, total = np.empty(n, np.float64), 0, 0, 0.0
+    for _ in range(n - first - 1):
+        both = 0.0
+        for _ in range(2):
+            if done == made or (first < n and leaves[first] <= joined[done]):
+                both += leaves[first]
+                first += 1
+            else:
+                both += joined[done]
+                done += 1
+        joined[made] = both
+        made += 1
+        total += both
+    return total
 
 
 @kernel

@@ -5,7 +5,7 @@ from statecodec.kernels.reference.companding import decode_companded, encode_com
 from statecodec.kernels.reference.folding import fold_mean, unfold
 from statecodec.kernels.reference.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_logarithmic
-from statecodec.kernels.reference.narrowing import bit_lengths, narrow, widen
+from statecodec.kernels.reference.narrowing import bit_lengths, huffman_bits, narrow, symbol_counts, widen
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 from statecodec.kernels.reference.statistics import compare, compare_updates, update_size
@@ -28,9 +28,11 @@ __all__ = [
     "encode_split",
     "encode_uniform",
     "fold_mean",
+    "huffman_bits",
     "merge_planes",
     "narrow",
     "split_planes",
+    "symbol_counts",
     "uncentre",
     "unfold",
     "update_size",

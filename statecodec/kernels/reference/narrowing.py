@@ -7,6 +7,7 @@ low bits are noise and whose rest fits a byte but for a few.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -101,14 +102,35 @@ def bit_lengths(codes: Tensor, cols: int) -> Tensor:
 
     With `cols` (int16 only) the terms of a matrix of so many columns are taken out first.
     """
-    wide = codes.to(torch.int64)
-    if cols:
-        parts = {name: codes.new_empty(n, dtype=dtype) for name, (dtype, n) in Form(cols).sizes(len(codes)).items()}
-        found = _centred(wide.view(-1, cols), parts)
-        folded = torch.full_like(wide, 0xFFFF) if found is None else found.view(-1)
-    else:
-        folded = _fold(wide, 8 * codes.element_size())
+    folded = _folded(codes, cols)
     return torch.bincount(torch.frexp(folded.to(torch.float64)).exponent.to(torch.int64), minlength=33)
+
+
+def symbol_counts(codes: Tensor, form: Form) -> Tensor:
+    """How many of `codes` (int16 or int32, flat) have each symbol in this form, the escape last: int64."""
+    return torch.bincount((_folded(codes, form.cols) >> form.low).clamp(max=form.escape), minlength=form.escape + 1)
+
+
+def huffman_bits(weights: Tensor) -> float:
+    """The bits that a Huffman code takes for symbols that occur so often (float64, flat, at least 0)."""
+    heap = [w for w in weights.tolist() if w > 0]
+    heapq.heapify(heap)
+    total = sum(heap) if len(heap) == 1 else 0.0
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heapq.heappop(heap)
+        total += both
+        heapq.heappush(heap, both)
+    return total
+
+
+def _folded(codes: Tensor, cols: int) -> Tensor:
+    """Folded codes; with `cols` residuals plus 1, all of them 0xFFFF where one does not fit."""
+    wide = codes.to(torch.int64)
+    if not cols:
+        return _fold(wide, 8 * codes.element_size())
+    parts = {name: codes.new_empty(n, dtype=dtype) for name, (dtype, n) in Form(cols).sizes(len(codes)).items()}
+    found = _centred(wide.view(-1, cols), parts)
+    return torch.full_like(wide, 0xFFFF) if found is None else found.view(-1)
 
 
 def _centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:

@@ -107,8 +107,8 @@ def _huffman_bits(leaves: NDArray[Any]) -> Any:
         first += 1
     if n - first == 1:
         return leaves[n - 1]
-    joined, done, made, total = np.empty(n, np.float64), 0, 0, 0.0
-    for _ in range(n - first - 1):
+    joined, done, total = np.empty(n, np.float64), 0, 0.0
+    for made in range(n - first - 1):
         both = 0.0
         for _ in range(2):
             if done == made or (first < n and leaves[first] <= joined[done]):
@@ -118,7 +118,6 @@ def _huffman_bits(leaves: NDArray[Any]) -> Any:
                 both += joined[done]
                 done += 1
         joined[made] = both
-        made += 1
         total += both
     return total
 

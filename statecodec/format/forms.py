@@ -58,8 +58,8 @@ def _candidates(some: Tensor) -> Iterator[Form]:
     n = flat.numel()
     longer = (n - lengths.cumsum()).tolist()  # codes of more than so many bits
     for nibbles in (False, True):
-        lows = {_fewest(longer, 4 if nibbles else 8, n // share) for share in (RARE, OFTEN)}
-        yield from (Form(terms, low, nibbles) for low in sorted(lows - {None}))
+        lows = {_fewest(longer, 4 if nibbles else 8, n // share) for share in (OFTEN, RARE)}
+        yield from (Form(terms, low, nibbles) for low in LOW_BITS if low in lows)
 
 
 def _fewest(longer: Sequence[int], bits: int, most: int) -> int | None:
@@ -83,4 +83,4 @@ def _bits(flat: Tensor, form: Form) -> float:
         # A code fitted to a sample is too short for it (Miller and Madow).
         bits = cpu_kernels().huffman_bits(counts) + int((counts > 0).sum()) / (2 * math.log(2))
         bits *= MATCHES if bits < FEW * n else 1.0
-    return form.low * n + bits + EXCEPTION * exceptions
+    return float(form.low * n + bits + EXCEPTION * exceptions)

@@ -95,7 +95,8 @@ def _symbol_counts(source: NDArray[Any], fold: bool, low: int, escape: int) -> A
     counts = np.zeros(escape + 1, np.int64)
     for i in range(source.size):
         folded = _fold(np.int32(source[i])) if fold else np.uint32(source[i])
-        counts[min(np.int64(folded >> np.uint32(low)), escape)] += 1
+        symbol: Any = min(np.int64(folded >> np.uint32(low)), escape)
+        counts[symbol] += 1
     return counts
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from statecodec.codecs import rows_cols
+from statecodec.format.narrowed import LOW_BITS, Form
 from statecodec.format.planes import cpu_kernels
-from statecodec.kernels.reference.narrowing import LOW_BITS, Form
 
 SAMPLE_ROWS, SAMPLE_CODES = 64, 1 << 13
 CENTRE_FROM = 16  # rows and columns that the terms of a matrix need to pay

@@ -20,7 +20,7 @@ from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
 from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form
 
-__all__ = ["Form", "join", "split", "takes"]
+__all__ = ["LOW_BITS", "Form", "join", "split", "takes"]
 
 HEADER = struct.Struct("<BBII")
 SMALLEST = 64  # codes; fewer are planes

@@ -333,7 +333,7 @@ def test_narrowed_codes_that_lie() -> None:
     assert torch.equal(unpack(record, n), codes)
     header = struct.unpack_from("<BBII", record, head)
     for lie in (
-        (2, *header[1:]), (1, *header[1:]), (header[0], 3, *header[2:]), (header[0], 8, *header[2:]),
+        (2, *header[1:]), (1 - header[0], *header[1:]), (header[0], 3, *header[2:]), (header[0], 8, *header[2:]),
         (*header[:2], 7, header[3]), (*header[:2], 1 << 31, header[3]),
         (*header[:3], n), (*header[:3], 3), (*header[:3], 1),
     ):  # fmt: skip

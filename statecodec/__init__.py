@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from statecodec.verbs.compress import compress
     from statecodec.verbs.convert import convert
     from statecodec.verbs.diff import diff
+    from statecodec.verbs.finalize import finalize
     from statecodec.verbs.inspect import inspect
     from statecodec.verbs.restore import restore
     from statecodec.verbs.save import save
+    from statecodec.verbs.shares import compress_share
     from statecodec.verbs.verify import verify
 
 __all__ = [
@@ -40,8 +42,10 @@ __all__ = [
     "__version__",
     "analyze",
     "compress",
+    "compress_share",
     "convert",
     "diff",
+    "finalize",
     "inspect",
     "load",
     "open",
@@ -60,8 +64,10 @@ _HOMES = {
     "SNRTracker": "choose.snr_tracker",
     "analyze": "verbs.analyze",
     "compress": "verbs.compress",
+    "compress_share": "verbs.shares",
     "convert": "verbs.convert",
     "diff": "verbs.diff",
+    "finalize": "verbs.finalize",
     "inspect": "verbs.inspect",
     "load": "checkpoint.open",
     "open": "checkpoint.open",

@@ -105,7 +105,7 @@ def compress(
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
-        report = work.write(output, _check(source, output, settings.promised) if verify else None)
+        report = work.write(output, check_of(source, output, settings.promised) if verify else None)
     notes = (*report.notes, *_price(report, settings))
     return replace(report, notes=notes, seconds=time.perf_counter() - started)
 
@@ -146,16 +146,17 @@ class Totals:
     """Errors over all tensors, in optimizer steps, as they come out of encoding."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self.sums: dict[str, tuple[float, float]] = {}
+        """Squared error and squared size, by name."""
 
     def add(self, name: str, error: float, size: float) -> None:
         """Squared error and squared size of one tensor."""
-        before = self._sums.get(name, (0.0, 0.0))
-        self._sums[name] = before[0] + error, before[1] + size
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before[0] + error, before[1] + size
 
     def figures(self) -> dict[str, float] | None:
         """Relative errors by name; None if there are none."""
-        found = {name: math.sqrt(error / size) for name, (error, size) in self._sums.items() if size}
+        found = {name: math.sqrt(error / size) for name, (error, size) in self.sums.items() if size}
         return found or None
 
 
@@ -301,7 +302,7 @@ def _compared(codec: Codec, x: Tensor, decoded: Tensor, given: Given) -> Compari
     return kernels.host().compare(x.reshape(-1), decoded.reshape(-1))
 
 
-def _check(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
+def check_of(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
     """Read a finished output back, and hold it against its source and the budget."""
 
     def check(stored: Stored) -> Report:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from statecodec import choose
 from statecodec.checkpoint.chain import Base
@@ -56,6 +57,33 @@ class Settings:
         )
         own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
         return cls(preset, own, budget, Packing.parse(pack), parse_size(max_shard_size), strict, sha256)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` is the inverse."""
+        return {
+            "preset": self.preset,
+            "rules": [str(rule) for rule in self.own.rules],
+            "moments": self.budget.moments,
+            "weights": self.budget.weights,
+            "asked": list(self.budget.asked),
+            "pack": str(self.packing),
+            "max_shard_size": self.max_shard_size,
+            "strict": self.strict,
+            "sha256": self.sha256,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Settings:
+        """Raises UsageError, PolicyError, KeyError."""
+        return cls(
+            value["preset"],
+            Policy(tuple(parse_rule(rule) for rule in value["rules"])),
+            Budget(value["moments"], value["weights"], tuple(value["asked"])),
+            Packing.parse(value["pack"]),
+            value["max_shard_size"],
+            value["strict"],
+            value["sha256"],
+        )
 
     @property
     def policy(self) -> Policy:

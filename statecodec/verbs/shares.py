@@ -1,0 +1,184 @@
+"""A compression divided among processes or machines: each writes a share of it, one of them joins the shares.
+
+A share is a file beside the output, NAME.share-2-of-16, that holds the items which fall to it, encoded and packed.
+Which those are follows from the source and the number of shares alone, so that shares need not know of each other, and
+one that was lost is made again. The joined output has the same bytes as that of a single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from statecodec._version import __version__
+from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.errors import FormatError, UsageError
+from statecodec.format import Reader
+from statecodec.parallel import default_threads
+from statecodec.progress import Progress
+from statecodec.verbs.compress import Compression, open_source, output_of, target_device
+from statecodec.verbs.settings import Settings
+from statecodec.verbs.writing import Output, appended
+
+MAX_SHARES = 4096
+
+
+@dataclass(frozen=True)
+class Share:
+    """One of `count` shares; `number` counts from 1."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """A share as people write it: `2/16` is the second of sixteen. Raises UsageError."""
+        match = re.fullmatch(r"([0-9]{1,4})/([0-9]{1,4})", text)
+        number, count = map(int, match.groups()) if match else (0, 0)
+        if not 1 <= number <= count <= MAX_SHARES:
+            raise UsageError(f"share {text!r}: expected I/N with I from 1 to N, and N up to {MAX_SHARES}, such as 2/16")
+        return cls(number, count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def path(self, target: Path) -> Path:
+        """The file of this share of an output."""
+        return target.with_name(f"{target.name}.share-{self.number}-of-{self.count}")
+
+
+@dataclass(frozen=True)
+class ShareReport:
+    """What `compress_share` did. `made`: false if the share was there already, of the same source and settings."""
+
+    path: str
+    share: str
+    items: int
+    nbytes: int
+    made: bool
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "path": self.path, "share": self.share, "items": self.items, "bytes": self.nbytes, "made": self.made,
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+
+def compress_share(
+    src: str | Path,
+    dst: str | Path | None = None,
+    *,
+    share: str | Share,
+    base: str | Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> ShareReport:
+    """Make one share of a compression of `src` into `dst`, beside it; `finalize` joins them when all are there.
+
+    `settings` are those of `compress` (preset, rules, max_step_error, pack, ...) and must be the same for all shares. A
+    share that is there already is kept, if it was made of the same source with the same settings.
+
+    Raises what `compress` raises.
+    """
+    started = time.perf_counter()
+    chosen, which = Settings.of(**settings), Share.parse(share) if isinstance(share, str) else share
+    workers = threads or default_threads()
+    with contextlib.ExitStack() as closing:
+        source = closing.enter_context(open_source(src))
+        target = output_of(source, dst, force=force)
+        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        header = header_of(source, chosen, previous, which)
+        path = which.path(target)
+        there = _there(path, header)
+        if there is not None:
+            return ShareReport(str(path), str(which), there[0], there[1], False, time.perf_counter() - started)
+        indices = deal(source, which.count)[which.number - 1]
+        names = frozenset(source.items[i].name for i in indices)
+        choices = chosen.choose(source, previous, workers, progress, names)
+        work = Compression(source, choices, previous, target_device(device), chosen)
+        output = Output(path, chosen.packing, None, True, workers, progress)
+        written = _write(work, output, indices, which, header)
+    return ShareReport(str(path), str(which), len(indices), written, True, time.perf_counter() - started)
+
+
+def deal(source: SourceCheckpoint, count: int) -> list[list[int]]:
+    """The indices of the items of every share, by size. Tensors that are decoded together stay together."""
+    leader = list(range(len(source.items)))
+    for moments in source.moments:
+        pair = [source.tensors[name].index for name in (moments.exp_avg, moments.exp_avg_sq)]
+        leader[max(pair)] = leader[min(pair)]
+    groups: dict[int, list[int]] = {}
+    for index, first in enumerate(leader):
+        groups.setdefault(first, []).append(index)
+    total = sum(item.nbytes for item in source.items)
+    shares: list[list[int]] = [[] for _ in range(count)]
+    done = 0
+    for group in groups.values():
+        nbytes = sum(source.items[i].nbytes for i in group)
+        middle = done + nbytes // 2
+        shares[min(middle * count // total, count - 1) if total else 0].extend(group)
+        done += nbytes
+    return [sorted(share) for share in shares]
+
+
+def _write(work: Compression, output: Output, indices: Sequence[int], share: Share, header: Mapping[str, Any]) -> int:
+    """Write a share; returns its bytes."""
+    files = work.source.own_files[share.number - 1 :: share.count]  # this share's part of the hashing
+    with work.hashing(files) as hashes:
+        made = appended(
+            output,
+            [work.item(i) for i in indices],
+            lambda index, codec, chunk: work.encode(indices[index], codec, chunk),
+            f"share {share}",
+            figures=lambda index, comparison: work.figures(indices[index], comparison),
+        )
+        with made as (writer, refusals):
+            digests = {str(file): digest for file, digest in hashes().items()}
+            work.source.files.check_unchanged()
+            results = {"refusals": dict(refusals), "sums": dict(work.totals.sums), "digests": digests}
+            return writer.finish({"share": header, **results}).publish().nbytes
+
+
+def header_of(source: SourceCheckpoint, settings: Settings, base: Base | None, share: Share) -> dict[str, Any]:
+    """What a share is of: joined are shares that differ in their number only."""
+    return {
+        "statecodec": __version__,
+        "number": share.number,
+        "count": share.count,
+        "source": _fingerprint(source),
+        "settings": settings.to_json(),
+        "base": base.file.name if base is not None else None,
+        "base_manifest": base.file.digest if base is not None else None,
+    }
+
+
+def _fingerprint(source: SourceCheckpoint) -> str:
+    """Of the files' names, sizes and times of writing, which copies must keep."""
+    digest = hashlib.sha256()
+    for file in source.located.files:
+        state = (file.path, file.nbytes, file.layout, file.identity.mtime_ns)
+        digest.update(repr(state).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _there(path: Path, header: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Items and bytes of a whole share of that header, if it is there."""
+    if not path.exists():
+        return None
+    try:
+        with Reader(path) as reader:
+            return (len(reader.items), reader.nbytes) if reader.document.get("share") == header else None
+    except FormatError:  # damaged: made again
+        return None

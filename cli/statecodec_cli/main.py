@@ -25,6 +25,7 @@ from statecodec_cli.verbs import (
     convert,
     demo,
     diff,
+    finalize,
     inspect,
     remote,
     restore,
@@ -35,6 +36,7 @@ from statecodec_cli.verbs import (
 
 VERBS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
+    "finalize": finalize.run,
     "restore": restore.run,
     "inspect": inspect.run,
     "verify": verify.run,

@@ -58,6 +58,16 @@ def compressed(document: Document, *, every: bool = False) -> list[RenderableTyp
     ]
 
 
+def share(document: Document) -> RenderableType:
+    """What `compress --shard` did."""
+    made = "" if document["made"] else "it was there already"
+    return Facts(
+        Text.assemble(f"share {document['share']}: ", (str(document["path"]), "bold")),
+        Text(f"{console.size(document['bytes'])}, {document['items']:,} items"),
+        Text(made or console.seconds(document["seconds"]), style="dim"),
+    )
+
+
 def inspected(document: Document, *, every: bool = False) -> list[RenderableType]:
     """What `inspect` found."""
     source, after = document["source"], document["bytes"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -68,6 +68,15 @@ def run(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Split the output into files of at most this size.")
     ] = "5GB",
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            show_default=False,
+            help="Do the I-th of N shares of the work; `statecodec finalize` joins them.",
+        ),
+    ] = None,
     device: options.DeviceOption = "auto",
     threads: options.Threads = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and check it.")] = False,
@@ -86,30 +95,34 @@ def run(
     from statecodec_cli import plots, tables
 
     plots.require(plot)
+    if shard is not None:
+        _refuse_beside_shard({"--verify": verify, "--plot": plot is not None, "-": standard.DASH in (str(src), output)})
     with (
         standard.source(src) as source,
         standard.output(output, src=src, as_json=as_json) as target,
         reporting(quiet=quiet) as progress,
     ):
-        report = statecodec.compress(
-            source,
-            target,
-            preset=preset,
-            rules=tuple(rule or ()),
-            rules_file=rules,
-            strict=strict,
-            max_step_error=max_step_error,
-            max_update_error=max_update_error,
-            max_weight_error=max_weight_error,
-            base=base,
-            pack=pack,
-            device=device,
-            max_shard_size=None if output == standard.DASH else max_shard_size,
-            verify=verify,
-            force=force,
-            progress=progress,
-            threads=threads,
-        )
+        settings: dict[str, Any] = {
+            "preset": preset,
+            "rules": tuple(rule or ()),
+            "rules_file": rules,
+            "strict": strict,
+            "max_step_error": max_step_error,
+            "max_update_error": max_update_error,
+            "max_weight_error": max_weight_error,
+            "pack": pack,
+            "max_shard_size": None if output == standard.DASH else max_shard_size,
+            "base": base,
+            "device": device,
+            "force": force,
+            "threads": threads,
+            "progress": progress,
+        }
+        if shard is not None:
+            made = statecodec.compress_share(source, target, share=shard, **settings).to_json()
+            console.emit(made) if as_json else console.show(tables.share(console.printable(made)))
+            return
+        report = statecodec.compress(source, target, verify=verify, **settings)
     document = report.to_json()
     if plot:
         plots.save(plots.report(document), plot)
@@ -118,3 +131,13 @@ def run(
     else:
         shown = tables.compressed(console.printable(document), every=every)
         console.show(*shown, to=sys.stderr if output == standard.DASH else None)
+
+
+def _refuse_beside_shard(options: dict[str, bool]) -> None:
+    from statecodec.errors import UsageError
+
+    for name, given in options.items():
+        if given:
+            raise UsageError(
+                f"{name} does not go with --shard: a share is no whole file; see `finalize`"
+            )

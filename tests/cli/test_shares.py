@@ -64,3 +64,19 @@ def test_what_is_printed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_share_is_no_whole_file(option: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(checkpoint), "--shard", "1/2", *option]) == 2
     assert "--shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--threads", "2"], ["-o", "-"]])
+def test_what_ray_decides_is_not_asked_for(
+    option: list[str], checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(checkpoint), "--ray", "auto", *option]) == 2
+    assert "--ray" in capsys.readouterr().err
+
+
+def test_ray_that_is_not_there(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["compress", str(checkpoint), "--ray", "auto"]) == 1
+    assert "statecodec[ray]" in capsys.readouterr().err

@@ -77,6 +77,15 @@ def run(
             help="Do the I-th of N shares of the work; `statecodec finalize` joins them.",
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            show_default=False,
+            help="Do the work on a Ray cluster: auto for the one of this machine, ray://HOST:PORT, or local.",
+        ),
+    ] = None,
     device: options.DeviceOption = "auto",
     threads: options.Threads = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and check it.")] = False,
@@ -95,8 +104,11 @@ def run(
     from statecodec_cli import plots, tables
 
     plots.require(plot)
+    streamed = standard.DASH in (str(src), output)
     if shard is not None:
-        _refuse_beside_shard({"--verify": verify, "--plot": plot is not None, "-": standard.DASH in (str(src), output)})
+        _refuse_beside("--shard", {"--verify": verify, "--plot": plot is not None, "-": streamed, "--ray": bool(ray)})
+    if ray is not None:
+        _refuse_beside("--ray", {"--threads": threads is not None, "-": streamed})
     with (
         standard.source(src) as source,
         standard.output(output, src=src, as_json=as_json) as target,
@@ -115,14 +127,18 @@ def run(
             "base": base,
             "device": device,
             "force": force,
-            "threads": threads,
             "progress": progress,
         }
         if shard is not None:
-            made = statecodec.compress_share(source, target, share=shard, **settings).to_json()
+            made = statecodec.compress_share(source, target, share=shard, threads=threads, **settings).to_json()
             console.emit(made) if as_json else console.show(tables.share(console.printable(made)))
             return
-        report = statecodec.compress(source, target, verify=verify, **settings)
+        if ray is not None:
+            from statecodec.distributed.on_ray import compress_on_ray
+
+            report = compress_on_ray(source, target, address=ray, verify=verify, **settings)
+        else:
+            report = statecodec.compress(source, target, verify=verify, threads=threads, **settings)
     document = report.to_json()
     if plot:
         plots.save(plots.report(document), plot)
@@ -133,11 +149,9 @@ def run(
         console.show(*shown, to=sys.stderr if output == standard.DASH else None)
 
 
-def _refuse_beside_shard(options: dict[str, bool]) -> None:
+def _refuse_beside(option: str, others: dict[str, bool]) -> None:
     from statecodec.errors import UsageError
 
-    for name, given in options.items():
+    for name, given in others.items():
         if given:
-            raise UsageError(
-                f"{name} does not go with --shard: a share is no whole file; see `finalize`"
-            )
+            raise UsageError(f"{name} does not go with {option}; see docs/cluster.md")

@@ -1,0 +1,1 @@
+"""Checkpoints and optimizer states of many processes."""

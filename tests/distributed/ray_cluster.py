@@ -1,0 +1,52 @@
+"""A Ray cluster of two emulated nodes: a node is killed while it works. Run by test_on_ray.py, which looks at the end.
+
+python ray_cluster.py SRC DST SHARES
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from statecodec.distributed.on_ray import compress_on_ray
+from statecodec.errors import PolicyError
+
+
+def main(src: str, dst: str, shares: int) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=80 << 20) for _ in range(2)]
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    try:
+        compress_on_ray(src, dst, shares=2, rules=["weight=uniform(step=0.1)"], strict=True)
+        error = "nothing"
+    except PolicyError as found:
+        error = str(found)
+    folder, killed = Path(dst).parent, threading.Event()
+
+    def kill() -> None:
+        while not list(folder.glob("*.share-*")):
+            time.sleep(0.01)
+        cluster.remove_node(nodes[1], allow_graceful=False)
+        killed.set()
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    seen: list[tuple[int, int]] = []
+    report = compress_on_ray(
+        src, dst, shares=shares, retries=10, progress=lambda done, total, _: seen.append((done, total))
+    )
+    result = {"path": report.path, "killed": killed.is_set(), "progress": len(seen), "error": error}
+    (folder.parent / "result.json").write_text(json.dumps(result))  # ray's own processes write to standard output
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

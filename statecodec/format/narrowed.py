@@ -2,8 +2,8 @@
 
     payload = flags u8 (1: nibbles), low u8, columns u32, exceptions u32, then a record of the narrowed parts
 
-`statecodec.kernels.reference.narrowing` says what the parts are, `forms` which form is taken. Columns are 0 where no
-terms were taken out.
+`statecodec.kernels.reference.narrowing` says what the parts are, `forms` beside it which form is taken. Columns are 0
+where no terms were taken out.
 """
 
 from __future__ import annotations

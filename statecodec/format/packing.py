@@ -20,10 +20,9 @@ import zstandard
 from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import PartSpec
+from statecodec.codecs import PartSpec, rows_cols
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import narrowed
-from statecodec.format.forms import form_of
 from statecodec.format.planes import (
     CENTRED,
     CENTRED_NIBBLES,
@@ -133,7 +132,9 @@ def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list
 
 def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]] | None:
     """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
-    form = form_of(part) if narrowed.takes(part.dtype, part.numel()) else None
+    if not narrowed.takes(part.dtype, part.numel()):
+        return None
+    form = cpu_kernels().form_of(part.view(rows_cols(tuple(part.shape))))
     if form is None:
         return None
     length = _write_narrowed(part, form, out, packing, pool)

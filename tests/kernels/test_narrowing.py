@@ -50,8 +50,6 @@ def widened(backend: ModuleType, parts: Mapping[str, Tensor], exceptions: Tensor
 def check(codes: Tensor, form: Form) -> tuple[dict[str, Tensor], Tensor]:
     """Both backends alike and reversible; returns what they made."""
     flat = codes.reshape(-1)
-    assert torch.equal(reference.bit_lengths(flat, form.cols), cpu.bit_lengths(flat, form.cols))
-    assert torch.equal(reference.symbol_counts(flat, form), cpu.symbol_counts(flat, form))
     made, exceptions = narrow(reference, flat, form)
     other, others = narrow(cpu, flat, form)
     if exceptions is None:
@@ -162,17 +160,3 @@ def test_any_bytes_widen_alike(data: st.DataObject, n: int, low: int, nibbles: b
         if len(wrong) != len(exceptions):
             assert not reference.widen(parts, wrong, form, first)
             assert not cpu.widen(parts, wrong, form, second)
-
-
-@settings(max_examples=200, deadline=None)
-@given(weights=st.lists(st.integers(0, 1000) | st.just(0), max_size=40))
-def test_huffman_codes_are_as_long_as_the_reference_says(weights: list[int]) -> None:
-    counts = torch.tensor(weights, dtype=torch.float64)
-    assert cpu.huffman_bits(counts) == reference.huffman_bits(counts)
-
-
-def test_huffman_codes_of_known_length() -> None:
-    for backend in BACKENDS:
-        assert backend.huffman_bits(torch.tensor([1.0, 1.0, 2.0, 4.0], dtype=torch.float64)) == 3 + 3 + 4 + 4
-        assert backend.huffman_bits(torch.tensor([0.0, 7.0], dtype=torch.float64)) == 7
-        assert backend.huffman_bits(torch.zeros(0, dtype=torch.float64)) == 0

@@ -7,15 +7,15 @@ same bits as `statecodec.kernels.reference`.
 from statecodec.kernels.cpu.centring import byte_counts, centre, uncentre
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
+from statecodec.kernels.cpu.forms import form_of
 from statecodec.kernels.cpu.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarithmic
-from statecodec.kernels.cpu.narrowing import bit_lengths, huffman_bits, narrow, symbol_counts, widen
+from statecodec.kernels.cpu.narrowing import narrow, widen
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates, update_size
 
 __all__ = [
-    "bit_lengths",
     "byte_counts",
     "centre",
     "compare",
@@ -32,11 +32,10 @@ __all__ = [
     "encode_split",
     "encode_uniform",
     "fold_mean",
-    "huffman_bits",
+    "form_of",
     "merge_planes",
     "narrow",
     "split_planes",
-    "symbol_counts",
     "uncentre",
     "unfold",
     "update_size",

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -47,89 +46,20 @@ def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, codes: Te
     return True
 
 
-def bit_lengths(codes: Tensor, cols: int) -> Tensor:
-    """See `reference.narrowing.bit_lengths`."""
-    return torch.from_numpy(_bit_lengths(*_sampled(codes, cols)))
-
-
-def symbol_counts(codes: Tensor, form: Form) -> Tensor:
-    """See `reference.narrowing.symbol_counts`."""
-    return torch.from_numpy(_symbol_counts(*_sampled(codes, form.cols), form.low, form.escape))
-
-
-def _sampled(codes: Tensor, cols: int) -> tuple[NDArray[Any], bool]:
-    """The codes, and whether they are still to be folded."""
-    source = array_of(codes)
-    if not cols:
-        return source, True
-    rows = source.size // cols
-    columns, lines = np.empty(-(-rows // BLOCK_ROWS) * cols, np.uint16), np.empty(rows, np.uint16)
-    folded = _centred(source.reshape(rows, cols), columns, lines)
-    return (np.full(source.size, 0xFFFF, np.uint16) if folded is None else folded), False
-
-
-def huffman_bits(weights: Tensor) -> float:
-    """See `reference.narrowing.huffman_bits`."""
-    return float(_huffman_bits(np.sort(array_of(weights))))
-
-
 def _centred(matrix: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -> NDArray[Any] | None:
     """Folded residuals plus 1, flat; None if one does not fit."""
     folded = np.empty(matrix.shape, np.uint16)
-    fits = _centre(matrix, columns.reshape(-1, matrix.shape[1]), lines, folded)
+    fits = centre_terms(matrix, columns.reshape(-1, matrix.shape[1]), lines, folded)
     return folded.reshape(-1) if fits else None
 
 
 @kernel
-def _bit_lengths(source: NDArray[Any], fold: bool) -> Any:
-    counts = np.zeros(33, np.int64)
-    for i in range(source.size):
-        folded = _fold(np.int32(source[i])) if fold else np.uint32(source[i])
-        length = (np.float64(folded).view(np.int64) >> 52) - 1022 if folded else 0  # the exponent of an exact number
-        counts[length] += 1
-    return counts
-
-
-@kernel
-def _symbol_counts(source: NDArray[Any], fold: bool, low: int, escape: int) -> Any:
-    counts = np.zeros(escape + 1, np.int64)
-    for i in range(source.size):
-        folded = _fold(np.int32(source[i])) if fold else np.uint32(source[i])
-        symbol: Any = min(np.int64(folded >> np.uint32(low)), escape)
-        counts[symbol] += 1
-    return counts
-
-
-@kernel
-def _huffman_bits(leaves: NDArray[Any]) -> Any:
-    """Of weights in rising order: the two lightest trees are joined, and joined ones come out in rising order, too."""
-    n, first = leaves.size, 0
-    while first < n and not leaves[first] > 0:
-        first += 1
-    if n - first == 1:
-        return leaves[n - 1]
-    joined, done, total = np.empty(n, np.float64), 0, 0.0
-    for made in range(n - first - 1):
-        both = 0.0
-        for _ in range(2):
-            if done == made or (first < n and leaves[first] <= joined[done]):
-                both += leaves[first]
-                first += 1
-            else:
-                both += joined[done]
-                done += 1
-        joined[made] = both
-        total += both
-    return total
-
-
-@kernel
-def _fold(x: Any) -> Any:
+def zigzag(x: Any) -> Any:
     return np.uint32((x << np.int32(1)) ^ (x >> np.int32(31)))
 
 
 @kernel
-def _unfold(x: Any) -> Any:
+def _unzigzag(x: Any) -> Any:
     return np.int32(x >> np.uint32(1)) ^ -np.int32(x & np.uint32(1))
 
 
@@ -140,7 +70,7 @@ def _rounded(total: Any, count: Any) -> Any:
 
 
 @kernel
-def _centre(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any], folded: NDArray[Any]) -> bool:
+def centre_terms(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any], folded: NDArray[Any]) -> bool:
     rows, cols = codes.shape
     before, line_before, fits = np.zeros(cols, np.int32), np.int64(0), True
     for block in range(columns.shape[0]):
@@ -148,7 +78,7 @@ def _centre(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any], fol
         _column_terms(codes[start:stop], before, columns[block])
         for row in range(start, stop):
             line = _line_term(codes[row], before)
-            lines[row] = np.uint16(_fold(np.int32(np.int16(line - line_before))))
+            lines[row] = np.uint16(zigzag(np.int32(np.int16(line - line_before))))
             line_before = line
             fits &= _residual(codes[row], before, np.int32(line), folded[row])
     return fits
@@ -173,7 +103,7 @@ def _column_terms(codes: NDArray[Any], before: NDArray[Any], stored: NDArray[Any
     level = np.int32(_rounded(total, there))
     for j in range(cols):
         term = sums[j] - level if counts[j] else before[j]
-        stored[j] = np.uint16(_fold(np.int32(np.int16(term - before[j]))))
+        stored[j] = np.uint16(zigzag(np.int32(np.int16(term - before[j]))))
         before[j] = term
 
 
@@ -198,7 +128,7 @@ def _residual(codes: NDArray[Any], terms: NDArray[Any], line: Any, folded: NDArr
     for j in range(codes.size):
         rest = np.int32(np.int16(np.int32(codes[j]) - terms[j] - line))
         beyond |= rest == np.int32(-32768) and codes[j] != 0
-        folded[j] = np.uint16(np.uint32(0) if codes[j] == 0 else _fold(rest) + np.uint32(1))
+        folded[j] = np.uint16(np.uint32(0) if codes[j] == 0 else zigzag(rest) + np.uint32(1))
     return not beyond
 
 
@@ -211,12 +141,12 @@ def _uncentre(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -
         if row % BLOCK_ROWS == 0:
             changes = columns[row // BLOCK_ROWS]
             for j in range(cols):
-                terms[j] += _unfold(np.uint32(changes[j]))
-        line += _unfold(np.uint32(lines[row]))
+                terms[j] += _unzigzag(np.uint32(changes[j]))
+        line += _unzigzag(np.uint32(lines[row]))
         some = codes[row]
         for j in range(cols):
             folded = np.uint32(np.uint16(some[j]))
-            value = _unfold(folded - np.uint32(1)) + terms[j] + line
+            value = _unzigzag(folded - np.uint32(1)) + terms[j] + line
             some[j] = np.int16(np.int32(0) if folded == 0 else value)
 
 
@@ -232,7 +162,7 @@ def _narrow(
         n = some.size
         if fold:
             for i in range(n):
-                span[i] = _fold(np.int32(some[i]))
+                span[i] = zigzag(np.int32(some[i]))
         else:
             for i in range(n):
                 span[i] = some[i]
@@ -321,7 +251,7 @@ def _widen(
             _add_bits(bits[start // per : (start + n + per - 1) // per], np.uint32(low - width), width, rest)
         if fold:
             for i in range(n):
-                target[i] = _unfold(rest[i] & mask)
+                target[i] = _unzigzag(rest[i] & mask)
         else:
             for i in range(n):
                 target[i] = rest[i]

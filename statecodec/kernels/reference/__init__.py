@@ -3,15 +3,15 @@
 from statecodec.kernels.reference.centring import byte_counts, centre, uncentre
 from statecodec.kernels.reference.companding import decode_companded, encode_companded
 from statecodec.kernels.reference.folding import fold_mean, unfold
+from statecodec.kernels.reference.forms import form_of
 from statecodec.kernels.reference.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_logarithmic
-from statecodec.kernels.reference.narrowing import bit_lengths, huffman_bits, narrow, symbol_counts, widen
+from statecodec.kernels.reference.narrowing import narrow, widen
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 from statecodec.kernels.reference.statistics import compare, compare_updates, update_size
 
 __all__ = [
-    "bit_lengths",
     "byte_counts",
     "centre",
     "compare",
@@ -28,11 +28,10 @@ __all__ = [
     "encode_split",
     "encode_uniform",
     "fold_mean",
-    "huffman_bits",
+    "form_of",
     "merge_planes",
     "narrow",
     "split_planes",
-    "symbol_counts",
     "uncentre",
     "unfold",
     "update_size",

@@ -7,7 +7,6 @@ low bits are noise and whose rest fits a byte but for a few.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -52,12 +51,12 @@ def narrow(codes: Tensor, form: Form, parts: Mapping[str, Tensor], exceptions: T
     bits = 8 * codes.element_size()
     wide = codes.to(torch.int64)
     if form.cols:
-        found = _centred(wide.view(-1, form.cols), parts)
+        found = centred(wide.view(-1, form.cols), parts)
         if found is None:
             return -1
         folded = found.view(-1)
     else:
-        folded = _fold(wide, bits)
+        folded = zigzag(wide, bits)
     _put_low(folded, form.low, parts)
     rest = folded >> form.low
     beyond = rest >= form.escape
@@ -87,53 +86,17 @@ def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, codes: Te
     folded = ((rest << form.low) | _low(parts, form.low, n)) & ((1 << bits) - 1)
     if form.cols:
         rows = n // form.cols
-        columns = _unfold(parts["columns"].to(torch.int64) & 0xFFFF).view(-1, form.cols).cumsum(0)
-        lines = _unfold(parts["lines"].to(torch.int64) & 0xFFFF).cumsum(0)
+        columns = _unzigzag(parts["columns"].to(torch.int64) & 0xFFFF).view(-1, form.cols).cumsum(0)
+        lines = _unzigzag(parts["lines"].to(torch.int64) & 0xFFFF).cumsum(0)
         terms = columns.repeat_interleave(BLOCK_ROWS, 0)[:rows] + lines[:, None]
-        values = torch.where(folded == 0, 0, _unfold(folded - 1) + terms.view(-1))
+        values = torch.where(folded == 0, 0, _unzigzag(folded - 1) + terms.view(-1))
     else:
-        values = _unfold(folded)
+        values = _unzigzag(folded)
     codes.copy_(_wrapped(values, bits).to(codes.dtype))
     return True
 
 
-def bit_lengths(codes: Tensor, cols: int) -> Tensor:
-    """How many of `codes` (int16 or int32, flat) take 0, 1 ... 32 bits once folded: int64, 33.
-
-    With `cols` (int16 only) the terms of a matrix of so many columns are taken out first.
-    """
-    folded = _folded(codes, cols)
-    return torch.bincount(torch.frexp(folded.to(torch.float64)).exponent.to(torch.int64), minlength=33)
-
-
-def symbol_counts(codes: Tensor, form: Form) -> Tensor:
-    """How many of `codes` (int16 or int32, flat) have each symbol in this form, the escape last: int64."""
-    return torch.bincount((_folded(codes, form.cols) >> form.low).clamp(max=form.escape), minlength=form.escape + 1)
-
-
-def huffman_bits(weights: Tensor) -> float:
-    """The bits that a Huffman code takes for symbols that occur so often (float64, flat, at least 0)."""
-    heap = [w for w in weights.tolist() if w > 0]
-    heapq.heapify(heap)
-    total = sum(heap) if len(heap) == 1 else 0.0
-    while len(heap) > 1:
-        both = heapq.heappop(heap) + heapq.heappop(heap)
-        total += both
-        heapq.heappush(heap, both)
-    return total
-
-
-def _folded(codes: Tensor, cols: int) -> Tensor:
-    """Folded codes; with `cols` residuals plus 1, all of them 0xFFFF where one does not fit."""
-    wide = codes.to(torch.int64)
-    if not cols:
-        return _fold(wide, 8 * codes.element_size())
-    parts = {name: codes.new_empty(n, dtype=dtype) for name, (dtype, n) in Form(cols).sizes(len(codes)).items()}
-    found = _centred(wide.view(-1, cols), parts)
-    return torch.full_like(wide, 0xFFFF) if found is None else found.view(-1)
-
-
-def _centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
+def centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
     """Folded residuals plus 1, 0 for codes of 0 (which take no part in the means); None if one does not fit."""
     rows, cols = codes.shape
     columns, lines = codes.new_zeros(-(-rows // BLOCK_ROWS), cols), codes.new_zeros(rows)
@@ -148,10 +111,10 @@ def _centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
         inside = torch.where(there, some - before, 0)
         lines[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS] = _rounded(inside.sum(1), there.sum(1))
     terms = columns.repeat_interleave(BLOCK_ROWS, 0)[:rows] + lines[:, None]
-    folded = torch.where(codes == 0, 0, _fold(codes - terms, 16) + 1)
+    folded = torch.where(codes == 0, 0, zigzag(codes - terms, 16) + 1)
     zero = codes.new_zeros(1, cols)
-    parts["columns"].copy_(_wrapped(_fold(columns.diff(dim=0, prepend=zero), 16), 16).view(-1).to(torch.int16))
-    parts["lines"].copy_(_wrapped(_fold(lines.diff(prepend=zero[0, :1]), 16), 16).to(torch.int16))
+    parts["columns"].copy_(_wrapped(zigzag(columns.diff(dim=0, prepend=zero), 16), 16).view(-1).to(torch.int16))
+    parts["lines"].copy_(_wrapped(zigzag(lines.diff(prepend=zero[0, :1]), 16), 16).to(torch.int16))
     return None if bool((folded > 0xFFFF).any()) else folded
 
 
@@ -160,13 +123,13 @@ def _rounded(total: Tensor, count: Tensor) -> Tensor:
     return torch.div(2 * total + count, (2 * count).clamp(min=1), rounding_mode="floor")
 
 
-def _fold(x: Tensor, bits: int) -> Tensor:
+def zigzag(x: Tensor, bits: int) -> Tensor:
     """Two's complement numbers of so many bits (modulo 2**bits) as unsigned ones, small for small magnitudes."""
     signed = _wrapped(x, bits)
     return torch.where(signed < 0, -2 * signed - 1, 2 * signed)
 
 
-def _unfold(x: Tensor) -> Tensor:
+def _unzigzag(x: Tensor) -> Tensor:
     return torch.where(x & 1 == 1, -(x >> 1) - 1, x >> 1)
 
 

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from statecodec.buffers import Pool
-from statecodec.format.forms import form_of
 from statecodec.format.packing import Packing, _room, _write_narrowed
+from statecodec.kernels.cpu import forms as cpu
+from statecodec.kernels.reference import forms as reference
 from statecodec.kernels.reference.narrowing import LOW_BITS, Form
+
+
+def form_of(codes: Tensor) -> Form | None:
+    """Both backends choose the same."""
+    found = reference.form_of(codes)
+    assert cpu.form_of(codes) == found
+    return found
 
 
 def sizes(codes: Tensor, cols: int) -> dict[Form, int]:
@@ -60,3 +68,15 @@ def test_log_codes_of_second_moments_lose_their_terms() -> None:
 
 def test_codes_that_fill_their_bits_have_no_form() -> None:
     assert form_of(normal(2.0**29)) is None
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (1, 20_000), (15, 40), (16, 16), (70, 30), (5000, 2)])
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
+@pytest.mark.parametrize("scale", [0, 1, 20, 3000])
+def test_any_matrix_has_a_form_that_both_backends_choose(
+    scale: float, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    codes = (torch.randn(shape, generator=generator) * scale + 300).round().to(dtype)
+    codes[torch.rand(shape, generator=generator) < 0.1] = 0
+    assert form_of(codes) is not None

@@ -1,0 +1,91 @@
+"""Which form integer codes are narrowed to: judged on a sample, by the entropy of its symbols.
+
+Nibbles take half as many symbols as bytes, so half the time in the entropy coder, forwards and backwards. With the low
+bits that they need beside them they are as small wherever a code's last bits are noise, which on a fine grid they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from statecodec.kernels.reference.narrowing import LOW_BITS, Form, centred, zigzag
+
+SAMPLE_ROWS, SAMPLE_CODES = 64, 1 << 13
+CENTRE_FROM = 16  # rows and columns that the terms of a matrix need to pay
+CENTRE_WORTH = 0.3  # bits that the terms must save
+RARE, OFTEN = 1000, 50  # one exception in so many codes, at most
+EXCEPTION = 12.0  # bits of one
+FEW, MATCHES = 3.2, 1.08  # bytes of so few bits match by chance, which costs size and three times the time
+FASTER = 0.997  # of the size of bytes, or less: nibbles
+
+
+def form_of(codes: Tensor) -> Form | None:
+    """The form for `codes` (int16 or int32, rows x cols, contiguous); None if they are not small enough for any."""
+    top, left, height, width = sample(*codes.shape)
+    some = codes[top : top + height, left : left + width]
+    folded = zigzag(some.to(torch.int64), 8 * codes.element_size()).reshape(-1)
+    cols = 0
+    if some.element_size() == 2 and min(some.shape) >= CENTRE_FROM:
+        rest = _residuals(some)
+        if _mean_length(rest) + CENTRE_WORTH < _mean_length(folded):
+            folded, cols = rest, codes.shape[1]
+    forms = list(_candidates(folded))
+    if not forms:
+        return None
+    costs = [_bits(folded, form) * (FASTER if form.nibbles else 1.0) for form in forms]
+    return replace(forms[costs.index(min(costs))], cols=cols)
+
+
+def sample(rows: int, cols: int) -> tuple[int, int, int, int]:
+    """The rectangle in the middle of a matrix that stands for all of it: top, left, height, width."""
+    height = min(rows, SAMPLE_ROWS)
+    width = min(cols, SAMPLE_CODES // max(height, 1))
+    return (rows - height) // 2, (cols - width) // 2, height, width
+
+
+def _residuals(some: Tensor) -> Tensor:
+    """Folded residuals plus 1 of a matrix, all of them 0xFFFF where one does not fit."""
+    sizes = Form(some.shape[1]).sizes(some.numel()).items()
+    parts = {name: some.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
+    found = centred(some.to(torch.int64), parts)
+    return (torch.full(some.shape, 0xFFFF, dtype=torch.int64) if found is None else found).reshape(-1)
+
+
+def _lengths(folded: Tensor) -> Tensor:
+    """How many take 0, 1 ... 32 bits."""
+    return torch.bincount(torch.frexp(folded.to(torch.float64)).exponent.to(torch.int64), minlength=33)
+
+
+def _mean_length(folded: Tensor) -> float:
+    return float(_lengths(folded).to(torch.float64) @ torch.arange(33, dtype=torch.float64)) / len(folded)
+
+
+def _candidates(folded: Tensor) -> Iterator[Form]:
+    """The forms worth trying: with as few low bits as leave few exceptions, and next to none."""
+    n = len(folded)
+    longer = (n - _lengths(folded).cumsum(0)).tolist()  # codes of more than so many bits
+    for nibbles in (False, True):
+        lows = {_fewest(longer, 4 if nibbles else 8, n // share) for share in (OFTEN, RARE)}
+        yield from (Form(low=low, nibbles=nibbles) for low in LOW_BITS if low in lows)
+
+
+def _fewest(longer: Sequence[int], bits: int, most: int) -> int | None:
+    """The fewest low bits that leave no more than so many codes that do not fit so many bits beside them."""
+    return next((low for low in LOW_BITS if longer[low + bits] <= most), None)
+
+
+def _bits(folded: Tensor, form: Form) -> float:
+    """About how many bits the codes take in this form, but for the terms."""
+    n, symbols = len(folded), (folded >> form.low).clamp(max=form.escape)
+    counts = torch.bincount(symbols, minlength=form.escape + 1).to(torch.float64)
+    bits = float(n * math.log2(n) - counts @ counts.clamp(min=1).log2())
+    if not form.nibbles:
+        # The entropy of a sample is too small (Miller and Madow).
+        bits += int((counts > 0).sum()) / (2 * math.log(2))
+        bits *= MATCHES if bits < FEW * n else 1.0
+    return form.low * n + bits + EXCEPTION * float(counts[-1])

@@ -28,6 +28,7 @@ from statecodec.checkpoint.base import TensorInfo
 from statecodec.choose import Policy, preset_rules
 from statecodec.codecs import Codec, PartSpec, Raw
 from statecodec.codecs.chunking import iterate
+from statecodec.dtypes import of
 from statecodec.format.packing import Packing, decode_record, encode_record
 
 BLOCK = 64 << 20
@@ -136,8 +137,8 @@ class _Coder:
     def encode(self, codec: Codec, x: Tensor) -> bytes:
         parts = {"data": x}
         if not isinstance(codec, Raw):
-            specs = codec.parts(tuple(x.shape), x.dtype)
-            parts = {name: self.scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
+            specs = codec.parts(tuple(x.shape), of(x.dtype))
+            parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
             codec.encode_into(x, parts, kernels.host())
             if self.measure:
                 out = self.scratch.take("decoded", x.dtype, tuple(x.shape))
@@ -152,10 +153,10 @@ class _Coder:
     def decode(self, codec: Codec, spec: PartSpec, made: bytes) -> None:
         xxhash.xxh3_64_hexdigest(made)
         specs = codec.parts(spec.shape, spec.dtype)
-        parts = {name: self.scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
+        parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         decode_record(torch.frombuffer(bytearray(made), dtype=torch.uint8).numpy(), list(parts.values()), self.pool)
         if not isinstance(codec, Raw):
-            codec.decode_into(parts, self.scratch.take("decoded", spec.dtype, spec.shape), kernels.host())
+            codec.decode_into(parts, self.scratch.take("decoded", spec.dtype.torch, spec.shape), kernels.host())
 
 
 def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool) -> Work:
@@ -170,7 +171,7 @@ def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool
             codec, flat = policy.codec_for(subject), tensor.view(-1)
             for chunk in iterate(codec, subject.shape, subject.dtype):
                 x = flat[chunk.start : chunk.stop].view(chunk.shape)
-                made.append((codec, PartSpec(x.dtype, tuple(x.shape)), coder.encode(codec, x)))
+                made.append((codec, PartSpec(of(x.dtype), tuple(x.shape)), coder.encode(codec, x)))
         return sum(len(data) for _, _, data in made)
 
     def backward() -> None:

@@ -27,6 +27,7 @@ from statecodec.buffers import Pool, Scratch
 from statecodec.choose.steps import codes_per_octave, correction
 from statecodec.codecs import Codec, Direction, Logarithmic, Uniform, parse
 from statecodec.codecs.chunking import chunks
+from statecodec.dtypes import of
 from statecodec.format.packing import Packing, decode_record, encode_record
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 
@@ -154,11 +155,11 @@ def everything(state: list[Param], plan: list[dict[str, Codec]]) -> dict[str, Sp
 def one(spent: Spent, codec: Codec, x: Tensor, v: Tensor) -> None:
     """One tensor, chunk by chunk."""
     pool, host, packing = _POOL, kernels.host(), Packing()
-    for c in chunks(codec, tuple(x.shape), x.dtype):
+    for c in chunks(codec, tuple(x.shape), of(x.dtype)):
         piece, given = x.reshape(-1)[c.start : c.stop].view(c.shape), {"exp_avg_sq": v.reshape(-1)[c.start : c.stop]}
-        specs = codec.parts(c.shape, x.dtype)
-        parts = {k: _SCRATCH.take("parts", spec.dtype, spec.shape, k) for k, spec in specs.items()}
-        again = [_SCRATCH.take("again", spec.dtype, spec.shape, k) for k, spec in specs.items()]
+        specs = codec.parts(c.shape, of(x.dtype))
+        parts = {k: _SCRATCH.take("parts", spec.dtype.torch, spec.shape, k) for k, spec in specs.items()}
+        again = [_SCRATCH.take("again", spec.dtype.torch, spec.shape, k) for k, spec in specs.items()]
         out = _SCRATCH.take("out", x.dtype, c.shape)
         started = time.thread_time()
         made = codec.encode_into(piece, parts, host, given)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

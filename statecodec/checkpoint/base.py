@@ -9,18 +9,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report
 from statecodec.codecs import Codec, EncodedTensor
+from statecodec.dtypes import DType
 from statecodec.errors import UsageError
 from statecodec.layouts import Moments, View
 from statecodec.layouts.objects import window
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class TensorInfo:
     role: str
     param: str | None
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     index: int = 0
 
     @property
@@ -128,7 +131,7 @@ class Checkpoint(ABC):
             index, shape, dtype = place.index, place.view.shape, place.view.dtype
         tensor = self.items[index]
         return {
-            "role": tensor.role, "param": tensor.param, "shape": shape, "dtype": str(dtype).removeprefix("torch."),
+            "role": tensor.role, "param": tensor.param, "shape": shape, "dtype": dtype.name,
             "codec": self.codec(index).config(),
         }  # fmt: skip
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import MAX_LINKS, BaseFile
@@ -18,6 +17,9 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Base:

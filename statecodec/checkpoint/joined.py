@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from statecodec.dtypes import TORCH
+from statecodec.dtypes import TORCH, DType
 from statecodec.errors import FormatError
 from statecodec.layouts import Box, Run
 from statecodec.layouts.parts import are_whole
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Shaped(Protocol):
@@ -22,7 +23,7 @@ class Shaped(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,16 @@ class Joined:
     """A tensor by the name that rules and reports give it, and the items that its parts are stored as."""
 
     name: str
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     pieces: tuple[tuple[int, Box | Run], ...]
     """Index of the item, and the part of the tensor that it holds."""
 
     def assembled(self, decode: Callable[[int], Tensor]) -> Tensor:
         """The tensor; `decode` gives an item by its index."""
-        whole = torch.empty(self.shape, dtype=self.dtype, device="cpu")
+        whole = torch.empty(self.shape, dtype=self.dtype.torch, device="cpu")
         for index, part in self.pieces:
-            values = decode(index).reshape(-1).view(torch.uint8).view(self.dtype)
+            values = decode(index).reshape(-1).view(torch.uint8).view(self.dtype.torch)
             if isinstance(part, Run):
                 whole.view(-1)[part.start : part.stop] = values
             else:
@@ -50,10 +51,7 @@ class Joined:
 
 def to_json(joined: Sequence[Joined]) -> list[list[Any]]:
     """Rows of name, dtype, shape and pieces; a piece is its item, then a box's corner and sizes, or a run's ends."""
-    return [
-        [t.name, str(t.dtype).removeprefix("torch."), list(t.shape), [[i, *_ends(part)] for i, part in t.pieces]]
-        for t in joined
-    ]
+    return [[t.name, t.dtype.name, list(t.shape), [[i, *_ends(part)] for i, part in t.pieces]] for t in joined]
 
 
 def from_json(value: Any, items: Sequence[Shaped]) -> tuple[Joined, ...]:

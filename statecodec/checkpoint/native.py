@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from statecodec.atomic import Output
 from statecodec.checkpoint.nested import MAX_DEPTH, TREE, from_json
 from statecodec.checkpoint.stored import Stored
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.errors import FormatError, UsageError
+from statecodec.lazy import torch
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
 

@@ -9,10 +9,7 @@ import base64
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs, dtypes
 from statecodec.checkpoint.stored import Stored
@@ -21,7 +18,11 @@ from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import Item
 from statecodec.layouts.objects import window
+from statecodec.lazy import torch
 from statecodec.roles import STATE_ROLES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DEPTH = 100
 TREE = "tree"
@@ -45,7 +46,7 @@ def to_json(value: Any, found: Collected, path: str = "", depth: int = 0) -> Any
         raise UsageError(f"{path[:80]}...: nested more than {MAX_DEPTH} deep")
     if isinstance(value, EncodedTensor) or is_plain(value):
         return {"encoded": _add_encoded(value if isinstance(value, EncodedTensor) else from_plain(value), path, found)}
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return _add_tensor(value, path, found)
     if type(value) in (dict, OrderedDict):
         pairs = [
@@ -88,7 +89,7 @@ def _kind(value: Any) -> str:
 def _add_encoded(encoded: EncodedTensor, path: str, found: Collected) -> int:
     _check_tensors(encoded.parts.values(), path)
     found.items.append(
-        Item(_name(path, found), encoded.codec, encoded.shape, encoded.dtype, attributes=_attributes(path))
+        Item(_name(path, found), encoded.codec, encoded.shape, dtypes.of(encoded.dtype), attributes=_attributes(path))
     )
     found.tensors.append(encoded)
     return len(found.items) - 1
@@ -108,7 +109,9 @@ def _add_tensor(tensor: Tensor, path: str, found: Collected) -> Any:
         base = plain if whole else torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
         index = found.storages[key] = len(found.items)
         found.items.append(
-            Item(_name(path, found), codecs.Raw(), tuple(base.shape), base.dtype, attributes=_attributes(path))
+            Item(
+                _name(path, found), codecs.Raw(), tuple(base.shape), dtypes.of(base.dtype), attributes=_attributes(path)
+            )
         )
         found.tensors.append(base)
     shape, stride = list(plain.shape), list(plain.stride())
@@ -119,7 +122,7 @@ def _check_tensors(tensors: Iterable[Tensor], path: str) -> None:
     """Raise UsageError for a tensor that has no plain memory of its own."""
     for tensor in tensors:
         what = None
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
             what = f"a {_kind(tensor)}; save what it holds as plain tensors"
         elif tensor.is_nested:
             what = "a nested tensor; save its parts (unbind) or its values and offsets"
@@ -177,11 +180,7 @@ def _tensor(content: Any, stored: Stored, storages: dict[int, Tensor], device: t
     item = stored.reader.items[_index(index, stored)]
     dtype = dtypes.TORCH.get(dtype_name)
     numbers = [offset, *shape, *stride]
-    if (
-        not isinstance(dtype, torch.dtype)
-        or len(shape) != len(stride)
-        or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
-    ):
+    if dtype is None or len(shape) != len(stride) or not all(type(n) is int and 0 <= n < 1 << 48 for n in numbers):
         raise ValueError("a tensor's window")
     last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     if 0 not in shape and (last + 1) * dtype.itemsize > item.decoded_nbytes:
@@ -198,7 +197,7 @@ def _index(value: Any, stored: Stored) -> int:
 
 
 def _dtype(name: str) -> torch.dtype:
-    return dtypes.TORCH[name]
+    return dtypes.TORCH[name].torch
 
 
 _SCALARS: dict[str, Callable[[Any], Any]] = {
@@ -207,8 +206,8 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
     "bytes": lambda text: base64.b64decode(text, validate=True),
     "complex": lambda pair: complex(float.fromhex(pair[0]), float.fromhex(pair[1])),
     "dtype": _dtype,
-    "device": torch.device,
-    "size": torch.Size,
+    "device": lambda text: torch.device(text),
+    "size": lambda sizes: torch.Size(sizes),
 }
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import Stored
+from statecodec.lazy import torch
 
 
 def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint | Stored:

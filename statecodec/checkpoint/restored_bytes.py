@@ -5,10 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
@@ -17,6 +14,10 @@ from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts import ListedFile, Listing, opaque, tree
 from statecodec.layouts.registry import LAYOUTS
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_files(stored: Stored, device: torch.device | str) -> Any:

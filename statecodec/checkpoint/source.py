@@ -8,10 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs
 from statecodec.buffers import Scratch, memory
@@ -23,11 +20,16 @@ from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.dtypes import UINT8
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
 from statecodec.layouts import Box, ListedFile, Listing, Logical, Moments, Region, Run, Source, locate
 from statecodec.layouts.tree import tree
+from statecodec.lazy import torch
 from statecodec.names import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class SourceCheckpoint(Checkpoint):
         if self._check is not None and item.region is not None:
             self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
         size = item.dtype.itemsize
-        shape, dtype = tuple(chunk.shape), item.dtype
+        shape, dtype = tuple(chunk.shape), item.dtype.torch
         values = scratch.take("source", dtype, shape) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
         view = memory(values)
         with self.files.open(item.file) as fd:
@@ -172,7 +174,7 @@ class SourceCheckpoint(Checkpoint):
         tensors = tuple(
             TensorReport(
                 name=item.name, role=item.role, param=item.param, shape=item.shape,
-                dtype=str(item.dtype).removeprefix("torch."), codec="raw",
+                dtype=item.dtype.name, codec="raw",
                 bytes_before=item.nbytes, bytes_after=item.nbytes,
             )
             for item in self.items
@@ -244,7 +246,7 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
         if skeleton.nbytes:
             role = "skeleton" if file.regions else "file"
             name = _unique(f"{shown(file.path)}:{role}" if source.is_directory else role, taken)
-            yield SourceItem(name, role, None, (skeleton.nbytes,), torch.uint8, index, number)
+            yield SourceItem(name, role, None, (skeleton.nbytes,), UINT8, index, number)
             index += 1
         for region, (tensor, piece) in zip(file.regions, owners[file.path], strict=True):
             name = _unique(tensor.name if len(tensor.pieces) == 1 else f"{tensor.name}@{piece}", taken)

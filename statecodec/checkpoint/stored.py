@@ -8,10 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs, kernels
 from statecodec.buffers import Scratch
@@ -27,7 +24,11 @@ from statecodec.format import Limits, Reader, StoredItem
 from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
 from statecodec.layouts.torch_zip import is_zip
+from statecodec.lazy import torch
 from statecodec.names import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Stored(Checkpoint):
@@ -130,7 +131,7 @@ class Stored(Checkpoint):
             parts = self.parts(item, chunk, scratch)[1]
             host = kernels.resolve(None, torch.device("cpu"))
             for piece in iterate(codecs.Raw(), codec.rows_cols(place.shape), stored.dtype, PIECE_ELEMENTS):
-                out = torch.empty(piece.shape, dtype=stored.dtype, device="cpu")
+                out = torch.empty(piece.shape, dtype=stored.dtype.torch, device="cpu")
                 codec.decode_piece(parts, place.shape, piece.start, out, host)
                 yield place.start + piece.start, out
         else:
@@ -154,10 +155,10 @@ class Stored(Checkpoint):
         if isinstance(codec, codecs.Residual):
             place = stored.chunks[chunk]
             before = self.base.decode_range(self._in_base(item), place.start, place.stop)
-            return codec.decode_from(parts, before.view(shape), stored.dtype)
+            return codec.decode_from(parts, before.view(shape), stored.dtype.torch)
         target = device or torch.device("cpu")
         if scratch is not None and target.type == "cpu":
-            out = scratch.take("decoded", stored.dtype, tuple(shape))
+            out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), target)
         moved = {name: part.to(target) for name, part in parts.items()}
@@ -185,7 +186,7 @@ class Stored(Checkpoint):
         out = None
         if scratch is not None:
             specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
-            out = {name: scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
+            out = {name: scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         parts = self.reader.read_chunk(item, chunk, out)
         if not isinstance(stored.codec, codecs.Delta):
             return stored.codec, parts
@@ -219,12 +220,12 @@ class Stored(Checkpoint):
         parts = {}
         for name, spec in codec.parts(stored.shape, stored.dtype).items():
             parts[name] = torch.cat([piece[name].reshape(-1) for piece in pieces]).view(spec.shape)
-        return EncodedTensor(codec, stored.shape, stored.dtype, parts)
+        return EncodedTensor(codec, stored.shape, stored.dtype.torch, parts)
 
     def _empty(self, item: int, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
         stored = self.reader.items[item]
         try:
-            return torch.empty(shape, dtype=stored.dtype, device=device)
+            return torch.empty(shape, dtype=stored.dtype.torch, device=device)
         except (RuntimeError, MemoryError) as error:  # what torch raises where memory runs out depends on the device
             size = math.prod(shape) * stored.dtype.itemsize
             raise LimitExceeded(f"{self.path}: no memory for {size:,} bytes of {stored.name}") from error
@@ -341,7 +342,7 @@ def tensor_report(item: StoredItem) -> TensorReport:
         role=text(attributes.get("role")) or "other",
         param=text(attributes.get("param")),
         shape=item.shape,
-        dtype=str(item.dtype).removeprefix("torch."),
+        dtype=item.dtype.name,
         codec=codecs.format_codec(item.codec),
         bytes_before=item.decoded_nbytes,
         bytes_after=item.stored_nbytes,

@@ -12,10 +12,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
-import torch
-
 from statecodec import dtypes
 from statecodec.checkpoint.paths_json import path_from_json, path_to_json, safe_path
+from statecodec.dtypes import DType
 from statecodec.errors import FormatError
 from statecodec.layouts import Crc32, Moments, View
 from statecodec.names import shown
@@ -35,7 +34,7 @@ class Named(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> DType: ...
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ def _views_json(views: Sequence[View], own: _Own) -> list[Any]:
             else:
                 found.append([view.region, view.region + 1])
         else:
-            dtype = dtypes.name_of(view.dtype)
+            dtype = view.dtype.name
             found.append([view.name, view.region, dtype, list(view.shape), list(view.stride), view.offset])
     return found
 

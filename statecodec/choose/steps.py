@@ -31,6 +31,7 @@ from statecodec.choose.presets import MIN_NUMEL
 from statecodec.codecs import Direction, Dropped, Logarithmic, Raw, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, UpdateSize
@@ -184,7 +185,7 @@ class _Chooser:
 
     def _weight(self, item: SourceItem, unit: _Unit, moments: Moments, fraction: float) -> Choice | None:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
-        if item.dtype != torch.float32 or not self._open(item):
+        if item.dtype != FLOAT32 or not self._open(item):
             return None
         values = _finite(sampled(self.source, item))
         rms, largest = _rms(values), float(np.abs(values).max(initial=0.0))
@@ -209,7 +210,7 @@ class _Chooser:
                 self.chosen[item.name] = choice
 
     def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
-        if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == torch.float32:
+        if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
             if not unnamed or item.role == "ema":
                 return Choice(self.choices[item.name].codec, "exact: it has no moments, so no step trains it")
             return Choice(Split(high="bf16", low_bits=8), "24 bits: the step that trains it is not known")

@@ -17,15 +17,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
-from torch import Tensor
-
-from statecodec import kernels
+from statecodec import dtypes, kernels
+from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
 from statecodec.kernels.fused import Stored
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FLAG_TEXTS = {
     kernels.NAN: "NaN",
@@ -34,19 +36,19 @@ _FLAG_TEXTS = {
     kernels.OUT_OF_RANGE: "values beyond fp16's range",
 }
 
-Given = Mapping[str, Tensor]
+Given: TypeAlias = "Mapping[str, Tensor]"
 """Companions of a tensor: role -> the values of the same elements, in a shape of as many."""
 
 NOTHING: Given = MappingProxyType({})
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+FLOATS = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 
 @dataclass(frozen=True)
 class PartSpec:
     """dtype and shape of one stored part."""
 
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
 
     @property
@@ -124,7 +126,7 @@ class Codec(ABC):
     """Whether a tensor can be decoded without the same tensor of another checkpoint."""
 
     @abstractmethod
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         """Every stored part of a tensor of this shape and dtype, in storage order.
 
         Raises UnsupportedTensor if the codec does not take such a tensor.
@@ -202,19 +204,19 @@ class Codec(ABC):
         """Encode a whole tensor. `backend` is `reference`, `cpu` or `triton`; by default the one for x's device."""
         shape, x = tuple(x.shape), x.detach().contiguous()
         chosen = kernels.resolve(backend, x.device)
-        specs = self.parts(shape, x.dtype)
-        parts = {k: torch.empty(s.shape, dtype=s.dtype, device=x.device) for k, s in specs.items()}
+        specs = self.parts(shape, dtypes.of(x.dtype))
+        parts = {k: torch.empty(s.shape, dtype=s.dtype.torch, device=x.device) for k, s in specs.items()}
         self.encode_into(x, parts, chosen, given)
         return EncodedTensor(self, shape, x.dtype, parts)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> EncodedTensor:
         """The encoding of an all-zero tensor (all parts zero), without encoding one."""
-        specs = self.parts(shape, dtype)
+        specs = self.parts(shape, dtypes.of(dtype))
         return EncodedTensor(
-            self, shape, dtype, {k: torch.zeros(s.shape, dtype=s.dtype, device=device) for k, s in specs.items()}
+            self, shape, dtype, {k: torch.zeros(s.shape, dtype=s.dtype.torch, device=device) for k, s in specs.items()}
         )
 
-    def nbytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    def nbytes(self, shape: tuple[int, ...], dtype: DType) -> int:
         """Bytes of all parts before packing."""
         return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
 
@@ -239,7 +241,7 @@ class Codec(ABC):
             raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {found}")
         return values.detach().to(like.device, torch.float32).contiguous().view(-1)
 
-    def require_float(self, dtype: torch.dtype) -> None:
+    def require_float(self, dtype: DType) -> None:
         """Raise UnsupportedTensor unless dtype is one of fp32, fp16, bf16, fp64."""
         if dtype not in FLOATS:
             raise UnsupportedTensor(f"{self.name} takes fp32, fp16, bf16 or fp64 tensors, not {dtype}; use raw")
@@ -273,8 +275,8 @@ class EncodedTensor:
     parts: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        specs = self.codec.parts(self.shape, self.dtype)
-        found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in self.parts.items()}
+        specs = self.codec.parts(self.shape, dtypes.of(self.dtype))
+        found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in self.parts.items()}
         if found != specs:
             raise FormatError(f"parts of {self.codec} for {self.dtype} {self.shape}: expected {specs}, found {found}")
 

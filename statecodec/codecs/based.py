@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, store
@@ -20,9 +17,14 @@ from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.split import Split
 from statecodec.codecs.uniform import Uniform
+from statecodec.dtypes import FLOAT32, INT16, INT32, INT64, UINT8, DType
 from statecodec.errors import FormatError
+from statecodec.lazy import torch
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_INTEGERS = {1: UINT8, 2: INT16, 4: INT32, 8: INT64}
 
 
 class Based(Codec):
@@ -58,7 +60,7 @@ class Delta(Based):
         known = isinstance(self.inner, Raw | Cast | Split | Companded | Logarithmic | Uniform)
         self.require(known, "inner is one of raw, cast, split, companded, logarithmic, uniform")
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         specs = self.inner.parts(shape, dtype)
         # Elements wider than eight bytes (complex) are taken apart into integers of eight.
         return {
@@ -105,9 +107,9 @@ class Residual(Based):
         self.require(isinstance(self.inner, Cast | Companded | Uniform), "inner is one of cast, companded, uniform")
         self.require(not (isinstance(self.inner, Companded) and not self.inner.signed), "inner must be signed")
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        return {f"residual.{k}": spec for k, spec in self.inner.parts(shape, torch.float32).items()}
+        return {f"residual.{k}": spec for k, spec in self.inner.parts(shape, FLOAT32).items()}
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return self.inner.align(shape)
@@ -145,7 +147,7 @@ def _integer_shape(spec: PartSpec) -> tuple[int, ...]:
 
 
 def _integers(part: Tensor) -> Tensor:
-    integer = _INTEGERS[min(part.dtype.itemsize, 8)]
+    integer = _INTEGERS[min(part.dtype.itemsize, 8)].torch
     if part.dtype.itemsize > 8:
         return torch.view_as_real(part.contiguous()).view(integer)
     return part.contiguous().view(integer)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from statecodec.lazy import torch
 
-_TARGETS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TARGETS = {"bf16": BFLOAT16, "fp16": FLOAT16, "fp32": FLOAT32}
 _UNITS = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2.0**-24, 2.0**-150)}
 
 
@@ -32,7 +34,7 @@ class Cast(Codec):
     def __post_init__(self) -> None:
         self.require(self.to in _TARGETS, f"to={self.to!r}, expected one of {', '.join(_TARGETS)}")
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
         return {"data": PartSpec(_TARGETS[self.to], shape)}
 
@@ -54,5 +56,5 @@ class Cast(Codec):
     def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
         relative, absolute = _UNITS[self.to]
         size = x.to(torch.float64).abs()
-        exact = x.to(_TARGETS[self.to]).to(torch.float64) == x.to(torch.float64)
+        exact = x.to(_TARGETS[self.to].torch).to(torch.float64) == x.to(torch.float64)
         return torch.where(exact, torch.zeros_like(size), size * relative + absolute)

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from statecodec.codecs.base import Codec
+from statecodec.dtypes import DType
 
 CHUNK_ELEMENTS = 1 << 20
 PIECE_ELEMENTS = 1 << 22  # of a tensor that is one chunk, but decoded in pieces
@@ -25,7 +24,7 @@ class Chunk:
     shape: tuple[int, ...]
 
 
-def chunks(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: int = CHUNK_ELEMENTS) -> list[Chunk]:
+def chunks(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHUNK_ELEMENTS) -> list[Chunk]:
     """The pieces, in order, about `target` elements each; one piece if the codec cannot be cut.
 
     Every piece's parts, concatenated byte by byte, are the parts of the whole tensor. A tensor without elements is one
@@ -34,7 +33,7 @@ def chunks(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: int
     return list(iterate(codec, shape, dtype, target))
 
 
-def iterate(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, target: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
+def iterate(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
     """`chunks`, lazily."""
     total = math.prod(shape)
     align = codec.align(shape)

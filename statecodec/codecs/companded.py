@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import lcm
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import (
@@ -26,8 +23,13 @@ from statecodec.codecs.base import (
     rows_cols,
     store,
 )  # fmt: skip
+from statecodec.dtypes import BFLOAT16, INT8, UINT8, DType
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 from statecodec.kernels.fused import Stored
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
 
@@ -88,13 +90,13 @@ class Companded(Codec):
         config = super().config()
         return config if self.top else {k: v for k, v in config.items() if k != "top"}
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
         _, cols = self.rows_cols(shape)
         packed = shape if self.bits == 8 else in_rows(shape, -(-cols // 2), self.rows)
         return {
-            "codes": PartSpec(torch.int8 if self.signed and self.bits == 8 else torch.uint8, packed),
-            "scales": PartSpec(torch.bfloat16, in_rows(shape, -(-cols // self.group), self.rows)),
+            "codes": PartSpec(INT8 if self.signed and self.bits == 8 else UINT8, packed),
+            "scales": PartSpec(BFLOAT16, in_rows(shape, -(-cols // self.group), self.rows)),
         }
 
     def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
 from statecodec.codecs.uniform import grid_bound
+from statecodec.dtypes import INT32, DType
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP, Grid
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,9 @@ class Direction(Codec):
         """The grid as the kernels take it."""
         return Grid(self.step)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        return {"codes": PartSpec(torch.int32, shape)}
+        return {"codes": PartSpec(INT32, shape)}
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import (
@@ -26,7 +23,12 @@ from statecodec.codecs.base import (
     store,
 )  # fmt: skip
 from statecodec.codecs.raw import Raw
+from statecodec.dtypes import FLOAT32, DType
 from statecodec.kernels.fused import Stored
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class Folded(Codec):
     def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
         return along_the_last(version, fields)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        inner = self.inner.parts(self.mean_shape(shape), torch.float32)
+        inner = self.inner.parts(self.mean_shape(shape), FLOAT32)
         return {f"mean.{k}": spec for k, spec in inner.items()}
 
     def align(self, shape: tuple[int, ...]) -> int | None:

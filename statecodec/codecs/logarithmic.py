@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.dtypes import INT16, DType
 from statecodec.kernels.grids import MAX_PER_OCTAVE, LogGrid
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Logarithmic(Codec):
         """The grid with its table of values."""
         return LogGrid(self.steps)
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        return {"codes": PartSpec(torch.int16, shape)}
+        return {"codes": PartSpec(INT16, shape)}
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import (
@@ -24,6 +21,11 @@ from statecodec.codecs.base import (
 )  # fmt: skip
 from statecodec.codecs.chunking import PIECE_ELEMENTS, iterate
 from statecodec.codecs.raw import Raw
+from statecodec.dtypes import FLOAT32, DType, of
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _FORMS = ("product", "square", "rank_one")
 _LARGEST = 1e38  # beyond, products of fp32 factors may round to infinity
@@ -54,11 +56,11 @@ class LowRank(Codec):
         self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
         self.require(self.form != "rank_one" or self.rank == 1, "form=rank_one needs rank=1")
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
         rows, cols = self.rows_cols(shape)
         rank = min(self.rank, rows, cols)
-        return {"left": PartSpec(torch.float32, (rows, rank)), "right": PartSpec(torch.float32, (rank, cols))}
+        return {"left": PartSpec(FLOAT32, (rows, rank)), "right": PartSpec(FLOAT32, (rank, cols))}
 
     def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
         return rows_cols(shape, self.rows)
@@ -90,7 +92,7 @@ class LowRank(Codec):
     ) -> None:
         shape = tuple(out.shape)
         matrix = out.view(self.rows_cols(shape))
-        for piece in iterate(Raw(), tuple(matrix.shape), out.dtype, PIECE_ELEMENTS):
+        for piece in iterate(Raw(), tuple(matrix.shape), of(out.dtype), PIECE_ELEMENTS):
             rows, cols = piece.shape if len(piece.shape) == 2 else matrix.shape
             first, column = divmod(piece.start, max(matrix.shape[1], 1))
             target = matrix[first : first + rows, column : column + cols]

@@ -13,14 +13,16 @@ paths: `<name>.codec.name`, `<name>.parts.codes`) and can keep the parts as they
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import dtypes
 from statecodec.codecs.base import EncodedTensor
 from statecodec.codecs.spec import from_config
 from statecodec.errors import FormatError
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    pass
 
 KEYS = frozenset(("codec", "shape", "dtype", "parts"))
 _MAX_DIMS = 64
@@ -55,10 +57,10 @@ def from_plain(value: Mapping[str, Any]) -> EncodedTensor:
         raise FormatError(f"an encoded tensor's shape is a list of sizes, found {_shown(shape)}")
     if not isinstance(dtype, str) or dtype not in dtypes.STORED:
         raise FormatError(f"an encoded tensor's dtype is one of {', '.join(dtypes.STORED)}, found {_shown(dtype)}")
-    if not isinstance(parts, Mapping) or not all(isinstance(t, Tensor) for t in parts.values()):
+    if not isinstance(parts, Mapping) or not all(isinstance(t, torch.Tensor) for t in parts.values()):
         raise FormatError(f"an encoded tensor's parts are tensors by name, found {_shown(parts)}")
     codec = from_config(value["codec"]).settled(tuple(shape))
-    return EncodedTensor(codec, tuple(shape), dtypes.STORED[dtype], dict(parts))
+    return EncodedTensor(codec, tuple(shape), dtypes.STORED[dtype].torch, dict(parts))
 
 
 def _shown(value: object) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.dtypes import DType
 from statecodec.kernels.fused import Stored
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Raw(Codec):
 
     name: ClassVar[str] = "raw"
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         return {"data": PartSpec(dtype, shape)}
 
     def stored(self) -> Stored | None:

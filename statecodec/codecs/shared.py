@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, rounding, store
 from statecodec.codecs.raw import Raw
+from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import UnsupportedTensor
 from statecodec.kernels.fused import Stored
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,9 @@ class Shared(Codec):
             )
         return tuple(min(n, 1) if d in self.dims else n for d, n in enumerate(shape))
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
-        return {f"mean.{k}": spec for k, spec in self.inner.parts(self.mean_shape(shape), torch.float32).items()}
+        return {f"mean.{k}": spec for k, spec in self.inner.parts(self.mean_shape(shape), FLOAT32).items()}
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None

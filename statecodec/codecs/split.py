@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding
+from statecodec.dtypes import BFLOAT16, FLOAT16, INT8, INT16, DType
+from statecodec.lazy import torch
 
-_HIGH = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LOW = {8: torch.int8, 16: torch.int16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HIGH = {"bf16": BFLOAT16, "fp16": FLOAT16}
+_LOW = {8: INT8, 16: INT16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Split(Codec):
         self.require(self.high in _HIGH, f"high={self.high!r}, expected bf16 or fp16")
         self.require(self.low_bits in _LOW, f"low_bits={self.low_bits}, expected 8 or 16")
 
-    def parts(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
         return {"high": PartSpec(_HIGH[self.high], shape), "low": PartSpec(_LOW[self.low_bits], shape)}
 

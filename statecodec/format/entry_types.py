@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from statecodec import dtypes
 from statecodec.codecs import PartSpec
 
@@ -20,9 +18,8 @@ def entry_type(spec: PartSpec) -> tuple[str, tuple[int, ...]]:
     return "U8", (*spec.shape, spec.dtype.itemsize)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: dtypes.DType) -> str:
     """The manifest's name of a dtype, such as `float32`; KeyError if the format has none."""
-    name = dtypes.name_of(dtype)
-    if name not in dtypes.STORED:
+    if dtype not in dtypes.NUMBERS:
         raise KeyError(dtype)
-    return name
+    return dtype.name

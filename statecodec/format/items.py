@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from statecodec.codecs import Codec, PartSpec, from_config
 from statecodec.codecs.chunking import Chunk
-from statecodec.dtypes import STORED
+from statecodec.dtypes import STORED, DType
 from statecodec.errors import CodecError, FormatError, LimitExceeded, UnknownCodec, UnsupportedVersion
 from statecodec.format.entry_types import dtype_name, entry_type
 from statecodec.limits import MAX_PACKED_CHUNK, Limits
@@ -19,7 +17,7 @@ from statecodec.strict import Fields
 
 PLAIN, PACKED, SHARED = "plain", "packed", "shared"
 
-Specs = Callable[[tuple[int, ...], torch.dtype], dict[str, PartSpec]]
+Specs = Callable[[tuple[int, ...], DType], dict[str, PartSpec]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class StoredItem:
     name: str
     codec: Codec
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     storage: str
     parts: Mapping[str, PartSpec]
     chunks: tuple[StoredChunk, ...]
@@ -100,7 +98,7 @@ def shares(record: int, sizes: Iterable[int]) -> list[int]:
     return found
 
 
-def read_dtype(fields: Fields) -> torch.dtype:
+def read_dtype(fields: Fields) -> DType:
     """The field `dtype`. Raises UnsupportedVersion."""
     name = fields.take("dtype", str)
     if name not in STORED:
@@ -146,7 +144,7 @@ def checked_specs(codec: Codec, where: str) -> Specs:
     """`codec.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
     known: dict[tuple[int, ...], dict[str, PartSpec]] = {}
 
-    def specs(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, PartSpec]:
+    def specs(shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         if shape not in known:
             try:
                 known[shape] = codec.parts(shape, dtype)
@@ -162,7 +160,7 @@ class Tensor:
     """What the manifest says of a tensor before it says how it is cut: checked."""
 
     codec: Codec
-    dtype: torch.dtype
+    dtype: DType
     shape: tuple[int, ...]
     storage: str
     parts: Mapping[str, PartSpec]

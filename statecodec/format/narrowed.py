@@ -11,14 +11,16 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
 from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["LOW_BITS", "Form", "join", "split", "takes"]
 

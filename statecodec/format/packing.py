@@ -13,11 +13,9 @@ import struct
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import zstandard
-from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec, rows_cols
@@ -34,7 +32,11 @@ from statecodec.format.planes import (
     unpack_plane,
 )  # fmt: skip
 from statecodec.kernels.reference.planes import plane_layout
+from statecodec.lazy import torch
 from statecodec.limits import MAX_WINDOW
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NARROWED, WITHIN = 5, 6  # a part of codes: its first row, and its others
 ROW = struct.Struct("<BI")

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
 from statecodec.codecs import Codec, PartSpec
 from statecodec.codecs.chunking import Chunk, chunks
+from statecodec.dtypes import DType
 from statecodec.errors import FormatError, UsageError
 from statecodec.format.container import MANIFEST_ENTRY, UNKNOWN_OFFSET, Entry, build_header
 from statecodec.format.entry_types import dtype_name, entry_type
@@ -40,7 +39,7 @@ class Item:
     name: str
     codec: Codec
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: DType
     attributes: dict[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     text: bool = False
@@ -154,7 +153,7 @@ class _Forms:
 
     def __init__(self, packing: Packing, items: int) -> None:
         self._plain, self._many = packing.method == "none", items > MANY_ITEMS
-        self._known: dict[tuple[Codec, tuple[int, ...], torch.dtype], Form] = {}
+        self._known: dict[tuple[Codec, tuple[int, ...], DType], Form] = {}
 
     def of(self, item: Item) -> Form:
         shape = tuple(item.shape)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.format.frames import decompress
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
 WORTH = 0.97  # a plane is compressed only below this share of its size

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xxhash
-from torch import Tensor
 
+from statecodec import dtypes
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
@@ -29,8 +28,12 @@ from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, 
 from statecodec.format.items import PACKED, StoredItem, StoredRecord
 from statecodec.format.manifest import Manifest
 from statecodec.format.packing import decode_record
+from statecodec.lazy import torch
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _UNPACKED = 8  # shared records that are kept: neighbours are read together
 
@@ -186,9 +189,12 @@ class Reader:
         flat = {k: part.view(-1).view(torch.uint8) for k, part in parts.items()}
         for k, chunk in enumerate(item.chunks):
             specs = item.codec.parts(chunk.shape, item.dtype)
-            out = {n: flat[n][offsets.parts[n][k] :][: s.nbytes].view(s.dtype).view(s.shape) for n, s in specs.items()}
+            out = {
+                n: flat[n][offsets.parts[n][k] :][: s.nbytes].view(s.dtype.torch).view(s.shape)
+                for n, s in specs.items()
+            }
             self.read_chunk(i, k, out)
-        return EncodedTensor(item.codec, item.shape, item.dtype, parts)
+        return EncodedTensor(item.codec, item.shape, item.dtype.torch, parts)
 
     def stored_nbytes(self, item: int) -> int:
         """Bytes of an item in the file."""
@@ -202,7 +208,7 @@ class Reader:
             try:
                 for k, chunk in enumerate(item.chunks):
                     specs = item.codec.parts(chunk.shape, item.dtype)
-                    fits = {n: PartSpec(t.dtype, tuple(t.shape)) for n, t in out.items()} == specs
+                    fits = {n: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for n, t in out.items()} == specs
                     out = self.read_chunk(i, k, out if fits else None)
             except FormatError as found:
                 error = found
@@ -321,11 +327,11 @@ def _running(sizes: Sequence[int]) -> list[int]:
 
 
 def _empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
-    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu") for name, spec in specs.items()}
+    return {name: torch.empty(spec.shape, dtype=spec.dtype.torch, device="cpu") for name, spec in specs.items()}
 
 
 def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
-    found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in out.items()}
+    found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in out.items()}
     if found != dict(specs):
         raise UsageError(f"out should have parts {dict(specs)}, found {found}")
     if any(t.device.type != "cpu" or not t.is_contiguous() for t in out.values()):

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.buffers import Bytes
 from statecodec.codecs import PartSpec
+from statecodec.dtypes import DType
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Parts = Mapping[str, PartSpec]
 
 
 def vectors(items: Sequence[Parts]) -> list[Tensor]:
     """Vectors of the right dtypes and sizes, to be filled: in the order in which dtypes first occur."""
-    numel: dict[torch.dtype, int] = {}
+    numel: dict[DType, int] = {}
     for parts in items:
         for spec in parts.values():
             numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
-    return [torch.empty(count, dtype=dtype, device="cpu") for dtype, count in numel.items()]
+    return [torch.empty(count, dtype=dtype.torch, device="cpu") for dtype, count in numel.items()]
 
 
 def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:
@@ -30,9 +33,9 @@ def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:
     for parts, data in items:
         position = 0
         for spec in parts.values():
-            piece = data[position : position + spec.nbytes]
-            flat[spec.dtype][at[spec.dtype] : at[spec.dtype] + spec.nbytes] = piece
-            at[spec.dtype] += spec.nbytes
+            piece, dtype = data[position : position + spec.nbytes], spec.dtype.torch
+            flat[dtype][at[dtype] : at[dtype] + spec.nbytes] = piece
+            at[dtype] += spec.nbytes
             position += spec.nbytes
     return found
 
@@ -45,8 +48,9 @@ def split(items: Sequence[Parts], filled: Sequence[Tensor]) -> list[dict[str, Te
     for parts in items:
         own = {}
         for name, spec in parts.items():
-            start = at[spec.dtype]
-            at[spec.dtype] = start + spec.numel
-            own[name] = flat[spec.dtype][start : start + spec.numel].view(spec.shape)
+            dtype = spec.dtype.torch
+            start = at[dtype]
+            at[dtype] = start + spec.numel
+            own[name] = flat[dtype][start : start + spec.numel].view(spec.shape)
         found.append(own)
     return found

@@ -8,12 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
+from statecodec import dtypes
 from statecodec._version import __version__
 from statecodec.atomic import File
 from statecodec.buffers import Bytes, Pool
@@ -29,7 +28,11 @@ from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import Item, PlannedItem, plan
 from statecodec.format.reader import Reader, Record
+from statecodec.lazy import torch
 from statecodec.strict import dump_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHARING_ITEMS = 1024  # small items in one record, at most: whoever wants one unpacks all of them
 _SHARING_BYTES = 256 << 10  # of their parts, about
@@ -366,7 +369,7 @@ def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:
 
 
 def _checked(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], name: str) -> list[Tensor]:
-    found = {k: PartSpec(t.dtype, tuple(t.shape)) for k, t in parts.items()}
+    found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in parts.items()}
     if found != dict(specs):
         raise UsageError(f"item {name!r}: its chunk should have parts {dict(specs)}, found {found}")
     if any(t.device.type != "cpu" for t in parts.values()):

@@ -12,14 +12,14 @@ import importlib.util
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
-import torch
-from torch import Tensor
-
 from statecodec.errors import BackendUnavailable
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.grids import Grid, LogGrid
+from statecodec.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from statecodec.kernels.reference.statistics import Comparison, UpdateComparison, UpdateSize
 
 # What an encoding kernel found in its input; it returns the bits, the codec raises.

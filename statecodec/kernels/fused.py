@@ -34,12 +34,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from statecodec.kernels.curves import Curve
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # New weights and moments stay below this in magnitude: with a little room above them, every operation of a step is
 # exact to the last bit on every backend.

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from statecodec.dtypes import DType
 from statecodec.files import IN_MEMORY, Identity
 from statecodec.roles import Role
 
@@ -26,7 +25,7 @@ class Region:
     offset: int
     """First byte in the file."""
     nbytes: int
-    dtype: torch.dtype
+    dtype: DType
     shape: Shape
     lossless: bool = False
     """Several different, overlapping or strided windows look at it: only a lossless byte codec may be used."""
@@ -66,7 +65,7 @@ class Logical:
 
     name: str
     """Unique in the checkpoint; in a directory it begins with the file's or folder's path and a colon."""
-    dtype: torch.dtype
+    dtype: DType
     """The file's own: a region of a dtype that cannot be encoded is one of bytes."""
     shape: Shape
     pieces: tuple[Piece, ...]
@@ -95,7 +94,7 @@ class View:
     name: str
     region: int
     """Index into SourceFile.regions."""
-    dtype: torch.dtype
+    dtype: DType
     shape: Shape
     stride: Shape
     """In elements of dtype."""

@@ -11,11 +11,9 @@ import math
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
-
+from statecodec.dtypes import DType
 from statecodec.errors import LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource, PartOfBytes
 from statecodec.layouts.base import Box, Crc32, Logical, Piece, Region, Shape, SourceFile, View
@@ -29,7 +27,11 @@ from statecodec.layouts.protocol import Claim, Facts, Located, Read
 from statecodec.layouts.regions import physical_shape, stored_region
 from statecodec.layouts.torch_zip import Archive, check_storages, is_zip, open_archive
 from statecodec.layouts.walk import Names, most_tensors
+from statecodec.lazy import torch
 from statecodec.names import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 name: Final = "dcp"
 
@@ -73,12 +75,12 @@ def tree(listing: Listing, read: Read) -> Any:
         for key in each.archive.storages if each.archive else ():
             inner[f"{number}/{key}"] = (each, key)
 
-    def tensor(key: str, dtype: torch.dtype, shape: Shape, stride: Shape, offset: int) -> Tensor:
+    def tensor(key: str, dtype: DType, shape: Shape, stride: Shape, offset: int) -> Tensor:
         if key.startswith(_WHOLE):
             key = key.removeprefix(_WHOLE)
             return _whole(index.tensors[key], chunks[key], read)
         if key not in inner:  # a meta tensor: it never had bytes
-            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return torch.empty_strided(shape, stride, dtype=dtype.torch, device="meta")
         if key not in loaded:
             loaded[key] = _storage(*inner[key], read)
         return window(loaded[key], dtype, shape, stride, offset)
@@ -182,7 +184,7 @@ def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
         pieces.append(window(storage, node.dtype, node.shape, node.stride, node.offset))
     if len(pieces) == 1:
         return pieces[0]
-    whole = torch.empty(about.size, dtype=about.dtype, device=pieces[0].device if pieces else "cpu")
+    whole = torch.empty(about.size, dtype=about.dtype.torch, device=pieces[0].device if pieces else "cpu")
     for each, piece in zip(chunks, pieces, strict=True):
         box = each.item.box
         assert box is not None

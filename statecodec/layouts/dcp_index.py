@@ -14,8 +14,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any, Final
 
-import torch
-
+from statecodec.dtypes import DType
 from statecodec.errors import MalformedCheckpoint, UnknownLayout
 from statecodec.layouts.base import Box, Shape
 from statecodec.layouts.listing import Listing
@@ -45,7 +44,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class TensorAbout:
-    dtype: torch.dtype
+    dtype: DType
     size: Shape
 
 
@@ -135,7 +134,7 @@ def _tensor(key: str, about: dict[str, Any]) -> tuple[TensorAbout, list[Box]]:
     properties, chunks = about.get("properties"), about.get("chunks")
     state = properties.state if type(properties) is Opaque else None
     dtype = state[0] if type(state) is tuple and state else None
-    if type(dtype) is not torch.dtype or type(chunks) is not list:
+    if type(dtype) is not DType or type(chunks) is not list:
         raise MalformedCheckpoint(f"{INDEX}: dtype or chunks of {shown(key)!r:.80} are not understood")
     size = _sizes(about.get("size"))
     boxes = []

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
-
+from statecodec.dtypes import UINT8, DType
 from statecodec.files import ByteSource
 from statecodec.layouts.base import Crc32, Logical, Piece, SourceFile, View
 from statecodec.layouts.listing import ListedFile
@@ -17,7 +16,7 @@ from statecodec.layouts.protocol import Facts, Located
 from statecodec.layouts.regions import Cut, cut
 from statecodec.layouts.walk import Names, walk
 
-_BYTES: Final = torch.uint8
+_BYTES: Final = UINT8
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _dtype_and_shape(piece: Cut) -> tuple[torch.dtype, tuple[int, ...]]:
+def _dtype_and_shape(piece: Cut) -> tuple[DType, tuple[int, ...]]:
     """The file's own, where a dtype that cannot be encoded made the region one of bytes."""
     region = piece.region
     if region.dtype is _BYTES and len(piece.windows) == 1 and not region.lossless:

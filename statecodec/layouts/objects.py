@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-import torch
-from torch import Tensor
-
+from statecodec.dtypes import DType
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode, children
+from statecodec.layouts.pickle.nodes import (
+    DeviceNode,
+    DictNode,
+    Global,
+    Opaque,
+    SetNode,
+    SizeNode,
+    StorageNode,
+    TensorNode,
+    children,
+)
 from statecodec.layouts.pickle.plain_values import factory, plain, sparse
+from statecodec.lazy import torch
 
-TensorSource = Callable[[str, torch.dtype, tuple[int, ...], tuple[int, ...], int], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TensorSource: TypeAlias = "Callable[[str, DType, tuple[int, ...], tuple[int, ...], int], Tensor]"
 """(storage key, dtype, shape, stride, offset in elements) -> that window; windows of one storage must share memory."""
 
 _MAX_KEY_PARTS: Final = 10_000
@@ -47,9 +59,10 @@ class OpaqueObject:
         return f"<opaque {self.module}.{self.name}{inside}>"
 
 
-def window(storage: Tensor, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+def window(storage: Tensor, dtype: DType, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
     """A strided tensor onto the memory of `storage` (1-D uint8, from its storage's first byte); nothing is copied."""
-    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage.untyped_storage(), offset, shape, stride)
+    empty = torch.empty(0, dtype=dtype.torch, device=storage.device)
+    return empty.set_(storage.untyped_storage(), offset, shape, stride)
 
 
 def build(root: Any, tensor: TensorSource) -> Any:
@@ -82,7 +95,10 @@ class _Builder:
         return self.value(root)
 
     def value(self, node: Any) -> Any:
-        return self.made[id(node)] if type(node) in _COMPOUND else node
+        kind = type(node)
+        if kind in _COMPOUND:
+            return self.made[id(node)]
+        return _OF_TORCH[kind](node) if kind in _OF_TORCH else node
 
     def start(self, node: Any) -> None:
         """Make what can exist before its contents do."""
@@ -170,6 +186,21 @@ class _Builder:
         if len(keys) > 1000 and distinct * 8 < len(keys) and len({id(k) for k in keys}) > distinct * 2:
             raise MalformedCheckpoint(f"a dict of {len(keys)} keys whose hashes collide on purpose")
         return keys
+
+
+def _device(node: DeviceNode) -> Any:
+    try:
+        return torch.device(*node.args)
+    except RuntimeError:  # a device type of another build
+        return OpaqueObject("torch", "device", node.args)
+
+
+_OF_TORCH: Final[dict[type, Callable[[Any], Any]]] = {
+    DType: lambda dtype: dtype.torch,
+    SizeNode: lambda sizes: torch.Size(sizes),
+    DeviceNode: _device,
+}
+"""Descriptions of torch's plain values -> the values."""
 
 
 def _empty_dict(node: DictNode) -> Any:

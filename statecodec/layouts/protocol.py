@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from statecodec.layouts.base import Derived, Logical, Moments, SourceFile
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.pickle.nodes import TensorNode
 
-Read = Callable[[str, int, int], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Read: TypeAlias = "Callable[[str, int, int], Tensor]"
 """(path, offset, nbytes) -> those bytes of a file as a 1-D uint8 tensor, writable and owned by the caller."""
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import torch
-
-from statecodec.dtypes import NUMBERS
+from statecodec.dtypes import NUMBERS, UINT8, DType
 from statecodec.layouts.base import Region
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
@@ -79,18 +77,16 @@ def cut(storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str,
     return cuts
 
 
-def stored_region(
-    offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...], *, lossless: bool = False
-) -> Region:
+def stored_region(offset: int, nbytes: int, dtype: DType, shape: tuple[int, ...], *, lossless: bool = False) -> Region:
     """A region of numbers, or of bytes where the dtype is not one that can be encoded."""
     if dtype not in NUMBERS:
-        dtype, shape = torch.uint8, (nbytes,)
+        dtype, shape = UINT8, (nbytes,)
     return Region(offset, nbytes, dtype, shape, lossless)
 
 
-def _flat(dtype: torch.dtype, nbytes: int) -> tuple[torch.dtype, tuple[int, ...]]:
+def _flat(dtype: DType, nbytes: int) -> tuple[DType, tuple[int, ...]]:
     if nbytes % dtype.itemsize:
-        return torch.uint8, (nbytes,)
+        return UINT8, (nbytes,)
     return dtype, (nbytes // dtype.itemsize,)
 
 
@@ -127,6 +123,6 @@ def _cut(cluster: _Cluster, offset: int) -> Cut:
     if len(dtypes) == 1 and None not in shapes and shape is not None:
         region = stored_region(offset + cluster.start, span, first.dtype, shape)
     else:
-        dtype = first.dtype if len(dtypes) == 1 else torch.uint8
+        dtype = first.dtype if len(dtypes) == 1 else UINT8
         region = stored_region(offset + cluster.start, span, *_flat(dtype, span), lossless=True)
     return Cut(region, first_name, [(n, t, t.offset - cluster.start // t.dtype.itemsize) for n, t in cluster.windows])

@@ -10,9 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Final
 
-import torch
-
-from statecodec.dtypes import SAFETENSORS, SAFETENSORS_SUB_BYTE_BITS
+from statecodec.dtypes import SAFETENSORS, SAFETENSORS_SUB_BYTE_BITS, UINT8
 from statecodec.errors import FormatError, LimitExceeded, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts.graph import Graph, Span, contiguous
@@ -80,7 +78,7 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
     numel = math.prod(shape)
     if not isinstance(dtype_name, str):
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: its dtype is no string")
-    left, dtype, view_shape = 0, torch.uint8, (end - begin,)  # a dtype that is not known is carried as bytes
+    left, dtype, view_shape = 0, UINT8, (end - begin,)  # a dtype that is not known is carried as bytes
     nbytes = max(end - begin, 0)
     if dtype_name in SAFETENSORS_SUB_BYTE_BITS:
         nbytes, left = divmod(numel * SAFETENSORS_SUB_BYTE_BITS[dtype_name], 8)

@@ -11,11 +11,9 @@ Everything but the storages is small and is held against its CRC; storages' CRCs
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
-
+from statecodec.dtypes import DType
 from statecodec.errors import MalformedCheckpoint, UnknownLayout
 from statecodec.files import ByteSource
 from statecodec.layouts.base import Crc32
@@ -26,6 +24,10 @@ from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
 from statecodec.layouts.protocol import Claim, Located, Read
 from statecodec.layouts.walk import most_tensors
 from statecodec.layouts.zip_reader import Entry, read_checked, read_entries
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 name: Final = "torch_zip"
 
@@ -74,10 +76,10 @@ def tree(listing: Listing, read: Read) -> Any:
         archive, root = _read(source, file.path)
     loaded: dict[str, Tensor] = {}
 
-    def tensor(key: str, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    def tensor(key: str, dtype: DType, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
         entry = archive.storages.get(key)
         if entry is None:  # a meta tensor: it never had bytes
-            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            return torch.empty_strided(shape, stride, dtype=dtype.torch, device="meta")
         if key not in loaded:
             loaded[key] = read(file.path, entry.offset, entry.nbytes)
         return window(loaded[key], dtype, shape, stride, offset)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Final
 
 from statecodec.errors import LayoutError
 from statecodec.layouts import opaque
@@ -17,6 +14,10 @@ from statecodec.layouts.objects import TensorSource, build
 from statecodec.layouts.pickle.reader import read_pickle
 from statecodec.layouts.protocol import Read
 from statecodec.layouts.registry import claimed
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE: Final = 16 << 20
 

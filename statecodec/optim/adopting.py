@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statecodec import kernels
+from statecodec import dtypes, kernels
 from statecodec.codecs import EncodedTensor, Raw, Split, format_codec
 from statecodec.codecs.base import FLOATS
 from statecodec.codecs.plain import from_plain, is_plain
+from statecodec.dtypes import FLOAT32
 from statecodec.errors import OptimizerError
 from statecodec.optim.dense import (
     MOMENTS,
@@ -112,7 +113,7 @@ def recast(p: Tensor, split: Split, low: EncodedTensor, recipe: Recipe) -> dict[
     Returns the new low part, if there is one; None if the parameter has changed by more than a cast, so that the low
     part says nothing about it.
     """
-    high = p.detach().to(split.parts((1,), torch.float32)["high"].dtype).contiguous()
+    high = p.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()
     old = low.parts["data"].to(p.device)
     if not torch.equal(high.to(p.dtype), p) or old.shape != p.shape:
         return None
@@ -158,7 +159,7 @@ def _check_kind(value: EncodedTensor, name: str | int, state: str) -> None:
     """Raise OptimizerError for tensors that hold no numbers, or not of the kind that the state is."""
     if any(part.is_meta or part.layout != torch.strided for part in value.parts.values()):
         raise OptimizerError(f"{name}: {state} is a sparse tensor or has no data")
-    if not (value.dtype in (torch.int8, torch.int16) if state == LOW else value.dtype in FLOATS):
+    if not (value.dtype in (torch.int8, torch.int16) if state == LOW else dtypes.of(value.dtype) in FLOATS):
         kinds = "int8 or int16" if state == LOW else "a float"
         raise OptimizerError(f"{name}: {state} is {kinds}, found {value.dtype}")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.codecs import Codec, EncodedTensor, Raw, Split
+from statecodec.dtypes import FLOAT32
 from statecodec.kernels.fused import Hyper, Stored
 from statecodec.optim import tiles, units
 from statecodec.optim.weights import Weight, whole
@@ -67,7 +68,7 @@ class Recipe:
         if self.split is None:
             return None
         shape = tuple(self.made_for[1])
-        return StateSpec(Raw(), shape, self.split.parts(shape, torch.float32)["low"].dtype)
+        return StateSpec(Raw(), shape, self.split.parts(shape, FLOAT32)["low"].dtype.torch)
 
     @cached_property
     def stored(self) -> dict[str, StateSpec]:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from statecodec import kernels
+from statecodec import dtypes, kernels
 from statecodec.codecs import Codec, EncodedTensor, Folded, Raw, rows_cols
 from statecodec.codecs.base import inner_parts
 
@@ -72,7 +72,7 @@ def access(codec: Codec, walk: tuple[Tile, ...], dtype: torch.dtype) -> Access:
     for tile in walk:
         shape = (tile.rows, -(-tile.cols // folded.block) if folded else tile.cols)
         here: dict[str, PartSlice] = {}
-        for name, spec in inner.parts(shape, dtype).items():
+        for name, spec in inner.parts(shape, dtypes.of(dtype)).items():
             begin = offsets.get(name, 0)
             offsets[name] = begin + spec.numel
             here[name] = (begin, begin + spec.numel, spec.shape)
@@ -132,5 +132,5 @@ class StateTile:
 
     def parts_by_unit(self, unit: int) -> list[tuple[Tensor, int]]:
         """The stored parts of this tile, each with how many of its columns belong to `unit` elements of a row."""
-        widths = self._codec.parts((1, self.width(unit)), self._dtype)
+        widths = self._codec.parts((1, self.width(unit)), dtypes.of(self._dtype))
         return [(part, widths[name].shape[-1]) for name, part in self._parts.items()]

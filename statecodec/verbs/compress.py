@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from statecodec import choose, codecs, kernels
+from statecodec import choose, codecs, dtypes, kernels
 from statecodec._version import __version__
 from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
@@ -282,8 +282,8 @@ def _there_and_back(
     if device.type != "cpu":
         encoded = codec.encode(x.to(device), given=given)
         return encoded.parts, _compared(codec, x, encoded.decode(given=given).to("cpu"), given)
-    specs = codec.parts(tuple(x.shape), x.dtype)
-    parts = {name: _scratch.take("part", s.dtype, s.shape, name) for name, s in specs.items()}
+    specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
+    parts = {name: _scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
     comparison = codec.encode_into(x, parts, kernels.host(), given)
     if comparison is None:
         decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))

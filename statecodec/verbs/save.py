@@ -21,6 +21,7 @@ from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.stored import make_report
 from statecodec.codecs import EncodedTensor
 from statecodec.codecs.chunking import iterate
+from statecodec.dtypes import UINT8
 from statecodec.format import Item, Packing, Writer
 from statecodec.verbs.output_file import output_file
 
@@ -52,7 +53,7 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     tree = nested_json(obj, found)
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in found.tensors)
     text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
-    found.items.append(Item(TREE, codecs.Raw(), tuple(text.shape), torch.uint8, {"role": "skeleton"}, text=True))
+    found.items.append(Item(TREE, codecs.Raw(), tuple(text.shape), UINT8, {"role": "skeleton"}, text=True))
     found.tensors.append(text)
     source = {"name": _original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
@@ -70,7 +71,7 @@ def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, d
     encoded = (
         tensor
         if isinstance(tensor, EncodedTensor)
-        else EncodedTensor(item.codec, item.shape, item.dtype, {"data": tensor})
+        else EncodedTensor(item.codec, item.shape, item.dtype.torch, {"data": tensor})
     )
     flat = {name: part.reshape(-1) for name, part in encoded.parts.items()}
     position = dict.fromkeys(flat, 0)

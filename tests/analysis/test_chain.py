@@ -16,6 +16,7 @@ import statecodec
 from statecodec import codecs
 from statecodec.checkpoint.chain import MAX_LINKS
 from statecodec.codecs import Delta, Residual
+from statecodec.dtypes import of
 from statecodec.errors import CorruptFile, FormatError, InvalidCodec, StatecodecError, UnsupportedVersion, UsageError
 from statecodec.format import Reader
 from tests.analysis.make_golden import GOLDEN, tensor_digest
@@ -218,8 +219,8 @@ def test_delta_is_the_identity_on_any_bits(dtype: torch.dtype, count: int, seed:
     a, b = bits(), bits()
     delta = Delta(codecs.Raw())
     stored = delta.difference({"data": a}, {"data": b})
-    assert {k: (t.dtype, tuple(t.shape)) for k, t in stored.items()} == {
-        k: (s.dtype, s.shape) for k, s in delta.parts((count,), dtype).items()
+    assert {k: (of(t.dtype), tuple(t.shape)) for k, t in stored.items()} == {
+        k: (s.dtype, s.shape) for k, s in delta.parts((count,), of(dtype)).items()
     }
     back = delta.apply(stored, {"data": b})["data"]
     assert torch.equal(back.view(torch.uint8), a.view(torch.uint8))

@@ -15,6 +15,7 @@ from statecodec.choose import Policy, load_rules
 from statecodec.choose.architectures import recognise
 from statecodec.choose.snr import LayerSNR, kept, saved
 from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, types, write_rules
+from statecodec.dtypes import FLOAT32
 from statecodec.errors import PolicyError
 from statecodec.optim import SlimAdam
 from statecodec.optim.slimadam import read_rules
@@ -74,12 +75,12 @@ def test_one_file_serves_compress_and_the_optimizer(tmp_path: Path) -> None:
     assert optimizer_rules["h.*.v_proj.weight"] == (0,)
     for layer in layers:
         expected = chosen(layers, basis="type")[layer.name]
-        moment = TensorInfo("optimizer.state.0.exp_avg_sq", "exp_avg_sq", layer.name, layer.shape, torch.float32)
+        moment = TensorInfo("optimizer.state.0.exp_avg_sq", "exp_avg_sq", layer.name, layer.shape, FLOAT32)
         codec = policy.codec_for(moment)
         assert codec == (codecs.Shared(expected) if expected else codecs.Raw()), layer.name
         # The parameter of that name itself, and its first moment, are not touched.
         for role, name in (("weight", layer.name), ("exp_avg", "optimizer.state.0.exp_avg")):
-            assert policy.rule_for(TensorInfo(name, role, layer.name, layer.shape, torch.float32)) is None
+            assert policy.rule_for(TensorInfo(name, role, layer.name, layer.shape, FLOAT32)) is None
 
 
 def test_type_rules_transfer_to_another_depth_and_width(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from statecodec import codecs
 from statecodec.codecs import Codec
+from statecodec.dtypes import of
 from statecodec.errors import UnencodableValues, UnsupportedVersion
 from tests.contracts.codec import CodecContract, companions, sample
 
@@ -189,7 +190,7 @@ def test_rows_are_all_dimensions_but_the_first() -> None:
         assert codecs.Delta(old).settled((7,)) == codecs.Delta(codec) if "companded" in text else True
         assert all(torch.equal(p.reshape(-1), lines.parts[k].reshape(-1)) for k, p in found.parts.items())
         assert torch.equal(found.decode().view(-1), lines.decode().view(-1))
-    assert codecs.parse("companded").nbytes(x.shape, x.dtype) < 1.05 * x.numel()
+    assert codecs.parse("companded").nbytes(x.shape, of(x.dtype)) < 1.05 * x.numel()
     for wrong in (0, 3, "1", True, None):
         with pytest.raises(UnsupportedVersion):
             codecs.from_config({"name": "companded", "version": wrong})

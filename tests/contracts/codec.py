@@ -17,6 +17,7 @@ from torch import Tensor
 from statecodec import codecs
 from statecodec.codecs import Codec, Dropped
 from statecodec.codecs.chunking import chunks
+from statecodec.dtypes import FLOAT32, of
 from statecodec.errors import UnencodableValues, UnsupportedTensor
 
 SHAPES = [(), (1,), (7,), (0,), (3, 0), (0, 5), (1, 1), (3, 5), (5, 127), (4, 300), (2, 3, 4, 65)]
@@ -60,7 +61,7 @@ def companions(codec: Codec, x: Tensor) -> dict[str, Tensor]:
 def takes(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether the codec has parts for such a tensor."""
     try:
-        codec.parts(shape, dtype)
+        codec.parts(shape, of(dtype))
     except UnsupportedTensor:
         return False
     return True
@@ -90,9 +91,9 @@ class CodecContract:
             x = sample(codec, shape, dtype)
             given = companions(codec, x)
             encoded = codec.encode(x, given=given)
-            stated = {k: (s.shape, s.dtype) for k, s in codec.parts(shape, dtype).items()}
-            assert {k: (tuple(p.shape), p.dtype) for k, p in encoded.parts.items()} == stated
-            assert encoded.nbytes == codec.nbytes(shape, dtype) == sum(p.nbytes for p in encoded.parts.values())
+            stated = {k: (s.shape, s.dtype) for k, s in codec.parts(shape, of(dtype)).items()}
+            assert {k: (tuple(p.shape), of(p.dtype)) for k, p in encoded.parts.items()} == stated
+            assert encoded.nbytes == codec.nbytes(shape, of(dtype)) == sum(p.nbytes for p in encoded.parts.values())
             spec = codec.encode(x, "reference", given)
             assert all(torch.equal(bits(part), bits(spec.parts[name])) for name, part in encoded.parts.items())
             decoded = encoded.decode(given=given)
@@ -147,7 +148,7 @@ class CodecContract:
             return
         x = sample(codec, shape, torch.float32, seed)
         given = companions(codec, x)
-        whole, pieces = codec.encode(x, given=given), chunks(codec, shape, torch.float32, target)
+        whole, pieces = codec.encode(x, given=given), chunks(codec, shape, FLOAT32, target)
         assert pieces[0].start == 0
         assert [a.stop for a in pieces[:-1]] == [b.start for b in pieces[1:]]
         joined: dict[str, list[Tensor]] = {name: [] for name in whole.parts}

@@ -18,6 +18,7 @@ from statecodec import dtypes
 from statecodec.buffers import Pool
 from statecodec.codecs import Codec, Raw, parse
 from statecodec.codecs.chunking import chunks
+from statecodec.dtypes import of
 from statecodec.format import Item, Packing, Writer, Written
 from statecodec.format.entry_types import ITEMSIZE, entry_type
 from statecodec.format.packing import encode_record
@@ -64,7 +65,8 @@ def write(
 ) -> Written:
     """Write tensors with their codecs; `companions` of items by name."""
     items = [
-        Item(k, c, tuple(t.shape), t.dtype, {"role": "other"}, companions.get(k, {})) for k, (t, c) in tensors.items()
+        Item(k, c, tuple(t.shape), of(t.dtype), {"role": "other"}, companions.get(k, {}))
+        for k, (t, c) in tensors.items()
     ]
     with Writer(path, items, packing=packing, max_shard_size=max_shard_size, force=force) as writer:
         for i, (tensor, codec) in enumerate(tensors.values()):
@@ -154,12 +156,12 @@ def write_old(
     items = []
     for name, (tensor, codec) in tensors.items():
         shape, named = tuple(tensor.shape), companions.get(name, {})
-        specs, storage = codec.parts(shape, tensor.dtype), "plain"
-        if packing != "none" and codec.nbytes(shape, tensor.dtype) >= 4096:
+        specs, storage = codec.parts(shape, of(tensor.dtype)), "plain"
+        if packing != "none" and codec.nbytes(shape, of(tensor.dtype)) >= 4096:
             storage = "packed"
         rows, data = [], dict.fromkeys(specs, b"")
         records = b""
-        for chunk in chunks(codec, shape, tensor.dtype):
+        for chunk in chunks(codec, shape, of(tensor.dtype)):
             piece = tensor.reshape(-1)[chunk.start : chunk.stop].view(chunk.shape)
             given = {role: tensors[other][0].reshape(-1)[chunk.start : chunk.stop] for role, other in named.items()}
             parts = codec.encode(piece, "reference", given).parts
@@ -179,7 +181,7 @@ def write_old(
             plain[f"{name}/{part}"] = (kind, list(dims), data[part])
         if storage == "packed":
             packed[name] = ("U8", [len(records)], records)
-        found = {k: {"dtype": dtypes.name_of(s.dtype), "shape": list(s.shape)} for k, s in specs.items()}
+        found = {k: {"dtype": s.dtype.name, "shape": list(s.shape)} for k, s in specs.items()}
         value = {
             "name": name, "shard": 0, "codec": codec.config(), "dtype": dtypes.name_of(tensor.dtype),
             "shape": list(shape), "storage": storage, "parts": found, "chunks": rows, "attributes": {"role": "other"},

@@ -11,6 +11,7 @@ from statecodec import codecs, kernels
 from statecodec.checkpoint.document import Document
 from statecodec.checkpoint.stored import Stored
 from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.dtypes import FLOAT32, FLOAT64, of
 from statecodec.errors import LimitExceeded, UnsupportedTensor
 from statecodec.format import Item, Limits, Reader, Writer, placement
 from tests.format.test_hostile import _peak as peak
@@ -19,9 +20,9 @@ SIDE = 1 << 16  # 16 GiB of fp32
 
 
 def write(path: Path, codec: codecs.Codec, shape: tuple[int, ...]) -> None:
-    with Writer(path, [Item("w", codec, shape, torch.float32)]) as writer:
+    with Writer(path, [Item("w", codec, shape, FLOAT32)]) as writer:
         parts = {
-            name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in codec.parts(shape, torch.float32).items()
+            name: torch.zeros(spec.shape, dtype=spec.dtype.torch) for name, spec in codec.parts(shape, FLOAT32).items()
         }
         numel = shape[0] * shape[1]
         writer.append(writer.pack(0, Chunk(0, numel, shape), parts))
@@ -55,8 +56,8 @@ def test_one_chunk_decodes_to_a_bounded_size(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("codec", ["dropped", "folded(level=16)", "shared(dims=[1])"])
 def test_what_the_chunking_gives_is_within_it(tmp_path: Path, codec: str) -> None:
     made, shape = codecs.parse(codec), (3, 1 << 22)
-    for chunk in placement.chunks(made, shape, torch.float64):
-        stored = sum(spec.nbytes for spec in made.parts(chunk.shape, torch.float64).values())
+    for chunk in placement.chunks(made, shape, FLOAT64):
+        stored = sum(spec.nbytes for spec in made.parts(chunk.shape, FLOAT64).values())
         decoded = (chunk.stop - chunk.start) * 8
         Limits().check_chunk("w", decoded, stored, made.in_pieces)
 
@@ -78,7 +79,7 @@ def test_pieces_are_those_of_the_whole(text: str, shape: tuple[int, ...], target
     except UnsupportedTensor:
         return
     whole, found = encoded.decode().view(-1), torch.full((x.numel(),), torch.nan)
-    for piece in iterate(codecs.Raw(), codec.rows_cols(shape), x.dtype, target):
+    for piece in iterate(codecs.Raw(), codec.rows_cols(shape), of(x.dtype), target):
         out = torch.empty(piece.shape if len(piece.shape) == 2 else codec.rows_cols(shape))
         codec.decode_piece(encoded.parts, shape, piece.start, out, kernels.host())
         found[piece.start : piece.stop] = out.view(-1)

@@ -16,6 +16,7 @@ import xxhash
 import zstandard
 
 from statecodec.codecs import Raw, parse
+from statecodec.dtypes import FLOAT32, FLOAT64, UINT8
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion, UsageError
 from statecodec.format import Item, Limits, Reader, Writer
 from tests.format.support import forge, join_file, sample, split_file, write
@@ -202,11 +203,11 @@ def test_mutated_manifests_raise_only_our_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([Item("x", Raw(), (1 << 43,), torch.float64)], "decoded bytes"),
-        ([Item("x", parse("dropped"), (1 << 62,), torch.uint8)], "decoded bytes"),
-        ([Item("x", parse("shared(dims=[0])"), (1 << 20, 1 << 14), torch.float32)], "decoded bytes of one chunk"),
-        ([Item("x", Raw(), (1,) * 65, torch.uint8)], "cannot be stored"),
-        ([Item(f"{i}", Raw(), (0,), torch.uint8) for i in range((1 << 21) + 1)], "items"),
+        ([Item("x", Raw(), (1 << 43,), FLOAT64)], "decoded bytes"),
+        ([Item("x", parse("dropped"), (1 << 62,), UINT8)], "decoded bytes"),
+        ([Item("x", parse("shared(dims=[0])"), (1 << 20, 1 << 14), FLOAT32)], "decoded bytes of one chunk"),
+        ([Item("x", Raw(), (1,) * 65, UINT8)], "cannot be stored"),
+        ([Item(f"{i}", Raw(), (0,), UINT8) for i in range((1 << 21) + 1)], "items"),
     ],
     ids=range(5),
 )

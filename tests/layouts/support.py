@@ -85,7 +85,7 @@ def found_files(source: Source) -> list[FoundFile]:
             assert part is None
             name = tensor.name.removeprefix(prefix)
             regions.append(
-                FoundRegion(r.offset, r.nbytes, r.dtype, r.shape, r.lossless, name, tensor.role, tensor.param)
+                FoundRegion(r.offset, r.nbytes, r.dtype.torch, r.shape, r.lossless, name, tensor.role, tensor.param)
             )
         own = tuple(
             replace(m, exp_avg=m.exp_avg.removeprefix(prefix), exp_avg_sq=m.exp_avg_sq.removeprefix(prefix),
@@ -122,7 +122,7 @@ def read_view(path: Path, file: FoundFile, name: str) -> torch.Tensor:
     region = file.regions[view.region]
     data = path.read_bytes()[region.offset : region.offset + region.nbytes]
     storage = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-    return torch.empty(0, dtype=view.dtype).set_(storage.untyped_storage(), view.offset, view.shape, view.stride)
+    return torch.empty(0, dtype=view.dtype.torch).set_(storage.untyped_storage(), view.offset, view.shape, view.stride)
 
 
 def pickle_of(obj: Any, protocol: int = 2) -> bytes:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from statecodec.checkpoint import joined
 from statecodec.checkpoint.joined import Joined
+from statecodec.dtypes import FLOAT32
 from statecodec.errors import FormatError
 from statecodec.layouts import Box, Run
 from statecodec.layouts.parts import are_whole
@@ -52,8 +53,8 @@ class Item:
 
 ITEMS = [Item((2, 3)), Item((1, 3)), Item((3,)), Item((12,), torch.uint8)]
 GOOD = [
-    Joined("a", torch.float32, (3, 3), ((0, Box((0, 0), (2, 3))), (1, Box((2, 0), (1, 3))))),
-    Joined("b", torch.float32, (6,), ((3, Run(3, 6)), (2, Run(0, 3)))),
+    Joined("a", FLOAT32, (3, 3), ((0, Box((0, 0), (2, 3))), (1, Box((2, 0), (1, 3))))),
+    Joined("b", FLOAT32, (6,), ((3, Run(3, 6)), (2, Run(0, 3)))),
 ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import MalformedCheckpoint
 from statecodec.files import MemoryBytes
 from statecodec.layouts import ListedFile, Listing, OpaqueObject, tree, tree_from_pickle
@@ -152,12 +153,12 @@ def test_unknown_objects_are_opaque_and_keep_their_contents(tmp_path: Path) -> N
 def test_the_callback_supplies_the_tensors() -> None:
     asked = []
 
-    def tensor(key: str, dtype: torch.dtype, shape: Any, stride: Any, offset: int) -> torch.Tensor:
+    def tensor(key: str, dtype: DType, shape: Any, stride: Any, offset: int) -> torch.Tensor:
         asked.append((key, dtype, shape, stride, offset))
         return torch.full(shape, 9.0)
 
     found = tree_from_pickle(pickle_of({"a": torch.zeros(2, 3).t()}), tensor)
-    assert asked == [("0", torch.float32, (3, 2), (1, 3), 0)]
+    assert asked == [("0", FLOAT32, (3, 2), (1, 3), 0)]
     assert torch.equal(found["a"], torch.full((3, 2), 9.0))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import statecodec
 from statecodec.codecs import chunking, parse
+from statecodec.dtypes import FLOAT32
 from statecodec.verbs.compress import Compression
 
 
@@ -49,7 +50,7 @@ def test_a_refused_tensor_is_stored_exactly(
     assert torch.equal(loaded["layer.2.weight"].view(torch.int32), value["layer.2.weight"].view(torch.int32))
     if pack == "zstd":  # tensors before the refused one are encoded once
         first = next(i for i, t in enumerate(report.tensors) if t.name == "layer.0.weight")
-        assert encoded.count(first) == len(list(chunking.iterate(parse("companded"), (64, 512), torch.float32)))
+        assert encoded.count(first) == len(list(chunking.iterate(parse("companded"), (64, 512), FLOAT32)))
 
 
 def test_progress_ends_where_it_should(tmp_path: Path) -> None:

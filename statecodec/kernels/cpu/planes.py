@@ -99,7 +99,7 @@ MERGE: dict[int, Any] = {2: _merge2, 4: _merge4, 8: _merge8}
 
 
 def _flat(x: Tensor, width: int) -> Array:
-    return x.view(-1).view(SIGNED[width]).numpy().view(UNSIGNED[width])
+    return x.view(-1).view(SIGNED[width].torch).numpy().view(UNSIGNED[width])
 
 
 def _bytes(x: Tensor) -> Array:

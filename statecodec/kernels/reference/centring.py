@@ -8,8 +8,12 @@ entropy of what remains.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def centre(plane: Tensor, columns: Tensor, lines: Tensor, residual: Tensor, *, nibbles: bool) -> None:

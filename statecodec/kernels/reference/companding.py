@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels import INF, NAN, NEGATIVE
 from statecodec.kernels.curves import LINEAR, LOG, LOG2, SOFTSIGN, Curve
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BF16_MAX_BITS = 0x7F7F
 

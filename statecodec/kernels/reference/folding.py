@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels import INF, NAN
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels import INF, NAN, NEGATIVE
 from statecodec.kernels.grids import LARGEST_BITS, LIMIT, Grid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison, compare
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:

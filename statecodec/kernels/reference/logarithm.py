@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels import INF, NAN, NEGATIVE
 from statecodec.kernels.curves import LOG2
 from statecodec.kernels.grids import LOWEST, LogGrid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison, compare
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:

@@ -7,14 +7,18 @@ and bf16 fills the top byte alone: that plane packs well, the others are noise. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from statecodec.dtypes import INT8, INT16, INT32, INT64, DType
+from statecodec.lazy import torch
 
-SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIGNED = {1: INT8, 2: INT16, 4: INT32, 8: INT64}
 
 
-def plane_layout(dtype: torch.dtype) -> tuple[int, bool]:
+def plane_layout(dtype: DType | torch.dtype) -> tuple[int, bool]:
     """(number of planes, whether elements are rotated left by one bit) for a dtype."""
     width = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
     return width, width > 1 and (dtype.is_floating_point or dtype.is_complex)
@@ -23,7 +27,7 @@ def plane_layout(dtype: torch.dtype) -> tuple[int, bool]:
 def split_planes(x: Tensor, planes: Tensor) -> None:
     """Split `x` (contiguous, any shape and dtype) into `planes` (uint8, width x n, rows contiguous)."""
     width, rotate = plane_layout(x.dtype)
-    bits = x.reshape(-1).view(SIGNED[width])
+    bits = x.reshape(-1).view(SIGNED[width].torch)
     if rotate:
         bits = (bits << 1) | ((bits >> (8 * width - 1)) & 1)
     for k in range(width):
@@ -33,7 +37,7 @@ def split_planes(x: Tensor, planes: Tensor) -> None:
 def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
     """The inverse: merge `width` planes (uint8, n each) into `out` (contiguous)."""
     width, rotate = plane_layout(out.dtype)
-    target = out.view(-1).view(SIGNED[width])
+    target = out.view(-1).view(SIGNED[width].torch)
     if width == 1:
         target.copy_(planes[0].view(torch.int8))
         return

@@ -4,10 +4,13 @@ bits).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels import OUT_OF_RANGE
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INF_BITS = 0x7F800000
 NAN_BITS = 0x7FC00000

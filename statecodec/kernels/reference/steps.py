@@ -9,8 +9,12 @@ Fused kernels implement these very lines (see `kernels.fused`), `cpu.steps` comp
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DITHER_1, DITHER_2, GOLDEN = 0x7FEB352D, 0x846CA68B, 0x9E3779B9
 

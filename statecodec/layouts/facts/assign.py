@@ -16,8 +16,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-import torch
-
+from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
 from statecodec.layouts.base import Logical, Moments
 from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
@@ -26,9 +25,9 @@ from statecodec.layouts.protocol import Facts, Located
 from statecodec.roles import Role, family
 
 _MAX_ELSEWHERE: Final = 8
-_SCALARS: Final[dict[torch.dtype, str]] = {
-    torch.float32: "<f", torch.float64: "<d", torch.float16: "<e",
-    torch.int64: "<q", torch.int32: "<i", torch.int16: "<h", torch.uint8: "<B", torch.int8: "<b",
+_SCALARS: Final[dict[DType, str]] = {
+    FLOAT32: "<f", FLOAT64: "<d", FLOAT16: "<e",
+    INT64: "<q", INT32: "<i", INT16: "<h", UINT8: "<B", INT8: "<b",
 }  # fmt: skip
 
 
@@ -262,7 +261,7 @@ def _number(file: FileRoles, value: Any) -> float | None:
         data = file.facts.scalars.get(value.index)
         if data is None or value.bits:
             return None
-        if value.dtype is torch.bfloat16:
+        if value.dtype is BFLOAT16:
             value = struct.unpack("<f", b"\0\0" + data)[0]
         elif value.dtype in _SCALARS:
             value = struct.unpack(_SCALARS[value.dtype], data)[0]

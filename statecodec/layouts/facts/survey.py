@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import torch
-
+from statecodec.dtypes import DType
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, spell, walk
 from statecodec.names import bare_name, shown
@@ -193,7 +192,7 @@ def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
     found.weights.append(Weight(name, top, node, is_average(path)))
 
 
-def _has_fractions(dtype: torch.dtype) -> bool:
+def _has_fractions(dtype: DType) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 

@@ -1,8 +1,8 @@
 """The node types that reading a pickle yields: descriptions of objects, never the objects.
 
-None, bool, int, float, complex, str, bytes, bytearray, tuple, list, torch.Size, torch.dtype and torch.device stand for
-themselves (they are plain values that hold nodes or nothing). Dicts and sets keep their items in lists: building real
-ones would hash hostile keys.
+None, bool, int, float, complex, str, bytes, bytearray, tuple and list stand for themselves (they are plain values that
+hold nodes or nothing), and a DType for torch's. Dicts and sets keep their items in lists: building real ones would hash
+hostile keys.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
+from statecodec.dtypes import DType
 
 
 class Global:
@@ -23,6 +23,21 @@ class Global:
 
     def __repr__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+class SizeNode(tuple[int, ...]):
+    """A torch.Size."""
+
+    __slots__ = ()
+
+
+class DeviceNode:
+    """A torch.device, by what its constructor is given."""
+
+    __slots__ = ("args",)
+
+    def __init__(self, args: tuple[str] | tuple[str, int]) -> None:
+        self.args = args
 
 
 class DictNode:
@@ -64,7 +79,7 @@ class StorageNode:
 
     __slots__ = ("dtype", "key", "location", "numel", "untyped")
 
-    def __init__(self, key: str, dtype: torch.dtype, location: str, numel: int | None, untyped: bool) -> None:
+    def __init__(self, key: str, dtype: DType, location: str, numel: int | None, untyped: bool) -> None:
         self.key, self.dtype, self.location, self.numel, self.untyped = key, dtype, location, numel, untyped
 
 
@@ -76,7 +91,7 @@ class TensorNode:
     )  # fmt: skip
 
     def __init__(
-        self, storage: StorageNode, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+        self, storage: StorageNode, dtype: DType, shape: tuple[int, ...], stride: tuple[int, ...], offset: int
     ) -> None:
         self.storage, self.dtype, self.shape, self.stride, self.offset = storage, dtype, shape, stride, offset
         self.index = -1

@@ -7,9 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
-
-from statecodec.dtypes import storage_dtype
+from statecodec.dtypes import UINT8, storage_dtype
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.machine import Machine
 from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode
@@ -268,9 +266,9 @@ def _persistent(m: Machine) -> None:
         raise MalformedCheckpoint(f"refers to a storage that cannot be understood (class {cls!r:.80})")
     dtype, untyped = kind
     known = m.storages.get(key)
-    if known is None or known.dtype is not (dtype or torch.uint8) or known.numel != (numel if dtype else None):
+    if known is None or known.dtype is not (dtype or UINT8) or known.numel != (numel if dtype else None):
         if dtype is None:
-            known = StorageNode(key, torch.uint8, location, None, untyped=True)
+            known = StorageNode(key, UINT8, location, None, untyped=True)
         else:
             known = StorageNode(key, dtype, location, numel, untyped)
         m.storages.setdefault(key, known)

@@ -11,16 +11,17 @@ import re
 from typing import Any, Final
 
 import numpy as np
-import torch
 
+from statecodec.dtypes import DType
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.nodes import Global, Opaque
+from statecodec.lazy import torch
 
 _NUMPY_CORES: Final = ("numpy.core", "numpy._core")
 _PLAIN_DTYPE: Final = re.compile(r"b1|[iu][1248]|f[248]|c(8|16)")
 _SPARSE_COMPRESSED: Final = {
-    "torch.sparse_csr": torch.sparse_csr,
-    "torch.sparse_csc": torch.sparse_csc,
+    "torch.sparse_csr": "sparse_csr",
+    "torch.sparse_csc": "sparse_csc",
 }
 
 
@@ -29,8 +30,8 @@ def plain(node: Opaque) -> Any:
     name, args = f"{node.module}.{node.name}", node.args
     if name == "torch._utils._rebuild_meta_tensor_no_storage" and len(args) == 4:
         dtype, shape, stride, _ = args
-        if type(dtype) is torch.dtype and _sizes(shape) and _sizes(stride) and len(shape) == len(stride):
-            return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device="meta")
+        if type(dtype) is DType and _sizes(shape) and _sizes(stride) and len(shape) == len(stride):
+            return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype.torch, device="meta")
     if name in ("builtins.range", "builtins.slice") and 1 <= len(args) <= 3:
         if name == "builtins.slice" and all(type(a) in (int, type(None)) for a in args):
             return slice(*args)
@@ -55,7 +56,9 @@ def sparse(node: Opaque, args: Any) -> Any:
             coalesced = data[3] if len(data) == 4 else None
             return make_coo(*data[:2], tuple(data[2]), check_invariants=True, is_coalesced=coalesced)
         if type(kind) is str and kind in _SPARSE_COMPRESSED and len(data) == 4:
-            return make_compressed(*data[:3], tuple(data[3]), layout=_SPARSE_COMPRESSED[kind], check_invariants=True)
+            return make_compressed(
+                *data[:3], tuple(data[3]), layout=getattr(torch, _SPARSE_COMPRESSED[kind]), check_invariants=True
+            )
     except (RuntimeError, TypeError, ValueError) as error:
         raise MalformedCheckpoint(f"sparse tensor that contradicts itself: {str(error).splitlines()[0]}") from None
     return None

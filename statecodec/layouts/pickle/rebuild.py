@@ -9,11 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-import torch
-
-from statecodec.dtypes import SUB_BYTE
+from statecodec.dtypes import SUB_BYTE, DType
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.pickle.nodes import DictNode, Global, Opaque, SetNode, StorageNode, TensorNode
+from statecodec.layouts.pickle.nodes import (
+    DeviceNode,
+    DictNode,
+    Global,
+    Opaque,
+    SetNode,
+    SizeNode,
+    StorageNode,
+    TensorNode,
+)
 
 _MAX_RANK: Final = 64
 _INT64: Final = 1 << 63
@@ -46,7 +53,7 @@ def build(node: Any, state: Any) -> None:
     node.state = state if node.state is None else (node.state, state)
 
 
-def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> TensorNode | None:
+def tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: DType | None = None) -> TensorNode | None:
     """A checked window: every element that it can reach lies inside the storage's claimed size.
 
     None where the storage's elements have an unknown size: its bytes are carried, nothing is known of the window.
@@ -95,7 +102,7 @@ def _rebuild_tensor_v2(args: tuple[Any, ...]) -> TensorNode | None:
 
 
 def _rebuild_tensor_v3(args: tuple[Any, ...]) -> TensorNode | None:
-    if len(args) not in (7, 8) or type(args[6]) is not torch.dtype:
+    if len(args) not in (7, 8) or type(args[6]) is not DType:
         return None
     return _finish(tensor(args[0], args[1], args[2], args[3], args[6]), args[4], args[7] if len(args) == 8 else None)
 
@@ -138,20 +145,15 @@ def _rebuild_from_cpu_tensor(args: tuple[Any, ...]) -> TensorNode | None:
     return _finish(args[0], args[3], None)
 
 
-def _size(args: tuple[Any, ...]) -> torch.Size | None:
+def _size(args: tuple[Any, ...]) -> SizeNode | None:
     if len(args) == 1 and isinstance(args[0], tuple) and all(type(n) is int and abs(n) < _INT64 for n in args[0]):
-        return torch.Size(args[0])
+        return SizeNode(args[0])
     return None
 
 
-def _device(args: tuple[Any, ...]) -> torch.device | None:
+def _device(args: tuple[Any, ...]) -> DeviceNode | None:
     kinds = tuple(type(a) for a in args)
-    if kinds not in ((str,), (str, int)):
-        return None
-    try:
-        return torch.device(*args)
-    except RuntimeError:  # a device type of another build: stays an opaque node
-        return None
+    return DeviceNode(args) if kinds in ((str,), (str, int)) else None
 
 
 def _dict(kind: str) -> Callable[[tuple[Any, ...]], DictNode | None]:

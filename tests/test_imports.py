@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,26 @@ def test_the_public_names_are_there_and_still_light() -> None:
     assert {"compress", "restore", "inspect", "verify", "diff", "open", "load", "save"} <= set(statecodec.__all__)
     program = "import statecodec; " + "; ".join(f"statecodec.{name}" for name in statecodec.__all__)
     assert loaded_by(program).isdisjoint(set(HEAVY) - {"numba"})
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of what a module imports as soon as it is imported, type checkers' imports left out."""
+    tree = ast.parse(path.read_text())
+    return {
+        (node.module or "" if isinstance(node, ast.ImportFrom) else alias.name).partition(".")[0]
+        for node in tree.body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    }
+
+
+def test_only_numerics_import_torch_at_once() -> None:
+    """Everything else takes it from `statecodec.lazy`: reading a header costs no second."""
+    package = Path(statecodec.__file__).parent
+    direct = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "torch" in imported(path)}
+    numerics = ("kernels/cpu/", "kernels/triton/", "optim/", "distributed/", "integrations/")
+    assert direct
+    assert {name for name in direct if not name.startswith(numerics)} == set()
 
 
 @pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"]])

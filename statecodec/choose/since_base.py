@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec import codecs
 from statecodec.buffers import Pool
@@ -17,6 +16,9 @@ from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UnencodableValues, UsageError
 from statecodec.format import StoredItem
 from statecodec.format.packing import Packing, encode_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WORTH = 0.98  # a change must pack below this share of what the parts alone pack to
 

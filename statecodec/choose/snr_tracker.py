@@ -7,17 +7,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec.choose.architectures import recognise
 from statecodec.choose.snr import CUTOFF, Dims, LayerSNR, snr
 from statecodec.choose.snr_rules import rules_document, write_rules
 from statecodec.codecs import EncodedTensor, Folded, LowRank, Shared
 from statecodec.errors import UsageError
+from statecodec.lazy import torch
 from statecodec.names import bare_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Schedule = Callable[[int], bool]
 
@@ -130,7 +131,7 @@ def _second_moment(state: Mapping[str, Any], name: str) -> Tensor | None:
                 f"{name}: its second moment is stored as {moment.codec.name}; the SNR needs a run that keeps it whole"
             )
         return moment.decode()
-    if not isinstance(moment, Tensor):
+    if not isinstance(moment, torch.Tensor):
         return None
     # A sharded tensor's local rows would be measured as if they were all there are.
     return moment.full_tensor() if hasattr(moment, "full_tensor") else moment

@@ -16,12 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from statecodec import kernels
 from statecodec.buffers import Scratch
@@ -36,9 +34,13 @@ from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, UpdateSize
 from statecodec.layouts import Moments
+from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import MOMENT_ROLES, family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Values: TypeAlias = NDArray[np.float64]
 

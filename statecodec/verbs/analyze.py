@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import jsonable
@@ -20,6 +18,7 @@ from statecodec.choose.curve import CurvePoint, measure_curve
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
 from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
+from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 

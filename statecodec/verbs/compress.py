@@ -8,10 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import choose, codecs, dtypes, kernels
 from statecodec._version import __version__
@@ -33,6 +30,7 @@ from statecodec.codecs.chunking import Chunk
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.format import Item
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.lazy import torch
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
@@ -40,6 +38,9 @@ from statecodec.verbs.paths import compressed_path, named
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.verify import check_against, check_intact
 from statecodec.verbs.writing import Check, Encoded, Output, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _scratch = Scratch()
 _FAR = 2.0  # times the preset's error: worth a remark
@@ -97,12 +98,13 @@ def compress(
         max_weight_error=max_weight_error,
         sha256=sha256,
     )
-    where, workers = target_device(device), threads or default_threads()
+    workers = threads or default_threads()
     with contextlib.ExitStack() as closing:
         source = closing.enter_context(open_source(src))
         target = output_of(source, dst, force=force)
         output = settings.output(target, force, workers, progress)
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        where = target_device(device)  # asks torch, which refusals of the rest do without
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
         report = work.write(output, check_of(source, output, settings.promised) if verify else None)

@@ -1,70 +1,17 @@
-"""`convert`: between codecs, and between optimizers.
-
-An optimizer's checkpoint is converted by that optimizer itself: parameters of the right names and shapes are made up
-from the file, the class is built on them, loads the state it finds and gives its own. No model code is needed or run.
-"""
+"""`convert`: between codecs, and between optimizers."""
 
 from __future__ import annotations
 
-import re
-import time
-import warnings
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from statecodec.atomic import Output
-from statecodec.checkpoint.open import load, open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
-from statecodec.codecs.plain import is_plain
 from statecodec.errors import UsageError
-from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
-from statecodec.optim.adamw import Adam
 from statecodec.progress import Progress
-from statecodec.verbs.inspect import inspect
+from statecodec.verbs.convert_target import Target
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs
-from statecodec.verbs.save import save
-
-OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
-_CLASSES: dict[str, type[StateOptimizer]] = {**OPTIMIZERS, "adam": Adam}
-_TARGET = re.compile(r"(torch|adamw|foam|slimadam|lorapre)\s*(?:\((.*)\))?", re.DOTALL)
-_OPTION = re.compile(r"\s*(\w+)\s*=\s*([^,()\[\]]*)\s*(?:,|$)")
-_INDEX = re.compile(r"\.state\.(\d+)\.exp_avg$|^state\.(\d+)\.exp_avg$")
-_MAX_DEPTH = 8
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to convert an optimizer's state to: `torch`, or one of our optimizers with constructor options."""
-
-    name: str
-    options: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Target | None:
-        """`foam(level=2)`, `slimadam(rules=rules.json)`, `lorapre(rank=16)`, `adamw(moments=companded8)`, `torch`.
-
-        None for text that is a rule (PATTERN=CODEC). Raises UsageError for options that cannot be read.
-        """
-        match = _TARGET.fullmatch(text.strip())
-        if match is None:
-            return None
-        given, position, options = match.group(2) or "", 0, {}
-        while position < len(given):
-            option = _OPTION.match(given, position)
-            if option is None:
-                raise UsageError(f"{text!r}: expected NAME(option=value,...), stuck at {given[position:][:40]!r}")
-            options[option.group(1)] = _value(option.group(2).strip())
-            position = option.end()
-        if match.group(1) == "torch" and options:
-            raise UsageError("torch takes no options")
-        return cls(match.group(1), options)
 
 
 def convert(
@@ -99,142 +46,7 @@ def convert(
         )
     if len(wanted) > 1 or targets[0] is None:
         raise UsageError("convert to an optimizer, or by rules, not both at once; convert the result again")
-    return _convert_optimizer(Path(src), output_file(dst, None, force=force), targets[0], pack, force)
+    target = output_file(dst, None, force=force)
+    from statecodec.verbs.convert_optimizers import convert_optimizers  # classes of torch's: only once there is work
 
-
-def _convert_optimizer(src: Path, dst: Path, target: Target, pack: str, force: bool) -> Report:
-    started = time.perf_counter()
-    value = load(src)
-    found = list(_optimizers(value, ()))
-    if not found:
-        raise UsageError(f"{src}: no optimizer state in it (a dict with `state` and `param_groups`)")
-    notes = []
-    errors: list[LoadReport] = []
-    for path in found:
-        holder, saved = _at(value, path)
-        made, reports = _converted(saved, _names(src, path, saved), target)
-        errors += reports
-        notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for r in reports for line in r.notes]
-        if holder is None:
-            value = made
-        else:
-            holder[path[-1]] = made
-    if dst.name.endswith(".safetensors"):
-        save(value, dst, pack=pack, force=force)
-    else:
-        with Output(dst, force=force) as output:
-            with output.create() as file:
-                torch.save(value, file)
-            output.publish()
-    return replace(_report(dst, errors, notes), seconds=time.perf_counter() - started)
-
-
-def _converted(saved: Mapping[str, Any], names: Mapping[int, str], target: Target) -> tuple[Any, list[LoadReport]]:
-    """A state dict in the target's form, and what loading it lost."""
-    algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
-    kind = OPTIMIZERS.get(target.name) or _CLASSES.get(str(algorithm))
-    if kind is None:
-        raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        optimizer = _build(kind, saved, names, target.options)
-    optimizer.load_state_dict(dict(saved))
-    report = optimizer.load_report
-    notes = (*report.notes, *(str(w.message) for w in caught))
-    return optimizer.state_dict(dense=target.name == "torch"), [replace(report, notes=notes)]
-
-
-def _build(
-    kind: type[StateOptimizer], saved: Mapping[str, Any], names: Mapping[int, str], options: Mapping[str, Any]
-) -> StateOptimizer:
-    """The optimizer on made-up parameters of the checkpoint's names, shapes and groups."""
-    groups = []
-    storage = ("moments", "level", "rank", "rules", "variant", "dense_below", "base", "matrix")
-    for group in saved["param_groups"]:
-        params = []
-        for position, index in enumerate(group["params"]):
-            own = (group.get("param_names") or [])[position : position + 1]
-            name = own[0] if own else names.get(index, f"param.{index}")
-            shape = _shape(saved["state"].get(index, {}))
-            weight = torch.zeros(shape, dtype=torch.float32, device="cpu")
-            params.append((name, nn.Parameter(weight, requires_grad=bool(saved["state"].get(index)))))
-        kept = ("lr", "weight_decay", "betas", "eps", *(storage if group.get("algorithm") == kind.algorithm else ()))
-        plain = {k: tuple(v) if k == "betas" else v for k in kept if (v := group.get(k)) is not None}
-        groups.append({**plain, "params": params})
-    try:
-        return kind(groups, **options)
-    except TypeError as error:
-        raise UsageError(f"{kind.__name__} does not take these options: {error}") from error
-
-
-def _shape(state: Mapping[str, Any]) -> tuple[int, ...]:
-    for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
-        moment = state.get(name)
-        if isinstance(moment, Tensor):
-            return tuple(moment.shape)
-        if is_plain(moment):
-            return tuple(moment["shape"])  # type: ignore[index]
-    return (0,)  # never stepped: nothing to convert
-
-
-def _optimizers(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """Paths of the optimizer state dicts in a nested value."""
-    if len(path) > _MAX_DEPTH:
-        return
-    if isinstance(value, Mapping):
-        if isinstance(value.get("state"), Mapping) and isinstance(value.get("param_groups"), list):
-            yield path
-            return
-        for key, inner in value.items():
-            yield from _optimizers(inner, (*path, key))
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            yield from _optimizers(inner, (*path, i))
-
-
-def _at(value: Any, path: tuple[Any, ...]) -> tuple[MutableMapping[Any, Any] | None, Any]:
-    holder = None
-    for key in path:
-        holder, value = value, value[key]
-    return holder, value
-
-
-def _names(src: Path, path: tuple[Any, ...], saved: Mapping[str, Any]) -> dict[int, str]:
-    """Parameter names by index, where the layout could match them with weights for certain."""
-    names: dict[int, str] = {}
-    prefix = "".join(f"{key}." for key in path)
-    with open_checkpoint(src) as checkpoint:
-        for name in checkpoint.names():
-            match = _INDEX.search(name)
-            if match and name.rsplit(":", 1)[-1].startswith(prefix):
-                param = checkpoint.info(name)["param"]
-                if param:
-                    names[int(match.group(1) or match.group(2))] = param
-    return names
-
-
-def _report(dst: Path, errors: Sequence[LoadReport], notes: Sequence[str]) -> Report:
-    """The written file, with the loss of each state as its tensor's error and the worst update error in total."""
-    report = inspect(dst)
-    changes = [c for e in errors for c in e.changes]
-    lines = [f"{c.param}: {c.state} {c.kind}, {c.source} to {c.stored_as}" for c in changes if c.kind != "encoded"]
-    states = [c for c in changes if c.relative_rms is not None]
-    updates = {p: u for e in errors for p, u in e.update_rms.items()}
-    total: dict[str, float] = {}
-    for state in sorted({c.state for c in states}):
-        total[f"{state}_worst_relative_rms"] = max(c.relative_rms or 0.0 for c in states if c.state == state)
-    if updates:
-        total["worst_update_error"] = max(updates.values())
-    shown = lines[:20] + ([f"... and {len(lines) - 20} more"] if len(lines) > 20 else [])
-    return replace(report, total=total or None, notes=(*report.notes, *notes, *shown))
-
-
-def _value(text: str) -> Any:
-    if text in ("True", "False", "true", "false"):
-        return text.lower() == "true"
-    if re.fullmatch(r"-?\d{1,9}", text):
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        return None if text == "None" else text
+    return convert_optimizers(Path(src), target, targets[0], pack, force)

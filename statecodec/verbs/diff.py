@@ -7,10 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
@@ -19,9 +16,13 @@ from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
 from statecodec.choose.steps import correction
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
+from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import SKELETON_ROLES, family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core's cache
 

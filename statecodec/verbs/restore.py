@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from zlib_ng import zlib_ng
 
 from statecodec import codecs
@@ -25,6 +24,7 @@ from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, write_exactly
 from statecodec.layouts import Crc32, Folder
+from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.compress import target_device
@@ -56,7 +56,6 @@ def restore(
     subclasses, OutputExists, OutputFailed, UsageError.
     """
     started = time.perf_counter()
-    where = target_device(device)
     with Stored.open(src) as stored:
         document = stored.document
         target = restored_path(Path(src), document.source.get("name"))
@@ -71,7 +70,7 @@ def restore(
                 restore_native(stored, output)
             else:
                 meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
-                _restore_all(stored, where, threads or default_threads(), meter, times, output)
+                _restore_all(stored, target_device(device), threads or default_threads(), meter, times, output)
             output.finish()
             output.publish()
             for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either

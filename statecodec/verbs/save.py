@@ -7,10 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs
 from statecodec._version import __version__
@@ -23,7 +20,11 @@ from statecodec.codecs import EncodedTensor
 from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import UINT8
 from statecodec.format import Item, Packing, Writer
+from statecodec.lazy import torch
 from statecodec.verbs.output_file import output_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False) -> Report:

@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from statecodec import codecs
 from statecodec.checkpoint.report import Report
@@ -26,6 +24,9 @@ from statecodec.format.placement import is_plain
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

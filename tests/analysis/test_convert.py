@@ -13,7 +13,7 @@ import statecodec
 from statecodec.errors import OptimizerError, OutputExists, UsageError
 from statecodec.format import Reader
 from statecodec.optim import FOAM, AdamW, LoRAPre, SlimAdam, StateOptimizer
-from statecodec.verbs.convert import Target
+from statecodec.verbs.convert_target import Target
 
 OPTIMIZERS: dict[str, tuple[type[StateOptimizer], dict[str, Any]]] = {
     "foam(level=2)": (FOAM, {"level": 2}),

@@ -37,14 +37,15 @@ class Plan:
 
 def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, Any]:
     """Run the demo in `directory` and return its document. Raises OutputExists unless `force`."""
-    from statecodec_cli.demo.data import standard_library
-    from statecodec_cli.demo.train import TrainConfig, Trainer
-
     say: Callable[[str], None] = (lambda message: None) if quiet else console.say
     checkpoint = directory / "ckpt.pt"
     packed = {preset: directory / f"ckpt.{preset}.sc.safetensors" for preset in PRESETS}
     restored = {preset: directory / f"restored.{preset}.pt" for preset in ("lossless", _RESUMED)}
     _refuse_existing([checkpoint, *packed.values(), *restored.values()], force=force)
+
+    from statecodec_cli.demo.data import standard_library
+    from statecodec_cli.demo.train import TrainConfig, Trainer
+
     directory.mkdir(parents=True, exist_ok=True)
 
     say(f"1/5 training a small GPT on Python's own sources: {plan.steps} steps, {plan.seconds:.0f} s at most")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from statecodec.kernels.reference.narrowing import LOW_BITS, Form, centred, zigzag
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE_ROWS, SAMPLE_CODES = 64, 1 << 13
 CENTRE_FROM = 16  # rows and columns that the terms of a matrix need to pay

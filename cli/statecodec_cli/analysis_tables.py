@@ -13,6 +13,8 @@ from statecodec_cli import console, tables
 from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
+_SAVED = "what rules would save of the second moments"
+_PRICE = f"{_SAVED}, and how far off the Adam update would be (preset resume: 0.01 of it)"
 
 
 def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]:
@@ -20,7 +22,12 @@ def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]
     parts: list[RenderableType] = []
     if document["tensors"]:
         ratios = _snr(document["tensors"], float(document["cutoff"]), every=every)
-        parts += [_heading(document), ratios, _saved(document)]
+        parts += [
+            _heading(document),
+            ratios,
+            Text(_PRICE if document.get("update_error") else _SAVED),
+            _saved(document),
+        ]
     if document["curve"]:
         parts += [
             Text("size at an error of weights and moments, in optimizer steps (estimated)"),
@@ -105,15 +112,17 @@ def _named(dims: Sequence[int] | None) -> str:
     return ",".join(map(str, dims)) if dims else "keep"
 
 
-def _saved(document: Document) -> Facts:
-    bases = (("layer", "rules by layer"), ("type", "by layer type"), ("table", "the paper's table"))
-    return Facts(
-        f"second moments saved at SNR > {document['cutoff']:g}:",
-        *(
-            Text(f"{name} {100 * float(document['saved'][basis]):.1f} %", style="bold" if basis == "type" else "")
-            for basis, name in bases
-        ),
-    )
+def _saved(document: Document) -> Grid:
+    """What rules save of the second moments, and what that does to the Adam update, where it was measured."""
+    rules = (("layer", "by layer"), ("type", "by layer type"), ("table", "the paper's table"))
+    errors = document.get("update_error") or {}
+    heads = [Column(f"rules at SNR > {document['cutoff']:g}", text=True), Column("second moments saved")]
+    heads += [Column("u-rms of the Adam update")] if errors else []
+    rows = []
+    for basis, name in rules:
+        error = [console.error(errors[basis])] if errors else []
+        rows.append((name, f"{100 * float(document['saved'][basis]):.1f} %", *error))
+    return Grid(heads, rows)
 
 
 def _curve(curve: Sequence[Document]) -> RenderableType:

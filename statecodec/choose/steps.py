@@ -282,6 +282,13 @@ def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem
     return UpdateSize(numel, sum_sq)
 
 
+def update_settings(moments: Moments) -> dict[str, float]:
+    """Keyword arguments of `compare_updates` for one parameter."""
+    step = moments.step if moments.step and moments.step > 0 else math.inf
+    correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
+    return {"correction1": correction1, "correction2": correction2, "eps": moments.eps}
+
+
 def correction(beta: float, step: float) -> float:
     """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
     return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from statecodec.checkpoint.report import jsonable
 from statecodec.checkpoint.stored import Stored
 from statecodec.choose.architectures import Layer, Part, parts, recognise
 from statecodec.choose.curve import CurvePoint, measure_curve
+from statecodec.choose.price import update_errors
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
-from statecodec.choose.snr_rules import chosen, read_table, rules_document, saved_curve, write_rules
+from statecodec.choose.snr_rules import BASIS, chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
@@ -52,7 +53,11 @@ class TensorSNR:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` found. Lists are empty where they were not asked for."""
+    """What `analyze` found. Lists are empty where they were not asked for.
+
+    `update_error`: what the second moments shared by rules by `layer`, by `type` and by the paper's `table` do to the
+    Adam update of the last checkpoint: ||u' - u|| / ||u||. Empty where there are no pairs of moments.
+    """
 
     sources: tuple[str, ...]
     steps: tuple[float | None, ...]
@@ -62,15 +67,14 @@ class Analysis:
     curve: tuple[CurvePoint, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
+    update_error: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def saved(self) -> dict[str, float]:
         """Share of the second moments saved at the cutoff, with rules by `layer`, by `type` and by the paper's
         `table`.
         """
-        return {
-            basis: saved(self.layers, chosen(self.layers, self.cutoff, basis)) for basis in ("layer", "type", "table")
-        }
+        return {basis: saved(self.layers, chosen(self.layers, self.cutoff, basis)) for basis in BASIS}
 
     @property
     def saved_curve(self) -> list[tuple[float, float]]:
@@ -92,6 +96,7 @@ class Analysis:
         plain: dict[str, Any] = jsonable({
             "sources": list(self.sources), "steps": list(self.steps), "cutoff": self.cutoff,
             "saved": self.saved if self.layers else None,
+            "update_error": dict(self.update_error) if self.update_error else None,
             "saved_curve": self.saved_curve, "tensors": [t.to_json() for t in self.tensors],
             "curve": [p.to_json() for p in self.curve], "notes": list(self.notes), "seconds": self.seconds,
         })  # fmt: skip
@@ -125,15 +130,18 @@ def analyze(
     steps: list[float | None] = []
     layers: list[LayerSNR] = []
     pieces: dict[str, dict[str, Ratios]] = {}
+    workers = threads or default_threads()
     if tables:
         layers = _tables(tables)
     elif snr:
-        layers, pieces, steps = _measure(sources, threads or default_threads(), progress, notes)
-    points: Sequence[CurvePoint] = ()
-    if curve:
-        known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
-        last = max(range(len(sources)), key=lambda i: (known[i], i))
-        points = measure_curve(sources[last], threads=threads, progress=progress)
+        layers, pieces, steps = _measure(sources, workers, progress, notes)
+    known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
+    last = sources[max(range(len(sources)), key=lambda i: (known[i], i))]
+    points = measure_curve(last, threads=threads, progress=progress) if curve else ()
+    errors: dict[str, float] = {}
+    if layers and not tables:
+        with open_checkpoint(last) as checkpoint:
+            errors = update_errors(checkpoint, {b: chosen(layers, cutoff, b) for b in BASIS}, workers, progress)
     tensors = _tensors(layers, pieces, cutoff)
     return Analysis(
         tuple(map(str, sources)),
@@ -144,6 +152,7 @@ def analyze(
         tuple(points),
         tuple(notes),
         time.perf_counter() - started,
+        errors,
     )
 
 

@@ -23,7 +23,7 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Rule
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
-from statecodec.choose.steps import Budget
+from statecodec.choose.steps import Budget, codes_per_octave
 from statecodec.codecs import Codec
 from statecodec.codecs.base import Given
 from statecodec.codecs.chunking import Chunk
@@ -122,16 +122,23 @@ def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) 
 def _price(report: Report, settings: Settings) -> Iterator[str]:
     """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
     step_error = choose.preset(settings.preset).step_error
-    if not settings.own.rules or step_error is None:
+    if not settings.own.rules:
         return
     found = (report.total or {}).get("u_rms")
     if found is None:
-        if any(t.role in ("exp_avg", "exp_avg_sq") for t in report.tensors):
+        if any(t.role in ("exp_avg", "exp_avg_sq") and t.codec not in ("raw", "dropped") for t in report.tensors):
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
-    elif found > _FAR * step_error:
+    elif step_error is not None and found > _FAR * step_error:
         yield (
             f"the rules cost {100 * found:.3g} % in the Adam update, preset {report.preset} alone stands for "
             f"{100 * step_error:g} %"
+        )
+    errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
+    usual = 0.0 if step_error is None else 0.2 / codes_per_octave(step_error)
+    if usual and max(errors, default=0.0) > _FAR * usual:
+        yield (
+            f"the rules put second moments off by up to {100 * max(errors):.3g} %, preset {report.preset} alone by "
+            f"about {100 * usual:.2g} %: the updates from the next step on divide by them"
         )
 
 

@@ -13,7 +13,7 @@ from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
-from statecodec.choose.steps import correction
+from statecodec.choose.steps import update_settings
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.lazy import torch
@@ -151,15 +151,9 @@ def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateCompariso
     total = NO_UPDATE
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
-        found = kernels.host().compare_updates(first, second, other_first, other_second, **_settings(m))
+        found = kernels.host().compare_updates(first, second, other_first, other_second, **update_settings(m))
         total = total.merged(found)
     return total
-
-
-def _settings(m: Moments) -> dict[str, float]:
-    """Keyword arguments of `compare_updates` for one parameter."""
-    step = m.step if m.step and m.step > 0 else math.inf
-    return {"correction1": correction(m.beta1, step), "correction2": correction(m.beta2, step), "eps": m.eps}
 
 
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:

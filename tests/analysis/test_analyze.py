@@ -35,6 +35,26 @@ def test_averages_over_the_run(run: list[Path]) -> None:
     assert all(t.dims == t.recommended == () for t in found.tensors if t.kind in ("vector", "norm"))
 
 
+def test_what_sharing_costs_is_what_the_update_loses(run: list[Path]) -> None:
+    found = statecodec.analyze(*run)
+    saved = torch.load(run[-1], weights_only=True)["optimizer"]
+    dims = {"layer": [t.dims for t in found.tensors], "type": [t.type_dims for t in found.tensors]}
+    dims["table"] = [t.recommended or () for t in found.tensors]
+    assert any(dims["layer"])
+    assert found.update_error.keys() == dims.keys()
+    (beta1, beta2), eps = saved["param_groups"][0]["betas"], saved["param_groups"][0]["eps"]
+    for basis, chosen in dims.items():
+        off = size = 0.0
+        for state, shared in zip(saved["state"].values(), chosen, strict=True):
+            step = float(state["step"])
+            m, v = (state[key].numpy().astype(np.float64) for key in ("exp_avg", "exp_avg_sq"))
+            m, v = m / (1 - beta1**step), v / (1 - beta2**step)
+            mean = v.mean(shared, keepdims=True) if shared else v
+            exact, other = m / (np.sqrt(v) + eps), m / (np.sqrt(mean) + eps)
+            off, size = off + ((other - exact) ** 2).sum(), size + (exact**2).sum()
+        assert found.update_error[basis] == pytest.approx(np.sqrt(off / size), rel=1e-4, abs=1e-6)
+
+
 def test_convolutions_have_all_subsets(runs: dict[str, list[Path]]) -> None:
     found = statecodec.analyze(runs["conv"][-1])
     kernel = next(t for t in found.tensors if len(t.shape) == 4 and t.shape[0] == 48)

@@ -38,7 +38,8 @@ def test_analyze_tables(cli: Cli, ckpt: Path, words: tuple[str, ...]) -> None:
     if "--curve" in words:
         assert "SNR" not in done.out, "a curve alone measures no SNR"
     else:
-        assert "saved at SNR >" in done.out
+        assert "rules at SNR >" in done.out
+        assert "u-rms of the Adam update" in done.out
 
 
 def test_analyze_json_and_csv(cli: Cli, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ class Choice:
     """The codec of one tensor. `settled`: later steps leave it alone.
 
     `unit`: one optimizer step in the unit of the codec's error sums, where that is known. `companions`: the tensors
-    that the codec needs, role -> name.
+    that the codec needs, role -> name. `otherwise`: the codec if this one refuses the values; and raw if that does.
     """
 
     codec: Codec
@@ -35,6 +35,7 @@ class Choice:
     settled: bool = False
     unit: float | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
+    otherwise: Codec = field(default_factory=codecs.Raw)
 
     @property
     def exact(self) -> bool:

@@ -75,8 +75,8 @@ def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Ba
             changed = change.difference(parts, base.parts(item, codec, chunk))
         except (UnencodableValues, FormatError):
             return codec
-        before += _packed(parts, packing)
-        after += _packed(changed, packing)
+        before += packed_size(parts, packing)
+        after += packed_size(changed, packing)
     return change if after < _WORTH * before else codec
 
 
@@ -93,5 +93,6 @@ def _cut(pieces: Sequence[Chunk]) -> list[tuple[int, tuple[int, ...]]]:
     return [(c.start, tuple(c.shape)) for c in pieces]
 
 
-def _packed(parts: Mapping[str, Tensor], packing: Packing) -> int:
+def packed_size(parts: Mapping[str, Tensor], packing: Packing) -> int:
+    """Bytes of the record that holds these parts."""
     return encode_record([p.contiguous() for p in parts.values()], packing, Pool())[1]

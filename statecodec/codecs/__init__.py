@@ -16,10 +16,11 @@ from statecodec.codecs.raw import Raw
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.spec import format_codec, from_config, get, names, parse
 from statecodec.codecs.split import Split
+from statecodec.codecs.ulps import Ulps
 from statecodec.codecs.uniform import Uniform
 
 __all__ = [
     "NOTHING", "Based", "Cast", "Codec", "Companded", "Delta", "Direction", "Dropped", "EncodedTensor", "Folded",
-    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Residual", "Shared", "Split", "Uniform", "format_codec",
-    "from_config", "get", "is_exact", "names", "parse", "rows_cols", "standalone",
+    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Residual", "Shared", "Split", "Ulps", "Uniform",
+    "format_codec", "from_config", "get", "is_exact", "names", "parse", "rows_cols", "standalone",
 ]  # fmt: skip

@@ -124,6 +124,10 @@ class Codec(ABC):
     """Roles of the companions without which a tensor is neither encoded nor decoded."""
     stands_alone: ClassVar[bool] = True
     """Whether a tensor can be decoded without the same tensor of another checkpoint."""
+    needs_decoded: ClassVar[bool] = False
+    """Whether encoding takes the companions as the reader will have them, not as they were before they were encoded."""
+    exact: ClassVar[bool] = False
+    """Whether a tensor that is not refused comes back bit for bit."""
 
     @abstractmethod
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
@@ -138,8 +142,8 @@ class Codec(ABC):
     ) -> Comparison | None:
         """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues.
 
-        `given` holds the companions that `needs` names, as they were before anything was encoded. Returns the sums of
-        the error made where the codec knows them without decoding, else None.
+        `given` holds the companions that `needs` names (see `needs_decoded`). Returns the sums of the error made where
+        the codec knows them without decoding, else None.
         """
 
     @property

@@ -133,8 +133,8 @@ class Residual(Based):
 
 
 def is_exact(codec: Codec) -> bool:
-    """Whether a tensor comes back bit for bit: raw, or a change of it."""
-    return isinstance(codec, Raw) or (isinstance(codec, Delta) and isinstance(codec.inner, Raw))
+    """Whether a tensor comes back bit for bit: so says the codec, or it is the change of one that says so."""
+    return codec.exact or (isinstance(codec, Delta) and codec.inner.exact)
 
 
 def standalone(codec: Codec) -> Codec:

@@ -21,6 +21,7 @@ class Raw(Codec):
     """Part `data`: the tensor itself. NaN payloads, -0.0 and subnormals survive; packing may still make it smaller."""
 
     name: ClassVar[str] = "raw"
+    exact: ClassVar[bool] = True
 
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         return {"data": PartSpec(dtype, shape)}

@@ -24,13 +24,15 @@ from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.split import Split
+from statecodec.codecs.ulps import Ulps
 from statecodec.codecs.uniform import Uniform
 from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 
 CODECS: dict[str, type[Codec]] = {
     c.name: c
     for c in (
-        Raw, Uniform, Direction, Logarithmic, Split, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta, Residual,
+        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta,
+        Residual,
     )
 }  # fmt: skip
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from statecodec.layouts.base import (
     Box,
     Crc32,
-    Derived,
     Folder,
     Logical,
     Moments,
@@ -31,7 +30,6 @@ __all__ = [
     "Box",
     "Claim",
     "Crc32",
-    "Derived",
     "Folder",
     "Layout",
     "ListedFile",

@@ -76,18 +76,6 @@ class Logical:
 
 
 @dataclass(frozen=True, slots=True)
-class Derived:
-    """A region whose bytes follow from another tensor: proven bit-equal while compressing, it is not stored again."""
-
-    file: str
-    region: int
-    of: str
-    """Name of the logical tensor."""
-    how: str
-    """`copy`, or `cast(DTYPE)` for round-to-nearest-even."""
-
-
-@dataclass(frozen=True, slots=True)
 class View:
     """A named tensor of a file: a strided window into one region."""
 
@@ -176,7 +164,6 @@ class Source:
     tensors: tuple[Logical, ...] = ()
     """By file and offset of their first piece. Every region belongs to exactly one of them."""
     moments: tuple[Moments, ...] = ()
-    derived: tuple[Derived, ...] = ()
     folders: tuple[Folder, ...] = ()
     """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
 

@@ -49,7 +49,7 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     files.update(_links(listing, files))
     return Source(
         root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        tuple(d for located in found for d in located.derived), listing.folders,
+        listing.folders,
     )  # fmt: skip
 
 

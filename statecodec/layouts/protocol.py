@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from statecodec.layouts.base import Derived, Logical, Moments, SourceFile
+from statecodec.layouts.base import Logical, Moments, SourceFile
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.pickle.nodes import TensorNode
 
@@ -57,7 +57,6 @@ class Located:
     """One for each claimed file."""
     tensors: tuple[Logical, ...] = ()
     """Every region belongs to exactly one."""
-    derived: tuple[Derived, ...] = ()
     moments: tuple[Moments, ...] = ()
     facts: tuple[Facts, ...] = ()
     """Of files whose tensors are to be named by guessing; `tensors` then begins with theirs, file by file."""

@@ -179,6 +179,8 @@ class Compression:
     device: torch.device
     settings: Settings
     totals: Totals = field(default_factory=lambda: Totals())
+    refused: dict[int, Codec] = field(default_factory=dict)
+    """Of items whose chosen codec refused their values: the codec that they have instead."""
 
     def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
@@ -190,7 +192,16 @@ class Compression:
                 return self.document(digests, refusals)
 
             items = [self.item(i) for i in range(len(self.source.items))]
-            outcome = write(output, items, self.encode, document, "compressing", check=check, figures=self.figures)
+            outcome = write(
+                output,
+                items,
+                self.encode,
+                document,
+                "compressing",
+                fallback=self.instead,
+                check=check,
+                figures=self.figures,
+            )
         report = outcome.report(output)
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
@@ -235,13 +246,22 @@ class Compression:
         parts, comparison = _there_and_back(codec, x, given, self.device)
         return Encoded({name: part.to("cpu") for name, part in parts.items()}, comparison)
 
+    def instead(self, index: int) -> Codec:
+        """The codec of an item whose own refused its values."""
+        codec = codecs.Raw() if index in self.refused else self.choices[self.source.items[index].name].otherwise
+        self.refused[index] = codec
+        return codec
+
     def _given(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Given:
-        """The companions' values of the same elements, as they are in the source."""
+        """The companions' values of the same elements, as they are in the source or as they will be read back."""
         names = self.choices[item.name].companions
         found = {}
         for role in codec.needs:
             other = self.source.items[self.source.tensors[names[role]].index]
             found[role] = self.source.chunk(other, chunk)
+            if codec.needs_decoded:
+                chosen = self.refused.get(other.index, self.choices[other.name].codec)
+                found[role] = codecs.standalone(chosen).encode(found[role]).decode()
         return found
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
@@ -290,11 +310,13 @@ def _there_and_back(
     """Encoded parts, and the error made; on the CPU in scratch memory, good until the thread's next chunk."""
     if device.type != "cpu":
         encoded = codec.encode(x.to(device), given=given)
+        if codec.exact:
+            return encoded.parts, None
         return encoded.parts, _compared(codec, x, encoded.decode(given=given).to("cpu"), given)
     specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
     parts = {name: _scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
     comparison = codec.encode_into(x, parts, kernels.host(), given)
-    if comparison is None:
+    if comparison is None and not codec.exact:
         decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))
         codec.decode_into(parts, decoded, kernels.host(), given)
         comparison = _compared(codec, x, decoded, given)

@@ -19,6 +19,7 @@ from typing import Any
 from statecodec._version import __version__
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.choose.derived import followers
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import Reader
 from statecodec.parallel import default_threads
@@ -119,6 +120,10 @@ def deal(source: SourceCheckpoint, count: int) -> list[list[int]]:
     for moments in source.moments:
         pair = [source.tensors[name].index for name in (moments.exp_avg, moments.exp_avg_sq)]
         leader[max(pair)] = leader[min(pair)]
+    for weight, masters in followers(source):
+        first, *others = sorted(item.index for item in (weight, *masters))
+        for index in others:
+            leader[index] = leader[first]
     groups: dict[int, list[int]] = {}
     for index, first in enumerate(leader):
         groups.setdefault(first, []).append(index)
@@ -142,6 +147,7 @@ def _write(work: Compression, output: Output, indices: Sequence[int], share: Sha
             [work.item(i) for i in indices],
             lambda index, codec, chunk: work.encode(indices[index], codec, chunk),
             f"share {share}",
+            fallback=lambda index: work.instead(indices[index]),
             figures=lambda index, comparison: work.figures(indices[index], comparison),
         )
         with made as (writer, refusals):

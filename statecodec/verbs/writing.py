@@ -122,14 +122,7 @@ def appended(
 ) -> Iterator[tuple[Writer, Mapping[str, str]]]:
     """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
     run = _Run(output, items, encode, stage, fallback)
-    with Writer(
-        output.target,
-        run.items,
-        packing=output.packing,
-        max_shard_size=output.max_shard_size,
-        force=output.force,
-    ) as writer:
-        run.append_all(writer)
+    with run.written() as writer:
         for index, comparison in run.errors.items():
             found = figures(index, comparison) if figures is not None else {}
             error = {name: x for name, x in found.items() if math.isfinite(x)}  # fp64 may overflow
@@ -155,24 +148,53 @@ class _Run:
     """One output in the making."""
 
     def __init__(self, output: Output, items: Sequence[Item], encode: Encoder, stage: str, fallback: Fallback) -> None:
-        self.items, self.encode, self.fallback, self.threads = list(items), encode, fallback, output.threads
+        self.items, self.encode, self.fallback, self.output = list(items), encode, fallback, output
         self.refusals: dict[str, str] = {}
         self.errors: dict[int, Comparison] = {}
         self.meter = Meter(output.progress, sum(map(_nbytes, items)), stage)
         self._settle_plain(output.packing)
 
-    def append_all(self, writer: Writer) -> None:
-        """Append every item; one that is refused starts again, stored exactly."""
+    @contextmanager
+    def written(self) -> Iterator[Writer]:
+        """A writer with all items appended."""
+        while True:
+            output = self.output
+            with Writer(
+                output.target,
+                self.items,
+                packing=output.packing,
+                max_shard_size=output.max_shard_size,
+                force=output.force,
+            ) as writer:
+                if self._append_all(writer):
+                    yield writer
+                    return
+
+    def _append_all(self, writer: Writer) -> bool:
+        """Append every item; one that is refused starts again, stored exactly.
+
+        False if everything has to start again: others were encoded beside what the refused one no longer decodes to.
+        """
         refused = self._append_from(writer, 0)
         while refused is not None:
             self._refuse(refused)
+            if self._encoded_beside(refused.index):
+                self.errors.clear()
+                self.meter.add(-sum(map(_nbytes, self.items[: refused.index])))
+                return False
             writer.restart(refused.index, self.items[refused.index].codec)
             refused = self._append_from(writer, refused.index)
+        return True
+
+    def _encoded_beside(self, index: int) -> bool:
+        """Whether the parts of other items depend on how this one is stored."""
+        name = self.items[index].name
+        return any(item.codec.needs_decoded and name in item.companions.values() for item in self.items)
 
     def _settle_plain(self, packing: Packing) -> None:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
         for index, item in enumerate(self.items):
-            if codecs.is_exact(item.codec) or not is_plain(item, packing):
+            if (codecs.is_exact(item.codec) and not item.codec.needs) or not is_plain(item, packing):
                 continue
             try:
                 for chunk in iterate(item.codec, item.shape, item.dtype):
@@ -200,7 +222,7 @@ class _Run:
 
         done = {start: 0}
         try:
-            with ordered_map(make, self._jobs(start), self.threads) as made:
+            with ordered_map(make, self._jobs(start), self.output.threads) as made:
                 for job, packed, comparison in made:
                     writer.append(packed)
                     nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize

@@ -41,6 +41,7 @@ FILES = {
     "packed-2.0.safetensors": ("zstd", None),
     "sharded-2.0.safetensors": ("zstd", 150_000),
     "example-2.0.safetensors": ("zstd", None),
+    "ulps-2.0.safetensors": ("zstd", None),
 }
 EXAMPLE = "example-2.0.safetensors"  # on the page
 
@@ -122,7 +123,21 @@ def codes() -> dict[str, tuple[Tensor, Codec]]:
     }
 
 
-COMPANIONS = {name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")}
+def mixed_precision() -> dict[str, tuple[Tensor, Codec]]:
+    """A master on a grid that takes small numbers to 0, and the weights that are its rounded copies."""
+    master = values(90, 64)
+    master[3, :5] = torch.tensor([0.0, -0.0, 1e-30, -1e-42, 3e38])
+    return {
+        "raw": (master, parse("raw")),
+        "master": (master, parse("uniform(step=0.0001220703125)")),
+        "ulps": (master.bfloat16(), parse("ulps")),
+        "ulps.float16": (master.clamp(-6e4, 6e4).half(), parse("ulps")),
+    }
+
+
+COMPANIONS = {name: {"master": "master"} for name in ("ulps", "ulps.float16")} | {
+    name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")
+}
 
 
 def example() -> dict[str, tuple[Tensor, Codec]]:
@@ -170,7 +185,8 @@ def main(renew: bool) -> None:
             continue
         if "-" not in name:
             raise SystemExit(f"{name} is of version 1.0, which this writer no longer writes: it is in the history")
-        content = example() if name.startswith("example") else tensors()
+        kind = name.partition("-")[0]
+        content = {"example": example, "ulps": mixed_precision}.get(kind, tensors)()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
         written = write(

@@ -72,8 +72,9 @@ def write(
         for i, (tensor, codec) in enumerate(tensors.values()):
             for chunk in writer.chunks(i):
                 piece = tensor.reshape(-1)[chunk.start : chunk.stop].view(chunk.shape)
-                others = {role: tensors[name][0] for role, name in items[i].companions.items()}
-                given = {role: other.reshape(-1)[chunk.start : chunk.stop] for role, other in others.items()}
+                others = {role: tensors[name] for role, name in items[i].companions.items()}
+                beside = {k: c.encode(t).decode() if codec.needs_decoded else t for k, (t, c) in others.items()}
+                given = {role: other.reshape(-1)[chunk.start : chunk.stop] for role, other in beside.items()}
                 writer.append(writer.pack(i, chunk, codec.encode(piece, "reference", given).parts))
         return writer.close({"note": "test"} if document is None else document)
 

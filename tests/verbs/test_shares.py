@@ -36,6 +36,20 @@ def folder(path: Path) -> Path:
     return path
 
 
+def mixed(path: Path) -> Path:
+    """Weights that follow from masters, which another share would hold."""
+    torch.manual_seed(0)
+    masters = {f"layer{i}": 0.02 * torch.randn(96, 96) for i in range(3)}
+    state = {
+        i: {"exp_avg": w * 0.1, "exp_avg_sq": w**2, "step": torch.tensor(3.0), "master_param": w}
+        for i, w in enumerate(masters.values())
+    }
+    groups = [{"params": [0, 1, 2], "param_names": list(masters), "lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8}]
+    weights = {name: w.bfloat16() for name, w in masters.items()}
+    torch.save({"optimizer": {"state": state, "param_groups": groups}, "model": weights}, path)
+    return path
+
+
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"preset": "lossless"},
@@ -46,7 +60,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("make", [trained, folder])
+@pytest.mark.parametrize("make", [trained, folder, mixed])
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_the_joined_file_is_that_of_one_process(
     make: Any, settings: dict[str, Any], count: int, tmp_path: Path

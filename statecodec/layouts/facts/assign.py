@@ -22,7 +22,7 @@ from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Facts, Located
-from statecodec.roles import Role, family
+from statecodec.roles import STATE_ROLES, Role, family
 
 _MAX_ELSEWHERE: Final = 8
 _SCALARS: Final[dict[DType, str]] = {
@@ -210,6 +210,9 @@ def _describe_state(
     values = state.strings()
     if name is not None:
         file.params.update({v.index: name for v in values.values() if type(v) is TensorNode})
+    for key, value in values.items():
+        if type(value) is TensorNode and STATE_ROLES.get(key) == "master":
+            weight = (file, value)  # what the update is added to; the model's own is a rounded copy
     adam = _adam(file, values, settings, name, weight)
     if adam is not None:
         file.adam.append(adam)

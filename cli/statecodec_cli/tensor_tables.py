@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 from statecodec_cli import console
@@ -33,8 +34,20 @@ ERROR = Column("rel. rms")
 
 def body(document: Document, *, every: bool) -> Grid:
     """The tensors of a report, one by one or summed up."""
-    tensors, packed = document["tensors"], is_compressed(document)
+    tensors, packed = list(_whole(document["tensors"])), is_compressed(document)
     return _tensors(tensors, packed=packed) if every else _summary(tensors, packed=packed)
+
+
+def _whole(tensors: Iterable[Document]) -> Iterator[Document]:
+    """The tensors, and in place of the parts of a state that a live optimizer keeps encoded, that state."""
+    for state, group in groupby(tensors, lambda t: t.get("state")):
+        parts = list(group)
+        if state is None:
+            yield from parts
+        else:
+            before, after = (sum(t[size] for t in parts) for size in ("bytes_before", "bytes_after"))
+            exact = all(t["codec"] == "raw" for t in parts)
+            yield {**state, "bytes_before": before, "bytes_after": after, "exact": exact}
 
 
 def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
@@ -43,6 +56,9 @@ def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
     rows = [(t["name"], shown(t["role"]), shape(t), t["dtype"]) for t in tensors]
     if not packed:
         sizes = [console.size(t["bytes_before"]) for t in tensors]
+        if any(t["codec"] != "raw" for t in tensors):
+            held = [(t["codec"], size) for t, size in zip(tensors, sizes, strict=True)]
+            return Grid((*head, _CODEC, Column("size")), [(*row, *h) for row, h in zip(rows, held, strict=True)])
         return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
     stored = [(*row, *_stored([t])) for row, t in zip(rows, tensors, strict=True)]
     head = (*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=2))
@@ -51,10 +67,12 @@ def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
 
 def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each role and codec, or role and dtype of what is not compressed."""
-    found = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else t["dtype"]))
+    encoded = any(t["codec"] != "raw" for t in tensors)
+    found = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else _held(t)))
     if not packed:
         sizes = [(shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in found]
-        return Grid((ROLE, Column("dtype", text=True), Column("tensors"), Column("size")), sizes)
+        kind = Column("dtype or codec" if encoded else "dtype", text=True, gives="fold")
+        return Grid((ROLE, kind, Column("tensors"), Column("size")), sizes)
     rows = []
     for (role, codec), group in found:
         _, *sizes_and_ratio, relative, steps = _stored(group)
@@ -74,6 +92,11 @@ def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensor
 def _kind(codec: str) -> str:
     """A codec without what was fitted to one tensor, which is a fraction: `uniform(step=2.0e-05)` -> `uniform`."""
     return _FITTED.sub("", codec).replace(",)", ")").replace("()", "")
+
+
+def _held(tensor: Document) -> str:
+    """The dtype of a tensor that is not compressed, or the codec in which a live optimizer keeps it."""
+    return tensor["dtype"] if tensor["codec"] == "raw" else _kind(tensor["codec"])
 
 
 def _rounded(codec: str) -> str:
@@ -117,7 +140,7 @@ def worst(group: Sequence[Document], figure: str) -> str:
     """The largest of one error figure over the group; NaN, should there be any, wins."""
     values = [float(e[figure]) for t in group if (e := t.get("error", t)) and e.get(figure) is not None]
     if not values:
-        return "exact" if all(t.get("codec") == "raw" for t in group) else ""
+        return "exact" if all(t.get("codec") == "raw" or t.get("exact") for t in group) else ""
     return console.error(math.nan if any(math.isnan(v) for v in values) else max(values))
 
 

@@ -7,10 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from statecodec.checkpoint.states import EncodedState
+
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One stored tensor. `error` holds `rms`, `relative_rms` and `max_abs` of decoding where they were measured."""
+    """One stored tensor. `error` holds `rms`, `relative_rms` and `max_abs` of decoding where they were measured;
+    `state` is what the tensor is a part of, where a live optimizer keeps its states encoded.
+    """
 
     name: str
     role: str
@@ -21,6 +25,7 @@ class TensorReport:
     bytes_before: int
     bytes_after: int
     error: dict[str, float] | None = None
+    state: EncodedState | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class Report:
         is there; without any, of all tensors of real and complex numbers.
         """
         for role in ("weight", "master", "ema", "exp_avg", "momentum"):
-            count = sum(math.prod(t.shape) for t in self.tensors if t.role == role)
+            states = {t.state for t in self.tensors if t.state is not None and t.state.role == role}
+            shapes = [t.shape for t in self.tensors if t.role == role] + [state.shape for state in states]
+            count = sum(map(math.prod, shapes))
             if count:
                 return count
         return sum(math.prod(t.shape) for t in self.tensors if "float" in t.dtype or "complex" in t.dtype)

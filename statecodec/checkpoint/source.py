@@ -17,13 +17,14 @@ from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
+from statecodec.checkpoint.states import encoded_state, to_json
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import UINT8
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
-from statecodec.layouts import Box, ListedFile, Listing, Logical, Moments, Region, Run, Source, locate
+from statecodec.layouts import Box, ListedFile, Listing, Logical, Moments, Region, Run, Source, StatePart, locate
 from statecodec.layouts.tree import tree
 from statecodec.lazy import torch
 from statecodec.names import shown
@@ -38,6 +39,7 @@ class SourceItem(TensorInfo):
 
     file: int = 0
     region: Region | None = None
+    state: StatePart | None = None
 
     @property
     def bytes_only(self) -> bool:
@@ -176,6 +178,9 @@ class SourceCheckpoint(Checkpoint):
                 name=item.name, role=item.role, param=item.param, shape=item.shape,
                 dtype=item.dtype.name, codec="raw",
                 bytes_before=item.nbytes, bytes_after=item.nbytes,
+                state=None if item.state is None else encoded_state(
+                    to_json(item.state), item.name, item.shape, item.dtype
+                ),
             )
             for item in self.items
         )  # fmt: skip
@@ -250,7 +255,8 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
             index += 1
         for region, (tensor, piece) in zip(file.regions, owners[file.path], strict=True):
             name = _unique(tensor.name if len(tensor.pieces) == 1 else f"{tensor.name}@{piece}", taken)
-            yield SourceItem(name, tensor.role, tensor.param, region.shape, region.dtype, index, number, region)
+            shape, dtype, state = region.shape, region.dtype, tensor.state
+            yield SourceItem(name, tensor.role, tensor.param, shape, dtype, index, number, region, state)
             index += 1
 
 

@@ -17,6 +17,7 @@ from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.companions import Companions
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
+from statecodec.checkpoint.states import ATTRIBUTE, encoded_state
 from statecodec.codecs import Codec, EncodedTensor
 from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues
@@ -347,6 +348,7 @@ def tensor_report(item: StoredItem) -> TensorReport:
         bytes_before=item.decoded_nbytes,
         bytes_after=item.stored_nbytes,
         error=_error(attributes.get("error")),
+        state=encoded_state(attributes.get(ATTRIBUTE), item.name, item.shape, item.dtype),
     )
 
 

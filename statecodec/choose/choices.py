@@ -140,6 +140,9 @@ def _unmet(source: SourceCheckpoint, chosen: Mapping[str, Choice], preset: str) 
         yield "preset weights: no optimizer state was recognised here, so nothing is dropped"
     elif not any(roles[role] for role in ("weight", *MOMENT_ROLES)):
         yield f"preset {preset}: no weights and no optimizer state were recognised here, so everything is kept exact"
-    states = sum(1 for i in source.items if i.role == "other" and ".state." in f".{i.name}" and i.numel >= 4096)
+    if any(item.state is not None for item in source.items):
+        yield f"preset {preset}: encoded states of a live optimizer are kept as they are (`convert --to torch` decodes)"
+    others = (i for i in source.items if i.role == "other" and i.state is None)
+    states = sum(1 for i in others if ".state." in f".{i.name}" and i.numel >= 4096)
     if states and preset != "lossless":
         yield f"preset {preset}: {states} large tensors of optimizer states are of no known kind and are kept exact"

@@ -18,6 +18,7 @@ from statecodec.layouts.base import (
     Run,
     Source,
     SourceFile,
+    StatePart,
     View,
 )
 from statecodec.layouts.listing import ListedFile, Listing, list_memory, list_path
@@ -44,6 +45,7 @@ __all__ = [
     "Run",
     "Source",
     "SourceFile",
+    "StatePart",
     "View",
     "list_memory",
     "list_path",

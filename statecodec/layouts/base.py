@@ -60,6 +60,18 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class StatePart:
+    """A part of a state that a live optimizer keeps encoded. `shape` and `dtype` are those of the decoded state."""
+
+    part: str
+    role: Role
+    codec: str
+    """The codec's config, as JSON. Not checked."""
+    shape: Shape
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class Logical:
     """A tensor as rules, reports and budgets see it."""
 
@@ -73,6 +85,8 @@ class Logical:
     role: Role = "other"
     param: str | None = None
     """Name of the weight that this tensor is, or is the optimizer state of, where that is certain."""
+    state: StatePart | None = None
+    """The encoded state that it is a part of."""
 
 
 @dataclass(frozen=True, slots=True)

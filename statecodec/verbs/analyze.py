@@ -186,12 +186,23 @@ def _measure(
                 for part, ratios in in_parts.items():
                     pieces.setdefault(layer.name, {}).setdefault(part, []).append(ratios)
     if not found:
+        _refuse_encoded(sources[0])
         raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq) in it; the SNR is measured on Adam's state")
     missing = [name for name, group in found.items() if len(group) != len(sources)]
     if missing:
         notes.append(f"not in every checkpoint: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     averaged = {name: {part: average(r) for part, r in group.items()} for name, group in pieces.items()}
     return [_averaged(group) for group in found.values()], averaged, steps
+
+
+def _refuse_encoded(source: str | Path) -> None:
+    """Raise UsageError if the second moments are there, but as a live optimizer holds them."""
+    with open_checkpoint(source) as checkpoint:
+        if any(t.state is not None and t.state.role == "exp_avg_sq" for t in checkpoint.report().tensors):
+            raise UsageError(
+                f"{source}: its second moments are encoded by a live optimizer; `convert --to torch` makes dense ones, "
+                "of which the SNR can be measured"
+            )
 
 
 def _measure_one(

@@ -14,6 +14,7 @@ from statecodec import choose, codecs, dtypes, kernels
 from statecodec._version import __version__
 from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
+from statecodec.checkpoint import states
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.open import open_checkpoint
@@ -224,6 +225,8 @@ class Compression:
         attributes: dict[str, Any] = {"role": item.role}
         if item.region is not None:
             attributes["param"] = item.param
+            if item.state is not None:
+                attributes[states.ATTRIBUTE] = states.to_json(item.state)
         text = item.region is None
         return Item(item.name, choice.codec, item.shape, item.dtype, attributes, choice.companions, text=text)
 

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
-from statecodec.layouts.base import Logical, Moments
+from statecodec.layouts.base import Logical, Moments, StatePart
 from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
@@ -59,6 +59,8 @@ class FileRoles:
     adam: list[Adam] = field(default_factory=list)
     tensors: dict[int, str] = field(default_factory=dict)
     """Names of the logical tensors that are the node's, wholly and alone."""
+    encoded: dict[int, StatePart] = field(default_factory=dict)
+    """Parts of encoded states."""
 
     @property
     def path(self) -> str:
@@ -101,7 +103,8 @@ def _tensor(file: FileRoles, tensor: Logical, number: int) -> Logical:
     role = roles.pop() if len(roles) == 1 else "other"
     # Tied weights have several names, and the first is the one that Module.parameters() knows.
     certain = names and (family(role) == "weight" or len(set(names)) == 1)
-    return replace(tensor, role=role, param=names[0] if certain else None)
+    state = file.encoded.get(nodes[0].index) if len(nodes) == 1 else None
+    return replace(tensor, role=role, param=names[0] if certain else None, state=state)
 
 
 def _moments(file: FileRoles, adam: Adam) -> Moments | None:
@@ -121,7 +124,7 @@ def _assign(files: list[FileRoles]) -> None:
     own = [models(s.weights, f.facts.ordered) for f, s in zip(files, surveys, strict=True)]
     folders = _folders(files, own)
     for file, found in zip(files, surveys, strict=True):
-        file.roles = found.roles
+        file.roles, file.encoded = found.roles, found.encoded
         file.params.update({w.node.index: w.name for w in found.weights})
     by_folder = _weights_by_folder(files, surveys)
     for file, found, candidates in zip(files, surveys, own, strict=True):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from statecodec.dtypes import DType
+from statecodec.layouts.base import StatePart
+from statecodec.layouts.facts.encoded import state_parts
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, spell, walk
 from statecodec.names import bare_name, shown
@@ -92,6 +94,8 @@ class Survey:
     optimizers: list[Optimizer] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
     roles: dict[int, Role] = field(default_factory=dict)
+    encoded: dict[int, StatePart] = field(default_factory=dict)
+    """Parts of encoded states, by the index of their tensors."""
 
 
 def parameter_name(name: str) -> str:
@@ -238,7 +242,10 @@ def _group(node: DictNode) -> Group:
 def _state_roles(found: Survey, optimizer: Optimizer) -> None:
     for state in optimizer.states.values():
         for key, value in state.items:
-            if type(value) is not TensorNode or type(key) is not str:
+            if type(key) is not str:
+                continue
+            found.encoded.update((tensor.index, part) for tensor, part in state_parts(key, value))
+            if type(value) is not TensorNode:
                 continue
             if key == "step" and math.prod(value.shape) == 1:
                 found.roles[value.index] = "step"

@@ -32,10 +32,12 @@ class TensorReport:
 class UpdateReport:
     """What encoding did to one parameter's Adam update direction u = m_hat / (sqrt(v_hat) + eps).
 
-    u_rms = ||u' - u|| / ||u||; max_u and max_u_exact are the largest |u'| and |u|; cosine of u' and u.
+    u_rms = ||u' - u|| / ||u||; max_u and max_u_exact are the largest |u'| and |u|; cosine of u' and u. `exp_avg` is the
+    name of that tensor: files of one directory may have parameters of one name.
     """
 
     param: str | None
+    exp_avg: str
     numel: int
     u_rms: float
     max_u: float

@@ -26,14 +26,16 @@ from statecodec.roles import MOMENT_ROLES, family
 class Choice:
     """The codec of one tensor. `settled`: later steps leave it alone.
 
-    `unit`: one optimizer step in the unit of the codec's error sums, where that is known. `companions`: the tensors
-    that the codec needs, role -> name. `otherwise`: the codec if this one refuses the values; and raw if that does.
+    `unit`: one optimizer step in the unit of the codec's error sums, where that is known. `most`: the largest rms error
+    in that unit's own, where one is promised. `companions`: the tensors that the codec needs, role -> name.
+    `otherwise`: the codec if this one refuses the values; and raw if that does.
     """
 
     codec: Codec
     reason: str
     settled: bool = False
     unit: float | None = None
+    most: float | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
     otherwise: Codec = field(default_factory=codecs.Raw)
 

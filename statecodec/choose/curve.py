@@ -6,23 +6,33 @@ entropy coder needs. `benchmarks/step_budget.py` holds it against real files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, by_rules
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
-from statecodec.choose.steps import Budget, Values, by_steps, sampled
+from statecodec.choose.steps import Budget, by_steps
 from statecodec.codecs import Direction, Logarithmic, Uniform
+from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
+from statecodec.lazy import torch
 from statecodec.parallel import default_threads
 from statecodec.progress import Meter, Progress
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Values: TypeAlias = NDArray[np.float64]
+
+_SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor is sampled by 32 pieces, evenly spread
 _FRACTIONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 _EXACT_BITS = 0.83 * 8  # a byte of fp32 or bf16 numbers, packed without loss; measured in docs/benchmarks.md
 
@@ -85,15 +95,15 @@ def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
 def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values | None:
     codec = choice.codec
     if isinstance(codec, Uniform):
-        rounded: Values = np.rint(sampled(source, item) / codec.step)
+        rounded: Values = np.rint(_sampled(source, item) / codec.step)
         return rounded
     if isinstance(codec, Direction):
         other = source.items[source.tensors[choice.companions["exp_avg_sq"]].index]
-        root = np.sqrt(np.maximum(sampled(source, other), 0.0))
-        turned: Values = np.rint(sampled(source, item) / (root + codec.eps) / codec.step)
+        root = np.sqrt(np.maximum(_sampled(source, other), 0.0))
+        turned: Values = np.rint(_sampled(source, item) / (root + codec.eps) / codec.step)
         return turned
     if isinstance(codec, Logarithmic):
-        codes = np.rint(np.log2(np.maximum(sampled(source, item), 2.0**-149)) * codec.steps)
+        codes = np.rint(np.log2(np.maximum(_sampled(source, item), 2.0**-149)) * codec.steps)
         return _centred(codes, item.numel // max(item.shape[0], 1) if item.shape else 1)
     return None
 
@@ -116,3 +126,27 @@ def _entropy(codes: Values) -> float:
         return 0.0
     share = np.unique(finite, return_counts=True)[1] / finite.size
     return float(-(share * np.log2(share)).sum())
+
+
+def _sampled(source: SourceCheckpoint, item: SourceItem) -> Values:
+    """All elements of a small tensor, 32 pieces of a large one: flat, float64.
+
+    In numpy: arrays of this size are not worth torch's threads.
+    """
+    if item.numel <= _SAMPLE:
+        return _flat(source.chunk(item, Chunk(0, item.numel, item.shape)))
+    return np.concatenate(list(_pieces(source, item)))
+
+
+def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Values]:
+    count = _SAMPLE // _PIECE
+    for i in range(count):
+        start = (item.numel - _PIECE) * i // (count - 1)
+        yield _flat(source.chunk(item, Chunk(start, start + _PIECE, (1, _PIECE))))
+
+
+def _flat(x: Tensor) -> Values:
+    flat = x.reshape(-1)
+    if flat.dtype == torch.bfloat16:  # which numpy does not have
+        flat = flat.to(torch.float32)
+    return flat.numpy().astype(np.float64)

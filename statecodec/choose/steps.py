@@ -8,47 +8,40 @@ tensor, U, is the unit of that tensor:
     weights      `uniform`, a grid of fraction * lr * U * sqrt(12)
 
 A uniform quantiser before an entropy coder is the best there is at these rates, and the same fraction everywhere is the
-optimal allocation: nothing is searched. Where there is no step to count in, `_Chooser` says what is done instead.
+optimal allocation: nothing is searched. That the fraction is kept is not left to the formula: encoding sums the error
+that it makes, and a tensor whose values do not spread over the grid's cells is encoded again on a finer one (`finer`).
+Where there is no step to count in, `_Chooser` says what is done instead.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from statecodec import kernels
 from statecodec.buffers import Scratch
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
-from statecodec.codecs import Direction, Dropped, Logarithmic, Raw, Split, Uniform
+from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Raw, Split, Uniform
 from statecodec.codecs.base import FLOATS
-from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
-from statecodec.kernels.reference.statistics import NO_DIFFERENCE, UpdateSize
+from statecodec.kernels.reference.statistics import Comparison, UpdateSize
 from statecodec.layouts import Moments
 from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import MOMENT_ROLES, family
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Values: TypeAlias = NDArray[np.float64]
-
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
-_SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor is sampled by 32 pieces, evenly spread
-_SAFETY = 0.995  # of the step where the error is known from a sample
+_SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
+_NARROW = 0.2  # of a dtype's eps: the rms error, relative to the value, of rounding to it
+_PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
 _first, _second = Scratch(), Scratch()
-_TRIES = 8  # to find the step of values that do not spread over the grid's cells
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
 _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
 
@@ -168,7 +161,7 @@ class _Chooser:
                 chosen[second.name] = self._second_moment(self.budget.moments)
             # A direction decodes to the same update whatever a rule of yours made of the second moment, if anything.
             if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
-                chosen[first.name] = self._first_moment(unit, self.budget.moments, second)
+                chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
         weight = self.source.tensors.get(moments.weight) if moments.weight else None
         if weight is not None and unit is not None and self.budget.weights is not None:
             choice = self._weight(self._item(weight.name), unit, moments, self.budget.weights)
@@ -176,10 +169,12 @@ class _Chooser:
                 chosen[weight.name] = choice
         return moments, chosen
 
-    def _first_moment(self, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
-        codec = Direction(_legal(_grid(unit.values, fraction * unit.direction) * _safety(second)), unit.eps)
+    def _first_moment(self, first: SourceItem, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
+        most = fraction * unit.direction
+        codec = Direction(_grid(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
-        return Choice(codec, reason, unit=unit.update / unit.direction, companions={"exp_avg_sq": second.name})
+        companions = {"exp_avg_sq": second.name}
+        return Choice(codec, reason, unit=unit.update / unit.direction, most=most, companions=companions)
 
     def _second_moment(self, fraction: float) -> Choice:
         steps = codes_per_octave(fraction)
@@ -189,16 +184,18 @@ class _Chooser:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
-        values = _finite(sampled(self.source, item))
-        rms, largest = _rms(values), float(np.abs(values).max(initial=0.0))
+        rms, largest = _size(self.source, item)
         if not rms:
             return None
         rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
         one_step = (rate or 0.0) * unit.update
-        finest, coarsest = _FINEST * rms, max(_COARSEST * largest, _FINEST * rms)
-        step = min(max(_grid(values, fraction * one_step) * _safety(item), finest), coarsest)
-        reason = f"{fraction:.4g} of a step" if step not in (finest, coarsest) else "24 bits"
-        return Choice(Uniform(_legal(step)), "bf16" if step == coarsest else reason, unit=one_step or None)
+        finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
+        most = fraction * one_step
+        step = min(max(_grid(most, item, rms), finest), coarsest)
+        if step == finest:
+            return Choice(Uniform(step), "24 bits", unit=one_step or None)
+        reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
+        return Choice(Uniform(step), reason, unit=one_step, most=most)
 
     def rest(self, only: Container[str] | None) -> None:
         """Tensors that no pair of moments speaks of."""
@@ -222,9 +219,9 @@ class _Chooser:
         if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
             return self._second_moment(fraction)
         if item.role == "momentum" or (item.role == "exp_avg" and item.name not in self._paired):
-            values, size = _finite(sampled(self.source, item)), _size(self.source, item)
-            step = _legal(_grid(values, fraction * size) * _safety(item))
-            return Choice(Uniform(step), f"{fraction:.4g} of its rms", unit=size)
+            rms, _ = _size(self.source, item)
+            most = fraction * rms
+            return Choice(Uniform(_grid(most, item, rms)), f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
 
     def _item(self, name: str) -> SourceItem:
@@ -243,8 +240,6 @@ class _Unit:
     update: float
     direction: float
     eps: float
-    values: Values
-    """The sampled direction."""
 
     @classmethod
     def measured(
@@ -258,24 +253,21 @@ class _Unit:
         direction = math.sqrt(size.sum_sq / size.numel) if size.numel else 0.0
         if not direction or not math.isfinite(direction):
             return None
-        m, v = sampled(source, first), sampled(source, second)
-        sound = np.isfinite(m) & np.isfinite(v) & ((v > 0) | ((v == 0) & (m == 0)))
-        values = m[sound] / (np.sqrt(v[sound]) + eps)
-        return cls(direction * math.sqrt(correction2) / correction1, direction, eps, values)
+        return cls(direction * math.sqrt(correction2) / correction1, direction, eps)
 
 
-def _size(source: SourceCheckpoint, item: SourceItem) -> float:
-    """The rms of all finite values."""
-    sums = NO_DIFFERENCE
-    for chunk in iterate(Raw(), item.shape, item.dtype):
-        x = source.chunk(item, chunk, _first).reshape(-1).to(torch.float32)
-        sums = sums.merged(kernels.host().compare(x, x))
-    return math.sqrt(sums.sum_sq / item.numel) if item.numel else 0.0
+def _size(source: SourceCheckpoint, item: SourceItem) -> tuple[float, float]:
+    """The rms and the largest magnitude of all finite values."""
+    sum_sq, largest = 0.0, 0.0
+    for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE):
+        part = kernels.host().size(source.chunk(item, chunk, _first).reshape(-1).to(torch.float32))
+        sum_sq, largest = sum_sq + part.sum_sq, max(largest, part.largest)
+    return (math.sqrt(sum_sq / item.numel) if item.numel else 0.0), largest
 
 
 def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:
     numel, sum_sq = 0, 0.0
-    for chunk in iterate(Raw(), first.shape, first.dtype):
+    for chunk in iterate(Raw(), first.shape, first.dtype, _PIECE):
         m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
         part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
         numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
@@ -294,55 +286,24 @@ def correction(beta: float, step: float) -> float:
     return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
 
 
-def sampled(source: SourceCheckpoint, item: SourceItem) -> Values:
-    """All elements of a small tensor, 32 pieces of a large one: flat, float64.
+def _grid(most: float, item: SourceItem, rms: float) -> float:
+    """The step of a grid that rounds a tensor of that rms with at most that rms error, if it spreads over the cells."""
+    narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # values are rounded to the tensor's own dtype besides
+    error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
+    return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
 
-    In numpy: arrays of this size are not worth torch's threads.
+
+def finer(codec: Codec, most: float, made: Comparison, numel: int) -> Codec | None:
+    """The codec to encode a tensor with again that came out with an rms error above `most`; None if it did not.
+
+    A few tries come near; then follows a step that is certain, as no rounding error is larger than half of it.
     """
-    if item.numel <= _SAMPLE:
-        return _flat(source.chunk(item, Chunk(0, item.numel, item.shape)))
-    return np.concatenate(list(_pieces(source, item)))
-
-
-def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Values]:
-    count = _SAMPLE // _PIECE
-    for i in range(count):
-        start = (item.numel - _PIECE) * i // (count - 1)
-        yield _flat(source.chunk(item, Chunk(start, start + _PIECE, (1, _PIECE))))
-
-
-def _flat(x: Tensor) -> Values:
-    flat = x.reshape(-1)
-    if flat.dtype == torch.bfloat16:  # which numpy does not have
-        flat = flat.to(torch.float32)
-    return flat.numpy().astype(np.float64)
-
-
-def _grid(values: Values, error: float) -> float:
-    """The step of a grid that rounds these values with that rms error.
-
-    error * sqrt(12) for values that spread over the grid's cells; finer for those that do not, such as the updates of
-    rows that were trained once.
-    """
-    step = error * _SQRT12
-    for _ in range(_TRIES):
-        found = _rms(values - np.rint(values / step) * step) if step else 0.0
-        if found <= error:
-            break
-        step *= 0.999 * error / found
-    return step
-
-
-def _safety(item: SourceItem) -> float:
-    return _SAFETY if item.numel > _SAMPLE else 1.0
-
-
-def _finite(x: Values) -> Values:
-    return x[np.isfinite(x)]
-
-
-def _rms(x: Values) -> float:
-    return math.sqrt(float(np.square(x).mean())) if x.size else 0.0
+    found = math.sqrt(made.sum_sq_diff / numel) if numel else 0.0
+    certain = 2 * 0.999 * most
+    if not isinstance(codec, Uniform | Direction) or found <= most or codec.step <= certain:
+        return None
+    near = 0.97 * codec.step * most / found
+    return replace(codec, step=_legal(near if codec.step > 1.5 * certain else min(near, certain)))
 
 
 def _legal(step: float) -> float:

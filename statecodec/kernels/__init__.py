@@ -20,7 +20,7 @@ from statecodec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from statecodec.kernels.reference.statistics import Comparison, UpdateComparison, UpdateSize
+    from statecodec.kernels.reference.statistics import Comparison, Size, UpdateComparison, UpdateSize
 
 # What an encoding kernel found in its input; it returns the bits, the codec raises.
 NAN, INF, NEGATIVE, OUT_OF_RANGE = 1, 2, 4, 8
@@ -76,6 +76,8 @@ class HostBackend(Backend, Protocol):
         correction2: float,
         eps: float,
     ) -> UpdateComparison: ...
+
+    def size(self, x: Tensor) -> Size: ...
 
     def update_size(self, m: Tensor, v: Tensor, *, eps: float) -> UpdateSize: ...
 

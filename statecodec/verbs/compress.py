@@ -24,7 +24,7 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Rule
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
-from statecodec.choose.steps import Budget, codes_per_octave
+from statecodec.choose.steps import Budget, codes_per_octave, finer
 from statecodec.codecs import Codec
 from statecodec.codecs.base import Given
 from statecodec.codecs.chunking import Chunk
@@ -38,7 +38,7 @@ from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.verify import check_against, check_intact
-from statecodec.verbs.writing import Check, Encoded, Output, write
+from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,8 +180,8 @@ class Compression:
     device: torch.device
     settings: Settings
     totals: Totals = field(default_factory=lambda: Totals())
-    refused: dict[int, Codec] = field(default_factory=dict)
-    """Of items whose chosen codec refused their values: the codec that they have instead."""
+    recoded: dict[int, Codec] = field(default_factory=dict)
+    """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
 
     def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
@@ -201,7 +201,7 @@ class Compression:
                 "compressing",
                 fallback=self.instead,
                 check=check,
-                figures=self.figures,
+                errors=Errors(self.figures, self.finer),
             )
         report = outcome.report(output)
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
@@ -251,8 +251,8 @@ class Compression:
 
     def instead(self, index: int) -> Codec:
         """The codec of an item whose own refused its values."""
-        codec = codecs.Raw() if index in self.refused else self.choices[self.source.items[index].name].otherwise
-        self.refused[index] = codec
+        codec = codecs.Raw() if index in self.recoded else self.choices[self.source.items[index].name].otherwise
+        self.recoded[index] = codec
         return codec
 
     def _given(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Given:
@@ -263,7 +263,7 @@ class Compression:
             other = self.source.items[self.source.tensors[names[role]].index]
             found[role] = self.source.chunk(other, chunk)
             if codec.needs_decoded:
-                chosen = self.refused.get(other.index, self.choices[other.name].codec)
+                chosen = self.recoded.get(other.index, self.choices[other.name].codec)
                 found[role] = codecs.standalone(chosen).encode(found[role]).decode()
         return found
 
@@ -282,6 +282,21 @@ class Compression:
             if item.role == "weight":
                 self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
         return figures
+
+    def finer(self, index: int, codec: Codec, sums: Comparison) -> Codec | None:
+        """The codec to encode an item by again whose error is above what is promised; None if it is not."""
+        item = self.source.items[index]
+        most = self.choices[item.name].most
+        if most is None:
+            return None
+        if isinstance(codec, codecs.Delta):
+            inner = finer(codec.inner, most, sums, item.numel)
+            found: Codec | None = None if inner is None else replace(codec, inner=inner)
+        else:
+            found = finer(codec, most, sums, item.numel)
+        if found is not None:
+            self.recoded[index] = found
+        return found
 
     def document(self, digests: Mapping[int, str], refusals: Mapping[str, str]) -> dict[str, Any]:
         """The document's JSON. `digests`: file -> SHA-256."""

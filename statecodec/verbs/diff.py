@@ -72,7 +72,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
         for moments, change in changes:
             numel = math.prod(a.tensors[moments.exp_avg].shape)
             meter.add(2 * numel)
-            updates.append(_update_report(moments.param or moments.exp_avg, numel, change))
+            updates.append(_update_report(moments, numel, change))
             sums.add_update(change)
             units.add(moments, change, numel)
             if change.nonfinite:
@@ -217,9 +217,10 @@ def _tensor_diff(tensor: TensorInfo, compared: _Compared) -> TensorDiff:
     )  # fmt: skip
 
 
-def _update_report(param: str | None, numel: int, c: UpdateComparison) -> UpdateReport:
+def _update_report(m: Moments, numel: int, c: UpdateComparison) -> UpdateReport:
     return UpdateReport(
-        param,
+        m.param or m.exp_avg,
+        m.exp_avg,
         numel,
         _relative(c.sum_sq_diff, c.sum_sq),
         c.max_abs_other,

@@ -26,7 +26,7 @@ from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.compress import Compression, open_source, output_of, target_device
 from statecodec.verbs.settings import Settings
-from statecodec.verbs.writing import Output, appended
+from statecodec.verbs.writing import Errors, Output, appended
 
 MAX_SHARES = 4096
 
@@ -148,7 +148,10 @@ def _write(work: Compression, output: Output, indices: Sequence[int], share: Sha
             lambda index, codec, chunk: work.encode(indices[index], codec, chunk),
             f"share {share}",
             fallback=lambda index: work.instead(indices[index]),
-            figures=lambda index, comparison: work.figures(indices[index], comparison),
+            errors=Errors(
+                lambda index, sums: work.figures(indices[index], sums),
+                lambda index, codec, sums: work.finer(indices[index], codec, sums),
+            ),
         )
         with made as (writer, refusals):
             digests = {str(file): digest for file, digest in hashes().items()}

@@ -110,11 +110,11 @@ def _complaints(report: Report, comparison: DiffReport) -> list[str]:
 
 def _update_complaints(stored: Stored, comparison: DiffReport) -> list[str]:
     """First moments whose update is not as near as the file says: those that are stored as directions."""
-    found = {update.param: update.u_rms for update in comparison.updates}
+    found = {update.exp_avg: update.u_rms for update in comparison.updates}
     complaints = []
     for m in stored.moments:
         error = stored.report_of(m.exp_avg).error or {}
-        promised, reached = error.get("step_error"), found.get(m.param or m.exp_avg)
+        promised, reached = error.get("step_error"), found.get(m.exp_avg)
         if "rms" in error or promised is None or reached is None:
             continue
         if not math.isclose(reached, promised, rel_tol=1e-2, abs_tol=1e-6):

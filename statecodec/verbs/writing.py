@@ -79,11 +79,20 @@ class Outcome:
 Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
 Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
 Figures = Callable[[int, Comparison], dict[str, float]]  # item, its error sums -> the figures to be stored
+Finer = Callable[[int, Codec, Comparison], Codec | None]  # the same, and what to encode it by again, if it must be
 Check = Callable[[Stored], Report]  # the finished output, not published yet -> its report; raises if it must not be
 
 
 def _exactly(_: int) -> Codec:
     return codecs.Raw()
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the sums of an item's errors are for."""
+
+    figures: Figures
+    finer: Finer = lambda index, codec, sums: None
 
 
 def write(
@@ -95,15 +104,15 @@ def write(
     *,
     fallback: Fallback = _exactly,
     check: Check | None = None,
-    figures: Figures | None = None,
+    errors: Errors | None = None,
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
-    `check` reads the finished output before it is published: what it raises leaves the target as it was. `figures`
-    says what is stored of an item's error sums. Raises what `encode`, `document` and `check` raise, OutputExists,
-    OutputFailed, UsageError.
+    `check` reads the finished output before it is published: what it raises leaves the target as it was. `errors` says
+    what is stored of an item's error sums, and whether they are small enough. Raises what `encode`, `document` and
+    `check` raise, OutputExists, OutputFailed, UsageError.
     """
-    with appended(output, items, encode, stage, fallback=fallback, figures=figures) as (writer, refusals):
+    with appended(output, items, encode, stage, fallback=fallback, errors=errors) as (writer, refusals):
         finished = writer.finish(document(refusals))
         with Stored.open(finished.path, beside=output.target.parent) as stored:
             checked = stored.report() if check is None else check(stored)
@@ -118,13 +127,13 @@ def appended(
     stage: str,
     *,
     fallback: Fallback = _exactly,
-    figures: Figures | None = None,
+    errors: Errors | None = None,
 ) -> Iterator[tuple[Writer, Mapping[str, str]]]:
     """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
-    run = _Run(output, items, encode, stage, fallback)
+    run = _Run(output, items, encode, stage, fallback, errors or Errors(lambda index, sums: {}))
     with run.written() as writer:
-        for index, comparison in run.errors.items():
-            found = figures(index, comparison) if figures is not None else {}
+        for index, sums in run.sums.items():
+            found = run.errors.figures(index, sums)
             error = {name: x for name, x in found.items() if math.isfinite(x)}  # fp64 may overflow
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
         yield writer, run.refusals
@@ -136,21 +145,24 @@ class _Job:
     chunk: Chunk
 
 
-class _Refused(Exception):
-    """The values of an item do not go into its codec."""
+class _Restart(Exception):
+    """An item goes by another codec: its values do not go into its own (that is why), or not well enough."""
 
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(reason)
-        self.index, self.reason = index, reason
+    def __init__(self, index: int, codec: Codec, refusal: str | None = None) -> None:
+        super().__init__(refusal)
+        self.index, self.codec, self.refusal = index, codec, refusal
 
 
 class _Run:
     """One output in the making."""
 
-    def __init__(self, output: Output, items: Sequence[Item], encode: Encoder, stage: str, fallback: Fallback) -> None:
+    def __init__(
+        self, output: Output, items: Sequence[Item], encode: Encoder, stage: str, fallback: Fallback, errors: Errors
+    ) -> None:
         self.items, self.encode, self.fallback, self.output = list(items), encode, fallback, output
+        self.errors = errors
         self.refusals: dict[str, str] = {}
-        self.errors: dict[int, Comparison] = {}
+        self.sums: dict[int, Comparison] = {}
         self.meter = Meter(output.progress, sum(map(_nbytes, items)), stage)
         self._settle_plain(output.packing)
 
@@ -171,19 +183,19 @@ class _Run:
                     return
 
     def _append_all(self, writer: Writer) -> bool:
-        """Append every item; one that is refused starts again, stored exactly.
+        """Append every item; one that goes by another codec starts again.
 
-        False if everything has to start again: others were encoded beside what the refused one no longer decodes to.
+        False if everything has to start again: others were encoded beside what that one no longer decodes to.
         """
-        refused = self._append_from(writer, 0)
-        while refused is not None:
-            self._refuse(refused)
-            if self._encoded_beside(refused.index):
-                self.errors.clear()
-                self.meter.add(-sum(map(_nbytes, self.items[: refused.index])))
+        restart = self._append_from(writer, 0)
+        while restart is not None:
+            self._recode(restart)
+            if self._encoded_beside(restart.index):
+                self.sums.clear()
+                self.meter.add(-sum(map(_nbytes, self.items[: restart.index])))
                 return False
-            writer.restart(refused.index, self.items[refused.index].codec)
-            refused = self._append_from(writer, refused.index)
+            writer.restart(restart.index, restart.codec)
+            restart = self._append_from(writer, restart.index)
         return True
 
     def _encoded_beside(self, index: int) -> bool:
@@ -194,28 +206,52 @@ class _Run:
     def _settle_plain(self, packing: Packing) -> None:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
         for index, item in enumerate(self.items):
-            if (codecs.is_exact(item.codec) and not item.codec.needs) or not is_plain(item, packing):
-                continue
-            try:
-                for chunk in iterate(item.codec, item.shape, item.dtype):
-                    self.encode(index, item.codec, chunk)
-            except UnencodableValues as error:
-                self._refuse(_Refused(index, str(error)))
+            if is_plain(item, packing):
+                while (restart := self._tried(index)) is not None:
+                    self._recode(restart)
+                self.sums.pop(index, None)
 
-    def _refuse(self, refused: _Refused) -> None:
-        item = self.items[refused.index]
-        self.refusals[item.name] = refused.reason
-        self.items[refused.index] = replace(item, codec=self.fallback(refused.index))
-        self.errors.pop(refused.index, None)
+    def _tried(self, index: int) -> _Restart | None:
+        item = self.items[index]
+        if codecs.is_exact(item.codec) and not item.codec.needs:
+            return None
+        try:
+            for chunk in iterate(item.codec, item.shape, item.dtype):
+                job = _Job(index, chunk)
+                self._add(job, self._encoded(job).comparison)
+        except _Restart as restart:
+            return restart
+        return None
 
-    def _append_from(self, writer: Writer, start: int) -> _Refused | None:
-        """Append the items from `start` on, up to one that is refused, if any."""
+    def _encoded(self, job: _Job) -> Encoded:
+        try:
+            return self.encode(job.index, self.items[job.index].codec, job.chunk)
+        except UnencodableValues as error:
+            raise _Restart(job.index, self.fallback(job.index), str(error)) from error
+
+    def _add(self, job: _Job, comparison: Comparison | None) -> None:
+        """Count a chunk's errors. Raises _Restart after the last if they are too large."""
+        if comparison is None:
+            return
+        item, sums = self.items[job.index], self.sums.get(job.index, NO_DIFFERENCE).merged(comparison)
+        self.sums[job.index] = sums
+        if job.chunk.stop == math.prod(item.shape):
+            finer = self.errors.finer(job.index, item.codec, sums)
+            if finer is not None:
+                raise _Restart(job.index, finer)
+
+    def _recode(self, restart: _Restart) -> None:
+        item = self.items[restart.index]
+        if restart.refusal is not None:
+            self.refusals[item.name] = restart.refusal
+        self.items[restart.index] = replace(item, codec=restart.codec)
+        self.sums.pop(restart.index, None)
+
+    def _append_from(self, writer: Writer, start: int) -> _Restart | None:
+        """Append the items from `start` on, up to one that goes by another codec, if any."""
 
         def make(job: _Job) -> tuple[_Job, PackedChunk, Comparison | None]:
-            try:
-                encoded = self.encode(job.index, self.items[job.index].codec, job.chunk)
-            except UnencodableValues as error:
-                raise _Refused(job.index, str(error)) from error
+            encoded = self._encoded(job)
             if encoded.record is not None:
                 return job, writer.repacked(job.index, job.chunk, encoded.record), encoded.comparison
             return job, writer.pack(job.index, job.chunk, encoded.parts), encoded.comparison
@@ -224,15 +260,14 @@ class _Run:
         try:
             with ordered_map(make, self._jobs(start), self.output.threads) as made:
                 for job, packed, comparison in made:
+                    self._add(job, comparison)
                     writer.append(packed)
                     nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize
                     done = {job.index: done.get(job.index, 0) + nbytes}
                     self.meter.add(nbytes)
-                    if comparison is not None:
-                        self.errors[job.index] = self.errors.get(job.index, NO_DIFFERENCE).merged(comparison)
-        except _Refused as refused:
-            self.meter.add(-done.get(refused.index, 0))
-            return refused
+        except _Restart as restart:
+            self.meter.add(-done.get(restart.index, 0))
+            return restart
         return None
 
     def _jobs(self, start: int) -> Iterator[_Job]:

@@ -13,7 +13,7 @@ from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarith
 from statecodec.kernels.cpu.narrowing import narrow, widen
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
-from statecodec.kernels.cpu.statistics import compare, compare_updates, update_size
+from statecodec.kernels.cpu.statistics import compare, compare_updates, size, update_size
 
 __all__ = [
     "byte_counts",
@@ -35,6 +35,7 @@ __all__ = [
     "form_of",
     "merge_planes",
     "narrow",
+    "size",
     "split_planes",
     "uncentre",
     "unfold",

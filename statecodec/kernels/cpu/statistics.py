@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statecodec.kernels.cpu.views import array_of, summing_kernel
+from statecodec.kernels.cpu.views import array_of, bits_of, summing_kernel
 from statecodec.kernels.reference import statistics as reference
-from statecodec.kernels.reference.statistics import Comparison, UpdateComparison, UpdateSize
+from statecodec.kernels.reference.statistics import Comparison, Size, UpdateComparison, UpdateSize
 
 _SLICE = 256
+_ONE, _INF = np.float32(1.0), np.float32(np.inf)
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -40,6 +41,12 @@ def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
     """See `reference.statistics.update_size`."""
     numel, sum_sq = _update_size(array_of(m), array_of(v), eps)
     return UpdateSize(int(numel), sum_sq)
+
+
+def size(x: Tensor) -> Size:
+    """See `reference.statistics.size`."""
+    sum_sq, largest = _size(array_of(x), bits_of(x))
+    return Size(sum_sq, float(np.int32(largest).view(np.float32)))
 
 
 @summing_kernel
@@ -126,9 +133,26 @@ def _update_size(m: NDArray[Any], v: NDArray[Any], eps: float) -> Any:
         _update(first, second, np.float32(1.0), np.float32(1.0), np.float32(eps), u)
         part, count = 0.0, 0
         for i in range(stop - start):
-            sound = (second[i] > 0 or first[i] == 0) and abs(u[i]) < np.inf
+            sound = abs(u[i]) < (_INF if second[i] > 0 else _ONE)
             value = np.float64(u[i]) if sound else 0.0
             part += value * value
             count += 1 if sound else 0
         numel, sum_sq = numel + count, sum_sq + part
     return numel, sum_sq
+
+
+@summing_kernel
+def _size(x: NDArray[Any], bits: NDArray[Any]) -> Any:
+    sum_sq, largest = 0.0, np.int32(0)
+    for start in range(0, x.size, _SLICE):
+        stop = min(start + _SLICE, x.size)
+        some, some_bits = x[start:stop], bits[start:stop]
+        for i in range(some.size):  # magnitudes order like their bits, and integer max vectorises
+            magnitude = some_bits[i] & np.int32(0x7FFFFFFF)
+            largest = max(largest, magnitude if magnitude < np.int32(0x7F800000) else np.int32(0))
+        part = 0.0
+        for i in range(some.size):
+            value = np.float64(some[i]) if abs(some[i]) < np.inf else 0.0
+            part += value * value
+        sum_sq += part
+    return sum_sq, largest

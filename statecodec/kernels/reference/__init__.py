@@ -9,7 +9,7 @@ from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_lo
 from statecodec.kernels.reference.narrowing import narrow, widen
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.splitting import decode_split, encode_split
-from statecodec.kernels.reference.statistics import compare, compare_updates, update_size
+from statecodec.kernels.reference.statistics import compare, compare_updates, size, update_size
 
 __all__ = [
     "byte_counts",
@@ -31,6 +31,7 @@ __all__ = [
     "form_of",
     "merge_planes",
     "narrow",
+    "size",
     "split_planes",
     "uncentre",
     "unfold",

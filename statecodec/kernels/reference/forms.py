@@ -55,7 +55,9 @@ def _residuals(some: Tensor) -> Tensor:
     sizes = Form(some.shape[1]).sizes(some.numel()).items()
     parts = {name: some.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
     found = centred(some.to(torch.int64), parts)
-    return (torch.full(some.shape, 0xFFFF, dtype=torch.int64) if found is None else found).reshape(-1)
+    return (torch.full(some.shape, 0xFFFF, dtype=torch.int64, device=some.device) if found is None else found).reshape(
+        -1
+    )
 
 
 def _lengths(folded: Tensor) -> Tensor:
@@ -64,7 +66,9 @@ def _lengths(folded: Tensor) -> Tensor:
 
 
 def _mean_length(folded: Tensor) -> float:
-    return float(_lengths(folded).to(torch.float64) @ torch.arange(33, dtype=torch.float64)) / len(folded)
+    return float(
+        _lengths(folded).to(torch.float64) @ torch.arange(33, dtype=torch.float64, device=folded.device)
+    ) / len(folded)
 
 
 def _candidates(folded: Tensor) -> Iterator[Form]:

@@ -62,6 +62,13 @@ class UpdateSize(NamedTuple):
     sum_sq: float
 
 
+class Size(NamedTuple):
+    """Of a tensor's finite values: the sum of their squares, and the largest magnitude."""
+
+    sum_sq: float
+    largest: float
+
+
 NO_DIFFERENCE = Comparison(0.0, 0.0, 0.0, 0)
 NO_UPDATE = UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
@@ -96,9 +103,15 @@ def compare_updates(
 def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
     """The size of u = m / (sqrt(v) + eps) (flat fp32 tensors).
 
-    Left out is what is no update: values that are not finite, negative v, and m != 0 where v is 0: m / eps, which may
+    Left out is what is no update: values that are not finite, negative v, and m / eps from 1 on where v is 0, which may
     drown all others.
     """
     u = m.double() / (v.double().sqrt() + eps)
-    u = u[u.isfinite() & ((v > 0) | (m == 0))]
+    u = u[u.isfinite() & ((v > 0) | (u.abs() < 1))]
     return UpdateSize(u.numel(), float((u * u).sum()))
+
+
+def size(x: Tensor) -> Size:
+    """The size of the finite values of a flat fp32 tensor."""
+    finite = x[x.isfinite()].double()
+    return Size(float((finite * finite).sum()), float(finite.abs().max()) if finite.numel() else 0.0)

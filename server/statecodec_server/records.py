@@ -201,6 +201,10 @@ class Jobs:
         before = time.time() - older_than
         return self._database.all(sa.select(jobs).where(jobs.c.state == "queued", jobs.c.created < before))
 
+    def running(self) -> list[Row]:
+        """Rows of jobs that a worker has begun and not ended."""
+        return self._database.all(sa.select(jobs).where(jobs.c.state == "running"))
+
     def delete(self, job: str) -> None:
         """Remove the row of an ended job; its bytes stop counting."""
         self._database.execute(jobs.delete().where(jobs.c.id == job))

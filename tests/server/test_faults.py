@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import sqlite3
 import sys
 import threading
 import time
@@ -101,3 +102,25 @@ def test_a_job_that_outlives_the_drain_goes_on_after_the_restart(fresh):
     with service.client() as client:
         found = wait(client, job["id"])
         assert (found["state"], found["attempt"]) == ("succeeded", 2)
+
+
+@pytest.mark.parametrize("state", ["running", "queued"])
+def test_a_job_that_the_queue_has_given_up_is_failed(fresh, state):
+    """However that came: nobody waits for ever."""
+    service = fresh(lease_seconds=1)
+    with service.client() as client:
+        job = submit(client, "compress", put(client, b"BEHAVE slow 1000\n" + b"x" * 1000))
+        until = time.monotonic() + 20
+        while client.get(f"/v1/jobs/{job['id']}").json()["progress"]["done"] == 0 and time.monotonic() < until:
+            time.sleep(0.05)
+    service.kill()
+    time.sleep(0.5)  # its worker notices
+    with sqlite3.connect(service.data / "jobs.sqlite") as engine:
+        engine.execute("UPDATE workflow_status SET status = 'ERROR' WHERE workflow_uuid = ?", (job["id"],))
+    if state == "queued":
+        with sqlite3.connect(service.data / "service.sqlite") as database:
+            database.execute("UPDATE service_jobs SET state = 'queued', created = created - 60 WHERE id = ?", (job["id"],))
+    service.start()
+    with service.client() as client:
+        found = wait(client, job["id"])
+        assert (found["state"], found["error"]["code"]) == ("failed", "internal")

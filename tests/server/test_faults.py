@@ -119,7 +119,9 @@ def test_a_job_that_the_queue_has_given_up_is_failed(fresh, state):
         engine.execute("UPDATE workflow_status SET status = 'ERROR' WHERE workflow_uuid = ?", (job["id"],))
     if state == "queued":
         with sqlite3.connect(service.data / "service.sqlite") as database:
-            database.execute("UPDATE service_jobs SET state = 'queued', created = created - 60 WHERE id = ?", (job["id"],))
+            database.execute(
+                "UPDATE service_jobs SET state = 'queued', created = created - 60 WHERE id = ?", (job["id"],)
+            )
     service.start()
     with service.client() as client:
         found = wait(client, job["id"])

@@ -12,11 +12,14 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import scale_model
+
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = tuple(ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md"))
+DOCUMENTS = tuple(ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md", "docs/scaling.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -38,10 +41,18 @@ def main() -> int:
 
 def table(name: str) -> str:
     """One table as Markdown, with the machine it was measured on."""
-    result = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    if name in COMPUTED:
+        sources, compute = COMPUTED[name]
+        lines = compute(*map(_result, sources))
+        return "\n".join(lines) + f"\n\nComputed by `benchmarks/scale_model.py` from {' and '.join(sources)}.\n"
+    result = _result(name)
     machine = result["machine"]
     where = f"\n{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}."
     return "\n".join(TABLES[name](result)) + f"\n{where} `python benchmarks/{name}.py`\n"
+
+
+def _result(name: str) -> Result:
+    return dict(json.loads((ROOT / "results" / f"{name}.json").read_text()))
 
 
 def quality(r: Result) -> list[str]:
@@ -191,10 +202,15 @@ def step_budget(r: Result) -> list[str]:
     return lines
 
 
+COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
+    "scaling_save": (("quality", "speed"), partial(scale_model.save_table, "resume")),
+    "scaling_offline": (("quality", "speed"), partial(scale_model.offline_table, "resume")),
+}
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
     "memory": memory, "resume": resume, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
+    "scaling": scale_model.planning_table,
 }  # fmt: skip
 
 

@@ -20,9 +20,7 @@ class _Lazy:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        found = getattr(importlib.import_module(self._name), attribute)
-        self.__dict__[attribute] = found
-        return found
+        return getattr(importlib.import_module(self._name), attribute)
 
 
 if TYPE_CHECKING:

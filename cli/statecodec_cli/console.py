@@ -9,8 +9,14 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
+from statecodec.figures import error, figures, ratio, seconds, size
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+__all__ = [
+    "emit", "error", "fail", "figures", "printable", "ratio", "say", "seconds", "show", "size", "stderr",
+]  # fmt: skip
 
 _SPACE = re.compile("(?<! ) (?! )")  # where text may be wrapped
 _UNBOUNDED = 100_000  # columns of a pipe or a file, where nothing is folded or left out
@@ -95,47 +101,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return value
-
-
-def size(nbytes: float) -> str:
-    """Decimal units, three significant figures: 999 B, 12.3 kB, 4.56 GB."""
-    units = ["B", "kB", "MB", "GB", "TB", "PB"]
-    value = float(nbytes)
-    while abs(value) >= 999.5 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{figures(value)} {units[0]}"
-
-
-def figures(value: float) -> str:
-    """Three significant figures without an exponent: 0.123, 1.23, 12.3, 123."""
-    if not math.isfinite(value):
-        return str(value)
-    magnitude = abs(value)
-    return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
-
-
-def ratio(before: float, after: float) -> str:
-    """How many times smaller: 2.94x."""
-    return f"{before / after:.2f}x" if after else "-"
-
-
-def seconds(value: float) -> str:
-    """A duration: 0.42 s, 12 s, 3 min 20 s, 2 h 05 min."""
-    if value < 10:
-        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
-    minutes, rest = divmod(round(value), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
-
-
-def error(value: Any) -> str:
-    """An error figure: `exact` for zero, three significant figures from a thousandth on, else two and an exponent."""
-    if value is None:
-        return ""
-    number = float(value)
-    if number == 0:
-        return "exact"
-    return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"

@@ -10,6 +10,7 @@ from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import Stored
+from statecodec.errors import UsageError
 from statecodec.lazy import torch
 
 
@@ -21,15 +22,27 @@ def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint 
     return Stored.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
+def load(path: str | Path, map_location: torch.device | str | int = "cpu") -> Any:
     """The nested object that torch.load would give (safetensors: {name: tensor}; a directory: {path: content}),
     decoded.
 
     Nothing the file names is imported or run: unknown classes come back as OpaqueObject with their name and contents.
-    Tensors that shared memory share it again. Raises FormatError or LayoutError.
+    Tensors that shared memory share it again. `map_location` is the device that they all go to, wherever they were
+    when they were saved. Raises FormatError, LayoutError, UsageError.
     """
+    device = _device(map_location)
     with open_checkpoint(path) as checkpoint:
         if isinstance(checkpoint, SourceCheckpoint):
             return checkpoint.load(device)
         native = checkpoint.document.source["layout"] == "native"
         return load_native(checkpoint, device) if native else load_files(checkpoint, device)
+
+
+def _device(map_location: torch.device | str | int) -> torch.device:
+    """The one device that all tensors go to. Raises UsageError."""
+    try:
+        return torch.device(map_location)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(
+            f"map_location={str(map_location)[:80]!r}: a device is expected, such as 'cpu', 'cuda' or 'cuda:1'"
+        ) from error

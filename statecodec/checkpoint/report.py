@@ -1,13 +1,18 @@
-"""What the verbs return: frozen records whose `to_json()` is what the CLI prints with --json."""
+"""What the verbs return: frozen records. They print as tables; `to_json()` is what the CLI prints with --json."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from statecodec.checkpoint.states import EncodedState
+from statecodec.figures import error, ratio, size, table
+
+_T = TypeVar("_T")
+_NOTES = 10  # that are printed
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,9 @@ class Report:
         """Bytes of the whole file over `num_params`."""
         return self.bytes / self.num_params if self.num_params else None
 
+    def __str__(self) -> str:
+        return _report_text(self)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         plain = dataclasses.asdict(self)
@@ -149,6 +157,9 @@ class DiffReport:
         """Every byte of A, restored, is that of B: tensors bit for bit, and everything else."""
         return self.tensors_equal and all(t.identical for t in self.tensors) and not self.rest_differs
 
+    def __str__(self) -> str:
+        return _diff_text(self)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         found = {"identical": self.identical, "tensors_equal": self.tensors_equal}
@@ -164,3 +175,54 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # JSON has no NaN and no infinity
     return value
+
+
+def _report_text(report: Report) -> str:
+    """A row for each role and codec, then the Adam update and the notes."""
+    before, per_param = report.source["bytes"], report.bytes_per_param
+    line = [f"{report.path}: {size(report.bytes)}"]
+    if report.format_version is not None:
+        line += [f"from {size(before)}", ratio(before, report.bytes)]
+    line += [f"{per_param:.2f} B/param"] if per_param else []
+    rows = []
+    for (role, codec), group in _grouped(report.tensors, lambda t: (t.role, t.codec.partition("(")[0])):
+        sizes = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)
+        errors = [_worst(t.error.get(figure) for t in group if t.error) for figure in ("relative_rms", "step_error")]
+        rows.append(
+            [role, codec, f"{len(group):,}", *map(size, sizes), "exact" if codec == "raw" else errors[0], errors[1]]
+        )
+    head = ["role", "codec", "tensors", "before", "after", "rel. rms", "in steps"]
+    return _joined(", ".join(line), table(head, rows, 2), report)
+
+
+def _diff_text(report: DiffReport) -> str:
+    """A row for each role, then the Adam update and what differs besides."""
+    line = f"{report.b} against {report.a}: " + ("identical" if report.identical else "different")
+    rows = []
+    for (role,), group in _grouped(report.tensors, lambda t: (t.role,)):
+        figures = (_worst(getattr(t, name) for t in group) for name in ("relative_rms", "max_abs"))
+        rows.append([role, f"{len(group):,}", *figures])
+    text = _joined(line, table(["role", "tensors", "rel. rms", "largest"], rows), report)
+    rest = ", ".join(report.rest_differs[:5])
+    return text + (f"\nnot tensors, and different: {rest}" if rest else "")
+
+
+def _worst(values: Iterable[float | None]) -> str:
+    """The largest of the errors that are known; NaN, should there be any, wins."""
+    known = [value for value in values if value is not None]
+    return error(max(known, key=lambda v: math.inf if math.isnan(v) else v)) if known else ""
+
+
+def _joined(line: str, rows: str, report: Report | DiffReport) -> str:
+    total = report.total or {}
+    update = [f"Adam update: u-rms {error(total['u_rms'])}"] if total.get("u_rms") is not None else []
+    notes = [f"note: {note}" for note in report.notes[:_NOTES]]
+    more = [f"and {len(report.notes) - _NOTES} more notes"] if len(report.notes) > _NOTES else []
+    return "\n".join([line, "", rows, "", *update, *notes, *more])
+
+
+def _grouped(tensors: Iterable[_T], key: Callable[[_T], tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[_T]]]:
+    found: dict[tuple[str, ...], list[_T]] = {}
+    for tensor in tensors:
+        found.setdefault(key(tensor), []).append(tensor)
+    return sorted(found.items())

@@ -54,6 +54,9 @@ class SourceCheckpoint(Checkpoint):
     file is checked anyway.
     """
 
+    on_disk = True
+    """Whether the files hold what `chunk` gives."""
+
     def __init__(self, path: str | Path, *, crcs: bool = True) -> None:
         """Locate the tensors. Raises LayoutError."""
         self.located: Source = locate(path)

@@ -253,7 +253,7 @@ def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
         if region is not None:
             regions[each.item.file].append((region, each))
         for entry in each.archive.storages.values() if each.archive else ():
-            if entry.crc_at and entry.nbytes:
+            if entry.crc and entry.nbytes:
                 at = tuple(each.item.offset + a for a in entry.crc_at)
                 crcs[each.item.file].append(Crc32(each.item.offset + entry.offset, entry.nbytes, at))
     pieces: dict[str, list[Piece]] = {key: [] for key in index.tensors if key not in strange}

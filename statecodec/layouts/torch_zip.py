@@ -63,7 +63,7 @@ def locate(listing: Listing) -> Located:
     with file.open() as source:
         archive, root = _read(source, file.path)
         spans = {key: Span(entry.offset, entry.nbytes) for key, entry in archive.storages.items()}
-        crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc_at and e.nbytes)
+        crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc and e.nbytes)
         graph = Graph(root, spans, most_tensors(len(archive.pickle)), ordered=True, crcs=crcs)
         return graph.located(name, file, source, listing.prefix(file.path))
 

@@ -44,7 +44,7 @@ class Entry:
     crc: int
     """0: not computed (torch.save with compute_crc32 off)."""
     crc_at: tuple[int, ...]
-    """File offsets of every copy of the CRC; empty where it was not computed."""
+    """File offsets of every copy of the CRC."""
     end: int
     """File offset behind the data and its descriptor."""
 
@@ -211,8 +211,7 @@ def _entry(source: ByteSource, central: _Central, directory: int) -> Entry:
             raise MalformedCheckpoint(f"zip entry {name!r}: data descriptor and directory disagree")
         at.append(end + 4)
         end += length
-    crc_at = tuple(sorted(at)) if central.crc else ()
-    return Entry(name, central.header, offset, central.nbytes, central.crc, crc_at, end)
+    return Entry(name, central.header, offset, central.nbytes, central.crc, tuple(sorted(at)), end)
 
 
 def _name(central: _Central) -> str:

@@ -19,6 +19,7 @@ from statecodec.choose.price import update_errors
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, saved, slabs
 from statecodec.choose.snr_rules import BASIS, chosen, read_table, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
+from statecodec.figures import error, table
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
@@ -80,6 +81,26 @@ class Analysis:
     def saved_curve(self) -> list[tuple[float, float]]:
         """(cutoff, share saved by per-layer rules)."""
         return saved_curve(self.layers) if self.layers else []
+
+    def __str__(self) -> str:
+        lines = [f"{', '.join(self.sources)}: {len(self.tensors)} second moments"]
+        dims = sorted({d for t in self.tensors for d in t.ratios}, key=lambda d: (len(d), d))
+        rows = [
+            [t.name, t.kind, *(f"{t.ratios[d]:.3g}" if d in t.ratios else "" for d in dims), ",".join(map(str, t.dims))]
+            for t in self.tensors
+        ]
+        if rows:
+            over = [f"over {','.join(map(str, d))}" for d in dims]
+            lines.append(table(["tensor", "kind", *over, "share"], rows, 2))
+            lines += [
+                f"rules by {basis}: {100 * share:.1f} % saved"
+                + (f", Adam update: u-rms {error(self.update_error[basis])}" if basis in self.update_error else "")
+                for basis, share in self.saved.items()
+            ]
+        if self.curve:
+            points = [[error(p.step_error), f"{p.bytes_per_param:.3f}", p.label or ""] for p in self.curve]
+            lines.append(table(["step error", "B/param", "preset"], points, 0))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def rules(self, basis: str = "type", cutoff: float | None = None) -> dict[str, Any]:
         """The content of a rules file: `type` transfers to another depth or width, `layer` is for this model alone."""

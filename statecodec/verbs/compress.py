@@ -17,6 +17,7 @@ from statecodec.checkpoint import document as documents
 from statecodec.checkpoint import states
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.in_memory import MemoryCheckpoint
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
@@ -35,7 +36,7 @@ from statecodec.lazy import torch
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
-from statecodec.verbs.paths import compressed_path, named
+from statecodec.verbs.paths import compressed_path, named, original_name
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.verify import check_against, check_intact
 from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
@@ -48,7 +49,7 @@ _FAR = 2.0  # times the preset's error: worth a remark
 
 
 def compress(
-    src: str | Path,
+    src: Any,
     dst: str | Path | None = None,
     *,
     preset: str = "resume",
@@ -69,6 +70,9 @@ def compress(
     progress: Progress | None = None,
 ) -> Report:
     """Compress a checkpoint file or directory into `dst` (by default SRC's name with `.sc.safetensors`, beside it).
+
+    `src` may be an object instead, whatever torch.save takes: `dst` becomes what compressing its torch.save file would
+    give, and that file is not written first. Its tensors are read from where they are and must not change meanwhile.
 
     `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a
     tensor decides. A rule that matches no tensor is named in the report's notes, or refused with `strict`. Tensors that
@@ -101,8 +105,12 @@ def compress(
     )
     workers = threads or default_threads()
     with contextlib.ExitStack() as closing:
-        source = closing.enter_context(open_source(src))
-        target = output_of(source, dst, force=force)
+        if isinstance(src, str | Path):
+            source = closing.enter_context(open_source(src))
+            target = output_of(source, dst, force=force)
+        else:
+            target = output_file(dst, None, force=force)
+            source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
         output = settings.output(target, force, workers, progress)
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
         where = target_device(device)  # asks torch, which refusals of the rest do without
@@ -185,7 +193,7 @@ class Compression:
 
     def write(self, output: Output, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        with self.hashing(self.source.own_files) as hashes:
+        with self.hashing(self.source.own_files if self.source.on_disk else ()) as hashes:
 
             def document(refusals: Mapping[str, str]) -> dict[str, Any]:
                 digests = hashes()

@@ -52,6 +52,10 @@ def restored_path(compressed: Path, original_name: str | None) -> Path:
     return compressed.parent / (name if name not in ("", ".", "..") else "restored")
 
 
+def original_name(target: Path) -> str:
+    return target.name.removesuffix(".safetensors").removesuffix(".sc") + ".pt"
+
+
 def parse_size(size: str | int | None) -> int | None:
     """Bytes of `5GB`, `500 MiB`, `1000000` or None. Raises UsageError."""
     if size is None or isinstance(size, int):

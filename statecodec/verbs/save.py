@@ -22,6 +22,7 @@ from statecodec.dtypes import UINT8
 from statecodec.format import Item, Packing, Writer
 from statecodec.lazy import torch
 from statecodec.verbs.output_file import output_file
+from statecodec.verbs.paths import original_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +57,7 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
     found.items.append(Item(TREE, codecs.Raw(), tuple(text.shape), UINT8, {"role": "skeleton"}, text=True))
     found.tensors.append(text)
-    source = {"name": _original_name(target), "layout": "native", "bytes": size, "sha256": None}
+    source = {"name": original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
     with Writer(target, found.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
         for index, tensor in enumerate(found.tensors):
@@ -82,7 +83,3 @@ def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, d
             parts[name] = flat[name][position[name] : position[name] + spec.numel].view(spec.shape).to("cpu")
             position[name] += spec.numel
         yield chunk, parts
-
-
-def _original_name(target: Path) -> str:
-    return target.name.removesuffix(".safetensors").removesuffix(".sc") + ".pt"

@@ -1,0 +1,71 @@
+"""How sizes, ratios, durations and errors are written, and plain tables of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def size(nbytes: float) -> str:
+    """Decimal units, three significant figures: 999 B, 12.3 kB, 4.56 GB."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    value = float(nbytes)
+    while abs(value) >= 999.5 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{figures(value)} {units[0]}"
+
+
+def figures(value: float) -> str:
+    """Three significant figures without an exponent: 0.123, 1.23, 12.3, 123."""
+    if not math.isfinite(value):
+        return str(value)
+    magnitude = abs(value)
+    return f"{value:.{2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0}f}"
+
+
+def ratio(before: float, after: float) -> str:
+    """How many times smaller: 2.94x."""
+    return f"{before / after:.2f}x" if after else "-"
+
+
+def seconds(value: float) -> str:
+    """A duration: 0.42 s, 12 s, 3 min 20 s, 2 h 05 min."""
+    if value < 10:
+        return f"{value:.2g} s" if value < 1 else f"{value:.1f} s"
+    minutes, rest = divmod(round(value), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def error(value: Any) -> str:
+    """An error figure: `exact` for zero, three significant figures from a thousandth on, else two and an exponent."""
+    if value is None:
+        return ""
+    number = float(value)
+    if number == 0:
+        return "exact"
+    return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:
+    """Columns two spaces apart, the first `text` of them to the left, figures to the right.
+
+    >>> print(table(["role", "size"], [["weight", "3 B"], ["step", "12 kB"]]))
+    role     size
+    weight    3 B
+    step    12 kB
+    """
+    every = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*every, strict=True)]
+    lines = []
+    for row in every:
+        cells = [
+            cell.ljust(width) if i < text else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

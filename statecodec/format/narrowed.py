@@ -9,9 +9,9 @@ where no terms were taken out.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.errors import FormatError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["LOW_BITS", "Form", "join", "split", "takes"]
+
+Unpack: TypeAlias = "Callable[[Bytes, Sequence[Tensor]], list[Tensor]]"  # record, memory for its parts -> its parts
 
 HEADER = struct.Struct("<BBII")
 SMALLEST = 64  # codes; fewer are planes
@@ -59,18 +61,17 @@ def split(part: Tensor, form: Form, pool: Pool) -> Iterator[tuple[bytes, list[Te
     pool.give(buffer)
 
 
-@contextmanager
-def join(payload: Bytes, out: Tensor, pool: Pool) -> Iterator[tuple[Bytes, Sequence[Tensor]]]:
-    """The record within a payload and the narrowed parts to unpack it into; widened into `out` afterwards.
+def join(payload: Bytes, out: Tensor, pool: Pool, unpack: Unpack) -> None:
+    """Widen a payload into `out`; `unpack` gives the parts of the record within it, in these tensors or in others.
 
     Raises FormatError.
     """
     flat = out.view(-1)
     form, count = _header(payload, flat)
     buffer, parts = _take(form, flat.numel(), pool)
-    exceptions = torch.empty(count, dtype=flat.dtype, device="cpu")
-    yield payload[HEADER.size :], [*parts.values(), exceptions]
-    if not cpu_kernels().widen(parts, exceptions, form, flat):
+    room = torch.empty(count, dtype=flat.dtype, device="cpu")
+    *found, exceptions = unpack(payload[HEADER.size :], [*parts.values(), room])
+    if not cpu_kernels().widen(dict(zip(parts, found, strict=True)), exceptions, form, flat):
         raise FormatError(f"narrowed codes: {count} exceptions are listed, the symbols say otherwise")
     pool.give(buffer)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import zstandard
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 NARROWED, WITHIN = 5, 6  # a part of codes: its first row, and its others
 ROW = struct.Struct("<BI")
+Row: TypeAlias = tuple[int, int]  # method, length
 _local = threading.local()
 
 
@@ -113,14 +114,17 @@ def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: P
     return position
 
 
-def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]]:
+def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[Row]:
     """Write a part's planes, one after the other; returns their rows."""
-    view, compressor, width = out.data, packing.compressor(), plane_layout(part.dtype)[0]
+    width = plane_layout(part.dtype)[0]
     n = part.nbytes // width
+    if not n:
+        return [(STORED, 0)] * width
+    view, compressor = out.data, packing.compressor()
     matrix, content = _matrix(part, n), part.view(-1).view(torch.uint8)
     zero = width > 1 and n > 1 and cpu_kernels().constant_byte(content) == 0
     planes = content.numpy().reshape(1, n) if width == 1 else out[: part.nbytes].reshape(width, n)
-    if width > 1 and n and not zero:
+    if width > 1 and not zero:
         cpu_kernels().split_planes(part, torch.from_numpy(planes))
     rows, position = [], 0
     for plane in planes:
@@ -132,7 +136,7 @@ def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list
     return rows
 
 
-def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[tuple[int, int]] | None:
+def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[Row] | None:
     """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
     if not narrowed.takes(part.dtype, part.numel()):
         return None
@@ -162,27 +166,45 @@ def _matrix(part: Tensor, n: int) -> tuple[int, int]:
     return rows, n // rows
 
 
-def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool, *, codes: bool = True) -> None:
+def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
     """Unpack a record into contiguous CPU tensors, in no more memory than a few times what they take.
 
     Raises FormatError.
     """
+    for out, rows, payload in _split(record, outs, codes=True):
+        if rows[0][0] == NARROWED:
+            narrowed.join(payload, out, pool, lambda rest, parts: _unpack_narrowed(rest, parts, pool))
+        else:
+            _unpack_planes(payload, rows, out, pool)
+
+
+def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[Tensor]:
+    """Unpack the record within narrowed codes: bytes that are stored stay where they lie."""
+    found = []
+    for out, rows, payload in _split(record, outs, codes=False):
+        if out.dtype == torch.uint8 and rows[0][0] == STORED:
+            found.append(torch.from_numpy(payload))
+        else:
+            _unpack_planes(payload, rows, out, pool)
+            found.append(out)
+    return found
+
+
+def _split(record: Bytes, outs: Sequence[Tensor], *, codes: bool) -> Iterator[tuple[Tensor, list[Row], Bytes]]:
+    """Each part with its rows and its payload."""
     table = _rows(record, outs, codes)
     position = ROW.size * sum(len(rows) for rows in table)
     for out, rows in zip(outs, table, strict=True):
         stop = position + sum(length for _, length in rows)
-        payload = record[position:stop]
-        if rows[0][0] == NARROWED:
-            with narrowed.join(payload, out, pool) as (rest, parts):
-                decode_record(rest, parts, pool, codes=False)
-        else:
-            _unpack_planes(payload, rows, out, pool)
+        yield out, rows, record[position:stop]
         position = stop
 
 
-def _unpack_planes(payloads: Bytes, rows: Sequence[tuple[int, int]], out: Tensor, pool: Pool) -> None:
+def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool) -> None:
     width = len(rows)
     n = out.nbytes // width
+    if not n:
+        return
     matrix = _matrix(out, n)
     target = out.view(-1).view(torch.uint8).numpy()
     scratch = pool.take(width * n) if width > 1 else target
@@ -197,19 +219,18 @@ def _unpack_planes(payloads: Bytes, rows: Sequence[tuple[int, int]], out: Tensor
         planes.append(torch.from_numpy(plane))
         position += length
     if width > 1:
-        if n:
-            cpu_kernels().merge_planes(planes, out)
+        cpu_kernels().merge_planes(planes, out)
         pool.give(scratch)
 
 
-def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[tuple[int, int]]]:
+def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]:
     """The table's rows, part by part, checked against the record and what the parts are."""
     widths = [plane_layout(out.dtype)[0] for out in outs]
     table = ROW.size * sum(widths)
     if record.size < table:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
     found = ROW.iter_unpack(record[:table].data)
-    rows: list[list[tuple[int, int]]] = [[next(found) for _ in range(width)] for width in widths]
+    rows: list[list[Row]] = [[next(found) for _ in range(width)] for width in widths]
     for out, some in zip(outs, rows, strict=True):
         if codes and some[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
             if not 0 < some[0][1] < out.nbytes or some[1:] != [(WITHIN, 0)] * (len(some) - 1):

@@ -5,13 +5,16 @@ Nothing here knows what is in a file.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
 
@@ -155,3 +158,28 @@ def write_exactly(fd: int, offset: int, data: memoryview) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(fd, data[done:], offset + done)
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Give a new file its size, and the room for it on the disk where the file system can: writing it costs less then,
+    and a full disk shows before the work is done. Raises OSError.
+    """
+    os.ftruncate(fd, nbytes)
+    fallocate = _fallocate()
+    if fallocate is None or not nbytes or fallocate(fd, 0, 0, nbytes) == 0:
+        return
+    code = ctypes.get_errno()
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise OSError(code, os.strerror(code))
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    """The system call; Python's own os.posix_fallocate writes to every block where a file system does not have it."""
+    try:
+        function: Any = ctypes.CDLL(None, use_errno=True).fallocate
+    except (AttributeError, OSError):  # a system without it
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+    found: Callable[[int, int, int, int], int] = function
+    return found

@@ -22,7 +22,7 @@ from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
-from statecodec.files import read_exactly, write_exactly
+from statecodec.files import read_exactly, reserve, write_exactly
 from statecodec.layouts import Crc32, Folder
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
@@ -117,7 +117,7 @@ def _restore_file(
     hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()
     try:
-        os.ftruncate(fd, file.nbytes)
+        reserve(fd, file.nbytes)
         _write_skeleton(stored, file, fd, threads, meter)
         crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
         jobs = ((offset, index, chunk) for offset, index in file.regions for chunk in stored.chunks(index))

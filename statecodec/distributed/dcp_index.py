@@ -1,0 +1,142 @@
+"""The index of a checkpoint that StatecodecWriter wrote: what torch.distributed.checkpoint (DCP) needs to know of it,
+as JSON. Nothing in it is ever run, unlike DCP's own `.metadata`, which is a pickle.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from statecodec import dtypes
+from statecodec.errors import FormatError, UnsupportedVersion
+from statecodec.limits import Limits
+from statecodec.strict import dump_json, parse_json
+
+NAME = "statecodec.json"
+_VERSION = 1
+_FILE = re.compile(r"rank-\d{1,6}-[0-9a-f]{16}\.sc\.safetensors")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item of a DCP checkpoint is stored: a compressed file of one rank, and what that file calls it."""
+
+    file: str
+    name: str
+
+
+def rank_file(rank: int, save: str) -> str:
+    """The name of a rank's file in one save, told from those of earlier saves by 16 hex digits."""
+    return f"rank-{rank}-{save}.sc.safetensors"
+
+
+def rank_files(folder: Path) -> list[Path]:
+    """The files of ranks in a folder, of whatever save."""
+    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
+
+
+def to_bytes(metadata: Metadata, places: Mapping[MetadataIndex, Place], digests: Mapping[str, str]) -> bytes:
+    """The index of a checkpoint. `digests`: file -> the XXH3-128 of its manifest."""
+    files = sorted(digests)
+    numbers = {name: i for i, name in enumerate(files)}
+    items: dict[str, Any] = {}
+    for fqn, about in metadata.state_dict_metadata.items():
+        if isinstance(about, BytesStorageMetadata):
+            place = places[MetadataIndex(fqn)]
+            items[fqn] = {"at": [numbers[place.file], place.name]}
+            continue
+        chunks = []
+        for chunk in about.chunks:
+            place = places[MetadataIndex(fqn, chunk.offsets)]
+            chunks.append([list(chunk.offsets), list(chunk.sizes), numbers[place.file], place.name])
+        items[fqn] = {"dtype": dtypes.of(about.properties.dtype).name, "shape": list(about.size), "chunks": chunks}
+    paths = metadata.planner_data if isinstance(metadata.planner_data, Mapping) else {}
+    document = {
+        "statecodec_dcp": _VERSION,
+        "files": [[name, digests[name]] for name in files],
+        "items": items,
+        "paths": {fqn: list(path) for fqn, path in paths.items()},
+    }
+    return dump_json(document)
+
+
+@dataclass(frozen=True)
+class Index:
+    """A checkpoint's index, read: DCP's metadata with a `Place` for every item, and the digest of every file."""
+
+    metadata: Metadata
+    digests: Mapping[str, str]
+
+
+def read(folder: Path) -> Index:
+    """Read and check the index of a checkpoint. Raises FormatError and its subclasses."""
+    path, limits = folder / NAME, Limits()
+    try:
+        with path.open("rb") as file:
+            data = file.read(limits.max_manifest_bytes + 1)
+    except OSError as error:
+        raise FormatError(f"{path}: {error.strerror or error}: no checkpoint was completed in {folder}") from error
+    limits.check(f"{path}: bytes", len(data), limits.max_manifest_bytes)
+    value = parse_json(data, NAME, limits)
+    if not isinstance(value, dict) or "statecodec_dcp" not in value:
+        raise FormatError(f"{path} is no index of a checkpoint")
+    if value["statecodec_dcp"] != _VERSION:
+        raise UnsupportedVersion(f"{path}: version {str(value['statecodec_dcp'])[:20]}; this reader knows {_VERSION}")
+    try:
+        files = [(str(name), str(digest)) for name, digest in value["files"]]
+        for name, _ in files:
+            if not _FILE.fullmatch(name):
+                raise FormatError(f"{path}: {name[:80]!r} is no name of a rank's file")
+        return _metadata(value, [name for name, _ in files], dict(files))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
+        raise FormatError(f"{path}: damaged: {type(error).__name__}: {str(error)[:100]}") from error
+
+
+def _metadata(value: Mapping[str, Any], files: Sequence[str], digests: Mapping[str, str]) -> Index:
+    about: dict[str, Any] = {}
+    places: dict[MetadataIndex, Place] = {}
+    for fqn, item in value["items"].items():
+        if "at" in item:
+            number, name = item["at"]
+            about[fqn] = BytesStorageMetadata()
+            places[MetadataIndex(fqn)] = Place(files[_size(number)], str(name))
+            continue
+        shape, chunks = _sizes(item["shape"]), []
+        for offsets, sizes, number, name in item["chunks"]:
+            chunk = ChunkStorageMetadata(_sizes(offsets), _sizes(sizes))
+            if not len(chunk.offsets) == len(chunk.sizes) == len(shape) or any(
+                start + size > whole for start, size, whole in zip(chunk.offsets, chunk.sizes, shape, strict=True)
+            ):
+                raise ValueError(f"a chunk of {fqn[:80]!r} lies outside of it")
+            chunks.append(chunk)
+            places[MetadataIndex(fqn, chunk.offsets)] = Place(files[_size(number)], str(name))
+        if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
+            raise ValueError(f"the chunks of {fqn[:80]!r} do not add up to it")
+        properties = TensorProperties(dtype=dtypes.TORCH[item["dtype"]].torch)
+        about[fqn] = TensorStorageMetadata(properties=properties, size=shape, chunks=chunks)
+    paths = {fqn: tuple(path) for fqn, path in value["paths"].items()}
+    return Index(Metadata(about, planner_data=paths or None, storage_data=places), digests)
+
+
+def _sizes(values: Any) -> torch.Size:
+    return torch.Size([_size(value) for value in values])
+
+
+def _size(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:40]} is no size")
+    return value

@@ -1,0 +1,155 @@
+"""StatecodecReader: `torch.distributed.checkpoint` loads from what StatecodecWriter wrote, on any number of ranks.
+
+    dcp.load(state_dict, storage_reader=StatecodecReader("ckpt/100"))
+
+A rank reads and decodes the chunks that hold rows of its own, and nothing else.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from statecodec.checkpoint.stored import Stored
+from statecodec.distributed import dcp_index
+from statecodec.distributed.dcp_index import Place
+from statecodec.errors import CorruptFile, FormatError, UsageError
+
+_OPEN = 8  # files of other ranks that are kept open
+
+
+class StatecodecReader(StorageReader):
+    """Reads a compressed checkpoint from a folder.
+
+    Args:
+        path: the folder. dcp.load's `checkpoint_id` goes before.
+
+    Values that are not tensors were pickled by DCP's planner when they were saved, and the planner unpickles them: that
+    is torch's own doing, in both directions. Nothing else of the checkpoint is ever unpickled.
+
+    Raises (through DCP): FormatError; CorruptFile names the file and the tensor.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+        self._path = None if path is None else Path(path)
+        self._digests: Mapping[str, str] = {}
+        self._places: Mapping[MetadataIndex, Place] = {}
+
+    @property
+    def path(self) -> Path:
+        """The folder. Raises UsageError if there is none."""
+        if self._path is None:
+            raise UsageError("StatecodecReader needs a folder, or dcp.load a checkpoint_id")
+        return self._path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A load begins."""
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """What is in the checkpoint, from its index."""
+        index = dcp_index.read(self.path)
+        self._digests = index.digests
+        index.metadata.storage_meta = StorageMeta(checkpoint_id=self.path)
+        return index.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take the places of all items; a rank that did not read the index itself reads the digests now."""
+        self._places = metadata.storage_data
+        if not self._digests:
+            self._digests = dcp_index.read(self.path).digests
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Nothing to add."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Decode what this rank asks for, file by file."""
+        items = sorted(plan.items, key=lambda item: self._places[item.storage_index].file)
+        with _files(self.path, self._digests) as opened:
+            for item in items:
+                place = self._places[item.storage_index]
+                try:
+                    self._read(opened(place.file), place.name, item, planner)
+                except FormatError as error:
+                    raise type(error)(f"{self.path / place.file}: {item.storage_index.fqn}: {error}") from error
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @staticmethod
+    def _read(stored: Stored, name: str, item: ReadItem, planner: LoadPlanner) -> None:
+        if not math.prod(item.lengths) and item.type is LoadItemType.TENSOR:
+            planner.commit_tensor(item, planner.resolve_tensor(item).detach())
+            return
+        if name not in stored.tensors:
+            raise CorruptFile(f"there is no {name!r}: the index is of another save")
+        tensor = stored.tensors[name]
+        if item.type is LoadItemType.BYTE_IO:
+            data = stored.decode_range(tensor.index, 0, tensor.numel)
+            planner.load_bytes(item, io.BytesIO(data.numpy().tobytes()))
+            return
+        box = _decoded(stored, tensor.index, tuple(tensor.shape), tuple(item.storage_offsets), tuple(item.lengths))
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(box)
+        planner.commit_tensor(item, target)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it is a folder with an index."""
+        return "://" not in str(checkpoint_id) and (Path(checkpoint_id) / dcp_index.NAME).is_file()
+
+
+def _decoded(
+    stored: Stored, item: int, shape: tuple[int, ...], offsets: tuple[int, ...], lengths: tuple[int, ...]
+) -> Tensor:
+    """A box of a stored tensor: the rows it lies in are decoded, and cut."""
+    if not shape:
+        return stored.decode_range(item, 0, 1).view(())
+    if len(offsets) != len(shape) or any(a + n > d for a, n, d in zip(offsets, lengths, shape, strict=True)):
+        raise CorruptFile(f"a box at {offsets} of {lengths} lies outside of {shape}")
+    row = math.prod(shape[1:])
+    rows = stored.decode_range(item, offsets[0] * row, (offsets[0] + lengths[0]) * row).view(lengths[0], *shape[1:])
+    for dim in range(1, len(shape)):
+        rows = rows.narrow(dim, offsets[dim], lengths[dim])
+    return rows
+
+
+@contextmanager
+def _files(folder: Path, digests: Mapping[str, str]) -> Iterator[Any]:
+    """Opens files of the checkpoint by name, a few at a time. Raises FormatError for one of another save."""
+    held: OrderedDict[str, Stored] = OrderedDict()
+
+    def opened(name: str) -> Stored:
+        if name not in held:
+            stored = Stored.open(folder / name)
+            held[name] = stored
+            if stored.reader.digest != digests.get(name):
+                raise CorruptFile("not the file that the index was written with: damaged, or of another save")
+            while len(held) > _OPEN:
+                held.popitem(last=False)[1].close()
+        held.move_to_end(name)
+        return held[name]
+
+    try:
+        yield opened
+    finally:
+        for stored in held.values():
+            stored.close()

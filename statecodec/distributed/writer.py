@@ -1,0 +1,122 @@
+"""StatecodecWriter: `torch.distributed.checkpoint` saves that are compressed on the way.
+
+    dcp.save(state_dict, storage_writer=StatecodecWriter("ckpt/100"))
+    dcp.async_save(state_dict, storage_writer=StatecodecWriter("ckpt/100", preset="small"))
+
+Every rank writes one compressed file, `rank-N-....sc.safetensors`, with its own pieces; the coordinator then writes the
+index, `statecodec.json`. Until that has its name, a checkpoint that was there before is the one that is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from statecodec.atomic import write_file
+from statecodec.checkpoint.stored import Stored
+from statecodec.distributed import dcp_index
+from statecodec.distributed.dcp_index import Place
+from statecodec.distributed.local_state import LocalState
+from statecodec.errors import UsageError
+from statecodec.verbs.compress import compress
+
+
+class StatecodecWriter(StorageWriter):
+    """Writes a compressed checkpoint into a folder that all ranks see.
+
+    Args:
+        path: the folder; made if it is not there. dcp.save's `checkpoint_id` goes before.
+        settings: those of `statecodec.compress`: preset, rules, max_step_error, pack, threads ... Weights and moments
+            of torch optimizers are stored within the preset's fraction of an optimizer step, measured on each rank's
+            own pieces; states of statecodec's optimizers are encoded already and are kept as they are.
+
+    Raises (through DCP): UsageError, OutputFailed, and what `compress` raises.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+        self._path = None if path is None else Path(path)
+        self._settings = settings
+        self._coordinator = False
+
+    @property
+    def path(self) -> Path:
+        """The folder. Raises UsageError if there is none."""
+        if self._path is None:
+            raise UsageError("StatecodecWriter needs a folder, or dcp.save a checkpoint_id")
+        return self._path
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """A save begins."""
+        if checkpoint_id is not None:
+            self._path = Path(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Make the folder."""
+        self._coordinator = is_coordinator
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing to add."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Tell every rank the name of its file."""
+        save = secrets.token_hex(8)
+        return [replace(plan, storage_data=dcp_index.rank_file(i, save)) for i, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Compress this rank's pieces into its file."""
+        results = []
+        if plan.items:
+            name = str(plan.storage_data)
+            local = LocalState.of(plan, planner)
+            compress(local.value, self.path / name, force=True, **self._settings)
+            digest = _check(self.path / name, local)
+            results = [
+                WriteResult(index, local.pieces[index].nbytes, (Place(name, stored), digest))
+                for index, stored in local.names.items()
+            ]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index, then remove what earlier saves left."""
+        places: dict[MetadataIndex, Place] = {}
+        digests: dict[str, str] = {}
+        for result in (result for rank in results for result in rank):
+            place, digest = result.storage_data
+            places[result.index], digests[place.file] = place, digest
+        data = dcp_index.to_bytes(metadata, places, digests)
+        write_file(self.path / dcp_index.NAME, data, force=True)
+        for file in dcp_index.rank_files(self.path):
+            if file.name not in digests:
+                file.unlink(missing_ok=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether it can be a folder."""
+        return "://" not in str(checkpoint_id)
+
+    def storage_meta(self) -> StorageMeta:
+        """What DCP tells the planner."""
+        return StorageMeta(checkpoint_id=self._path, save_id=None)
+
+
+def _check(path: Path, local: LocalState) -> str:
+    """The digest of a file that holds every piece under its name. Raises UsageError."""
+    with Stored.open(path) as stored:
+        for index, name in local.names.items():
+            piece, tensor = local.pieces[index], stored.tensors.get(name)
+            there = None if tensor is None else (tuple(tensor.shape), tensor.dtype.name)
+            if name and there != (tuple(piece.shape), str(piece.dtype).removeprefix("torch.")):
+                raise UsageError(f"{index.fqn!r} cannot be told apart from other tensors in {path.name}")
+        return stored.reader.digest

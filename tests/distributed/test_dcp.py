@@ -1,0 +1,245 @@
+"""StatecodecWriter and StatecodecReader in torch.distributed.checkpoint: any number of ranks on both sides."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import statecodec
+from statecodec import optim
+from statecodec.codecs import chunking
+from statecodec.distributed import dcp_index
+from statecodec.distributed.reader import StatecodecReader
+from statecodec.distributed.writer import StatecodecWriter
+from statecodec.errors import FormatError
+from statecodec.format import Reader
+
+WORLD = range(1, 5)
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes saved and loaded; see dcp_ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("dcp_ranks.py")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+def loaded(path: Path) -> dict[str, torch.Tensor]:
+    return dict(torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize("saved", WORLD)
+def test_lossless_is_bit_equal_on_any_number_of_ranks(ranks: Path, saved: int) -> None:
+    whole = loaded(ranks / f"whole-{saved}.pt")
+    assert len(whole) == 6 + 3 * 6
+    for on in WORLD:
+        found = loaded(ranks / f"lossless-{saved}-on-{on}.pt")
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[name], value) for name, value in whole.items())
+
+
+@pytest.mark.parametrize("form", ["resume", "flat"])
+@pytest.mark.parametrize("saved", WORLD)
+def test_within_one_percent_of_a_step_and_the_same_bits_on_any_number_of_ranks(
+    ranks: Path, saved: int, form: str
+) -> None:
+    whole = loaded(ranks / f"whole-{saved}.pt")
+    first = loaded(ranks / f"{form}-{saved}-on-1.pt")
+    for on in WORLD:
+        again = loaded(ranks / f"{form}-{saved}-on-{on}.pt")
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+    m, v = (whole[f"state.0.weight.{key}"].double() for key in ("exp_avg", "exp_avg_sq"))
+    m2, v2 = (first[f"state.0.weight.{key}"].double() for key in ("exp_avg", "exp_avg_sq"))
+    u, u2 = m / (v.sqrt() + 1e-8), m2 / (v2.sqrt() + 1e-8)
+    assert 0 < (u2 - u).norm() <= 0.0101 * u.norm()
+    step = 1e-3 * u * (1 - 0.95**3) ** 0.5 / (1 - 0.9**3)
+    moved = (first["0.weight"] - whole["0.weight"]).double()
+    assert 0 < moved.norm() <= 0.0101 * step.norm()
+    plain = sum(path.stat().st_size for path in (ranks / f"plain-{saved}").rglob("*.distcp"))
+    packed = sum(path.stat().st_size for path in (ranks / f"{form}-{saved}").iterdir())
+    assert packed < 0.7 * plain  # of a model of 10,000 parameters
+
+
+def test_training_goes_on_and_values_come_back(ranks: Path) -> None:
+    found = json.loads((ranks / "found.json").read_text())
+    assert len(found) == 3 * 16
+    assert all(note == {"step": 3, "who": "ranks"} for note, _ in found.values())
+    exact = found["lossless 1 1"][1]
+    assert all(loss == pytest.approx(exact, rel=1e-3) for _, loss in found.values())
+
+
+def test_an_asynchronous_save(ranks: Path) -> None:
+    found = loaded(ranks / "async-on-2.pt")
+    assert all(torch.equal(found[name], value) for name, value in loaded(ranks / "whole-2.pt").items())
+
+
+def state(seed: int = 0, optimizer: str = "torch") -> dict[str, Any]:
+    torch.manual_seed(seed)
+    net = torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.Linear(96, 40))
+    made = {"torch": torch.optim.AdamW, "statecodec": optim.AdamW}[optimizer](net.parameters(), lr=1e-3)
+    for _ in range(3):
+        made.zero_grad()
+        net(torch.randn(8, 96)).square().mean().backward()
+        made.step()
+    return {"model": net.state_dict(), "optim": get_optimizer_state_dict(net, made), "epoch": 7}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def save(value: dict[str, Any], folder: Path, **options: Any) -> None:
+    dcp.save(value, storage_writer=StatecodecWriter(folder, **options), no_dist=True)
+
+
+def load(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
+    dcp.load(like, storage_reader=StatecodecReader(folder), no_dist=True)
+    return like
+
+
+@pytest.mark.parametrize("optimizer", ["torch", "statecodec"])
+def test_one_process_and_states_that_are_encoded_already(optimizer: str, tmp_path: Path) -> None:
+    value = state(optimizer=optimizer)
+    save(value, tmp_path / "ckpt", preset="lossless")
+    assert same(load(tmp_path / "ckpt", state(1, optimizer)), value)
+
+
+def test_encoded_states_are_kept_bit_for_bit_whatever_the_preset(tmp_path: Path) -> None:
+    value = state(optimizer="statecodec")
+    save(value, tmp_path / "ckpt")
+    assert same(load(tmp_path / "ckpt", state(1, "statecodec"))["optim"], value["optim"])
+
+
+def test_every_file_is_a_compressed_checkpoint(tmp_path: Path) -> None:
+    save(state(), tmp_path / "ckpt")
+    (file,) = dcp_index.rank_files(tmp_path / "ckpt")
+    report = statecodec.verify(file)
+    assert {t.role for t in report.tensors} >= {"weight", "exp_avg", "exp_avg_sq", "step"}
+
+
+def test_a_rank_decodes_only_the_chunks_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking.iterate, "__defaults__", (4096,))
+    monkeypatch.setattr(chunking.chunks, "__defaults__", (4096,))
+    value = {"w": torch.randn(1000, 64)}
+    save(value, tmp_path / "ckpt", preset="lossless")
+    read: list[int] = []
+    real = Reader.read_chunk
+
+    def counted(self: Reader, item: int, chunk: int, *rest: Any) -> Any:
+        read.append(chunk)
+        return real(self, item, chunk, *rest)
+
+    monkeypatch.setattr(Reader, "read_chunk", counted)
+    part = {"w": torch.zeros(1000, 64)[900:910]}
+    reader = StatecodecReader(tmp_path / "ckpt")
+    metadata = reader.read_metadata()
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
+
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(part, metadata, True)
+    reader.set_up_storage_reader(metadata, True)
+    index, zero = MetadataIndex("w", torch.Size([0, 0])), torch.Size([0, 0])
+    item = ReadItem(
+        LoadItemType.TENSOR, MetadataIndex("w", zero), zero, index, torch.Size([900, 0]), torch.Size([10, 64])
+    )
+    reader.read_data(LoadPlan([item]), planner).wait()
+    assert torch.equal(part["w"], value["w"][900:910])
+    assert len(read) == 1
+
+
+def test_damage_names_the_file_and_the_tensor(tmp_path: Path) -> None:
+    save(state(), tmp_path / "ckpt")
+    (file,) = dcp_index.rank_files(tmp_path / "ckpt")
+    with Reader(file) as reader:
+        item = reader.index("model.0.weight")
+        header, stored = reader._headers[0], reader.items[item]
+        place = header.data + header.entries[stored.entry].start + stored.start
+    data = bytearray(file.read_bytes())
+    data[place + 100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(dcp.api.CheckpointException, match=rf"(?s){file.name}.*model\.0\.weight.*checksum"):
+        load(tmp_path / "ckpt", state(1))
+
+
+def test_a_file_of_another_save_is_refused(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        save(state(seed), tmp_path / name)
+    (a,), (b,) = dcp_index.rank_files(tmp_path / "a"), dcp_index.rank_files(tmp_path / "b")
+    a.write_bytes(b.read_bytes())
+    with pytest.raises(dcp.api.CheckpointException, match="of another save"):
+        load(tmp_path / "a", state(2))
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_and_the_next_one_sweeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = state(0), state(1)
+    save(first, tmp_path / "ckpt", preset="lossless")
+    with monkeypatch.context() as patch:
+        patch.setattr(dcp_index, "to_bytes", lambda *_: 1 / 0)  # after the ranks wrote, before the index
+        with pytest.raises(dcp.api.CheckpointException):
+            save(second, tmp_path / "ckpt", preset="lossless")
+    assert len(dcp_index.rank_files(tmp_path / "ckpt")) == 2
+    assert same(load(tmp_path / "ckpt", state(2)), first)
+    save(second, tmp_path / "ckpt", preset="lossless")
+    assert len(dcp_index.rank_files(tmp_path / "ckpt")) == 1
+    assert same(load(tmp_path / "ckpt", state(2)), second)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(dcp.api.CheckpointException, match="no checkpoint was completed"):
+        load(tmp_path, state())
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 70), 1 << 70) | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    save(state(), folder)
+    return folder / dcp_index.NAME
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_a_lying_index_is_an_error_of_ours(index: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    value = json.loads(index.read_text())
+    node, path = value, []
+    while isinstance(node, (dict, list)) and node and (not path or data.draw(st.booleans())):
+        path.append(data.draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))))
+        parent, node = node, node[path[-1]]
+    parent[path[-1]] = data.draw(JSON)
+    folder = tmp_path_factory.getbasetemp() / "lying"
+    folder.mkdir(exist_ok=True)
+    (folder / dcp_index.NAME).write_text(json.dumps(value))
+    try:
+        dcp_index.read(folder)
+    except FormatError:
+        return

@@ -7,6 +7,7 @@ carries data only; everything said about it goes to standard error.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,11 +53,17 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 class _Verb(TyperCommand):
-    """A verb's help as people read it: SRC, not {SRC}."""
+    """A verb's help as people read it: SRC, not {SRC} or SRC <Path>."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        arguments: list[Any] = [p for p in self.params if p.param_type_name == "argument"]
+        for argument in arguments:
+            argument.display_type_rich = lambda ctx: ""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The words of the usage line after the verb."""
-        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+        return [re.sub(r"\.{4,}", "...", re.sub("[{}]", "", piece)) for piece in super().collect_usage_pieces(ctx)]
 
 
 app = typer.Typer(
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = app(arguments, prog_name="statecodec", standalone_mode=False)
             sys.stdout.flush()
         except typer.TyperException as error:  # unknown option, bad value: the call is wrong
-            console.fail("usage", error.format_message(), as_json=as_json)
+            console.fail("usage", error.format_message().replace("Value error, ", ""), as_json=as_json)
             return error.exit_code
         except typer.Abort:
             return 1

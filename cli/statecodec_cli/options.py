@@ -15,9 +15,9 @@ def _existing(text: str) -> Path:
     return Path(text)
 
 
-def source(explanation: str) -> Any:
-    """The argument SRC of a verb that takes one checkpoint."""
-    return typer.Argument(metavar="SRC", parser=_existing, show_default=False, help=explanation)
+def source(explanation: str, name: str = "SRC") -> Any:
+    """An argument that is a checkpoint, or several."""
+    return typer.Argument(metavar=name, parser=_existing, show_default=False, help=explanation)
 
 
 def _output(places: str) -> Any:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,17 @@ def source(path: Path) -> Iterator[Path]:
         with spooled.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _PIECE)
         yield spooled
+
+
+@contextmanager
+def sources(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Several paths, of which one may be standard input. Raises UsageError."""
+    from statecodec.errors import UsageError
+
+    if sum(str(path) == DASH for path in paths) > 1:
+        raise UsageError("standard input (-) can be one of the checkpoints only")
+    with ExitStack() as stack:
+        yield [stack.enter_context(source(path)) for path in paths]
 
 
 def named(src: Path, document: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from statecodec_cli.tensor_tables import (
 
 Document = Mapping[str, Any]
 _MANY_NOTES = 12
+_MANY_VALUES = 12
 _LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
 
 _UPDATE = (Column("u-rms"), Column("max |u|"), Column("exact max |u|", drop=2), Column("cosine", drop=1))
@@ -149,7 +150,8 @@ def difference(document: Document, *, every: bool = False) -> list[RenderableTyp
     if updates and every:
         names = (Column("Adam update of", text=True, gives="middle"), *_UPDATE)
         parts.append(Grid(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
-    return [*parts, *_updates(document), *_one_sided(document), *_equality(document), *_notes(document)]
+    return [*parts, *_updates(document), *_one_sided(document), *_equality(document), *_values(document, every=every),
+            *_notes(document)]  # fmt: skip
 
 
 def _distance(group: Sequence[Document]) -> tuple[str, str, str]:
@@ -191,6 +193,17 @@ def _equality(document: Document) -> list[Text]:
         what = "what is not a tensor differs (settings, counters, metadata, other files): "
         lines.append(Text(what + _some(rest), style="yellow"))
     return lines
+
+
+def _values(document: Document, *, every: bool) -> list[RenderableType]:
+    """The settings and counters that differ."""
+    values = document.get("values") or []
+    if not values:
+        return []
+    listed = values if every else values[:_MANY_VALUES]
+    head = (Column("value", text=True, gives="middle"), *(Column(side, text=True, gives="fold") for side in "AB"))
+    more = [Text(f"and {len(values) - len(listed):,} more; --all lists them", style="dim")] if listed != values else []
+    return [Grid(head, [(v["name"], v["a"], v["b"]) for v in listed]), *more]
 
 
 def _some(names: Sequence[str]) -> str:

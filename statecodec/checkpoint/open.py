@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from statecodec.checkpoint.base import Checkpoint
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
@@ -32,10 +33,18 @@ def load(path: str | Path, map_location: torch.device | str | int = "cpu") -> An
     """
     device = _device(map_location)
     with open_checkpoint(path) as checkpoint:
-        if isinstance(checkpoint, SourceCheckpoint):
-            return checkpoint.load(device)
-        native = checkpoint.document.source["layout"] == "native"
-        return load_native(checkpoint, device) if native else load_files(checkpoint, device)
+        return loaded(checkpoint, device)
+
+
+def loaded(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """The nested object that an open checkpoint holds; on the device `meta` without reading its tensors. Raises as
+    `load` does.
+    """
+    if isinstance(checkpoint, SourceCheckpoint):
+        return checkpoint.load(device)
+    assert isinstance(checkpoint, Stored)
+    native = checkpoint.document.source["layout"] == "native"
+    return load_native(checkpoint, device) if native else load_files(checkpoint, device)
 
 
 def _device(map_location: torch.device | str | int) -> torch.device:

@@ -127,11 +127,21 @@ class TensorDiff:
 
 
 @dataclass(frozen=True)
+class ValueDiff:
+    """One value that is another in B, by its key path; `-` stands for one that is not there."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
 class DiffReport:
     """B against A: every tensor, every Adam update, totals; names that stand on one side only.
 
     rest_differs: files in which bytes that belong to no tensor differ (settings, schedulers, metadata, files that are
-    no checkpoint), or that stand on one side only.
+    no checkpoint), or that stand on one side only. values: the settings and counters that differ in them, at most 200;
+    none where the files cannot be read, or only differ in how they write the same.
     """
 
     a: str
@@ -143,6 +153,7 @@ class DiffReport:
     only_in_b: tuple[str, ...] = ()
     not_comparable: tuple[str, ...] = ()
     rest_differs: tuple[str, ...] = ()
+    values: tuple[ValueDiff, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = field(default=0.0, compare=False)
 
@@ -204,7 +215,8 @@ def _diff_text(report: DiffReport) -> str:
         rows.append([role, f"{len(group):,}", *figures])
     text = _joined(line, table(["role", "tensors", "rel. rms", "largest"], rows), report)
     rest = ", ".join(report.rest_differs[:5])
-    return text + (f"\nnot tensors, and different: {rest}" if rest else "")
+    values = [f"{v.name}: {v.a} in A, {v.b} in B" for v in report.values[:_NOTES]]
+    return "\n".join([text, *([f"not tensors, and different: {rest}"] if rest else []), *values])
 
 
 def _worst(values: Iterable[float | None]) -> str:

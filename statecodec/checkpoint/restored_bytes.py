@@ -35,6 +35,8 @@ def load_files(stored: Stored, device: torch.device | str) -> Any:
     listing = Listing(files, document.is_directory, document.folders, same_as)
 
     def read(path: str, offset: int, nbytes: int) -> Tensor:
+        if torch.device(device).type == "meta":  # no numbers are asked for
+            return torch.empty(nbytes, dtype=torch.uint8, device="meta")
         with files[path].open() as content:
             assert isinstance(content, _RestoredBytes)
             return content.tensor(offset, nbytes).to(device)

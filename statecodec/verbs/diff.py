@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
-from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport
+from statecodec.checkpoint.open import loaded, open_checkpoint
+from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport, ValueDiff
 from statecodec.choose.steps import update_settings
+from statecodec.errors import StatecodecError
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import SKELETON_ROLES, family
+from statecodec.verbs.value_diff import value_diffs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,8 +83,17 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
         a=str(a.path), b=str(b.path), tensors=units.counted(tensors), updates=tuple(updates),
         total={**sums.total(), **units.total()},
         only_in_a=_missing(a, b), only_in_b=_missing(b, a), not_comparable=tuple(t.name for t, _ in unlike),
-        rest_differs=tuple(sorted(rest)), notes=tuple(notes), seconds=time.perf_counter() - started,
+        rest_differs=tuple(sorted(rest)), values=_values(a, b) if rest else (), notes=tuple(notes),
+        seconds=time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
+    """The values beside the tensors that differ, as far as both can be read."""
+    try:
+        return value_diffs(*(loaded(side, torch.device("meta")) for side in (a, b)))
+    except StatecodecError:  # one of them holds something that only its own program understands
+        return ()
 
 
 class _Units:

@@ -109,6 +109,16 @@ def test_every_verb_has_help_and_json_and_one_line_to_be_listed_with(cli: Cli) -
         assert ("--json" in done.out) == (verb not in ("serve", "worker"))  # these two run until they are stopped
 
 
+@pytest.mark.parametrize("verb", cli_main.VERBS)
+def test_help_is_in_the_words_of_its_users(cli: Cli, verb: str) -> None:
+    usage, *rest = cli(verb, "--help").out.splitlines()
+    assert not set("{}<>") & set(usage)
+    assert "...." not in usage
+    shown = "\n".join(rest)
+    for ours in ("<Path>", "<list", "<int", "<float", "<bool", "<str", "<text", "range>"):
+        assert ours not in shown
+
+
 def test_no_arguments_show_the_help(cli: Cli) -> None:
     done = cli()
     assert "compress" in done.out + done.err

@@ -46,6 +46,19 @@ def test_there_and_back_through_pipes(ckpt: Path, temporary: Path) -> None:
     assert list(temporary.iterdir()) == []
 
 
+def test_comparisons_and_analyses_read_standard_input(ckpt: Path, temporary: Path) -> None:
+    content = ckpt.read_bytes()
+    for words in (("diff", "-", ckpt), ("diff", ckpt, "-")):
+        same = run(*words, "--json", data=content, folder=temporary)
+        assert b'"identical": true' in same.stdout
+        assert b'"standard input"' in same.stdout
+    measured = run("analyze", "-", "-q", data=content, folder=temporary)
+    assert measured.stdout.startswith(b"standard input ")
+    both = run("diff", "-", "-", data=content, folder=temporary)
+    assert (both.returncode, b"one of the checkpoints only" in both.stderr) == (2, True)
+    assert list(temporary.iterdir()) == []
+
+
 def test_what_makes_no_sense_says_so(ckpt: Path, temporary: Path) -> None:
     content = ckpt.read_bytes()
     nameless = run("compress", "-", data=content, folder=temporary)

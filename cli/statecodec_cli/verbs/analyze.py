@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 Basis = Literal["type", "layer", "table"]
@@ -16,12 +16,7 @@ Basis = Literal["type", "layer", "table"]
 def run(
     src: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="SRC...",
-            exists=True,
-            show_default=False,
-            help="Checkpoints of one run, compressed or not, or SNR tables (.csv).",
-        ),
+        options.source("Checkpoints of one run, compressed or not, or SNR tables (.csv).", "SRC..."),
     ],
     snr: Annotated[
         bool, typer.Option("--snr", help="Measure the SNR (the default unless --curve is given alone).")
@@ -66,12 +61,13 @@ def run(
     from statecodec_cli import analysis_plots, analysis_tables, plots
 
     plots.require(plot)
-    with reporting(quiet=quiet) as progress:
+    with standard.sources(src) as paths, reporting(quiet=quiet) as progress:
         found = statecodec.analyze(
-            *src, snr=snr or not curve or output is not None, curve=curve, cutoff=cutoff, threads=threads,
+            *paths, snr=snr or not curve or output is not None, curve=curve, cutoff=cutoff, threads=threads,
             progress=progress,
         )  # fmt: skip
     document = found.to_json()
+    document["sources"] = ["standard input" if str(path) == standard.DASH else str(path) for path in src]
     if output:
         found.save_rules(output, basis)
         console.say(f"rules by {basis} written to {output}")

@@ -12,12 +12,19 @@ from statecodec_cli import console, options
 
 def run(
     directory: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where its files go.")] = Path("demo"),
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Training steps before the checkpoint.")] = 300,
-    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Stop training after that long in any case.")] = 45,
+    steps: Annotated[
+        int, typer.Option("--steps", metavar="N", min=2, help="Training steps before the checkpoint.")
+    ] = 300,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="N", min=1, help="Stop training after that long in any case.")
+    ] = 45,
     resume_steps: Annotated[
-        int, typer.Option("--resume-steps", min=1, help="Steps after it, from each file; fewer on a slow machine.")
+        int,
+        typer.Option(
+            "--resume-steps", metavar="N", min=1, help="Steps after it, from each file; fewer on a slow machine."
+        ),
     ] = 40,
-    seed: Annotated[int, typer.Option("--seed", help="Of the weights and of the order of the data.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of the weights and of the order of the data.")] = 0,
     force: options.Force = False,
     plot: options.Plot = None,
     as_json: options.AsJson = False,

@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
 
 def run(
-    a: Annotated[
-        Path, typer.Argument(metavar="A", exists=True, show_default=False, help="The reference, compressed or not.")
-    ],
-    b: Annotated[Path, typer.Argument(metavar="B", exists=True, show_default=False, help="What is compared with it.")],
+    a: Annotated[Path, options.source("The reference, compressed or not; - for standard input.", "A")],
+    b: Annotated[Path, options.source("What is compared with it.", "B")],
     every: options.All = False,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
@@ -32,8 +28,9 @@ def run(
     from statecodec_cli import plots, tables
 
     plots.require(plot)
-    with reporting(quiet=quiet) as progress:
-        document = statecodec.diff(a, b, progress=progress).to_json()
+    with standard.sources([a, b]) as (first, second), reporting(quiet=quiet) as progress:
+        document = statecodec.diff(first, second, progress=progress).to_json()
+    document |= {name: "standard input" for name, path in (("a", a), ("b", b)) if str(path) == standard.DASH}
     if plot:
         plots.save(plots.difference(document), plot)
     if as_json:

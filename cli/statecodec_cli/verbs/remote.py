@@ -15,7 +15,7 @@ import typer
 
 from statecodec.errors import OutputExists, UsageError
 from statecodec.operations import OPERATIONS, Operation, Option
-from statecodec_cli import console, options
+from statecodec_cli import console, options, standard
 from statecodec_cli.progress import Callback, reporting
 
 SUFFIX = ".sc.safetensors"
@@ -62,9 +62,7 @@ def run(
     operation: Annotated[
         str, typer.Argument(metavar="OPERATION", show_default=False, help=f"One of {', '.join(OPERATIONS)}.")
     ],
-    src: Annotated[
-        Path, typer.Argument(metavar="SRC", exists=True, show_default=False, help="A checkpoint file or directory.")
-    ],
+    src: Annotated[Path, options.source("A checkpoint file or directory; - for standard input.")],
     *,
     server: Annotated[
         str,
@@ -116,8 +114,12 @@ def run(
     if other is None and row.other_needed:
         raise UsageError(f"{operation} needs --other: {row.other_help}")
     target = _target(row, src, output, force=force)
-    with Client(server, token) as client, reporting(quiet=quiet) as progress:
-        document = _carry_out(client, operation, src, other, checked, target, keep, progress or _ignore)
+    with (
+        standard.source(src) as source,
+        Client(server, token) as client,
+        reporting(quiet=quiet) as progress,
+    ):
+        document = _carry_out(client, operation, source, other, checked, target, keep, progress or _ignore)
     if as_json:
         console.emit(document)
         return
@@ -152,6 +154,10 @@ def _target(row: Operation, src: Path, output: str | None, *, force: bool) -> Pa
         if output is not None:
             raise UsageError(f"{row.name} makes no file; its result is printed, with --json as JSON")
         return None
+    if output == standard.DASH:
+        raise UsageError("remote writes files: -o takes the name of one, or of a folder")
+    if str(src) == standard.DASH and output is None:
+        raise UsageError("what comes from standard input has no name to derive the output's from: give -o")
     name = (src.stem if src.is_file() else src.name) + SUFFIX
     if row.name == "restore":
         name = src.name[: -len(SUFFIX)] if src.name.endswith(SUFFIX) else f"{src.name}.restored"

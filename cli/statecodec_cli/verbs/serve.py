@@ -47,13 +47,14 @@ def run(
         str | None, typer.Option("--host", metavar="ADDRESS", show_default=False, help="Default: 127.0.0.1.")
     ] = None,
     port: Annotated[
-        int | None, typer.Option("--port", min=0, max=65535, show_default=False, help="Default: 8321.")
+        int | None, typer.Option("--port", metavar="N", min=0, max=65535, show_default=False, help="Default: 8321.")
     ] = None,
     data: Data = None,
     database: Database = None,
     storage: Storage = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, max=64, show_default=False, help="Worker processes. Default: 1.")
+        int | None,
+        typer.Option("--workers", metavar="N", min=0, max=64, show_default=False, help="Worker processes. Default: 1."),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask for no token; on a loopback address only.")] = False,
     config: Config = None,

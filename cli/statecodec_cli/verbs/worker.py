@@ -19,7 +19,9 @@ def run(
         typer.Option("--storage", metavar="URL", show_default=False, help="The service's storage: s3://bucket/..."),
     ] = None,
     data: serve.Data = None,
-    index: Annotated[int, typer.Option("--index", min=0, help="Number of this worker on this machine.")] = 0,
+    index: Annotated[
+        int, typer.Option("--index", metavar="N", min=0, help="Number of this worker on this machine.")
+    ] = 0,
     config: serve.Config = None,
 ) -> None:
     """Work for a service on another machine.

@@ -18,6 +18,7 @@ from statecodec.codecs.base import FLOATS
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import OptimizerError
+from statecodec.optim import sharding
 from statecodec.optim.dense import (
     MOMENTS,
     decode_moments,
@@ -46,7 +47,7 @@ def counters(p: Tensor, step: float = 0, skipped: float = 0) -> dict[str, Tensor
 
 def low_part(recipe: Recipe, p: Tensor) -> dict[str, EncodedTensor]:
     """A low part of zeros, if the parameter has one."""
-    return {} if recipe.low is None else {LOW: recipe.low.zeros(p.device)}
+    return {} if recipe.low is None else {LOW: recipe.low.zeros(p)}
 
 
 def adopt(
@@ -77,7 +78,7 @@ def adopt(
     for k in found.keys() - recipe.specs.keys():
         log.add(name, k, "dropped", format_codec(found[k].codec))
     if all(k in found and fits(found[k], s) for k, s in recipe.specs.items()):
-        return {**counted, **low, **{k: _copy(found[k], s, p.device) for k, s in recipe.specs.items()}}
+        return {**counted, **low, **{k: _copy(found[k], s, p) for k, s in recipe.specs.items()}}
     moments = _through_dense(recipe, found, p, int(step), group, saved, log)
     if moments is None:
         source = ", ".join(found) or "nothing"
@@ -99,7 +100,7 @@ def in_place(state: Mapping[str, Any], recipe: Recipe, p: Tensor) -> bool:
         for k in COUNTERS
     )
     stored = all(
-        isinstance(state.get(k), EncodedTensor) and fits(state[k], spec) and state[k].device == p.device
+        isinstance(state.get(k), EncodedTensor) and fits(state[k], spec) and sharding.is_placed(state[k], p)
         for k, spec in recipe.stored.items()
     )
     return counted and stored and (recipe.low is not None or LOW not in state)
@@ -113,20 +114,21 @@ def recast(p: Tensor, split: Split, low: EncodedTensor, recipe: Recipe) -> dict[
     Returns the new low part, if there is one; None if the parameter has changed by more than a cast, so that the low
     part says nothing about it.
     """
-    high = p.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()
-    old = low.parts["data"].to(p.device)
-    if not torch.equal(high.to(p.dtype), p) or old.shape != p.shape:
+    own = sharding.local(p)
+    high = own.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()
+    old = sharding.local(low.parts["data"]).to(own.device)
+    if not torch.equal(high.to(p.dtype), own) or old.shape != own.shape:
         return None
-    backend = kernels.resolve(None, p.device)
-    exact = torch.empty(p.shape, dtype=torch.float32, device=p.device)
+    backend = kernels.resolve(None, own.device)
+    exact = torch.empty(own.shape, dtype=torch.float32, device=own.device)
     split.decode_into({"high": high, "low": old}, exact, backend)
     made = low_part(recipe, p)
     if recipe.split is None:
-        p.copy_(exact)
+        own.copy_(exact)
     else:
-        high = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        recipe.split.encode_into(exact, {"high": high, "low": made[LOW].parts["data"]}, backend)
-        p.copy_(high)
+        high = torch.empty(own.shape, dtype=p.dtype, device=own.device)
+        recipe.split.encode_into(exact, {"high": high, "low": sharding.local(made[LOW].parts["data"])}, backend)
+        own.copy_(high)
     return made
 
 
@@ -164,8 +166,8 @@ def _check_kind(value: EncodedTensor, name: str | int, state: str) -> None:
         raise OptimizerError(f"{name}: {state} is {kinds}, found {value.dtype}")
 
 
-def _copy(encoded: EncodedTensor, spec: StateSpec, device: torch.device) -> EncodedTensor:
-    parts = {k: t.detach().to(device, copy=True).contiguous() for k, t in encoded.parts.items()}
+def _copy(encoded: EncodedTensor, spec: StateSpec, p: Tensor) -> EncodedTensor:
+    parts = {k: sharding.placed(spec.codec, t, p) for k, t in encoded.parts.items()}
     return EncodedTensor(spec.codec, spec.shape, spec.dtype, parts)
 
 
@@ -176,11 +178,11 @@ def _low(recipe: Recipe, p: Tensor, saved: EncodedTensor | None, log: ChangeLog)
         if saved is not None:
             log.add(name, LOW, "dropped", str(saved.dtype))
         return made
-    ours = made[LOW].parts["data"]
+    ours = sharding.local(made[LOW].parts["data"])
     if saved is None:
         log.add(name, LOW, "reset", "nothing", str(ours.dtype))
         return made
-    low = saved.decode().view(ours.shape).to(ours.device)
+    low = sharding.decode(saved, p).view(ours.shape).to(ours.device)
     if low.dtype == ours.dtype:
         ours.copy_(low)
         return made
@@ -198,15 +200,15 @@ def _through_dense(
 ) -> dict[str, EncodedTensor] | None:  # fmt: skip
     """The method's states, encoded from dense ones; None if what is there does not suffice (then all start again)."""
     name = recipe.label
-    dense, kinds = every_moment(decode_moments(found, tuple(p.shape), step, saved), saved, group)
+    dense, kinds = every_moment(decode_moments(found, p, step, saved), saved, group)
     if not dense.keys() >= recipe.specs.keys():
         return None
     moments, decoded = {}, {}
     for k, spec in recipe.specs.items():
         gain = low_rank_gain(spec.codec, step, group) if k == "exp_avg_sq" else 1.0
-        x = (dense[k] / gain).to(device=p.device, dtype=spec.dtype).reshape(spec.shape)
-        moments[k] = spec.codec.encode(x)
-        decoded[k] = moments[k].decode().view(p.shape) * gain
+        x = (dense[k] / gain).to(device=sharding.local(p).device, dtype=spec.dtype)
+        moments[k] = sharding.encode(spec.codec, x, spec.shape, p)
+        decoded[k] = sharding.decode(moments[k], p) * gain
         source = format_codec(found[k].codec) if k in found else "momentum_buffer" if k == "exp_avg" else "exp_avg"
         log.add(name, k, kinds[k], source, format_codec(spec.codec), relative_error(decoded[k], dense[k].to(p.device)))
     if {"exp_avg", "exp_avg_sq"} <= recipe.specs.keys():

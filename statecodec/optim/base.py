@@ -6,7 +6,7 @@ Where a step would not be finite, the smallest unit that shares a stored number 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.errors import OptimizerError
 from statecodec.kernels.reference import steps as reference_steps
-from statecodec.optim import fusing, loading, saving
+from statecodec.optim import fusing, loading, pooling, saving, sharding
 from statecodec.optim.load_report import LoadReport
 from statecodec.optim.method import LOW, Group, Job, Recipe
 from statecodec.optim.options import (
@@ -121,40 +121,56 @@ class StateOptimizer(StateKeeper):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in fusing.step_group(self, group, group["params"], id(group)):
-                self._step_one(p, group)
+            self._step_each(fusing.step_group(self, group, group["params"], id(group)), group)
         return loss
 
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:
         """Step one parameter from its `.grad`; gradient release calls it during the backward pass."""
         group = self.group_of(param)
-        for p in fusing.step_group(self, group, [param], param):
-            self._step_one(p, group)
+        self._step_each(fusing.step_group(self, group, [param], param), group)
 
-    def _step_one(self, p: Tensor, group: Group) -> None:
+    def _step_each(self, params: Sequence[Tensor], group: Group) -> None:
+        """Step parameters one by one; while the ranks add up what some of them need, the others are stepped."""
+        crossing = [p for p in params if self.recipe(p, group).across]
+        sums = pooling.start([self.recipe(p, group) for p in crossing], [self._gradient(p) for p in crossing])
+        waiting = set(crossing)
+        for p in params:
+            if p not in waiting:
+                self._step_one(p, group)
+        for p, pooled in zip(crossing, sums(), strict=True):
+            self._step_one(p, group, pooled)
+
+    def _gradient(self, p: Tensor) -> Tensor:
+        """What this rank holds of a parameter's gradient."""
         grad = cast(Tensor, p.grad)
         if grad.is_sparse:
             raise OptimizerError("sparse gradients are not supported; build the embedding with sparse=False")
+        return sharding.gradient(p, grad)
+
+    def _step_one(self, p: Tensor, group: Group, pooled: Tensor | None = None) -> None:
+        grad = self._gradient(p)
         recipe, state = self.recipe(p, group), self.ensure_state(p, group)
         state["step"] += 1
         t = int(state["step"])
-        work = p.detach().contiguous()
+        own = sharding.local(p)
+        work = own.detach().contiguous()
         job = Job(
             recipe=recipe, weight=self._weight(p, work, recipe, group, t), grad=grad.detach().contiguous(),
-            states={k: state[k] for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
-            backend=kernels.resolve(self._backend, p.device), steps=self._arithmetic(work),
+            states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
+            backend=kernels.resolve(self._backend, work.device), steps=self._arithmetic(work), pooled=pooled,
         )  # fmt: skip
         state["skipped"] += recipe.method.step(job)
-        if work.data_ptr() != p.data_ptr():
-            p.copy_(work)
+        if work.data_ptr() != own.data_ptr():
+            own.copy_(work)
 
     def _weight(self, p: Tensor, work: Tensor, recipe: Recipe, group: Group, t: int) -> Weight:
         low = self.state[p].get(LOW) if p in self.state else None
-        dither = Dither(group["seed"], recipe.index, t) if group["stochastic_rounding"] else None
+        start = sharding.first_element(p) if group["stochastic_rounding"] else 0
+        dither = Dither(group["seed"], recipe.index, t, start) if group["stochastic_rounding"] else None
         return Weight(
-            work, None if low is None else low.parts["data"], recipe.split, dither,
-            self._scratch, kernels.resolve(self._backend, p.device), self._arithmetic(work),
+            work, None if low is None else sharding.local(low.parts["data"]), recipe.split, dither,
+            self._scratch, kernels.resolve(self._backend, work.device), self._arithmetic(work),
         )  # fmt: skip
 
     def _arithmetic(self, p: Tensor) -> Any:
@@ -174,30 +190,33 @@ class StateOptimizer(StateKeeper):
 
     @torch.no_grad()
     def master_weight(self, p: Tensor) -> Tensor:
-        """A copy of the weight as the optimizer sees it: fp32 (fp64 for fp64 parameters), the parameter's shape."""
+        """A copy of the weight as the optimizer sees it: fp32 (fp64 for fp64 parameters), the parameter's shape and
+        place."""
         group = self.group_of(p)
         if self.state.get(p):
             self.ensure_state(p, group)
-        work = p.detach().contiguous()
+        work = sharding.local(p).detach().contiguous()
         weight = self._weight(p, work, self.recipe(p, group), group, 0)
-        return weight.load(whole(work)).clone().view(p.shape)
+        return sharding.joined(weight.load(whole(work)).clone().view(work.shape), p)
 
     @torch.no_grad()
     def set_master_weight(self, p: Tensor, value: Tensor) -> None:
         """Set parameter and low part from a full-precision weight (rounded to nearest): an fp32 checkpoint loses
-        nothing that the split can hold. Raises OptimizerError for another shape."""
+        nothing that the split can hold. Of a sharded parameter it may be whole or a DTensor. Raises OptimizerError for
+        another shape."""
         if value.shape != p.shape:
             raise OptimizerError(f"a master weight of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
         group = self.group_of(p)
         self.ensure_state(p, group)
-        work = p.detach().contiguous()
+        own, value = sharding.local(p), sharding.sliced(value.detach(), p)
+        work = own.detach().contiguous()
         if work.dtype in (torch.float32, torch.float64):
             work.copy_(value)
         else:
             weight = self._weight(p, work, self.recipe(p, group), {**group, "stochastic_rounding": False}, 0)
-            weight.store(whole(work), value.detach().to(device=p.device, dtype=torch.float32).contiguous())
-        if work.data_ptr() != p.data_ptr():
-            p.copy_(work)
+            weight.store(whole(work), value.to(device=work.device, dtype=torch.float32).contiguous())
+        if work.data_ptr() != own.data_ptr():
+            own.copy_(work)
 
     # --- torch's interface
 

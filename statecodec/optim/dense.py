@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from statecodec.codecs import Codec, EncodedTensor, LowRank
+from statecodec.optim import sharding
 from statecodec.optim.method import Group
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 def decode_moments(
-    moments: Mapping[str, EncodedTensor], shape: tuple[int, ...], step: int, group: Mapping[str, Any]
+    moments: Mapping[str, EncodedTensor], p: Tensor, step: int, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Dense moments of one parameter, in its shape. `group`: the options that the moments were made with."""
+    """Dense moments of what this rank holds of a parameter. `group`: the options that the moments were made with."""
     dense = {}
     for name, encoded in moments.items():
-        x = encoded.decode().view(shape)
+        x = sharding.decode(encoded, p)
         dense[name] = x.mul_(low_rank_gain(encoded.codec, step, group)) if name == "exp_avg_sq" else x
     return dense
 

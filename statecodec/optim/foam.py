@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from statecodec.codecs import Folded, Raw
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
+from statecodec.optim import sharding
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
@@ -41,10 +42,20 @@ class FoamMethod(Elementwise):
         return matrix_shape(tuple(param.shape))
 
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
-        exact = param.numel() < group["dense_below"]
-        inner = {k: Raw() if exact else moment_codec(group["moments"], k) for k in ("exp_avg", "exp_avg_sq")}
         shape = self.view_shape(param)
-        return {k: StateSpec(Folded(self._level, codec), shape, torch.float32) for k, codec in inner.items()}
+        if not sharding.fits_between_cuts(Folded(self._level), param, shape):
+            raise OptimizerError(
+                f"a parameter of shape {tuple(param.shape)} is cut inside blocks of {1 << self._level} columns; shard "
+                "dimension 0, or a multiple of the block, or use a smaller level"
+            )
+        return {
+            k: StateSpec(self._codec(param, group, k, shape), shape, torch.float32) for k in ("exp_avg", "exp_avg_sq")
+        }
+
+    def _codec(self, param: Tensor, group: Group, state: str, shape: tuple[int, ...]) -> Folded:
+        folded = Folded(self._level, moment_codec(group["moments"], state))
+        exact = param.numel() < group["dense_below"] or not sharding.fits_between_cuts(folded, param, shape)
+        return Folded(self._level, Raw()) if exact else folded
 
     def scalars(self, job: Job) -> dict[str, Any]:
         mean_of_squares, true_tail, torch_bias, decay_first = VARIANTS[job.group["variant"]]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from statecodec.errors import OptimizerError
+from statecodec.optim import sharding
 from statecodec.optim.base import StateOptimizer
 
 
@@ -43,4 +44,4 @@ def load_fp32_state_dict(model: nn.Module, optimizer: StateOptimizer, state: Map
             if name in masters:
                 optimizer.set_master_weight(masters[name], state[name])
             else:
-                value.copy_(state[name])
+                sharding.local(value).copy_(sharding.sliced(state[name], value))

@@ -17,6 +17,7 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import FusedBackend, Launch, Slot
+from statecodec.optim import sharding
 from statecodec.optim.method import LOW, Group, Method
 from statecodec.optim.states import StateKeeper
 
@@ -59,9 +60,12 @@ class GroupLaunches:
                 continue
             recipe, state = optimizer.recipe(p, group), optimizer.ensure_state(p, group)
             method, formats = recipe.method, recipe.formats
-            low = state[LOW].parts["data"] if LOW in state else None
-            fits = method.hyper(group) is not None and p.is_contiguous() and not grad.is_sparse
-            fits = fits and (optimizer._fused is True or p.is_cuda)
+            own, sharded = sharding.local(p), sharding.is_dtensor(p)
+            low = sharding.local(state[LOW].parts["data"]) if LOW in state else None
+            fits = method.hyper(group) is not None and own.is_contiguous() and not grad.is_sparse
+            fits = fits and (optimizer._fused is True or own.is_cuda)
+            # A kernel sees this rank's elements only: not what other ranks pool with them, nor where they begin.
+            fits = fits and not recipe.across and not (sharded and group["stochastic_rounding"])
             if not (fits and backend.supports(method.name, formats, p.dtype, None if low is None else low.dtype)):
                 if optimizer._fused is True:
                     codecs = {k: str(s.codec) for k, s in recipe.specs.items()}
@@ -70,10 +74,10 @@ class GroupLaunches:
                     )
                 self._rest.append(at)
                 continue
-            states = {k: state[k].parts for k in recipe.specs}
-            slots[at] = Slot(p.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
+            states = {k: sharding.own_part(state[k], p).parts for k in recipe.specs}
+            slots[at] = Slot(own.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
             rule = (type(method), tuple(vars(method).values()))
-            alike[rule, tuple(formats.items()), p.dtype, p.device, None if low is None else low.dtype].append(at)
+            alike[rule, tuple(formats.items()), p.dtype, own.device, None if low is None else low.dtype].append(at)
         # States are made on the first gradient: a parameter that gets one later makes these launches anew.
         self._absent = [at for at, grad in enumerate(gradients) if grad is None]
         self._launches: list[tuple[Method, Launch, list[int]]] = []
@@ -81,7 +85,7 @@ class GroupLaunches:
             recipe = optimizer.recipe(params[some[0]], group)
             launch = backend.prepare(recipe.method.name, [slots[at] for at in some], recipe.formats)
             self._launches.append((recipe.method, launch, some))
-        self._addresses = list(map(Tensor.data_ptr, params))
+        self._addresses = _addresses(params)
         self._states = [optimizer.state.get(p) for p in params]
         self._kept = [state for state in self._states if state]
         self._values = self._every_value()
@@ -94,7 +98,7 @@ class GroupLaunches:
             self._group is group
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
-            and list(map(Tensor.data_ptr, params)) == self._addresses
+            and _addresses(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
             # Nobody has written into the optimizer's state.
             and all(map(is_, map(optimizer.state.get, params), self._states))
@@ -111,8 +115,16 @@ class GroupLaunches:
         for method, launch, some in self._launches:
             hyper = method.hyper(self._group)
             assert hyper is not None
-            launch(gradients if len(some) == len(gradients) else [gradients[at] for at in some], hyper)
+            launch([_own_gradient(self._params[at], gradients[at]) for at in some], hyper)
         return [self._params[at] for at in self._rest if gradients[at] is not None]
+
+
+def _addresses(params: Sequence[Tensor]) -> list[int]:
+    return [sharding.local(p).data_ptr() for p in params]
+
+
+def _own_gradient(p: Tensor, grad: Tensor | None) -> Tensor | None:
+    return grad if grad is None or not sharding.is_dtensor(p) else sharding.gradient(p, grad)
 
 
 def _fused_backend(demanded: bool) -> FusedBackend | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -22,7 +22,7 @@ from statecodec import kernels
 from statecodec.codecs import Codec, EncodedTensor, Raw, Split
 from statecodec.dtypes import FLOAT32
 from statecodec.kernels.fused import Hyper, Stored
-from statecodec.optim import tiles, units
+from statecodec.optim import sharding, tiles, units
 from statecodec.optim.weights import Weight, whole
 
 Group: TypeAlias = dict[str, Any]
@@ -37,25 +37,30 @@ class StateSpec:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def zeros(self, device: torch.device) -> EncodedTensor:
-        return self.codec.zeros(self.shape, self.dtype, device)
+    def zeros(self, param: Tensor) -> EncodedTensor:
+        """A state of zeros, placed as the parameter is."""
+        return sharding.zeros(self.codec, self.shape, self.dtype, param)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is fixed for a parameter while its dtype, shape and device stay: method, states, and how to walk them."""
+    """What is fixed for a parameter while its dtype, shape and place stay: method, states, and how to walk them.
+
+    `specs` are those of the whole parameter; steps see `own_specs` and `shape`, which are this rank's part of them."""
 
     name: str | None  # as the bare model has it; None if parameters were given without names
     index: int  # position among all parameters
     method: Method
     specs: Mapping[str, StateSpec]
-    shape: tuple[int, ...]  # as the states see the parameter (trailing dimensions may be flattened)
+    own_specs: Mapping[str, StateSpec]
+    shape: tuple[int, ...]  # as the states see this rank's part of the parameter (trailing dimensions may be flattened)
     split: Split | None  # how parameter and low part make up the master weight
-    made_for: tuple[torch.dtype, torch.Size, torch.device]
+    made_for: tuple[torch.dtype, torch.Size, torch.device, Hashable]
+    across: tuple[Any, ...] = ()  # the process groups that hold parts of what a state pools
 
     def suits(self, param: Tensor) -> bool:
         """Whether the parameter is still what this was made for."""
-        return self.made_for == (param.dtype, param.shape, param.device)
+        return self.made_for == made_for(param)
 
     @property
     def label(self) -> str | int:
@@ -82,24 +87,29 @@ class Recipe:
 
     @cached_property
     def walk(self) -> tuple[tiles.Tile, ...]:
-        codecs = {k: s.codec for k, s in self.specs.items()}
+        codecs = {k: s.codec for k, s in self.own_specs.items()}
         return self.method.walk(self.shape, tiles.common_align(codecs, self.shape))
 
     @cached_property
     def unit(self) -> int:
         """How many neighbours in a row share a stored number, and so their fate where a step is not finite."""
-        cut = {k: s.codec for k, s in self.specs.items() if s.codec.align(self.shape) is not None}
+        cut = {k: s.codec for k, s in self.own_specs.items() if s.codec.align(self.shape) is not None}
         return tiles.common_align(cut, self.shape)
 
     @cached_property
     def accesses(self) -> dict[str, tiles.Access]:
-        cut = {k: s for k, s in self.specs.items() if s.codec.align(self.shape) is not None}
+        cut = {k: s for k, s in self.own_specs.items() if s.codec.align(self.shape) is not None}
         return {k: tiles.access(s.codec, self.walk, s.dtype) for k, s in cut.items()}
+
+
+def made_for(param: Tensor) -> tuple[torch.dtype, torch.Size, torch.device, Hashable]:
+    """What a recipe depends on."""
+    return param.dtype, param.shape, param.device, sharding.place_of(param)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One step of one parameter. `grad` is contiguous, `t` counts this step too."""
+    """One step of what this rank holds of one parameter. `grad` is contiguous, `t` counts this step too."""
 
     recipe: Recipe
     weight: Weight
@@ -110,6 +120,7 @@ class Job:
     scratch: tiles.Scratch
     backend: kernels.Backend
     steps: ModuleType
+    pooled: Tensor | None = None  # the method's `partial` of all ranks, if any other rank has a part in it
 
     @property
     def lr(self) -> float:
@@ -150,6 +161,8 @@ class Method(ABC):
     """One update rule. `name` is stable: it stands in checkpoints and names the fused kernel."""
 
     name: ClassVar[str]
+    pools: tuple[int, ...] = ()
+    """Dimensions along which elements are pooled into one stored number."""
 
     @abstractmethod
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
@@ -158,6 +171,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, job: Job) -> int:
         """Update states and weight in place; returns how many units kept their old bytes (see `units`)."""
+
+    def partial(self, grad: Tensor, recipe: Recipe) -> Tensor:
+        """This rank's term (fp32) of a sum over the ranks: what a step needs of the gradients that others hold."""
+        raise NotImplementedError(self.name)
 
     def view_shape(self, param: Tensor) -> tuple[int, ...]:
         """The shape in which the states see the parameter."""
@@ -169,7 +186,7 @@ class Method(ABC):
 
     def init(self, param: Tensor, recipe: Recipe, group: Group) -> dict[str, EncodedTensor]:
         """States before the first step: zeros."""
-        return {k: s.zeros(param.device) for k, s in recipe.specs.items()}
+        return {k: s.zeros(param) for k, s in recipe.specs.items()}
 
     def hyper(self, group: Group) -> Hyper | None:
         """The scalars of a fused step; None if the method has none."""

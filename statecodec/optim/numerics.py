@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from statecodec.optim import sharding
 from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Group, decay_per_lr
 
@@ -56,14 +57,15 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
         for p in group["params"]:
             recipe = optimizer.recipe(p, group)
             bits = _mantissa_bits(p, group)
-            if lr == 0 or bits is None or not p.numel():
+            own = sharding.local(p)
+            if lr == 0 or bits is None or not own.numel():
                 continue
             name = recipe.label
             decay = lr * decay_per_lr(group)
             # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
             if 0 < decay <= 2.0 ** -(bits + 2):
                 found.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
-            largest = float(p.abs().amax())
+            largest = float(own.abs().amax())
             if not (0 < largest < math.inf):
                 continue
             spacing = 2.0 ** (math.floor(math.log2(largest)) - bits)

@@ -13,6 +13,7 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.codecs import Cast, Codec, Companded, Raw, Split, format_codec, parse
 from statecodec.errors import BackendUnavailable, CodecError, OptimizerError
+from statecodec.optim import sharding
 from statecodec.optim.method import Group
 
 # Second moments: never negative, and a stored zero must be an exact zero. Everything else is a first moment.
@@ -61,10 +62,11 @@ def plain_moments(moments: object) -> str | dict[str, str]:
 
 
 def stored_codec(param: Tensor, group: Group, state: str) -> Codec:
-    """The codec of one full-size state of this parameter: small and fp64 ones stay exact."""
+    """The codec of one full-size state of this parameter: small and fp64 ones stay exact, and shards that end inside a
+    group."""
     codec = moment_codec(group["moments"], state)
     exact = param.numel() < group["dense_below"] or param.dtype == torch.float64
-    return Raw() if exact else codec
+    return Raw() if exact or not sharding.fits_between_cuts(codec, param, tuple(param.shape)) else codec
 
 
 def number(value: object) -> object:
@@ -124,11 +126,7 @@ def _shown(value: object) -> str:
 
 def check_param(param: Tensor) -> None:
     """Raise OptimizerError for what no optimizer here can step."""
-    kind = type(param)
-    if kind.__module__.startswith("torch.distributed") or kind.__name__ == "DTensor":
-        raise OptimizerError(
-            "DTensor parameters (FSDP2, tensor parallelism) are not supported yet; use DDP, or step local tensors"
-        )
+    sharding.check_placements(param)
     if param.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         raise OptimizerError(f"parameters are fp32, bf16, fp16 or fp64, found {param.dtype} {tuple(param.shape)}")
     if param.layout != torch.strided:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from statecodec.codecs import EncodedTensor
 from statecodec.codecs.plain import to_plain
+from statecodec.optim import sharding
 from statecodec.optim.dense import MOMENTS, decode_moments
 from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
@@ -32,7 +33,8 @@ def dense(optimizer: StateKeeper) -> dict[str, Any]:
     def pack(p: Tensor, values: dict[str, Any]) -> dict[str, Any]:
         state = optimizer.ensure_state(p, group_of[p])
         moments = {k: v for k, v in state.items() if k in MOMENTS}
-        decoded = decode_moments(moments, tuple(p.shape), int(state["step"]), group_of[p])
+        own = decode_moments(moments, p, int(state["step"]), group_of[p])
+        decoded = {k: sharding.joined(x, p) for k, x in own.items()}
         return {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu"), **decoded}
 
     def torch_group(group: Group) -> Group:

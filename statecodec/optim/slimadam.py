@@ -20,7 +20,7 @@ from statecodec.kernels.fused import LARGEST, Hyper
 from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Group, Job, Method, StateSpec
+from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec
 from statecodec.optim.options import check_flags, moment_codec, stored_codec
 
 # Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
@@ -79,7 +79,7 @@ class SlimMethod(Method):
     name: ClassVar[str] = "slim"
 
     def __init__(self, dims: tuple[int, ...]) -> None:
-        self._dims = dims
+        self._dims = self.pools = dims
 
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
         shape = tuple(param.shape)
@@ -94,7 +94,9 @@ class SlimMethod(Method):
         s, shape = adam_scalars(job), job.recipe.shape
         second = job.states["exp_avg_sq"].parts["mean.data"]
         beta2 = s.pop("beta2")
-        moved = (second * beta2).add_(self._mean_square(job), alpha=1 - beta2)
+        total = self.partial(job.grad, job.recipe) if job.pooled is None else job.pooled
+        mean = total / math.prod(job.recipe.specs["exp_avg_sq"].shape[d] for d in self._dims)
+        moved = (second * beta2).add_(mean, alpha=1 - beta2)
         fits = moved < LARGEST
         # A moment that is too large keeps its old value, and NaN in its place makes all that it stands for do the same.
         moved.masked_fill_(~fits, math.nan)
@@ -110,17 +112,18 @@ class SlimMethod(Method):
         second.copy_(torch.where(fits, moved, second))
         return kept
 
-    def _mean_square(self, job: Job) -> Tensor:
-        """The mean of g * g over the shared dimensions, in their keepdim shape (fp32)."""
-        shape, slab = job.recipe.shape, math.prod(job.recipe.shape[1:])
-        total = torch.zeros_like(job.states["exp_avg_sq"].parts["mean.data"])
-        for tile in job.recipe.walk:
+    def partial(self, grad: Tensor, recipe: Recipe) -> Tensor:
+        """The sum of g * g over the shared dimensions, in their keepdim shape."""
+        shape, slab = recipe.shape, math.prod(recipe.shape[1:])
+        sizes = tuple(1 if d in self._dims else n for d, n in enumerate(shape))
+        total = torch.zeros(sizes, dtype=torch.float32, device=grad.device)
+        for tile in recipe.walk:
             full = ((tile.stop - tile.start) // max(slab, 1), *shape[1:])
-            g = job.grad.view(-1)[tile.start : tile.stop].view(full).to(torch.float32)
+            g = grad.reshape(-1)[tile.start : tile.stop].view(full).to(torch.float32)
             part = g.square().sum(self._dims, keepdim=True)
             where = total if 0 in self._dims else total[tile.start // max(slab, 1) :][: full[0]]
             where.add_(part)
-        return total.div_(math.prod(shape[d] for d in self._dims))
+        return total
 
     def hyper(self, group: Group) -> Hyper | None:
         return AdamMethod().hyper(group)

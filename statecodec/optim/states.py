@@ -19,9 +19,10 @@ from torch import Tensor
 from statecodec.codecs import EncodedTensor
 from statecodec.errors import OptimizerError
 from statecodec.names import bare_name
+from statecodec.optim import sharding
 from statecodec.optim.adopting import COUNTERS, adopt, fresh, in_place, recast
 from statecodec.optim.load_report import ChangeLog
-from statecodec.optim.method import LOW, Group, Method, Recipe
+from statecodec.optim.method import LOW, Group, Method, Recipe, StateSpec, WholeMatrix, made_for
 from statecodec.optim.options import without_numpy
 from statecodec.optim.tiles import Scratch
 from statecodec.optim.weights import split_codec
@@ -64,9 +65,16 @@ class StateKeeper(torch.optim.Optimizer):
             return kept
         index, name = self._place(p)
         method = self.method(p, name, group)
+        specs = method.specs(p, group)
+        if isinstance(method, WholeMatrix) and sharding.is_cut(p):
+            raise OptimizerError(
+                f"{index if name is None else name}: {type(self).__name__} needs all of a hidden matrix, and this rank "
+                "has a shard of it; use another optimizer, or matrix=False for a group of such parameters"
+            )
+        own = {k: StateSpec(s.codec, sharding.local_shape(p, s.shape), s.dtype) for k, s in specs.items()}
         self._recipes[p] = made = Recipe(
-            name, index, method, method.specs(p, group), method.view_shape(p),
-            split_codec(p.dtype, group["master_weights"]), (p.dtype, p.shape, p.device),
+            name, index, method, specs, own, method.view_shape(sharding.local(p)),
+            split_codec(p.dtype, group["master_weights"]), made_for(p), sharding.groups_across(p, method.pools),
         )  # fmt: skip
         return made
 
@@ -112,9 +120,10 @@ class StateKeeper(torch.optim.Optimizer):
         return index if name is None else name
 
     def state_nbytes(self) -> int:
-        """Bytes of everything this optimizer keeps: encoded states, low parts, counters."""
+        """Bytes of everything this optimizer keeps on this rank: encoded states, low parts, counters."""
         values = (v for state in self.state.values() for v in state.values())
-        return sum(v.nbytes for v in values if isinstance(v, EncodedTensor | Tensor))
+        held = (t for v in values for t in (v.parts.values() if isinstance(v, EncodedTensor) else (v,)))
+        return sum(sharding.local(t).nbytes for t in held if isinstance(t, Tensor))
 
     def _brought_over(self, p: Tensor, group: Group, recipe: Recipe, before: Recipe | None) -> dict[str, Any]:
         """States that do not fit the recipe, made to fit; `before` is the one that they fitted until the parameter was
@@ -138,7 +147,7 @@ class StateKeeper(torch.optim.Optimizer):
                 f"{recipe.label} was cast to {p.dtype} and changed besides: the low part of its master weight is "
                 "dropped", stacklevel=2,
             )  # fmt: skip
-        return {} if recipe.low is None else {LOW: recipe.low.zeros(p.device)}
+        return {} if recipe.low is None else {LOW: recipe.low.zeros(p)}
 
     # --- what is not part of the state
 

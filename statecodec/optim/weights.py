@@ -35,11 +35,12 @@ def split_codec(dtype: torch.dtype, master_weights: str | None) -> Split | None:
 @dataclass(frozen=True)
 class Dither:
     """Stochastic rounding of the bits that the stored weight drops; the draw depends on nothing but seed, index of the
-    parameter, step and element."""
+    parameter, step and element. `start` is the position of a shard's first element."""
 
     seed: int
     index: int
     step: int
+    start: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Weight:
         drop = 16 if self.low is None else 16 - 8 * self.low.element_size()
         if self.dither is not None and drop:
             d = self.dither
-            self.steps.dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=tile.start)
+            self.steps.dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=d.start + tile.start)
         if self.low is None or self.codec is None:
             high.copy_(values)
         else:

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from statecodec.codecs import EncodedTensor, LowRank
 from statecodec.errors import OptimizerError
 from statecodec.kernels.reference.steps import mix
+from statecodec.optim import sharding
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
@@ -104,7 +105,7 @@ class _LowRankMethod(WholeMatrix):
         states = super().init(param, recipe, group)
         for k, (name, state) in enumerate(states.items()):
             generator = torch.Generator("cpu").manual_seed(mix(int(group["seed"]) + mix(2 * recipe.index + k)))
-            right = state.parts["right"]
+            right = sharding.local(state.parts["right"])
             right.copy_(torch.randn(right.shape, generator=generator, dtype=torch.float32, device="cpu") * INIT_STD)
             states[name] = state
         return states

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from statecodec import dtypes
 from statecodec.codecs import Codec, EncodedTensor, LowRank, Shared
 from statecodec.errors import OptimizerError
 
@@ -133,13 +134,13 @@ def zeros(codec: Codec, shape: Shape, dtype: torch.dtype, p: Tensor) -> EncodedT
     """A state of zeros of a parameter, placed as the parameter is."""
     if not is_dtensor(p):
         return codec.zeros(shape, dtype, p.device)
-    own = codec.parts(local_shape(p, shape), dtype)
+    own = codec.parts(local_shape(p, shape), dtypes.of(dtype))
     parts, device = {}, local(p).device
-    for k, spec in codec.parts(shape, dtype).items():
+    for k, spec in codec.parts(shape, dtypes.of(dtype)).items():
         placements = _placements(codec, spec.shape, p)
         cut = {s.dim for s in placements if not s.is_replicate()}
         size = tuple(own[k].shape[d] if d in cut else n for d, n in enumerate(spec.shape))
-        parts[k] = _wrap(torch.zeros(size, dtype=spec.dtype, device=device), spec.shape, p, placements)
+        parts[k] = _wrap(torch.zeros(size, dtype=spec.dtype.torch, device=device), spec.shape, p, placements)
     return EncodedTensor(codec, shape, dtype, parts)
 
 
@@ -197,7 +198,12 @@ def joined(own: Tensor, p: Tensor) -> Tensor:
 
 def whole(x: Tensor) -> Tensor:
     """All of a tensor; for a DTensor every rank must call it."""
-    return cast("DTensor", x).full_tensor() if is_dtensor(x) else x
+    if not is_dtensor(x):
+        return x
+    if x.dtype != torch.int16:
+        return cast("DTensor", x).full_tensor()
+    own = local(x).contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL moves 16-bit integers
+    return whole(_wrap(own, (*x.shape, 2), x, cast("DTensor", x).placements)).view(torch.int16).squeeze(-1)
 
 
 def encode(codec: Codec, own: Tensor, shape: Shape, p: Tensor) -> EncodedTensor:
@@ -208,7 +214,7 @@ def encode(codec: Codec, own: Tensor, shape: Shape, p: Tensor) -> EncodedTensor:
         made = codec.encode(whole(joined(own.contiguous(), p)).reshape(shape))
         return EncodedTensor(codec, shape, own.dtype, {k: placed(codec, t, p) for k, t in made.parts.items()})
     mine = codec.encode(own.reshape(local_shape(p, shape)))
-    specs = codec.parts(shape, own.dtype)
+    specs = codec.parts(shape, dtypes.of(own.dtype))
     parts = {k: _wrap(t, specs[k].shape, p, _placements(codec, specs[k].shape, p)) for k, t in mine.parts.items()}
     return EncodedTensor(codec, shape, own.dtype, parts)
 

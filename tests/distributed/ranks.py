@@ -28,7 +28,7 @@ class Ranks:
         self._ends: list[Connection] = []
 
     def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What the function returned, by rank. Raises AssertionError with the traceback of the first rank that failed."""
+        """What the function returned, by rank. Raises AssertionError with the traceback of a rank that failed."""
         if not self._processes:
             self._start()
         with tempfile.TemporaryDirectory() as folder:

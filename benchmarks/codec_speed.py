@@ -168,7 +168,7 @@ def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool
     def forward() -> int:
         made.clear()
         for subject, tensor in tensors:
-            codec, flat = policy.codec_for(subject), tensor.view(-1)
+            codec, flat = policy.encoding_for(subject).codec, tensor.view(-1)
             for chunk in iterate(codec, subject.shape, subject.dtype):
                 x = flat[chunk.start : chunk.stop].view(chunk.shape)
                 made.append((codec, PartSpec(of(x.dtype), tuple(x.shape)), coder.encode(codec, x)))

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report
-from statecodec.codecs import Codec, EncodedTensor
+from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.dtypes import DType
 from statecodec.errors import UsageError
 from statecodec.layouts import Moments, View
@@ -98,7 +98,7 @@ class Checkpoint(ABC):
         """A whole stored tensor, checked and decoded."""
 
     @abstractmethod
-    def codec(self, index: int) -> Codec:
+    def stored_as(self, index: int) -> Encoding:
         """How a stored tensor is stored."""
 
     @abstractmethod
@@ -132,7 +132,7 @@ class Checkpoint(ABC):
         tensor = self.items[index]
         return {
             "role": tensor.role, "param": tensor.param, "shape": shape, "dtype": dtype.name,
-            "codec": self.codec(index).config(),
+            "codec": self.stored_as(index).config(),
         }  # fmt: skip
 
     def read(self, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs, dtypes
 from statecodec.checkpoint.stored import Stored
-from statecodec.codecs import EncodedTensor
+from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import Item
@@ -89,7 +89,13 @@ def _kind(value: Any) -> str:
 def _add_encoded(encoded: EncodedTensor, path: str, found: Collected) -> int:
     _check_tensors(encoded.parts.values(), path)
     found.items.append(
-        Item(_name(path, found), encoded.codec, encoded.shape, dtypes.of(encoded.dtype), attributes=_attributes(path))
+        Item(
+            _name(path, found),
+            Encoding(encoded.codec),
+            encoded.shape,
+            dtypes.of(encoded.dtype),
+            attributes=_attributes(path),
+        )
     )
     found.tensors.append(encoded)
     return len(found.items) - 1
@@ -108,11 +114,8 @@ def _add_tensor(tensor: Tensor, path: str, found: Collected) -> Any:
     if index is None:
         base = plain if whole else torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
         index = found.storages[key] = len(found.items)
-        found.items.append(
-            Item(
-                _name(path, found), codecs.Raw(), tuple(base.shape), dtypes.of(base.dtype), attributes=_attributes(path)
-            )
-        )
+        raw, dtype, attributes = Encoding(codecs.Raw()), dtypes.of(base.dtype), _attributes(path)
+        found.items.append(Item(_name(path, found), raw, tuple(base.shape), dtype, attributes))
         found.tensors.append(base)
     shape, stride = list(plain.shape), list(plain.stride())
     return {"tensor": [index, dtypes.name_of(plain.dtype), shape, stride, plain.storage_offset()]}

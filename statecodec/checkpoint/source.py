@@ -19,7 +19,7 @@ from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
 from statecodec.checkpoint.states import encoded_state, to_json
 from statecodec.checkpoint.stored_files import StoredFile
-from statecodec.codecs import Codec, EncodedTensor
+from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import UINT8
 from statecodec.errors import UsageError
@@ -169,8 +169,8 @@ class SourceCheckpoint(Checkpoint):
         item = self.items[index]
         return self.chunk(item, Chunk(0, item.numel, item.shape))
 
-    def codec(self, index: int) -> Codec:
-        return codecs.Raw()
+    def stored_as(self, index: int) -> Encoding:
+        return Encoding(codecs.Raw())
 
     def encoded(self, index: int) -> EncodedTensor:
         raise UsageError(f"{self.path} is not compressed: it holds no encoded tensors")

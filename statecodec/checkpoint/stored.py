@@ -18,9 +18,10 @@ from statecodec.checkpoint.companions import Companions
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.states import ATTRIBUTE, encoded_state
-from statecodec.codecs import Codec, EncodedTensor
+from statecodec.codecs import Change, Codec, EncodedTensor, Encoding
+from statecodec.codecs.changes import add_parts, add_values
 from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
-from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues
+from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues, UsageError
 from statecodec.format import Limits, Reader, StoredItem
 from statecodec.layouts import Moments
 from statecodec.layouts.safetensors_file import is_safetensors
@@ -64,7 +65,7 @@ class Stored(Checkpoint):
             raise _not_compressed(Path(path)) or error from None
         try:
             stored = cls(Path(path), reader, documents.from_json(reader.document, reader.items), beside)
-            if stored.document.base is None and any(isinstance(item.codec, codecs.Based) for item in reader.items):
+            if stored.document.base is None and any(item.encoding.change for item in reader.items):
                 raise FormatError(f"{path} stores changes, but does not say since when")
             return stored
         except BaseException:
@@ -98,8 +99,8 @@ class Stored(Checkpoint):
             for _, piece in self.decode_pieces(tensor.index, number):
                 yield piece.reshape(-1)
 
-    def codec(self, index: int) -> Codec:
-        return self.reader.items[index].codec
+    def stored_as(self, index: int) -> Encoding:
+        return self.reader.items[index].encoding
 
     def close(self) -> None:
         """Close the files of the chain that are open."""
@@ -127,9 +128,9 @@ class Stored(Checkpoint):
         One piece, unless the chunk is a large tensor of a codec that takes it whole: a small file may hold a large one.
         """
         stored = self.reader.items[item]
-        place, codec = stored.chunks[chunk], stored.codec
+        place, codec = stored.chunks[chunk], stored.encoding.codec
         if codec.in_pieces and place.stop - place.start > PIECE_ELEMENTS:
-            parts = self.parts(item, chunk, scratch)[1]
+            parts = self.parts(item, chunk, scratch)
             host = kernels.resolve(None, torch.device("cpu"))
             for piece in iterate(codecs.Raw(), codec.rows_cols(place.shape), stored.dtype, PIECE_ELEMENTS):
                 out = torch.empty(piece.shape, dtype=stored.dtype.torch, device="cpu")
@@ -149,21 +150,21 @@ class Stored(Checkpoint):
         if kept is not None:
             return kept
         stored = self.reader.items[item]
-        codec, parts = self.parts(item, chunk, scratch)
-        shape = stored.chunks[chunk].shape
+        codec, place = stored.encoding.codec, stored.chunks[chunk]
+        shape = place.shape
+        if stored.encoding.change is Change.VALUES:
+            before = self.base.decode_range(self._in_base(item), place.start, place.stop)
+            return add_values(codec, self._stored_parts(item, chunk, scratch), before.view(shape), stored.dtype.torch)
+        parts = self.parts(item, chunk, scratch)
         if isinstance(codec, codecs.Raw):
             return parts["data"].view(shape)
-        if isinstance(codec, codecs.Residual):
-            place = stored.chunks[chunk]
-            before = self.base.decode_range(self._in_base(item), place.start, place.stop)
-            return codec.decode_from(parts, before.view(shape), stored.dtype.torch)
         target = device or torch.device("cpu")
         if scratch is not None and target.type == "cpu":
             out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), target)
         moved = {name: part.to(target) for name, part in parts.items()}
-        codec.decode_into(moved, out, kernels.resolve(None, target), self._given(item, stored.chunks[chunk]))
+        codec.decode_into(moved, out, kernels.resolve(None, target), self._given(item, place))
         return out.to("cpu")
 
     def _given(self, item: int, chunk: Chunk) -> codecs.Given:
@@ -181,18 +182,28 @@ class Stored(Checkpoint):
         self._kept.put((item, number), values)
         return values
 
-    def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> tuple[Codec, Mapping[str, Tensor]]:
-        """The verified parts of a chunk and their codec; changes are applied to the base's parts first."""
+    def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> Mapping[str, Tensor]:
+        """The verified parts that a chunk has under its item's codec, those of the base added where they changed.
+
+        Raises UsageError for a change of values: its tensor has no parts, only values.
+        """
         stored = self.reader.items[item]
+        if stored.encoding.standalone is None:
+            raise UsageError(f"{stored.name} is stored as {stored.encoding}: its tensor has values and no parts")
+        parts = self._stored_parts(item, chunk, scratch)
+        if stored.encoding.change is None:
+            return parts
+        place, codec = stored.chunks[chunk], stored.encoding.codec
+        return add_parts(parts, self.base.parts_under(codec, self._in_base(item), place))
+
+    def _stored_parts(self, item: int, chunk: int, scratch: Scratch | None) -> Mapping[str, Tensor]:
+        """The verified parts of a chunk as the file has them."""
         out = None
         if scratch is not None:
-            specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
+            stored = self.reader.items[item]
+            specs = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype)
             out = {name: scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
-        parts = self.reader.read_chunk(item, chunk, out)
-        if not isinstance(stored.codec, codecs.Delta):
-            return stored.codec, parts
-        place, codec = stored.chunks[chunk], stored.codec.inner
-        return codec, stored.codec.apply(parts, self.base.parts_under(codec, self._in_base(item), place))
+        return self.reader.read_chunk(item, chunk, out)
 
     def parts_under(self, codec: Codec, item: int, place: Chunk) -> Mapping[str, Tensor]:
         """The parts that elements of an item have under a codec: its own, or its decoded values encoded anew.
@@ -200,24 +211,24 @@ class Stored(Checkpoint):
         Raises FormatError if its values do not go into that codec.
         """
         stored = self.reader.items[item]
-        if codecs.standalone(stored.codec) == codec:
-            return self.parts(item, self.chunk_at(item, place))[1]
+        if stored.encoding.standalone == codec:
+            return self.parts(item, self.chunk_at(item, place))
         try:
             return codec.encode(self.decode_range(item, place.start, place.stop).view(place.shape)).parts
         except UnencodableValues as error:
             raise FormatError(f"{self.path}: {stored.name} is no base for {codec}: {error}") from error
 
     def encoded(self, item: int) -> EncodedTensor:
-        """A whole item as it would stand in a file of its own; decoded if it has no such form: a residual, or an item
-        that needs companions.
+        """A whole item as it would stand in a file of its own; decoded if it has no such form: a change of values, or
+        an item that needs companions.
         """
         stored = self.reader.items[item]
-        codec = codecs.standalone(stored.codec)
-        if isinstance(codec, codecs.Residual) or codec.needs:
+        codec = stored.encoding.standalone
+        if codec is None or codec.needs:
             return codecs.Raw().encode(self.decode(item))
-        if codec == stored.codec:
+        if stored.encoding.change is None:
             return self.reader.read(stored.name)
-        pieces = [self.parts(item, number)[1] for number in range(len(stored.chunks))]
+        pieces = [self.parts(item, number) for number in range(len(stored.chunks))]
         parts = {}
         for name, spec in codec.parts(stored.shape, stored.dtype).items():
             parts[name] = torch.cat([piece[name].reshape(-1) for piece in pieces]).view(spec.shape)
@@ -344,7 +355,7 @@ def tensor_report(item: StoredItem) -> TensorReport:
         param=text(attributes.get("param")),
         shape=item.shape,
         dtype=item.dtype.name,
-        codec=codecs.format_codec(item.codec),
+        codec=str(item.encoding),
         bytes_before=item.decoded_nbytes,
         bytes_after=item.stored_nbytes,
         error=_error(attributes.get("error")),

@@ -17,18 +17,19 @@ from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, check_matched
-from statecodec.codecs import Codec
+from statecodec.codecs import Change, Codec, Encoding
 from statecodec.errors import UnsupportedTensor
 from statecodec.roles import MOMENT_ROLES, family
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The codec of one tensor. `settled`: later steps leave it alone.
+    """How one tensor is stored, and why.
 
-    `unit`: one optimizer step in the unit of the codec's error sums, where that is known. `most`: the largest rms error
-    in that unit's own, where one is promised. `companions`: the tensors that the codec needs, role -> name.
-    `otherwise`: the codec if this one refuses the values; and raw if that does.
+    `settled`: later steps leave it alone. `unit`: one optimizer step in the unit of the codec's error sums, where that
+    is known. `most`: the largest rms error in that unit's own, where one is promised. `companions`: the tensors that
+    the codec needs, role -> name. `change`: what is stored minus the base's. `otherwise`: the codec if this one refuses
+    the values; and raw if that does.
     """
 
     codec: Codec
@@ -37,12 +38,18 @@ class Choice:
     unit: float | None = None
     most: float | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
+    change: Change | None = None
     otherwise: Codec = field(default_factory=codecs.Raw)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the tensor is stored."""
+        return Encoding(self.codec, self.change)
 
     @property
     def exact(self) -> bool:
         """Whether the tensor comes back bit for bit."""
-        return codecs.is_exact(self.codec)
+        return self.encoding.exact
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,7 @@ class Choices(Mapping[str, Choice]):
     @property
     def uses_base(self) -> bool:
         """Whether any tensor is stored as what changed since a base."""
-        return any(isinstance(choice.codec, codecs.Based) for choice in self.by_name.values())
+        return any(choice.change for choice in self.by_name.values())
 
     def noted(self, *notes: str) -> Choices:
         """The same choices with more notes."""
@@ -108,18 +115,19 @@ def _first(
     if item.region is None:
         return Choice(codecs.Raw(), "bytes that are not tensors", settled=True), ()
     rule = own.rule_for(item)
-    codec = rule.codec if rule is not None else preset.codec_for(item)
-    if isinstance(codec, codecs.Raw):
+    encoding = rule.encoding if rule is not None else preset.encoding_for(item)
+    codec, change = encoding.codec, encoding.change
+    if encoding == Encoding(codecs.Raw()):
         return Choice(codec, _because(rule, name), settled=rule is not None or item.bytes_only), ()
     if item.region.lossless:
         reason = "kept exact, because several different views share its storage"
         return Choice(codecs.Raw(), reason, settled=True), (f"{item.name}: {reason}",)
     try:
-        codec.parts(item.shape, item.dtype)
+        encoding.parts(item.shape, item.dtype)
         given = {role: _companion(item, role, companions) for role in codec.needs}
     except UnsupportedTensor as error:
         return Choice(codecs.Raw(), f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
-    return Choice(codec, _because(rule, name), settled=rule is not None, companions=given), ()
+    return Choice(codec, _because(rule, name), settled=rule is not None, companions=given, change=change), ()
 
 
 def _companion(item: SourceItem, role: str, companions: Companions) -> str:

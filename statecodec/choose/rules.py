@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from statecodec import codecs
 from statecodec.checkpoint.base import TensorInfo
-from statecodec.codecs import Codec
+from statecodec.codecs import Encoding, Raw
 from statecodec.dtypes import SHORT
-from statecodec.errors import CodecError, PolicyError
+from statecodec.errors import CodecError, PolicyError, UsageError
 from statecodec.roles import ROLES, family
 
 _CONDITION = re.compile(r"(ndim|numel|cols)(>=|<=|==|<|>)(\d{1,18})")
@@ -31,10 +30,10 @@ _MAX_RULES_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` (name pattern or role), `conditions` (all must hold) and the codec for what matches."""
+    """`pattern` (name pattern or role), `conditions` (all must hold) and how what matches is stored."""
 
     pattern: str
-    codec: Codec
+    encoding: Encoding
     conditions: tuple[str, ...] = ()
 
     def matches(self, tensor: TensorInfo) -> bool:
@@ -49,7 +48,7 @@ class Rule:
 
     def __str__(self) -> str:
         where = ":" + ",".join(self.conditions) if self.conditions else ""
-        return f"{self.pattern}{where}={codecs.format_codec(self.codec)}"
+        return f"{self.pattern}{where}={self.encoding}"
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,16 @@ class Policy:
             left = [rule for rule in left if not rule.matches(tensor)]
         return tuple(left)
 
-    def codec_for(self, tensor: TensorInfo) -> Codec:
-        """The codec of the first rule that matches; `raw` if none does."""
+    def refuse_changes(self, hint: str) -> None:
+        """Raise UsageError, with a hint what to do, if a rule stores what changed since a base: there is none."""
+        for rule in self.rules:
+            if rule.encoding.change is not None:
+                raise UsageError(f"rule {rule}: it stores what changed since a base checkpoint; {hint}")
+
+    def encoding_for(self, tensor: TensorInfo) -> Encoding:
+        """How the first rule that matches stores it; `raw` if none does."""
         rule = self.rule_for(tensor)
-        return rule.codec if rule else codecs.Raw()
+        return rule.encoding if rule else Encoding(Raw())
 
 
 def parse_rule(text: str) -> Rule:
@@ -98,7 +103,7 @@ def parse_rule(text: str) -> Rule:
                 "nor like 'ndim>=2', 'numel>=4096'"
             )
     try:
-        return Rule(pattern.strip() or "*", codecs.parse(right), conditions)
+        return Rule(pattern.strip() or "*", Encoding.parse(right), conditions)
     except CodecError as error:
         raise PolicyError(f"rule {text!r}: {error}") from error
 

@@ -11,7 +11,8 @@ from statecodec.buffers import Pool
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
-from statecodec.codecs import Based, Codec, Delta
+from statecodec.codecs import Change, Codec
+from statecodec.codecs.changes import subtract_parts
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UnencodableValues, UsageError
 from statecodec.format import StoredItem
@@ -33,15 +34,18 @@ def linked(
     """The same choices, stored as a change whatever that makes smaller: judged on each item's first and middle chunk.
 
     `only`: the names that are looked at, where not all are.
-    Raises UsageError for a rule's change without a base, or whose base lacks the tensor.
+
+    Raises UsageError for a rule's change whose base lacks the tensor.
     """
+    if base is None:
+        return choices
     changed = {}
     for item in source.items:
         choice = choices[item.name]
-        if isinstance(choice.codec, Based):
+        if choice.change is not None:
             _require(item, base)
-        elif base is not None and (only is None or item.name in only):
-            changed[item.name] = replace(choice, codec=_smallest(source, item, choice.codec, base, packing))
+        elif only is None or item.name in only:
+            changed[item.name] = replace(choice, change=_smallest(source, item, choice.codec, base, packing))
     return replace(choices, by_name={**choices.by_name, **changed})
 
 
@@ -52,32 +56,30 @@ def standing_alone(choices: Choices, base: Base | None) -> Choices:
     return choices.noted(f"nothing is smaller as a change since {base.file.name}: this file stands alone")
 
 
-def _require(item: SourceItem, base: Base | None) -> None:
-    if base is None:
-        raise UsageError(f"{item.name}: this codec stores what changed since a base checkpoint; give one (--base)")
+def _require(item: SourceItem, base: Base) -> None:
     if base.index(item) is None:
         raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the change from")
 
 
-def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> Codec:
-    """The codec itself, or a change of it that packs smaller: judged on the first and the middle chunk."""
+def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> Change | None:
+    """A change of the codec's parts, if it packs smaller than they: judged on the first and the middle chunk."""
     index = base.index(item)
     if index is None or not item.numel or packing.method == "none":
-        return codec
+        return None
     stored = base.stored.reader.items[index]
     own = list(chunks(codec, item.shape, item.dtype))
     if not _can_change(codec, stored, own):
-        return codec
-    change, before, after = Delta(codec), 0, 0
+        return None
+    before = after = 0
     for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
         try:
             parts = codec.encode(source.chunk(item, chunk)).parts
-            changed = change.difference(parts, base.parts(item, codec, chunk))
+            changed = subtract_parts(parts, base.parts(item, codec, chunk))
         except (UnencodableValues, FormatError):
-            return codec
+            return None
         before += packed_size(parts, packing)
         after += packed_size(changed, packing)
-    return change if after < _WORTH * before else codec
+    return Change.PARTS if after < _WORTH * before else None
 
 
 def _can_change(codec: Codec, stored: StoredItem, own: Sequence[Chunk]) -> bool:
@@ -85,7 +87,7 @@ def _can_change(codec: Codec, stored: StoredItem, own: Sequence[Chunk]) -> bool:
     if isinstance(codec, codecs.Uniform):
         return True  # every checkpoint has a grid of its own: the base's values are put on this one
     can = isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded | codecs.Logarithmic)
-    alike = codecs.standalone(stored.codec) == codec
+    alike = stored.encoding.standalone == codec
     return can and alike and _cut(own) == _cut(stored.chunks)
 
 

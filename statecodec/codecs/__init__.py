@@ -4,11 +4,12 @@ To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`,
 """
 
 from statecodec.codecs.base import NOTHING, Codec, EncodedTensor, Given, PartSpec, rows_cols
-from statecodec.codecs.based import Based, Delta, Residual, is_exact, standalone
 from statecodec.codecs.cast import Cast
+from statecodec.codecs.changes import Change
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
+from statecodec.codecs.encoding import Encoding
 from statecodec.codecs.folded import Folded
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
@@ -20,7 +21,7 @@ from statecodec.codecs.ulps import Ulps
 from statecodec.codecs.uniform import Uniform
 
 __all__ = [
-    "NOTHING", "Based", "Cast", "Codec", "Companded", "Delta", "Direction", "Dropped", "EncodedTensor", "Folded",
-    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Residual", "Shared", "Split", "Ulps", "Uniform",
-    "format_codec", "from_config", "get", "is_exact", "names", "parse", "rows_cols", "standalone",
+    "NOTHING", "Cast", "Change", "Codec", "Companded", "Direction", "Dropped", "EncodedTensor", "Encoding", "Folded",
+    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Shared", "Split", "Ulps", "Uniform", "format_codec",
+    "from_config", "get", "names", "parse", "rows_cols",
 ]  # fmt: skip

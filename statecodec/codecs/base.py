@@ -122,8 +122,6 @@ class Codec(ABC):
     version: ClassVar[int] = 1
     needs: ClassVar[tuple[str, ...]] = ()
     """Roles of the companions without which a tensor is neither encoded nor decoded."""
-    stands_alone: ClassVar[bool] = True
-    """Whether a tensor can be decoded without the same tensor of another checkpoint."""
     needs_decoded: ClassVar[bool] = False
     """Whether encoding takes the companions as the reader will have them, not as they were before they were encoded."""
     exact: ClassVar[bool] = False
@@ -258,7 +256,6 @@ class Codec(ABC):
     def require_inner(self, inner: Codec) -> None:
         """Raise InvalidCodec unless `inner` can encode what this codec makes of a tensor: from its values alone."""
         self.require(not inner.needs, f"inner={inner.name} needs companions, which means do not have")
-        self.require(inner.stands_alone, f"inner={inner.name} needs a base checkpoint, which has no such means")
 
     def refuse(self, flags: int) -> None:
         """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""

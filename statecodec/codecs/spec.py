@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from statecodec.codecs.base import Codec
-from statecodec.codecs.based import Delta, Residual
 from statecodec.codecs.cast import Cast
+from statecodec.codecs.changes import Change
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
@@ -31,11 +31,11 @@ from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 CODECS: dict[str, type[Codec]] = {
     c.name: c
     for c in (
-        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Cast, Companded, Folded, Shared, LowRank, Dropped, Delta,
-        Residual,
+        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Cast, Companded, Folded, Shared, LowRank, Dropped,
     )
 }  # fmt: skip
 
+_CHANGES = {change.value for change in Change}
 _NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 _TOKEN = re.compile(rf"\s*([A-Za-z_][A-Za-z0-9_]*|{_NUMBER}|[()\[\],=])")
 _MAX_DEPTH = 4
@@ -47,7 +47,12 @@ def names() -> list[str]:
 
 
 def get(name: str) -> type[Codec]:
-    """The codec class of that name. Raises UnknownCodec."""
+    """The codec class of that name. Raises UnknownCodec, and InvalidCodec for the name of a change."""
+    if name in _CHANGES:
+        raise InvalidCodec(
+            f"{name} is no codec: it says what changed of a whole tensor since a base checkpoint, in a rule of "
+            "`compress --base`"
+        )
     if name not in CODECS:
         raise UnknownCodec(f"no codec {name!r}; there are {', '.join(CODECS)}")
     return CODECS[name]
@@ -180,7 +185,7 @@ def _parse_value(tokens: list[str], text: str, depth: int) -> Any:
                 tokens.pop(0)
         _expect(tokens, "]", text)
         return tuple(numbers)
-    if tokens and (tokens[0] in CODECS or (len(tokens) > 1 and tokens[1] == "(")):
+    if tokens and (tokens[0] in CODECS or tokens[0] in _CHANGES or (len(tokens) > 1 and tokens[1] == "(")):
         return _parse_codec(tokens, text, depth)
     word = _take(tokens, text)
     return _number(word, text) if re.fullmatch(_NUMBER, word) else word

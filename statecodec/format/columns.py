@@ -39,7 +39,7 @@ def write_items(items: Sequence[StoredItem], shards: int) -> dict[str, Any]:
     plain: list[str] = []
     counts = [0] * shards
     for item in items:
-        key = (item.codec, item.dtype, item.shape, item.storage)
+        key = (item.encoding, item.dtype, item.shape, item.storage)
         number = numbers.get(key)
         if number is None:
             number = numbers[key] = len(forms)
@@ -64,7 +64,7 @@ def write_items(items: Sequence[StoredItem], shards: int) -> dict[str, Any]:
 def _form_json(item: StoredItem) -> dict[str, Any]:
     runs = [[len(list(group)), list(cut)] for cut, group in groupby(chunk.shape for chunk in item.chunks)]
     return {
-        "codec": item.codec.config(), "dtype": dtype_name(item.dtype), "shape": list(item.shape),
+        "codec": item.encoding.config(), "dtype": dtype_name(item.dtype), "shape": list(item.shape),
         "storage": item.storage, "parts": parts_json(item.parts), "chunks": runs,
     }  # fmt: skip
 
@@ -149,9 +149,9 @@ def _items(
             entry, chunks = entries.get(i, name), _plain_chunks(form, plain)
         found.append(
             StoredItem(
-                name, tensor.codec, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, chunks, attributes[i],
+                name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, chunks, attributes[i],
                 shard, entry, start, record,
-                check_companions(companions.get(i, {}), tensor.codec, f"manifest: item {name[:200]!r}"),
+                check_companions(companions.get(i, {}), tensor.encoding.codec, f"manifest: item {name[:200]!r}"),
             )
         )  # fmt: skip
     if next(plain, None) is not None:
@@ -182,7 +182,7 @@ def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> 
         if most_chunks < 0 or (tensor.storage == SHARED and (count != 1 or not tensor.parts)):
             raise FormatError(f"{fields.where}: {count:,} chunks")
         chunks = tensor.cut((cut for length, cut in runs for _ in range(length)), count, fields.where, limits)
-        sizes = {c.shape: tensor.codec.nbytes(c.shape, tensor.dtype) for c in chunks}
+        sizes = {c.shape: tensor.encoding.nbytes(c.shape, tensor.dtype) for c in chunks}
         forms.append(Form(tensor, chunks, [sizes[c.shape] for c in chunks]))
     return forms
 

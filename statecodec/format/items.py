@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from statecodec.codecs import Codec, PartSpec, from_config
+from statecodec.codecs import Codec, Encoding, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.dtypes import STORED, DType
 from statecodec.errors import CodecError, FormatError, LimitExceeded, UnknownCodec, UnsupportedVersion
@@ -50,7 +50,7 @@ class StoredItem:
     """
 
     name: str
-    codec: Codec
+    encoding: Encoding
     shape: tuple[int, ...]
     dtype: DType
     storage: str
@@ -106,11 +106,11 @@ def read_dtype(fields: Fields) -> DType:
     return STORED[name]
 
 
-def read_codec(fields: Fields) -> Codec:
+def read_encoding(fields: Fields) -> Encoding:
     """The field `codec`. Raises UnsupportedVersion for one this version does not know, FormatError."""
     config = fields.take("codec", dict)
     try:
-        return from_config(config)
+        return Encoding.from_config(config)
     except UnknownCodec as error:
         raise UnsupportedVersion(f"{fields.where}: {error}; a newer statecodec may have it") from error
     except CodecError as error:
@@ -140,14 +140,14 @@ def parts_json(parts: Mapping[str, PartSpec]) -> dict[str, Any]:
     return {k: {"dtype": dtype_name(s.dtype), "shape": list(s.shape)} for k, s in parts.items()}
 
 
-def checked_specs(codec: Codec, where: str) -> Specs:
-    """`codec.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
+def checked_specs(encoding: Encoding, where: str) -> Specs:
+    """`encoding.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
     known: dict[tuple[int, ...], dict[str, PartSpec]] = {}
 
     def specs(shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         if shape not in known:
             try:
-                known[shape] = codec.parts(shape, dtype)
+                known[shape] = encoding.parts(shape, dtype)
             except CodecError as error:
                 raise FormatError(f"{where}: {error}") from error
         return known[shape]
@@ -159,7 +159,7 @@ def checked_specs(codec: Codec, where: str) -> Specs:
 class Tensor:
     """What the manifest says of a tensor before it says how it is cut: checked."""
 
-    codec: Codec
+    encoding: Encoding
     dtype: DType
     shape: tuple[int, ...]
     storage: str
@@ -172,22 +172,22 @@ class Tensor:
         # Zero-size dimensions count as one here: a shape of (0, 2**60) is no less a lie.
         footprint = math.prod(max(d, 1) for d in shape) * dtype.itemsize
         limits.check(f"{fields.where}: decoded bytes", footprint, limits.max_decoded_bytes)
-        codec = read_codec(fields).settled(shape)
+        encoding = read_encoding(fields).settled(shape)
         storage = fields.take("storage", str)
         if storage not in storages:
             raise UnsupportedVersion(
                 f"{fields.where}: storage {storage[:40]!r}; this reader knows {' and '.join(storages)}"
             )
-        stated, parts = checked_specs(codec, fields.where)(shape, dtype), read_parts(fields, newer)
+        stated, parts = checked_specs(encoding, fields.where)(shape, dtype), read_parts(fields, newer)
         if parts != stated or list(parts) != list(stated):
-            raise FormatError(f"{fields.where}: its parts are not those of {codec} for {dtype} {shape}")
-        return cls(codec, dtype, shape, storage, parts)
+            raise FormatError(f"{fields.where}: its parts are not those of {encoding} for {dtype} {shape}")
+        return cls(encoding, dtype, shape, storage, parts)
 
     def cut(self, shapes: Iterable[tuple[int, ...]], count: int, where: str, limits: Limits) -> list[Chunk]:
         """The chunks of these shapes, `count` in all: they tile the tensor in order, stay within rows or take whole
         rows, and their parts add up to its own. Raises FormatError.
         """
-        specs, whole = checked_specs(self.codec, where), self.codec.in_pieces
+        specs, whole = checked_specs(self.encoding, where), self.encoding.codec.in_pieces
         if not count:
             raise FormatError(f"{where}: it has no chunks")
         total, start, chunks = dict.fromkeys(self.parts, 0), 0, []

@@ -86,7 +86,8 @@ def _check_companions(items: Sequence[StoredItem]) -> None:
     for item in items:
         for role, name in item.companions.items():
             other = named.get(name)
-            if other is None or other.shape != item.shape or other.codec.needs or not other.dtype.is_floating_point:
+            alike = other is not None and other.shape == item.shape and other.dtype.is_floating_point
+            if other is None or not alike or other.encoding.codec.needs:
                 raise FormatError(
                     f"manifest: item {item.name[:200]!r}: its {role} {name[:200]!r} is no float item of its shape"
                 )

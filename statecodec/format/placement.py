@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from statecodec.codecs import Codec, PartSpec
+from statecodec.codecs import Encoding, PartSpec
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.dtypes import DType
 from statecodec.errors import FormatError, UsageError
@@ -30,14 +30,14 @@ MANY_ITEMS = (
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written: name, codec, decoded shape and dtype, and attributes (JSON, carried verbatim).
+    """A tensor to be written: name, encoding, decoded shape and dtype, and attributes (JSON, carried verbatim).
 
     `companions`: by role, the names of the items whose tensors the codec needs. `text`: bytes that repeat each other,
     as those of headers and pickles do, unlike numbers: packed accordingly.
     """
 
     name: str
-    codec: Codec
+    encoding: Encoding
     shape: tuple[int, ...]
     dtype: DType
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Form:
-    """What follows from an item's codec, shape and dtype: its parts, how it is cut, how it is stored."""
+    """What follows from an item's encoding, shape and dtype: its parts, how it is cut, how it is stored."""
 
     parts: Mapping[str, PartSpec]
     chunks: Sequence[Chunk]
@@ -124,12 +124,13 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
 def _check_companions(items: Sequence[Item]) -> None:
     named = {item.name: item for item in items}
     for item in items:
-        for role in item.codec.needs:
+        codec = item.encoding.codec
+        for role in codec.needs:
             name = item.companions.get(role)
             other = named.get(name) if name is not None else None
-            if other is None or tuple(other.shape) != tuple(item.shape) or other.codec.needs:
+            if other is None or tuple(other.shape) != tuple(item.shape) or other.encoding.codec.needs:
                 raise UsageError(
-                    f"item {item.name!r}: {item.codec.name} needs the {role} of a tensor of shape {tuple(item.shape)}; "
+                    f"item {item.name!r}: {codec.name} needs the {role} of a tensor of shape {tuple(item.shape)}; "
                     f"{name!r} is no item of that shape that stands alone"
                 )
 
@@ -139,12 +140,12 @@ def is_plain(item: Item, packing: Packing) -> bool:
     return _Forms(packing, 1).of(item).storage == PLAIN
 
 
-def recoded(planned: PlannedItem, codec: Codec, packing: Packing, items: int) -> PlannedItem:
-    """An item that is not plain under another codec, in a file of so many items. Raises UsageError."""
-    item = replace(planned.item, codec=codec)
+def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:
+    """An item that is not plain, stored in another way, in a file of so many items. Raises UsageError."""
+    item = replace(planned.item, encoding=encoding)
     form = _Forms(packing, items).of(item)
     if PLAIN in (planned.storage, form.storage):
-        raise UsageError(f"item {item.name!r} cannot be stored by another codec any more: its place was fixed")
+        raise UsageError(f"item {item.name!r} cannot be stored in another way any more: its place was fixed")
     return replace(planned, item=item, form=form)
 
 
@@ -153,11 +154,11 @@ class _Forms:
 
     def __init__(self, packing: Packing, items: int) -> None:
         self._plain, self._many = packing.method == "none", items > MANY_ITEMS
-        self._known: dict[tuple[Codec, tuple[int, ...], DType], Form] = {}
+        self._known: dict[tuple[Encoding, tuple[int, ...], DType], Form] = {}
 
     def of(self, item: Item) -> Form:
         shape = tuple(item.shape)
-        key = (item.codec, shape, item.dtype)
+        key = (item.encoding, shape, item.dtype)
         if key not in self._known:
             self._known[key] = self._make(item, shape)
         return self._known[key]
@@ -170,12 +171,12 @@ class _Forms:
             raise UsageError(f"item {item.name!r}: {item.dtype} {shape} cannot be stored ({error})") from error
         footprint = math.prod(max(d, 1) for d in shape) * item.dtype.itemsize
         Limits().check(f"item {item.name!r}: decoded bytes", footprint, Limits.max_decoded_bytes)
-        parts, pieces = item.codec.parts(shape, item.dtype), chunks(item.codec, shape, item.dtype)
+        parts, pieces = item.encoding.parts(shape, item.dtype), chunks(item.encoding.codec, shape, item.dtype)
         if not parts:
             Limits().check(f"item {item.name!r}: chunks", len(pieces), MAX_CHUNKS)
-        whole, largest = item.codec.in_pieces, 0
+        whole, largest = item.encoding.codec.in_pieces, 0
         for piece in {c.shape for c in pieces}:
-            nbytes = item.codec.nbytes(piece, item.dtype)
+            nbytes = item.encoding.nbytes(piece, item.dtype)
             Limits().check_chunk(f"item {item.name!r}", math.prod(piece) * item.dtype.itemsize, nbytes, whole)
             largest = max(largest, nbytes)
         small = len(pieces) == 1 and largest < MIN_PACKED

@@ -181,20 +181,25 @@ class Reader:
         return self._by_name[name]
 
     def read(self, name: str) -> EncodedTensor:
-        """One whole item, verified."""
+        """One whole item, verified. Raises FormatError for what changed since a base, which is no tensor without it."""
         i = self.index(name)
         item = self.items[i]
+        if item.encoding.change is not None:
+            raise FormatError(
+                f"{self.path}: {name} is stored as what changed since a base checkpoint ({item.encoding}); this file "
+                "alone does not hold it"
+            )
         parts = _empty(item.parts)
         offsets = self._offsets(i)
         flat = {k: part.view(-1).view(torch.uint8) for k, part in parts.items()}
         for k, chunk in enumerate(item.chunks):
-            specs = item.codec.parts(chunk.shape, item.dtype)
+            specs = item.encoding.parts(chunk.shape, item.dtype)
             out = {
                 n: flat[n][offsets.parts[n][k] :][: s.nbytes].view(s.dtype.torch).view(s.shape)
                 for n, s in specs.items()
             }
             self.read_chunk(i, k, out)
-        return EncodedTensor(item.codec, item.shape, item.dtype.torch, parts)
+        return EncodedTensor(item.encoding.codec, item.shape, item.dtype.torch, parts)
 
     def stored_nbytes(self, item: int) -> int:
         """Bytes of an item in the file."""
@@ -207,7 +212,7 @@ class Reader:
             error = None
             try:
                 for k, chunk in enumerate(item.chunks):
-                    specs = item.codec.parts(chunk.shape, item.dtype)
+                    specs = item.encoding.parts(chunk.shape, item.dtype)
                     fits = {n: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for n, t in out.items()} == specs
                     out = self.read_chunk(i, k, out if fits else None)
             except FormatError as found:
@@ -217,7 +222,7 @@ class Reader:
     def read_chunk(self, item: int, chunk: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The parts of one chunk, verified; into `out` if given (contiguous CPU tensors of the chunk's parts)."""
         stored = self.items[item]
-        specs = stored.codec.parts(stored.chunks[chunk].shape, stored.dtype)
+        specs = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype)
         parts = _empty(specs) if out is None else _checked(out, specs)
         try:
             if stored.storage == PACKED:
@@ -285,7 +290,7 @@ class Reader:
     def _offsets(self, i: int) -> _Offsets:
         if i not in self._known_offsets:
             item = self.items[i]
-            sizes = [item.codec.parts(chunk.shape, item.dtype) for chunk in item.chunks]
+            sizes = [item.encoding.parts(chunk.shape, item.dtype) for chunk in item.chunks]
             parts = {name: _running([specs[name].nbytes for specs in sizes]) for name in item.parts}
             self._known_offsets[i] = _Offsets(_running([chunk.nbytes for chunk in item.chunks]), parts)
         return self._known_offsets[i]

@@ -29,7 +29,7 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     cut = tensor.cut((row.shape() for row in rows), len(rows), fields.where, limits)
     chunks = []
     for chunk, row in zip(cut, rows, strict=True):
-        sizes = tensor.codec.parts(chunk.shape, tensor.dtype)
+        sizes = tensor.encoding.parts(chunk.shape, tensor.dtype)
         if tensor.storage == PACKED:
             nbytes = row.integer("nbytes", 1 << 40)
             checksums: tuple[str, ...] = (row.hexadecimal("checksum", 16),)
@@ -42,9 +42,9 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
         chunks.append(StoredChunk(chunk.start, chunk.stop, chunk.shape, nbytes, checksums))
     attributes = fields.take("attributes", dict)
     shard, entry = fields.integer("shard", last_shard), fields.take("entry", str, name)
-    companions = fields.take("companions", dict) if tensor.codec.needs else {}
+    companions = fields.take("companions", dict) if tensor.encoding.codec.needs else {}
     fields.done(newer)
     return StoredItem(
-        name, tensor.codec, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, tuple(chunks), attributes, shard,
-        entry, companions=check_companions(companions, tensor.codec, fields.where),
+        name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, tuple(chunks), attributes,
+        shard, entry, companions=check_companions(companions, tensor.encoding.codec, fields.where),
     )  # fmt: skip

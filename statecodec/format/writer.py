@@ -16,7 +16,7 @@ from statecodec import dtypes
 from statecodec._version import __version__
 from statecodec.atomic import File
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import Codec, PartSpec
+from statecodec.codecs import Encoding, PartSpec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, OutputFailed, UsageError
 from statecodec.format import placement, sharing
@@ -148,7 +148,7 @@ class Writer:
     def pack(self, item: int, chunk: Chunk, parts: Mapping[str, Tensor]) -> PackedChunk:
         """Pack one chunk: copies what it needs of `parts` (CPU tensors), which may be reused at once. Thread-safe."""
         planned = self._plan.items[item]
-        specs = planned.item.codec.parts(chunk.shape, planned.item.dtype)
+        specs = planned.item.encoding.parts(chunk.shape, planned.item.dtype)
         tensors = _checked(parts, specs, planned.item.name)
         index = self._index(item, chunk)
         if planned.storage == PACKED:
@@ -249,15 +249,15 @@ class Writer:
             self._chunks[packed.item].append(StoredChunk(c.start, c.stop, tuple(c.shape), share, ()))
             self._pool.give(packed.buffer)
 
-    def restart(self, item: int, codec: Codec) -> None:
-        """Store the item that is being appended by another codec: what was appended of it is taken back.
+    def restart(self, item: int, encoding: Encoding) -> None:
+        """Store the item that is being appended in another way: what was appended of it is taken back.
 
         Raises UsageError for an item with plain parts, whose place was fixed beforehand.
         """
         planned = self._plan.items[item]
         if item != self._next[0]:
-            raise UsageError(f"item {planned.item.name!r} cannot be stored by another codec any more")
-        self._plan.items[item] = placement.recoded(planned, codec, self.packing, len(self._plan.items))
+            raise UsageError(f"item {planned.item.name!r} cannot be stored in another way any more")
+        self._plan.items[item] = placement.recoded(planned, encoding, self.packing, len(self._plan.items))
         if self._chunks[item]:
             self._ends[planned.shard] = self._first[item] + self._plan.shards[planned.shard].packed_start
         self._chunks[item], self._next = [], (item, 0)
@@ -313,9 +313,9 @@ class Writer:
         p = self._plan.items[i]
         item, entry = p.item, p.entry if p.storage == PLAIN else packed_entry(p.shard)
         return StoredItem(
-            item.name, item.codec, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._chunks[i]),
+            item.name, item.encoding, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._chunks[i]),
             self._attributes[i], p.shard, entry, self._first[i], self._records.get(i),
-            {role: item.companions[role] for role in item.codec.needs},
+            {role: item.companions[role] for role in item.encoding.codec.needs},
         )  # fmt: skip
 
     def _finish(self, i: int, manifest: bytes | None) -> str:

@@ -26,8 +26,9 @@ from statecodec.choose import Rule
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
 from statecodec.choose.steps import Budget, codes_per_octave, finer
-from statecodec.codecs import Codec
+from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Given
+from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.format import Item
@@ -236,19 +237,20 @@ class Compression:
             if item.state is not None:
                 attributes[states.ATTRIBUTE] = states.to_json(item.state)
         text = item.region is None
-        return Item(item.name, choice.codec, item.shape, item.dtype, attributes, choice.companions, text=text)
+        return Item(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
 
-    def encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
         """A chunk of an item of the source."""
-        item = self.source.items[index]
+        item, codec = self.source.items[index], encoding.codec
         x = self.source.chunk(item, chunk, _scratch)
-        if isinstance(codec, codecs.Delta) and self.base is not None:
-            inner = self._encoded(item, codec.inner, x, chunk)
-            return replace(inner, parts=codec.difference(inner.parts, self.base.parts(item, codec.inner, chunk)))
-        if isinstance(codec, codecs.Residual) and self.base is not None:
-            parts, decoded = codec.encode_from(x, self.base.values(item, chunk))
+        if encoding.change is None:
+            return self._encoded(item, codec, x, chunk)
+        assert self.base is not None  # `linked` chose the change
+        if encoding.change is Change.VALUES:
+            parts, decoded = subtract_values(codec, x, self.base.values(item, chunk))
             return Encoded(parts, _compared(codec, x, decoded, {}))
-        return self._encoded(item, codec, x, chunk)
+        encoded = self._encoded(item, codec, x, chunk)
+        return replace(encoded, parts=subtract_parts(encoded.parts, self.base.parts(item, codec, chunk)))
 
     def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> Encoded:
         if isinstance(codec, codecs.Raw):
@@ -272,7 +274,7 @@ class Compression:
             found[role] = self.source.chunk(other, chunk)
             if codec.needs_decoded:
                 chosen = self.recoded.get(other.index, self.choices[other.name].codec)
-                found[role] = codecs.standalone(chosen).encode(found[role]).decode()
+                found[role] = chosen.encode(found[role]).decode()
         return found
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
@@ -297,11 +299,7 @@ class Compression:
         most = self.choices[item.name].most
         if most is None:
             return None
-        if isinstance(codec, codecs.Delta):
-            inner = finer(codec.inner, most, sums, item.numel)
-            found: Codec | None = None if inner is None else replace(codec, inner=inner)
-        else:
-            found = finer(codec, most, sums, item.numel)
+        found = finer(codec, most, sums, item.numel)
         if found is not None:
             self.recoded[index] = found
         return found

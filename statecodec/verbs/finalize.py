@@ -16,7 +16,7 @@ from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.choices import Choice, Choices, by_rules
 from statecodec.choose.since_base import standing_alone
-from statecodec.codecs import Codec
+from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import CorruptFile, UsageError
 from statecodec.format import Item, Reader
@@ -149,7 +149,8 @@ class _Joined:
         by_name = dict(choices.by_name)
         for item, place in zip(self.source.items, self._places, strict=True):
             stored = place.share.items[place.index]
-            by_name[item.name] = Choice(stored.codec, "as its share has it", companions=stored.companions)
+            codec, change = stored.encoding.codec, stored.encoding.change
+            by_name[item.name] = Choice(codec, "as its share has it", companions=stored.companions, change=change)
         return replace(choices, by_name=by_name)
 
     def items(self, work: Compression) -> list[Item]:
@@ -159,7 +160,7 @@ class _Joined:
             for i, place in enumerate(self._places)
         ]
 
-    def encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
         """A chunk as its share has it: packed, where it has a record of its own."""
         place = self._places[index]
         item = place.share.items[place.index]

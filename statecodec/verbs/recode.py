@@ -17,7 +17,7 @@ from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Policy, Rule, parse_rule
 from statecodec.choose.rules import check_matched
-from statecodec.codecs import Codec
+from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
 from statecodec.format import Item, Packing
@@ -49,6 +49,7 @@ def convert_codecs(
     """
     started = time.perf_counter()
     rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in to)
+    Policy(rules).refuse_changes("`compress --base` makes links, `convert` files that stand alone")
     target = output_file(dst, None, force=force)
     output = Output(target, Packing.parse(pack), force=force, threads=threads or default_threads(), progress=progress)
     with open_checkpoint(src, crcs=False) as checkpoint:
@@ -80,11 +81,8 @@ class Recoding:
         """Choose: what a rule names gets the rule's codec if that takes it, all else keeps its own."""
         self.stored, self.policy = stored, policy
         self.notes = list(check_matched(policy, stored.items, strict=strict))
-        # A residual has no form of its own: without its base it is the numbers that it decodes to.
-        self._now = [
-            codecs.Raw() if isinstance(item.codec, codecs.Residual) else codecs.standalone(item.codec)
-            for item in stored.reader.items
-        ]
+        # Changed values have no parts of their own: without the base they are the numbers that they decode to.
+        self._now = [item.encoding.standalone or codecs.Raw() for item in stored.reader.items]
         self._chosen = [self._choose(tensor) for tensor in stored.items]
         # What is encoded beside a companion is the numbers that it decodes to once that is encoded anew.
         for index, item in enumerate(stored.reader.items):
@@ -97,7 +95,7 @@ class Recoding:
     def write(self, output: Output, check: Check) -> Report:
         """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
-            Item(item.name, codec, item.shape, item.dtype, self._attributes(index), item.companions)
+            Item(item.name, Encoding(codec), item.shape, item.dtype, self._attributes(index), item.companions)
             for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
         ]
         outcome = write(
@@ -111,20 +109,19 @@ class Recoding:
         if rule is None:
             return now
         try:
-            if isinstance(rule.codec, codecs.Based):
-                raise UnsupportedTensor(f"{rule.codec.name} needs a base; compress --base makes links")
-            if rule.codec.needs:
-                raise UnsupportedTensor(f"{rule.codec.name} is made by compress, beside its companions")
-            rule.codec.parts(tensor.shape, tensor.dtype)
+            codec = rule.encoding.codec
+            if codec.needs:
+                raise UnsupportedTensor(f"{codec.name} is made by compress, beside its companions")
+            codec.parts(tensor.shape, tensor.dtype)
         except UnsupportedTensor as error:
             self.notes.append(f"{tensor.name}: left as it is: {error}")
             return now
-        return rule.codec
+        return codec
 
-    def _encode(self, index: int, codec: Codec, chunk: Chunk) -> Encoded:
-        item = self.stored.reader.items[index]
-        if codec == codecs.standalone(item.codec):
-            return Encoded(self.stored.parts(index, self.stored.chunk_at(index, chunk))[1])
+    def _encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
+        item, codec = self.stored.reader.items[index], encoding.codec
+        if codec == item.encoding.standalone:
+            return Encoded(self.stored.parts(index, self.stored.chunk_at(index, chunk)))
         x = self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
         return Encoded(codec.encode(x).parts)
 

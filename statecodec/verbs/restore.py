@@ -13,7 +13,6 @@ from pathlib import Path
 
 from zlib_ng import zlib_ng
 
-from statecodec import codecs
 from statecodec.atomic import Output
 from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.digests import FileHashes, Watched
@@ -112,7 +111,7 @@ def _restore_file(
     stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter, output: Output
 ) -> None:
     items = stored.reader.items
-    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not codecs.is_exact(items[i].codec)]
+    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not items[i].encoding.exact]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()

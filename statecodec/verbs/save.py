@@ -16,7 +16,7 @@ from statecodec.checkpoint.nested import TREE, Collected
 from statecodec.checkpoint.nested import to_json as nested_json
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.stored import make_report
-from statecodec.codecs import EncodedTensor
+from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import UINT8
 from statecodec.format import Item, Packing, Writer
@@ -55,7 +55,8 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     tree = nested_json(obj, found)
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in found.tensors)
     text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
-    found.items.append(Item(TREE, codecs.Raw(), tuple(text.shape), UINT8, {"role": "skeleton"}, text=True))
+    skeleton: dict[str, Any] = {"role": "skeleton"}
+    found.items.append(Item(TREE, Encoding(codecs.Raw()), tuple(text.shape), UINT8, skeleton, text=True))
     found.tensors.append(text)
     source = {"name": original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
@@ -73,13 +74,13 @@ def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, d
     encoded = (
         tensor
         if isinstance(tensor, EncodedTensor)
-        else EncodedTensor(item.codec, item.shape, item.dtype.torch, {"data": tensor})
+        else EncodedTensor(item.encoding.codec, item.shape, item.dtype.torch, {"data": tensor})
     )
     flat = {name: part.reshape(-1) for name, part in encoded.parts.items()}
     position = dict.fromkeys(flat, 0)
-    for chunk in iterate(item.codec, item.shape, item.dtype):
+    for chunk in iterate(item.encoding.codec, item.shape, item.dtype):
         parts = {}
-        for name, spec in item.codec.parts(chunk.shape, item.dtype).items():
+        for name, spec in item.encoding.parts(chunk.shape, item.dtype).items():
             parts[name] = flat[name][position[name] : position[name] + spec.numel].view(spec.shape).to("cpu")
             position[name] += spec.numel
         yield chunk, parts

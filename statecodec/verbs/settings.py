@@ -111,6 +111,8 @@ class Settings:
         only: Container[str] | None = None,
     ) -> Choices:
         """A codec for every tensor, the budget and the base considered for those in `only`, or all of them."""
+        if base is None:
+            self.own.refuse_changes("give one (--base)")
         choices = by_rules(source, self.own, self.preset, strict=self.strict)
         if self.budget:
             choices = by_steps(source, choices, self.budget, threads, progress, only)

@@ -81,24 +81,21 @@ def check_intact(stored: Stored, threads: int, progress: Progress | None = None)
 def check_against(stored: Stored, original: Checkpoint, threads: int, progress: Progress | None = None) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
     report, found = stored.report(), compare(original, stored, threads, progress)
-    _refuse([*_complaints(report, found), *_update_complaints(stored, found)], original.path)
+    _refuse([*_complaints(stored, found), *_update_complaints(stored, found)], original.path)
     return replace(report, updates=found.updates, total=found.total)
 
 
-def _complaints(report: Report, comparison: DiffReport) -> list[str]:
+def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
     """What the comparison with an original found that the file does not own to."""
     complaints = [f"{name} is only in the original" for name in comparison.only_in_a]
     complaints += [f"{name} is only in the compressed file" for name in comparison.only_in_b]
     complaints += [f"{name} has another shape or dtype in the original" for name in comparison.not_comparable]
     complaints += [f"{name}: bytes that are not tensors differ" for name in comparison.rest_differs]
-    stored = {t.name: t for t in report.tensors}
     for tensor in comparison.tensors:
-        expected = stored[tensor.name]
-        codec = codecs.parse(expected.codec)
-        lossless = codecs.is_exact(codec)
-        if tensor.mismatched and not isinstance(codec, codecs.Dropped):
+        expected, encoding = stored.report_of(tensor.name), stored.stored_as(stored.tensors[tensor.name].index)
+        if tensor.mismatched and not isinstance(encoding.codec, codecs.Dropped):
             complaints.append(f"{tensor.name}: {tensor.mismatched} elements are NaN or infinite on one side only")
-        elif lossless and not tensor.identical:
+        elif encoding.exact and not tensor.identical:
             amount = f"in {tensor.differing} elements" if tensor.differing else f"by up to {tensor.max_abs:.3g}"
             complaints.append(f"{tensor.name}: stored losslessly, yet differs {amount}")
         elif "rms" in (error := expected.error or {}) and not math.isclose(

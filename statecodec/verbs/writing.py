@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from statecodec import codecs
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.stored import Stored
-from statecodec.codecs import Codec
+from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues
 from statecodec.format import Item, PackedChunk, Packing, Record, Writer, Written
@@ -42,9 +42,9 @@ class Encoded:
 
 
 class Encoder(Protocol):
-    """Makes a chunk of an item, by index, under a codec. Thread-safe. Raises UnencodableValues."""
+    """Makes a chunk of an item, by index, in an encoding. Thread-safe. Raises UnencodableValues."""
 
-    def __call__(self, index: int, codec: Codec, chunk: Chunk) -> Encoded: ...
+    def __call__(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded: ...
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,11 @@ class _Job:
 
 
 class _Restart(Exception):
-    """An item goes by another codec: its values do not go into its own (that is why), or not well enough."""
+    """An item is stored in another way: its values do not go into its codec (that is why), or not well enough."""
 
-    def __init__(self, index: int, codec: Codec, refusal: str | None = None) -> None:
+    def __init__(self, index: int, encoding: Encoding, refusal: str | None = None) -> None:
         super().__init__(refusal)
-        self.index, self.codec, self.refusal = index, codec, refusal
+        self.index, self.encoding, self.refusal = index, encoding, refusal
 
 
 class _Run:
@@ -194,14 +194,14 @@ class _Run:
                 self.sums.clear()
                 self.meter.add(-sum(map(_nbytes, self.items[: restart.index])))
                 return False
-            writer.restart(restart.index, restart.codec)
+            writer.restart(restart.index, restart.encoding)
             restart = self._append_from(writer, restart.index)
         return True
 
     def _encoded_beside(self, index: int) -> bool:
         """Whether the parts of other items depend on how this one is stored."""
         name = self.items[index].name
-        return any(item.codec.needs_decoded and name in item.companions.values() for item in self.items)
+        return any(item.encoding.codec.needs_decoded and name in item.companions.values() for item in self.items)
 
     def _settle_plain(self, packing: Packing) -> None:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
@@ -213,10 +213,10 @@ class _Run:
 
     def _tried(self, index: int) -> _Restart | None:
         item = self.items[index]
-        if codecs.is_exact(item.codec) and not item.codec.needs:
+        if item.encoding.exact and not item.encoding.codec.needs:
             return None
         try:
-            for chunk in iterate(item.codec, item.shape, item.dtype):
+            for chunk in iterate(item.encoding.codec, item.shape, item.dtype):
                 job = _Job(index, chunk)
                 self._add(job, self._encoded(job).comparison)
         except _Restart as restart:
@@ -225,9 +225,9 @@ class _Run:
 
     def _encoded(self, job: _Job) -> Encoded:
         try:
-            return self.encode(job.index, self.items[job.index].codec, job.chunk)
+            return self.encode(job.index, self.items[job.index].encoding, job.chunk)
         except UnencodableValues as error:
-            raise _Restart(job.index, self.fallback(job.index), str(error)) from error
+            raise _Restart(job.index, Encoding(self.fallback(job.index)), str(error)) from error
 
     def _add(self, job: _Job, comparison: Comparison | None) -> None:
         """Count a chunk's errors. Raises _Restart after the last if they are too large."""
@@ -236,15 +236,15 @@ class _Run:
         item, sums = self.items[job.index], self.sums.get(job.index, NO_DIFFERENCE).merged(comparison)
         self.sums[job.index] = sums
         if job.chunk.stop == math.prod(item.shape):
-            finer = self.errors.finer(job.index, item.codec, sums)
+            finer = self.errors.finer(job.index, item.encoding.codec, sums)
             if finer is not None:
-                raise _Restart(job.index, finer)
+                raise _Restart(job.index, Encoding(finer, item.encoding.change))
 
     def _recode(self, restart: _Restart) -> None:
         item = self.items[restart.index]
         if restart.refusal is not None:
             self.refusals[item.name] = restart.refusal
-        self.items[restart.index] = replace(item, codec=restart.codec)
+        self.items[restart.index] = replace(item, encoding=restart.encoding)
         self.sums.pop(restart.index, None)
 
     def _append_from(self, writer: Writer, start: int) -> _Restart | None:
@@ -273,7 +273,7 @@ class _Run:
     def _jobs(self, start: int) -> Iterator[_Job]:
         for index in range(start, len(self.items)):
             item = self.items[index]
-            for chunk in iterate(item.codec, item.shape, item.dtype):
+            for chunk in iterate(item.encoding.codec, item.shape, item.dtype):
                 yield _Job(index, chunk)
 
 

@@ -76,7 +76,7 @@ def test_one_file_serves_compress_and_the_optimizer(tmp_path: Path) -> None:
     for layer in layers:
         expected = chosen(layers, basis="type")[layer.name]
         moment = TensorInfo("optimizer.state.0.exp_avg_sq", "exp_avg_sq", layer.name, layer.shape, FLOAT32)
-        codec = policy.codec_for(moment)
+        codec = policy.encoding_for(moment).codec
         assert codec == (codecs.Shared(expected) if expected else codecs.Raw()), layer.name
         # The parameter of that name itself, and its first moment, are not touched.
         for role, name in (("weight", layer.name), ("exp_avg", "optimizer.state.0.exp_avg")):

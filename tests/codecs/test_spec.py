@@ -125,8 +125,6 @@ def test_docs_name_every_codec() -> None:
         "shared",
         "lowrank",
         "dropped",
-        "delta",
-        "residual",
         "ulps",
     ]
     assert sorted(codecs.names()) == sorted(named)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statecodec import dtypes
 from statecodec.buffers import Pool
-from statecodec.codecs import Codec, Raw, parse
+from statecodec.codecs import Codec, Encoding, Raw, parse
 from statecodec.codecs.chunking import chunks
 from statecodec.dtypes import of
 from statecodec.format import Item, Packing, Writer, Written
@@ -65,7 +65,7 @@ def write(
 ) -> Written:
     """Write tensors with their codecs; `companions` of items by name."""
     items = [
-        Item(k, c, tuple(t.shape), of(t.dtype), {"role": "other"}, companions.get(k, {}))
+        Item(k, Encoding(c), tuple(t.shape), of(t.dtype), {"role": "other"}, companions.get(k, {}))
         for k, (t, c) in tensors.items()
     ]
     with Writer(path, items, packing=packing, max_shard_size=max_shard_size, force=force) as writer:
@@ -105,6 +105,14 @@ def join_file(header: dict[str, Any] | bytes, body: bytes) -> bytes:
 def manifest_text(data: bytes) -> bytes:
     """The JSON text of a manifest, whether compressed or not."""
     return data if data.startswith(b"{") else zstandard.decompress(data)
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a file that holds one."""
+    header, body = split_file(path.read_bytes())
+    start, stop = header["__manifest__"]["data_offsets"]
+    value: dict[str, Any] = json.loads(manifest_text(body[start:stop]))
+    return value
 
 
 def forge(data: bytes, change: Callable[[dict[str, Any]], Any], raw: Callable[[bytes], bytes] | None = None) -> bytes:

@@ -41,7 +41,7 @@ def outcome(path: Path) -> object:
                 for item in reader.items
                 for k, part in reader.read(item.name).parts.items()
             ]
-            rest = [(i.name, i.codec, i.shape, i.dtype, i.attributes) for i in reader.items]
+            rest = [(i.name, i.encoding, i.shape, i.dtype, i.attributes) for i in reader.items]
             return parts, rest, reader.document, reader.format_version
     except FormatError as error:
         return error

@@ -10,6 +10,7 @@ import torch
 from statecodec import codecs, kernels
 from statecodec.checkpoint.document import Document
 from statecodec.checkpoint.stored import Stored
+from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import FLOAT32, FLOAT64, of
 from statecodec.errors import LimitExceeded, UnsupportedTensor
@@ -20,7 +21,7 @@ SIDE = 1 << 16  # 16 GiB of fp32
 
 
 def write(path: Path, codec: codecs.Codec, shape: tuple[int, ...]) -> None:
-    with Writer(path, [Item("w", codec, shape, FLOAT32)]) as writer:
+    with Writer(path, [Item("w", Encoding(codec), shape, FLOAT32)]) as writer:
         parts = {
             name: torch.zeros(spec.shape, dtype=spec.dtype.torch) for name, spec in codec.parts(shape, FLOAT32).items()
         }

@@ -15,7 +15,7 @@ import torch
 import xxhash
 import zstandard
 
-from statecodec.codecs import Raw, parse
+from statecodec.codecs import Encoding, Raw, parse
 from statecodec.dtypes import FLOAT32, FLOAT64, UINT8
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion, UsageError
 from statecodec.format import Item, Limits, Reader, Writer
@@ -203,11 +203,14 @@ def test_mutated_manifests_raise_only_our_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([Item("x", Raw(), (1 << 43,), FLOAT64)], "decoded bytes"),
-        ([Item("x", parse("dropped"), (1 << 62,), UINT8)], "decoded bytes"),
-        ([Item("x", parse("shared(dims=[0])"), (1 << 20, 1 << 14), FLOAT32)], "decoded bytes of one chunk"),
-        ([Item("x", Raw(), (1,) * 65, UINT8)], "cannot be stored"),
-        ([Item(f"{i}", Raw(), (0,), UINT8) for i in range((1 << 21) + 1)], "items"),
+        ([Item("x", Encoding(Raw()), (1 << 43,), FLOAT64)], "decoded bytes"),
+        ([Item("x", Encoding(parse("dropped")), (1 << 62,), UINT8)], "decoded bytes"),
+        (
+            [Item("x", Encoding(parse("shared(dims=[0])")), (1 << 20, 1 << 14), FLOAT32)],
+            "decoded bytes of one chunk",
+        ),
+        ([Item("x", Encoding(Raw()), (1,) * 65, UINT8)], "cannot be stored"),
+        ([Item(f"{i}", Encoding(Raw()), (0,), UINT8) for i in range((1 << 21) + 1)], "items"),
     ],
     ids=range(5),
 )

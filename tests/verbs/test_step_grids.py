@@ -11,6 +11,7 @@ import torch
 import statecodec
 from statecodec import codecs
 from statecodec.checkpoint.stored import Stored
+from statecodec.codecs import Encoding
 from statecodec.dtypes import FLOAT32
 from statecodec.format import Item, Reader, Writer
 
@@ -65,8 +66,8 @@ def test_an_open_file_brings_the_companions(tmp_path: Path) -> None:
     direction, rough = codecs.Direction(0.02), codecs.Companded("log", group=300)
     named = {"exp_avg_sq": "v"}
     items = [
-        Item("m", direction, (1100, 1000), FLOAT32, {"role": "exp_avg"}, named),
-        Item("v", rough, (1100, 1000), FLOAT32, {"role": "exp_avg_sq"}),
+        Item("m", Encoding(direction), (1100, 1000), FLOAT32, {"role": "exp_avg"}, named),
+        Item("v", Encoding(rough), (1100, 1000), FLOAT32, {"role": "exp_avg_sq"}),
     ]
     path = tmp_path / "x.sc.safetensors"
     with Writer(path, items) as writer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from statecodec.checkpoint.base import Checkpoint
+from statecodec.checkpoint.base import Checkpoint, Keep, unchanged
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
@@ -36,15 +36,17 @@ def load(path: str | Path, map_location: torch.device | str | int = "cpu") -> An
         return loaded(checkpoint, device)
 
 
-def loaded(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """The nested object that an open checkpoint holds; on the device `meta` without reading its tensors. Raises as
-    `load` does.
+def loaded(checkpoint: Checkpoint, device: torch.device, keep: Keep = unchanged) -> Any:
+    """The nested object that an open checkpoint holds; on the device `meta` without reading its tensors.
+
+    `keep` is given the bytes of every storage as they are read, and gives what the object shall have. Raises as `load`
+    does.
     """
     if isinstance(checkpoint, SourceCheckpoint):
-        return checkpoint.load(device)
+        return checkpoint.load(device, keep)
     assert isinstance(checkpoint, Stored)
     native = checkpoint.document.source["layout"] == "native"
-    return load_native(checkpoint, device) if native else load_files(checkpoint, device)
+    return load_native(checkpoint, device) if native else load_files(checkpoint, device, keep)
 
 
 def _device(map_location: torch.device | str | int) -> torch.device:

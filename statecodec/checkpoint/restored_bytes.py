@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from statecodec.checkpoint.base import Keep, unchanged
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
 from statecodec.checkpoint.stored_files import StoredFile
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_files(stored: Stored, device: torch.device | str) -> Any:
+def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchanged) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
     document = stored.document
     unknown = {f.layout for f in document.files} - {opaque.name, *(layout.name for layout in LAYOUTS)}
@@ -39,7 +40,7 @@ def load_files(stored: Stored, device: torch.device | str) -> Any:
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
         with files[path].open() as content:
             assert isinstance(content, _RestoredBytes)
-            return content.tensor(offset, nbytes).to(device)
+            return keep(content.tensor(offset, nbytes).to(device))
 
     try:
         return tree(listing, read)

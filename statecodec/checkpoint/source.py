@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs
 from statecodec.buffers import Scratch, memory
-from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.base import Checkpoint, Keep, Place, TensorInfo, unchanged
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
@@ -193,7 +193,7 @@ class SourceCheckpoint(Checkpoint):
             files=tuple(f.path for f in self.located.files),
         )  # fmt: skip
 
-    def load(self, device: torch.device | str = "cpu") -> Any:
+    def load(self, device: torch.device | str = "cpu", keep: Keep = unchanged) -> Any:
         located = self.located
         files = {
             f.path: ListedFile(f.path, f.nbytes, partial(self._opened, i), layout=f.layout)
@@ -209,7 +209,7 @@ class SourceCheckpoint(Checkpoint):
             out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             with self.files.open(numbers[path]) as fd:
                 read_exactly(fd, offset, memory(out), path)
-            return out.to(device)
+            return keep(out.to(device))
 
         return tree(Listing(files, located.is_directory, located.folders, same_as), read)
 

@@ -32,7 +32,7 @@ def convert(
 
     Or it is one optimizer (`foam(level=2)`, see Target): the optimizer's state becomes one that this class resumes
     from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors is a compressed file, anything else
-    a torch.save file; the whole checkpoint is held in memory.
+    a torch.save file. Large tensors wait on disk in its folder, so that the memory it takes is that of a few tensors.
 
     Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
     """
@@ -49,4 +49,4 @@ def convert(
     target = output_file(dst, None, force=force)
     from statecodec.verbs.convert_optimizers import convert_optimizers  # classes of torch's: only once there is work
 
-    return convert_optimizers(Path(src), target, targets[0], pack, force)
+    return convert_optimizers(Path(src), target, targets[0], pack, force, progress)

@@ -12,16 +12,18 @@ import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from statecodec.atomic import Output
-from statecodec.checkpoint.open import load, open_checkpoint
+from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.spill import Releasing, Spill
 from statecodec.codecs.plain import is_plain
 from statecodec.errors import UsageError
 from statecodec.lazy import torch
 from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.optim.adamw import Adam
+from statecodec.progress import Meter, Progress
 from statecodec.verbs.convert_target import Target
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.save import save
@@ -32,47 +34,112 @@ _INDEX = re.compile(r"\.state\.(\d+)\.exp_avg$|^state\.(\d+)\.exp_avg$")
 _MAX_DEPTH = 8
 
 
-def convert_optimizers(src: Path, dst: Path, target: Target, pack: str, force: bool) -> Report:
-    """Convert every optimizer in a checkpoint; `dst` is written as its ending says. Raises as `convert` does."""
+def convert_optimizers(
+    src: Path, dst: Path, target: Target, pack: str, force: bool, progress: Progress | None = None
+) -> Report:
+    """Convert every optimizer in a checkpoint; `dst` is written as its ending says. Raises as `convert` does.
+
+    Large tensors lie on disk, in the folder of `dst`, and are worked on one after the other: the memory it takes is
+    that of a few times the largest tensor, whatever the size of the checkpoint (of one that `save` wrote, all of it).
+    """
     started = time.perf_counter()
-    value = load(src)
-    found = list(_optimizers(value, ()))
-    if not found:
-        raise UsageError(f"{src}: no optimizer state in it (a dict with `state` and `param_groups`)")
-    notes = []
-    errors: list[LoadReport] = []
-    for path in found:
-        holder, saved = _at(value, path)
-        made, reports = _converted(saved, _names(src, path, saved), target)
-        errors += reports
-        notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for r in reports for line in r.notes]
-        if holder is None:
-            value = made
-        else:
-            holder[path[-1]] = made
-    if dst.name.endswith(".safetensors"):
-        save(value, dst, pack=pack, force=force)
-    else:
-        with Output(dst, force=force) as output:
-            with output.create() as file:
-                torch.save(value, file)
-            output.publish()
+    with Spill(dst.parent) as spill:
+        with open_checkpoint(src) as checkpoint:
+            value = loaded(checkpoint, torch.device("cpu"), spill.keep)
+        spill.release()
+        found = list(_optimizers(value, ()))
+        if not found:
+            raise UsageError(f"{src}: no optimizer state in it (a dict with `state` and `param_groups`)")
+        notes: list[str] = []
+        errors: list[LoadReport] = []
+        for path in found:
+            holder, saved = _at(value, path)
+            made, reports = _converted(saved, _names(src, path, saved), target, spill, progress)
+            errors += reports
+            lines = dict.fromkeys(line for report in reports for line in report.notes)
+            notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for line in lines]
+            if holder is None:
+                value = made
+            else:
+                holder[path[-1]] = made
+        _write(value, dst, spill, pack, force, progress)
     return replace(_report(dst, errors, notes), seconds=time.perf_counter() - started)
 
 
-def _converted(saved: Mapping[str, Any], names: Mapping[int, str], target: Target) -> tuple[Any, list[LoadReport]]:
-    """A state dict in the target's form, and what loading it lost."""
+def _write(value: Any, dst: Path, spill: Spill, pack: str, force: bool, progress: Progress | None) -> None:
+    def released(done: int, total: int, stage: str) -> None:
+        spill.release()
+        if progress is not None:
+            progress(done, total, stage)
+
+    if dst.name.endswith(".safetensors"):
+        save(value, dst, pack=pack, force=force, progress=released)
+        return
+    with Output(dst, force=force) as output:
+        with output.create() as file:
+            torch.save(value, cast(IO[bytes], Releasing(file, spill)))
+        output.publish()
+
+
+def _converted(
+    saved: Mapping[str, Any], names: Mapping[int, str], target: Target, spill: Spill, progress: Progress | None
+) -> tuple[Any, list[LoadReport]]:
+    """A state dict in the target's form, one parameter after the other, and what loading each lost."""
     algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
     kind = _OPTIMIZERS.get(target.name) or _CLASSES.get(str(algorithm))
     if kind is None:
         raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
+    meter = Meter(progress, _nbytes(saved["state"]), "converting states")
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    reports: list[LoadReport] = []
+    position = 0
+    for group in saved["param_groups"]:
+        made: dict[str, Any] = {}
+        for place in range(len(group["params"])):
+            alone = _alone(saved, group, place)
+            one, report = _converted_one(kind, alone, names, target)
+            reports.append(report)
+            for values in one["state"].values():
+                state[position] = spill.keep_all(values)
+            (options,) = one["param_groups"]
+            for key, value in options.items():  # of the group's parameters all the same, but for whose they are
+                if key in ("params", "param_names"):
+                    made.setdefault(key, []).extend([position] if key == "params" else value)
+                else:
+                    made[key] = value
+            position += 1
+            spill.used(_nbytes(alone["state"]))
+            meter.add(_nbytes(alone["state"]))
+        groups.append(made or dict(group))
+    return {"state": state, "param_groups": groups}, reports
+
+
+def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int) -> dict[str, Any]:
+    """The state dict of one parameter of a group."""
+    index, names = group["params"][place], group.get("param_names") or []
+    own = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
+    return {"state": {index: saved["state"][index]} if index in saved["state"] else {}, "param_groups": [own]}
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of the tensors in nested dicts."""
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return value.nbytes if isinstance(value, torch.Tensor) else 0
+
+
+def _converted_one(
+    kind: type[StateOptimizer], saved: dict[str, Any], names: Mapping[int, str], target: Target
+) -> tuple[dict[str, Any], LoadReport]:
+    """A state dict in the target's form, and what loading it lost."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer = _build(kind, saved, names, target.options)
-    optimizer.load_state_dict(dict(saved))
+    optimizer.load_state_dict(saved)
     report = optimizer.load_report
     notes = (*report.notes, *(str(w.message) for w in caught))
-    return optimizer.state_dict(dense=target.name == "torch"), [replace(report, notes=notes)]
+    return optimizer.state_dict(dense=target.name == "torch"), replace(report, notes=notes)
 
 
 def _build(

@@ -21,6 +21,7 @@ from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import UINT8
 from statecodec.format import Item, Packing, Writer
 from statecodec.lazy import torch
+from statecodec.progress import Meter, Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import original_name
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False) -> Report:
+def save(
+    obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False, progress: Progress | None = None
+) -> Report:
     """Save nested dicts, lists and tuples of tensors and plain values as a compressed checkpoint, losslessly.
 
     Encoded tensors (EncodedTensor, or their plain form as in an optimizer's state_dict()) are stored as they are,
@@ -42,6 +45,7 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
         path: The file to write.
         pack: How to pack: `none`, `zstd` or `zstd:LEVEL`.
         force: Replace a file that is there.
+        progress: Told how far it is.
 
     Returns:
         The report of the file.
@@ -60,10 +64,12 @@ def save(obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False)
     found.tensors.append(text)
     source = {"name": original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
+    meter = Meter(progress, sum(t.nbytes for t in found.tensors), "saving")
     with Writer(target, found.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
         for index, tensor in enumerate(found.tensors):
             for chunk, parts in _chunks(found.items[index], tensor):
                 writer.append(writer.pack(index, chunk, parts))
+                meter.add(sum(part.nbytes for part in parts.values()))
         written = writer.close(to_json(document))
     report = make_report(target, written.version, document, written.items, written.files)
     return replace(report, notes=(*report.notes, *written.notes))

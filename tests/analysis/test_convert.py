@@ -14,6 +14,7 @@ from statecodec.errors import OptimizerError, OutputExists, UsageError
 from statecodec.format import Reader
 from statecodec.optim import FOAM, AdamW, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.verbs.convert_target import Target
+from tests.format.test_hostile import _peak as peak
 
 OPTIMIZERS: dict[str, tuple[type[StateOptimizer], dict[str, Any]]] = {
     "foam(level=2)": (FOAM, {"level": 2}),
@@ -200,3 +201,28 @@ def test_rules_that_share_nothing_are_a_note_and_a_frozen_parameter_is_no_loss(t
     report = statecodec.convert(tmp_path / "a.pt", tmp_path / "b.pt", "slimadam")
     assert any("SlimAdam rules that match no parameter" in note for note in report.notes)
     assert not any("missing" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(("to", "ending"), [("foam(level=2)", "pt"), ("adamw(moments=dense)", "sc.safetensors")])
+def test_the_memory_does_not_grow_with_the_checkpoint(to: str, ending: str, tmp_path: Path) -> None:
+    """A few tensors are in memory at a time, however many there are."""
+
+    def converted(count: int) -> None:
+        weights = {f"w.{i}": torch.rand(768, 768) for i in range(count)}
+        state = {
+            i: {"step": torch.tensor(3.0), "exp_avg": w + 1, "exp_avg_sq": w + 2}
+            for i, w in enumerate(weights.values())
+        }
+        group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "params": list(range(count))}
+        torch.save({"model": weights, "optimizer": {"state": state, "param_groups": [group]}}, tmp_path / "x.pt")
+        del weights, state
+        before = peak(reset=True)
+        statecodec.convert(tmp_path / "x.pt", tmp_path / f"y.{ending}", to, force=True)
+        grown.append(peak() - before)
+
+    grown: list[int] = []
+    converted(4)
+    converted(4)  # everything is compiled and loaded
+    converted(24)  # 142 MB more in the file
+    assert grown[2] - max(grown[1], 0) < 64 << 20
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("x.pt", f"y.{ending}")] == []

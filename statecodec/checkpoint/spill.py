@@ -1,0 +1,99 @@
+"""Tensors on disk that are used as if they were in memory: work on one at a time takes the memory of one."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+from statecodec.buffers import memory
+from statecodec.errors import OutputFailed
+from statecodec.files import write_exactly
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""glibc keeps what is freed, and an aligned tensor does not fit into the hole that one of its size left."""
+_LARGE = 1 << 20  # bytes of a tensor that is worth a place on disk
+_BETWEEN = 32 << 20  # bytes read or written between two releases
+
+
+class Spill:
+    """A file without a name, in the folder of an output; its tensors are good as long as it is open."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises OutputFailed."""
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        except OSError as error:
+            raise OutputFailed(f"cannot write into {folder}: {error.strerror or error}") from error
+        self._maps: list[mmap.mmap] = []
+        self._size = self._since = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, which is in the file from now on if it is large, contiguous and on the CPU."""
+        if tensor.nbytes < _LARGE or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            return tensor
+        nbytes, offset, fd = tensor.nbytes, self._size, self._file.fileno()
+        try:
+            os.ftruncate(fd, offset + nbytes)
+            write_exactly(fd, offset, memory(tensor.detach()))
+            mapped = mmap.mmap(fd, nbytes, offset=offset)
+        except OSError as error:
+            raise OutputFailed(f"no room for {nbytes:,} bytes beside the output: {error.strerror or error}") from error
+        self._maps.append(mapped)
+        self.used(nbytes)
+        self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        return torch.frombuffer(mapped, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+
+    def keep_all(self, value: Any) -> Any:
+        """The same nested dict with its large tensors in the file."""
+        if isinstance(value, dict):
+            return {key: self.keep_all(inner) for key, inner in value.items()}
+        return self.keep(value) if isinstance(value, torch.Tensor) else value
+
+    def used(self, nbytes: int) -> None:
+        """So many bytes of tensors were read or written: what that took is given back now and then."""
+        self._since += nbytes
+        if self._since >= _BETWEEN:
+            self.release()
+
+    def release(self) -> None:
+        """Give back the memory that using the tensors took; they are read again when they are used again."""
+        self._since = 0
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
+        if _TRIM is not None:
+            _TRIM(0)
+
+    def __enter__(self) -> Spill:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._maps.clear()
+        self._file.close()
+
+
+class Releasing:
+    """A file to write tensors of a spill to: what was written is released now and then."""
+
+    def __init__(self, file: IO[bytes], spill: Spill) -> None:
+        self._file, self._spill = file, spill
+
+    def write(self, data: Any) -> int:
+        """As of a file."""
+        written = self._file.write(data)
+        self._spill.used(written)
+        return written
+
+    def flush(self) -> None:
+        """As of a file."""
+        self._file.flush()

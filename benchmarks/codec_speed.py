@@ -10,11 +10,11 @@ results are thrown away. The figure is GB of the original per CPU second, the be
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import blosc2
+import numpy as np
 import torch
 import xxhash
 import zstandard
@@ -24,15 +24,15 @@ from zipnn import ZipNN
 
 from statecodec import kernels
 from statecodec.buffers import Pool, Scratch
-from statecodec.checkpoint.base import TensorInfo
-from statecodec.choose import Policy, preset_rules
-from statecodec.codecs import Codec, PartSpec, Raw
-from statecodec.codecs.chunking import iterate
-from statecodec.dtypes import of
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.codecs import Codec, Raw
+from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.format.packing import Packing, decode_record, encode_record
+from statecodec.verbs.compress import open_source
+from statecodec.verbs.settings import Settings
 
-BLOCK = 64 << 20
 Work = tuple[Callable[[], int], Callable[[], None]]
+Tensors = Sequence[tuple[SourceItem, Tensor]]
 
 
 def main() -> None:
@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    tensors = list(loaded(arguments.bytes))
-    nbytes = sum(t.nbytes for _, t in tensors)
+    source = open_source(grown(arguments.bytes))
+    tensors = list(loaded(source))
+    nbytes, several = sum(t.nbytes for _, t in tensors), contenders(source, tensors)
     best: dict[str, dict[str, float]] = {}
     for run in range(arguments.runs + 1):  # the first turn warms caches and compiles; it does not count
-        for name, (compress, restore) in contenders(tensors).items():
+        for name, (compress, restore) in several.items():
             with spent() as forward:
                 size = compress()
             with spent() as backward:
@@ -63,27 +64,20 @@ def main() -> None:
     record("codec_speed", {"bytes": nbytes, "unit": "GB of the original per CPU second", "contenders": best})
 
 
-def loaded(nbytes: int) -> Iterator[tuple[TensorInfo, Tensor]]:
-    """Every large tensor of the checkpoint, with what the policy sees of it."""
-    checkpoint = torch.load(grown(nbytes), weights_only=True)
-    groups = [("weight", checkpoint["model"])]
-    groups += [
-        (key, {i: s[key] for i, s in checkpoint["optimizer"]["state"].items()}) for key in ("exp_avg", "exp_avg_sq")
-    ]
-    for role, named in groups:
-        for name, tensor in named.items():
-            if tensor.numel() >= 4096:
-                yield TensorInfo(f"{role}.{name}", role, None, tuple(tensor.shape), tensor.dtype), tensor
+def loaded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Tensor]]:
+    """Every large tensor of the checkpoint, with what the chooser sees of it."""
+    for item in source.items:
+        if item.region is not None and item.numel >= 4096:
+            yield item, source.decode(item.index)
 
 
-def contenders(tensors: list[tuple[TensorInfo, Tensor]]) -> dict[str, Work]:
+def contenders(source: SourceCheckpoint, tensors: Tensors) -> dict[str, Work]:
     """Name -> (compress everything and return the size, restore everything)."""
     blocks = [bytes(memoryview(t.numpy()).cast("B")) for _, t in tensors]
     level1, level1_back = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
+    presets = ("resume", "small", "live", "lossless")
     return {
-        "statecodec resume": ours(tensors, "resume", measure=True),
-        "statecodec resume, errors not measured": ours(tensors, "resume", measure=False),
-        "statecodec lossless": ours(tensors, "lossless", measure=False),
+        **{f"statecodec {preset}": ours(source, tensors, preset) for preset in presets},
         "zstd -1": on_bytes(blocks, level1.compress, level1_back.decompress),
         "zipnn": on_bytes(blocks, lambda d: _zipnn().compress(d), lambda d: _zipnn().decompress(d)),
         "blosc2 shuffle zstd": on_bytes(
@@ -125,60 +119,74 @@ def casts(tensors: list[Tensor]) -> Work:
     return forward, backward
 
 
-@dataclass
+Key = tuple[str, int]  # item, first element of a chunk
+
+
 class _Coder:
     """What `compress` and `restore` do to a chunk between reading and writing it."""
 
-    pool: Pool
-    scratch: Scratch
-    packing: Packing
-    measure: bool
+    def __init__(self, source: SourceCheckpoint, tensors: Tensors, preset: str) -> None:
+        self.values = {item.name: tensor.view(-1) for item, tensor in tensors}
+        self.items = {item.name: item for item, _ in tensors}
+        self.choices = Settings.of(preset=preset).choose(source, None, 1)
+        self.pool, self.packing = Pool(), Packing()
+        self.scratch, self.beside = Scratch(), Scratch()
+        self.made: dict[Key, tuple[Chunk, bytes]] = {}
+        self.decoded: set[Key] = set()
 
-    def encode(self, codec: Codec, x: Tensor) -> bytes:
+    def forward(self) -> int:
+        """Every chunk encoded, its error summed, packed and hashed; returns the bytes."""
+        self.made.clear()
+        for name, item in self.items.items():
+            codec = self.choices[name].codec
+            for chunk in iterate(codec, item.shape, item.dtype):
+                self.made[name, chunk.start] = chunk, self._encode(name, codec, chunk)
+        return sum(len(data) for _, data in self.made.values())
+
+    def backward(self) -> None:
+        """... and back; second moments are decoded with their first moments."""
+        self.decoded.clear()
+        for name, start in self.made:
+            if (name, start) not in self.decoded:
+                self._decode(name, start, self.scratch)
+
+    def _encode(self, name: str, codec: Codec, chunk: Chunk) -> bytes:
+        x = self.values[name][chunk.start : chunk.stop].view(chunk.shape)
         parts = {"data": x}
         if not isinstance(codec, Raw):
-            specs = codec.parts(tuple(x.shape), of(x.dtype))
-            parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
-            codec.encode_into(x, parts, kernels.host())
-            if self.measure:
-                out = self.scratch.take("decoded", x.dtype, tuple(x.shape))
-                codec.decode_into(parts, out, kernels.host())
-                kernels.host().compare(x.view(-1), out.view(-1))
+            specs = codec.parts(chunk.shape, self.items[name].dtype)
+            parts = {part: self.scratch.take("part", s.dtype.torch, s.shape, part) for part, s in specs.items()}
+            given = {
+                role: self.values[other][chunk.start : chunk.stop]
+                for role, other in self.choices[name].companions.items()
+            }
+            codec.encode_into(x, parts, kernels.host(), given)
         buffer, size = encode_record(list(parts.values()), self.packing, self.pool)
         made = bytes(buffer[:size])
         xxhash.xxh3_64_hexdigest(made)
         self.pool.give(buffer)
         return made
 
-    def decode(self, codec: Codec, spec: PartSpec, made: bytes) -> None:
-        xxhash.xxh3_64_hexdigest(made)
-        specs = codec.parts(spec.shape, spec.dtype)
-        parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
-        decode_record(torch.frombuffer(bytearray(made), dtype=torch.uint8).numpy(), list(parts.values()), self.pool)
-        if not isinstance(codec, Raw):
-            codec.decode_into(parts, self.scratch.take("decoded", spec.dtype.torch, spec.shape), kernels.host())
+    def _decode(self, name: str, start: int, scratch: Scratch) -> Tensor:
+        self.decoded.add((name, start))
+        chunk, data = self.made[name, start]
+        xxhash.xxh3_64_hexdigest(data)
+        item, codec = self.items[name], self.choices[name].codec
+        specs = codec.parts(chunk.shape, item.dtype)
+        parts = {part: scratch.take("part", s.dtype.torch, s.shape, part) for part, s in specs.items()}
+        decode_record(np.frombuffer(bytearray(data), np.uint8), list(parts.values()), self.pool)
+        if isinstance(codec, Raw):
+            return parts["data"]
+        out = scratch.take("decoded", item.dtype.torch, chunk.shape)
+        given = {role: self._decode(other, start, self.beside) for role, other in self.choices[name].companions.items()}
+        codec.decode_into(parts, out, kernels.host(), given)
+        return out
 
 
-def ours(tensors: list[tuple[TensorInfo, Tensor]], preset: str, *, measure: bool) -> Work:
-    """Every chunk encoded, its error measured, packed and hashed; and back."""
-    coder = _Coder(Pool(), Scratch(), Packing(), measure)
-    policy = Policy(preset_rules(preset))
-    made: list[tuple[Codec, PartSpec, bytes]] = []
-
-    def forward() -> int:
-        made.clear()
-        for subject, tensor in tensors:
-            codec, flat = policy.encoding_for(subject).codec, tensor.view(-1)
-            for chunk in iterate(codec, subject.shape, subject.dtype):
-                x = flat[chunk.start : chunk.stop].view(chunk.shape)
-                made.append((codec, PartSpec(of(x.dtype), tuple(x.shape)), coder.encode(codec, x)))
-        return sum(len(data) for _, _, data in made)
-
-    def backward() -> None:
-        for codec, spec, data in made:
-            coder.decode(codec, spec, data)
-
-    return forward, backward
+def ours(source: SourceCheckpoint, tensors: Tensors, preset: str) -> Work:
+    """The codecs that `compress` chooses. Choosing them is not counted: it reads the file."""
+    coder = _Coder(source, tensors, preset)
+    return coder.forward, coder.backward
 
 
 def _zipnn() -> ZipNN:

@@ -16,7 +16,7 @@ Key = tuple[int, int]  # item, chunk
 class Companions:
     """The last few decoded chunks, whole. Thread-safe; nobody may change what it holds."""
 
-    def __init__(self, keep: int = 32 << 20) -> None:
+    def __init__(self, keep: int = 24 << 20) -> None:
         """`keep`: bytes held at most."""
         self._keep = keep
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from statecodec import kernels
@@ -26,7 +26,7 @@ from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Raw, Split, Uniform
 from statecodec.codecs.base import FLOATS
-from statecodec.codecs.chunking import iterate
+from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
@@ -41,6 +41,10 @@ _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of 
 _SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
 _NARROW = 0.2  # of a dtype's eps: the rms error, relative to the value, of rounding to it
 _PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
+_SOME, _SMALL = (
+    16,
+    1 << 12,
+)  # pieces, and elements of one, that stand for a tensor's values where no promise depends on it
 _first, _second = Scratch(), Scratch()
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
 _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
@@ -184,7 +188,7 @@ class _Chooser:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
-        rms, largest = _size(self.source, item)
+        rms, largest = _size(self.source, item, _SOME)  # only for bounds: the step is of the moments
         if not rms:
             return None
         rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
@@ -256,13 +260,19 @@ class _Unit:
         return cls(direction * math.sqrt(correction2) / correction1, direction, eps)
 
 
-def _size(source: SourceCheckpoint, item: SourceItem) -> tuple[float, float]:
-    """The rms and the largest magnitude of all finite values."""
-    sum_sq, largest = 0.0, 0.0
-    for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE):
+def _size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
+    """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
+    numel, sum_sq, largest = 0, 0.0, 0.0
+    for chunk in _spread(item, pieces) if pieces else iterate(Raw(), item.shape, item.dtype, _PIECE):
         part = kernels.host().size(source.chunk(item, chunk, _first).reshape(-1).to(torch.float32))
-        sum_sq, largest = sum_sq + part.sum_sq, max(largest, part.largest)
-    return (math.sqrt(sum_sq / item.numel) if item.numel else 0.0), largest
+        numel, sum_sq, largest = numel + chunk.stop - chunk.start, sum_sq + part.sum_sq, max(largest, part.largest)
+    return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
+
+
+def _spread(item: SourceItem, pieces: int) -> Iterator[Chunk]:
+    n = min(_SMALL, item.numel)
+    for start in sorted({(item.numel - n) * i // (pieces - 1) for i in range(pieces)}):
+        yield Chunk(start, start + n, (1, n))
 
 
 def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:

@@ -9,7 +9,7 @@ where no terms were taken out.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -45,19 +45,28 @@ def slack(part: Tensor) -> int:
 
 
 @contextmanager
-def split(part: Tensor, form: Form, pool: Pool) -> Iterator[tuple[bytes, list[Tensor]] | None]:
-    """The header and the narrowed parts of `part`, in pooled memory; None if the form does not fit."""
+def split(part: Tensor, form: Form, pool: Pool, room: Bytes) -> Iterator[tuple[bytes, list[Tensor]] | None]:
+    """The header and the narrowed parts of `part`, in pooled memory; None if the form does not fit.
+
+    Low bytes and bits, which are noise and stored as they are, are in `room` if nothing is stored before them.
+    """
     flat = part.view(-1)
     buffer, parts = _take(form, flat.numel(), pool)
-    room = pool.take(flat.nbytes // MOST_EXCEPTIONS)
-    exceptions = torch.from_numpy(room[: flat.numel() // MOST_EXCEPTIONS * flat.element_size()]).view(flat.dtype)
+    if not form.cols:
+        position = 0
+        for name in ("bytes", "bits"):
+            n = parts[name].numel()
+            parts[name] = torch.from_numpy(room[position : position + n])
+            position += n
+    few = pool.take(flat.nbytes // MOST_EXCEPTIONS)
+    exceptions = torch.from_numpy(few[: flat.numel() // MOST_EXCEPTIONS * flat.element_size()]).view(flat.dtype)
     count = cpu_kernels().narrow(flat, form, parts, exceptions)
     if count < 0:
         yield None
     else:
         header = HEADER.pack(form.nibbles, form.low, form.cols, count)
         yield header, [*parts.values(), exceptions[:count]]
-    pool.give(room)
+    pool.give(few)
     pool.give(buffer)
 
 
@@ -89,7 +98,7 @@ def _header(payload: Bytes, flat: Tensor) -> tuple[Form, int]:
     return Form(cols, low, flags == 1), count
 
 
-def _take(form: Form, n: int, pool: Pool) -> tuple[Bytes, Mapping[str, Tensor]]:
+def _take(form: Form, n: int, pool: Pool) -> tuple[Bytes, dict[str, Tensor]]:
     """Pooled memory for the narrowed parts of n codes."""
     sizes = form.sizes(n)
     buffer = pool.take(sum(dtype.itemsize * length + 8 for dtype, length in sizes.values()))

@@ -130,7 +130,8 @@ def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list
     for plane in planes:
         method, payload = (CONSTANT, b"\0") if zero else pack_plane(plane.reshape(matrix), compressor, pool)
         data = plane.data if payload is None else payload
-        view[position : position + len(data)] = data
+        if payload is not None or width > 1 or content.data_ptr() != _address(out):
+            view[position : position + len(data)] = data
         rows.append((method, len(data)))
         position += len(data)
     return rows
@@ -151,12 +152,19 @@ def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[
 
 def _write_narrowed(part: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
     """Write the payload of a part in this form and return its length; None if it does not fit the form."""
-    with narrowed.split(part, form, pool) as made:
+    head = narrowed.HEADER.size
+    rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in form.sizes(0).values())
+    with narrowed.split(part, form, pool, out[head + ROW.size * rows :]) as made:
         if made is None:
             return None
         header, parts = made
-        out.data[: len(header)] = header
-        return len(header) + _write_record(parts, out[len(header) :], packing, pool, codes=False)
+        out.data[:head] = header
+        return head + _write_record(parts, out[head:], packing, pool, codes=False)
+
+
+def _address(buffer: Bytes) -> int:
+    address: int = buffer.__array_interface__["data"][0]
+    return address
 
 
 def _matrix(part: Tensor, n: int) -> tuple[int, int]:

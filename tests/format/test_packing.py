@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from statecodec import codecs
 from statecodec.buffers import Pool
 from statecodec.format.packing import NARROWED, Packing, decode_record, encode_record
+from statecodec.kernels.reference import forms as reference
 
 INTEGERS = st.sampled_from([torch.int16, torch.int32])
 
@@ -64,3 +65,14 @@ def test_terms_are_taken_out_of_second_moments() -> None:
     assert alive < 3.6  # noise of 2.4 codes: 3.3 bits
     v[:, ::7], v[::9] = 0.0, 0.0
     assert packed(codec.encode(v).parts["codes"]) < alive + 0.3
+
+
+def test_low_bytes_that_pack_make_room_for_the_bits_after_them() -> None:
+    """They are narrowed where they would be stored; packed, what follows moves up."""
+    x = (torch.randn(200, 300, generator=torch.Generator().manual_seed(2)) * 300).round().to(torch.int32) * 32
+    assert reference.form_of(x) is not None
+    assert packed(x) < 12
+    buffer, length = encode_record([x], Packing(), Pool())
+    out = torch.empty_like(x)
+    decode_record(buffer[:length].copy(), [out], Pool())
+    assert torch.equal(out, x)

@@ -13,6 +13,7 @@ from statecodec_cli import console, tables
 from statecodec_cli.grid import Column, Facts, Grid
 
 Document = Mapping[str, Any]
+_WORST = "_worst_relative_rms"
 _SAVED = "what rules would save of the second moments"
 _PRICE = f"{_SAVED}, and how far off the Adam update would be (preset resume: 0.01 of it)"
 
@@ -40,8 +41,11 @@ def converted(document: Document, *, every: bool = False) -> list[RenderableType
     """The file that came out, then what was lost: the Adam update's error, or the worst of each state."""
     parts = tables.inspected(document, every=every)
     total = document.get("total") or {}
-    worst = [f"{k.replace('_', ' ')} {console.error(v)}" for k, v in total.items() if "worst" in k]
-    return [*parts, *([Text("lost: " + ", ".join(worst))] if worst else [])]
+    states = {k.removesuffix(_WORST): v for k, v in total.items() if k.endswith(_WORST)}
+    worst = [f"{state} {console.error(v)}" for state, v in states.items()]
+    parts += [Text("lost at worst: " + ", ".join(worst) + " (rel. rms)")] if worst else []
+    update = total.get("worst_update_error")
+    return [*parts, *([Text(f"Adam update  u-rms {console.error(update)} at worst")] if update is not None else [])]
 
 
 def _heading(document: Document) -> Facts:
@@ -116,8 +120,8 @@ def _saved(document: Document) -> Grid:
     """What rules save of the second moments, and what that does to the Adam update, where it was measured."""
     rules = (("layer", "by layer"), ("type", "by layer type"), ("table", "the paper's table"))
     errors = document.get("update_error") or {}
-    heads = [Column(f"rules at SNR > {document['cutoff']:g}", text=True), Column("second moments saved")]
-    heads += [Column("u-rms of the Adam update")] if errors else []
+    heads = [Column(f"rules at SNR > {document['cutoff']:g}", text=True), Column("saved")]
+    heads += [Column("update u-rms")] if errors else []
     rows = []
     for basis, name in rules:
         error = [console.error(errors[basis])] if errors else []

@@ -30,11 +30,8 @@ def value_diffs(a: Any, b: Any) -> tuple[ValueDiff, ...]:
         inner = _inside(x, y)
         if inner is None:
             if not _equal(x, y):
-                found.append(
-                    ValueDiff(
-                        ".".join(shown(str(key)[:80]) for key in path[-12:] if key != "") or "value", _text(x), _text(y)
-                    )
-                )
+                name = ".".join(shown(str(key)[:80]) for key in path[-12:] if key != "")
+                found.append(ValueDiff(name or "value", _text(x), _text(y)))
             continue
         seen.add((id(x), id(y)))
         pending += [((*path, key), *values) for key, *values in reversed(list(inner))]
@@ -66,7 +63,7 @@ def dict_of(items: list[tuple[Any, Any]]) -> dict[str, Any]:
 
 
 def _equal(x: Any, y: Any) -> bool:
-    if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+    if all(v is _ABSENT or isinstance(v, torch.Tensor) for v in (x, y)):  # those are compared elsewhere
         return True
     if type(x) is not type(y):
         return False
@@ -79,12 +76,16 @@ def _text(value: Any) -> str:
     """A value, briefly."""
     if value is _ABSENT:
         return "-"
+    kind = type(value).__name__.lower()
     if isinstance(value, (torch.Tensor, np.ndarray)):
-        return f"a {type(value).__name__.lower()} of {' x '.join(map(str, value.shape)) or 'one number'}"
+        return f"{kind} of {' x '.join(map(str, value.shape)) or 'one number'}"
     if isinstance(value, (bytes, bytearray)) and len(value) > 16:
         return f"{len(value):,} bytes"
-    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and len(value) > 4:
-        return f"a {type(value).__name__} of {len(value):,}"
+    inside = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        short = len(value) <= 4 and all(v is None or type(v) in (bool, int, float, str) for v in inside)
+        if not short:
+            return f"{kind} of {len(value):,}"
     if isinstance(value, int) and value.bit_length() > 256:
         return f"an integer of {value.bit_length():,} bits"
     text = shown(value[: 2 * _LONGEST]) if isinstance(value, str) else shown(repr(value)[: 2 * _LONGEST])

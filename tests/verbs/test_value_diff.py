@@ -42,7 +42,7 @@ def test_settings_are_named(changed: tuple[Path, Path], tmp_path: Path) -> None:
     for second in (changed[1], packed):
         found = {v.name: (v.a, v.b) for v in statecodec.diff(changed[0], second).values}
         assert found == {
-            "rng.0.1": ("a tuple of 625", "a tuple of 625"),
+            "rng.0.1": ("tuple of 625", "tuple of 625"),
             "optimizer.param_groups.0.lr": ("0.001", "0.0005"), "optimizer.param_groups.0.capturable": ("False", "-"),
             "iter_num": ("3", "9"), "config.lr": ("0.001", "0.002"), "new": ("-", "hello"),
         }  # fmt: skip
@@ -89,4 +89,6 @@ def test_values_of_every_kind() -> None:
         assert len(diff.a) <= 60
     assert len(value_diffs([[i] for i in range(5000)], [[i + 1] for i in range(5000)])) == 200
     assert [(d.name, d.a, d.b) for d in value_diffs([1], [1, 2])] == [("1", "-", "2")]
+    assert value_diffs([], [torch.zeros(3)]) == ()
+    assert [(d.name, d.b) for d in value_diffs({}, {"a": {"b": torch.zeros(3)}})] == [("a", "dict of 1")]
     assert [(d.name, d.a, d.b) for d in value_diffs(1, "1")] == [("value", "1", "1")]

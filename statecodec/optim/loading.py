@@ -19,6 +19,7 @@ from torch import Tensor
 
 from statecodec.errors import OptimizerError
 from statecodec.names import bare_name
+from statecodec.optim import sharding
 from statecodec.optim.adopting import adopt
 from statecodec.optim.load_report import ChangeLog, LoadReport
 from statecodec.optim.method import Group
@@ -56,6 +57,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     saved_groups, saved_state = _checked(state_dict)
     groups, log = optimizer.param_groups, ChangeLog()
     matches = _matched(groups, saved_groups, log)
+    _check_ranks(groups, matches, saved_state)
     merged = [_merge(optimizer, g, m, log) for g, m in zip(groups, matches, strict=True)]
     states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     used = set()
@@ -97,6 +99,34 @@ def _checked(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any
         if values is not None and not isinstance(values, Mapping):
             raise OptimizerError(f"state {str(key)[:60]}: expected values by name, found {type(values).__name__}")
     return list(groups or ()), state
+
+
+def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mapping[Any, Any]) -> None:
+    """Raise OptimizerError, on all ranks, if ranks that share parameters are given different states."""
+    pairs = [(p, e) for g, m in zip(groups, matches, strict=True) for p, e in zip(g["params"], m.params, strict=True)]
+    given: dict[Any, list[str]] = defaultdict(list)
+    asked: dict[Any, Tensor] = {}
+    for p, entry in pairs:
+        if sharding.is_dtensor(p):
+            values = {} if entry is None else state.get(entry[0]) or {}
+            mesh = sharding.mesh_of(p)
+            asked.setdefault(mesh, p)
+            given[mesh].append(" ".join(sorted(f"{k}={_form(v)}" for k, v in values.items())))
+    agreed = [sharding.ranks_agree(p, "; ".join(given[mesh])) for mesh, p in asked.items()]
+    if not all(agreed):
+        raise OptimizerError(
+            "the ranks were given different states. A state that only rank 0 has, of another optimizer or with other "
+            "options, cannot be broadcast by torch (broadcast_from_rank0): give all ranks the whole state"
+        )
+
+
+def _form(value: Any) -> str:
+    """What a saved state is, in words that are the same on every rank."""
+    if isinstance(value, Tensor):
+        return (
+            f"{tuple(value.shape)} {'sharded' if sharding.is_dtensor(value) else 'whole'}" if value.ndim else "number"
+        )
+    return str(sorted(map(str, value))) if isinstance(value, Mapping) else type(value).__name__
 
 
 def _check_group(group: Mapping[str, Any]) -> None:

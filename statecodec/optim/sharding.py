@@ -8,6 +8,7 @@ exact (`fits_between_cuts`). This is the one module that knows DTensors; everyth
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Hashable, Sequence
@@ -22,6 +23,7 @@ from statecodec.errors import OptimizerError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Shape: TypeAlias = tuple[int, ...]
@@ -46,6 +48,11 @@ def place_of(x: Tensor) -> Hashable:
     return (cast("DTensor", x).device_mesh, cast("DTensor", x).placements) if is_dtensor(x) else None
 
 
+def mesh_of(x: Tensor) -> DeviceMesh:
+    """The mesh of a DTensor."""
+    return cast("DTensor", x).device_mesh
+
+
 def check_placements(p: Tensor) -> None:
     """Raise OptimizerError for a parameter whose shards are no slices of it."""
     if is_dtensor(p) and any(placement.is_partial() for placement in cast("DTensor", p).placements):
@@ -57,6 +64,20 @@ def gradient(p: Tensor, grad: Tensor) -> Tensor:
     if is_dtensor(grad) and cast("DTensor", grad).placements != cast("DTensor", p).placements:
         grad = cast("DTensor", grad).redistribute(placements=cast("DTensor", p).placements)
     return local(grad)
+
+
+def ranks_agree(p: Tensor, text: str) -> bool:
+    """Whether every rank that holds a part of a parameter says the same; all of them must ask."""
+    if not is_dtensor(p):
+        return True
+    import torch.distributed as dist
+
+    mesh = cast("DTensor", p).device_mesh
+    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    both = torch.tensor([digest, -digest], device=mesh.device_type)
+    for i in range(mesh.ndim):
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.get_group(i))
+    return int(both[0]) == -int(both[1])
 
 
 # --- where parameters are cut

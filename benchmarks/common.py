@@ -44,10 +44,17 @@ def machine() -> dict[str, Any]:
 
 def record(name: str, result: dict[str, Any]) -> None:
     """Write benchmarks/results/NAME.json and print it."""
+    print(keep(name, result))
+
+
+def keep(name: str, result: dict[str, Any]) -> str:
+    """Write benchmarks/results/NAME.json, whole or not at all; its text."""
     RESULTS.mkdir(exist_ok=True)
     text = json.dumps({"machine": machine(), **result}, indent=1)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
-    print(text)
+    temporary = RESULTS / f".{name}.json.tmp"
+    temporary.write_text(text + "\n")
+    temporary.replace(RESULTS / f"{name}.json")
+    return text
 
 
 @dataclass

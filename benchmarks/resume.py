@@ -1,96 +1,131 @@
-"""Does training go on as if nothing had happened? Resume a GPT from the exact checkpoint and from restored ones, at
-step errors from 1 % to a whole step.
+"""Does training go on as if nothing had happened? Resume from restored checkpoints, at step errors from 0.3 % to a
+whole step, beside the exact checkpoint, under several data orders.
 
-For every seed and beta2: train, save, compress, restore, resume from each with the same data order, and compare
-validation losses after some steps. The noise to compare with is the spread of exact resumes under other data orders.
-Beside it the path: how far the weights have moved another way, ||dw' - dw|| / ||dw||.
+Every task (tasks.py) is trained once and saved. The checkpoint is compressed and restored at every step error, and each
+restored one is trained on in the same data order as the exact one. Two yardsticks: the spread of exact resumes over
+data orders, and what one ulp does, a checkpoint whose weights were all moved to a neighbouring fp32 number.
 
-    python benchmarks/resume.py [--seeds 3] [--before 250] [--after 200]        -> benchmarks/results/resume.json
+What is there already is not measured again: results are written after each run, and a second start goes on.
+
+    python benchmarks/resume.py [--orders 3] [--fractions 0.01 0.1 ...] [TASK ...]    -> benchmarks/results/resume.json
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, record, trained
-from torch import Tensor
+from common import CACHE, RESULTS, keep
+from tasks import TASKS, TRAINED, Run, Task
 
 import statecodec
-from statecodec_cli.demo.data import standard_library
-from statecodec_cli.demo.gpt import GPTConfig
-from statecodec_cli.demo.train import Trainer
 
-FRACTIONS = (0.01, 0.03, 0.1, 0.3, 1.0)
-BETA2 = (0.95, 0.999)
-MODEL = GPTConfig(n_layer=4, n_head=4, n_embd=160)
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """Where training was after a resume: the validation loss, and the weights."""
-
-    loss: float
-    weights: Tensor
+FRACTIONS = (0.01, 0.1, 0.3, 1.0, 0.003, 0.03)  # in the order of their importance
+ULP = "one ulp"
+BEFORE, AFTER = 200, (8, 200)  # steps before the checkpoint is saved; steps after it at which to look
+FOLDER = CACHE / "resume"
 
 
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--before", type=int, default=250)
-    parser.add_argument("--after", type=int, default=200)
+    parser.add_argument("--orders", type=int, default=3)
+    parser.add_argument("--fractions", type=float, nargs="*", default=FRACTIONS)
+    parser.add_argument("tasks", nargs="*", default=[task.name for task in TASKS])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    runs = [one_run(seed, beta2, arguments) for beta2 in BETA2 for seed in range(arguments.seeds)]
-    record("resume", {
-        "steps": [arguments.before, arguments.after], "seeds": arguments.seeds, "runs": runs,
-        "data_order_sd": {str(b): _sd(runs, b) for b in BETA2},
-    })  # fmt: skip
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    tasks = [task for task in TASKS if task.name in arguments.tasks]
+    for order in range(arguments.orders):
+        for task in tasks:
+            one_order(task, order, arguments.fractions)
 
 
-def one_run(seed: int, beta2: float, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One trained model: its exact resumes under three data orders, and a resume at every step error."""
-    name = f"resume-{beta2}"
-    path = trained(name, arguments.before, seed, model=MODEL, lr=1e-3, batch_size=12, beta2=beta2)
-    before = weights(statecodec.load(path)["model"])
-    exact = [resumed(path, 1000 * seed + order, arguments.after) for order in range(3)]
-    print(f"seed {seed}, beta2 {beta2}: exact, three data orders: {[e.loss for e in exact]}", flush=True)
-    found = {}
-    for fraction in FRACTIONS:
-        packed, back = CACHE / "resume.sc.safetensors", CACHE / "resume.back.pt"
-        report = statecodec.compress(path, packed, max_step_error=fraction, force=True)
-        statecodec.restore(packed, back, force=True)
-        other = resumed(back, 1000 * seed, arguments.after)
-        moved = exact[0].weights - before
-        found[str(fraction)] = {
-            "ratio": report.ratio, "bytes_per_param": report.bytes_per_param, **(report.total or {}),
-            "loss_minus_exact": other.loss - exact[0].loss,
-            "path_deviation": float((other.weights - exact[0].weights).norm() / moved.norm()),
-        }  # fmt: skip
-        print(f"seed {seed}, beta2 {beta2}: {fraction}: {found[str(fraction)]}", flush=True)
-    return {"seed": seed, "beta2": beta2, "exact": [e.loss for e in exact], "fractions": found}
+def one_order(task: Task, order: int, fractions: Sequence[float]) -> None:
+    """The exact resume in one data order, one from a neighbouring checkpoint, one at every step error."""
+    exact = resumed(task, saved(task), order, FOLDER / f"{task.name}-{order}.exact.pt")
+    for variant in (ULP, *map(str, fractions)):
+        if variant not in known()["tasks"].get(task.name, {}).get("orders", {}).get(str(order), {}):
+            source, stored = made(task, variant)
+            run = stored | compared(resumed(task, source, order), exact)
+            result = known()  # anew: another process may have added to it
+            found = result["tasks"].setdefault(task.name, {"about": task.about, "params": _params(task), "orders": {}})
+            runs = found["orders"].setdefault(str(order), {"exact": exact["held out"]})
+            runs[variant] = run
+            keep("resume", result)
+            print(f"{task.name}, data order {order}: {variant}: {run}", flush=True)
 
 
-def resumed(path: Path, data_seed: int, steps: int) -> Resumed:
-    """Go on training from a checkpoint under a data order."""
-    trainer = Trainer.resume(path, corpus=standard_library())
-    trainer.config = replace(trainer.config, seed=data_seed, eval_batches=16)
-    trainer.run(steps)
-    return Resumed(trainer.validate(), weights(trainer.model.state_dict()))
+def saved(task: Task) -> Path:
+    """The trained checkpoint."""
+    path = FOLDER / f"{task.name}.pt"
+    if not path.exists():
+        run = Run(task)
+        losses = run.train(BEFORE, TRAINED)
+        print(f"{task.name}: trained to {losses[-1]:.3f}", flush=True)
+        run.save(path)
+    return path
 
 
-def weights(model: dict[str, Tensor]) -> Tensor:
-    """All weights as one vector."""
-    return torch.cat([w.detach().reshape(-1).float().clone() for w in model.values()])
+def made(task: Task, variant: str) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint that is nearly the trained one, and what compressing it came to."""
+    path = FOLDER / f"{task.name}.back.pt"
+    if variant == ULP:
+        run, generator = Run.load(task, saved(task)), torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in run.model.parameters():
+                p.copy_(torch.nextafter(p, torch.randn(p.shape, generator=generator) * torch.inf))
+        run.save(path)
+        return path, {}
+    packed = FOLDER / f"{task.name}.sc.safetensors"
+    report = statecodec.compress(saved(task), packed, max_step_error=float(variant), force=True)
+    statecodec.restore(packed, path, force=True)
+    total = {k: v for k, v in (report.total or {}).items() if k in ("u_rms", "weight_step_error")}
+    return path, {"ratio": report.ratio, "bytes_per_param": report.bytes_per_param, **total}
 
 
-def _sd(runs: list[dict[str, Any]], beta2: float) -> float:
-    return statistics.mean(statistics.stdev(run["exact"]) for run in runs if run["beta2"] == beta2)
+def resumed(task: Task, path: Path, order: int, kept: Path | None = None) -> dict[str, Any]:
+    """Go on training: the losses of all steps, held-out losses on the way, how far the weights have moved."""
+    if kept is not None and kept.exists():
+        found: dict[str, Any] = torch.load(kept, weights_only=True)
+        return found
+    run = Run.load(task, path)
+    start, losses, held_out = run.weights().clone(), [], {}
+    for step in AFTER:
+        losses += run.train(step - len(losses), order)
+        held_out[str(step)] = run.held_out()
+    made = {"losses": losses, "held out": held_out, "start": start, "end": run.weights().clone()}
+    if kept is not None:
+        torch.save(made, kept)
+    return made
+
+
+def compared(other: dict[str, Any], exact: dict[str, Any]) -> dict[str, Any]:
+    """Gaps to the exact resume."""
+    gaps = [a - b for a, b in zip(other["losses"], exact["losses"], strict=True)]
+    moved = exact["end"] - exact["start"]
+    return {
+        "held_out_minus_exact": {step: other["held out"][step] - exact["held out"][step] for step in other["held out"]},
+        "largest_loss_gap": max(map(abs, gaps[: AFTER[0]])),
+        "mean_loss_gap": sum(gaps) / len(gaps),
+        "path_deviation": float((other["end"] - exact["end"]).norm() / moved.norm()),
+    }
+
+
+def known() -> dict[str, Any]:
+    """What was measured so far, if with the same settings."""
+    path = RESULTS / "resume.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = {"before": BEFORE, "after": list(AFTER)}
+    return found if {k: found.get(k) for k in settings} == settings else {**settings, "tasks": {}}
+
+
+def _params(task: Task) -> int:
+    return sum(p.numel() for p in task.net().parameters())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,19 @@ from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import UINT8
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
-from statecodec.layouts import Box, ListedFile, Listing, Logical, Moments, Region, Run, Source, StatePart, locate
+from statecodec.layouts import (
+    Box,
+    ListedFile,
+    Listing,
+    Logical,
+    Moments,
+    Momentum,
+    Region,
+    Run,
+    Source,
+    StatePart,
+    locate,
+)
 from statecodec.layouts.tree import tree
 from statecodec.lazy import torch
 from statecodec.names import shown
@@ -126,6 +138,16 @@ class SourceCheckpoint(Checkpoint):
         fits = [part for part, _ in weight] == [part for part, _ in first]
         for number, ((_, m), (_, v)) in enumerate(zip(first, second, strict=True)):
             yield replace(moments, exp_avg=m, exp_avg_sq=v, weight=weight[number][1] if fits else None)
+
+    @cached_property
+    def momenta(self) -> tuple[Momentum, ...]:
+        """The momenta that train weights without second moments: once for each piece, where both are cut alike."""
+        return tuple(
+            replace(single, momentum=m, weight=w)
+            for single in self.located.momenta
+            for (of_m, m), (of_w, w) in zip(self._stored[single.momentum], self._stored[single.weight], strict=False)
+            if of_m == of_w
+        )
 
     @property
     def listing(self) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ tensor, U, is the unit of that tensor:
     exp_avg      `direction`, a grid of fraction * U * sqrt(12) in u: the error of u is the fraction, by construction
     exp_avg_sq   `logarithmic`: decoding exp_avg multiplies by the decoded root, so its error is not in u at all
     weights      `uniform`, a grid of fraction * lr * U * sqrt(12)
+    momenta      `uniform`, without second moments: a fraction of their own rms, which is what SGD's step multiplies by
+                 lr; Lion's steps are lr, Muon's lr times its orthogonal update
 
 A uniform quantiser before an entropy coder is the best there is at these rates, and the same fraction everywhere is the
 optimal allocation: nothing is searched. That the fraction is kept is not left to the formula: encoding sums the error
@@ -16,7 +18,7 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from statecodec import kernels
@@ -31,7 +33,7 @@ from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
 from statecodec.kernels.reference.statistics import Comparison, UpdateSize
-from statecodec.layouts import Moments
+from statecodec.layouts import Moments, Momentum
 from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -47,6 +49,7 @@ _SOME, _SMALL = (
 )  # pieces, and elements of one, that stand for a tensor's values where no promise depends on it
 _first, _second = Scratch(), Scratch()
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
+_ORTHOGONAL = 0.3  # of the fraction, for Muon's momenta: its update amplifies what is small in them
 _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
 
 
@@ -125,6 +128,10 @@ def by_steps(
         for moments, chosen in parameters:
             chooser.chosen.update(chosen)
             meter.add(2 * source.tensors[moments.exp_avg].nbytes)
+    largest = _largest(source.momenta)
+    for single in source.momenta:
+        if only is None or single.weight in only:
+            chooser.chosen.update(chooser.single(single, largest))
     chooser.rest(only)
     return choices.updated(chooser.chosen, tuple(chooser.notes))
 
@@ -150,8 +157,8 @@ class _Chooser:
         self.chosen: dict[str, Choice] = {}
         self.notes: list[str] = []
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
-        rates = [m.lr for m in source.moments if m.lr is not None and m.lr > 0]
-        self._largest_rate = max(rates, default=None)
+        self._momenta = {m.momentum: m for m in source.momenta}
+        self._largest_rate = _largest(source.moments)
 
     def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
         """The choices for one parameter's moments and its weight."""
@@ -168,10 +175,22 @@ class _Chooser:
                 chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
         weight = self.source.tensors.get(moments.weight) if moments.weight else None
         if weight is not None and unit is not None and self.budget.weights is not None:
-            choice = self._weight(self._item(weight.name), unit, moments, self.budget.weights)
+            one_step = _rate(moments.lr, self._largest_rate) * unit.update
+            choice = self._weight(self._item(weight.name), one_step, self.budget.weights)
             if choice is not None:
                 chosen[weight.name] = choice
         return moments, chosen
+
+    def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
+        """The choice for a weight that a momentum trains by itself."""
+        item = self._item(single.weight)
+        if self.budget.weights is None or item.dtype != FLOAT32 or not self._open(item):
+            return {}
+        update = single.update
+        if update is None:
+            update, _ = _size(self.source, self._item(single.momentum))
+        choice = self._weight(item, _rate(single.lr, largest_rate) * update, self.budget.weights)
+        return {} if choice is None else {item.name: choice}
 
     def _first_moment(self, first: SourceItem, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
@@ -184,15 +203,13 @@ class _Chooser:
         steps = codes_per_octave(fraction)
         return Choice(Logarithmic(steps), f"{steps} codes an octave, for {fraction:.4g} of a step")
 
-    def _weight(self, item: SourceItem, unit: _Unit, moments: Moments, fraction: float) -> Choice | None:
+    def _weight(self, item: SourceItem, one_step: float, fraction: float) -> Choice | None:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
         rms, largest = _size(self.source, item, _SOME)  # only for bounds: the step is of the moments
         if not rms:
             return None
-        rate = moments.lr if moments.lr is not None and moments.lr > 0 else self._largest_rate
-        one_step = (rate or 0.0) * unit.update
         finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
         most = fraction * one_step
         step = min(max(_grid(most, item, rms), finest), coarsest)
@@ -204,7 +221,9 @@ class _Chooser:
     def rest(self, only: Container[str] | None) -> None:
         """Tensors that no pair of moments speaks of."""
         # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
-        unnamed = any(m.weight is None for m in self.source.moments) or not self.source.moments
+        known = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
+        alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
+        unnamed = None in known or not known or any(name not in self._momenta for name in alone)
         for item in self.source.items:
             if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
                 continue
@@ -222,7 +241,10 @@ class _Chooser:
             return None
         if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
             return self._second_moment(fraction)
-        if item.role == "momentum" or (item.role == "exp_avg" and item.name not in self._paired):
+        if _is_momentum(item) and item.name not in self._paired:
+            single = self._momenta.get(item.name)
+            if single is not None and single.orthogonal:
+                fraction *= _ORTHOGONAL
             rms, _ = _size(self.source, item)
             most = fraction * rms
             return Choice(Uniform(_grid(most, item, rms)), f"{fraction:.4g} of its rms", unit=rms, most=most)
@@ -235,6 +257,19 @@ class _Chooser:
         choice = self.choices[item.name]
         large = item.numel >= MIN_NUMEL and item.dtype in FLOATS and not item.bytes_only
         return large and not choice.settled and not isinstance(choice.codec, Dropped)
+
+
+def _is_momentum(item: SourceItem) -> bool:
+    return item.role in ("momentum", "exp_avg")
+
+
+def _largest(trained: Iterable[Moments | Momentum]) -> float:
+    return max((_rate(m.lr, 0.0) for m in trained), default=0.0)
+
+
+def _rate(lr: float | None, largest: float) -> float:
+    """A learning rate; the file's largest where it is 0 or not known."""
+    return lr if lr is not None and lr > 0 else largest
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,22 @@ class Moments:
     step: float | None
 
 
+@dataclass(frozen=True)
+class Momentum:
+    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's. Both are names of tensors.
+
+    One step moves the weight by `lr` times an update whose rms is `update`; None: the update is the momentum itself.
+    `lr` is None where the file does not say.
+    """
+
+    momentum: str
+    weight: str
+    lr: float | None
+    update: float | None
+    orthogonal: bool
+    """The update is the momentum with all its singular values made equal: small ones are amplified."""
+
+
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of a checkpoint, located."""
@@ -178,6 +194,7 @@ class Source:
     tensors: tuple[Logical, ...] = ()
     """By file and offset of their first piece. Every region belongs to exactly one of them."""
     moments: tuple[Moments, ...] = ()
+    momenta: tuple[Momentum, ...] = ()
     folders: tuple[Folder, ...] = ()
     """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
 

@@ -43,13 +43,13 @@ def locate(path: str | os.PathLike[str]) -> Source:
 def locate_listing(listing: Listing, root: Path) -> Source:
     """The same for files that are listed already. Raises LayoutError."""
     found = [_located(layout, part) for layout, part in claimed(listing)]
-    tensors, moments = named(found)
+    tensors, moments, momenta = named(found)
     tensors.sort(key=_place)
     files = {file.path: file for located in found for file in located.files}
     files.update(_links(listing, files))
     return Source(
         root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        listing.folders,
+        tuple(momenta), listing.folders,
     )  # fmt: skip
 
 

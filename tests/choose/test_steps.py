@@ -175,6 +175,116 @@ def test_amsgrad_and_momenta_and_lion(tmp_path: Path) -> None:
         assert 0.08 < float((found - x).square().mean().sqrt() / x.square().mean().sqrt()) <= 0.1002
 
 
+class Lion(torch.optim.Optimizer):
+    """As published, arXiv 2302.06675."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": (0.9, 0.99)})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(m.lerp(p.grad, 1 - group["betas"][0]).sign_(), alpha=group["lr"])
+                m.lerp_(p.grad, 1 - group["betas"][1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+        lambda p: Lion(p, lr=1e-4),
+        lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0.0),
+        lambda p: torch.optim.Muon(p, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    ],
+    ids=["sgd", "lion", "muon", "muon like adamw"],
+)
+@pytest.mark.parametrize("lr", [None, 0.0], ids=["lr", "lr is 0"])
+def test_weights_of_momenta_are_off_by_a_fraction_of_the_step_that_is_taken_next(
+    make: Any, lr: float | None, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(96, 192, bias=False), nn.Tanh(), nn.Linear(192, 64, bias=False))
+    optimizer, target = make(net.parameters()), torch.randn(64, 96)
+
+    def take_a_step() -> None:
+        x = torch.randn(256, 96)
+        optimizer.zero_grad()
+        (net(x) - x @ target.T).square().mean().backward()
+        optimizer.step()
+
+    for _ in range(20):
+        take_a_step()
+    content = {"model": net.state_dict(), "optimizer": optimizer.state_dict()}
+    if lr is not None:  # of one of two groups, as of a part that is frozen
+        group = content["optimizer"]["param_groups"][0]
+        content["optimizer"]["param_groups"] = [group | {"params": [0], "lr": lr}, group | {"params": [1]}]
+    torch.save(content, tmp_path / "ckpt.pt")
+    before = {k: w.clone() for k, w in net.state_dict().items()}
+    take_a_step()
+    report, back = restored(tmp_path / "ckpt.pt", max_step_error=0.1)
+    found = torch.load(back, weights_only=True)["model"]
+    for name, w in net.state_dict().items():
+        step, error = ((x - before[name]).square().mean().sqrt() for x in (w, found[name]))
+        assert 0.05 < float(error / step) < 0.2, name
+    assert {t.codec.split("(")[0] for t in report.tensors if t.role == "weight"} == {"uniform"}
+
+
+def test_the_momentum_of_muon_is_finer(tmp_path: Path) -> None:
+    """Orthogonalising makes small singular directions as large as all others, and their errors with them."""
+    w = nn.Parameter(torch.randn(96, 96))
+    optimizer = torch.optim.Muon([w])
+    w.grad = torch.randn(96, 96)
+    optimizer.step()
+    torch.save({"model": {"w": w.detach()}, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    report, _ = restored(tmp_path / "ckpt.pt", max_step_error=0.1)
+    (momentum,) = (t for t in report.tensors if t.role == "momentum")
+    assert momentum.error is not None
+    assert 0.02 < momentum.error["step_error"] <= 0.03
+
+
+def test_averages_of_weights_are_exact(tmp_path: Path) -> None:
+    path = trained(tmp_path / "ckpt.pt")
+    content = torch.load(path, weights_only=True)
+    content["model_ema"] = {k: w + 1e-4 * torch.randn_like(w) for k, w in content["model"].items()}
+    torch.save(content, path)
+    report, back = restored(path, max_step_error=0.3)
+    found = torch.load(back, weights_only=True)["model_ema"]
+    assert all(torch.equal(found[k], w) for k, w in content["model_ema"].items())
+    assert _codecs(report)["model.0.weight"] == "uniform"
+
+
+def test_without_a_learning_rate_weights_keep_24_bits(tmp_path: Path) -> None:
+    path = trained(tmp_path / "ckpt.pt")
+    content = torch.load(path, weights_only=True)
+    for group in content["optimizer"]["param_groups"]:
+        del group["lr"]
+    torch.save(content, path)
+    _, back = restored(path, max_step_error=0.3)
+    for name, w in torch.load(back, weights_only=True)["model"].items():
+        exact = content["model"][name]
+        assert float((w - exact).square().mean().sqrt()) <= 2.0**-17 * float(exact.square().mean().sqrt())
+
+
+def test_a_first_moment_of_factored_second_ones_is_no_step(tmp_path: Path) -> None:
+    """Adafactor's, as transformers keeps it: what divides it is not known, so weights keep 24 bits."""
+    w = torch.randn(96, 96)
+    state = {
+        "step": 5,
+        "exp_avg": torch.randn(96, 96),
+        "exp_avg_sq_row": torch.rand(96),
+        "exp_avg_sq_col": torch.rand(96),
+    }
+    optimizer = {"state": {0: state}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    torch.save({"model": {"w": w}, "optimizer": optimizer}, tmp_path / "ckpt.pt")
+    report, _ = restored(tmp_path / "ckpt.pt", max_step_error=0.1)
+    assert _codecs(report) == {
+        "model.w": "split", "optimizer.state.0.exp_avg": "uniform",
+        "optimizer.state.0.exp_avg_sq_row": "raw", "optimizer.state.0.exp_avg_sq_col": "raw", "skeleton": "raw",
+    }  # fmt: skip
+
+
 def test_weights_that_nothing_trains_are_exact_and_unknown_ones_keep_24_bits(tmp_path: Path) -> None:
     path = trained(tmp_path / "ckpt.pt")
     content = torch.load(path, weights_only=True)

@@ -17,7 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
-from statecodec.layouts.base import Logical, Moments, StatePart
+from statecodec.layouts.base import Logical, Moments, Momentum, StatePart
 from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
@@ -47,6 +47,17 @@ class Adam:
     step: float | None
 
 
+@dataclass(frozen=True)
+class Single:
+    """A momentum without a second moment, and its weight, as `Adam` has them."""
+
+    momentum: TensorNode
+    weight: tuple[FileRoles, TensorNode]
+    lr: float | None
+    update: float | None
+    orthogonal: bool
+
+
 @dataclass
 class FileRoles:
     """What is found out about one file's tensors, by their index."""
@@ -57,6 +68,7 @@ class FileRoles:
     params: dict[int, str] = field(default_factory=dict)
     """Names of parameters."""
     adam: list[Adam] = field(default_factory=list)
+    single: list[Single] = field(default_factory=list)
     tensors: dict[int, str] = field(default_factory=dict)
     """Names of the logical tensors that are the node's, wholly and alone."""
     encoded: dict[int, StatePart] = field(default_factory=dict)
@@ -75,8 +87,8 @@ Weights = dict[str, tuple[FileRoles, TensorNode]]
 """By name: the tensor, and the file that it is in."""
 
 
-def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments]]:
-    """All tensors, with roles and parameter names where facts tell them, and the moments that belong together."""
+def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments], list[Momentum]]:
+    """All tensors, with roles and parameter names where facts tell them; moments and weights that belong together."""
     files = [[FileRoles(facts) for facts in located.facts] for located in found]
     _assign([file for group in files for file in group])
     tensors: list[Logical] = []
@@ -88,9 +100,10 @@ def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments]]:
             tensors += map(partial(_tensor, file), own, range(len(own)))
             at += len(own)
         tensors += located.tensors[at:]
-    for file in (file for group in files for file in group):
+    flat = [file for group in files for file in group]
+    for file in flat:
         moments += filter(None, (_moments(file, adam) for adam in file.adam))
-    return tensors, moments
+    return tensors, moments, [m for file in flat for m in filter(None, (_momentum(file, s) for s in file.single))]
 
 
 def _tensor(file: FileRoles, tensor: Logical, number: int) -> Logical:
@@ -115,6 +128,14 @@ def _moments(file: FileRoles, adam: Adam) -> Moments | None:
     return Moments(
         adam.param, first, second, weight, adam.beta1, adam.beta2, adam.eps, adam.lr, adam.weight_decay, adam.step
     )
+
+
+def _momentum(file: FileRoles, single: Single) -> Momentum | None:
+    state = file.tensors.get(single.momentum.index)
+    weight = single.weight[0].tensors.get(single.weight[1].index)
+    if state is None or weight is None:
+        return None
+    return Momentum(state, weight, single.lr, single.update, single.orthogonal)
 
 
 def _assign(files: list[FileRoles]) -> None:
@@ -219,6 +240,9 @@ def _describe_state(
     adam = _adam(file, values, settings, name, weight)
     if adam is not None:
         file.adam.append(adam)
+    single = _single(file, values, settings, weight)
+    if single is not None:
+        file.single.append(single)
 
 
 def _common(groups: list[DictNode]) -> dict[str, Any]:
@@ -259,6 +283,26 @@ def _adam(
     lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
     step = _number(file, state.get("step", group.get("step")))
     return Adam(name, m, v, weight, beta1, beta2, eps, lr, decay, step)
+
+
+def _single(
+    file: FileRoles, state: dict[str, Any], group: dict[str, Any], weight: tuple[FileRoles, TensorNode] | None
+) -> Single | None:
+    """SGD's and Muon's `momentum_buffer`, Lion's `exp_avg`: all of the state, so that a step follows from it alone."""
+    keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
+    if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
+        return None
+    m, lr = state[keys[0]], _number(file, group.get("lr"))
+    if (weight[1].shape, weight[1].stride) != (m.shape, m.stride) or not m.dtype.is_floating_point:
+        return None
+    if keys[0] == "exp_avg":
+        return Single(m, weight, lr, 1.0, False)  # Lion's update is a sign
+    if "ns_steps" not in group or not m.shape:
+        return Single(m, weight, lr, None, False)
+    # Muon's orthogonal update, scaled for its shape, has an rms of 1 / sqrt(columns), or one like Adam's.
+    like_adam = "match_rms_adamw" in (group.get("adjust_lr_fn"), group.get("adjust"))
+    columns = max(math.prod(m.shape[1:]), 1)
+    return Single(m, weight, lr, 0.2 if like_adam else 1 / math.sqrt(columns), True)
 
 
 def _number(file: FileRoles, value: Any) -> float | None:

@@ -15,7 +15,8 @@
     |-- LayoutError                 layout
     |   |-- UnknownLayout           layout.unknown        not a checkpoint file we can locate tensors in
     |   |-- LegacyTorchFile         layout.legacy         a pre-1.6 torch.save stream
-    |   `-- MalformedCheckpoint     layout.malformed      truncated, lying or hostile input file
+    |   |-- MalformedCheckpoint     layout.malformed      truncated, lying or hostile input file
+    |   `-- UnsafeCheckpoint        layout.unsafe         unpickling it could run code, and safe_only was asked for
     |-- PolicyError                 policy                a rule or rules file that cannot be read
     |-- OutputExists                output.exists         the destination is there and --force was not given
     |-- OutputFailed                output.failed         the output cannot be written: disk full, no such directory ...
@@ -122,6 +123,12 @@ class MalformedCheckpoint(LayoutError):
     """A truncated, lying or hostile checkpoint file."""
 
     code = "layout.malformed"
+
+
+class UnsafeCheckpoint(LayoutError):
+    """Whoever unpickles this checkpoint lets it import what can run code; with `safe_only` that is refused."""
+
+    code = "layout.unsafe"
 
 
 class PolicyError(StatecodecError):

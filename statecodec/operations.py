@@ -196,6 +196,7 @@ _WEIGHTS = Option(
     "max_weight_error", "number", "The same for the weights alone.", above=0.0, at_most=1.0, example=0.01,
 )  # fmt: skip
 _STRICT = Option("strict", "flag", "Refuse a rule that matches nothing.", False)
+_SAFE = Option("safe_only", "flag", "Refuse a checkpoint whose unpickling could run code.", False)
 _VERIFY = Option("verify", "flag", "Read the result back, check it, and measure the update.", False)
 _SNR = Option("snr", "flag", "Signal-to-noise ratio of the second moments, per dimension.", True)
 _CURVE = Option("curve", "flag", "Size against the error, in optimizer steps.", False)
@@ -210,18 +211,20 @@ OPERATIONS: dict[str, Operation] = {
     for item in (
         Operation(
             "compress", "Make a checkpoint small.",
-            (_PRESET, _RULES, _STEP, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS),
+            (_PRESET, _RULES, _STEP, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS, _SAFE),
             other="base", other_help="the previous compressed checkpoint, to store only what changed since",
             makes_files=True,
         ),
         Operation(
-            "restore", "Give the original file or folder back.",
+            "restore", "Give the original file or folder back.", (_SAFE,),
             other="base", other_help="the compressed checkpoint that this one builds on", makes_files=True,
         ),
-        Operation("inspect", "Say what is in a checkpoint."),
+        Operation("inspect", "Say what is in a checkpoint, and what unpickling it would import.", (_SAFE,)),
         Operation("verify", "Check every checksum.", other="against", other_help="the original, to compare with"),
         Operation("diff", "Compare two checkpoints.", other="b", other_help="the second checkpoint", other_needed=True),
         Operation("analyze", "Measure what could be shared, and at what price.", (_SNR, _CURVE, _CUTOFF)),
-        Operation("convert", "Other codecs, or another optimizer's state.", (_TO, _PACK, _STRICT), makes_files=True),
+        Operation(
+            "convert", "Other codecs, or another optimizer's state.", (_TO, _PACK, _STRICT, _SAFE), makes_files=True,
+        ),
     )
 }  # fmt: skip

@@ -31,6 +31,9 @@ Output = Annotated[str | None, _output("a file, or a folder")]
 OutputOrStream = Annotated[str | None, _output("a file, a folder, or - for standard output")]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse rules that match no tensor, instead of noting them.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing output.")]
+SafeOnly = Annotated[
+    bool, typer.Option("--safe-only", help="Refuse a checkpoint whose unpickling could run code; inspect shows what.")
+]
 PRESETS = "lossless, resume, small, tiny, live or weights; `statecodec codecs` explains them."
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result (or the error) as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]

@@ -55,6 +55,7 @@ def compressed(document: Document, *, every: bool = False) -> list[RenderableTyp
         body(document, every=every),
         *_updates(document),
         *([Text(grew, style="yellow")] if after > before else []),
+        *_imports(document, harmless=False),
         *_notes(document),
     ]
 
@@ -93,6 +94,7 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
         Facts(*(Text(detail, style="dim") for detail in details)),
         body(document, every=every),
         *_updates(document),
+        *_imports(document),
         *_notes(document),
     ]
 
@@ -239,6 +241,24 @@ def _updates(document: Document) -> list[Facts]:
         Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
     )
     return [line]
+
+
+def _imports(document: Document, *, harmless: bool = True) -> list[Text]:
+    """What unpickling each file would run; where that is nothing, in one line how much was looked at."""
+    lines, pickles = [], document.get("pickles") or []
+    for found in pickles:
+        if found["can_run_code"]:
+            words = f"unpickling {found['file']} would import what can run code: {_some(found['can_run_code'])}"
+            lines.append(Text(words, style="bold red"))
+        elif found["unread"]:
+            words = f"what unpickling {found['file']} would run cannot be told: {found['unread']}"
+            lines.append(Text(words, style="bold red"))
+    if pickles and not lines and harmless:
+        names = {name for found in pickles for name in found["globals"]}
+        words = f"unpickling it would import {len(names):,} names, none of which can run code"
+        return [Text(words, style="green")]
+    more = f"and {len(lines) - _MANY_NOTES:,} more files; --json lists all"
+    return [*lines[:_MANY_NOTES], *([Text(more, style="dim")] if len(lines) > _MANY_NOTES else [])]
 
 
 def _notes(document: Document) -> list[Text]:

@@ -70,11 +70,11 @@ def _restore(library: Any, call: Call) -> Any:
     source = _compressed(call.source)
     original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
     target = call.output / clean_name(Path(str(original)).name)
-    return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu")
+    return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu", **call.options)
 
 
 def _inspect(library: Any, call: Call) -> Any:
-    return library.inspect(_compressed(call.source))
+    return library.inspect(_compressed(call.source), **call.options)
 
 
 def _verify(library: Any, call: Call) -> Any:

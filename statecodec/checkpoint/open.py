@@ -7,6 +7,7 @@ from typing import Any
 
 from statecodec.checkpoint.base import Checkpoint, Keep, unchanged
 from statecodec.checkpoint.native import load_native
+from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
@@ -23,16 +24,20 @@ def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint 
     return Stored.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
 
 
-def load(path: str | Path, map_location: torch.device | str | int = "cpu") -> Any:
+def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, safe_only: bool = False) -> Any:
     """The nested object that torch.load would give (safetensors: {name: tensor}; a directory: {path: content}),
     decoded.
 
     Nothing the file names is imported or run: unknown classes come back as OpaqueObject with their name and contents.
     Tensors that shared memory share it again. `map_location` is the device that they all go to, wherever they were
-    when they were saved. Raises FormatError, LayoutError, UsageError.
+    when they were saved. With `safe_only` a checkpoint whose unpickling could run code (see `inspect`) is refused.
+
+    Raises FormatError, LayoutError, UsageError.
     """
     device = _device(map_location)
     with open_checkpoint(path) as checkpoint:
+        if safe_only:
+            require_safe(checkpoint)
         return loaded(checkpoint, device)
 
 

@@ -51,6 +51,23 @@ class UpdateReport:
 
 
 @dataclass(frozen=True)
+class PickleReport:
+    """What unpickling what is in one file of the original would import; nothing here ever does.
+
+    Args:
+        file: its path.
+        globals: module and name of each class or function.
+        can_run_code: those of them that do more than make values.
+        unread: why some of it cannot be told; None if all can be. What cannot be told can run code.
+    """
+
+    file: str
+    globals: tuple[str, ...]
+    can_run_code: tuple[str, ...]
+    unread: str | None = None
+
+
+@dataclass(frozen=True)
 class Report:
     """What a checkpoint is made of, and what a verb did to it."""
 
@@ -68,6 +85,8 @@ class Report:
     files: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()
     """What the preset promises and found nothing to do it to."""
+    pickles: tuple[PickleReport, ...] = ()
+    """Of the original, where the verb looked: `inspect` and `compress`, every other one with `safe_only`."""
 
     @property
     def num_params(self) -> int:

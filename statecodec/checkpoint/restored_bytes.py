@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,17 @@ from statecodec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+_HELD = 4  # chunks
+
+
+def original_listing(stored: Stored) -> Listing:
+    """The files of the original, whose bytes are decoded when they are read. Of what `save` wrote there are none."""
+    document = stored.document
+    files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
+             for f in document.files if f.same_as is None}  # fmt: skip
+    same_as = {f.path: f.same_as for f in document.files if f.same_as is not None}
+    return Listing(files, document.is_directory, document.folders, same_as)
+
 
 def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchanged) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
@@ -30,15 +42,12 @@ def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchange
             f"{stored.path}: the layout {min(unknown)!r} is not known here; `restore` gives the original, a newer "
             "statecodec loads it"
         )
-    files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
-             for f in document.files if f.same_as is None}  # fmt: skip
-    same_as = {f.path: f.same_as for f in document.files if f.same_as is not None}
-    listing = Listing(files, document.is_directory, document.folders, same_as)
+    listing = original_listing(stored)
 
     def read(path: str, offset: int, nbytes: int) -> Tensor:
         if torch.device(device).type == "meta":  # no numbers are asked for
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
-        with files[path].open() as content:
+        with listing.files[path].open() as content:
             assert isinstance(content, _RestoredBytes)
             return keep(content.tensor(offset, nbytes).to(device))
 
@@ -61,7 +70,7 @@ class _RestoredBytes:
         self._regions = [(offset, items[i].decoded_nbytes, i) for offset, i in file.regions]
         self._skeleton = Skeleton(file.nbytes, ((o, n) for o, n, _ in self._regions))
         self._starts = [r[0] for r in self._regions]
-        self._bytes = stored.decode(file.skeleton).numpy() if file.skeleton is not None else None
+        self._held: OrderedDict[int, Tensor] = OrderedDict()
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A range of the file, as bytes."""
@@ -81,10 +90,32 @@ class _RestoredBytes:
                 break
             low, high = max(start, offset), min(start + length, offset + nbytes)
             if low < high:
-                data = self.stored.decode(item).reshape(-1).view(torch.uint8)
-                out[low - offset : high - offset] = data[low - start : high - start]
+                size = self.stored.items[item].dtype.itemsize
+                first_element = (low - start) // size
+                data = self.stored.decode_range(item, first_element, -(-(high - start) // size)).view(torch.uint8)
+                skip = low - start - first_element * size
+                out[low - offset : high - offset] = data[skip : skip + high - low]
         for low, length in self._skeleton.within(offset, offset + nbytes):
-            assert self._bytes is not None
-            at = self._skeleton.position(low)
-            out.numpy()[low - offset : low - offset + length] = self._bytes[at : at + length]
+            self._copy_skeleton(self._skeleton.position(low), out[low - offset : low - offset + length])
         return out
+
+    def _copy_skeleton(self, start: int, out: Tensor) -> None:
+        """Skeleton bytes from `start` on; only the chunks that they are in are decoded."""
+        assert self.file.skeleton is not None
+        chunks, stop = self.stored.reader.items[self.file.skeleton].chunks, start + len(out)
+        for number in range(bisect_right(chunks, start, key=lambda c: c.start) - 1, len(chunks)):
+            chunk = chunks[number]
+            if chunk.start >= stop:
+                break
+            low, high = max(chunk.start, start), min(chunk.stop, stop)
+            out[low - start : high - start] = self._skeleton_chunk(number)[low - chunk.start : high - chunk.start]
+
+    def _skeleton_chunk(self, number: int) -> Tensor:
+        """One chunk of the skeleton; the last few are kept, as headers are read piece by piece."""
+        assert self.file.skeleton is not None
+        if number not in self._held:
+            self._held[number] = self.stored.decode_chunk(self.file.skeleton, number).reshape(-1)
+        self._held.move_to_end(number)
+        if len(self._held) > _HELD:
+            self._held.popitem(last=False)
+        return self._held[number]

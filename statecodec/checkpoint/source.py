@@ -215,15 +215,19 @@ class SourceCheckpoint(Checkpoint):
             files=tuple(f.path for f in self.located.files),
         )  # fmt: skip
 
-    def load(self, device: torch.device | str = "cpu", keep: Keep = unchanged) -> Any:
+    def original_listing(self, *, crcs: bool = True) -> Listing:
+        """The files, as they were when they were located. `crcs`: all of a file is checked when it is opened."""
         located = self.located
         files = {
-            f.path: ListedFile(f.path, f.nbytes, partial(self._opened, i), layout=f.layout)
+            f.path: ListedFile(f.path, f.nbytes, partial(self._opened, i, crcs), layout=f.layout)
             for i, f in enumerate(located.files)
             if f.same_as is None
         }
-        numbers = {f.path: i for i, f in enumerate(located.files)}
         same_as = {f.path: f.same_as for f in located.files if f.same_as is not None}
+        return Listing(files, located.is_directory, located.folders, same_as)
+
+    def load(self, device: torch.device | str = "cpu", keep: Keep = unchanged) -> Any:
+        numbers = {f.path: i for i, f in enumerate(self.located.files)}
 
         def read(path: str, offset: int, nbytes: int) -> Tensor:
             if torch.device(device).type == "meta":  # no numbers are asked for
@@ -233,11 +237,11 @@ class SourceCheckpoint(Checkpoint):
                 read_exactly(fd, offset, memory(out), path)
             return keep(out.to(device))
 
-        return tree(Listing(files, located.is_directory, located.folders, same_as), read)
+        return tree(self.original_listing(), read)
 
     @contextmanager
-    def _opened(self, file: int) -> Iterator[FileBytes]:
-        if self._check is not None:
+    def _opened(self, file: int, crcs: bool) -> Iterator[FileBytes]:
+        if crcs and self._check is not None:
             self._check.whole(file)
         with self.files.open(file) as fd:
             yield FileBytes(fd, self.files.path(file).name)

@@ -34,6 +34,7 @@ def compress_on_ray(
     force: bool = False,
     base: str | Path | None = None,
     device: str = "cpu",
+    safe_only: bool = False,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Report:
@@ -45,7 +46,7 @@ def compress_on_ray(
             effect if ray is connected already.
         shares: how many tasks; by default four for every CPU of the cluster, each of at least 64 MiB.
         retries: how often a share is tried again whose process or node died.
-        verify, force, base, device, settings: as for `compress`. A task takes one CPU, and on "cuda" one GPU.
+        verify, force, base, device, safe_only, settings: as for `compress`. A task takes one CPU, on "cuda" a GPU too.
         progress: told of every share that is done.
 
     Raises BackendUnavailable without ray, or if it cannot be reached, and what `compress` raises.
@@ -66,7 +67,7 @@ def compress_on_ray(
         meter = Meter(progress, source.nbytes, f"{count} shares on ray")
         each = source.nbytes // count
     task = ray.remote(num_cpus=1, num_gpus=1 if device == "cuda" else 0, max_retries=retries)(_share)
-    common = {"base": base, "device": device, "force": force, "threads": 1, **settings}
+    common = {"base": base, "device": device, "force": force, "safe_only": safe_only, "threads": 1, **settings}
     waiting = [task.remote(src, dst, f"{number}/{count}", common) for number in range(1, count + 1)]
     try:
         while waiting:

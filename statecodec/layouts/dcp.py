@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 name: Final = "dcp"
 
-_SHARD: Final = ".distcp"
+SHARD: Final = ".distcp"
 _WHOLE: Final = "whole/"  # before the keys of tensors; storages inside of items have a number there
 _FLAT_STATE: Final = re.compile(r"(?:optim(?:izer)?\.)?state\.(.+)\.([^.]+)")
 _FLAT_GROUP: Final = re.compile(r"(?:optim(?:izer)?\.)?param_groups\.(.+)\.([^.]+)")
@@ -45,12 +45,12 @@ _MEGATRON_STATE: Final = re.compile(r"(?:.*\.)?optimizer\.state\.(exp_avg|exp_av
 def claims(listing: Listing) -> Claim | None:
     """A folder's `.metadata` and `.distcp` files; also one shard alone, which is then refused with what helps."""
     folder = f"{listing.folder}/" if listing.folder else ""
-    shards = [p for p in listing.files if p.endswith(_SHARD) and "/" not in p[len(folder) :]]
+    shards = [p for p in listing.files if p.endswith(SHARD) and "/" not in p[len(folder) :]]
     index = listing.get(INDEX)
     if index is not None and (shards or index.head.startswith(b"\x80")):
         return Claim((f"{folder}{INDEX}", *shards))
     only = listing.only
-    return Claim((only.path,)) if only is not None and only.path.endswith(_SHARD) and is_zip(only.head) else None
+    return Claim((only.path,)) if only is not None and only.path.endswith(SHARD) and is_zip(only.head) else None
 
 
 def locate(listing: Listing) -> Located:

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Final
 
@@ -52,7 +52,7 @@ class ListedFile:
             finally:
                 self._held = None
 
-    @property
+    @cached_property
     def head(self) -> bytes:
         """The first bytes, up to HEAD of them."""
         with self.open() as source:

@@ -19,6 +19,7 @@ from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.in_memory import MemoryCheckpoint
 from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.pickles import pickles, require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.checkpoint.stored import Stored
@@ -67,6 +68,7 @@ def compress(
     max_weight_error: float | None = None,
     base: str | Path | None = None,
     sha256: bool = True,
+    safe_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -88,6 +90,9 @@ def compress(
     `base`, an earlier compressed checkpoint in the folder of `dst`, makes this one a link of a chain: it stores what
     changed, where that is smaller, and restores to what it would without, as long as its base lies beside it. Only with
     a base are `residual(...)` codecs possible; `max_weight_error` considers them by itself.
+
+    The report's `pickles` say what unpickling the source would import, and what of that can run code; with `safe_only`
+    a source with such a file is refused.
 
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
@@ -112,6 +117,7 @@ def compress(
         else:
             target = output_file(dst, None, force=force)
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
+        found = require_safe(source) if safe_only else pickles(source)
         output = settings.output(target, force, workers, progress)
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
         where = target_device(device)  # asks torch, which refusals of the rest do without
@@ -119,7 +125,7 @@ def compress(
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
         report = work.write(output, check_of(source, output, settings.promised) if verify else None)
     notes = (*report.notes, *_price(report, settings))
-    return replace(report, notes=notes, seconds=time.perf_counter() - started)
+    return replace(report, notes=notes, pickles=found, seconds=time.perf_counter() - started)
 
 
 def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from statecodec.checkpoint.open import open_checkpoint
+from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
 from statecodec.errors import UsageError
@@ -22,6 +24,7 @@ def convert(
     pack: str = "zstd",
     strict: bool = False,
     force: bool = False,
+    safe_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -34,11 +37,16 @@ def convert(
     from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors is a compressed file, anything else
     a torch.save file. Large tensors wait on disk in its folder, so that the memory it takes is that of a few tensors.
 
+    With `safe_only` a checkpoint whose unpickling could run code is refused.
+
     Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
     """
     wanted = [to] if isinstance(to, str | Rule) else list(to)
     if not wanted:
         raise UsageError("convert needs to be told to what: rules, or one optimizer")
+    if safe_only:
+        with open_checkpoint(src, crcs=False) as checkpoint:
+            require_safe(checkpoint)
     targets = [Target.parse(t) if isinstance(t, str) else None for t in wanted]
     if not any(targets):
         return convert_codecs(

@@ -16,6 +16,7 @@ from zlib_ng import zlib_ng
 from statecodec.atomic import Output
 from statecodec.buffers import Scratch, memory
 from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import Stored
@@ -41,6 +42,7 @@ def restore(
     device: str = "auto",
     force: bool = False,
     times: bool = False,
+    safe_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -51,12 +53,15 @@ def restore(
     the destination's name before it is complete. Files and directories have the source's permission bits, and with
     `times` its modification times.
 
-    With `force` an existing file is replaced by a file, a directory by a directory. Raises FormatError and its
-    subclasses, OutputExists, OutputFailed, UsageError.
+    With `force` an existing file is replaced by a file, a directory by a directory. With `safe_only` nothing is written
+    whose unpickling could run code.
+
+    Raises FormatError and its subclasses, UnsafeCheckpoint, OutputExists, OutputFailed, UsageError.
     """
     started = time.perf_counter()
     with Stored.open(src) as stored:
         document = stored.document
+        found = require_safe(stored) if safe_only else ()
         target = restored_path(Path(src), document.source.get("name"))
         if not document.is_directory:
             target = output_file(dst, target, force=force)
@@ -76,7 +81,7 @@ def restore(
                 _finish_folder(target, root, times, output)
         report = stored.report()
         notes = (*report.notes, *output.notes)
-        return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes)
+        return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=found)
 
 
 def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, times: bool, output: Output) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from statecodec._version import __version__
 from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.derived import followers
 from statecodec.errors import FormatError, UsageError
@@ -82,6 +83,7 @@ def compress_share(
     base: str | Path | None = None,
     device: str = "auto",
     force: bool = False,
+    safe_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
     **settings: Any,
@@ -99,6 +101,8 @@ def compress_share(
     with contextlib.ExitStack() as closing:
         source = closing.enter_context(open_source(src))
         target = output_of(source, dst, force=force)
+        if safe_only:
+            require_safe(source)
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
         header = header_of(source, chosen, previous, which)
         path = which.path(target)

@@ -297,3 +297,7 @@ def test_the_real_library_works_inside_the_sandbox(tmp_path):
         both = wait(client, submit(client, "compress", source={"uploads": members})["id"])
         back = wait(client, submit(client, "restore", source={"job": both["id"]})["id"])
         assert [name["name"] for name in back["files"]] == ["run/a.pt", "run/b.pt"], back["error"]
+        report = client.get(both["links"]["report"]).json()
+        assert [(found["file"], found["can_run_code"]) for found in report["pickles"]] == [
+            ("a.pt", [])
+        ]  # b is its link

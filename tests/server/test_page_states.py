@@ -5,6 +5,7 @@ button wraps, and each state says what it should.
 """
 
 import base64
+import os
 import re
 
 import pytest
@@ -150,6 +151,32 @@ def test_a_finished_job(real, page, keep, tmp_path):
     expect(card.locator(".plot svg").first).to_be_visible()
     while not 0.97 < drawn_width(card) < 1.03:  # no wait_for_function: the page's policy forbids it to look twice
         page.wait_for_timeout(50)
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_what_unpickling_would_run_is_said(real, page, keep, tmp_path):
+    import torch
+
+    torch.save({"weight": torch.zeros(80, 80), "extra": Attack()}, tmp_path / "risky.pt")
+    enter(page, real, real.add_token(f"pickles-{page.width}"))
+    page.locator("#file").set_input_files(named(tmp_path / "plain.pt"))
+    card = page.locator(".card", has_text="plain.pt").first
+    expect(card.locator(".imports")).to_contain_text("import nothing that can run code", timeout=PATIENCE)
+    page.locator("#file").set_input_files(tmp_path / "risky.pt")
+    card = page.locator(".card", has_text="risky.pt").first
+    expect(card.locator(".imports")).to_contain_text("what can run code: posix.system", timeout=PATIENCE)
+    keep("risky")
+    page.get_by_role("radio", name="Inspect", exact=True).check()
+    page.locator("#more").evaluate("one => one.open = true")
+    page.get_by_label("Refuse files whose unpickling could run code").check()
+    expect(page.locator("#plan")).to_contain_text("Inspect, safe files only")
+    page.locator("#file").set_input_files(tmp_path / "risky.pt")
+    card = page.locator(".card", has_text="Inspect").first
+    expect(card.locator(".detail")).to_contain_text("(layout.unsafe)", timeout=PATIENCE)
 
 
 def test_cards_fold_and_deleting_can_be_undone(real, page, keep, tmp_path):

@@ -89,6 +89,7 @@ def run(
     device: options.DeviceOption = "auto",
     threads: options.Threads = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and check it.")] = False,
+    safe_only: options.SafeOnly = False,
     force: options.Force = False,
     every: options.All = False,
     plot: options.Plot = None,
@@ -126,6 +127,7 @@ def run(
             "max_shard_size": None if output == standard.DASH else max_shard_size,
             "base": base,
             "device": device,
+            "safe_only": safe_only,
             "force": force,
             "progress": progress,
         }

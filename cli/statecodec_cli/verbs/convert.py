@@ -32,6 +32,7 @@ def run(
         str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
     ] = "zstd",
     threads: options.Threads = None,
+    safe_only: options.SafeOnly = False,
     force: options.Force = False,
     every: options.All = False,
     as_json: options.AsJson = False,
@@ -52,7 +53,15 @@ def run(
         reporting(quiet=quiet) as progress,
     ):
         report = statecodec.convert(
-            source, target or dst, tuple(to), pack=pack, strict=strict, force=force, threads=threads, progress=progress
+            source,
+            target or dst,
+            tuple(to),
+            pack=pack,
+            strict=strict,
+            force=force,
+            safe_only=safe_only,
+            threads=threads,
+            progress=progress,
         )
     document = report.to_json()
     if as_json:

@@ -10,6 +10,7 @@ from statecodec_cli import console, options, standard
 
 def run(
     src: Annotated[Path, options.source("Any checkpoint, compressed or not.")],
+    safe_only: options.SafeOnly = False,
     every: options.All = False,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
@@ -25,7 +26,7 @@ def run(
 
     plots.require(plot)
     with standard.source(src) as source:
-        document = standard.named(src, statecodec.inspect(source).to_json())
+        document = standard.named(src, statecodec.inspect(source, safe_only=safe_only).to_json())
     if plot:
         plots.save(plots.report(document), plot)
     if as_json:

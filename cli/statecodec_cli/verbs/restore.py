@@ -20,6 +20,7 @@ def run(
         bool, typer.Option("--times", help="Give files and directories their modification times back.")
     ] = False,
     threads: options.Threads = None,
+    safe_only: options.SafeOnly = False,
     force: options.Force = False,
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
@@ -40,7 +41,14 @@ def run(
         reporting(quiet=quiet) as progress,
     ):
         report = statecodec.restore(
-            source, target, device=device, force=force, times=times, progress=progress, threads=threads
+            source,
+            target,
+            device=device,
+            force=force,
+            times=times,
+            safe_only=safe_only,
+            progress=progress,
+            threads=threads,
         )
     document = report.to_json()
     if as_json:

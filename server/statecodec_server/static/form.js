@@ -58,7 +58,7 @@ export function said(operation, options) {
   const parts = [];
   for (const [name, found] of Object.entries(options)) {
     if (name === "preset") parts.push(`preset ${found}`);
-    else if (found === true) parts.push({ verify: "checked afterwards", strict: "strict rules" }[name] || optionLabel(name).toLowerCase());
+    else if (found === true) parts.push({ verify: "checked afterwards", strict: "strict rules", safe_only: "safe files only" }[name] || optionLabel(name).toLowerCase());
     else if (found === false) parts.push({ verify: "not checked" }[name] || `no ${name}`);
     else if (name.startsWith("max_") && typeof found === "number") parts.push(`${optionLabel(name).toLowerCase()} ${found}`);
     else if (name === "to") parts.push(`to ${found.join(" ")}`);

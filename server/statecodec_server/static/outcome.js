@@ -43,8 +43,20 @@ export function outcome(job, report, root) {
   if (moved) plots.append(moved);
   if (stored) root.append(table(report, width));
   if (open && stored) root.querySelector("details.table").open = true; // drawn again at another width
+  if (report.pickles?.length) root.append(imports(report.pickles));
   if (report.notes?.length) root.append(el("ul", { class: "notes" }, ...report.notes.slice(0, 50).map((note) => el("li", {}, note))));
   redrawWhenWider(job, report, root, width);
+}
+
+// What unpickling the files would run; the service itself never does.
+function imports(pickles) {
+  const some = (names) => names.slice(0, 5).join(", ") + (names.length > 5 ? ` and ${names.length - 5} more` : "");
+  const lines = pickles.filter((found) => found.can_run_code.length || found.unread).map((found) =>
+    found.can_run_code.length ? `unpickling ${found.file} would import what can run code: ${some(found.can_run_code)}`
+      : `what unpickling ${found.file} would run cannot be told: ${found.unread}`);
+  if (!lines.length) return el("p", { class: "imports" }, "Unpickling the original would import nothing that can run code.");
+  const rest = lines.length > 20 ? [el("li", {}, `and ${lines.length - 20} more files`)] : [];
+  return el("ul", { class: "imports risky" }, ...lines.slice(0, 20).map((line) => el("li", {}, line)), ...rest);
 }
 
 const watched = new WeakMap();

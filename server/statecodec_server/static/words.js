@@ -24,6 +24,7 @@ const OPTIONS = {
   rules: ["Rules, one per line", "*.embed.*=split"],
   to: ["Convert to, one per line", "foam(level=2)"],
   verify: ["Read the result back, check it, and measure the update"],
+  safe_only: ["Refuse files whose unpickling could run code"],
   strict: ["Refuse rules that match nothing"],
   pack: ["Packing", "zstd"],
   max_shard_size: ["Largest file of the output", "5GB"],

@@ -15,26 +15,39 @@ _FREE_OBJECTS: Final = 500_000
 class Machine:
     """The state of a pickle stream that is being read, and what opcodes do to it."""
 
-    __slots__ = ("data", "globals", "limit", "made", "marks", "memo", "pos", "stack", "storages")
+    __slots__ = (
+        "called", "data", "globals", "limit", "made", "marks", "memo", "pos", "protocol", "stack", "storages",
+    )  # fmt: skip
 
-    def __init__(self, data: bytes) -> None:
-        self.data, self.pos, self.made = data, 0, 0
+    def __init__(self, data: bytes, start: int = 0) -> None:
+        self.data, self.pos, self.made = data, start, 0
+        self.protocol = 0
+        self.called = False
+        """Whether something was called, if only to be described."""
         self.limit = _FREE_OBJECTS + len(data) // 4
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[tuple[str, str], Any] = {}
+        """Every global that was named, used or not, as the stream spells it."""
         self.storages: dict[str, StorageNode] = {}
+
+    def cut_off(self, why: str) -> MalformedCheckpoint:
+        """The error for a stream that needs bytes beyond its end."""
+        self.pos = len(self.data)
+        return MalformedCheckpoint(why)
 
     def take(self, n: int) -> bytes:
         start, end = self.pos, self.pos + n
         if end > len(self.data):
-            raise MalformedCheckpoint(f"claims {n} bytes where {len(self.data) - start} are left")
+            raise self.cut_off(f"claims {n} bytes where {len(self.data) - start} are left")
         self.pos = end
         return self.data[start:end]
 
     def line(self) -> bytes:
-        end = self.data.index(b"\n", self.pos)
+        end = self.data.find(b"\n", self.pos)
+        if end < 0:
+            raise self.cut_off("holds a line without an end")
         found = self.data[self.pos : end]
         self.pos = end + 1
         return found
@@ -59,8 +72,9 @@ class Machine:
             raise MalformedCheckpoint("names a global by something that is no string")
         found = self.globals.get((module, name))
         if found is None:
-            # Protocols below 3 spell modules as Python 2 did; no module of Python 3 has one of those names.
-            new = NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name)
+            new = (module, name)
+            if self.protocol < 3:  # they spell modules as Python 2 did
+                new = NAME_MAPPING.get(new) or (IMPORT_MAPPING.get(module, module), name)
             found = dtypes.TORCH.get(name) if module == "torch" else None
             found = self.globals[module, name] = Global(*new) if found is None else found
         return found

@@ -206,12 +206,13 @@ def _frame(m: Machine) -> None:
     length = _UINT64(m.data, m.pos)[0]
     m.pos += 8
     if m.pos + length > len(m.data):
-        raise MalformedCheckpoint(f"claims a frame of {length} bytes where {len(m.data) - m.pos} are left")
+        raise m.cut_off(f"claims a frame of {length} bytes where {len(m.data) - m.pos} are left")
 
 
 def _protocol(m: Machine) -> None:
-    if m.take(1)[0] > 5:
-        raise MalformedCheckpoint(f"pickle protocol {m.data[m.pos - 1]}; 0 to 5 are known")
+    m.protocol = m.take(1)[0]
+    if m.protocol > 5:
+        raise MalformedCheckpoint(f"pickle protocol {m.protocol}; 0 to 5 are known")
 
 
 # ---- objects
@@ -227,16 +228,21 @@ def _stack_global(m: Machine) -> None:
     m.stack.append(m.named(module, name))
 
 
+def _call(m: Machine, func: Any, args: Any, kwargs: DictNode | None = None) -> None:
+    m.called = True
+    m.push(call(func, args, kwargs))
+
+
 def _reduce(m: Machine) -> None:
     args, func = m.stack.pop(), m.stack.pop()
-    m.push(call(func, args))
+    _call(m, func, args)
 
 
 def _newobj_ex(m: Machine) -> None:
     kwargs, args, cls = m.stack.pop(), m.stack.pop(), m.stack.pop()
     if type(kwargs) is not DictNode:
         raise MalformedCheckpoint("makes an object with keyword arguments that are no dict")
-    m.push(call(cls, args, kwargs))
+    _call(m, cls, args, kwargs)
 
 
 def _build(m: Machine) -> None:
@@ -247,12 +253,12 @@ def _build(m: Machine) -> None:
 def _inst(m: Machine) -> None:
     module = m.line().decode()
     cls = m.named(module, m.line().decode())
-    m.push(call(cls, tuple(m.since_mark())))
+    _call(m, cls, tuple(m.since_mark()))
 
 
 def _obj(m: Machine) -> None:
     found = m.since_mark()
-    m.push(call(found[0], tuple(found[1:])))
+    _call(m, found[0], tuple(found[1:]))
 
 
 def _persistent(m: Machine) -> None:

@@ -25,7 +25,11 @@ def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise MalformedCheckpoint(f"{name} has {len(data)} bytes; more than {MAX_PICKLE_BYTES} are not read")
-    machine = Machine(data)
+    return run(Machine(data), name)
+
+
+def run(machine: Machine, name: str) -> Any:
+    """Read one stream, from where the machine stands to its STOP. Raises MalformedCheckpoint, as `read_pickle` does."""
     try:
         return _run(machine)
     except MalformedCheckpoint as error:

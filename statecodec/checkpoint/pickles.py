@@ -1,0 +1,58 @@
+"""What unpickling a checkpoint would import: compressed or not, found without unpickling it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from statecodec.checkpoint.report import PickleReport
+from statecodec.checkpoint.restored_bytes import original_listing
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.stored import Stored
+from statecodec.errors import UnsafeCheckpoint
+from statecodec.layouts.imports import FileImports, file_imports
+from statecodec.layouts.pickle.harmless import is_harmless
+from statecodec.names import shown
+
+_LONGEST = 200
+_NAMED = 10
+
+
+def pickles(checkpoint: SourceCheckpoint | Stored) -> tuple[PickleReport, ...]:
+    """For every file of the original that holds a pickle what unpickling it would import.
+
+    Of a compressed checkpoint this is read from the bytes that `restore` would write, whatever else the file says.
+    """
+    if isinstance(checkpoint, SourceCheckpoint):
+        return tuple(map(_report, file_imports(checkpoint.original_listing(crcs=False))))
+    return tuple(map(_report, file_imports(original_listing(checkpoint))))
+
+
+def require_safe(checkpoint: SourceCheckpoint | Stored) -> tuple[PickleReport, ...]:
+    """The same, of a checkpoint whose unpickling runs nothing of the file's choosing. Raises UnsafeCheckpoint."""
+    found = pickles(checkpoint)
+    for report in found:
+        named, more = ", ".join(report.can_run_code[:_NAMED]), len(report.can_run_code) - _NAMED
+        if named:
+            raise UnsafeCheckpoint(
+                f"{checkpoint.path}: unpickling {report.file} would import {named}"
+                f"{f' and {more} more' if more > 0 else ''}, which can run code. If you trust it, leave safe_only out"
+            )
+        if report.unread:
+            raise UnsafeCheckpoint(
+                f"{checkpoint.path}: what unpickling {report.file} would run cannot be told ({report.unread}). If you "
+                "trust it, leave safe_only out"
+            )
+    return found
+
+
+def _report(found: FileImports) -> PickleReport:
+    return PickleReport(
+        shown(found.path),
+        _spelled(found.names),
+        _spelled(pair for pair in found.names if not is_harmless(*pair)),
+        found.unread and shown(found.unread[:_LONGEST]),
+    )
+
+
+def _spelled(names: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(sorted({shown(f"{module}.{name}"[:_LONGEST]) for module, name in names}))

@@ -1,0 +1,169 @@
+"""What loading a checkpoint with its own framework would import, found without loading it.
+
+Every file is looked at for what it holds, not for what it is called or which layout claims it: archives of torch.save,
+bare pickles of any protocol, several one after the other (torch before 1.6), `.metadata` and the items of DCP. What may
+be a pickle and cannot be read is said to be so. Pickles inside of compressed files, tar and numpy archives are not
+looked for: no framework loads those by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Final
+
+from statecodec.errors import FormatError, LayoutError, LegacyTorchFile
+from statecodec.files import ByteSource, PartOfBytes
+from statecodec.layouts import dcp, opaque
+from statecodec.layouts.collecting import collector_paused
+from statecodec.layouts.dcp_index import Item, read_index
+from statecodec.layouts.listing import HEAD, ListedFile, Listing
+from statecodec.layouts.pickle.imports import Imports, imports
+from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES
+from statecodec.layouts.registry import claimed
+from statecodec.layouts.safetensors_file import is_safetensors
+from statecodec.layouts.torch_zip import is_zip
+from statecodec.layouts.zip_reader import read_checked, read_entries
+
+_PREFIXES: Final = (HEAD, 1 << 20, 32 << 20)
+_MAX_NAMES: Final = 1000
+_PROGRAMS: Final = ("/code/", "/archive_format")
+
+
+@dataclass(frozen=True)
+class FileImports:
+    """What unpickling what is in one file would import."""
+
+    path: str
+    """Of the file, as in the listing."""
+    names: frozenset[tuple[str, str]] = frozenset()
+    """Module and name of every global."""
+    unread: str | None = None
+    """Why some of it cannot be told."""
+
+    def __or__(self, other: FileImports | None) -> FileImports:
+        if other is None:
+            return self
+        return FileImports(self.path, self.names | other.names, self.unread or other.unread)
+
+
+@collector_paused()
+def file_imports(listing: Listing) -> Iterator[FileImports]:
+    """For every file that holds a pickle, by path; nothing is run. Raises OSError."""
+    found: dict[str, FileImports] = {}
+    for layout, part in claimed(listing):
+        for path, file in part.files.items():
+            # A shard of DCP is a row of items; it begins as one of them does.
+            if layout is not dcp or not path.endswith(dcp.SHARD):
+                _add(found, _of_file(file))
+        if layout is dcp:
+            _add_shards(found, part)
+    for path in sorted(found):
+        yield _bounded(found[path])
+
+
+def _add(found: dict[str, FileImports], more: FileImports | None) -> None:
+    if more is not None:
+        found[more.path] = more | found.get(more.path)
+
+
+def _bounded(found: FileImports) -> FileImports:
+    if len(found.names) <= _MAX_NAMES:
+        return found
+    first = frozenset(sorted(found.names)[:_MAX_NAMES])
+    return replace(found, names=first, unread=f"names {len(found.names)} globals; no checkpoint does")
+
+
+def _of_file(file: ListedFile) -> FileImports | None:
+    try:
+        with file.open() as source:
+            old = isinstance(opaque.refusal(file), LegacyTorchFile)
+            sure = not is_safetensors(file.head, file.nbytes)
+            return _of_bytes(source, file.path, sure=sure, old=old)
+    except (LayoutError, FormatError) as error:
+        return FileImports(file.path, unread=str(error))
+
+
+def _add_shards(found: dict[str, FileImports], part: Listing) -> None:
+    """What lies in the shards that `.metadata` speaks of."""
+    try:
+        items = read_index(part).items
+    except (LayoutError, FormatError) as error:
+        for path in part.files:
+            _add(found, FileImports(path, unread=f"where its items lie cannot be told: {error}"))
+        return
+    for path, inside in groupby(items, attrgetter("file")):
+        with part.files[path].open() as source:
+            for item in inside:
+                _add(found, _of_item(item, source))
+
+
+def _of_item(item: Item, source: ByteSource) -> FileImports | None:
+    if not item.plain:
+        return FileImports(item.file, unread="an item is transformed by an extension of DCP")
+    try:
+        return _of_bytes(PartOfBytes(source, item.offset, item.nbytes, item.file), item.file)
+    except (LayoutError, FormatError) as error:
+        return FileImports(item.file, unread=str(error))
+
+
+def _of_bytes(source: ByteSource, path: str, *, sure: bool = True, old: bool = False) -> FileImports | None:
+    """What is in a file, or in an item of one; None if that is no pickle.
+
+    Args:
+        source: The bytes.
+        path: Of the file.
+        sure: Bytes that begin like a pickle of protocol 2 or later are one.
+        old: A torch file from before 1.6, of which not everything can be read.
+    """
+    if is_zip(source.read(0, min(4, source.size))):
+        return _of_zip(source, path)
+    found = _of_stream(source, path, sure=sure)
+    if found is None and old:
+        return FileImports(path, unread="a torch file from before torch 1.6, which cannot be read as a whole")
+    return found
+
+
+def _of_zip(source: ByteSource, path: str) -> FileImports | None:
+    """torch.load reads `data.pkl`, whatever its case, and runs the program in a TorchScript or torch.export archive."""
+    found = None
+    for entry in read_entries(source):
+        if any(mark in f"/{entry.name}".lower() for mark in _PROGRAMS):
+            found = FileImports(path, unread="it holds a program (torch.jit or torch.export)") | found
+        elif entry.name.lower().endswith(".pkl"):
+            read = imports(read_checked(source, entry, MAX_PICKLE_BYTES))
+            found = FileImports(path, read.names, read.unread) | found
+    return found
+
+
+def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | None:
+    """Streams from the first byte on: one, or (torch before 1.6) several."""
+    data = b""
+    read = Imports(frozenset(), 0, None, called=False, cut_off=True)
+    for size in _PREFIXES:
+        if not read.cut_off or len(data) == source.size:
+            break
+        data = source.read(0, min(size, source.size))
+        read = imports(data)
+    begins = sure and _begins(data, 0)
+    if not (begins or (read.names and (read.called or not read.unread))):
+        return None
+    found = FileImports(path, read.names, _why(read, len(data) < source.size))
+    while read.unread is None and _begins(data, read.stop):
+        read = imports(data, read.stop)
+        if read.called or read.cut_off or not read.unread:  # else it is what storages begin with there, their size
+            found |= FileImports(path, read.names, _why(read, len(data) < source.size))
+    return found
+
+
+def _begins(data: bytes, start: int) -> bool:
+    """Whether a stream of protocol 2 or later begins there. Earlier ones have no mark: any text may begin like one."""
+    return data[start : start + 1] == b"\x80" and data[start + 1 : start + 2] in (b"\2", b"\3", b"\4", b"\5")
+
+
+def _why(read: Imports, partly: bool) -> str | None:
+    if read.cut_off and partly:
+        return f"the pickle is longer than {_PREFIXES[-1] >> 20} MiB, which is not read"
+    return read.unread

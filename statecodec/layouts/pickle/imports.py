@@ -1,0 +1,42 @@
+"""What unpickling a stream would import, found by reading it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from statecodec.errors import MalformedCheckpoint
+from statecodec.layouts.pickle.machine import Machine
+from statecodec.layouts.pickle.nodes import Global
+from statecodec.layouts.pickle.reader import run
+
+_MAX_OPERAND: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Imports:
+    """What reading one stream found."""
+
+    names: frozenset[tuple[str, str]]
+    """Module and name of every global, up to where it could not be read any more."""
+    stop: int
+    """Where reading stopped."""
+    unread: str | None
+    """Why it could not be read as a whole."""
+    called: bool
+    """Whether unpickling would have called something by then."""
+    cut_off: bool
+    """It goes on beyond the bytes that were given."""
+
+
+def imports(data: bytes, start: int = 0) -> Imports:
+    """What unpickling the stream at data[start:] would import; anything may follow it."""
+    machine, unread, cut_off = Machine(data, start), None, False
+    try:
+        run(machine, "the pickle")
+    except MalformedCheckpoint as error:
+        unread = str(error)
+        cut_off = machine.pos + _MAX_OPERAND > len(data)
+    named = machine.globals.items()
+    names = {(node.module, node.name) if type(node) is Global else key for key, node in named}  # others: torch.dtype
+    return Imports(frozenset(names), machine.pos, unread, machine.called, cut_off)

@@ -1,0 +1,230 @@
+"""What unpickling would import: found in every place where a pickle can lie, with Python's own unpickler as oracle."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import io
+import os
+import pickle
+import shutil
+import struct
+import warnings
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch._weights_only_unpickler as torch_safe
+from hypothesis import given
+from hypothesis import strategies as st
+
+from statecodec.layouts import list_memory, list_path
+from statecodec.layouts.imports import FileImports, file_imports
+from statecodec.layouts.pickle.harmless import _HARMLESS, is_harmless
+from tests.layouts.support import pickle_of, zip_of
+from tests.layouts.test_hostile import GADGETS, Runs
+
+SYSTEM = ("posix", "system")
+ATTACK = Runs(os.system, "touch executed")
+
+
+def of_bytes(data: bytes) -> FileImports | None:
+    return next(file_imports(list_memory({"x": data})), None)
+
+
+def dangerous(found: FileImports | None) -> set[tuple[str, str]]:
+    assert found is not None
+    return {pair for pair in found.names if not is_harmless(*pair)}
+
+
+class Anything(dict[Any, Any]):
+    """Takes part in whatever a pickle does to it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Anything:
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __call__(self, *args: Any) -> Anything:
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    append = add = extend
+
+
+class Recorder(pickle.Unpickler):
+    """Python's own unpickler; it notes what it is asked to import, and imports nothing."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.asked: set[tuple[str, str]] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        # What Unpickler.find_class does first, for protocols below 3, whose spelling of modules is Python 2's.
+        self.asked.add(NAME_MAPPING.get((module, name)) or (IMPORT_MAPPING.get(module, module), name))
+        return type(name, (Anything,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return None  # torch's own subclass looks the storage's class up by its name, too
+
+
+def asked(data: bytes) -> set[tuple[str, str]]:
+    recorder = Recorder(data)
+    recorder.load()
+    return {pair for pair in recorder.asked if pair[0] != __name__}
+
+
+VALUES: list[Any] = [
+    torch.arange(6.0), torch.nn.Parameter(torch.ones(2)), torch.float16, torch.device("cpu"), torch.Size([1]),
+    np.arange(3), np.float64(2.0), np.dtype("i4"), collections.OrderedDict(a=1), collections.deque([1]), {1, 2},
+    Path("x"), datetime.timedelta(1), argparse.Namespace(a=1), complex(1, 2), range(3), frozenset([1]), b"x", 1.5,
+    os.system, ATTACK, collections.namedtuple, warnings.WarningMessage, getattr,
+]  # fmt: skip
+
+
+@given(st.lists(st.sampled_from(range(len(VALUES)))), st.sampled_from([2, 3, 4, 5]))
+def test_names_are_those_that_python_would_import(indices: list[int], protocol: int) -> None:
+    data = pickle_of([VALUES[i] for i in indices], protocol)
+    found = of_bytes(zip_of(data, {str(i): b"" for i in range(len(VALUES))}))
+    assert found is not None
+    assert (found.names, found.unread) == (asked(data), None)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", [ATTACK, {"a": [ATTACK]}, os.system, collections.defaultdict(os.system)])
+def test_attacks_are_found_bare_and_in_an_archive(value: Any, protocol: int) -> None:
+    data = pickle.dumps(value, protocol)
+    assert dangerous(of_bytes(zip_of(data, {}))) == {SYSTEM}
+    assert dangerous(of_bytes(data)) == {SYSTEM}
+    if value is not os.system:  # what follows the attack does not hide it
+        assert dangerous(of_bytes(data[:-1] + b"\xff" * 5000)) == {SYSTEM}
+
+
+@pytest.mark.parametrize("body", GADGETS.values(), ids=GADGETS.keys())
+def test_gadgets_can_run_code(body: bytes) -> None:
+    for protocol in (b"", b"\x80\x02"):
+        for archived in (False, True):
+            data = protocol + body + b"."
+            found = of_bytes(zip_of(data, {}) if archived else data)
+            assert found is not None
+            assert dangerous(found) or found.unread
+
+
+def test_the_list_of_what_is_harmless_is_no_longer_than_torchs_own() -> None:
+    allowed = set(torch_safe._get_allowed_globals())
+    beyond = {f"{m}.{n}" for m, names in _HARMLESS.items() for n in names if m.startswith("torch")} - allowed
+    beyond -= {f"torch.distributed.checkpoint.metadata.{n}" for n in _HARMLESS["torch.distributed.checkpoint.metadata"]}
+    assert beyond == {
+        "torch._tensor._rebuild_from_type", "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "torch.nn.parameter.Buffer", "torch.torch_version.TorchVersion",
+    }  # fmt: skip
+    assert not is_harmless("torch.storage", "_load_from_bytes"), "it unpickles what it is given"
+    assert not is_harmless("torch", "serialization.os.system")
+
+
+def test_python_2_spellings_are_only_those_of_old_protocols() -> None:
+    """Later ones would import a module of that name, which may lie beside the checkpoint."""
+    body = b"c__builtin__\nset\n)R."
+    assert dangerous(of_bytes(zip_of(b"\x80\x02" + body, {}))) == set()
+    assert dangerous(of_bytes(zip_of(b"\x80\x04" + body, {}))) == {("__builtin__", "set")}
+
+
+# ---- where pickles lie
+
+
+def names_in(folder: Path) -> dict[str, set[tuple[str, str]]]:
+    return {found.path: dangerous(found) for found in file_imports(list_path(folder))}
+
+
+def unread_in(folder: Path) -> set[str]:
+    return {found.path for found in file_imports(list_path(folder)) if found.unread}
+
+
+def test_every_file_of_a_directory_is_looked_at(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "good.pt")
+    torch.save({"w": torch.ones(3), "x": ATTACK}, tmp_path / "bad.pt")
+    (tmp_path / "rng.pkl").write_bytes(pickle.dumps({"state": np.arange(3)}))
+    (tmp_path / "custom.bin").write_bytes(pickle.dumps(ATTACK, 0))
+    (tmp_path / "README.md").write_text("config\nvalue\nsome text.\n")
+    (tmp_path / "vocab.txt").write_text("cat\ndog\n(house\n.\n")
+    (tmp_path / "config.json").write_text("{}")
+    header = b'{"a":{"dtype":"U8","shape":[],"data_offsets":[0,1]}}'
+    safetensors = struct.pack("<Q", 640) + header.ljust(640) + b"\0"  # begins like a pickle of protocol 2
+    (tmp_path / "model.safetensors").write_bytes(safetensors)
+    assert safetensors[:2] == b"\x80\x02"
+    assert names_in(tmp_path) == {"good.pt": set(), "bad.pt": {SYSTEM}, "rng.pkl": set(), "custom.bin": {SYSTEM}}
+    assert unread_in(tmp_path) == set()
+
+
+def test_torch_files_from_before_1_6(tmp_path: Path) -> None:
+    for name, value in {"good": torch.ones(640), "bad": [torch.ones(640), ATTACK]}.items():
+        torch.save(value, tmp_path / f"{name}.pt", _use_new_zipfile_serialization=False)
+    assert names_in(tmp_path) == {"good.pt": set(), "bad.pt": {SYSTEM}}
+    assert unread_in(tmp_path) == set()
+
+
+def test_programs_and_damage_count_as_able_to_run_code(tmp_path: Path) -> None:
+    class Doubled(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(Doubled()), tmp_path / "program.pt")
+    torch.save({"w": torch.ones(300)}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-100])
+    (tmp_path / "cut.pkl").write_bytes(pickle.dumps(list(range(300)))[:-100])
+    upper = zip_of(pickle.dumps(ATTACK), {}).replace(b"data.pkl", b"DATA.PKL")
+    (tmp_path / "upper.pt").write_bytes(upper)  # torch finds it all the same
+    assert unread_in(tmp_path) == {"program.pt", "cut.pt", "cut.pkl"}
+    assert names_in(tmp_path)["upper.pt"] == {SYSTEM}
+
+
+def of_metadata(folder: Path, change: Callable[[Any], Any]) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(change(pickle.loads((folder / ".metadata").read_bytes()))))
+
+
+def test_dcp_folders(dcp_alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dcp"
+    shutil.copytree(dcp_alone / "nested", folder)
+    assert names_in(folder) == {".metadata": set(), "__0_0.distcp": set()}
+    assert unread_in(folder) == set()
+    other = tmp_path / "value"
+    shutil.copytree(folder, other)
+    shard = other / "__0_0.distcp"
+    buffer = io.BytesIO()
+    torch.save(ATTACK, buffer)
+
+    def replaced(metadata: Any) -> Any:
+        index, info = next((i, s) for i, s in metadata.storage_data.items() if i.fqn == "step")
+        info.offset, info.length = shard.stat().st_size, len(buffer.getvalue())
+        shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+        metadata.storage_data[index] = info
+        return metadata
+
+    of_metadata(other, replaced)
+    assert names_in(other) == {".metadata": set(), "__0_0.distcp": {SYSTEM}}
+    of_metadata(folder, lambda metadata: (metadata, ATTACK))
+    assert names_in(folder)[".metadata"] == {SYSTEM}
+    assert "__0_0.distcp" in unread_in(folder), "what is in it cannot be found"
+
+
+def test_hostile_sizes_are_bounded() -> None:
+    many = b"\x80\x02" + b"".join(b"cm\nf%d\n0" % i for i in range(5000)) + b"N."
+    found = of_bytes(zip_of(many, {}))
+    assert found is not None
+    assert len(found.names) == 1000
+    assert "5000" in str(found.unread)
+    long = b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"x"
+    assert "claims" in str(of_bytes(long).unread)  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 import warnings
@@ -68,6 +69,7 @@ class Ranks:
 
 
 def _serve(end: Connection) -> None:
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported; no rank has a GPU
     import torch
     import torch.distributed as dist
 

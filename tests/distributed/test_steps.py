@@ -217,3 +217,22 @@ def stochastic() -> None:
 
 def test_ranks_round_with_draws_of_their_own(ranks: Ranks) -> None:
     ranks.run(2, stochastic)
+
+
+def fused() -> None:
+    """Kernels are given this rank's part, here two rows or none; interpreted, as there is no GPU."""
+    mesh = init_device_mesh("cpu", (4,))
+    own = parameters(torch.bfloat16)["conv.weight"]
+    cut = nn.Parameter(placed(own.detach(), mesh, [Shard(0)]))
+    pair = [optim.AdamW([p], lr=1e-2, dense_below=0, fused=True) for p in (own, cut)]
+    own.grad = gradients(0)["conv.weight"].bfloat16()
+    cut.grad = placed(own.grad, mesh, [Shard(0)])
+    for optimizer in pair:
+        optimizer.step()
+    assert len(pair[1]._launches) == 1
+    assert torch.equal(whole(cut.detach()), own.detach())
+
+
+def test_fused_steps_see_shards(ranks: Ranks) -> None:
+    pytest.importorskip("triton")
+    ranks.run(4, fused)

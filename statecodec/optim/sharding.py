@@ -74,7 +74,7 @@ def ranks_agree(p: Tensor, text: str) -> bool:
 
     mesh = cast("DTensor", p).device_mesh
     digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    both = torch.tensor([digest, -digest], device=mesh.device_type)
+    both = torch.tensor([digest, -digest], dtype=torch.int64, device=mesh.device_type)
     for i in range(mesh.ndim):
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.get_group(i))
     return int(both[0]) == -int(both[1])
@@ -195,7 +195,7 @@ def placed(codec: Codec, part: Tensor, p: Tensor) -> Tensor:
     if place_of(part) == (cast("DTensor", p).device_mesh, placements):
         own = local(part)
     else:
-        target = _wrap(torch.empty(0, device="meta"), shape, p, placements)
+        target = _wrap(torch.empty(0, dtype=torch.float32, device="meta"), shape, p, placements)
         own = _slice(whole(part).detach(), target)
     return _wrap(own.to(device, copy=True).contiguous(), shape, p, placements)
 

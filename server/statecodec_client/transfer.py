@@ -15,11 +15,12 @@ from typing import Any
 
 import httpx
 
-from statecodec.errors import CorruptFile, StatecodecError
+from statecodec.errors import CorruptFile, StatecodecError, UsageError
 
 BLOCK = 1 << 20
 CHUNK = 64 << 20
 PATIENCE = 120.0
+FIRST = 10.0  # seconds for the first answer: an address where nobody is will not get better
 RETRY_STATUSES = frozenset({408, 423, 429, 500, 502, 503, 504})
 TUS = {"Tus-Resumable": "1.0.0"}
 OFFSET_TYPE = "application/offset+octet-stream"
@@ -40,10 +41,14 @@ class Connection:
     """One service and one token; `patience`: seconds without any progress after which a transfer gives up."""
 
     def __init__(self, url: str, token: str | None, patience: float, cache: Path) -> None:
+        address = urllib.parse.urlsplit(url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise UsageError(f"{url[:80]!r} is no address of a service; one is like http://localhost:8321")
         headers = {"User-Agent": "statecodec-client"} | ({"Authorization": f"Bearer {token}"} if token else {})
         timeout = httpx.Timeout(60.0, connect=10.0)
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=timeout)
         self._url, self._patience, self._cache = url.rstrip("/"), patience, cache
+        self._reached = False
 
     def close(self) -> None:
         """Give the connections back."""
@@ -51,13 +56,15 @@ class Connection:
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         """One request, tried again while the service cannot be reached; raises ServiceError for a refusal."""
-        waits = _Waits(self._patience)
+        waits = _Waits(self._patience if self._reached else min(self._patience, FIRST))
         while True:
             try:
                 answer = self._http.request(method, path, **options)
             except httpx.TransportError as error:
                 waits.pause(error)
                 continue
+            if not self._reached:
+                self._reached, waits = True, _Waits(self._patience)
             if answer.status_code in RETRY_STATUSES and waits.left():
                 waits.pause(_refusal(answer), answer.headers.get("Retry-After"))
                 continue

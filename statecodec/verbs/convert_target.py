@@ -10,6 +10,7 @@ from typing import Any
 from statecodec.errors import UsageError
 
 _TARGET = re.compile(r"(torch|adamw|foam|slimadam|lorapre)\s*(?:\((.*)\))?", re.DOTALL)
+_OPENED = re.compile(r"\s*(torch|adamw|foam|slimadam|lorapre)\s*\(")
 _OPTION = re.compile(r"\s*(\w+)\s*=\s*([^,()\[\]]*)\s*(?:,|$)")
 
 
@@ -28,6 +29,8 @@ class Target:
         """
         match = _TARGET.fullmatch(text.strip())
         if match is None:
+            if _OPENED.match(text):
+                raise UsageError(f"{text!r}: expected NAME(option=value,...), and nothing behind the closing bracket")
             return None
         given, position, options = match.group(2) or "", 0, {}
         while position < len(given):

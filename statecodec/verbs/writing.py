@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+
+
 @dataclass(frozen=True)
 class Encoded:
     """One chunk's parts, and how what they decode to compares with what they were made of (None: equal).
@@ -73,6 +76,8 @@ class Outcome:
         written = self.written
         shown = output.target.with_name(written.path.name) if len(written.files) > 1 else output.target
         notes = (*self.checked.notes, *written.notes)
+        if output.target.suffix.lower() in _TORCH_SUFFIXES:
+            notes += (f"{output.target.name} is a compressed file whatever its name: `restore` gives a torch file",)
         return replace(self.checked, path=str(shown), files=tuple(str(f) for f in written.files), notes=notes)
 
 

@@ -11,8 +11,8 @@ import time
 import pytest
 from service import Service
 
-from statecodec.errors import CorruptFile
-from statecodec_client import Client, ServiceError
+from statecodec.errors import CorruptFile, UsageError
+from statecodec_client import Client, ServiceError, transfer
 
 DATA = os.urandom(1_000_000) * 6
 
@@ -67,10 +67,16 @@ def test_a_wrong_token_is_not_tried_again(service, tmp_path):
     assert time.monotonic() - began < 10
 
 
-def test_an_unreachable_service_is_said_to_be_so(tmp_path):
+def test_an_unreachable_service_is_said_to_be_so(tmp_path, monkeypatch):
     with Client("http://127.0.0.1:9", patience=0.5) as client, pytest.raises(ServiceError) as caught:
         client.job("x")
     assert caught.value.code == "unreachable"
+    monkeypatch.setattr(transfer, "FIRST", 0.5)  # where nobody ever answered, all the patience for cuts is not waited
+    with Client("http://127.0.0.1:9", patience=3600) as client, pytest.raises(ServiceError, match="cannot be reached"):
+        client.request("GET", "/v1/jobs")
+    for wrong in ("localhost:8321", "nowhere", "", "ftp://host", "http://"):
+        with pytest.raises(UsageError, match="no address of a service"):
+            Client(wrong)
 
 
 def test_an_upload_survives_the_death_of_the_server_and_of_the_client(tmp_path, monkeypatch):

@@ -145,6 +145,16 @@ def test_a_rule_that_matches_nothing_is_named(checkpoint: Path, packed: Path, tm
     assert not target.exists()
 
 
+def test_a_compressed_file_called_like_a_torch_file_is_remarked_on(checkpoint: Path, tmp_path: Path) -> None:
+    for made in (
+        statecodec.compress(checkpoint, tmp_path / "x.PT", preset="lossless"),
+        statecodec.convert(checkpoint, tmp_path / "y.pth", "exp_avg=raw"),
+    ):
+        assert any("is a compressed file whatever its name" in note for note in made.notes)
+    made = statecodec.compress(checkpoint, tmp_path / "z", preset="lossless")
+    assert not any("whatever its name" in note for note in made.notes)
+
+
 def test_many_rules_that_match_nothing_make_one_note(checkpoint: Path, tmp_path: Path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(str([f"layer.{i}.*=raw" for i in range(40)]).replace("'", '"'))

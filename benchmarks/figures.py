@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from statecodec_cli.plots import BEFORE, INK, PAPER, QUIET, STYLE
@@ -24,6 +25,8 @@ def main() -> None:
     with rc_context(STYLE):
         figure = presets(json.loads((ROOT / "results" / "quality.json").read_text()))
         figure.savefig(FIGURES / "presets.svg", facecolor=PAPER, metadata={"Date": None})
+        figure = resumed(json.loads((ROOT / "results" / "resume.json").read_text()))
+        figure.savefig(FIGURES / "resume.svg", facecolor=PAPER, metadata={"Date": None})
 
 
 def presets(result: dict[str, Any]) -> Figure:
@@ -46,6 +49,40 @@ def presets(result: dict[str, Any]) -> Figure:
     axes.set_xticks([])
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_title("Bytes per parameter on disk, and what that does to the next Adam update")
+    return figure
+
+
+def resumed(result: dict[str, Any]) -> Figure:
+    """Step error against size, and as colour the loss gap after resuming: the largest of all data orders."""
+    last = str(result["after"][-1])
+    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for task in result["tasks"].values():
+        found: dict[float, list[dict[str, Any]]] = {}
+        for order in task["orders"].values():
+            for variant, run in order.items():
+                if variant[0].isdigit():
+                    found.setdefault(float(variant), []).append(run)
+        errors = sorted(found)
+        if not errors:
+            continue
+        sizes = [found[f][0]["bytes_per_param"] for f in errors]
+        gaps = [max(abs(run["held_out_minus_exact"][last]) for run in found[f]) for f in errors]
+        axes.plot([100 * f for f in errors], sizes, color=BEFORE, zorder=1)
+        points = axes.scatter(
+            [100 * f for f in errors], sizes, c=gaps, s=60, zorder=2, cmap="viridis_r", norm=LogNorm(1e-6, 1e-2),
+            edgecolors=INK, linewidths=0.5,
+        )  # fmt: skip
+        axes.annotate(task["about"], (100 * errors[0], sizes[0]), (-8, 0), textcoords="offset points", ha="right",
+                      va="center", fontsize=8.5, color=INK)  # fmt: skip
+    figure.colorbar(points, label=f"held-out loss gap after {last} steps")
+    axes.set_xscale("log")
+    axes.set_xlim(0.08, 150)
+    axes.set_xticks([1, 10, 30, 100], ["1 %", "10 %", "30 %", "100 %"])
+    axes.minorticks_off()
+    axes.set_xlabel("error of weights and moments, in optimizer steps")
+    axes.set_ylabel("bytes per parameter")
+    axes.set_title("Size, error, and what is left of the error in the loss after training on")
     return figure
 
 

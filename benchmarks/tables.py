@@ -1,4 +1,4 @@
-"""Renders benchmarks/results/*.json as the tables of docs/benchmarks.md and docs/optimizers.md.
+"""Renders benchmarks/results/*.json as the tables of the documents.
 
 python benchmarks/tables.py            rewrites them in place
 python benchmarks/tables.py --check    exits with 1 if they are not what the results say
@@ -132,27 +132,61 @@ def memory(r: Result) -> list[str]:
 
 
 def resume(r: Result) -> list[str]:
-    """What resuming from every step error did to the validation loss, and to the path of the weights."""
-    before, after = r["steps"]
+    """What resuming from every step error did to the losses, and to the path of the weights."""
+    first, last = r["after"]
     lines = [
-        f"| beta2 | step error | ratio | B/param | validation loss minus exact, {after} steps on | path deviation |",
-        "| --- " * 6 + "|",
+        f"| trained | step error | ratio | B/param | training loss, largest gap in {first} steps "
+        f"| held-out loss minus exact after {first} | after {last} | path deviation |",
+        "| --- " * 8 + "|",
     ]
-    for beta2 in dict.fromkeys(run["beta2"] for run in r["runs"]):
-        runs = [run["fractions"] for run in r["runs"] if run["beta2"] == beta2]
-        for fraction in runs[0]:
-            own = [run[fraction] for run in runs]
-            gaps = ", ".join(f"{f['loss_minus_exact']:+.1e}" for f in own)
-            ratio, size, path = (
-                statistics.mean(f[key] for f in own) for key in ("ratio", "bytes_per_param", "path_deviation")
+    for task in r["tasks"].values():
+        orders = list(task["orders"].values())
+        for variant in sorted({v for o in orders for v in o if v != "exact"}, key=_fraction):
+            own = [order[variant] for order in orders if variant in order]
+            gaps = [", ".join(f"{f['held_out_minus_exact'][str(n)]:+.1e}" for f in own) for n in (first, last)]
+            sizes = f"{own[0]['ratio']:.2f} | {own[0]['bytes_per_param']:.2f}" if "ratio" in own[0] else "- | -"
+            shown = f"{float(variant) * 100:g} %" if _fraction(variant) else variant
+            largest, path = max(f["largest_loss_gap"] for f in own), statistics.mean(f["path_deviation"] for f in own)
+            lines.append(
+                f"| {task['about']} | {shown} | {sizes} | {largest:.1e} | {gaps[0]} | {gaps[1]} | {path:.1e} |"
             )
-            shown = f"{float(fraction) * 100:g} %"
-            lines.append(f"| {beta2} | {shown} | {ratio:.2f} | {size:.2f} | {gaps} | {path:.3f} |")
-    spread = ", ".join(f"{sd:.1e} (beta2 {beta2})" for beta2, sd in r["data_order_sd"].items())
-    seeds = "one seed" if r["seeds"] == 1 else f"{r['seeds']} seeds"
+    spread = [
+        f"{task['about']} ({task['params'] / 1e6:.1f} M parameters) {statistics.stdev(exact):.1e}"
+        for task in r["tasks"].values()
+        if len(exact := [order["exact"][str(last)] for order in task["orders"].values()]) > 1
+    ]
     return [
         *lines, "",
-        f"Resumed after {before} steps, {seeds}. Standard deviation of exact resumes over three data orders: {spread}.",
+        f"Saved after {r['before']} steps; one figure for each data order. Standard deviation of exact resumes over "
+        f"data orders after {last} steps: {'; '.join(spread)}.",
+    ]  # fmt: skip
+
+
+def _fraction(variant: str) -> float:
+    """A step error; 0 for one ulp."""
+    return float(variant) if variant[0].isdigit() else 0.0
+
+
+def chain(r: Result) -> list[str]:
+    """Links by distance, and whole chains."""
+    fractions = list(dict.fromkeys(link["fraction"] for link in r["links"]))
+    shown = " | ".join(f"{f * 100:g} %" for f in fractions)
+    lines = [f"| step | steps since the base | {shown} |", "| --- " * (2 + len(fractions)) + "|"]
+    found = {(m["step"], m["distance"], m["fraction"]): m for m in r["links"]}
+    for step, distance in dict.fromkeys((m["step"], m["distance"]) for m in r["links"]):
+        own = [found[step, distance, f] for f in fractions]
+        sizes = " | ".join(f"{m['ratio']:.1f}x ({m['alone'] / m['link']:.2f})" for m in own)
+        lines.append(f"| {step} | {distance} | {sizes} |")
+    sums = " | ".join(f"{c['source'] / c['chain']:.1f}x ({c['alone'] / c['chain']:.2f})" for c in r["chains"])
+    lines.append(f"| 50 to 400 | a chain, 50 apart | {sums} |")
+    for step in dict.fromkeys(g["step"] for g in r["gaps"]):
+        gaps = [max(map(abs, g["held_out_minus_exact"])) for g in r["gaps"] if g["step"] == step]
+        lines.append(f"| {step} | largest loss gap | {' | '.join(f'{gap:.1e}' for gap in gaps)} |")
+    return [
+        *lines, "",
+        f"A GPT of {r['params'] / 1e6:.1f} M parameters. In brackets: how many times smaller than without a base. "
+        f"Loss gap: held out, {r['resumed_steps']} steps after resuming, against the exact resume, the larger of two "
+        "data orders.",
     ]  # fmt: skip
 
 
@@ -216,7 +250,7 @@ COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
-    "memory": memory, "resume": resume, "startup": startup,
+    "memory": memory, "resume": resume, "chain": chain, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,
 }  # fmt: skip

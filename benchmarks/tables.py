@@ -19,7 +19,9 @@ from typing import Any
 import scale_model
 
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = tuple(ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md", "docs/scaling.md"))
+DOCUMENTS = tuple(
+    ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md", "docs/analysis.md", "docs/scaling.md")
+)
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]

@@ -29,7 +29,7 @@ def reap(here: Context) -> None:
     for row in waiting:
         here.queue.submit(row["id"], row["token"])
     for row in [*waiting, *here.jobs.running()]:
-        if False:
+        if here.queue.lost(row["id"]):
             error = {"code": "internal", "message": "The job was given up after repeated failures of the service."}
             here.jobs.end(row, "failed", error=error, any_attempt=True)
 

@@ -65,7 +65,7 @@ def test_convert_and_back(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
     assert "Adam update  u-rms 0." in done.out
     back = cli("convert", tmp_path / "foam.pt", tmp_path / "back.pt", "--to", "torch", "--json", "-q")
     assert back.json()["bytes"] > 0
-    assert cli("convert", ckpt, tmp_path / "c.pt", "--to", "foam(", "-q").code == 1  # a rule that cannot be read
+    assert cli("convert", ckpt, tmp_path / "c.pt", "--to", "foam(", "-q").code == 2  # a rule that cannot be read
     assert not (tmp_path / "c.pt").exists()
 
 

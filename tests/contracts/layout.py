@@ -195,7 +195,7 @@ class LayoutContract:
         try:
             for layout, part in claimed(listing):
                 located = layout.locate(part)
-                tensors, _ = named([located])
+                tensors, *_ = named([located])
                 crcs_aside = [SourceFile(f.path, f.nbytes, f.mode, f.layout, f.regions, f.views) for f in located.files]
                 for file in crcs_aside:
                     check_file(file, contents[file.path])

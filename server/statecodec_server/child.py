@@ -107,7 +107,7 @@ def _report(value: Any, staged: str, display: str) -> dict[str, Any]:
 def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     from statecodec.operations import OPERATIONS
 
-    from .operations import RUN, Call
+    from .operations import Call, run
     from .segments import tar_sha256
 
     operation = OPERATIONS[request["operation"]]
@@ -124,7 +124,7 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
         threads=request["threads"],
         progress=channel.progress,
     )
-    report = _report(RUN[operation.name](library, call), request["name"], request["display"])
+    report = _report(run(library, operation, call), request["name"], request["display"])
     channel.send(progress=[0, 0, "checking"])
     files = _files(output)
     sha256, each = tar_sha256(output, files) if operation.makes_files else ("", [])

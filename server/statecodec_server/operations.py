@@ -1,7 +1,7 @@
 """How each operation of the library's table is carried out for a job, and which of them the installed library has.
 
-The table itself is `statecodec.operations`; adding an operation is one row there and one function here. The HTTP
-process never imports torch: it asks a process of its own what the library exports and which parameters its
+The table itself is `statecodec.operations`. An operation that makes files needs a function here, which names them. The
+HTTP process never imports torch: it asks a process of its own what the library exports and which parameters its
 functions take.
 """
 
@@ -52,61 +52,59 @@ def _compressed(path: Path) -> Path:
     return indexes[0] if len(indexes) == 1 else path
 
 
+def _keywords(function: Callable[..., Any], call: Call) -> dict[str, Any]:
+    """The job's options, and of the service's own keywords those that the function takes."""
+    own = {"progress": call.progress, "threads": call.threads, "device": "cpu"}
+    taken = inspect.signature(function).parameters
+    return {**{name: value for name, value in own.items() if name in taken}, **call.options}
+
+
 def _compress(library: Any, call: Call) -> Any:
     target = call.output / f"{stem(call.name)}{SUFFIX}"
-    if call.other is None:
-        return library.compress(
-            call.source, target, progress=call.progress, threads=call.threads, device="cpu", **call.options
-        )
-    base = call.output / call.other.name  # laid there by the worker: what builds on a file lies beside it
-    if base == target:
-        target = call.output / f"{stem(call.name)}.next{SUFFIX}"
-    return library.compress(
-        call.source, target, base=base, progress=call.progress, threads=call.threads, device="cpu", **call.options
-    )
+    keywords = _keywords(library.compress, call)
+    if call.other is not None:
+        keywords["base"] = call.output / call.other.name  # laid there by the worker: a link and its base lie together
+        if keywords["base"] == target:
+            target = call.output / f"{stem(call.name)}.next{SUFFIX}"
+    return library.compress(call.source, target, **keywords)
 
 
 def _restore(library: Any, call: Call) -> Any:
     source = _compressed(call.source)
     original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
     target = call.output / clean_name(Path(str(original)).name)
-    return library.restore(source, target, progress=call.progress, threads=call.threads, device="cpu", **call.options)
-
-
-def _inspect(library: Any, call: Call) -> Any:
-    return library.inspect(_compressed(call.source), **call.options)
+    return library.restore(source, target, **_keywords(library.restore, call))
 
 
 def _verify(library: Any, call: Call) -> Any:
-    return library.verify(_compressed(call.source), call.other, progress=call.progress)
-
-
-def _diff(library: Any, call: Call) -> Any:
-    assert call.other is not None
-    return library.diff(_compressed(call.source), _compressed(call.other), progress=call.progress)
-
-
-def _analyze(library: Any, call: Call) -> Any:
-    return library.analyze(_compressed(call.source), progress=call.progress, threads=call.threads, **call.options)
+    return library.verify(_compressed(call.source), call.other, **_keywords(library.verify, call))
 
 
 def _convert(library: Any, call: Call) -> Any:
     is_rule = "=" in call.options["to"][0].split("(")[0]
     target = call.output / f"{stem(call.name)}{SUFFIX if is_rule else '.pt'}"
-    return library.convert(
-        _compressed(call.source), target, progress=call.progress, threads=call.threads, **call.options
-    )
+    return library.convert(_compressed(call.source), target, **_keywords(library.convert, call))
 
 
-RUN: dict[str, Callable[[Any, Call], Any]] = {
+_RUN: dict[str, Callable[[Any, Call], Any]] = {
     "compress": _compress,
     "restore": _restore,
-    "inspect": _inspect,
     "verify": _verify,
-    "diff": _diff,
-    "analyze": _analyze,
     "convert": _convert,
 }
+
+
+def run(library: Any, operation: Operation, call: Call) -> Any:
+    """Carry out an operation for a job. Returns the report of the library's function.
+
+    An operation without a row in _RUN makes no files: its function gets the checkpoint, and the second one if there is
+    one.
+    """
+    if operation.name in _RUN:
+        return _RUN[operation.name](library, call)
+    function = getattr(library, operation.name)
+    inputs = [_compressed(path) for path in (call.source, call.other) if path is not None]
+    return function(*inputs, **_keywords(function, call))
 
 
 def parameters(backend: str) -> dict[str, list[str]]:
@@ -129,7 +127,7 @@ def describe(backend: str) -> dict[str, list[str]]:
     return found
 
 
-def _offer(operation: Operation, taken: Sequence[str]) -> Operation:
+def offer(operation: Operation, taken: Sequence[str]) -> Operation:
     """The operation as the installed library has it: an option that its function does not take is not offered.
 
     Restoring takes no base as an argument: it lies beside the file."""
@@ -141,7 +139,7 @@ def _offer(operation: Operation, taken: Sequence[str]) -> Operation:
 def offers(backend: str) -> dict[str, Operation]:
     """The operations whose function the library exports."""
     found = describe(backend)
-    return {name: _offer(item, found[name]) for name, item in OPERATIONS.items() if name in found}
+    return {name: offer(item, found[name]) for name, item in OPERATIONS.items() if name in found}
 
 
 if __name__ == "__main__":

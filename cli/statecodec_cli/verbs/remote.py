@@ -133,7 +133,7 @@ def _ignore(done: int, total: int, stage: str) -> None:
 
 
 def _show(operation: str, report: dict[str, Any], *, every: bool, against: bool) -> None:
-    """Print a report as the local verb does."""
+    """Print a report as the local verb does; as JSON where no table is made for the operation."""
     from statecodec_cli import analysis_tables, tables
 
     show: dict[str, Callable[[], Any]] = {
@@ -145,7 +145,10 @@ def _show(operation: str, report: dict[str, Any], *, every: bool, against: bool)
         "analyze": lambda: analysis_tables.analyzed(report, every=every),
         "convert": lambda: analysis_tables.converted(report, every=every),
     }
-    console.show(*show[operation]())
+    if operation in show:
+        console.show(*show[operation]())
+    else:
+        console.emit(report)
 
 
 def _target(row: Operation, src: Path, output: str | None, *, force: bool) -> Path | None:

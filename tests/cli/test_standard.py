@@ -3,24 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pty
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from statecodec_cli.main import main
 from tests.cli.run import Cli
 
 STATECODEC = (sys.executable, "-m", "statecodec_cli")
+STREAMS = ("stdin", "stdout", "stderr")
 
 
 def run(*words: object, data: bytes = b"", folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """A real process, with pipes for its streams."""
     environment = {**os.environ, "TMPDIR": str(folder)}
     return subprocess.run(
         [*STATECODEC, *map(str, words)], input=data, capture_output=True, env=environment, timeout=120, check=False
     )
+
+
+def call(*words: object, data: bytes = b"", folder: Path) -> subprocess.CompletedProcess[bytes]:
+    """The same in this process, which need not import torch again."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(data if name == "stdin" else b"")) for name in STREAMS}
+    with ExitStack() as stack:
+        for name, stream in streams.items():
+            stack.enter_context(mock.patch.object(sys, name, stream))
+        stack.enter_context(mock.patch.object(tempfile, "tempdir", str(folder)))
+        code = main([str(word) for word in words])
+        for name in ("stdout", "stderr"):
+            streams[name].flush()
+    out, err = (streams[name].buffer.getvalue() for name in ("stdout", "stderr"))  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(words, code, out, err)
 
 
 @pytest.fixture
@@ -35,13 +56,13 @@ def test_there_and_back_through_pipes(ckpt: Path, temporary: Path) -> None:
     packed = run("compress", "-", "-o", "-", "--preset", "lossless", data=original, folder=temporary)
     assert packed.returncode == 0, packed.stderr
     assert b"B/param" in packed.stderr
-    shown = run("inspect", "-", data=packed.stdout, folder=temporary)
+    shown = call("inspect", "-", data=packed.stdout, folder=temporary)
     assert b"standard input" in shown.stdout
-    checked = run("verify", "-", "--against", ckpt, data=packed.stdout, folder=temporary)
+    checked = call("verify", "-", "--against", ckpt, data=packed.stdout, folder=temporary)
     assert checked.returncode == 0, checked.stderr
     restored = run("restore", "-", "-o", "-", data=packed.stdout, folder=temporary)
     assert hashlib.sha256(restored.stdout).digest() == hashlib.sha256(original).digest()
-    converted = run("convert", "-", "-", "--to", "exp_avg=cast", data=packed.stdout, folder=temporary)
+    converted = call("convert", "-", "-", "--to", "exp_avg=cast", data=packed.stdout, folder=temporary)
     assert 0 < len(converted.stdout) < len(packed.stdout)
     assert list(temporary.iterdir()) == []
 
@@ -49,25 +70,25 @@ def test_there_and_back_through_pipes(ckpt: Path, temporary: Path) -> None:
 def test_comparisons_and_analyses_read_standard_input(ckpt: Path, temporary: Path) -> None:
     content = ckpt.read_bytes()
     for words in (("diff", "-", ckpt), ("diff", ckpt, "-")):
-        same = run(*words, "--json", data=content, folder=temporary)
+        same = call(*words, "--json", data=content, folder=temporary)
         assert b'"identical": true' in same.stdout
         assert b'"standard input"' in same.stdout
-    measured = run("analyze", "-", "-q", data=content, folder=temporary)
+    measured = call("analyze", "-", "-q", data=content, folder=temporary)
     assert measured.stdout.startswith(b"standard input ")
-    both = run("diff", "-", "-", data=content, folder=temporary)
+    both = call("diff", "-", "-", data=content, folder=temporary)
     assert (both.returncode, b"one of the checkpoints only" in both.stderr) == (2, True)
     assert list(temporary.iterdir()) == []
 
 
 def test_what_makes_no_sense_says_so(ckpt: Path, temporary: Path) -> None:
     content = ckpt.read_bytes()
-    nameless = run("compress", "-", data=content, folder=temporary)
+    nameless = call("compress", "-", data=content, folder=temporary)
     assert (nameless.returncode, nameless.stdout) == (2, b"")
     assert b"give -o" in nameless.stderr
-    both = run("compress", ckpt, "-o", "-", "--json", folder=temporary)
+    both = call("compress", ckpt, "-o", "-", "--json", folder=temporary)
     assert both.returncode == 2
     assert b"not both" in both.stdout
-    garbage = run("compress", "-", "-o", "-", data=b"garbage", folder=temporary)
+    garbage = call("compress", "-", "-o", "-", data=b"garbage", folder=temporary)
     assert (garbage.returncode, garbage.stdout) == (1, b"")
     assert list(temporary.iterdir()) == []
 
@@ -78,7 +99,7 @@ def test_a_directory_does_not_go_to_standard_output(ckpt: Path, temporary: Path,
     folder.mkdir()
     ckpt.rename(folder / "ckpt.pt")
     assert cli("compress", folder, "-o", packed).code == 0
-    refused = run("restore", packed, "-o", "-", folder=temporary)
+    refused = call("restore", packed, "-o", "-", folder=temporary)
     assert (refused.returncode, refused.stdout) == (2, b"")
     assert b"a directory cannot be written" in refused.stderr
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 Shape = tuple[int, ...]
@@ -85,21 +86,22 @@ def deal_by_shape(
         elif layers and len({re.sub(r"\d+", "#", weights[w][0]) for w in candidates}) == 1:
             candidates.sort(key=lambda w: _numbers(weights[w][0]))
             layered.update(zip(places, candidates, strict=True))
-    ordered = [(g, weights[w][0]) for (g, _), w in sorted(layered.items())]
-    return certain | layered if _in_layer_order(ordered) else certain
+    return certain | layered if _layer_by_layer([(g, i, weights[w][0]) for (g, i), w in layered.items()]) else certain
 
 
 def _numbers(name: str) -> list[int]:
     return [int(n) for n in re.findall(r"\d{1,18}", name)]
 
 
-def _in_layer_order(names: list[tuple[int, str]]) -> bool:
-    """Whether layer 1 follows layer 0 and so on, within each group and stack of layers; `names` are (group, name)."""
-    latest: dict[tuple[int, str], int] = {}
-    for group, name in names:
-        stack, _, _ = re.sub(r"\d+", "#", name).partition("#")
-        number = _numbers(name)[0]
-        if number < latest.get((group, stack), 0):
+def _layer_by_layer(places: list[tuple[int, int, str]]) -> bool:
+    """Whether layer follows layer, all of one length, in each group; `places` are (group, position, name)."""
+    starts: dict[tuple[int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for group, position, name in sorted(places):
+        stack, _, kind = re.sub(r"\d+", "#", name).partition("#")
+        starts[group, stack][kind].append(position)
+    for kinds in starts.values():
+        lengths = {b - a for positions in kinds.values() for a, b in pairwise(positions)}
+        firsts = [positions[0] for positions in kinds.values()]
+        if len(lengths) != 1 or max(firsts) - min(firsts) >= lengths.pop():
             return False
-        latest[group, stack] = number
     return True

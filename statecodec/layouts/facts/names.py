@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final, TypeAlias
 
+from statecodec.layouts.facts.conventions import usual_division
 from statecodec.layouts.facts.match import Shape, deal, deal_by_shape
+from statecodec.layouts.facts.orders import known_orders
 from statecodec.layouts.facts.survey import Optimizer, Weight
+
+Dealt: TypeAlias = "list[list[str | None]]"
+"""For each group of an optimizer the names of its parameters."""
 
 _STRANGERS: Final = 4  # parameters that fit, at least, for each one that does not
 
@@ -19,6 +27,21 @@ class Candidate:
 
     weights: list[Weight]
     ordered: bool
+    """They stand in the model's order."""
+
+    known: bool = False
+    """The order is that of a well-known architecture."""
+
+    @cached_property
+    def orders(self) -> list[Candidate]:
+        """The same weights in each order that the model may have; nothing where none is known."""
+        names = self.names()
+        if self.ordered and names != sorted(names):
+            return [self]
+        known = known_orders(names)
+        if self.ordered and not known and not _biases_come_first(names):
+            return [self]
+        return [Candidate([self.weights[i] for i in order], True, True) for order in known]
 
     def names(self) -> list[str]:
         return [w.name for w in self.weights]
@@ -39,9 +62,9 @@ def models(weights: list[Weight], ordered: bool) -> list[Candidate]:
     return [Candidate(model, ordered) for model in models.values()]
 
 
-def name_all(optimizers: list[Optimizer], scopes: list[list[Candidate]]) -> list[list[list[str | None]]]:
+def name_all(optimizers: list[Optimizer], scopes: list[list[Candidate]]) -> list[Dealt]:
     """For each optimizer, for each group, the parameters' names; None where they are not certain."""
-    named: list[list[list[str | None]] | None] = [_given_names(o) for o in optimizers]
+    named: list[Dealt | None] = [_given_names(o) for o in optimizers]
     for scope in scopes:
         open_ones = [i for i, n in enumerate(named) if n is None]
         for i in open_ones:
@@ -61,31 +84,51 @@ def name_all(optimizers: list[Optimizer], scopes: list[list[Candidate]]) -> list
     return [n or [[None] * len(g.ids) for g in o.groups] for n, o in zip(named, optimizers, strict=True)]
 
 
-def _given_names(optimizer: Optimizer) -> list[list[str | None]] | None:
+def _given_names(optimizer: Optimizer) -> Dealt | None:
     return [g.names for g in optimizer.groups] if any(any(g.names) for g in optimizer.groups) else None
 
 
-def _agreed(answers: list[list[list[str | None]] | None]) -> list[list[str | None]] | None:
-    """The one answer that all candidates that have one give (a model and its EMA agree)."""
+def _agreed(answers: Iterable[Dealt | None]) -> Dealt | None:
+    """The names that all answers give, if there are any (a model and its EMA agree; two orders agree in part)."""
     given = [a for a in answers if a is not None]
-    return given[0] if given and all(a == given[0] for a in given) else None
+    if not given:
+        return None
+    agreed = [
+        [names[0] if names.count(names[0]) == len(names) else None for names in zip(*groups, strict=True)]
+        for groups in zip(*given, strict=True)
+    ]
+    return agreed if any(map(any, agreed)) else None
 
 
-def _match_ordered(candidate: Candidate, optimizers: list[Optimizer], *, exact: bool) -> list[list[str | None]] | None:
+def _match_ordered(candidate: Candidate, optimizers: list[Optimizer], *, exact: bool) -> Dealt | None:
     groups = [shapes for o in optimizers for shapes in o.shapes()]
     total = sum(len(g) for g in groups)
-    if not candidate.ordered or not total or (exact and total != len(candidate.weights)):
+    if not total or (exact and total != len(candidate.weights)):
         return None
     if all(shape is None for group in groups for shape in group):
         return None
-    names = candidate.names()
-    dealt = deal(candidate.shapes(), groups)
+    decays = [group.node.get("weight_decay") for o in optimizers for group in o.groups]
+    return _agreed(_match_order(order, groups, decays, exact=exact) for order in candidate.orders)
+
+
+def _match_order(
+    candidate: Candidate, groups: list[list[Shape | None]], decays: list[Any], *, exact: bool
+) -> Dealt | None:
+    names, shapes = candidate.names(), candidate.shapes()
+    dealt = deal(shapes, groups)
+    if dealt is None and exact and candidate.known:
+        dealt = usual_division(names, shapes, groups, decays)
     if dealt is not None:
         return [[names[w] for w in group] for group in dealt]
     return None if exact else _without_strangers(candidate, groups)
 
 
-def _without_strangers(candidate: Candidate, groups: list[list[Shape | None]]) -> list[list[str | None]] | None:
+def _biases_come_first(names: list[str]) -> bool:
+    """Whether these are sorted by name: modules have their weight before their bias."""
+    return any(a.rpartition(".")[0] + ".weight" == b and a.endswith(".bias") for a, b in pairwise(names))
+
+
+def _without_strangers(candidate: Candidate, groups: list[list[Shape | None]]) -> Dealt | None:
     """The same without the few parameters that have no state, or a shape that no weight has: they stay anonymous."""
     known = set(candidate.shapes())
     fitting = [[i for i, shape in enumerate(group) if shape in known] for group in groups]
@@ -102,13 +145,13 @@ def _without_strangers(candidate: Candidate, groups: list[list[Shape | None]]) -
     return found
 
 
-def _match_shapes(candidate: Candidate, optimizer: Optimizer) -> list[list[str | None]] | None:
+def _match_shapes(candidate: Candidate, optimizer: Optimizer) -> Dealt | None:
     groups = optimizer.shapes()
     if sum(len(g) for g in groups) > len(candidate.weights):
         return None
     pairs = list(zip(candidate.names(), candidate.shapes(), strict=True))
     # Where the order is known and did not fit, it cannot be leant on.
-    found = deal_by_shape(pairs, groups, layers=not candidate.ordered)
+    found = deal_by_shape(pairs, groups, layers=not candidate.orders)
     if not found:
         return None
     return [

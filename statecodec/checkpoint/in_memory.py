@@ -50,13 +50,15 @@ class MemoryCheckpoint(SourceCheckpoint):
             self._folder.cleanup()
             raise
 
-    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None) -> Tensor:
+    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None, name: str = "") -> Tensor:
         if item.region is None:
-            return super().chunk(item, chunk, scratch)
+            return super().chunk(item, chunk, scratch, name)
         offset, storage = self._storages[bisect_right(self._offsets, item.region.offset) - 1]
         start = item.region.offset - offset + chunk.start * item.dtype.itemsize
         shape, dtype = tuple(chunk.shape), item.dtype.torch
-        values = scratch.take("source", dtype, shape) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
+        values = (
+            scratch.take("source", dtype, shape, name) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
+        )
         flat = values.view(-1).view(torch.uint8)
         flat.copy_(storage[start : start + flat.numel()])
         return values

@@ -163,13 +163,18 @@ class SourceCheckpoint(Checkpoint):
                 found[prefix + view.name] = Place(view, indices[view.region])
         return found
 
-    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None) -> Tensor:
-        """Elements of an item, in the chunk's shape; in the thread's scratch memory if given. Thread-safe."""
+    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None, name: str = "") -> Tensor:
+        """Elements of an item, in the chunk's shape; in the thread's scratch memory, under a name in it, if given.
+
+        Thread-safe.
+        """
         if self._check is not None and item.region is not None:
             self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
         size = item.dtype.itemsize
         shape, dtype = tuple(chunk.shape), item.dtype.torch
-        values = scratch.take("source", dtype, shape) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
+        values = (
+            scratch.take("source", dtype, shape, name) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
+        )
         view = memory(values)
         with self.files.open(item.file) as fd:
             name = str(self.files.path(item.file))

@@ -63,10 +63,15 @@ class Stored(Checkpoint):
             reader = Reader(path, limits or Limits())
         except FormatError as error:
             raise _not_compressed(Path(path)) or error from None
+        return cls.of(reader, beside=beside)
+
+    @classmethod
+    def of(cls, reader: Reader, *, beside: Path | None = None) -> Stored:
+        """The checkpoint in an open file, which closing it closes. Raises FormatError."""
         try:
-            stored = cls(Path(path), reader, documents.from_json(reader.document, reader.items), beside)
+            stored = cls(reader.path, reader, documents.from_json(reader.document, reader.items), beside)
             if stored.document.base is None and any(item.encoding.change for item in reader.items):
-                raise FormatError(f"{path} stores changes, but does not say since when")
+                raise FormatError(f"{reader.path} stores changes, but does not say since when")
             return stored
         except BaseException:
             reader.close()

@@ -66,25 +66,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Finished:
-    """An output that is whole and on the disk, but has not its name yet: a Reader opens `path`, and checks it there.
+    """An output that is whole and on the disk, but has not its name yet: `reader` reads it, as any reader will.
 
-    `path` and `files` lie in the writer's temporary folder, which leaving the writer removes.
+    `path` and `files` lie in the writer's temporary folder. Leaving the writer removes that and closes `reader`.
     """
 
     path: Path
     files: tuple[Path, ...]
     nbytes: int
     items: tuple[StoredItem, ...]
+    reader: Reader
     _destination: Destination
-
-    def check(self) -> None:
-        """Open it as any reader will. Raises UsageError if that refuses it."""
-        try:
-            Reader(self.path).close()
-        except FormatError as error:
-            if isinstance(error.__cause__, OSError):
-                raise OutputFailed(f"cannot read what was written: {error}") from error
-            raise UsageError(f"readers would refuse the output: {error}") from error
 
     def publish(self) -> Written:
         """Make it visible under its name, all files or none. Raises OutputExists, OutputFailed."""
@@ -99,7 +91,7 @@ class Writer:
         with Writer(path, items) as writer:
             ...                                     # append(pack(...)) every chunk of every item
             finished = writer.finish(document)      # whole and on the disk, under a temporary name
-            ...                                     # read finished.path
+            ...                                     # look at it through finished.reader
             written = finished.publish()            # `writer.close(document)` does both
 
     Leaving the block without publishing, by an exception or not, removes everything it wrote. Raises OutputExists,
@@ -128,6 +120,7 @@ class Writer:
         self._next = (0, 0)
         self._pool = Pool()
         self._files: list[File] = []
+        self._reader: Reader | None = None
         self._destination = Destination(path, len(self._plan.shards), force)
         try:
             for file in self._destination.files:
@@ -267,7 +260,10 @@ class Writer:
         self._attributes[item] = dict(attributes)
 
     def finish(self, document: Mapping[str, Any] | None = None) -> Finished:
-        """Write manifest and headers and wait for the disk; nothing is visible yet."""
+        """Write manifest and headers, wait for the disk and open the output; nothing is visible yet.
+
+        Raises UsageError if no reader would open it.
+        """
         self._check_complete()
         try:
             return self._finish_all(document or {})
@@ -305,9 +301,9 @@ class Writer:
         self._files.clear()
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
         made = place.staging.folder
-        finished = Finished(made / place.opened.name, tuple(made / f.name for f in place.files), nbytes, items, place)
-        finished.check()
-        return finished
+        path, files = made / place.opened.name, tuple(made / f.name for f in place.files)
+        self._reader = _opened(path)
+        return Finished(path, files, nbytes, items, self._reader, place)
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]
@@ -350,6 +346,8 @@ class Writer:
         """Remove everything that is not published. May be called at any time, more than once."""
         while self._files:
             self._files.pop().close()
+        if self._reader is not None:
+            self._reader.close()
         self._destination.staging.close()
 
     def __enter__(self) -> Writer:
@@ -359,6 +357,16 @@ class Writer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+def _opened(path: Path) -> Reader:
+    """A finished output, open. Raises UsageError if readers refuse it, OutputFailed."""
+    try:
+        return Reader(path)
+    except FormatError as error:
+        if isinstance(error.__cause__, OSError):
+            raise OutputFailed(f"cannot read what was written: {error}") from error
+        raise UsageError(f"readers would refuse the output: {error}") from error
 
 
 def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:

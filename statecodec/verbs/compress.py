@@ -46,7 +46,7 @@ from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-_scratch = Scratch()
+_scratch, _companion = Scratch(), Scratch()
 _FAR = 2.0  # times the preset's error: worth a remark
 
 
@@ -277,7 +277,7 @@ class Compression:
         found = {}
         for role in codec.needs:
             other = self.source.items[self.source.tensors[names[role]].index]
-            found[role] = self.source.chunk(other, chunk)
+            found[role] = self.source.chunk(other, chunk, _companion, role)
             if codec.needs_decoded:
                 chosen = self.recoded.get(other.index, self.choices[other.name].codec)
                 found[role] = chosen.encode(found[role]).decode()

@@ -119,7 +119,7 @@ def write(
     """
     with appended(output, items, encode, stage, fallback=fallback, errors=errors) as (writer, refusals):
         finished = writer.finish(document(refusals))
-        with Stored.open(finished.path, beside=output.target.parent) as stored:
+        with Stored.of(finished.reader, beside=output.target.parent) as stored:
             checked = stored.report() if check is None else check(stored)
         return Outcome(finished.publish(), refusals, checked)
 

@@ -114,9 +114,9 @@ def test_a_finished_output_can_be_read_before_it_is_published(tmp_path: Path, sh
             for i, (tensor, _) in enumerate(new.values()):
                 writer.append(writer.pack(i, writer.chunks(i)[0], {"data": tensor}))
             finished = writer.finish({})
-            with Reader(finished.path) as reader:
-                assert [check.error for check in reader.verify()] == [None] * 4
-                assert [f.name for f in reader.files] == [f.name for f in finished.files]
+            reader = finished.reader
+            assert [check.error for check in reader.verify()] == [None] * 4
+            assert [f.name for f in reader.files] == [f.name for f in finished.files]
             assert same(contents(finished.path), new)
             assert same(contents(path), old), "the previous output is there until the new one is published"
             if keep:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -24,6 +27,24 @@ if TYPE_CHECKING:
 
 # What an encoding kernel found in its input; it returns the bits, the codec raises.
 NAN, INF, NEGATIVE, OUT_OF_RANGE = 1, 2, 4, 8
+
+
+_TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
+
+
+@contextmanager
+def trusting() -> Iterator[None]:
+    """Within it, values are known to be encodable: nobody waits for a GPU to say what an encoder found."""
+    token = _TRUSTING.set(True)
+    try:
+        yield
+    finally:
+        _TRUSTING.reset(token)
+
+
+def trusted() -> bool:
+    """Whether values are known to be encodable."""
+    return _TRUSTING.get()
 
 
 class Backend(Protocol):

@@ -17,7 +17,8 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, pooling, saving, sharding
 from statecodec.optim.load_report import LoadReport
-from statecodec.optim.method import LOW, Group, Job, Recipe
+from statecodec.optim.matrices import step_matrices
+from statecodec.optim.method import LOW, Group, Job, PerParameter, Recipe, dense_gradient
 from statecodec.optim.options import (
     check_choice,
     check_flags,
@@ -121,14 +122,17 @@ class StateOptimizer(StateKeeper):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            self._step_each(fusing.step_group(self, group, group["params"], id(group)), group)
+            self._step_params(group["params"], group, id(group))
         return loss
 
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:
         """Step one parameter from its `.grad`; gradient release calls it during the backward pass."""
-        group = self.group_of(param)
-        self._step_each(fusing.step_group(self, group, [param], param), group)
+        self._step_params([param], self.group_of(param), param)
+
+    def _step_params(self, params: Sequence[Tensor], group: Group, key: Any) -> None:
+        """Fused steps, then batches of matrices, then what is left one by one; `key` as in `fusing.step_group`."""
+        self._step_each(step_matrices(self, group, fusing.step_group(self, group, params, key)), group)
 
     def _step_each(self, params: Sequence[Tensor], group: Group) -> None:
         """Step parameters one by one; while the ranks add up what some of them need, the others are stepped."""
@@ -143,10 +147,7 @@ class StateOptimizer(StateKeeper):
 
     def _gradient(self, p: Tensor) -> Tensor:
         """What this rank holds of a parameter's gradient."""
-        grad = cast(Tensor, p.grad)
-        if grad.is_sparse:
-            raise OptimizerError("sparse gradients are not supported; build the embedding with sparse=False")
-        return sharding.gradient(p, grad)
+        return sharding.gradient(p, dense_gradient(p))
 
     def _step_one(self, p: Tensor, group: Group, pooled: Tensor | None = None) -> None:
         grad = self._gradient(p)
@@ -160,7 +161,7 @@ class StateOptimizer(StateKeeper):
             states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
             backend=kernels.resolve(self._backend, work.device), steps=self._arithmetic(work), pooled=pooled,
         )  # fmt: skip
-        state["skipped"] += recipe.method.step(job)
+        state["skipped"] += cast(PerParameter, recipe.method).step(job)
         if work.data_ptr() != own.data_ptr():
             own.copy_(work)
 

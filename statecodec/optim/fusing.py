@@ -76,8 +76,8 @@ class GroupLaunches:
                 continue
             states = {k: sharding.own_part(state[k], p).parts for k in recipe.specs}
             slots[at] = Slot(own.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
-            rule = (type(method), tuple(vars(method).values()))
-            alike[rule, tuple(formats.items()), p.dtype, own.device, None if low is None else low.dtype].append(at)
+            low_dtype = None if low is None else low.dtype
+            alike[method.kind, tuple(formats.items()), p.dtype, own.device, low_dtype].append(at)
         # States are made on the first gradient: a parameter that gets one later makes these launches anew.
         self._absent = [at for at, grad in enumerate(gradients) if grad is None]
         self._launches: list[tuple[Method, Launch, list[int]]] = []

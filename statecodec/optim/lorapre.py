@@ -13,12 +13,14 @@ from typing_extensions import Unpack
 
 from statecodec.codecs import EncodedTensor, LowRank
 from statecodec.errors import OptimizerError
+from statecodec.kernels.fused import LARGEST
 from statecodec.kernels.reference.steps import mix
 from statecodec.optim import sharding
-from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
+from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
-from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec, WholeMatrix, matrix_shape, whole_weight
+from statecodec.optim.matrices import Batch, Stacked, WholeMatrix
+from statecodec.optim.method import Group, Method, Recipe, StateSpec, matrix_shape
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
 from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
 
@@ -79,10 +81,19 @@ def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Ten
     mean = diagonal.mean(-1, keepdim=True)
     wanted = mean * damping if relative else torch.full_like(mean, damping)
     diagonal.add_(torch.where(mean > 0, wanted, torch.ones_like(mean)))  # an all-zero basis: the solution is zero
+    # Which ones are singular to rounding, only the device knows: those get as much more as makes them regular.
+    _, info = torch.linalg.cholesky_ex(gram)
+    enough = mean * (gram.shape[-1] ** 2 * torch.finfo(gram.dtype).eps)
+    diagonal.add_(torch.where(info[..., None] > 0, enough, torch.zeros_like(enough)))
     factor, info = torch.linalg.cholesky_ex(gram)
-    projected = basis.mT @ target
-    solved = torch.cholesky_solve(projected, factor) if not bool(info.any()) else torch.linalg.pinv(gram) @ projected
-    return solved / size
+    half = torch.linalg.solve_triangular(factor, basis.mT @ target, upper=False)
+    solved = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return torch.where(info[..., None, None] > 0, torch.zeros_like(solved), solved / size)
+
+
+def product(state: Stacked) -> Tensor:
+    """left @ right, (count, rows, cols)."""
+    return state.parts["left"] @ state.parts["right"]
 
 
 def _product_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -113,14 +124,20 @@ class _LowRankMethod(WholeMatrix):
     def view_shape(self, param: Tensor) -> tuple[int, ...]:
         return matrix_shape(tuple(param.shape))
 
-    def track(self, state: EncodedTensor, target: Tensor, keep: float, group: Group) -> None:
+    def track(self, batch: Batch, name: str, target: Tensor, keep: float) -> None:
+        """Move the factors of one state, which is stored if they stay finite."""
+        group, state = batch.group, batch.states[name]
         update, relative, damping, cap = VARIANTS[group["variant"]]
         update = group["factor_update"] or update
         damping = damping if group["damping"] is None else float(group["damping"])
+        new = {k: x.clone() for k, x in state.parts.items()}
         track(
-            state.parts["left"], state.parts["right"], target, keep,
+            new["left"], new["right"], target, keep,
             jacobi=update == "jacobi", relative=relative, damping=damping, cap=cap,
         )  # fmt: skip
+        for factor in new.values():
+            batch.require(factor, LARGEST)
+        state.replace(new)
 
 
 class LowRankAdamMethod(_LowRankMethod):
@@ -136,25 +153,19 @@ class LowRankAdamMethod(_LowRankMethod):
         forms = {"exp_avg": "product", "exp_avg_sq": "square"}
         return {k: StateSpec(LowRank(self._rank, form), shape, torch.float32) for k, form in forms.items()}
 
-    def update(self, job: Job) -> None:
-        tile, w = whole_weight(job)
-        g, group, s = job.gradient(tile, w), job.group, adam_scalars(job)
-        beta1, beta2 = s["beta1"], s["beta2"]
-        m, v = (job.states[k] for k in ("exp_avg", "exp_avg_sq"))
-        first = job.scratch.take("exp_avg", tuple(w.shape), w.dtype, w.device)
-        second = job.scratch.take("exp_avg_sq", tuple(w.shape), w.dtype, w.device)
-        torch.matmul(m.parts["left"], m.parts["right"], out=first)
-        torch.matmul(v.parts["left"], v.parts["right"], out=second)
-        first.lerp_(g, 1 - beta1)
-        second.square_().mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        self.track(m, g, beta1**0.5, group)
-        c2 = s["c2"]
+    def update(self, batch: Batch) -> None:
+        g, w, group, t = batch.gradient, batch.weight, batch.group, batch.t
+        beta1, beta2 = (float(b) for b in group["betas"])
+        first = product(batch.states["exp_avg"]).lerp_(g, 1 - beta1)
+        second = product(batch.states["exp_avg_sq"]).square_().mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        self.track(batch, "exp_avg", g, beta1**0.5)
+        c2 = 1 - beta2**t
         if group["bias_correction"] == "matched":
-            c2 = beta2 * (1 - beta2 ** ((job.t - 1) / 2)) ** 2 + 1 - beta2
-        w.mul_(s["decay"])
-        w.addcdiv_(first, second.sqrt_().div_(c2**0.5).add_(s["eps"]), value=-s["lr"] * float(group["scale"]) / s["c1"])
-        self.track(v, torch.abs(g, out=first), beta2**0.25, group)
-        job.weight.store(tile, w)
+            c2 = beta2 * (1 - beta2 ** ((t - 1) / 2)) ** 2 + 1 - beta2
+        size = batch.lr * float(group["scale"]) / (1 - beta1**t)
+        step = first.div_(second.sqrt_().div_(c2.sqrt().to(w.dtype)).add_(float(group["eps"])))
+        w.mul_(batch.decay).sub_(step.mul_(size.to(w.dtype)))
+        self.track(batch, "exp_avg_sq", g.abs_(), beta2**0.25)
 
 
 class LowRankMuonMethod(_LowRankMethod):
@@ -165,17 +176,12 @@ class LowRankMuonMethod(_LowRankMethod):
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
         return {"momentum_buffer": StateSpec(LowRank(self._rank), self.view_shape(param), torch.float32)}
 
-    def update(self, job: Job) -> None:
-        tile, w = whole_weight(job)
-        g, group, state = job.gradient(tile, w), job.group, job.states["momentum_buffer"]
+    def update(self, batch: Batch) -> None:
+        g, group = batch.gradient, batch.group
         mu = float(group["momentum"])
-        heavy = job.scratch.take("momentum", tuple(w.shape), w.dtype, w.device)
-        torch.matmul(state.parts["left"], state.parts["right"], out=heavy)
-        heavy.mul_(mu).add_(g)
-        update = newton_schulz(heavy, int(group["ns_steps"]))
-        self.track(state, torch.div(g, 1 - mu, out=heavy), mu**0.5, group)
-        w.mul_(job.decay).add_(update, alpha=-job.lr * step_size(group, *w.shape))
-        job.weight.store(tile, w)
+        update = newton_schulz(product(batch.states["momentum_buffer"]).mul_(mu).add_(g), int(group["ns_steps"]))
+        self.track(batch, "momentum_buffer", g.div_(1 - mu), mu**0.5)
+        batch.weight.mul_(batch.decay).sub_(update.mul_(batch.lr * step_size(group, *g.shape[1:])))
 
 
 class LoRAPre(StateOptimizer):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,10 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.codecs import Codec, EncodedTensor, Raw, Split
 from statecodec.dtypes import FLOAT32
+from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper, Stored
 from statecodec.optim import sharding, tiles, units
-from statecodec.optim.weights import Weight, whole
+from statecodec.optim.weights import Weight
 
 Group: TypeAlias = dict[str, Any]
 LOW = "weight_low"
@@ -151,6 +152,14 @@ class Job:
         return g.add_(w, alpha=l2) if l2 else g
 
 
+def dense_gradient(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one. Raises OptimizerError for a sparse one."""
+    grad = cast(Tensor, param.grad)
+    if grad.is_sparse:
+        raise OptimizerError("sparse gradients are not supported; build the embedding with sparse=False")
+    return grad
+
+
 def decay_per_lr(group: Group) -> float:
     """Weight decay per unit of lr: `weight_decay`, or fully decoupled `weight_decay / initial_lr`."""
     decay = float(group["weight_decay"])
@@ -161,6 +170,7 @@ class Method(ABC):
     """One update rule. `name` is stable: it stands in checkpoints and names the fused kernel."""
 
     name: ClassVar[str]
+    whole: ClassVar[bool] = False  # whether it needs all of a matrix: a shard of one is refused
     pools: tuple[int, ...] = ()
     """Dimensions along which elements are pooled into one stored number."""
 
@@ -168,9 +178,10 @@ class Method(ABC):
     def specs(self, param: Tensor, group: Group) -> dict[str, StateSpec]:
         """The states of this parameter, in order."""
 
-    @abstractmethod
-    def step(self, job: Job) -> int:
-        """Update states and weight in place; returns how many units kept their old bytes (see `units`)."""
+    @property
+    def kind(self) -> Any:
+        """What tells rules apart: parameters of one kind may be stepped together."""
+        return type(self), tuple(vars(self).values())
 
     def partial(self, grad: Tensor, recipe: Recipe) -> Tensor:
         """This rank's term (fp32) of a sum over the ranks: what a step needs of the gradients that others hold."""
@@ -197,7 +208,15 @@ class Method(ABC):
         return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-class Elementwise(Method):
+class PerParameter(Method):
+    """A method that steps one parameter at a time."""
+
+    @abstractmethod
+    def step(self, job: Job) -> int:
+        """Update states and weight in place; returns how many units kept their old bytes (see `units`)."""
+
+
+class Elementwise(PerParameter):
     """A method that can go tile by tile: every state aligned with the parameter, or folded along its rows."""
 
     @abstractmethod
@@ -224,26 +243,6 @@ class Elementwise(Method):
             arithmetic(part.weight, g, *part.values, **scalars)
             kept += part.store()
         return kept
-
-
-class WholeMatrix(Method):
-    """A method that needs all of a matrix at once: the matrix is the unit, its gradient is judged before the step."""
-
-    @abstractmethod
-    def update(self, job: Job) -> None:
-        """Update states and weight in place, from a gradient whose squares stay within fp32."""
-
-    def step(self, job: Job) -> int:
-        if not units.below(job.grad, units.LARGEST_GRADIENT):
-            return 1
-        self.update(job)
-        return 0
-
-
-def whole_weight(job: Job) -> tuple[tiles.Tile, Tensor]:
-    """The whole weight as a matrix of values, for methods that cannot go tile by tile."""
-    tile = whole(job.weight.param)
-    return tile, job.weight.load(tile)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

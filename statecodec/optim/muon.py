@@ -15,7 +15,8 @@ from typing_extensions import Unpack
 from statecodec.optim.adamw import AdamMethod, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
-from statecodec.optim.method import Group, Job, Method, StateSpec, WholeMatrix, matrix_shape, whole_weight
+from statecodec.optim.matrices import Batch, WholeMatrix
+from statecodec.optim.method import Group, Method, StateSpec
 from statecodec.optim.options import check_choice, check_flags, check_integer, check_number, moment_codec, stored_codec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -38,11 +39,12 @@ def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = No
     x = (matrix.mT if tall else matrix).to(dtype)
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=1e-37)  # tiny gradients: their squares would underflow
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.reshape(-1, *x.shape[-2:])
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     result: Tensor = x.mT if tall else x
-    return result.to(matrix.dtype)
+    return result.to(matrix.dtype).view(matrix.shape)
 
 
 def step_size(group: Group, rows: int, cols: int) -> float:
@@ -62,20 +64,14 @@ class MuonMethod(WholeMatrix):
         codec = stored_codec(param, group, "momentum_buffer")
         return {"momentum_buffer": StateSpec(codec, tuple(param.shape), self.state_dtype(param))}
 
-    def update(self, job: Job) -> None:
-        group, state = job.group, job.states["momentum_buffer"]
-        tile, w = whole_weight(job)
-        g = job.gradient(tile, w)
-        buffer = job.scratch.take("momentum", tuple(state.shape), state.dtype, w.device)
-        state.codec.decode_into(state.parts, buffer, job.backend)
+    def update(self, batch: Batch) -> None:
+        group, state, g = batch.group, batch.states["momentum_buffer"], batch.gradient
         momentum = float(group["momentum"])
-        matrix = buffer.view(w.shape).lerp_(g, 1 - momentum)
-        state.codec.encode_into(buffer, state.parts, job.backend)
-        ahead = torch.lerp(g, matrix, momentum) if group["nesterov"] else matrix
-        rows, cols = matrix_shape(tuple(job.weight.param.shape))
-        update = newton_schulz(ahead.view(rows, cols), int(group["ns_steps"]))
-        w.mul_(job.decay).add_(update.view(w.shape), alpha=-job.lr * step_size(group, rows, cols))
-        job.weight.store(tile, w)
+        buffer = state.decode(batch.backend).lerp_(g, 1 - momentum)
+        state.encode(buffer, batch.backend)
+        update = newton_schulz(g.lerp_(buffer, momentum) if group["nesterov"] else buffer, int(group["ns_steps"]))
+        size = step_size(group, *g.shape[1:])
+        batch.weight.mul_(batch.decay).sub_(update.mul_(batch.lr * size))
 
 
 def check_muon_group(group: Group) -> None:

@@ -20,7 +20,7 @@ from statecodec.kernels.fused import LARGEST, Hyper
 from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Group, Job, Method, Recipe, StateSpec
+from statecodec.optim.method import Group, Job, Method, PerParameter, Recipe, StateSpec
 from statecodec.optim.options import check_flags, moment_codec, stored_codec
 
 # Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
@@ -72,7 +72,7 @@ def _read_file(path: Path) -> list[tuple[object, object]]:
         raise OptimizerError(f"{path}: not a rules file {expected}: {error}") from error
 
 
-class SlimMethod(Method):
+class SlimMethod(PerParameter):
     """Adam with a second moment that has the shared dimensions of size 1; arithmetic:
     `kernels.reference.steps.shared_adam`."""
 

@@ -22,7 +22,7 @@ from statecodec.names import bare_name
 from statecodec.optim import sharding
 from statecodec.optim.adopting import COUNTERS, adopt, fresh, in_place, recast
 from statecodec.optim.load_report import ChangeLog
-from statecodec.optim.method import LOW, Group, Method, Recipe, StateSpec, WholeMatrix, made_for
+from statecodec.optim.method import LOW, Group, Method, Recipe, StateSpec, made_for
 from statecodec.optim.options import without_numpy
 from statecodec.optim.tiles import Scratch
 from statecodec.optim.weights import split_codec
@@ -37,6 +37,7 @@ class StateKeeper(torch.optim.Optimizer):
     # Whether an update depends on the shape of a parameter, not on its elements alone.
     sees_shapes: ClassVar[bool] = False
     _fused: bool | None  # as given: whether fused steps are demanded, forbidden, or used where there are any
+    _backend: str | None  # as given: whose kernels encode and decode; None is the device's
 
     @abstractmethod
     def method(self, param: Tensor, name: str | None, group: Group) -> Method:
@@ -66,7 +67,7 @@ class StateKeeper(torch.optim.Optimizer):
         index, name = self._place(p)
         method = self.method(p, name, group)
         specs = method.specs(p, group)
-        if isinstance(method, WholeMatrix) and sharding.is_cut(p):
+        if method.whole and sharding.is_cut(p):
             raise OptimizerError(
                 f"{index if name is None else name}: {type(self).__name__} needs all of a hidden matrix, and this rank "
                 "has a shard of it; use another optimizer, or matrix=False for a group of such parameters"

@@ -16,9 +16,6 @@ from statecodec.kernels.fused import LARGEST, LARGEST_FP16
 from statecodec.optim.tiles import StateTile, Tile
 from statecodec.optim.weights import Weight
 
-# Gradients of whole-matrix methods: their squares, summed over a matrix, must stay within fp32.
-LARGEST_GRADIENT = 2.0**48
-
 
 def below(x: Tensor, limit: float) -> bool:
     """Whether every |x| is below `limit`: one pass, no temporaries; NaN fails both comparisons."""

@@ -113,10 +113,15 @@ def dither(w: Tensor, *, drop: int, seed: int, index: int, step: int, start: int
     value is the input. Element i of `w` is element `start + i` of its parameter. Values that would leave the finite
     range, infinities and NaN stay.
     """
+    key = mix(mix(seed + index * GOLDEN) + step) + start
+    dither_rows(w.view(1, -1), drop=drop, keys=torch.full((1,), key, dtype=torch.int64, device=w.device))
+
+
+def dither_rows(w: Tensor, *, drop: int, keys: Tensor) -> None:
+    """`dither` of several parameters: rows of fp32 `w`, with int64 keys, one a row, on the device."""
     mask = (1 << drop) - 1
-    key = mix(mix(seed + index * GOLDEN) + step)
-    element = torch.arange(start, start + w.numel(), device=w.device)
-    random = mix_tensor((element + key) & 0xFFFFFFFF) & mask
+    element = torch.arange(w.shape[1], device=w.device)
+    random = mix_tensor((element + keys[:, None]) & 0xFFFFFFFF) & mask
     bits = w.view(torch.int32)
     wide = bits.to(torch.int64)
     magnitude = wide & 0x7FFFFFFF

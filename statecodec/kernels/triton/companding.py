@@ -14,7 +14,16 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.kernels import curves
 from statecodec.kernels.curves import Curve
-from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, TILE, decode_table, flag_word, on, power_of_two
+from statecodec.kernels.triton.runtime import (
+    INTERPRETED,
+    OPTIONS,
+    TILE,
+    decode_table,
+    flag_word,
+    found,
+    on,
+    power_of_two,
+)
 
 _NAN, _INF, _NEGATIVE = (tl.constexpr(f) for f in (kernels.NAN, kernels.INF, kernels.NEGATIVE))
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
@@ -230,7 +239,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
             **shape, KIND=curve.kind, TOP=curve.top, SIGNED=curve.signed, MIN_SCALE=curve.min_scale, STEPS=curve.steps,
             HALF_LOWEST=float(curve.levels[1]) * 0.5, **OPTIONS,
         )  # fmt: skip
-        return int(flags.item())
+        return found(flags)
 
 
 def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, on, power_of_two
+from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, found, on, power_of_two
 
 _NAN, _INF, _INF_BITS = tl.constexpr(kernels.NAN), tl.constexpr(kernels.INF), tl.constexpr(0x7F800000)
 
@@ -75,7 +75,7 @@ def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
             x, span = partial, span // piece
             piece = min(span, WIDEST)
         _launch_sum(x, out, flags, cols, block, piece, divide=True)
-        return int(flags.item())
+        return found(flags)
 
 
 def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:

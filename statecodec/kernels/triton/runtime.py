@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from statecodec import kernels
 from statecodec.errors import BackendUnavailable
 from statecodec.kernels.curves import Curve
 
@@ -40,9 +41,13 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def flag_word(like: Tensor) -> Tensor:
-    """A zeroed int32 on the device, which kernels OR their findings into; reading it is the launch's one
-    synchronisation."""
+    """A zeroed int32 on the device, which kernels OR their findings into; `found` reads it."""
     return torch.zeros(1, dtype=torch.int32, device=like.device)
+
+
+def found(flags: Tensor) -> int:
+    """What a launch has found; waits for it, unless values are trusted."""
+    return 0 if kernels.trusted() else int(flags.item())
 
 
 def power_of_two(n: int) -> int:

@@ -61,11 +61,15 @@ def locate(listing: Listing) -> Located:
     file = listing.only
     assert file is not None
     with file.open() as source:
-        archive, root = _read(source, file.path)
-        spans = {key: Span(entry.offset, entry.nbytes) for key, entry in archive.storages.items()}
-        crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc and e.nbytes)
-        graph = Graph(root, spans, most_tensors(len(archive.pickle)), ordered=True, crcs=crcs)
-        return graph.located(name, file, source, listing.prefix(file.path))
+        archive, root = read_archive(source, file.path)
+        return graph_of(archive, root).located(name, file, source, listing.prefix(file.path))
+
+
+def graph_of(archive: Archive, root: Any, added: int = 0) -> Graph:
+    """The object graph of an archive and where its storages are; `added`: tensors that its pickle does not name."""
+    spans = {key: Span(entry.offset, entry.nbytes) for key, entry in archive.storages.items()}
+    crcs = tuple(Crc32(e.offset, e.nbytes, e.crc_at) for e in archive.storages.values() if e.crc and e.nbytes)
+    return Graph(root, spans, most_tensors(len(archive.pickle)) + added, ordered=True, crcs=crcs)
 
 
 def tree(listing: Listing, read: Read) -> Any:
@@ -73,7 +77,7 @@ def tree(listing: Listing, read: Read) -> Any:
     file = listing.only
     assert file is not None
     with file.open() as source:
-        archive, root = _read(source, file.path)
+        archive, root = read_archive(source, file.path)
     loaded: dict[str, Tensor] = {}
 
     def tensor(key: str, dtype: DType, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
@@ -87,7 +91,8 @@ def tree(listing: Listing, read: Read) -> Any:
     return build(root, tensor)
 
 
-def _read(source: ByteSource, path: str) -> tuple[Archive, Any]:
+def read_archive(source: ByteSource, path: str) -> tuple[Archive, Any]:
+    """The archive and its object graph, whose storages are there. Raises MalformedCheckpoint or UnknownLayout."""
     archive = open_archive(source, path)
     root = read_pickle(archive.pickle)
     check_storages(root, archive)

@@ -146,7 +146,7 @@ class LayoutContract:
 
     @pytest.fixture
     def contents(self, checkpoint: tuple[Path, Any]) -> dict[str, bytes]:
-        return _contents(checkpoint[0])
+        return contents_of(checkpoint[0])
 
     def test_it_is_registered(self) -> None:
         assert self.layout in LAYOUTS
@@ -209,7 +209,8 @@ class LayoutContract:
         assert peak < MEMORY
 
 
-def _contents(path: Path) -> dict[str, bytes]:
+def contents_of(path: Path) -> dict[str, bytes]:
+    """The bytes of a file, or of all files of a folder, by path."""
     if path.is_file():
         return {path.name: path.read_bytes()}
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,11 @@ def dcp_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dcp_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, sharded over two ranks, with tensors large enough for lossy codecs."""
     return saved_by_dcp(tmp_path_factory.mktemp("sharded"), 2, 64)
+
+
+@pytest.fixture(scope="session")
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints that DeepSpeed wrote, and what its own tool makes of them (see save_zero.py)."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    shutil.unpack_archive(Path(__file__).with_name("data") / "deepspeed.zip", folder)
+    return folder

@@ -11,10 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from statecodec.layouts import dcp, safetensors_file, torch_zip
+from statecodec.layouts import dcp, safetensors_file, torch_zip, zero
 from statecodec.layouts.registry import LAYOUTS
 from tests.contracts.layout import LayoutContract
 from tests.layouts.support import Net, split_groups, train
+from tests.layouts.written_zero import small
 
 
 class TestTorchZip(LayoutContract):
@@ -53,6 +54,16 @@ class TestDcp(LayoutContract):
         return torch.load(self.source.with_suffix(".pt"), weights_only=False)
 
 
+class TestZero(LayoutContract):
+    layout = zero
+    sample = 12
+
+    def write(self, folder: Path) -> Any:
+        for path, value in small().items():
+            torch.save(value, folder / Path(path).name)
+        return {path.name: torch.load(path) for path in sorted(folder.iterdir())}
+
+
 def test_every_registered_layout_has_a_contract() -> None:
-    covered = {kind.layout.name for kind in (TestTorchZip, TestSafetensors, TestDcp)}
+    covered = {kind.layout.name for kind in (TestTorchZip, TestSafetensors, TestDcp, TestZero)}
     assert covered == {layout.name for layout in LAYOUTS}

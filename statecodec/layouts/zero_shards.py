@@ -1,0 +1,133 @@
+"""One file of a ZeRO checkpoint: its objects, and what they say about the partition that is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from statecodec.errors import LayoutError, MalformedCheckpoint
+from statecodec.layouts.base import Run
+from statecodec.layouts.graph import contiguous
+from statecodec.layouts.listing import ListedFile
+from statecodec.layouts.pickle.nodes import DictNode, Opaque, TensorNode
+from statecodec.layouts.torch_zip import Archive, read_archive
+from statecodec.layouts.zero_partitions import Fragment
+
+_MASTERS: Final = {"single_partition_of_fp32_groups": (1, 2, None), "fp32_flat_groups": (3,)}
+
+
+class Unknown(Exception):
+    """The files are of a form that is not known; nothing is wrong with them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a tensor: a window in a file of its own."""
+
+    path: str
+    node: TensorNode
+    run: Run
+
+
+@dataclass
+class Shard:
+    """A file: where its storages are, and its objects, of which flat tensors are replaced by windows on their parts."""
+
+    file: ListedFile
+    archive: Archive
+    root: DictNode
+    added: int = 0
+    """Windows that were made here."""
+
+    @classmethod
+    def read(cls, file: ListedFile) -> Shard:
+        """Raises LayoutError, which names the file; Unknown if there is no dict in it."""
+        try:
+            with file.open() as source:
+                archive, root = read_archive(source, file.path)
+        except LayoutError as error:
+            raise MalformedCheckpoint(f"{file.path}: {error}") from None
+        if type(root) is not DictNode:
+            raise Unknown
+        return cls(file, archive, root)
+
+    @property
+    def path(self) -> str:
+        return self.file.path
+
+    def cut(self, holder: Any, key: Any, node: TensorNode, fragments: Sequence[Fragment]) -> list[Part]:
+        """Replace a contiguous tensor in its list or dict by windows, one for each fragment."""
+        windows = DictNode()
+        parts = []
+        for fragment in fragments:
+            shape = fragment.shape
+            window = TensorNode(node.storage, node.dtype, shape, contiguous(shape), node.offset + fragment.at)
+            windows.items.append((fragment.param.name, window))
+            parts.append(Part(self.path, window, fragment.run))
+        self.added += len(parts)
+        if type(holder) is DictNode:
+            holder.items = [(k, windows if k == key and v is node else v) for k, v in holder.items]
+        else:
+            holder[key] = windows
+        return parts
+
+
+class Partition:
+    """What rank R's file of the optimizer says: `masters` and `states` of every group, and how it was cut.
+
+    Raises Unknown if that is nothing that is known.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard, self.path = shard, shard.path
+        about = shard.root.get("optimizer_state_dict")
+        if type(about) is not DictNode:
+            raise Unknown
+        self.stage, self.masters = _masters(about)
+        self.partitions = about.get("partition_count")
+        self.paddings = about.get("group_paddings")
+        self.mappings = about.get("param_slice_mappings")
+        inner = about.get("optimizer_state_dict" if self.stage == 3 else "base_optimizer_state")
+        self.states: dict[int, DictNode] = {}
+        self.settings: dict[int, DictNode] = {}
+        """The settings of the group that a flat tensor is in, by its number."""
+        if type(inner) is list:  # of an elastic checkpoint
+            self.states = {i: state for i, state in enumerate(inner) if type(state) is DictNode}
+        elif type(inner) is DictNode:
+            states, groups = inner.get("state"), inner.get("param_groups")
+            if type(states) is DictNode:
+                self.states = {k: v for k, v in states.items if type(k) is int and type(v) is DictNode}
+            for group in groups if type(groups) is list else ():
+                params = group.get("params") if type(group) is DictNode else None
+                self.settings.update((n, group) for n in (params if type(params) is list else ()) if type(n) is int)
+
+    def padding(self, group: int) -> int:
+        """Elements at the end of the group that are no parameter's, as far as they are on this rank."""
+        stated = self.paddings[group] if type(self.paddings) is list and group < len(self.paddings) else None
+        if type(stated) is not int or stated < 0:
+            raise Unknown
+        return stated
+
+    def mapping(self, group: int) -> dict[str, tuple[Any, Any]] | None:
+        """Where the file says that parameters lie in the group's flat tensors: first element, and how many."""
+        stated = self.mappings[group] if type(self.mappings) is list and group < len(self.mappings) else None
+        if type(stated) is not DictNode:
+            return None
+        found = {}
+        for name, address in stated.items:
+            about = address.state if type(address) is Opaque else None
+            if type(name) is str and type(about) is DictNode:
+                found[name] = about.get("start"), about.get("numel")
+        return found
+
+
+def _masters(about: DictNode) -> tuple[int, list[Any]]:
+    """The stage and the flat masters. The bf16 optimizer of stage 1 does not say which stage it is."""
+    stated = about.get("zero_stage")
+    stage = stated.args[0] if type(stated) is Opaque and len(stated.args) == 1 else stated
+    for key, stages in _MASTERS.items():
+        masters = about.get(key)
+        if type(masters) is list and type(stage) in (int, type(None)) and stage in stages:
+            return stage or 1, masters
+    raise Unknown

@@ -46,9 +46,10 @@ class Pool:
 
 
 class Scratch(threading.local):
-    """CPU tensors that a thread uses again for every chunk."""
+    """CPU tensors that a thread uses again for every chunk; pinned where a card copies from and to them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def take(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = "") -> Tensor:
@@ -59,7 +60,8 @@ class Scratch(threading.local):
         nbytes = math.prod(shape) * dtype.itemsize
         held = self._buffers.get((use, name))
         if held is None or held.numel() < nbytes:
-            held = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu")
+            pinned = self._pinned and nbytes <= _SCRATCH_LIMIT and torch.cuda.is_available()
+            held = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=pinned)
             if nbytes <= _SCRATCH_LIMIT:
                 self._buffers[use, name] = held
         return held[:nbytes].view(dtype).view(shape)

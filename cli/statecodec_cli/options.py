@@ -47,4 +47,7 @@ Threads = Annotated[
     typer.Option("--threads", metavar="N", min=1, show_default=False, help="Worker threads. Default: one per core."),
 ]
 Device = Literal["auto", "cpu", "cuda"]
-DeviceOption = Annotated[Device, typer.Option("--device", help="Where the numbers are crunched.")]
+DeviceOption = Annotated[
+    Device,
+    typer.Option("--device", help="Where values are encoded or decoded; auto is explained in docs/kernels.md."),
+]

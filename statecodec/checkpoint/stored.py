@@ -163,14 +163,17 @@ class Stored(Checkpoint):
         parts = self.parts(item, chunk, scratch)
         if isinstance(codec, codecs.Raw):
             return parts["data"].view(shape)
-        target = device or torch.device("cpu")
-        if scratch is not None and target.type == "cpu":
+        if scratch is not None:
             out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
-            out = self._empty(item, tuple(shape), target)
-        moved = {name: part.to(target) for name, part in parts.items()}
-        codec.decode_into(moved, out, kernels.resolve(None, target), self._given(item, place))
-        return out.to("cpu")
+            out = self._empty(item, tuple(shape), torch.device("cpu"))
+        if device is None or device.type == "cpu" or not codec.portable:
+            codec.decode_into(parts, out, kernels.host(), self._given(item, place))
+            return out
+        there = self._empty(item, tuple(shape), device)
+        moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
+        codec.decode_into(moved, there, kernels.resolve(None, device), self._given(item, place))
+        return out.copy_(there)
 
     def _given(self, item: int, chunk: Chunk) -> codecs.Given:
         """The companions of a chunk, decoded: values of the same elements of other items."""

@@ -145,6 +145,12 @@ class Codec(ABC):
         """
 
     @property
+    def portable(self) -> bool:
+        """Whether its parts and values have the same bits on every device: not where torch sums or multiplies."""
+        fields = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return all(value.portable for value in fields if isinstance(value, Codec))
+
+    @property
     def in_pieces(self) -> bool:
         """Whether `decode_piece` is there: of codecs that need the whole tensor to encode it, but not to decode it."""
         return False

@@ -99,6 +99,10 @@ class LowRank(Codec):
             self._multiply(parts, first, column, target)
 
     @property
+    def portable(self) -> bool:
+        return False
+
+    @property
     def in_pieces(self) -> bool:
         return True
 

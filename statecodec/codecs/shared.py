@@ -75,6 +75,10 @@ class Shared(Codec):
         out.copy_(mean_out.expand(out.shape))
 
     @property
+    def portable(self) -> bool:
+        return False
+
+    @property
     def in_pieces(self) -> bool:
         return self.inner.align((2, 2)) is not None  # the mean itself is decoded whole
 

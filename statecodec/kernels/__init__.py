@@ -80,11 +80,11 @@ class Backend(Protocol):
 
     def unfold(self, mean: Tensor, out: Tensor, *, block: int) -> None: ...
 
+    def compare(self, a: Tensor, b: Tensor) -> Comparison: ...
+
 
 class HostBackend(Backend, Protocol):
-    """What the backends for CPU tensors have besides: the sums that errors are reported from."""
-
-    def compare(self, a: Tensor, b: Tensor) -> Comparison: ...
+    """What the backends for CPU tensors have besides: the sums that whole checkpoints are compared by."""
 
     def compare_updates(
         self,

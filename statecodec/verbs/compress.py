@@ -10,9 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statecodec import choose, codecs, dtypes, kernels
+from statecodec import choose, codecs
 from statecodec._version import __version__
-from statecodec.buffers import Scratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint import states
 from statecodec.checkpoint.chain import Base
@@ -31,14 +30,14 @@ from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Given
 from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import BackendUnavailable, UsageError
+from statecodec.errors import UsageError
 from statecodec.format import Item
 from statecodec.kernels.reference.statistics import Comparison
-from statecodec.lazy import torch
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, original_name
+from statecodec.verbs.processors import Processor, compared, processor
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.verify import check_against, check_intact
 from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
@@ -46,7 +45,6 @@ from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
 if TYPE_CHECKING:
     from torch import Tensor
 
-_scratch, _companion = Scratch(), Scratch()
 _FAR = 2.0  # times the preset's error: worth a remark
 
 
@@ -118,9 +116,9 @@ def compress(
             target = output_file(dst, None, force=force)
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
         found = require_safe(source) if safe_only else pickles(source)
-        output = settings.output(target, force, workers, progress)
         previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
-        where = target_device(device)  # asks torch, which refusals of the rest do without
+        where = processor(device, source.nbytes, workers)  # asks torch, which refusals of the rest do without
+        output = settings.output(target, force, where.workers(workers), progress)
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
         report = work.write(output, check_of(source, output, settings.promised) if verify else None)
@@ -192,7 +190,7 @@ class Compression:
     source: SourceCheckpoint
     choices: Choices
     base: Base | None
-    device: torch.device
+    processor: Processor
     settings: Settings
     totals: Totals = field(default_factory=lambda: Totals())
     recoded: dict[int, Codec] = field(default_factory=dict)
@@ -248,13 +246,13 @@ class Compression:
     def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
-        x = self.source.chunk(item, chunk, _scratch)
+        x = self.source.chunk(item, chunk, self.processor.scratch)
         if encoding.change is None:
             return self._encoded(item, codec, x, chunk)
         assert self.base is not None  # `linked` chose the change
         if encoding.change is Change.VALUES:
             parts, decoded = subtract_values(codec, x, self.base.values(item, chunk))
-            return Encoded(parts, _compared(codec, x, decoded, {}))
+            return Encoded(parts, compared(codec, x, decoded, {}))
         encoded = self._encoded(item, codec, x, chunk)
         return replace(encoded, parts=subtract_parts(encoded.parts, self.base.parts(item, codec, chunk)))
 
@@ -262,8 +260,7 @@ class Compression:
         if isinstance(codec, codecs.Raw):
             return Encoded({"data": x})
         given = self._given(item, codec, chunk)
-        parts, comparison = _there_and_back(codec, x, given, self.device)
-        return Encoded({name: part.to("cpu") for name, part in parts.items()}, comparison)
+        return Encoded(*self.processor.encode(codec, x, given))
 
     def instead(self, index: int) -> Codec:
         """The codec of an item whose own refused its values."""
@@ -277,10 +274,10 @@ class Compression:
         found = {}
         for role in codec.needs:
             other = self.source.items[self.source.tensors[names[role]].index]
-            found[role] = self.source.chunk(other, chunk, _companion, role)
+            found[role] = self.source.chunk(other, chunk, self.processor.scratch, role)
             if codec.needs_decoded:
                 chosen = self.recoded.get(other.index, self.choices[other.name].codec)
-                found[role] = chosen.encode(found[role]).decode()
+                found[role] = self.processor.decoded(chosen, found[role])
         return found
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
@@ -334,35 +331,6 @@ class Compression:
         return documents.to_json(described, source.items)
 
 
-def _there_and_back(
-    codec: Codec, x: Tensor, given: Given, device: torch.device
-) -> tuple[Mapping[str, Tensor], Comparison | None]:
-    """Encoded parts, and the error made; on the CPU in scratch memory, good until the thread's next chunk."""
-    if device.type != "cpu":
-        encoded = codec.encode(x.to(device), given=given)
-        if codec.exact:
-            return encoded.parts, None
-        return encoded.parts, _compared(codec, x, encoded.decode(given=given).to("cpu"), given)
-    specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
-    parts = {name: _scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
-    comparison = codec.encode_into(x, parts, kernels.host(), given)
-    if comparison is None and not codec.exact:
-        decoded = _scratch.take("decoded", x.dtype, tuple(x.shape))
-        codec.decode_into(parts, decoded, kernels.host(), given)
-        comparison = _compared(codec, x, decoded, given)
-    return parts, comparison
-
-
-def _compared(codec: Codec, x: Tensor, decoded: Tensor, given: Given) -> Comparison:
-    """Sums of the error between values; of a direction, between update directions."""
-    if x.dtype not in (torch.float32, torch.float64):
-        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
-    if isinstance(codec, codecs.Direction):
-        divisor = given["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
-        x, decoded = x / divisor, decoded / divisor
-    return kernels.host().compare(x.reshape(-1), decoded.reshape(-1))
-
-
 def check_of(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
     """Read a finished output back, and hold it against its source and the budget."""
 
@@ -373,11 +341,3 @@ def check_of(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
         return report
 
     return check
-
-
-def target_device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {name!r}: expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise BackendUnavailable("device cuda was asked for, but torch sees no CUDA device here; use --device cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

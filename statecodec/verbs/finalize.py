@@ -22,7 +22,8 @@ from statecodec.errors import CorruptFile, UsageError
 from statecodec.format import Item, Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
-from statecodec.verbs.compress import Compression, Totals, check_of, open_source, output_of, target_device
+from statecodec.verbs.compress import Compression, Totals, check_of, open_source, output_of
+from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.shares import MAX_SHARES, Share, header_of
 from statecodec.verbs.writing import Encoded, write
@@ -56,9 +57,7 @@ def finalize(
         joined = _Joined(source, shares)
         choices = by_rules(source, settings.own, settings.preset, strict=settings.strict)
         choices = standing_alone(joined.choices(choices), previous)
-        work = Compression(
-            source, choices, previous if choices.uses_base else None, target_device("cpu"), settings, joined.totals
-        )
+        work = Compression(source, choices, previous if choices.uses_base else None, Cpu(), settings, joined.totals)
         output = settings.output(target, force, threads or default_threads(), progress)
         check = check_of(source, output, settings.promised) if verify else None
 

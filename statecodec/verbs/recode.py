@@ -24,9 +24,10 @@ from statecodec.format import Item, Packing
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.roles import SKELETON_ROLES
-from statecodec.verbs.compress import Compression, target_device
+from statecodec.verbs.compress import Compression
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
+from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.writing import Check, Encoded, Output, write
 
@@ -65,7 +66,7 @@ def convert_codecs(
         else:
             settings = Settings.of(preset="lossless", rules=rules, strict=strict, pack=pack)
             choices = settings.choose(checkpoint, None, output.threads)
-            work = Compression(checkpoint, choices, None, target_device("auto"), settings)
+            work = Compression(checkpoint, choices, None, Cpu(), settings)
             report = work.write(output, check)
     return replace(report, seconds=time.perf_counter() - started)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from zlib_ng import zlib_ng
 
 from statecodec.atomic import Output
-from statecodec.buffers import Scratch, memory
+from statecodec.buffers import memory
 from statecodec.checkpoint.digests import FileHashes, Watched
 from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
@@ -24,15 +24,13 @@ from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, reserve, write_exactly
 from statecodec.layouts import Crc32, Folder
-from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
-from statecodec.verbs.compress import target_device
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
+from statecodec.verbs.processors import Processor, processor
 
 _CRC_BLOCK = 1 << 20
-_scratch = Scratch()
 
 
 def restore(
@@ -67,6 +65,8 @@ def restore(
             target = output_file(dst, target, force=force)
         elif dst is not None:
             target = Path(dst)
+        workers = threads or default_threads()
+        where = processor(device, 0, workers)  # `auto` is the CPU: it decodes about as fast as it copies
         with Output(target, directory=document.is_directory, force=force) as output:
             if document.source["layout"] == "native":
                 from statecodec.checkpoint.native import restore_native
@@ -74,7 +74,7 @@ def restore(
                 restore_native(stored, output)
             else:
                 meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
-                _restore_all(stored, target_device(device), threads or default_threads(), meter, times, output)
+                _restore_all(stored, where, where.workers(workers), meter, times, output)
             output.finish()
             output.publish()
             for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
@@ -84,10 +84,10 @@ def restore(
         return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=found)
 
 
-def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Meter, times: bool, output: Output) -> None:
+def _restore_all(stored: Stored, where: Processor, threads: int, meter: Meter, times: bool, output: Output) -> None:
     document, made = stored.document, output.path
     if not document.is_directory:
-        _restore_file(stored, document.files[0], made, device, threads, meter, output)
+        _restore_file(stored, document.files[0], made, where, threads, meter, output)
         output.staging.set_time(made, document.files[0].mtime_ns if times else None)
         return
     if document.folders[0].mode is not None:
@@ -100,7 +100,7 @@ def _restore_all(stored: Stored, device: torch.device, threads: int, meter: Mete
         if file.same_as is not None:
             os.link(made / file.same_as, path)
         else:
-            _restore_file(stored, file, path, device, threads, meter, output)
+            _restore_file(stored, file, path, where, threads, meter, output)
             output.staging.set_time(path, file.mtime_ns if times else None)
     for folder in reversed(document.folders[1:]):  # what is inside first: it could not be reached any more
         _finish_folder(made / folder.path, folder, times, output)
@@ -113,7 +113,7 @@ def _finish_folder(path: Path, folder: Folder, times: bool, output: Output) -> N
 
 
 def _restore_file(
-    stored: Stored, file: StoredFile, path: Path, device: torch.device, threads: int, meter: Meter, output: Output
+    stored: Stored, file: StoredFile, path: Path, where: Processor, threads: int, meter: Meter, output: Output
 ) -> None:
     items = stored.reader.items
     lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not items[i].encoding.exact]
@@ -129,10 +129,11 @@ def _restore_file(
         def decode(job: tuple[int, int, int]) -> tuple[int, int, int]:
             offset, index, chunk = job
             first, nbytes, crc = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize, 0, 0
-            for _, piece in stored.decode_pieces(index, chunk, device, _scratch):
-                data = memory(piece)
-                write_exactly(fd, first + nbytes, data)
-                nbytes, crc = nbytes + len(data), zlib_ng.crc32(data, crc) if lossy else 0
+            with where.running():
+                for _, piece in stored.decode_pieces(index, chunk, where.device, where.scratch):
+                    data = memory(piece)
+                    write_exactly(fd, first + nbytes, data)
+                    nbytes, crc = nbytes + len(data), zlib_ng.crc32(data, crc) if lossy else 0
             return first, nbytes, crc
 
         with ordered_map(decode, jobs, threads) as written:

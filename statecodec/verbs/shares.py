@@ -25,7 +25,8 @@ from statecodec.errors import FormatError, UsageError
 from statecodec.format import Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
-from statecodec.verbs.compress import Compression, open_source, output_of, target_device
+from statecodec.verbs.compress import Compression, open_source, output_of
+from statecodec.verbs.processors import processor
 from statecodec.verbs.settings import Settings
 from statecodec.verbs.writing import Errors, Output, appended
 
@@ -112,8 +113,9 @@ def compress_share(
         indices = deal(source, which.count)[which.number - 1]
         names = frozenset(source.items[i].name for i in indices)
         choices = chosen.choose(source, previous, workers, progress, names)
-        work = Compression(source, choices, previous, target_device(device), chosen)
-        output = Output(path, chosen.packing, None, True, workers, progress)
+        where = processor(device, source.nbytes // which.count, workers)
+        work = Compression(source, choices, previous, where, chosen)
+        output = Output(path, chosen.packing, None, True, where.workers(workers), progress)
         written = _write(work, output, indices, which, header)
     return ShareReport(str(path), str(which), len(indices), written, True, time.perf_counter() - started)
 

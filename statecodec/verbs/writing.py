@@ -139,7 +139,8 @@ def appended(
     with run.written() as writer:
         for index, sums in run.sums.items():
             found = run.errors.figures(index, sums)
-            error = {name: x for name, x in found.items() if math.isfinite(x)}  # fp64 may overflow
+            # fp64 may overflow; its last digits depend on the order in which a machine adds up.
+            error = {name: float(f"{x:.7g}") for name, x in found.items() if math.isfinite(x)}
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
         yield writer, run.refusals
 

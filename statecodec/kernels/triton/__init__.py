@@ -11,9 +11,10 @@ from statecodec.kernels.triton.grid import decode_direction, decode_uniform, enc
 from statecodec.kernels.triton.launch import prepare
 from statecodec.kernels.triton.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.triton.splitting import decode_split, encode_split
+from statecodec.kernels.triton.statistics import compare
 
 __all__ = [
-    "decode_companded", "decode_direction", "decode_logarithmic", "decode_split", "decode_uniform", "encode_companded",
-    "encode_direction", "encode_logarithmic", "encode_split", "encode_uniform", "fold_mean", "prepare", "supports",
-    "unfold",
+    "compare", "decode_companded", "decode_direction", "decode_logarithmic", "decode_split", "decode_uniform",
+    "encode_companded", "encode_direction", "encode_logarithmic", "encode_split", "encode_uniform", "fold_mean",
+    "prepare", "supports", "unfold",
 ]  # fmt: skip

@@ -1,0 +1,202 @@
+"""What encodes chunks: the CPU, or a CUDA card. The bytes are the same.
+
+A card takes a chunk's values from pinned memory and puts its parts back there, on a stream for every worker. Two
+workers for every core make the double buffers: while one waits for the card, another reads, packs or writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from statecodec import codecs, dtypes, kernels
+from statecodec.buffers import Scratch
+from statecodec.codecs import Codec
+from statecodec.codecs.base import Given
+from statecodec.errors import BackendUnavailable, UsageError
+from statecodec.kernels.reference.statistics import Comparison
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_scratch, _pinned = Scratch(), Scratch(pinned=True)
+_WORTH = 8 << 30
+"""Bytes of a source from which `auto` tries the card: its context and its kernels take seconds to make."""
+_SAMPLE, _TRIES = 1 << 20, 3
+Encoded = tuple[Mapping[str, "Tensor"], Comparison | None]
+
+
+class Processor(Protocol):
+    """Thread-safe. What it returns lies in its worker's scratch memory, good until the worker's next chunk."""
+
+    device: torch.device
+    scratch: Scratch
+    """Where a chunk's values are read to."""
+
+    def running(self) -> AbstractContextManager[None]:
+        """What the block asks of `device` is done when it ends."""
+
+    def workers(self, threads: int) -> int:
+        """How many workers keep `threads` cores busy."""
+
+    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+        """Parts, and the error made (None: not any). Raises UnencodableValues."""
+
+    def decoded(self, codec: Codec, x: Tensor) -> Tensor:
+        """What `x` is after it was encoded; to be passed to `encode` as a companion."""
+
+
+class Cpu:
+    """The kernels for CPUs."""
+
+    scratch = _scratch
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def running(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def workers(self, threads: int) -> int:
+        return threads
+
+    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+        specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
+        parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
+        comparison = codec.encode_into(x, parts, kernels.host(), given)
+        if comparison is None and not codec.exact:
+            decoded = self.scratch.take("decoded", x.dtype, tuple(x.shape))
+            codec.decode_into(parts, decoded, kernels.host(), given)
+            comparison = compared(codec, x, decoded, given)
+        return parts, comparison
+
+    def decoded(self, codec: Codec, x: Tensor) -> Tensor:
+        return codec.encode(x).decode()
+
+
+class Lane(threading.local):
+    """A worker's own stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Waiting leaves the core to others.
+        self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """What the block asks of the card is done, in order, when the block ends, however it ends."""
+        with torch.cuda.stream(self._stream):
+            try:
+                yield
+            finally:
+                self._done.record(self._stream)
+        self._done.synchronize()
+
+
+class Cuda:
+    """A CUDA card. Codecs whose bits depend on where torch runs stay on the CPU."""
+
+    scratch = _pinned
+
+    def __init__(self, device: torch.device | None = None, lane: Any = Lane) -> None:
+        """Raises BackendUnavailable without a card, or without triton."""
+        if device is None:
+            if not torch.cuda.is_available():
+                raise BackendUnavailable(
+                    "device cuda was asked for, but torch sees no CUDA device here; use --device cpu"
+                )
+            device = torch.device("cuda", torch.cuda.current_device())
+        self.device, self._backend, self._cpu = device, kernels.get("triton"), Cpu()
+        self._lane = lane(device)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with self._lane.running():
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise BackendUnavailable(f"{self.device} has no room for a chunk; use --device cpu: {error}") from error
+
+    def workers(self, threads: int) -> int:
+        return 2 * threads
+
+    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+        if not codec.portable:
+            return self._cpu.encode(codec, x, {role: values.to("cpu") for role, values in given.items()})
+        specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
+        back = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
+        with self.running():
+            values = x.to(self.device, non_blocking=True)
+            beside = {role: other.to(self.device, non_blocking=True) for role, other in given.items()}
+            parts = {name: torch.empty_like(part, device=self.device) for name, part in back.items()}
+            comparison = codec.encode_into(values, parts, self._backend, beside)
+            for name, part in parts.items():
+                back[name].copy_(part, non_blocking=True)
+            if comparison is None and not codec.exact:
+                decoded = torch.empty_like(values)
+                codec.decode_into(parts, decoded, self._backend, beside)
+                comparison = compared(codec, values, decoded, beside, self._backend)
+        return back, comparison
+
+    def decoded(self, codec: Codec, x: Tensor) -> Tensor:
+        if not codec.portable:
+            return self._cpu.decoded(codec, x)
+        with self.running():
+            return codec.encode(x.to(self.device, non_blocking=True), "triton").decode(backend="triton")
+
+
+def compared(
+    codec: Codec, x: Tensor, decoded: Tensor, given: Given, backend: kernels.Backend | None = None
+) -> Comparison:
+    """Sums of the error between values; of a direction, between update directions."""
+    if x.dtype not in (torch.float32, torch.float64):
+        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
+    if isinstance(codec, codecs.Direction):
+        divisor = given["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
+        x, decoded = x / divisor, decoded / divisor
+    return (backend or kernels.host()).compare(x.reshape(-1), decoded.reshape(-1))
+
+
+def processor(device: str, nbytes: int, threads: int) -> Processor:
+    """What encodes a source of `nbytes` on `threads` cores.
+
+    `auto` is the CPU, unless the source is large, a card is there, and it was seen to be faster (`is_faster`).
+
+    Raises UsageError for any other name, BackendUnavailable for "cuda" where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r}: expected auto, cpu or cuda")
+    cpu = Cpu()
+    if device == "cuda":
+        return Cuda()
+    if device == "cpu" or nbytes < _WORTH or "triton" not in kernels.available() or not torch.cuda.is_available():
+        return cpu
+    card = Cuda()
+    return card if is_faster(card, cpu, threads) else cpu
+
+
+def is_faster(card: Processor, cpu: Processor, threads: int) -> bool:
+    """Whether a chunk goes to the card, is encoded and comes back in less time than all cores together need for it.
+
+    Measured here and now, with the codec that presets use most. Chunks overlap on the card, which is not counted.
+    """
+    codec = codecs.Uniform(step=1e-3)
+
+    def seconds(which: Processor) -> float:
+        x = which.scratch.take("source", torch.float32, (_SAMPLE,))
+        x.copy_(torch.linspace(-1.0, 1.0, _SAMPLE, dtype=torch.float32, device="cpu"))
+        best = math.inf
+        for turn in range(_TRIES + 1):
+            started = time.perf_counter()
+            which.encode(codec, x, {})
+            if turn:  # the first compiles
+                best = min(best, time.perf_counter() - started)
+        return best
+
+    return seconds(card) < seconds(cpu) / threads

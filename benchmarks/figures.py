@@ -57,6 +57,7 @@ def resumed(result: dict[str, Any]) -> Figure:
     last = str(result["after"][-1])
     figure = Figure(figsize=(8.0, 4.2), layout="constrained")
     axes = figure.subplots()
+    starts: dict[str, float] = {}
     for task in result["tasks"].values():
         found: dict[float, list[dict[str, Any]]] = {}
         for order in task["orders"].values():
@@ -73,12 +74,15 @@ def resumed(result: dict[str, Any]) -> Figure:
             [100 * f for f in errors], sizes, c=gaps, s=60, zorder=2, cmap="viridis_r", norm=LogNorm(1e-6, 1e-2),
             edgecolors=INK, linewidths=0.5,
         )  # fmt: skip
-        axes.annotate(task["about"], (100 * errors[0], sizes[0]), (-8, 0), textcoords="offset points", ha="right",
-                      va="center", fontsize=8.5, color=INK)  # fmt: skip
+        starts[task["about"]] = sizes[0]
+    lowest = 0.0
+    for about, size in sorted(starts.items(), key=lambda start: start[1]):
+        lowest = max(size - 0.1, lowest + 0.14)  # one label above the other
+        axes.annotate(about, (0.26, lowest), ha="right", va="center", fontsize=8.5, color=INK)
     figure.colorbar(points, label=f"held-out loss gap after {last} steps")
     axes.set_xscale("log")
-    axes.set_xlim(0.08, 150)
-    axes.set_xticks([1, 10, 30, 100], ["1 %", "10 %", "30 %", "100 %"])
+    axes.set_xlim(0.02, 150)
+    axes.set_xticks([0.3, 1, 3, 10, 30, 100], ["0.3 %", "1 %", "3 %", "10 %", "30 %", "100 %"])
     axes.minorticks_off()
     axes.set_xlabel("error of weights and moments, in optimizer steps")
     axes.set_ylabel("bytes per parameter")

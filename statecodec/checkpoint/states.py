@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from statecodec import codecs
 from statecodec.codecs import PartSpec
 from statecodec.dtypes import STORED, DType
 from statecodec.errors import CodecError
 from statecodec.layouts import StatePart
+from statecodec.quantised import PACKAGES, WRAPPED
 
 ATTRIBUTE = "state"
 """Of an item of a compressed file that is such a part."""
+
+_TABLE: Final = 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
         return None
     if not (isinstance(part, str) and isinstance(role, str) and isinstance(config, dict) and isinstance(of, str)):
         return None
+    if config.get("name") in PACKAGES:
+        return _quantised(config, name, EncodedState(part, role, "", tuple(whole), of), shape)
     try:
         codec = codecs.from_config(config).settled(tuple(whole))
         specs = codec.parts(tuple(whole), STORED[of])
@@ -56,3 +62,12 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
     if specs.get(part) != PartSpec(dtype, tuple(shape)):
         return None
     return EncodedState(name.removesuffix(f".parts.{part}"), role, codecs.format_codec(codec), tuple(whole), of)
+
+
+def _quantised(config: Mapping[str, Any], name: str, part: EncodedState, shape: tuple[int, ...]) -> EncodedState | None:
+    """A state that another package quantised; no part of it is larger than the state, but for a short table."""
+    bits, state = config.get("bits"), config.get("state")
+    if bits not in (4, 8) or not isinstance(state, str) or math.prod(shape) > max(math.prod(part.shape), _TABLE):
+        return None
+    own = f"{name.removesuffix(part.name)}{state}".replace(f"{WRAPPED}.", "")
+    return replace(part, name=own, codec=f"{config['name']}(bits={bits})")

@@ -26,11 +26,12 @@ from statecodec.optim.adamw import Adam
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.convert_target import Target
 from statecodec.verbs.inspect import inspect
+from statecodec.verbs.quantised import LOW_BITS_ARE_LEFT_OUT, dense, has_low_bits, is_quantised
 from statecodec.verbs.save import save
 
 _OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
 _CLASSES: dict[str, type[StateOptimizer]] = {**_OPTIMIZERS, "adam": Adam}
-_INDEX = re.compile(r"\.state\.(\d+)\.exp_avg$|^state\.(\d+)\.exp_avg$")
+_INDEX = re.compile(r"(?:^|\.)state\.(\d+)\.")
 _MAX_DEPTH = 8
 
 
@@ -57,6 +58,8 @@ def convert_optimizers(
             made, reports = _converted(saved, _names(src, path, saved), target, spill, progress)
             errors += reports
             lines = dict.fromkeys(line for report in reports for line in report.notes)
+            if has_low_bits(saved["state"]):
+                lines[LOW_BITS_ARE_LEFT_OUT] = None
             notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for line in lines]
             if holder is None:
                 value = made
@@ -86,7 +89,10 @@ def _converted(
 ) -> tuple[Any, list[LoadReport]]:
     """A state dict in the target's form, one parameter after the other, and what loading each lost."""
     algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
-    kind = _OPTIMIZERS.get(target.name) or _CLASSES.get(str(algorithm))
+    foreign = is_quantised(saved["state"])
+    kind = _OPTIMIZERS.get(target.name) or _CLASSES.get("adamw" if foreign else str(algorithm))
+    if foreign and target.name == "torch":  # no encoding of ours on the way
+        target = replace(target, options={"moments": "dense"})
     if kind is None:
         raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
     meter = Meter(progress, _nbytes(saved["state"]), "converting states")
@@ -119,7 +125,10 @@ def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int) -> di
     """The state dict of one parameter of a group."""
     index, names = group["params"][place], group.get("param_names") or []
     own = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
-    return {"state": {index: saved["state"][index]} if index in saved["state"] else {}, "param_groups": [own]}
+    state = saved["state"].get(index)
+    if is_quantised({index: state}):
+        state = dense(state)
+    return {"state": {} if state is None else {index: state}, "param_groups": [own]}
 
 
 def _nbytes(value: Any) -> int:
@@ -207,7 +216,7 @@ def _names(src: Path, path: tuple[Any, ...], saved: Mapping[str, Any]) -> dict[i
             if match and name.rsplit(":", 1)[-1].startswith(prefix):
                 param = checkpoint.info(name)["param"]
                 if param:
-                    names[int(match.group(1) or match.group(2))] = param
+                    names[int(match.group(1))] = param
     return names
 
 

@@ -19,7 +19,8 @@ from typing import Any, Final
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
 from statecodec.layouts.base import Logical, Moments, Momentum, StatePart
 from statecodec.layouts.facts.names import Candidate, models, name_all
-from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, is_average, parameter_name, survey
+from statecodec.layouts.facts.quantised import is_shared
+from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, encoded_parts, is_average, parameter_name, survey
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Facts, Located
 from statecodec.roles import STATE_ROLES, Role, family
@@ -234,6 +235,7 @@ def _describe_state(
     values = state.strings()
     if name is not None:
         file.params.update({v.index: name for v in values.values() if type(v) is TensorNode})
+        file.params.update({t.index: name for t, part in encoded_parts(state, settings) if not is_shared(part)})
     for key, value in values.items():
         if type(value) is TensorNode and STATE_ROLES.get(key) == "master":
             weight = (file, value)  # what the update is added to; the model's own is a rounded copy

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from statecodec.dtypes import DType
 from statecodec.layouts.base import StatePart
 from statecodec.layouts.facts.encoded import state_parts
+from statecodec.layouts.facts.quantised import quantised_parts, unwrapped
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.walk import Place, spell, walk
 from statecodec.names import bare_name, shown
@@ -221,7 +222,7 @@ def _optimizer(place: Place, node: DictNode, parents: dict[int, DictNode]) -> Op
     for position, (key, value) in enumerate(state.items):
         if type(value) is DictNode:
             known = _key(key)
-            states[-1 - position if known is None else known] = value  # no group refers to a negative number
+            states[-1 - position if known is None else known] = unwrapped(value)  # no group refers to a negative number
     return Optimizer(place, [_group(g) for g in groups if type(g) is DictNode], states, parents.get(id(node)))
 
 
@@ -240,12 +241,11 @@ def _group(node: DictNode) -> Group:
 
 
 def _state_roles(found: Survey, optimizer: Optimizer) -> None:
-    for state in optimizer.states.values():
+    settings = {key: group.node.strings() for group in optimizer.groups for key in group.ids}
+    for number, state in optimizer.states.items():
+        found.encoded.update((t.index, part) for t, part in encoded_parts(state, settings.get(number, {})))
         for key, value in state.items:
-            if type(key) is not str:
-                continue
-            found.encoded.update((tensor.index, part) for tensor, part in state_parts(key, value))
-            if type(value) is not TensorNode:
+            if type(key) is not str or type(value) is not TensorNode:
                 continue
             if key == "step" and math.prod(value.shape) == 1:
                 found.roles[value.index] = "step"
@@ -253,12 +253,21 @@ def _state_roles(found: Survey, optimizer: Optimizer) -> None:
                 found.roles[value.index] = STATE_ROLES[key]
 
 
+def encoded_parts(state: DictNode, settings: Mapping[str, Any]) -> list[tuple[TensorNode, StatePart]]:
+    """The tensors of one parameter's state that are parts of encoded ones, ours or others'."""
+    own = [found for key, value in state.strings().items() for found in state_parts(key, value)]
+    return own + list(quantised_parts(state, settings))
+
+
 def _param_shape(state: DictNode | None) -> tuple[int, ...] | None:
     if state is None:
         return None
-    for key in (*STATE_ROLES, "state1"):  # state1: bitsandbytes, shaped like the parameter
+    for key in STATE_ROLES:
         value = state.get(key)
         if type(value) is TensorNode:
             return value.shape
+    encoded = {part.shape for _, part in encoded_parts(state, {})}
+    if encoded:
+        return encoded.pop() if len(encoded) == 1 else None
     others = {v.shape for k, v in state.items if type(v) is TensorNode and v.shape and k != "step"}
     return others.pop() if len(others) == 1 else None

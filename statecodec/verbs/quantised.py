@@ -1,0 +1,145 @@
+"""States that other 8- and 4-bit optimizers keep quantised, as the dense fp32 states that they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from statecodec.errors import MalformedCheckpoint, UsageError
+from statecodec.layouts.objects import OpaqueObject
+from statecodec.lazy import torch
+from statecodec.quantised import FLASH_CODES, FLASH_SCALES, TORCHAO, WRAPPED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOW_BITS_ARE_LEFT_OUT: Final = (
+    "FlashOptim's error_bits (low bits of master weights) are left out: weights stay as they are"
+)
+_BLOCKS: Final = (256, 2048)  # of bitsandbytes today, and before 0.45
+_FLASH_GROUP: Final = 32
+
+
+def is_quantised(states: Mapping[Any, Any]) -> bool:
+    """Whether any state of an optimizer's `state` is quantised by another package."""
+    return any(isinstance(state, Mapping) and any(map(_is_foreign, state.items())) for state in states.values())
+
+
+def has_low_bits(states: Mapping[Any, Any]) -> bool:
+    """Whether FlashOptim keeps the low bits of master weights among these states."""
+    return any(isinstance(state, Mapping) and "error_bits" in state for state in states.values())
+
+
+def dense(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of one parameter with fp32 tensors under torch's names.
+
+    Args:
+        state: As `load` gives it, not trusted: of bitsandbytes, torchao or FlashOptim, or any other, which stays.
+
+    Raises MalformedCheckpoint for parts that do not fit together, UsageError for what has no counterpart in Adam.
+    """
+    inner = state.get(WRAPPED)
+    own = {**state, **inner} if isinstance(inner, Mapping) else dict(state)
+    own.pop(WRAPPED, None)
+    decoded = dict(_plain(own))
+    if "state1" in own:
+        decoded.update(_of_bitsandbytes(own))
+    if not {"exp_avg", "exp_avg_sq"} <= decoded.keys():
+        raise UsageError(
+            "quantised states with one moment (Lion, SGD, RMSprop ...) are not AdamW's; they stay as they are"
+        )
+    if "step" in decoded and not isinstance(decoded["step"], torch.Tensor):
+        decoded["step"] = torch.tensor(float(decoded["step"]))
+    return decoded
+
+
+def _is_foreign(item: tuple[Any, Any]) -> bool:
+    key, value = item
+    return key == WRAPPED or key == "state1" or str(key).endswith(FLASH_CODES) or _is_torchao(value)
+
+
+def _is_torchao(value: Any) -> bool:
+    return isinstance(value, OpaqueObject) and value.name in TORCHAO and value.module.startswith("torchao.")
+
+
+def _plain(own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All but what bitsandbytes keeps, and the low bits of weights, which no other optimizer takes."""
+    for key, value in own.items():
+        if key.endswith(FLASH_CODES):
+            name = key.removesuffix(FLASH_CODES)
+            yield name, _of_flashoptim(name, value, own.get(name + FLASH_SCALES))
+        elif _is_torchao(value):
+            yield key, _of_torchao(key, value)
+        elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith(FLASH_SCALES) and key != "error_bits":
+            yield key, value
+
+
+def _of_bitsandbytes(own: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    if "state2" not in own:
+        raise UsageError(
+            "states of bitsandbytes with one moment (Lion, SGD, RMSprop ...) are no AdamW's; kept as they are"
+        )
+    for number, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
+        codes = _tensor(own.get(f"state{number}"), name)
+        if codes.dtype.is_floating_point:
+            yield name, codes.float()
+            continue
+        scales, table = (_tensor(own.get(f"{key}{number}"), name) for key in ("absmax", "qmap"))
+        block = next((b for b in _BLOCKS if math.ceil(codes.numel() / b) == scales.numel()), None)
+        if block is None:
+            raise MalformedCheckpoint(f"{name}: {scales.numel()} scales for {codes.numel()} numbers of bitsandbytes")
+        yield name, _scaled(_looked_up(codes, table, name), scales, block)
+
+
+def _of_torchao(name: str, value: OpaqueObject) -> Tensor:
+    attributes = value.state if isinstance(value.state, Mapping) else {}
+    codes, scales = (_tensor(attributes.get(key), name) for key in ("codes", "scale"))
+    shape = tuple(codes.shape)
+    if TORCHAO[value.name] == 4:
+        codes = torch.stack([codes.reshape(-1) >> 4, codes.reshape(-1) & 15], dim=-1)
+        shape = tuple(attributes.get("_shape", ()))
+    if math.prod(shape) != codes.numel() or not scales.numel() or codes.numel() % scales.numel():
+        raise MalformedCheckpoint(
+            f"{name}: {codes.numel()} codes and {scales.numel()} scales of torchao, shape {shape}"
+        )
+    numbers = (
+        codes.float()
+        if value.name == "OptimStateFp8"
+        else _looked_up(codes, _tensor(attributes.get("qmap"), name), name)
+    )
+    return _scaled(numbers, scales, codes.numel() // scales.numel()).reshape(shape)
+
+
+def _of_flashoptim(name: str, codes: Any, scales: Any) -> Tensor:
+    codes, scales = _tensor(codes, name), _tensor(scales, name)
+    if scales.dtype is torch.bfloat16:
+        scales = scales.view(
+            torch.float16
+        )  # fp16 bits under the dtype of a bf16 parameter, so that torch casts nothing
+    if codes.dtype not in (torch.int8, torch.uint8) or scales.numel() != math.ceil(codes.numel() / _FLASH_GROUP):
+        raise MalformedCheckpoint(
+            f"{name}: {scales.numel()} scales for {codes.numel()} {codes.dtype} codes of FlashOptim"
+        )
+    if codes.dtype is torch.uint8:  # the root of a second moment
+        return _scaled(codes.float() / 255, scales, _FLASH_GROUP).square()
+    softsign = codes.float() / 127
+    return _scaled(softsign / (2 - softsign.abs()), scales, _FLASH_GROUP)
+
+
+def _looked_up(codes: Tensor, table: Tensor, name: str) -> Tensor:
+    if codes.dtype is not torch.uint8 or table.dim() != 1 or (codes.numel() and int(codes.max()) >= table.numel()):
+        raise MalformedCheckpoint(f"{name}: {codes.dtype} codes that are not all in their table of {table.numel()}")
+    return table.float()[codes.int()]
+
+
+def _scaled(numbers: Tensor, scales: Tensor, block: int) -> Tensor:
+    """Each block of numbers times its scale; the last one may be short."""
+    flat = numbers.reshape(-1)
+    return (flat * scales.reshape(-1).float().repeat_interleave(block)[: flat.numel()]).reshape(numbers.shape)
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise MalformedCheckpoint(f"{name}: a part of the quantised state is missing, or is {type(value).__name__}")
+    return value

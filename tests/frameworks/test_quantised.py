@@ -1,0 +1,146 @@
+"""Quantised states of other optimizers: named, kept to the bit, and made into what torch and statecodec resume from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import statecodec
+from statecodec.errors import MalformedCheckpoint, StatecodecError, UsageError
+from tests.frameworks.quantised import WRITERS, Quantised, model, write_bitsandbytes, write_flashoptim
+
+
+@pytest.fixture(scope="module", params=list(WRITERS))
+def quantised(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Quantised:
+    return WRITERS[request.param](tmp_path_factory.mktemp("quantised"))
+
+
+def test_states_are_named_by_role_and_bits(quantised: Quantised) -> None:
+    report = statecodec.inspect(quantised.path)
+    names = [name for name, _ in model().named_parameters()]
+    for i, name in enumerate(names):
+        for key in ("exp_avg", "exp_avg_sq"):
+            own = f"optimizer.state.{i}.{key}"
+            encoded = {t.state for t in report.tensors if t.state is not None and t.state.name == own}
+            if encoded:
+                (state,) = encoded
+                assert (state.role, state.codec) == (key, f"{quantised.package}(bits={quantised.bits})")
+                assert state.shape == tuple(quantised.states[i][key].shape)
+                held = [t for t in report.tensors if t.state == state]
+            else:
+                held = [t for t in report.tensors if t.role == key and f".state.{i}." in t.name]
+            assert held, own
+            assert {t.param for t in held if "qmap" not in t.name} == {name}
+    assert any(t.state is not None for t in report.tensors)
+
+
+@pytest.mark.parametrize("preset", ["lossless", "resume"])
+def test_they_are_kept_to_the_bit(quantised: Quantised, preset: str, tmp_path: Path) -> None:
+    packed, back = tmp_path / "packed.sc.safetensors", tmp_path / "back.pt"
+    made = statecodec.compress(quantised.path, packed, preset=preset)
+    kept = [t for t in made.tensors if t.state is not None]
+    assert kept
+    assert {t.codec.partition("(")[0] for t in kept} == {"raw"}
+    shown = {(t.name, t.state) for t in statecodec.inspect(packed).tensors if t.state is not None}
+    assert shown == {(t.name, t.state) for t in kept}
+    statecodec.restore(packed, back)
+    if preset == "lossless":
+        assert back.read_bytes() == quantised.path.read_bytes()
+    else:
+        before, after = (statecodec.open(path) for path in (quantised.path, back))
+        with before, after:
+            assert all(torch.equal(before.read(t.name), after.read(t.name)) for t in kept)
+
+
+def test_they_become_dense_states_of_torch(quantised: Quantised, tmp_path: Path) -> None:
+    dst = tmp_path / "dense.pt"
+    statecodec.convert(quantised.path, dst, "torch")
+    found = torch.load(dst)["optimizer"]
+    for i, states in quantised.states.items():
+        assert all(torch.equal(found["state"][i][key], value) for key, value in states.items())
+        assert found["state"][i]["step"] == 2
+    net = model()
+    optimizer = torch.optim.AdamW(net.named_parameters())
+    optimizer.load_state_dict(found)
+    net(torch.randn(8, 64)).sum().backward()
+    optimizer.step()
+
+
+def test_they_become_states_of_a_live_optimizer(quantised: Quantised, tmp_path: Path) -> None:
+    dst = tmp_path / "live.pt"
+    statecodec.convert(quantised.path, dst, "adamw")
+    optimizer = statecodec.optim.AdamW(model().named_parameters())
+    optimizer.load_state_dict(torch.load(dst)["optimizer"])
+    dense = optimizer.state_dict(dense=True)["state"]
+    for i, states in quantised.states.items():
+        for key, value in states.items():
+            assert (dense[i][key] - value).norm() <= 0.05 * value.norm()
+
+
+def test_states_of_32_bits_are_ordinary_moments(tmp_path: Path) -> None:
+    saved = write_bitsandbytes(tmp_path, "AdamW")
+    report = statecodec.inspect(saved.path)
+    assert {t.role for t in report.tensors if ".state" in t.name} == {"exp_avg", "exp_avg_sq"}
+    assert {u.param for u in statecodec.verify(statecodec.compress(saved.path).path, against=saved.path).updates} == {
+        name for name, _ in model().named_parameters()
+    }
+
+
+@pytest.mark.parametrize(("kind", "role"), [("Lion8bit", "exp_avg"), ("SGD8bit", "momentum"), ("RMSprop8bit", "other")])
+def test_a_single_state_is_what_its_settings_tell(kind: str, role: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"momentum": 0.9} if kind == "SGD8bit" else {}
+    from tests.frameworks.quantised import bitsandbytes, stepped
+
+    net = model()
+    path = tmp_path / "single.pt"
+    torch.save(stepped(net, getattr(bitsandbytes.optim, kind)(net.parameters(), lr=1e-3, **options)), path)
+    assert {t.state.role for t in statecodec.inspect(path).tensors if t.state is not None} == {role}
+    for to in ("torch", "adamw"):
+        with pytest.raises(UsageError, match="one moment"):
+            statecodec.convert(path, tmp_path / "x.pt", to)
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_low_bits_of_weights_are_said_to_be_left_out(tmp_path: Path) -> None:
+    path = damage(
+        write_flashoptim(tmp_path, torch.float16), lambda s: s.update(error_bits=torch.ones(128, 64, dtype=torch.int8))
+    )
+    assert any("error_bits" in note for note in statecodec.convert(path, tmp_path / "x.pt", "torch").notes)
+    assert "error_bits" not in torch.load(tmp_path / "x.pt")["optimizer"]["state"][0]
+
+
+def damage(saved: Quantised, change: Any) -> Path:
+    content = torch.load(saved.path)
+    change(content["optimizer"]["state"][0])
+    torch.save(content, saved.path)
+    return saved.path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.update(absmax1=torch.ones(7)), lambda s: s.pop("qmap2"), lambda s: s.update(qmap1=torch.ones(3)),
+     lambda s: s.update(state1="x"), lambda s: s.update(qmap1=torch.ones(16, 16)), lambda s: s.update(absmax1=None)],
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_refused(change: Any, tmp_path: Path) -> None:
+    path = damage(write_bitsandbytes(tmp_path, "old AdamW8bit"), change)
+    statecodec.inspect(path)
+    with pytest.raises(MalformedCheckpoint):
+        statecodec.convert(path, tmp_path / "x.pt", "torch")
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda s: s.pop("exp_avg::scales"), lambda s: s.update({"exp_avg::scales": torch.ones(1)}),
+     lambda s: s.update({"exp_avg::quantized": torch.ones(128, 64)}),
+     lambda s: [s.pop("exp_avg_sq::quantized"), s.pop("exp_avg_sq::scales")]],
+)  # fmt: skip
+def test_the_same_of_flashoptim(change: Any, tmp_path: Path) -> None:
+    path = damage(write_flashoptim(tmp_path, torch.float16), change)
+    statecodec.inspect(path)
+    with pytest.raises(StatecodecError):
+        statecodec.convert(path, tmp_path / "x.pt", "torch")
+    assert not (tmp_path / "x.pt").exists()

@@ -7,7 +7,9 @@
 #   make format   let ruff rewrite the sources
 #   make campaign the long versions of the tests that damage files and kill writers, and all tests with new examples
 #   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
-#   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks
+#   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks, in
+#                 less than eight minutes; make gpu-rehearsal does the same in small without a GPU, and make gpu-packages
+#                 fetches into .gpu-packages what a GPU machine without a network may lack (for Python $(GPU_VERSION))
 #   make serve    start the conversion service: prints a URL and, the first time, a token; another token is made with
 #                 .venv/bin/statecodec-server token add NAME
 #   make page     the service's page in a browser; keeps a picture of every state in build/artefacts/page
@@ -26,10 +28,12 @@ PIP     = $(BIN)/python -m pip install $(if $(CI),--quiet) --constraint constrai
 DEMO   ?= demo
 WORKERS ?= 2
 GPU_PYTHON ?= $(PYTHON)
+GPU_VERSION ?= 3.12
+GPU_EXTRAS ?= flashoptim
 OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 gpu serve page faults load docs site wheel clean
+.PHONY: help venv demo test lint check format campaign sm90 gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -77,6 +81,16 @@ $(OLDEST_TRITON):
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py
+
+gpu-rehearsal: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --rehearse
+
+# bitsandbytes has no wheel that is small enough to travel everywhere; it is compared with where it is installed.
+gpu-packages:
+	$(PYTHON) -m pip install --quiet --upgrade --no-deps --only-binary=:all: --target .gpu-packages \
+	    --implementation cp --python-version $(GPU_VERSION) --platform manylinux_2_28_x86_64 \
+	    --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+	    -c constraints.txt zstandard zlib-ng safetensors $(GPU_EXTRAS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix

@@ -1,27 +1,25 @@
 """Rates of the stand-alone Triton kernels on a GPU, against a device-to-device copy and against their own traffic.
 
     python benchmarks/kernels_gpu.py [--elements 268435456]          -> results/kernels_gpu.json
-    TRITON_INTERPRET=1 python benchmarks/kernels_gpu.py --tiny       # no GPU: does it run? The times mean nothing
+    TRITON_INTERPRET=1 python benchmarks/kernels_gpu.py --rehearse   # no GPU
 
 The gate comes first: every kernel must give the reference's bits on this device.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from optim_gpu import RESULTS, Clock, copy_bandwidth, machine
+from on_gpu import Clock, copy_bandwidth, device_of, keep, machine, parser
 from torch import Tensor
 
 from statecodec import kernels
 from statecodec.kernels.curves import Curve
+from statecodec.kernels.grids import Grid, LogGrid
 
 CURVES = {
     "softsign8": Curve("softsign", 8, True),
@@ -61,9 +59,32 @@ def cases(rows: int, device: torch.device) -> Iterator[tuple[str, Kernel, dict[s
     }
     yield "encode-split24", lambda b, t: b.encode_split(t["x"], t["high"], t["low"]), parts, ("high", "low")
     yield "decode-split24", lambda b, t: b.decode_split(t["high"], t["low"], t["x"]), parts, ("x",)
+    yield from on_grids(x, rows)
     fold = {"x": x.clone(), "mean": torch.zeros(rows, COLS // 4, device=device)}
     yield "fold-2", lambda b, t: b.fold_mean(t["x"], t["mean"], block=4), fold, ("mean",)
     yield "unfold-2", lambda b, t: b.unfold(t["mean"], t["x"], block=4), fold, ("x",)
+
+
+def on_grids(x: Tensor, rows: int) -> Iterator[tuple[str, Kernel, dict[str, Tensor], tuple[str, ...]]]:
+    """The codecs that presets use."""
+    flat, linear, log = x.view(-1), Grid(1e-3), LogGrid(8)
+    codes = torch.zeros(rows * COLS, dtype=torch.int32, device=x.device)
+    parts = {"x": flat.clone(), "codes": codes}
+    yield "encode-uniform", lambda b, t: b.encode_uniform(t["x"], t["codes"], grid=linear), parts, ("codes",)
+    yield "decode-uniform", lambda b, t: b.decode_uniform(t["codes"], t["x"], grid=linear), parts, ("x",)
+    beside = {"x": flat.clone(), "v": flat.square(), "codes": codes.clone()}
+
+    def encode(b: kernels.Backend, t: dict[str, Tensor]) -> Any:
+        return b.encode_direction(t["x"], t["v"], t["codes"], grid=linear, eps=1e-8)
+
+    def decode(b: kernels.Backend, t: dict[str, Tensor]) -> None:
+        b.decode_direction(t["codes"], t["v"], t["x"], grid=linear, eps=1e-8)
+
+    yield "encode-direction", encode, beside, ("codes",)
+    yield "decode-direction", decode, beside, ("x",)
+    short = {"x": flat.square(), "codes": codes.to(torch.int16)}
+    yield "encode-logarithmic", lambda b, t: b.encode_logarithmic(t["x"], t["codes"], grid=log), short, ("codes",)
+    yield "decode-logarithmic", lambda b, t: b.decode_logarithmic(t["codes"], t["x"], grid=log), short, ("x",)
 
 
 def gate(device: torch.device) -> list[str]:
@@ -80,22 +101,19 @@ def gate(device: torch.device) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--elements", type=int, default=1 << 28)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not (options.tiny and interpreted):
-        sys.exit("needs a CUDA device; without one, TRITON_INTERPRET=1 and --tiny show that it runs")
-    device = torch.device("cpu" if interpreted else "cuda")
+    arguments = parser(__doc__, "kernels_gpu.json")
+    arguments.add_argument("--elements", type=int, default=1 << 28)
+    arguments.add_argument("--steps", type=int, default=20)
+    options = arguments.parse_args()
+    device = device_of(options.rehearse)
     wrong = gate(device)
     if wrong:
         sys.exit(f"not the reference's bits, nothing was timed: {', '.join(wrong)}")
     clock, triton = Clock(device), kernels.get("triton")
     copy = copy_bandwidth(device, clock)
     rows: dict[str, Any] = {}
-    for name, call, tensors, _ in cases(8 if options.tiny else options.elements // COLS, device):
+    result = {"machine": machine(device), "copy_gb_per_s": round(copy / 1e9, 1), "kernels": rows}
+    for name, call, tensors, _ in cases(8 if options.rehearse else options.elements // COLS, device):
         times, _ = clock(lambda call=call, tensors=tensors: call(triton, tensors), options.steps)
         seconds = statistics.median(times[options.steps // 4 :]) * 1e-3
         traffic = sum(t.nbytes for t in tensors.values())
@@ -105,12 +123,8 @@ def main() -> None:
             "gb_per_s": round(traffic / seconds / 1e9, 1),
             "of_copy": round(traffic / seconds / copy, 3),
         }
-    result = {"machine": machine(device), "copy_gb_per_s": round(copy / 1e9, 1), "kernels": rows}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if device.type == "cuda":
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "kernels_gpu.json").write_text(text + "\n")
+        print(name, rows[name], file=sys.stderr, flush=True)
+        keep(result, options.output)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/optim_gpu.py                        # 100 M, 1 B and many small tensors -> results/optim_gpu.json
     python benchmarks/optim_gpu.py --sets small --only statecodec,flashoptim
     python benchmarks/optim_gpu.py --tune                 # shapes of our launch, on the sets given
-    TRITON_INTERPRET=1 python benchmarks/optim_gpu.py --tiny    # no GPU: does it run? The times mean nothing
+    TRITON_INTERPRET=1 python benchmarks/optim_gpu.py --rehearse   # no GPU
 
 First the gate: fused steps must equal the generic path on this device, or nothing is timed. Times are CUDA events
 around `step()`, medians; `host_ms` is how long Python was busy. Traffic counts every stored byte once per read and once
@@ -12,24 +12,19 @@ per write, whatever a kernel really moves, and is set against a device-to-device
 
 from __future__ import annotations
 
-import argparse
 import importlib
-import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from on_gpu import Clock, copy_bandwidth, device_of, keep, machine, parser
 from torch import Tensor, nn
 
 from statecodec import optim
 
-RESULTS = Path(__file__).parent / "results"
 Shapes = list[tuple[int, ...]]
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -89,14 +84,14 @@ CONTENDERS: dict[str, Contender] = {
     "statecodec": Contender(_ours(), tiny=True),
     "statecodec-graph": Contender(_ours(), captured=True),
     "statecodec-log128": Contender(_ours(moments=LOG), tiny=True),
-    "statecodec-4bit": Contender(_ours(moments=NIBBLES)),
-    "statecodec-stochastic": Contender(_ours(stochastic_rounding=True)),
+    "statecodec-4bit": Contender(_ours(moments=NIBBLES), tiny=True),
+    "statecodec-stochastic": Contender(_ours(stochastic_rounding=True), tiny=True),
     "statecodec-fp32": Contender(_ours(moments="dense"), torch.float32, tiny=True),
     "statecodec-foam": Contender(_ours(optim.FOAM), tiny=True),
     "statecodec-slim": Contender(_ours(optim.SlimAdam, rules={"*": [1]}), tiny=True),
-    "statecodec-lion": Contender(_ours(optim.Lion)),
-    "torch-fused-fp32": Contender(_theirs("torch.optim", "AdamW", fused=True), torch.float32),
-    "torch-fused-bf16": Contender(_theirs("torch.optim", "AdamW", fused=True)),
+    "statecodec-lion": Contender(_ours(optim.Lion), tiny=True),
+    "torch-fused-fp32": Contender(_theirs("torch.optim", "AdamW", fused=True), torch.float32, tiny=True),
+    "torch-fused-bf16": Contender(_theirs("torch.optim", "AdamW", fused=True), tiny=True),
     "torch-foreach-fp32": Contender(_theirs("torch.optim", "AdamW", foreach=True), torch.float32, tiny=True),
     "flashoptim": Contender(_theirs("flashoptim", "FlashAdamW"), needs="flashoptim"),
     "bitsandbytes-8bit": Contender(_theirs("bitsandbytes.optim", "AdamW8bit"), needs="bitsandbytes"),
@@ -135,37 +130,6 @@ def build(shapes: Shapes, contender: Contender, device: torch.device) -> tuple[l
         p.grad = torch.empty_like(p).normal_(0, 1e-3, generator=generator)
         params.append(p)
     return params, contender.make(params)
-
-
-class Clock:
-    """Times of `body`, in milliseconds: CUDA events on a GPU, the wall clock elsewhere; and of Python alone."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-
-    def __call__(self, body: Callable[[], Any], steps: int) -> tuple[list[float], list[float]]:
-        total, host = [], []
-        for _ in range(steps):
-            if self.cuda:
-                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                torch.cuda.synchronize()
-                first.record()
-            started = time.perf_counter()
-            body()
-            host.append((time.perf_counter() - started) * 1e3)
-            if self.cuda:
-                last.record()
-                torch.cuda.synchronize()
-            total.append(first.elapsed_time(last) if self.cuda else host[-1])
-        return total, host
-
-
-def copy_bandwidth(device: torch.device, clock: Clock) -> float:
-    """Bytes read and written per second by a device-to-device copy of 1 GiB (of 1 MiB without a GPU)."""
-    source = torch.zeros(1 << (30 if clock.cuda else 20), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times, _ = clock(lambda: target.copy_(source), 20)
-    return 2 * source.numel() / (statistics.median(times[5:]) * 1e-3)
 
 
 def measure(shapes: Shapes, contender: Contender, device: torch.device, steps: int, copy: float) -> dict[str, Any]:
@@ -240,56 +204,35 @@ def tune(shapes: Shapes, device: torch.device, steps: int, copy: float) -> list[
     return sorted(rows, key=lambda row: row["ms"])
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What these figures were measured on."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    for name in ("triton", "flashoptim", "bitsandbytes", "torchao"):
-        if importlib.util.find_spec(name):
-            versions[name] = importlib.metadata.version(name)
-    if device.type != "cuda":
-        return {"device": "cpu, Triton's interpreter: times mean nothing", **versions}
-    gpu = torch.cuda.get_device_properties(device)
-    return {"device": gpu.name, "multiprocessors": gpu.multi_processor_count, "l2_bytes": gpu.L2_cache_size, **versions}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sets", default="100m,small,1b")
-    parser.add_argument("--only", help="contenders, by name", default=",".join(CONTENDERS))
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--tiny", action="store_true", help="a few small tensors, also without a GPU")
-    parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "optim_gpu.json")
-    options = parser.parse_args()
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not (options.tiny and interpreted):
-        sys.exit("needs a CUDA device; without one, TRITON_INTERPRET=1 and --tiny show that it runs")
-    device = torch.device("cpu" if interpreted else "cuda")
+    arguments = parser(__doc__, "optim_gpu.json")
+    arguments.add_argument("--sets", default="100m,small,1b")
+    arguments.add_argument("--only", help="contenders, by name", default=",".join(CONTENDERS))
+    arguments.add_argument("--steps", type=int, default=30)
+    arguments.add_argument("--tune", action="store_true")
+    options = arguments.parse_args()
+    device = device_of(options.rehearse)
     wrong = gate(device)
     if wrong:
         sys.exit("fused steps differ from the generic path, nothing was timed:\n" + "\n".join(wrong))
     copy = copy_bandwidth(device, Clock(device))
     result: dict[str, Any] = {"machine": machine(device), "copy_gb_per_s": round(copy / 1e9, 1), "sets": {}}
-    for name in ["tiny"] if options.tiny else options.sets.split(","):
+    for name in ["tiny"] if options.rehearse else options.sets.split(","):
         rows: dict[str, Any] = {}
         result["sets"][name] = rows
         if options.tune:
             rows["tuning"] = tune(SETS[name], device, options.steps, copy)
-            continue
-        for contender_name in options.only.split(","):
+        for contender_name in [] if options.tune else options.only.split(","):
             contender = CONTENDERS[contender_name]
             if contender.needs and importlib.util.find_spec(contender.needs) is None:
                 rows[contender_name] = {"missing": contender.needs}
             elif device.type == "cuda" or contender.tiny:
                 rows[contender_name] = row(SETS[name], contender, device, options.steps, copy)
-                print(name, contender_name, rows[contender_name], file=sys.stderr, flush=True)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
-    text = json.dumps(result, indent=1)
-    print(text)
-    if device.type == "cuda":
-        options.output.parent.mkdir(exist_ok=True)
-        options.output.write_text(text + "\n")
+            print(name, contender_name, rows.get(contender_name, "on a GPU only"), file=sys.stderr, flush=True)
+            keep(result, options.output)
+    keep(result, options.output)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("zstandard")  # a machine for GPU tests may lack what files are written with
+pytest.importorskip("zlib_ng")
+
 import statecodec
 from statecodec.errors import BackendUnavailable
 from statecodec.verbs import processors

@@ -30,7 +30,7 @@ def main() -> None:
     source = grown(arguments.bytes, arguments.largest)
     packed, back = CACHE / "memory.sc.safetensors", CACHE / "memory.back"
     peaks: dict[str, float] = {}
-    for preset in ("resume", "lossless", "tiny"):
+    for preset in ("resume", "small", "tiny", "live", "lossless"):
         for verb, a, b in (("compress", source, packed), ("restore", packed, back)):
             command = [sys.executable, "-c", _PROGRAM, verb, preset, str(a), str(b)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from statecodec.parallel import ordered_map
+from statecodec.parallel import Workers, ordered_map
 
 
 class Work:
@@ -57,6 +57,22 @@ def test_nothing_runs_when_the_block_has_ended(threads: int, error: type[BaseExc
             run()
     assert work.running == 0
     assert work.started <= 2 * threads + 1
+
+
+def test_workers_go_on_with_other_work_after_an_error() -> None:
+    threads: set[threading.Thread] = set()
+
+    def work(piece: int) -> int:
+        threads.add(threading.current_thread())
+        time.sleep(0.001)
+        return 100 // piece
+
+    with Workers(2) as workers:
+        with pytest.raises(ZeroDivisionError), ordered_map(work, [5, 4, 0, 1, 2], workers) as results:
+            list(results)
+        with ordered_map(work, range(1, 20), workers) as results:
+            assert list(results) == [100 // piece for piece in range(1, 20)]
+    assert len(threads) <= 2
 
 
 def test_there_is_no_way_to_use_it_without_a_block() -> None:

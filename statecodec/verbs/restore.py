@@ -24,7 +24,7 @@ from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, reserve, write_exactly
 from statecodec.layouts import Crc32, Folder
-from statecodec.parallel import default_threads, ordered_map
+from statecodec.parallel import Workers, default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
@@ -74,7 +74,8 @@ def restore(
                 restore_native(stored, output)
             else:
                 meter = Meter(progress, sum(f.nbytes for f in document.files if f.same_as is None), "restoring")
-                _restore_all(stored, where, where.workers(workers), meter, times, output)
+                with Workers(where.workers(workers)) as running:
+                    _restore_all(stored, where, running, meter, times, output)
             output.finish()
             output.publish()
             for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
@@ -84,7 +85,7 @@ def restore(
         return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=found)
 
 
-def _restore_all(stored: Stored, where: Processor, threads: int, meter: Meter, times: bool, output: Output) -> None:
+def _restore_all(stored: Stored, where: Processor, threads: Workers, meter: Meter, times: bool, output: Output) -> None:
     document, made = stored.document, output.path
     if not document.is_directory:
         _restore_file(stored, document.files[0], made, where, threads, meter, output)
@@ -113,7 +114,7 @@ def _finish_folder(path: Path, folder: Folder, times: bool, output: Output) -> N
 
 
 def _restore_file(
-    stored: Stored, file: StoredFile, path: Path, where: Processor, threads: int, meter: Meter, output: Output
+    stored: Stored, file: StoredFile, path: Path, where: Processor, threads: Workers, meter: Meter, output: Output
 ) -> None:
     items = stored.reader.items
     lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not items[i].encoding.exact]
@@ -152,7 +153,7 @@ def _restore_file(
         os.close(fd)
 
 
-def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: int, meter: Meter) -> None:
+def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: Workers, meter: Meter) -> None:
     if file.skeleton is None:
         return
     index, items = file.skeleton, stored.reader.items

@@ -22,7 +22,7 @@ from statecodec.errors import UnencodableValues
 from statecodec.format import Item, PackedChunk, Packing, Record, Writer, Written
 from statecodec.format.placement import is_plain
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.parallel import default_threads, ordered_map
+from statecodec.parallel import Workers, default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class _Run:
     @contextmanager
     def written(self) -> Iterator[Writer]:
         """A writer with all items appended."""
+        output = self.output
         while True:
-            output = self.output
             with Writer(
                 output.target,
                 self.items,
@@ -184,16 +184,18 @@ class _Run:
                 max_shard_size=output.max_shard_size,
                 force=output.force,
             ) as writer:
-                if self._append_all(writer):
+                with Workers(output.threads) as workers:
+                    whole = self._append_all(writer, workers)
+                if whole:
                     yield writer
                     return
 
-    def _append_all(self, writer: Writer) -> bool:
+    def _append_all(self, writer: Writer, workers: Workers) -> bool:
         """Append every item; one that goes by another codec starts again.
 
         False if everything has to start again: others were encoded beside what that one no longer decodes to.
         """
-        restart = self._append_from(writer, 0)
+        restart = self._append_from(writer, 0, workers)
         while restart is not None:
             self._recode(restart)
             if self._encoded_beside(restart.index):
@@ -201,7 +203,7 @@ class _Run:
                 self.meter.add(-sum(map(_nbytes, self.items[: restart.index])))
                 return False
             writer.restart(restart.index, restart.encoding)
-            restart = self._append_from(writer, restart.index)
+            restart = self._append_from(writer, restart.index, workers)
         return True
 
     def _encoded_beside(self, index: int) -> bool:
@@ -253,7 +255,7 @@ class _Run:
         self.items[restart.index] = replace(item, encoding=restart.encoding)
         self.sums.pop(restart.index, None)
 
-    def _append_from(self, writer: Writer, start: int) -> _Restart | None:
+    def _append_from(self, writer: Writer, start: int, workers: Workers) -> _Restart | None:
         """Append the items from `start` on, up to one that goes by another codec, if any."""
 
         def make(job: _Job) -> tuple[_Job, PackedChunk, Comparison | None]:
@@ -264,7 +266,7 @@ class _Run:
 
         done = {start: 0}
         try:
-            with ordered_map(make, self._jobs(start), self.output.threads) as made:
+            with ordered_map(make, self._jobs(start), workers) as made:
                 for job, packed, comparison in made:
                     self._add(job, comparison)
                     writer.append(packed)

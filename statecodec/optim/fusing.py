@@ -52,6 +52,7 @@ class GroupLaunches:
         backend: FusedBackend,
     ) -> None:  # fmt: skip
         self._group, self._params = group, list(params)
+        self._sharded = any(map(sharding.is_dtensor, params))
         self._rest = list[int]()
         alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
         slots: dict[int, Slot] = {}
@@ -85,7 +86,7 @@ class GroupLaunches:
             recipe = optimizer.recipe(params[some[0]], group)
             launch = backend.prepare(recipe.method.name, [slots[at] for at in some], recipe.formats)
             self._launches.append((recipe.method, launch, some))
-        self._addresses = _addresses(params)
+        self._addresses = self._where(params)
         self._states = [optimizer.state.get(p) for p in params]
         self._kept = [state for state in self._states if state]
         self._values = self._every_value()
@@ -98,7 +99,7 @@ class GroupLaunches:
             self._group is group
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
-            and _addresses(params) == self._addresses
+            and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
             # Nobody has written into the optimizer's state.
             and all(map(is_, map(optimizer.state.get, params), self._states))
@@ -106,25 +107,24 @@ class GroupLaunches:
             and all(map(is_, values, self._values))
         )
 
+    def _where(self, params: Sequence[Tensor]) -> list[int]:
+        return list(map(Tensor.data_ptr, map(sharding.local, params) if self._sharded else params))
+
     def _every_value(self) -> list[Any]:
         """Counters and states of these parameters, one after the other."""
         return list(chain.from_iterable(map(dict.values, self._kept)))
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Launch; returns the parameters that are left."""
+        own = gradients
+        if self._sharded:
+            pairs = zip(self._params, gradients, strict=True)
+            own = [None if g is None else sharding.gradient(p, g) for p, g in pairs]
         for method, launch, some in self._launches:
             hyper = method.hyper(self._group)
             assert hyper is not None
-            launch([_own_gradient(self._params[at], gradients[at]) for at in some], hyper)
+            launch([own[at] for at in some], hyper)
         return [self._params[at] for at in self._rest if gradients[at] is not None]
-
-
-def _addresses(params: Sequence[Tensor]) -> list[int]:
-    return [sharding.local(p).data_ptr() for p in params]
-
-
-def _own_gradient(p: Tensor, grad: Tensor | None) -> Tensor | None:
-    return grad if grad is None or not sharding.is_dtensor(p) else sharding.gradient(p, grad)
 
 
 def _fused_backend(demanded: bool) -> FusedBackend | None:

@@ -35,7 +35,7 @@ from statecodec.optim.method import (
 from statecodec.optim.states import StateKeeper
 
 LARGEST_GRADIENT = 2.0**48  # squares, summed over a matrix, stay within fp32
-ELEMENTS = 1 << 23  # of a batch: 32 MiB for each of its temporaries, and products enough to fill a GPU
+ELEMENTS = 1 << 22  # of a batch: 16 MiB for each of its temporaries, and 256 tiles of 128 x 128 to fill a GPU
 _CASTS = {torch.bfloat16: Cast("bf16"), torch.float16: Cast("fp16")}
 
 

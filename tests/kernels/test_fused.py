@@ -12,7 +12,9 @@ import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -146,6 +148,26 @@ def test_whatever_the_tiling(tiling: str, device) -> None:
         assert differences(generic, fused) == []
 
 
+@pytest.mark.parametrize("master_weights", [None, "split24", "split32"])
+@pytest.mark.parametrize("make", [optim.SGD, optim.Lion, optim.FOAM], ids=lambda m: m.__name__)
+def test_fp16_weights_that_would_overflow_stay(make: Any, master_weights: str | None, device) -> None:
+    """65504 is fp16's largest: a step of 8 and more from there on has nowhere to go."""
+
+    def near_the_end(params: Any, **options: Any) -> optim.StateOptimizer:
+        for _, p in params:
+            p.data.view(-1)[::40] = 65504.0
+        return make(params, lr=1e3, weight_decay=0.0, **options)
+
+    shapes = [(6, 128), (3, 70)]
+    generic, fused = (
+        train(near_the_end, device, torch.float16, f, shapes=shapes, master_weights=master_weights)
+        for f in (False, True)
+    )
+    assert differences(generic, fused) == []
+    assert generic[0].skipped() == fused[0].skipped()
+    assert len(fused[0].skipped()) == 2
+
+
 def test_missing_and_awkward_gradients(device) -> None:
     """No gradient, a transposed one, an expanded one, one that moves."""
 
@@ -187,6 +209,34 @@ def test_narrow_rows_get_their_own_tiles(device, monkeypatch: pytest.MonkeyPatch
     shapes = [(300, 3), (64, 8), (50, 1), (4, 256)]
     generic, fused = (train(optim.AdamW, device, torch.bfloat16, f, shapes=shapes) for f in (False, True))
     assert differences(generic, fused) == []
+
+
+@pytest.mark.parametrize("lr", [1e-3, "tensor"])
+@pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, optim.Lion, optim.FOAM, optim.SlimAdam])
+def test_a_fused_step_never_waits_for_the_gpu(make: Any, lr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without values, without kernels: whatever asks for one fails, where a CUDA graph could not be made."""
+    from statecodec.kernels.triton import fast, general, launch, scalars, sharing
+
+    class Nothing:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: None
+
+    for module, name in (
+        (fast, "step_words"), (general, "step_elements"), (scalars, "begin"), (sharing, "squares"), (sharing, "share"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(launch, "on", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr("statecodec.optim.options.check_fusable", lambda p: None)
+    monkeypatch.setattr("statecodec.optim.base.check_fusable", lambda p: None)
+    params = [nn.Parameter(torch.zeros(s, dtype=torch.bfloat16, device="meta")) for s in ((8, 64), (70, 96), (33,))]
+    named = [(f"layer{i}.q_proj.weight", p) for i, p in enumerate(params)]
+    options = {"rules": {"*": [1]}} if make is optim.SlimAdam else {}
+    optimizer = make(named, lr=1e-2, weight_decay=0.1, fused=True, dense_below=100, **options)
+    for rate in (1e-2, lr, lr):  # the first step looks at options
+        optimizer.param_groups[0]["lr"] = torch.zeros((), device="meta") if rate == "tensor" else rate
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 def test_lr_tensor_and_schedule(device) -> None:
@@ -477,6 +527,63 @@ def test_what_is_not_supported() -> None:
     ):  # fmt: skip
         assert not supports(method, {"exp_avg": first, "exp_avg_sq": second}, dtype, low), (method, first, second)
     assert not supports("adam", {"exp_avg": eight}, torch.bfloat16, torch.int8)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for streams and pinned memory; set `capturing` as a CUDA graph's context would."""
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *args, pin_memory=False, **options: zeros(*args, **options))
+    stand_in = Mock(capturing=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: stand_in.capturing)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+    return stand_in
+
+
+def test_what_captured_graphs_copy_from_is_never_written_again(cuda: Any) -> None:
+    """As many graphs as one likes, between steps or one after the other."""
+    from statecodec.kernels.triton.launch import News
+
+    news = News(2, torch.device("cpu"))
+    news._cuda = True
+    for at in range(12):
+        if at < 6:
+            news.send(np.array([-1, at]))
+        cuda.capturing = True
+        news.send(np.array([at, at]))
+        cuda.capturing = False
+        assert news.there.tolist() == [at, at]
+    assert [buffer.tolist() for buffer, _ in news._captured] == [[at, at] for at in range(12)]
+
+
+def test_a_graph_and_steps_beside_it_each_see_their_own_gradients(device, cuda: Any) -> None:
+    """A graph brings its addresses along at every replay, so after one nobody knows which are there."""
+    if device.type == "cuda":
+        pytest.skip("stands in for a CUDA device")
+    params = [nn.Parameter(torch.ones(8, 64, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = optim.AdamW(params, fused=True, dense_below=0)
+    mine, others = ([torch.full_like(p, at) for p in params] for at in (1, 2))
+
+    def step(gradients: list[Tensor]) -> list[int]:
+        for p, g in zip(params, gradients, strict=True):
+            p.grad = g
+        optimizer.step()
+        news = next(iter(optimizer._launches.values()))._launches[0][1].news
+        news._cuda = True
+        return news.there[: len(params)].tolist()
+
+    def addresses(gradients: list[Tensor]) -> list[int]:
+        return [g.data_ptr() for g in gradients]
+
+    step(mine)
+    cuda.capturing = True
+    assert step(mine) == addresses(mine)
+    cuda.capturing = False
+    news = next(iter(optimizer._launches.values()))._launches[0][1].news
+    ((captured, _),) = news._captured
+    assert step(others) == addresses(others)
+    news.there.copy_(captured)  # a replay
+    assert step(others) == addresses(others)
 
 
 @pytest.mark.gpu

@@ -74,7 +74,7 @@ class Launch:
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
         numbers = (0.0 if live else float(hyper.lr), *(getattr(hyper, name) for name in NUMBERS[1:]))
         with on(self.param):
-            if addresses != self.addresses or numbers != self.numbers:
+            if addresses != self.addresses or numbers != self.numbers or self.news.uncertain():
                 self._send(addresses, numbers)
             spec = self._spec(hyper, KINDS[dtype], live)
             lr = hyper.lr if live else self.scalars
@@ -146,22 +146,23 @@ class News:
         self._ring = [self._buffer() for _ in range(4)] if self._cuda else []
         self._captured: list[Any] = []
 
+    def uncertain(self) -> bool:
+        """Whether something else than what was sent last may be there: a graph sends its own at every replay."""
+        return self._cuda and (bool(self._captured) or torch.cuda.is_current_stream_capturing())
+
     def send(self, here: NDArray[np.int64]) -> None:
         """Copy `here` to the device, without waiting for it."""
         if not self._cuda:
             self.there.copy_(torch.from_numpy(here))
             return
-        if torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._ring.pop())
-            buffer, event = self._captured[-1]
-        else:
-            self._ring = self._ring or [self._buffer()]
-            buffer, event = self._ring.pop(0)
+        capturing = torch.cuda.is_current_stream_capturing()
+        buffer, event = self._ring.pop(0) if self._ring else self._buffer()
+        if not capturing:
             event.synchronize()
-            self._ring.append((buffer, event))
+        (self._captured if capturing else self._ring).append((buffer, event))
         buffer.numpy()[:] = here
         self.there.copy_(buffer, non_blocking=True)
-        if not torch.cuda.is_current_stream_capturing():
+        if not capturing:
             event.record()
 
     def _buffer(self) -> tuple[Tensor, Any]:

@@ -101,6 +101,8 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
 
 def layout(source: Document) -> str:
     """What kind of checkpoint the original is, in words."""
+    if source.get("framework"):
+        return str(source["framework"])
     name = str(source.get("layout") or "")
     return _LAYOUTS.get(name, name.replace("_", " "))
 

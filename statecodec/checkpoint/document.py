@@ -94,6 +94,9 @@ def from_json(value: Mapping[str, Any], items: Sequence[Named]) -> Document:
         source = {**source, "name": path_from_json(source["name"])}
     if not _LAYOUT.fullmatch(_get(source, "layout", str)):
         raise FormatError(f"{source['layout'][:80]!r} in the document is not the name of a layout")
+    framework = source.get("framework")
+    if framework is not None and not (type(framework) is str and framework.isprintable() and len(framework) <= 1000):
+        raise FormatError(f"{str(framework)[:80]!r} in the document is not the name of a framework")
     _integer(source.get("bytes"), 0, _MAX_SOURCE)
     if source["layout"] not in ("directory", "native") and len(files) != 1:
         raise FormatError(f"the document of a single file describes {len(files)} files")

@@ -213,6 +213,7 @@ def _report_text(report: Report) -> str:
     line = [f"{report.path}: {size(report.bytes)}"]
     if report.format_version is not None:
         line += [f"from {size(before)}", ratio(before, report.bytes)]
+    line += [report.source["framework"]] if report.source.get("framework") else []
     line += [f"{per_param:.2f} B/param"] if per_param else []
     rows = []
     for (role, codec), group in _grouped(report.tensors, lambda t: (t.role, t.codec.partition("(")[0])):

@@ -94,6 +94,12 @@ class SourceCheckpoint(Checkpoint):
         """The name of the layout, as in reports."""
         return "directory" if self.located.is_directory else self.located.files[0].layout
 
+    @property
+    def kind(self) -> dict[str, str]:
+        """The layout, and the framework where one is recognised, as in reports and documents."""
+        framework = self.located.framework
+        return {"layout": self.layout, **({} if framework is None else {"framework": framework})}
+
     @cached_property
     def _stored(self) -> Mapping[str, list[tuple[Box | Run | None, str]]]:
         """By the name of a located tensor: its parts, and the names of the items that they are stored as."""
@@ -216,7 +222,7 @@ class SourceCheckpoint(Checkpoint):
         )  # fmt: skip
         return Report(
             path=str(self.path), format_version=None, bytes=self.nbytes, tensors=tensors, seconds=0.0, notes=self.notes,
-            source={"name": self.path.name, "layout": self.layout, "bytes": self.nbytes, "sha256": None},
+            source={"name": self.path.name, **self.kind, "bytes": self.nbytes, "sha256": None},
             files=tuple(f.path for f in self.located.files),
         )  # fmt: skip
 

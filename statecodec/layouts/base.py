@@ -197,6 +197,8 @@ class Source:
     momenta: tuple[Momentum, ...] = ()
     folders: tuple[Folder, ...] = ()
     """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
+    framework: str | None = None
+    """What wrote it, as far as a layout can tell."""
 
     @property
     def directories(self) -> tuple[str, ...]:

@@ -286,7 +286,9 @@ def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
     root = _graph(_regrouped(nested(index, values)))
     windows = tuple((nodes[key],) for key in pieces)
     facts = Facts(f"{listing.folder}/{INDEX}", root, index.limit + len(found), True, scalars, windows)
-    return Located(tuple(files), tensors, facts=(facts,))
+    count = len({item.file for item in index.items})
+    made_by = f"torch.distributed.checkpoint, {count} file{'s' * (count > 1)}"
+    return Located(tuple(files), tensors, facts=(facts,), framework=made_by)
 
 
 def _region(each: _Found) -> Region | None:

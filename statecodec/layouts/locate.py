@@ -49,7 +49,7 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     files.update(_links(listing, files))
     return Source(
         root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        tuple(momenta), listing.folders,
+        tuple(momenta), listing.folders, "; ".join(sorted({f.framework for f in found if f.framework})) or None,
     )  # fmt: skip
 
 

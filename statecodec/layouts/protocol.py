@@ -60,6 +60,8 @@ class Located:
     moments: tuple[Moments, ...] = ()
     facts: tuple[Facts, ...] = ()
     """Of files whose tensors are to be named by guessing; `tensors` then begins with theirs, file by file."""
+    framework: str | None = None
+    """What wrote the files, and how, as reports say it: "DeepSpeed ZeRO-2, 2 ranks"."""
 
 
 class Layout(Protocol):

@@ -56,10 +56,11 @@ def locate(listing: Listing) -> Located:
     except Unknown:
         return _together([torch_zip.locate(listing.of((path,))) for path in listing.files])
     names = Names()
-    marks = [f"mp_rank_{rank:02d}." if len(indices) > 1 else "" for rank in indices]
-    return _together(
-        [_located(listing, index, mark, names) for index, mark in zip(indices.values(), marks, strict=True)]
-    )
+    several = len(indices) > 1
+    found = [_located(listing, index, f"mp_rank_{i:02d}." if several else "", names) for i, index in indices.items()]
+    first = next(iter(indices.values()))
+    ranks = f"{first.ranks} x {len(indices)} ranks" if several else f"{first.ranks} rank{'s' * (first.ranks > 1)}"
+    return replace(_together(found), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
 
 
 def tree(listing: Listing, read: Read) -> Any:

@@ -318,7 +318,7 @@ class Compression:
             rules=tuple(str(rule) for rule in self.settings.policy.rules),
             source={
                 "name": named(source.path).name,
-                "layout": source.layout,
+                **source.kind,
                 "bytes": source.nbytes,
                 "sha256": None if located.is_directory else every[0],
             },

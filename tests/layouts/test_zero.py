@@ -91,6 +91,11 @@ def test_every_byte_comes_back(name: str, deepspeed: Path, tmp_path: Path) -> No
     statecodec.compress(deepspeed / name, tmp_path / "x.sc.safetensors", preset="lossless")
     statecodec.restore(tmp_path / "x.sc.safetensors", tmp_path / "back")
     assert contents_of(tmp_path / "back") == contents_of(deepspeed / name)
+    framework = f"DeepSpeed ZeRO-{name[4]}, 3 ranks"
+    assert statecodec.inspect(tmp_path / "x.sc.safetensors").source["framework"] == framework
+    report = statecodec.inspect(deepspeed / name)
+    assert report.source["framework"] == framework
+    assert framework in str(report)
     with statecodec.open(tmp_path / "x.sc.safetensors") as checkpoint, statecodec.open(deepspeed / name) as original:
         key = "global_step3:optimizer.state.emb.weight.exp_avg"
         assert torch.equal(checkpoint.read(key), original.read(key))

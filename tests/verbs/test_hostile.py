@@ -76,6 +76,8 @@ LIES = {
     "more bytes than floats count": setting("source", "bytes", 10**400),
     "fewer bytes than none": setting("source", "bytes", -1),
     "a name that is no text": setting("source", "name", 5),
+    "a framework that is no text": setting("source", "framework", 5),
+    "a framework that moves the cursor": setting("source", "framework", "\x1b[2J"),
     "no file": setting("files", []),
     "overlapping checksums": setting("files", 0, "crcs", [[0, 1000, [0]]] * 10_000),
 }

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from statecodec.checkpoint.report import DiffReport, Report
     from statecodec.choose.snr_tracker import SNRTracker
     from statecodec.layouts.objects import OpaqueObject
-    from statecodec.verbs.analyze import Analysis, analyze
+    from statecodec.verbs.analysis import Analysis
+    from statecodec.verbs.analyze import analyze
     from statecodec.verbs.compress import compress
     from statecodec.verbs.convert import convert
     from statecodec.verbs.diff import diff
@@ -56,7 +57,7 @@ __all__ = [
 
 # Imported when first used, so that `import statecodec` costs nothing beyond this file.
 _HOMES = {
-    "Analysis": "verbs.analyze",
+    "Analysis": "verbs.analysis",
     "Checkpoint": "checkpoint.base",
     "DiffReport": "checkpoint.report",
     "OpaqueObject": "layouts.objects",

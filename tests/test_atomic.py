@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from statecodec import atomic
+from statecodec import staging
 from statecodec.atomic import Output, write_file
 from statecodec.errors import OutputExists, OutputFailed, UsageError
 
@@ -242,7 +242,7 @@ def test_a_mount_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_mount_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic.fcntl, "flock", failing(errno.ENOLCK, atomic.fcntl.flock))
+    monkeypatch.setattr(staging.fcntl, "flock", failing(errno.ENOLCK, staging.fcntl.flock))
     stale = tmp_path / ".x.0123456789abcdef.tmp"
     stale.mkdir()
     write_file(tmp_path / "x", b"1")
@@ -290,5 +290,5 @@ def test_an_interruption_as_soon_as_the_folder_is_there(
 
     monkeypatch.setattr(os, call, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        atomic.Staging(tmp_path / "out")
+        staging.Staging(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from statecodec.checkpoint import joined
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.paths_json import path_from_json, path_to_json, safe_path
-from statecodec.checkpoint.stored_files import MAX_TIME, Named, StoredFile, file_from_json, file_to_json
+from statecodec.checkpoint.stored_files import MAX_TIME, StoredFile, file_from_json, file_to_json
+from statecodec.checkpoint.stored_moments import Named
 from statecodec.errors import FormatError
 from statecodec.layouts import Folder
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from statecodec.errors import FormatError
 from statecodec.format.index import INDEX_SUFFIX
+from statecodec.layouts.safetensors_file import is_safetensors
+from statecodec.layouts.torch_zip import is_zip
 
 _HEAD = 1 << 16
 
@@ -21,6 +23,20 @@ def is_compressed(path: str | Path) -> bool:
         return b'"format":"statecodec"' in _head(path)
     index = path if path.exists() else path.with_name(path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
     return index.exists() and b"statecodec.manifest" in _head(index)
+
+
+def not_compressed(path: Path) -> FormatError | None:
+    """What to say of a checkpoint that is not a compressed one; None of a damaged one, or anything else."""
+    if path.is_dir():
+        kind = "directory"
+    elif not path.is_file():
+        return None
+    else:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+        foreign = is_safetensors(head, path.stat().st_size) and b"statecodec" not in head
+        kind = "torch.save file" if is_zip(head) else "plain safetensors file" if foreign else ""
+    return FormatError(f"{path} is a {kind}, not a compressed checkpoint; `compress` makes one") if kind else None
 
 
 def _head(path: Path) -> bytes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from statecodec import codecs, kernels
 from statecodec.buffers import Scratch
@@ -17,15 +17,14 @@ from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
 from statecodec.checkpoint.companions import Companions
 from statecodec.checkpoint.joined import Joined
 from statecodec.checkpoint.report import Report, TensorReport
-from statecodec.checkpoint.states import ATTRIBUTE, encoded_state
+from statecodec.checkpoint.sniff import not_compressed
+from statecodec.checkpoint.stored_report import stored_report, tensor_report, text
 from statecodec.codecs import Change, Codec, EncodedTensor, Encoding
 from statecodec.codecs.changes import add_parts, add_values
 from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues, UsageError
-from statecodec.format import Limits, Reader, StoredItem
+from statecodec.format import Limits, Reader
 from statecodec.layouts import Moments
-from statecodec.layouts.safetensors_file import is_safetensors
-from statecodec.layouts.torch_zip import is_zip
 from statecodec.lazy import torch
 from statecodec.names import shown
 
@@ -62,7 +61,7 @@ class Stored(Checkpoint):
         try:
             reader = Reader(path, limits or Limits())
         except FormatError as error:
-            raise _not_compressed(Path(path)) or error from None
+            raise not_compressed(Path(path)) or error from None
         return cls.of(reader, beside=beside)
 
     @classmethod
@@ -281,7 +280,7 @@ class Stored(Checkpoint):
 
     def report(self) -> Report:
         reader = self.reader
-        return make_report(self.path, reader.format_version, self.document, reader.items, reader.files)
+        return stored_report(self.path, reader.format_version, self.document, reader.items, reader.files)
 
     def decode(self, item: int) -> Tensor:
         """A whole item, checked and decoded."""
@@ -293,20 +292,6 @@ class Stored(Checkpoint):
         for number, chunk in enumerate(stored.chunks):
             flat[chunk.start : chunk.stop] = self.decode_chunk(item, number).view(-1)
         return out
-
-
-def _not_compressed(path: Path) -> FormatError | None:
-    """What to say of a checkpoint that is not a compressed one; None of a damaged one, or anything else."""
-    if path.is_dir():
-        kind = "directory"
-    elif not path.is_file():
-        return None
-    else:
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-        foreign = is_safetensors(head, path.stat().st_size) and b"statecodec" not in head
-        kind = "torch.save file" if is_zip(head) else "plain safetensors file" if foreign else ""
-    return FormatError(f"{path} is a {kind}, not a compressed checkpoint; `compress` makes one") if kind else None
 
 
 def _open_base(stored: Stored) -> Stored:
@@ -328,59 +313,3 @@ def _open_base(stored: Stored) -> Stored:
         opened.close()
         raise FormatError(f"{stored.path} is said to be link {base.length} of a chain, its base {before}")
     return opened
-
-
-def make_report(
-    path: Path,
-    version: tuple[int, int],
-    document: documents.Document,
-    items: Iterable[StoredItem],
-    files: Iterable[Path],
-    seconds: float = 0.0,
-) -> Report:
-    """The report of a compressed checkpoint that was just written, or opened."""
-    files = tuple(files)
-    return Report(
-        path=str(path),
-        format_version=version,
-        source=document.source,
-        bytes=sum(file.stat().st_size for file in files),
-        tensors=tuple(tensor_report(item) for item in items),
-        seconds=seconds,
-        preset=document.preset,
-        rules=document.rules,
-        notes=document.notes,
-        files=tuple(str(file) for file in files),
-    )
-
-
-def tensor_report(item: StoredItem) -> TensorReport:
-    """The report of one stored item."""
-    attributes = item.attributes
-    return TensorReport(
-        name=item.name,
-        role=text(attributes.get("role")) or "other",
-        param=text(attributes.get("param")),
-        shape=item.shape,
-        dtype=item.dtype.name,
-        codec=str(item.encoding),
-        bytes_before=item.decoded_nbytes,
-        bytes_after=item.stored_nbytes,
-        error=_error(attributes.get("error")),
-        state=encoded_state(attributes.get(ATTRIBUTE), item.name, item.shape, item.dtype),
-    )
-
-
-def text(value: Any) -> str | None:
-    """A string of an untrusted document, or None. Raises FormatError for anything else."""
-    if value is not None and not isinstance(value, str):
-        raise FormatError(f"an attribute is {str(value)[:40]!r} where text was expected")
-    return value
-
-
-def _error(value: Any) -> dict[str, float] | None:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(type(v) in (int, float) and math.isfinite(v) for v in value.values()):
-        raise FormatError("an error attribute does not hold numbers")
-    return {str(k): float(v) for k, v in value.items()}

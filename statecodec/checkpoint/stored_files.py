@@ -10,31 +10,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any
 
 from statecodec import dtypes
+from statecodec.checkpoint.json_columns import (
+    MAX_FILE,
+    differences,
+    gaps,
+    integer,
+    integers,
+    lists_of,
+    sequence,
+    summed,
+)
 from statecodec.checkpoint.paths_json import path_from_json, path_to_json, safe_path
-from statecodec.dtypes import DType
+from statecodec.checkpoint.stored_moments import Named, moments_from_json, moments_to_json
 from statecodec.errors import FormatError
 from statecodec.layouts import Crc32, Moments, View
 from statecodec.names import shown
 from statecodec.strict import Fields
 
-MAX_FILE = 1 << 50
 MAX_TIME = (1 << 63) - 1  # nanoseconds since 1970
-_SETTINGS = ("beta1", "beta2", "eps", "lr", "weight_decay", "step")
 _MAX_NUMEL = 1 << 62  # of a view, which may repeat its elements (expand)
-
-
-class Named(Protocol):
-    """What a document needs to know of a stored item."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> DType: ...
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,13 @@ def file_to_json(
         "layout": file.layout,
         "sha256": file.sha256,
         "regions": {
-            "gap": _gaps((offset, own.nbytes(i)) for i, (offset, _) in enumerate(file.regions)),
-            "item": _differences(item for _, item in file.regions),
+            "gap": gaps((offset, own.nbytes(i)) for i, (offset, _) in enumerate(file.regions)),
+            "item": differences(item for _, item in file.regions),
         },
         "skeleton": file.skeleton,
         "views": _views_json(file.views, own),
         "crcs": _crcs_json(file.crcs),
-        "moments": _moments_json(file.moments, numbers),
+        "moments": moments_to_json(file.moments, numbers),
     }
     same_as = None if file.same_as is None else path_to_json(file.same_as)
     optional = {"same_as": same_as, "note": file.note, "mtime_ns": file.mtime_ns}
@@ -112,7 +109,7 @@ def file_from_json(value: Any, items: Sequence[Named], directory: bool) -> Store
         skeleton=skeleton,
         views=tuple(_views(fields, own)),
         crcs=crcs,
-        moments=tuple(_moments(fields, items)),
+        moments=tuple(moments_from_json(fields, items)),
         same_as=None if same_as is None else path_from_json(same_as),
         note=fields.take("note", (str, type(None)), None),
         mtime_ns=_optional(fields, "mtime_ns", MAX_TIME),
@@ -156,40 +153,6 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-# Columns ---------------------------------------------------------------------------------------------------------
-
-
-def _differences(values: Any) -> list[int]:
-    """Each value less the one before it: of numbers that rise evenly, the same number again and again."""
-    found, last = [], 0
-    for value in values:
-        found.append(value - last)
-        last = value
-    return found
-
-
-def _summed(fields: Fields, key: str, low: int, high: int, what: str) -> list[int]:
-    """The values that a column of differences stands for, each in its range."""
-    found, value = [], 0
-    for difference in fields.take(key, list):
-        if type(difference) is not int:
-            raise FormatError(f"{what}: {key!r} holds something that is no integer")
-        value += difference
-        if not low <= value <= high:
-            raise FormatError(f"{what}: {key!r} gives {str(value)[:40]}, expected {low} to {high}")
-        found.append(value)
-    return found
-
-
-def _gaps(spans: Any) -> list[int]:
-    """The bytes between each span (offset, nbytes) and the end of the one before it."""
-    found, end = [], 0
-    for offset, nbytes in spans:
-        found.append(offset - end)
-        end = offset + nbytes
-    return found
-
-
 # Regions ---------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +161,7 @@ def _regions(fields: Fields, nbytes: int, items: Sequence[Named]) -> Iterator[tu
     value, what = fields.take("regions", (dict, list)), f"{fields.where}: regions"
     if isinstance(value, dict):
         columns = Fields(value, what)
-        numbers, gaps = _summed(columns, "item", 0, len(items) - 1, what), columns.take("gap", list)
+        numbers, gaps = summed(columns, "item", 0, len(items) - 1, what), columns.take("gap", list)
         if len(gaps) != len(numbers) or any(type(gap) is not int for gap in gaps):
             raise FormatError(f"{what}: not one gap for each item")
         end = 0
@@ -207,11 +170,11 @@ def _regions(fields: Fields, nbytes: int, items: Sequence[Named]) -> Iterator[tu
             rows.append((end + gap, number))
             end += gap + _nbytes(items[number])
     else:
-        rows = _rows(value, 2, what)
+        rows = lists_of(value, 2, what)
     end = 0
     for offset, number in rows:
-        _integer(number, 0, len(items) - 1, what)
-        _integer(offset, end, nbytes - _nbytes(items[number]), what)
+        integer(number, 0, len(items) - 1, what)
+        integer(offset, end, nbytes - _nbytes(items[number]), what)
         end = offset + _nbytes(items[number])
         yield offset, number
 
@@ -238,15 +201,15 @@ def _views(fields: Fields, own: _Own) -> Iterator[View]:
     what, most = f"{fields.where}: views", len(own)
     for row in fields.take("views", list):
         if type(row) is list and len(row) == 2:
-            start = _integer(row[0], 0, len(own), what)
-            stop = _integer(row[1], start, len(own), what)
+            start = integer(row[0], 0, len(own), what)
+            stop = integer(row[1], start, len(own), what)
             most -= stop - start
             if most < 0:
                 raise FormatError(f"{what}: a region is seen by default more than once")
             for region in range(start, stop):
                 yield own.view(region)
         else:
-            yield _view(_rows([row], 6, what)[0], own, what)
+            yield _view(lists_of([row], 6, what)[0], own, what)
 
 
 def _view(row: Sequence[Any], own: _Own, what: str) -> View:
@@ -254,9 +217,9 @@ def _view(row: Sequence[Any], own: _Own, what: str) -> View:
     dtype = dtypes.TORCH.get(dtype_name) if isinstance(dtype_name, str) else None
     if not isinstance(name, str) or dtype is None:
         raise FormatError(f"{what}: {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
-    _integer(region, 0, len(own) - 1, what)
-    dims, steps = _integers(shape, what), _integers(stride, what)
-    start = _integer(offset, 0, MAX_FILE, what)
+    integer(region, 0, len(own) - 1, what)
+    dims, steps = integers(shape, what), integers(stride, what)
+    start = integer(offset, 0, MAX_FILE, what)
     reach = sum((n - 1) * s for n, s in zip(dims, steps, strict=False)) + 1 if 0 not in dims else 0
     fits = start + reach <= own.nbytes(region) // dtype.itemsize
     if len(dims) != len(steps) or not fits or math.prod(dims) > _MAX_NUMEL:
@@ -273,9 +236,9 @@ def _crcs_json(crcs: Sequence[Crc32]) -> Any:
     if len(places) != 1:
         return [[c.offset, c.nbytes, list(c.at)] for c in crcs]
     return {
-        "offset": _gaps((c.offset, c.nbytes) for c in crcs),
+        "offset": gaps((c.offset, c.nbytes) for c in crcs),
         "nbytes": [c.nbytes for c in crcs],
-        "at": [_differences(c.at[k] for c in crcs) for k in range(places.pop())],
+        "at": [differences(c.at[k] for c in crcs) for k in range(places.pop())],
     }
 
 
@@ -284,7 +247,7 @@ def _crcs(fields: Fields, nbytes: int) -> Iterator[Crc32]:
     if isinstance(value, dict):
         columns = Fields(value, what)
         gaps, sizes = columns.take("offset", list), columns.take("nbytes", list)
-        at = [_summed(Fields({"at": c}, what), "at", 0, nbytes - 4, what) for c in columns.take("at", list)]
+        at = [summed(Fields({"at": c}, what), "at", 0, nbytes - 4, what) for c in columns.take("at", list)]
         if any(len(column) != len(sizes) for column in (gaps, *at)):
             raise FormatError(f"{what}: columns of several lengths")
         end, rows = 0, []
@@ -294,80 +257,8 @@ def _crcs(fields: Fields, nbytes: int) -> Iterator[Crc32]:
             rows.append([end + gap, size, [column[i] for column in at]])
             end += gap + size
     else:
-        rows = _rows(value, 3, what)
+        rows = lists_of(value, 3, what)
     for offset, size, places in rows:
-        start = _integer(offset, 0, nbytes, what)
-        length = _integer(size, 0, nbytes - start, what)
-        yield Crc32(start, length, tuple(_integer(at, 0, nbytes - 4, what) for at in _sequence(places, what)))
-
-
-# Moments ---------------------------------------------------------------------------------------------------------
-
-
-def _moments_json(moments: Sequence[Moments], numbers: Mapping[str, int]) -> Any:
-    """Columns of item indices, and each combination of settings once."""
-    if not moments:
-        return []
-    settings = [tuple(getattr(m, key) for key in _SETTINGS) for m in moments]
-    kinds = {kind: i for i, kind in enumerate(dict.fromkeys(settings))}
-    return {
-        "param": [m.param for m in moments],
-        "exp_avg": _differences(numbers[m.exp_avg] for m in moments),
-        "exp_avg_sq": _differences(numbers[m.exp_avg_sq] for m in moments),
-        "weight": _differences(-1 if m.weight is None else numbers[m.weight] for m in moments),
-        "settings": [list(kind) for kind in kinds],
-        "kind": [kinds[kind] for kind in settings],
-    }
-
-
-def _moments(fields: Fields, items: Sequence[Named]) -> Iterator[Moments]:
-    value, what = fields.take("moments", (dict, list)), f"{fields.where}: moments"
-    if isinstance(value, list):
-        yield from (_checked(Fields(row, what).values, what) for row in value)
-        return
-    columns = Fields(value, what)
-    settings = _rows(columns.take("settings", list), len(_SETTINGS), what)
-    params, kinds = columns.take("param", list), columns.take("kind", list)
-    first, second = (_summed(columns, key, 0, len(items) - 1, what) for key in ("exp_avg", "exp_avg_sq"))
-    weights = _summed(columns, "weight", -1, len(items) - 1, what)
-    if len({len(column) for column in (params, kinds, first, second, weights)}) != 1:
-        raise FormatError(f"{what}: columns of several lengths")
-    for param, kind, m, v, w in zip(params, kinds, first, second, weights, strict=True):
-        chosen = settings[_integer(kind, 0, len(settings) - 1, what)]
-        weight = None if w < 0 else items[w].name
-        names = {"param": param, "exp_avg": items[m].name, "exp_avg_sq": items[v].name, "weight": weight}
-        yield _checked({**names, **dict(zip(_SETTINGS, chosen, strict=True))}, what)
-
-
-def _checked(value: Mapping[str, Any], what: str) -> Moments:
-    number = {k: value.get(k) for k in _SETTINGS}
-    text = {k: value.get(k) for k in ("param", "exp_avg", "exp_avg_sq", "weight")}
-    optional = ("lr", "weight_decay", "step", "param", "weight")
-    sound = {k: type(v) in (int, float) and abs(v) < 1e300 for k, v in number.items() if v is not None}
-    if not all(sound.get(k, k in optional) for k in number):
-        raise FormatError(f"{what}: a setting is not a number")
-    if not all(isinstance(v, str) or (v is None and k in optional) for k, v in text.items()):
-        raise FormatError(f"{what}: a name is not text")
-    return Moments(**cast(Any, text), **cast(Any, number))
-
-
-def _integer(value: Any, low: int, high: int, what: str) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise FormatError(f"{what}: {str(value)[:40]!r} is not an integer from {low} to {high}")
-    return value
-
-
-def _integers(value: Any, what: str) -> tuple[int, ...]:
-    return tuple(_integer(n, 0, MAX_FILE, what) for n in _sequence(value, what))
-
-
-def _sequence(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise FormatError(f"{what}: {str(value)[:40]!r} is not a list")
-    return value
-
-
-def _rows(rows: list[Any], width: int, what: str) -> list[Any]:
-    if not all(isinstance(row, list) and len(row) == width for row in rows):
-        raise FormatError(f"{what}: expected lists of {width}")
-    return rows
+        start = integer(offset, 0, nbytes, what)
+        length = integer(size, 0, nbytes - start, what)
+        yield Crc32(start, length, tuple(integer(at, 0, nbytes - 4, what) for at in sequence(places, what)))

@@ -3,11 +3,12 @@
 docs/format.md is normative. `Writer` and `Reader` move encoded parts and never look at numbers.
 """
 
+from statecodec.format.finished import Finished, Written
 from statecodec.format.items import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
 from statecodec.format.placement import Item
 from statecodec.format.reader import ItemCheck, Reader, Record
-from statecodec.format.writer import Finished, PackedChunk, Writer, Written
+from statecodec.format.writer import PackedChunk, Writer
 from statecodec.limits import Limits
 
 __all__ = [

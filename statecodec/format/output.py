@@ -9,10 +9,10 @@ import stat
 from pathlib import Path
 
 from statecodec import atomic
-from statecodec.atomic import File, Staging, os_errors
 from statecodec.errors import FormatError
 from statecodec.format.container import read_header
 from statecodec.limits import Limits
+from statecodec.staging import File, Staging, os_errors
 
 
 class Destination:

@@ -22,7 +22,7 @@ from statecodec import dtypes
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
-from statecodec.format import sharing
+from statecodec.format import part_tensors, sharing
 from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
 from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, last_shard
 from statecodec.format.items import PACKED, StoredItem, StoredRecord
@@ -189,7 +189,7 @@ class Reader:
                 f"{self.path}: {name} is stored as what changed since a base checkpoint ({item.encoding}); this file "
                 "alone does not hold it"
             )
-        parts = _empty(item.parts)
+        parts = part_tensors.empty(item.parts)
         offsets = self._offsets(i)
         flat = {k: part.view(-1).view(torch.uint8) for k, part in parts.items()}
         for k, chunk in enumerate(item.chunks):
@@ -223,7 +223,7 @@ class Reader:
         """The parts of one chunk, verified; into `out` if given (contiguous CPU tensors of the chunk's parts)."""
         stored = self.items[item]
         specs = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype)
-        parts = _empty(specs) if out is None else _checked(out, specs)
+        parts = part_tensors.empty(specs) if out is None else part_tensors.matching(_contiguous(out), specs, "out")
         try:
             if stored.storage == PACKED:
                 self._read_packed(item, chunk, list(parts.values()))
@@ -331,17 +331,10 @@ def _running(sizes: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(sizes)][:-1]
 
 
-def _empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
-    return {name: torch.empty(spec.shape, dtype=spec.dtype.torch, device="cpu") for name, spec in specs.items()}
-
-
-def _checked(out: Mapping[str, Tensor], specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
-    found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in out.items()}
-    if found != dict(specs):
-        raise UsageError(f"out should have parts {dict(specs)}, found {found}")
-    if any(t.device.type != "cpu" or not t.is_contiguous() for t in out.values()):
-        raise UsageError("out must be contiguous CPU tensors")
-    return {k: out[k] for k in specs}
+def _contiguous(out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not all(part.is_contiguous() for part in out.values()):
+        raise UsageError("out should have parts that are contiguous")
+    return out
 
 
 def _check(data: Bytes, checksum: str) -> None:

@@ -6,21 +6,19 @@ import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from statecodec import dtypes
 from statecodec._version import __version__
-from statecodec.atomic import File
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import Encoding, PartSpec
+from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import FormatError, OutputFailed, UsageError
-from statecodec.format import placement, sharing
+from statecodec.errors import UsageError
+from statecodec.format import part_tensors, placement, sharing
 from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
+from statecodec.format.finished import Finished, Written, opened
 from statecodec.format.index import index_json
 from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
 from statecodec.format.manifest import Manifest, OtherShard
@@ -29,6 +27,7 @@ from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import Item, PlannedItem, plan
 from statecodec.format.reader import Reader, Record
 from statecodec.lazy import torch
+from statecodec.staging import File
 from statecodec.strict import dump_json
 
 if TYPE_CHECKING:
@@ -48,41 +47,6 @@ class PackedChunk:
     buffer: Bytes
     lengths: tuple[int, ...]  # of the record, or of each plain part
     checksums: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Written:
-    """An output. `path` is what a Reader opens: the file, or the index of a sharded output. `notes`: what the file
-    system could not do for durability or permissions, in words.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    nbytes: int
-    items: tuple[StoredItem, ...]
-    version: tuple[int, int] = VERSION
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Finished:
-    """An output that is whole and on the disk, but has not its name yet: `reader` reads it, as any reader will.
-
-    `path` and `files` lie in the writer's temporary folder. Leaving the writer removes that and closes `reader`.
-    """
-
-    path: Path
-    files: tuple[Path, ...]
-    nbytes: int
-    items: tuple[StoredItem, ...]
-    reader: Reader
-    _destination: Destination
-
-    def publish(self) -> Written:
-        """Make it visible under its name, all files or none. Raises OutputExists, OutputFailed."""
-        place = self._destination
-        place.publish()
-        return Written(place.opened, tuple(place.files), self.nbytes, self.items, notes=place.staging.notes)
 
 
 class Writer:
@@ -142,7 +106,8 @@ class Writer:
         """Pack one chunk: copies what it needs of `parts` (CPU tensors), which may be reused at once. Thread-safe."""
         planned = self._plan.items[item]
         specs = planned.item.encoding.parts(chunk.shape, planned.item.dtype)
-        tensors = _checked(parts, specs, planned.item.name)
+        named = part_tensors.matching(parts, specs, f"item {planned.item.name!r}: its chunk")
+        tensors = [part.detach().contiguous() for part in named.values()]
         index = self._index(item, chunk)
         if planned.storage == PACKED:
             packing = _TEXT_PACKING if planned.item.text and self.packing.level is None else self.packing
@@ -302,7 +267,7 @@ class Writer:
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
         made = place.staging.folder
         path, files = made / place.opened.name, tuple(made / f.name for f in place.files)
-        self._reader = _opened(path)
+        self._reader = opened(path)
         return Finished(path, files, nbytes, items, self._reader, place)
 
     def _stored_item(self, i: int) -> StoredItem:
@@ -359,30 +324,11 @@ class Writer:
         self.abort()
 
 
-def _opened(path: Path) -> Reader:
-    """A finished output, open. Raises UsageError if readers refuse it, OutputFailed."""
-    try:
-        return Reader(path)
-    except FormatError as error:
-        if isinstance(error.__cause__, OSError):
-            raise OutputFailed(f"cannot read what was written: {error}") from error
-        raise UsageError(f"readers would refuse the output: {error}") from error
-
-
 def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:
     metadata = {"format": "statecodec", "statecodec.version": f"{VERSION[0]}.{VERSION[1]}"}
     if shards > 1:
         metadata["statecodec.shard"] = f"{shard}/{shards}"
     return metadata if manifest is None else {**metadata, "statecodec.manifest": manifest}
-
-
-def _checked(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], name: str) -> list[Tensor]:
-    found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in parts.items()}
-    if found != dict(specs):
-        raise UsageError(f"item {name!r}: its chunk should have parts {dict(specs)}, found {found}")
-    if any(t.device.type != "cpu" for t in parts.values()):
-        raise UsageError(f"item {name!r}: move its parts to the CPU before packing them")
-    return [parts[k].detach().contiguous() for k in specs]
 
 
 def _json(value: Any, what: str) -> bytes:

@@ -15,7 +15,7 @@ from statecodec.checkpoint.document import Document, to_json
 from statecodec.checkpoint.nested import TREE, Collected
 from statecodec.checkpoint.nested import to_json as nested_json
 from statecodec.checkpoint.report import Report
-from statecodec.checkpoint.stored import make_report
+from statecodec.checkpoint.stored_report import stored_report
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import UINT8
@@ -71,7 +71,7 @@ def save(
                 writer.append(writer.pack(index, chunk, parts))
                 meter.add(sum(part.nbytes for part in parts.values()))
         written = writer.close(to_json(document))
-    report = make_report(target, written.version, document, written.items, written.files)
+    report = stored_report(target, written.version, document, written.items, written.files)
     return replace(report, notes=(*report.notes, *written.notes))
 
 

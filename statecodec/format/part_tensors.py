@@ -1,0 +1,29 @@
+"""The tensors of a chunk's parts: made for what is read, compared with what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from statecodec import dtypes
+from statecodec.codecs import PartSpec
+from statecodec.errors import UsageError
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
+    """New CPU tensors of these shapes and dtypes, with any content."""
+    return {name: torch.empty(spec.shape, dtype=spec.dtype.torch, device="cpu") for name, spec in specs.items()}
+
+
+def matching(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], what: str) -> dict[str, Tensor]:
+    """The parts in the order of `specs`. Raises UsageError if names, shapes or dtypes are others, or the device is."""
+    shapes = {name: PartSpec(dtypes.of(part.dtype), tuple(part.shape)) for name, part in parts.items()}
+    if shapes != dict(specs):
+        raise UsageError(f"{what} should have parts {dict(specs)}, found {shapes}")
+    if any(part.device.type != "cpu" for part in parts.values()):
+        raise UsageError(f"{what} should have its parts on the CPU: move them there")
+    return {name: parts[name] for name in specs}

@@ -33,13 +33,16 @@ from statecodec.kernels import triton as backend
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot, Stored
 from statecodec.kernels.grids import Grid, LogGrid
-from statecodec.kernels.triton import companding, folding, grid, launch, logarithm, runtime, splitting
+from statecodec.kernels.triton import companding, folding, grid, launch, logarithm, runtime, splitting, statistics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sass import loop
 
 # One, odd, even, divisible by 16, and both kinds beyond 32 bits.
 FORMS = (1, 3, 6, 16, 2**31 + 1, 2**40)
+
+# Kernels that go from tile to tile, and how many elements of one a thread has.
+LOOPS = {"step_words": 8, "_encode_uniform": 16, "_encode_direction": 16, "_encode_logarithmic": 16, "_compare": 16}
 
 
 class Driver:
@@ -93,8 +96,8 @@ class Recorder:
             for suffix, text in ((".ptx", ptx), (".sass", sass), (".ttgir", compiled.asm["ttgir"])):
                 stem.with_suffix(suffix).write_text(text)
         written = compiled.asm["ttir"].count("math.fma")
-        # The fast step starts from approximations and corrects them (see `words`); nobody else may have any.
-        plain = re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\b", "", ptx) if name == "step_words" else ptx
+        # Quotients and roots start from these two approximations and correct them (`words`); there may be no others.
+        plain = re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\b", "", ptx)
         faults = {
             "subnormals are flushed": ".ftz" in plain,
             "a division or root is approximate": bool(re.search(r"\.(?:approx|full)\.", plain)),
@@ -108,17 +111,17 @@ class Recorder:
             "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-            **(self.loop(sass) if name == "step_words" else {}),
+            **(self.loop(sass, LOOPS[name]) if name in LOOPS else {}),
         }
 
     @staticmethod
-    def loop(sass: str) -> dict[str, Any]:
-        """What the fast step's loop costs, per element where it says so: a tile is eight elements a thread."""
+    def loop(sass: str, elements: int) -> dict[str, Any]:
+        """What the loop costs, per element where it says so; a thread has so many of a tile."""
         found = loop(sass)
         assert found is not None
         return {
-            "slots_per_element": len(found.opcodes) / 8,
-            "slots_by_pipe": {k: round(n / 8, 1) for k, n in found.pipes.items()},
+            "slots_per_element": len(found.opcodes) / elements,
+            "slots_by_pipe": {k: round(n / elements, 1) for k, n in found.pipes.items()},
             "loop_calls": found.count("CALL"),
             "loop_barriers": found.count("BAR"),
             "loop_branches": found.branches,
@@ -187,6 +190,7 @@ def on_grids() -> None:
     backend.decode_uniform(codes, x, grid=Grid(1e-5))
     backend.encode_direction(x, v, codes, grid=Grid(1e-2), eps=1e-8)
     backend.decode_direction(codes, v, x, grid=Grid(1e-2), eps=1e-8)
+    backend.compare(x, v)
     for steps in (8, 10):
         backend.encode_logarithmic(v, short, grid=LogGrid(steps))
         backend.decode_logarithmic(short, v, grid=LogGrid(steps))
@@ -271,7 +275,7 @@ def main() -> None:
     recorder = Recorder(driver, options.arch, options.keep)
     triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
-    for module in (companding, folding, grid, launch, logarithm, runtime, splitting):
+    for module in (companding, folding, grid, launch, logarithm, runtime, splitting, statistics):
         module.on = lambda tensor: contextlib.nullcontext()
     if options.only == "few":
         few()

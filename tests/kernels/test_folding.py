@@ -19,7 +19,7 @@ def fold(name: str, x: Tensor, block: int, empty: object = None) -> tuple[Tensor
     return out, kernels.get(name).fold_mean(x, out, block=block)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 10), (5, 64), (2, 20000), (130, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 10), (5, 64), (2, 20000), (1, 32768), (130, 3)], ids=str)
 @pytest.mark.parametrize("block", [1, 2, 8, 64, 4096, 16384])
 def test_backends_agree(block: int, shape: tuple[int, int], device, guarded, same_bits) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e3

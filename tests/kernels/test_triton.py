@@ -56,6 +56,12 @@ def test_compiles_for_sm90() -> None:
     rows = compiled("few")
     assert rows
     assert all(row["faults"] == [] for row in rows), rows
+    for kernel, slots in (("_encode_uniform", 36), ("_encode_logarithmic", 44), ("_compare", 20)):
+        for row in rows:
+            if row["kernel"] == kernel and row["as_launched"]:
+                assert row["slots_per_element"] <= slots, row
+                assert row["spills"] == row["loop_calls"] == row["loop_barriers"] == row["loop_branches"] == 0, row
+                assert row["loads_of_16_bytes"] >= 4, row
 
 
 @pytest.mark.slow

@@ -24,8 +24,8 @@ from statecodec.kernels.triton.runtime import (
     on,
     power_of_two,
 )
+from statecodec.kernels.triton.words import quotient, root, rounded_reciprocal
 
-_NAN, _INF, _NEGATIVE = (tl.constexpr(f) for f in (kernels.NAN, kernels.INF, kernels.NEGATIVE))
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
 _MAGNITUDE, _INF_BITS, _BF16_MAX = (tl.constexpr(b) for b in (0x7FFFFFFF, 0x7F800000, 0x7F7F))
@@ -37,6 +37,12 @@ WIDEST = TILE if INTERPRETED else 8192  # a group up to this size is held in reg
 def magnitude_bits(x):
     """Bits of |x|: they order like the magnitudes, with infinity and NaN on top."""
     return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+
+
+@triton.jit
+def unsigned_bits(x):
+    """Bits of fp32 `x` as uint32: from those of infinity on they are what is not a number from 0 on (-0.0 is one)."""
+    return (x + 0.0).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -65,11 +71,8 @@ def ratio(magnitude, scale_bits):
     exponent = tl.minimum(tl.maximum(254 - (scale_bits >> 7), 1), 253)
     power = (exponent << 23).to(tl.float32, bitcast=True)
     divisor = tl.where(scale_bits > 0, scale_value(scale_bits) * power, 1.0)  # the magnitudes of such a group are all 0
-    reciprocal = tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
-    value = magnitude * power
-    quotient = value * reciprocal
-    quotient = tl.fma(tl.fma(-quotient, divisor, value), reciprocal, quotient)
-    return tl.minimum(quotient, 1.0)  # 1 for NaN too, which only a refused tensor can hold
+    result = quotient(magnitude * power, divisor, rounded_reciprocal(divisor))
+    return tl.minimum(result, 1.0)  # 1 for NaN too, which only a refused tensor can hold
 
 
 @triton.jit
@@ -81,14 +84,17 @@ def codes_of(r, KIND: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, HALF
         log2 = f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
         within = (log2 * STEPS + 0.5).to(tl.int32)
         code = TOP + ((bits >> 23) - 127) * STEPS + within
-        code = tl.where(r >= HALF_LOWEST, tl.minimum(tl.maximum(code, 1), TOP), 0)
+        code = tl.minimum(tl.maximum(code, 1), TOP)
+        if HALF_LOWEST > 0.0:
+            code = tl.where(r >= HALF_LOWEST, code, 0)
     else:
         if KIND == _LINEAR:
             y = r
         elif KIND == _SOFTSIGN:
-            y = tl.div_rn(r + r, 1.0 + r)
+            above = 1.0 + r
+            y = quotient(r + r, above, rounded_reciprocal(above))
         else:
-            y = tl.sqrt_rn(r)
+            y = root(r)
         code = (y * TOP + 0.5).to(tl.int32)
     return code
 
@@ -99,11 +105,12 @@ def quantise(
     HALF_LOWEST: tl.constexpr,
 ):  # fmt: skip
     """Codes (int32, signed) of fp32 `x` under scales that broadcast over it."""
-    code = codes_of(ratio(tl.abs(x), scale_bits), KIND, TOP, STEPS, HALF_LOWEST)
+    # Without a sign nothing but 0 becomes 0, so there is no half of the lowest level to compare with.
+    code = codes_of(ratio(tl.abs(x), scale_bits), KIND, TOP, STEPS, HALF_LOWEST if SIGNED else 0.0)
     if SIGNED:
         code = tl.where(x < 0, -code, code)
     else:
-        code = tl.where(magnitude_bits(x) > 0, tl.maximum(code, 1), code)
+        code = tl.where(magnitude_bits(x) > 0, tl.maximum(code, 1), 0)
     return code
 
 
@@ -157,25 +164,15 @@ def _encode(
     start = tl.program_id(0).to(tl.int64) * COUNT
     index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
     lane = tl.arange(0, WIDTH)
-    absmax = tl.zeros([COUNT], tl.int32)
-    lowest = tl.zeros([COUNT], tl.int32)
+    top = tl.zeros([COUNT], tl.uint32)
     for chunk in tl.static_range(CHUNKS):
         inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
         x = tl.load(x_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0.0)
-        bits = magnitude_bits(x)
-        absmax = tl.maximum(absmax, tl.max(bits, axis=1))
-        if not SIGNED:
-            # A negative number's bits are a negative integer; its magnitude tells it from -0.0 and from NaN.
-            negative = (x.to(tl.int32, bitcast=True) < 0) & (bits > 0) & (bits <= _INF_BITS)
-            lowest = tl.maximum(lowest, tl.max(negative.to(tl.int32), axis=1))
-        if tl.max(tl.max(bits, axis=1), axis=0) >= _INF_BITS:
-            found = tl.max(tl.max(tl.where(bits > _INF_BITS, _NAN, 0), axis=1), axis=0)
-            found = found | tl.max(tl.max(tl.where(bits == _INF_BITS, _INF, 0), axis=1), axis=0)
-            tl.atomic_or(flags_ptr, found)
-    if not SIGNED:
-        if tl.max(lowest, axis=0) > 0:
-            tl.atomic_or(flags_ptr, _NEGATIVE)
-    scale = scale_bits(absmax, MIN_SCALE)
+        bits = magnitude_bits(x).to(tl.uint32, bitcast=True) if SIGNED else unsigned_bits(x)
+        top = tl.maximum(top, tl.max(bits, axis=1))
+    # What is wrong is looked at only then. Every thread of a group would write the same: no atomic, no barrier.
+    tl.store(flags_ptr + index * 0, 1, mask=top >= _INF_BITS)
+    scale = scale_bits(top.to(tl.int32, bitcast=True), MIN_SCALE)
     tl.store(scales_ptr + index, scale.to(tl.int16), mask=size > 0)
     for chunk in tl.static_range(CHUNKS):
         if CHUNKS > 1:  # a wide group is read a second time, mostly from L2
@@ -185,12 +182,16 @@ def _encode(
         if NIBBLES:
             pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
             if EVEN:
-                target = begin // 2
+                target = index * (GROUP // 2)
             else:
                 row = index // groups
                 target = row * packed_cols + (begin - row * cols) // 2
             bytes_ = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
-            tl.store(codes_ptr + target[:, None] + pair[None, :], bytes_, mask=inside_groups(2 * pair, size, WHOLE))
+            tl.store(
+                codes_ptr + target[:, None] + pair[None, :],
+                bytes_,
+                mask=inside_groups(pair if WHOLE else 2 * pair, size, WHOLE),
+            )
         else:
             tl.store(
                 codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], code.to(tl.uint8),
@@ -213,11 +214,11 @@ def _decode(
         if NIBBLES:
             pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
             if EVEN:
-                source = begin // 2
+                source = index * (GROUP // 2)
             else:
                 row = index // groups
                 source = row * packed_cols + (begin - row * cols) // 2
-            mask = inside_groups(2 * pair, size, WHOLE)
+            mask = inside_groups(pair if WHOLE else 2 * pair, size, WHOLE)
             packed = tl.load(codes_ptr + source[:, None] + pair[None, :], mask=mask, other=0)
             code = unpack_nibbles(packed.to(tl.int32), COUNT, WIDTH)
         else:
@@ -239,7 +240,13 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
             **shape, KIND=curve.kind, TOP=curve.top, SIGNED=curve.signed, MIN_SCALE=curve.min_scale, STEPS=curve.steps,
             HALF_LOWEST=float(curve.levels[1]) * 0.5, **OPTIONS,
         )  # fmt: skip
-        return found(flags)
+        return flags_of(x, signed=curve.signed) if found(flags) else 0
+
+
+def flags_of(x: Tensor, *, signed: bool) -> int:
+    """The flags of what a tensor holds: to be asked when something is known to be wrong."""
+    flags = kernels.NAN * bool(x.isnan().any()) | kernels.INF * bool(x.isinf().any())
+    return flags if signed else flags | kernels.NEGATIVE * bool((x < 0).any())
 
 
 def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:

@@ -16,6 +16,7 @@ from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, found, o
 _NAN, _INF, _INF_BITS = tl.constexpr(kernels.NAN), tl.constexpr(kernels.INF), tl.constexpr(0x7F800000)
 
 WIDEST = 4096  # a block is summed in pieces of at most this many elements
+PIECE = 128  # a mean is repeated in pieces of at most this many
 
 
 @triton.jit
@@ -33,32 +34,53 @@ def tree_sum(x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _sum(
     x_ptr, out_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, length: tl.int64, span: tl.int64,
-    BLOCK: tl.constexpr, COUNT: tl.constexpr, DIVIDE: tl.constexpr,
+    share, BLOCK: tl.constexpr, COUNT: tl.constexpr, DIVIDE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out = tree sums of BLOCK neighbours; DIVIDE: over the true count of a block of `span` in a row of `length`."""
+    """out = tree sums of BLOCK neighbours; DIVIDE: over the true count of a block of `span` in a row of `length`.
+
+    EVEN: whole blocks fill every row, and each mean is its `share` of a sum.
+    """
     index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    row = index // blocks
-    block = index - row * blocks
-    col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    x = tl.load(x_ptr + row[:, None] * cols + col, mask=(row < rows)[:, None] & (col < cols), other=0.0)
+    there = index < rows * blocks
+    if EVEN:
+        # The mask is the same along a block, which is what lets the compiler use wide loads.
+        lane = tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_ptr + index[:, None] * BLOCK + lane, mask=there[:, None] & (lane >= 0), other=0.0)
+    else:
+        row = index // blocks
+        block = index - row * blocks
+        col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        x = tl.load(x_ptr + row[:, None] * cols + col, mask=there[:, None] & (col < cols), other=0.0)
     total = tree_sum(x, COUNT, BLOCK)
     if DIVIDE:
         bits = total.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        bits = tl.where(row < rows, bits, 0)
-        if tl.max(bits, axis=0) >= _INF_BITS:
-            found = tl.max(tl.where(bits > _INF_BITS, _NAN, 0), axis=0)
-            tl.atomic_or(flags_ptr, found | tl.max(tl.where(bits == _INF_BITS, _INF, 0), axis=0))
-        count = tl.minimum(length - block * span, span).to(tl.float32)
-        total = tl.div_rn(total, tl.where(row < rows, count, 1.0))
-    tl.store(out_ptr + index, total, mask=row < rows)
+        found = tl.where(bits > _INF_BITS, _NAN, _INF)
+        tl.atomic_or(flags_ptr + index * 0, found, mask=there & (bits >= _INF_BITS), sem="relaxed")
+        if EVEN:  # a power of two: the product is the quotient
+            total *= share
+        else:
+            count = tl.minimum(length - block * span, span).to(tl.float32)
+            total = tl.div_rn(total, tl.where(there, count, 1.0))
+    tl.store(out_ptr + index, total, mask=there)
 
 
 @triton.jit
-def _repeat(mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, block: tl.int64, TILE: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    row = offset // cols
-    source = row * blocks + (offset - row * cols) // block
-    tl.store(out_ptr + offset, tl.load(mean_ptr + source, mask=row < rows), mask=row < rows)
+def _repeat(
+    mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, block: tl.int64, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Each mean as often as its block is long. EVEN: whole blocks fill every row; each is PIECES times BLOCK long."""
+    index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
+    if EVEN:
+        there = index < rows * blocks * PIECES
+        mean = tl.load(mean_ptr + index // PIECES, mask=there, other=0.0)
+        lane = tl.arange(0, BLOCK)[None, :]
+        value = tl.broadcast_to(mean[:, None], [COUNT, BLOCK])
+        tl.store(out_ptr + index[:, None] * BLOCK + lane, value, mask=there[:, None] & (lane >= 0))
+    else:
+        row = index // cols
+        source = row * blocks + (index - row * cols) // block
+        tl.store(out_ptr + index, tl.load(mean_ptr + source, mask=row < rows), mask=row < rows)
 
 
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
@@ -83,12 +105,19 @@ def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:
     rows, cols = out.shape
     with on(out):
         if out.numel():
-            _repeat[(-(-out.numel() // TILE),)](mean, out, rows, cols, mean.shape[1], block, TILE=TILE, **OPTIONS)
+            even = cols % block == 0
+            piece = min(block, PIECE) if even else 1
+            _repeat[(-(-out.numel() // TILE),)](
+                mean, out, rows, cols, mean.shape[1], block, BLOCK=piece, PIECES=block // piece if even else 1,
+                COUNT=TILE // piece, EVEN=even, **OPTIONS,
+            )  # fmt: skip
 
 
 def _launch_sum(x: Tensor, out: Tensor, flags: Tensor, length: int, span: int, block: int, *, divide: bool) -> None:
     rows, cols = x.shape
     count = max(1, min(TILE // block, power_of_two(out.numel())))
+    even = cols % block == 0 and (not divide or length % span == 0)
     _sum[(-(-out.numel() // count),)](
-        x, out, flags, rows, cols, out.shape[1], length, span, BLOCK=block, COUNT=count, DIVIDE=divide, **OPTIONS
-    )
+        x, out, flags, rows, cols, out.shape[1], length, span, 1.0 / span, BLOCK=block, COUNT=count, DIVIDE=divide,
+        EVEN=even, **OPTIONS,
+    )  # fmt: skip

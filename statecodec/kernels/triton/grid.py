@@ -1,6 +1,8 @@
 """Uniform quantisation in Triton; the arithmetic is that of `reference.grid`.
 
-Encoding kernels leave each program's error sums in a row of fp64, which the host adds up.
+Encoding kernels keep sums and the largest bits in every thread, tile after tile, and leave them in a row of fp64 for
+each program, which the host adds up: one launch and one small copy, no atomics, no barrier before a program ends. What
+is not finite shows in the largest bits; which flags it raises is looked at only then.
 """
 
 from __future__ import annotations
@@ -14,12 +16,15 @@ from statecodec import kernels
 from statecodec.kernels import grids
 from statecodec.kernels.grids import Grid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.kernels.triton.companding import magnitude_bits
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, on
+from statecodec.kernels.triton.companding import flags_of, magnitude_bits, unsigned_bits
+from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, TILE, on, to_host
 
-_NAN, _INF, _NEGATIVE = (tl.constexpr(f) for f in (kernels.NAN, kernels.INF, kernels.NEGATIVE))
 _LIMIT, _LARGEST_BITS, _INF_BITS = (tl.constexpr(n) for n in (grids.LIMIT, grids.LARGEST_BITS, 0x7F800000))
 _LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
+
+THREADS = tl.constexpr(128)
+SIDE = 4  # neighbours in a thread: 16 bytes of fp32
+PROGRAMS = 2 if INTERPRETED else 2048  # that leave sums: about two rounds of a large card, few enough rows to read
 
 
 @triton.jit
@@ -41,62 +46,84 @@ def value(codes, width, threshold):
 
 
 @triton.jit
-def raise_flags(flags_ptr, x):
-    """OR what fp32 `x` holds that is not finite into the flag word."""
-    bits = magnitude_bits(x)
-    if tl.max(bits, axis=0) >= _INF_BITS:
-        found = tl.max(tl.where(bits > _INF_BITS, _NAN, 0), axis=0)
-        tl.atomic_or(flags_ptr, found | tl.max(tl.where(bits == _INF_BITS, _INF, 0), axis=0))
+def tile_of(tile, TILE: tl.constexpr, SIDE: tl.constexpr):
+    """A tile's offsets as [rounds, lanes]: the SIDE neighbours that a wide store takes, and all rounds of them, lie in
+    one thread.
+    """
+    lanes: tl.constexpr = THREADS * SIDE
+    return tile * TILE + tl.arange(0, TILE // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
 
 
 @triton.jit
-def raise_negative(flags_ptr, x):
-    """OR the flag for numbers below zero into the flag word."""
-    if tl.max((x < 0).to(tl.int32), axis=0) > 0:
-        tl.atomic_or(flags_ptr, _NEGATIVE)
+def no_sums():
+    """What `add_sums` starts from, thread by thread."""
+    return tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float32)
 
 
 @triton.jit
-def leave_sums(sums_ptr, x, decoded):
-    """This program's sum of x**2, sum of (decoded - x)**2 and largest difference, as three fp64."""
-    row = sums_ptr + tl.program_id(0).to(tl.int64) * 3
+def add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE: tl.constexpr):
+    """Add a tile's x**2 and (decoded - x)**2, and keep the largest difference."""
     exact = x.to(tl.float64)
     difference = decoded.to(tl.float64) - exact
-    tl.store(row, tl.sum(exact * exact, axis=0))
-    tl.store(row + 1, tl.sum(difference * difference, axis=0))
-    tl.store(row + 2, tl.max(tl.abs(decoded - x), axis=0).to(tl.float64))
+    sum_sq += tl.sum(tl.reshape(tl.sum(exact * exact, axis=0), [THREADS, SIDE]), axis=1)
+    sum_sq_diff += tl.sum(tl.reshape(tl.sum(difference * difference, axis=0), [THREADS, SIDE]), axis=1)
+    return sum_sq, sum_sq_diff, tl.maximum(furthest, largest(tl.abs(decoded - x), SIDE))
+
+
+@triton.jit
+def largest(x, SIDE: tl.constexpr):
+    """The largest of a tile, thread by thread."""
+    return tl.max(tl.reshape(tl.max(x, axis=0), [THREADS, SIDE]), axis=1)
+
+
+@triton.jit
+def leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top):
+    """This program's row of four fp64: the sums over its threads, the largest difference, the largest bits."""
+    row = sums_ptr + tl.program_id(0).to(tl.int64) * 4
+    tl.store(row, tl.sum(sum_sq, axis=0))
+    tl.store(row + 1, tl.sum(sum_sq_diff, axis=0))
+    tl.store(row + 2, tl.max(furthest, axis=0).to(tl.float64))
+    tl.store(row + 3, tl.max(top, axis=0).to(tl.float64))
 
 
 @triton.jit
 def _encode_uniform(
-    x_ptr, codes_ptr, sums_ptr, flags_ptr, n: tl.int64, width, per_unit, threshold: tl.int64, TILE: tl.constexpr
-):
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
-    raise_flags(flags_ptr, x)
-    code = number(x, per_unit, threshold.to(tl.int32))
-    tl.store(codes_ptr + offset, code, mask=offset < n)
-    leave_sums(sums_ptr, x, value(code, width, threshold.to(tl.int32)))
+    x_ptr, codes_ptr, sums_ptr, n: tl.int64, width, per_unit, threshold: tl.int64, TILE: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    sum_sq, sum_sq_diff, furthest = no_sums()
+    top = tl.zeros([THREADS], tl.int32)
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
+        offset = tile_of(tile, TILE, SIDE)
+        x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
+        code = number(x, per_unit, threshold.to(tl.int32))
+        tl.store(codes_ptr + offset, code, mask=offset < n)
+        decoded = value(code, width, threshold.to(tl.int32))
+        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE)
+        top = tl.maximum(top, largest(magnitude_bits(x), SIDE))
+    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
 
 
 @triton.jit
 def _encode_direction(
-    m_ptr, v_ptr, codes_ptr, sums_ptr, flags_ptr, n: tl.int64, eps, width, per_unit, threshold: tl.int64,
-    TILE: tl.constexpr,
+    m_ptr, v_ptr, codes_ptr, sums_ptr, n: tl.int64, eps, width, per_unit, threshold: tl.int64, TILE: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    m = tl.load(m_ptr + offset, mask=offset < n, other=0.0)
-    v = tl.load(v_ptr + offset, mask=offset < n, other=0.0)
-    raise_flags(flags_ptr, m)
-    raise_flags(flags_ptr, v)
-    raise_negative(flags_ptr, v)
-    direction = tl.div_rn(m, tl.sqrt_rn(v) + eps)
-    # Of finite moments only: what the moments themselves lack is already flagged.
-    sound = (magnitude_bits(m) < _INF_BITS) & (magnitude_bits(v) < _INF_BITS) & (v >= 0)
-    raise_flags(flags_ptr, tl.where(sound, direction, 0.0))
-    code = number(direction, per_unit, threshold.to(tl.int32))
-    tl.store(codes_ptr + offset, code, mask=offset < n)
-    leave_sums(sums_ptr, direction, value(code, width, threshold.to(tl.int32)))
+    sum_sq, sum_sq_diff, furthest = no_sums()
+    top = tl.zeros([THREADS], tl.uint32)
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
+        offset = tile_of(tile, TILE, SIDE)
+        m = tl.load(m_ptr + offset, mask=offset < n, other=0.0)
+        v = tl.load(v_ptr + offset, mask=offset < n, other=0.0)
+        direction = tl.div_rn(m, tl.sqrt_rn(v) + eps)
+        code = number(direction, per_unit, threshold.to(tl.int32))
+        tl.store(codes_ptr + offset, code, mask=offset < n)
+        decoded = value(code, width, threshold.to(tl.int32))
+        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, direction, decoded, SIDE)
+        # A moment that is not finite shows in the direction, except an infinite v.
+        found = tl.maximum(magnitude_bits(direction).to(tl.uint32, bitcast=True), unsigned_bits(v))
+        top = tl.maximum(top, largest(found, SIDE))
+    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
 
 
 @triton.jit
@@ -115,23 +142,27 @@ def _decode_direction(codes_ptr, v_ptr, out_ptr, n: tl.int64, eps, width, thresh
     tl.store(out_ptr + offset, tl.minimum(tl.maximum(out, -_LARGEST), _LARGEST), mask=offset < n)
 
 
-def programs(n: int) -> tuple[int]:
-    """The launch grid over n elements."""
+def tiles(n: int) -> tuple[int]:
+    """The launch grid over n elements, a tile for a program."""
     return (-(-n // TILE),)
+
+
+def programs(n: int) -> tuple[int]:
+    """The launch grid over n elements where programs take tile after tile."""
+    return (min(PROGRAMS, *tiles(n)),)
 
 
 def sum_rows(like: Tensor) -> Tensor:
     """Where a launch over `like` leaves its programs' sums."""
-    return torch.empty((*programs(like.numel()), 3), dtype=torch.float64, device=like.device)
+    return torch.empty((*programs(like.numel()), 4), dtype=torch.float64, device=like.device)
 
 
-def finish(flags: Tensor, sums: Tensor) -> tuple[int, Comparison]:
-    """Flags and sums of a launch; waits for it."""
-    found = int(flags.item())
-    if found:
-        return found, NO_DIFFERENCE
-    sum_sq, sum_sq_diff = sums[:, :2].sum(0).tolist()
-    return 0, Comparison(sum_sq, sum_sq_diff, float(sums[:, 2].max()), 0)
+def finish(sums: Tensor) -> Comparison | None:
+    """The sums of a launch, once it is done; None if it found what is not finite, or below 0 where that may not be."""
+    found = to_host(sums)
+    if found[:, 3].max() >= _INF_BITS.value:
+        return None
+    return Comparison(float(found[:, 0].sum()), float(found[:, 1].sum()), float(found[:, 2].max()), 0)
 
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
@@ -140,11 +171,12 @@ def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Compar
     with on(x):
         if not n:
             return 0, NO_DIFFERENCE
-        flags, sums = flag_word(x), sum_rows(x)
+        sums = sum_rows(x)
         _encode_uniform[programs(n)](
-            x, codes, sums, flags, n, grid.width, grid.per_unit, grid.threshold, TILE=TILE, **OPTIONS
+            x, codes, sums, n, grid.width, grid.per_unit, grid.threshold, TILE=TILE, SIDE=SIDE, **OPTIONS
         )
-        return finish(flags, sums)
+        made = finish(sums)
+        return (0, made) if made else (flags_of(x, signed=True), NO_DIFFERENCE)
 
 
 def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
@@ -152,7 +184,7 @@ def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
     n = out.numel()
     with on(out):
         if n:
-            _decode_uniform[programs(n)](
+            _decode_uniform[tiles(n)](
                 codes, out, n, grid.width, grid.threshold, TILE=TILE, **OPTIONS
             )  # fmt: skip
 
@@ -163,11 +195,15 @@ def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: fl
     with on(m):
         if not n:
             return 0, NO_DIFFERENCE
-        flags, sums = flag_word(m), sum_rows(m)
+        sums = sum_rows(m)
         _encode_direction[programs(n)](
-            m, v, codes, sums, flags, n, eps, grid.width, grid.per_unit, grid.threshold, TILE=TILE, **OPTIONS
+            m, v, codes, sums, n, eps, grid.width, grid.per_unit, grid.threshold, TILE=TILE, SIDE=SIDE, **OPTIONS
         )
-        return finish(flags, sums)
+        made = finish(sums)
+        if made:
+            return 0, made
+        flags = flags_of(m, signed=True) | flags_of(v, signed=False)
+        return flags or kernels.INF, NO_DIFFERENCE  # finite moments whose ratio is not
 
 
 def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
@@ -175,4 +211,4 @@ def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: 
     n = out.numel()
     with on(out):
         if n:
-            _decode_direction[programs(n)](codes, v, out, n, eps, grid.width, grid.threshold, TILE=TILE, **OPTIONS)
+            _decode_direction[tiles(n)](codes, v, out, n, eps, grid.width, grid.threshold, TILE=TILE, **OPTIONS)

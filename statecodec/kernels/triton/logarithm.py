@@ -12,8 +12,21 @@ from torch import Tensor
 from statecodec.kernels import curves, grids
 from statecodec.kernels.grids import LogGrid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.kernels.triton.grid import finish, leave_sums, programs, raise_flags, raise_negative, sum_rows
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, on
+from statecodec.kernels.triton.companding import flags_of, unsigned_bits
+from statecodec.kernels.triton.grid import (
+    SIDE,
+    THREADS,
+    add_sums,
+    finish,
+    largest,
+    leave_sums,
+    no_sums,
+    programs,
+    sum_rows,
+    tile_of,
+    tiles,
+)
+from statecodec.kernels.triton.runtime import OPTIONS, TILE, on
 
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
 _NORMAL_BITS, _FIRST, _RAISE = tl.constexpr(0x00800000), tl.constexpr(127 + grids.LOWEST), tl.constexpr(2.0**32)
@@ -33,21 +46,25 @@ def log_number(x, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _encode(
-    x_ptr, codes_ptr, table_ptr, sums_ptr, flags_ptr, n: tl.int64, STEPS: tl.constexpr, TOP: tl.constexpr,
-    TILE: tl.constexpr,
+def _encode_logarithmic(
+    x_ptr, codes_ptr, table_ptr, sums_ptr, n: tl.int64, STEPS: tl.constexpr, TOP: tl.constexpr, TILE: tl.constexpr,
+    SIDE: tl.constexpr,
 ):  # fmt: skip
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
-    raise_flags(flags_ptr, x)
-    raise_negative(flags_ptr, x)
-    code = log_number(x, STEPS)
-    tl.store(codes_ptr + offset, code.to(tl.int16), mask=offset < n)
-    leave_sums(sums_ptr, x, tl.load(table_ptr + tl.minimum(tl.maximum(code, 0), TOP)))
+    sum_sq, sum_sq_diff, furthest = no_sums()
+    top = tl.zeros([THREADS], tl.uint32)
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
+        offset = tile_of(tile, TILE, SIDE)
+        x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
+        code = log_number(x, STEPS)
+        tl.store(codes_ptr + offset, code.to(tl.int16), mask=offset < n)
+        decoded = tl.load(table_ptr + tl.minimum(tl.maximum(code, 0), TOP))
+        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE)
+        top = tl.maximum(top, largest(unsigned_bits(x), SIDE))
+    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
 
 
 @triton.jit
-def _decode(codes_ptr, table_ptr, out_ptr, n: tl.int64, TOP: tl.constexpr, TILE: tl.constexpr):
+def _decode_logarithmic(codes_ptr, table_ptr, out_ptr, n: tl.int64, TOP: tl.constexpr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     code = tl.load(codes_ptr + offset, mask=offset < n, other=0).to(tl.int32)
     tl.store(out_ptr + offset, tl.load(table_ptr + tl.minimum(tl.maximum(code, 0), TOP)), mask=offset < n)
@@ -59,11 +76,21 @@ def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int,
     with on(x):
         if not n:
             return 0, NO_DIFFERENCE
-        flags, sums = flag_word(x), sum_rows(x)
-        _encode[programs(n)](
-            x, codes, _table(grid, x.device), sums, flags, n, STEPS=grid.steps, TOP=grid.top, TILE=TILE, **OPTIONS
+        sums = sum_rows(x)
+        _encode_logarithmic[programs(n)](
+            x,
+            codes,
+            _table(grid, x.device),
+            sums,
+            n,
+            STEPS=grid.steps,
+            TOP=grid.top,
+            TILE=TILE,
+            SIDE=2 * SIDE,
+            **OPTIONS,
         )
-        return finish(flags, sums)
+        made = finish(sums)
+        return (0, made) if made else (flags_of(x, signed=False), NO_DIFFERENCE)
 
 
 def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
@@ -71,7 +98,8 @@ def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
     n = out.numel()
     with on(out):
         if n:
-            _decode[programs(n)](codes, _table(grid, out.device), out, n, TOP=grid.top, TILE=TILE, **OPTIONS)
+            table = _table(grid, out.device)
+            _decode_logarithmic[tiles(n)](codes, table, out, n, TOP=grid.top, TILE=TILE, **OPTIONS)
 
 
 @lru_cache(maxsize=16)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -11,15 +9,33 @@ from torch import Tensor
 
 from statecodec.kernels.reference import statistics as reference
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.kernels.triton.grid import finish, leave_sums, programs, sum_rows
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, on
+from statecodec.kernels.triton.companding import magnitude_bits
+from statecodec.kernels.triton.grid import (
+    SIDE,
+    THREADS,
+    add_sums,
+    finish,
+    largest,
+    leave_sums,
+    no_sums,
+    programs,
+    sum_rows,
+    tile_of,
+)
+from statecodec.kernels.triton.runtime import OPTIONS, TILE, on
 
 
 @triton.jit
-def _compare(a_ptr, b_ptr, sums_ptr, n: tl.int64, TILE: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    a = tl.load(a_ptr + offset, mask=offset < n, other=0.0)
-    leave_sums(sums_ptr, a, tl.load(b_ptr + offset, mask=offset < n, other=0.0))
+def _compare(a_ptr, b_ptr, sums_ptr, n: tl.int64, TILE: tl.constexpr, SIDE: tl.constexpr):
+    sum_sq, sum_sq_diff, furthest = no_sums()
+    top = tl.zeros([THREADS], tl.int32)
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
+        offset = tile_of(tile, TILE, SIDE)
+        a = tl.load(a_ptr + offset, mask=offset < n, other=0.0)
+        b = tl.load(b_ptr + offset, mask=offset < n, other=0.0)
+        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, a, b, SIDE)
+        top = tl.maximum(top, largest(tl.maximum(magnitude_bits(a), magnitude_bits(b)), SIDE))
+    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -29,6 +45,5 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
         return reference.compare(a, b) if n else NO_DIFFERENCE
     with on(a):
         sums = sum_rows(a)
-        _compare[programs(n)](a, b, sums, n, TILE=TILE, **OPTIONS)
-        found = finish(flag_word(a), sums)[1]
-    return found if math.isfinite(found.sum_sq) and math.isfinite(found.sum_sq_diff) else reference.compare(a, b)
+        _compare[programs(n)](a, b, sums, n, TILE=TILE, SIDE=SIDE, **OPTIONS)
+        return finish(sums) or reference.compare(a, b)

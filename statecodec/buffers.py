@@ -51,20 +51,26 @@ class Scratch(threading.local):
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
         self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._last: dict[tuple[str, str], Tensor] = {}
 
     def take(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = "") -> Tensor:
         """A tensor with arbitrary contents; good until this thread takes one for the same use and name again.
 
         `name` tells apart the tensors of one use, such as the parts of a codec, whatever they are called.
         """
+        last = self._last.get((use, name))
+        if last is not None and last.dtype == dtype and last.shape == shape:  # most chunks of a tensor are alike
+            return last
         nbytes = math.prod(shape) * dtype.itemsize
         held = self._buffers.get((use, name))
         if held is None or held.numel() < nbytes:
             pinned = self._pinned and nbytes <= _SCRATCH_LIMIT and torch.cuda.is_available()
             held = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=pinned)
-            if nbytes <= _SCRATCH_LIMIT:
-                self._buffers[use, name] = held
-        return held[:nbytes].view(dtype).view(shape)
+            if nbytes > _SCRATCH_LIMIT:
+                return held.view(dtype).view(shape)
+            self._buffers[use, name] = held
+        self._last[use, name] = made = held[:nbytes].view(dtype).view(shape)
+        return made
 
 
 def memory(tensor: Tensor) -> memoryview:

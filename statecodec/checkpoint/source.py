@@ -183,13 +183,13 @@ class SourceCheckpoint(Checkpoint):
         )
         view = memory(values)
         with self.files.open(item.file) as fd:
-            name = str(self.files.path(item.file))
+            path = str(self.files.path(item.file))
             if item.region is not None:
-                read_exactly(fd, item.region.offset + chunk.start * size, view, name)
+                read_exactly(fd, item.region.offset + chunk.start * size, view, path)
                 return values
             done = 0
             for offset, length in self.skeletons[item.file].pieces(chunk.start, chunk.stop):
-                read_exactly(fd, offset, view[done : done + length], name)
+                read_exactly(fd, offset, view[done : done + length], path)
                 done += length
         return values
 

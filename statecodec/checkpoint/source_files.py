@@ -25,15 +25,15 @@ class SourceFiles:
     """Descriptors of a located checkpoint's files. Thread-safe."""
 
     def __init__(self, source: Source) -> None:
-        self._root, self._names = source.root, [f.path for f in source.files]
-        self._directory = source.is_directory
+        root = source.root
+        self._paths = [root / f.path if source.is_directory else root for f in source.files]
         self._identities = [f.identity for f in source.files]
         self._fds: OrderedDict[int, _Descriptor] = OrderedDict()
         self._lock = threading.Lock()
 
     def path(self, file: int) -> Path:
         """Where a file is."""
-        return self._root / self._names[file] if self._directory else self._root
+        return self._paths[file]
 
     @contextmanager
     def open(self, file: int) -> Iterator[int]:

@@ -135,9 +135,10 @@ def _check_companions(items: Sequence[Item]) -> None:
                 )
 
 
-def is_plain(item: Item, packing: Packing) -> bool:
-    """Whether an item's parts stand in the file one by one, at places fixed before anything is written."""
-    return _Forms(packing, 1).of(item).storage == PLAIN
+def plain_items(items: Sequence[Item], packing: Packing) -> list[int]:
+    """The items, by number, whose parts stand in the file one by one, at places fixed before anything is written."""
+    forms = _Forms(packing, len(items))
+    return [index for index, item in enumerate(items) if forms.of(item).storage == PLAIN]
 
 
 def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:

@@ -20,7 +20,7 @@ from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues
 from statecodec.format import Item, PackedChunk, Packing, Record, Writer, Written
-from statecodec.format.placement import is_plain
+from statecodec.format.placement import plain_items
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.parallel import Workers, default_threads, ordered_map
 from statecodec.progress import Meter, Progress
@@ -213,11 +213,10 @@ class _Run:
 
     def _settle_plain(self, packing: Packing) -> None:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
-        for index, item in enumerate(self.items):
-            if is_plain(item, packing):
-                while (restart := self._tried(index)) is not None:
-                    self._recode(restart)
-                self.sums.pop(index, None)
+        for index in plain_items(self.items, packing):
+            while (restart := self._tried(index)) is not None:
+                self._recode(restart)
+            self.sums.pop(index, None)
 
     def _tried(self, index: int) -> _Restart | None:
         item = self.items[index]

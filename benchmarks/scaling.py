@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CACHE, record
+from common import CACHE, keep
 
 _NUMEL = 16  # of a tensor: what is measured does not depend on it, and 10**6 tensors stay small
 # VmHWM and not ru_maxrss, which a child inherits from the process that forked it.
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     arguments = parser.parse_args()
-    measured = {}
+    measured: dict[str, Any] = {}
     for items in arguments.items:
         source, packed, back = made(items), CACHE / "scaling.sc.safetensors", CACHE / "scaling.back.pt"
         steps = {
@@ -59,18 +59,19 @@ def main() -> None:
             "open the compressed file": ("open", packed, packed),
             "restore": ("restore", packed, back),
         }
-        found = {name: run(*step) for name, step in steps.items()}
+        found = {}
+        for name, step in steps.items():
+            found[name] = one = run(*step)
+            print(f"{items:>9,} {name}: {one['cpu']:.1f} CPU s, {one['peak'] / 2**20:.0f} MiB", flush=True)
         measured[str(items)] = {
             "bytes": source.stat().st_size,
             "compressed": packed.stat().st_size,
             "tensor_bytes": items * _NUMEL * 4,
             "steps": found,
         }
-        for name, one in found.items():
-            print(f"{items:>9,} {name}: {one['cpu']:.1f} CPU s, {one['peak'] / 2**20:.0f} MiB", flush=True)
+        keep("scaling", {"items": measured})
         for path in (source, packed, back):
             path.unlink()
-    record("scaling", {"items": measured})
 
 
 def made(items: int) -> Path:

@@ -24,7 +24,7 @@ from statecodec.kernels.triton.runtime import (
     on,
     power_of_two,
 )
-from statecodec.kernels.triton.words import quotient, root, rounded_reciprocal
+from statecodec.kernels.triton.words import looked_up, quotient, root, rounded_reciprocal
 
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
@@ -223,7 +223,7 @@ def _decode(
             code = unpack_nibbles(packed.to(tl.int32), COUNT, WIDTH)
         else:
             code = tl.load(codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0)
-        value = tl.load(table_ptr + code.to(tl.int32)) * scale[:, None]
+        value = looked_up(table_ptr, code.to(tl.int32)) * scale[:, None]
         tl.store(out_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], value, mask=inside)
 
 

@@ -27,6 +27,7 @@ from statecodec.kernels.triton.grid import (
     tiles,
 )
 from statecodec.kernels.triton.runtime import OPTIONS, TILE, on
+from statecodec.kernels.triton.words import looked_up
 
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
 _NORMAL_BITS, _FIRST, _RAISE = tl.constexpr(0x00800000), tl.constexpr(127 + grids.LOWEST), tl.constexpr(2.0**32)
@@ -57,7 +58,7 @@ def _encode_logarithmic(
         x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
         code = log_number(x, STEPS)
         tl.store(codes_ptr + offset, code.to(tl.int16), mask=offset < n)
-        decoded = tl.load(table_ptr + tl.minimum(tl.maximum(code, 0), TOP))
+        decoded = looked_up(table_ptr, tl.minimum(tl.maximum(code, 0), TOP))
         sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE)
         top = tl.maximum(top, largest(unsigned_bits(x), SIDE))
     leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
@@ -67,7 +68,7 @@ def _encode_logarithmic(
 def _decode_logarithmic(codes_ptr, table_ptr, out_ptr, n: tl.int64, TOP: tl.constexpr, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     code = tl.load(codes_ptr + offset, mask=offset < n, other=0).to(tl.int32)
-    tl.store(out_ptr + offset, tl.load(table_ptr + tl.minimum(tl.maximum(code, 0), TOP)), mask=offset < n)
+    tl.store(out_ptr + offset, looked_up(table_ptr, tl.minimum(tl.maximum(code, 0), TOP)), mask=offset < n)
 
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
@@ -102,6 +103,6 @@ def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
             _decode_logarithmic[tiles(n)](codes, table, out, n, TOP=grid.top, TILE=TILE, **OPTIONS)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def _table(grid: LogGrid, device: torch.device) -> Tensor:
     return torch.from_numpy(grid.table).to(device)

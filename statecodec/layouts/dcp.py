@@ -285,7 +285,8 @@ def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
     scalars = {nodes[f.item.key].index: f.value for f in found if f.value}
     root = _graph(_regrouped(nested(index, values)))
     windows = tuple((nodes[key],) for key in pieces)
-    facts = Facts(f"{listing.folder}/{INDEX}", root, index.limit + len(found), True, scalars, windows)
+    path = f"{listing.folder}/{INDEX}" if listing.folder else INDEX
+    facts = Facts(path, root, index.limit + len(found), True, scalars, windows)
     count = len({item.file for item in index.items})
     made_by = f"torch.distributed.checkpoint, {count} file{'s' * (count > 1)}"
     return Located(tuple(files), tensors, facts=(facts,), framework=made_by)

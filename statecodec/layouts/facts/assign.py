@@ -158,8 +158,9 @@ def _assign(files: list[FileRoles]) -> None:
             elsewhere = []
         names = name_all(found.optimizers, [candidates, beside, elsewhere])
         weights = by_folder[file.folder] | _by_name(file, found.weights)
+        settings = [g for f, s in zip(files, surveys, strict=True) if f.folder == file.folder for g in s.settings]
         for optimizer, of_groups in zip(found.optimizers, names, strict=True):
-            _describe(file, optimizer, of_groups, weights)
+            _describe(file, optimizer, of_groups, weights, settings)
 
 
 def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
@@ -211,18 +212,26 @@ def _folders(files: list[FileRoles], own: list[list[Candidate]]) -> dict[str, li
     return folders
 
 
-def _describe(file: FileRoles, optimizer: Optimizer, names: list[list[str | None]], weights: Weights) -> None:
-    """Name one optimizer's state tensors and collect its Adam moments."""
+def _describe(
+    file: FileRoles, optimizer: Optimizer, names: list[list[str | None]], weights: Weights, settings: list[DictNode]
+) -> None:
+    """Name one optimizer's state tensors and collect its Adam moments.
+
+    `settings`: of optimizers of the folder that are saved without their states; they count where it has none itself.
+    """
     masters = _masters(file, optimizer)
     position = 0
     for group, group_names in zip(optimizer.groups, names, strict=True):
         for key, name in zip(group.ids, group_names, strict=True):
             state = optimizer.state(key)
-            weight = weights.get(name) if name is not None else masters.get(position)
+            weight, master = weights.get(name) if name is not None else None, masters.get(position)
+            if master is not None and (weight is None or weight[1].shape == master[1].shape):
+                weight = master  # what the update is added to; the model's own is a rounded copy
+                file.params.update({} if name is None else {master[1].index: name})
             position += 1
             if state is not None:
                 _describe_state(file, state, group.node.strings(), name, weight)
-    common = _common([group.node for group in optimizer.groups])
+    common = _common([group.node for group in optimizer.groups] or settings)
     for key, state in optimizer.of_no_group().items():
         name = parameter_name(key) if type(key) is str else None
         _describe_state(file, state, common, name, None if name is None else weights.get(name))
@@ -260,8 +269,16 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _masters(file: FileRoles, optimizer: Optimizer) -> dict[int, tuple[FileRoles, TensorNode]]:
-    """DeepSpeed ZeRO-1/2: parameter g of the inner optimizer is flat fp32 partition g, by construction."""
+    """By position among the parameters, where masters stand beside the optimizer.
+
+    DeepSpeed ZeRO-1/2: parameter g of the inner optimizer is flat fp32 partition g, by construction. Megatron: a list
+    for each group, in the order of its parameters, if all of them have one.
+    """
     flat = optimizer.parent.get("single_partition_of_fp32_groups") if optimizer.parent is not None else None
+    lists = optimizer.parent.get("fp32_from_fp16_params") if optimizer.parent is not None else None
+    if type(lists) is list and all(type(of_group) is list for of_group in lists):
+        sizes = [len(group.ids) for group in optimizer.groups]
+        flat = [master for of_group in lists for master in of_group] if list(map(len, lists)) == sizes else None
     if type(flat) is not list or len(flat) != sum(len(g.ids) for g in optimizer.groups):
         return {}
     return {i: (file, node) for i, node in enumerate(flat) if type(node) is TensorNode}

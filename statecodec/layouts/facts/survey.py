@@ -94,6 +94,8 @@ class Survey:
 
     optimizers: list[Optimizer] = field(default_factory=list)
     weights: list[Weight] = field(default_factory=list)
+    settings: list[DictNode] = field(default_factory=list)
+    """The groups of optimizers whose states are elsewhere."""
     roles: dict[int, Role] = field(default_factory=dict)
     encoded: dict[int, StatePart] = field(default_factory=dict)
     """Parts of encoded states, by the index of their tensors."""
@@ -129,7 +131,9 @@ def survey(root: Any, limit: int) -> Survey:
             place.inside = "optimizer"
             found.optimizers.append(optimizer)
             _state_roles(found, optimizer)
-        elif not place.inside or place.inside == "state dict":
+            continue
+        found.settings += _settings_alone(node)
+        if not place.inside or place.inside == "state dict":
             place.inside = _inside(place, node)
             if place.inside == "state dict":
                 companions.update(_companions(node))
@@ -224,6 +228,14 @@ def _optimizer(place: Place, node: DictNode, parents: dict[int, DictNode]) -> Op
             known = _key(key)
             states[-1 - position if known is None else known] = unwrapped(value)  # no group refers to a negative number
     return Optimizer(place, [_group(g) for g in groups if type(g) is DictNode], states, parents.get(id(node)))
+
+
+def _settings_alone(node: DictNode) -> list[DictNode]:
+    """The groups of an optimizer that is saved without its states (Megatron's common.pt)."""
+    if len(node.items) > 64 or node.get("state") is not None:
+        return []
+    groups = node.get("param_groups")
+    return [g for g in groups if type(g) is DictNode] if type(groups) is list else []
 
 
 def _key(value: Any) -> Key | None:

@@ -39,7 +39,7 @@ class Option:
         pattern: what a text (each of `texts`) must match as a whole.
         example: a value to show.
         flag: how the command line calls it; by default the name with dashes.
-        needed: whether it must be given.
+        needed: whether it must be given; of the operation's `one_of`, whether it may not be empty.
     """
 
     name: str
@@ -118,6 +118,7 @@ class Operation:
         name: the function, the verb of the command line, and what HTTP calls it.
         summary: one sentence.
         options: its keywords that a caller may choose.
+        one_of: names of options of which exactly one must be given.
         other: the keyword or parameter that takes a second checkpoint, if it takes one.
         other_help: what the second checkpoint is to it.
         other_needed: whether it cannot do without.
@@ -127,6 +128,7 @@ class Operation:
     name: str
     summary: str
     options: tuple[Option, ...] = ()
+    one_of: tuple[str, ...] = ()
     other: str | None = None
     other_help: str = ""
     other_needed: bool = False
@@ -140,19 +142,26 @@ class Operation:
             if name not in options:
                 there = f"; there are {', '.join(options)}" if options else ""
                 raise UsageError(f"{self.name} has no option {_shown(name)}{there}")
-        for option in self.options:
-            if option.needed and option.name not in chosen:
-                raise UsageError(f"{self.name} needs {option.name}: {option.help}")
+        for name in self._required:
+            if name not in chosen:
+                raise UsageError(f"{self.name} needs {name}: {options[name].help}")
+        if self.one_of and sum(name in chosen for name in self.one_of) != 1:
+            raise UsageError(f"{self.name} needs {' or '.join(self.one_of)}, one of them")
         return {name: options[name].check(value) for name, value in chosen.items()}
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the options as one object."""
-        return {
+        found: dict[str, Any] = {
             "type": "object",
             "properties": {option.name: option.schema() for option in self.options},
-            "required": [option.name for option in self.options if option.needed],
+            "required": self._required,
             "additionalProperties": False,
         }
+        return found | ({"oneOf": [{"required": [name]} for name in self.one_of]} if self.one_of else {})
+
+    @property
+    def _required(self) -> list[str]:
+        return [option.name for option in self.options if option.needed and option.name not in self.one_of]
 
 
 def _shown(value: Any) -> str:
@@ -195,7 +204,7 @@ _UPDATE = Option(
 _WEIGHTS = Option(
     "max_weight_error", "number", "The same for the weights alone.", above=0.0, at_most=1.0, example=0.01,
 )  # fmt: skip
-_STRICT = Option("strict", "flag", "Refuse a rule that matches nothing.", False)
+_STRICT = Option("strict", "flag", "Refuse a rule that matches nothing, and what another layout cannot hold.", False)
 _SAFE = Option("safe_only", "flag", "Refuse a checkpoint whose unpickling could run code.", False)
 _VERIFY = Option("verify", "flag", "Read the result back, check it, and measure the update.", False)
 _SNR = Option("snr", "flag", "Signal-to-noise ratio of the second moments, per dimension.", True)
@@ -205,6 +214,15 @@ _TO = Option(
     "to", "texts", "PATTERN=CODEC rules, or one of torch, adamw, foam, slimadam, lorapre.",
     example=["foam(level=2)"], needed=True,
 )  # fmt: skip
+
+LAYOUTS = {
+    "torch": "one file of torch.save, with everything in it",
+    "safetensors": "a safetensors file of all tensors, and beside it a JSON file of all other values",
+    "dcp": "a folder of torch.distributed.checkpoint",
+}
+_LAYOUT = Option(
+    "layout", "choice", "The files of another framework, with the same values.", None, LAYOUTS, needed=True
+)
 
 OPERATIONS: dict[str, Operation] = {
     item.name: item
@@ -224,7 +242,8 @@ OPERATIONS: dict[str, Operation] = {
         Operation("diff", "Compare two checkpoints.", other="b", other_help="the second checkpoint", other_needed=True),
         Operation("analyze", "Measure what could be shared, and at what price.", (_SNR, _CURVE, _CUTOFF)),
         Operation(
-            "convert", "Other codecs, or another optimizer's state.", (_TO, _PACK, _STRICT, _SAFE), makes_files=True,
+            "convert", "Other codecs, another optimizer's state, or another framework's files.",
+            (_TO, _LAYOUT, _PACK, _STRICT, _SAFE), one_of=("to", "layout"), makes_files=True,
         ),
     )
 }  # fmt: skip

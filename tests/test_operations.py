@@ -69,4 +69,14 @@ def test_an_unknown_or_missing_option_is_named():
         OPERATIONS["inspect"].check({"preset": "small"})
     with pytest.raises(UsageError, match="convert needs to"):
         OPERATIONS["convert"].check({})
+    with pytest.raises(UsageError, match="convert needs to or layout, one of them"):
+        OPERATIONS["convert"].check({"to": ["foam"], "layout": "dcp"})
+    schema = jsonschema.Draft202012Validator(OPERATIONS["convert"].schema())
+    for chosen, fits in (
+        ({}, 0),
+        ({"to": ["foam"]}, 1),
+        ({"layout": "dcp"}, 1),
+        ({"to": ["foam"], "layout": "dcp"}, 0),
+    ):
+        assert schema.is_valid(chosen) is bool(fits)
     assert OPERATIONS["compress"].check({"preset": None, "max_update_error": 0.5}) == {"max_update_error": 0.5}

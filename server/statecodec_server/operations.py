@@ -80,9 +80,15 @@ def _verify(library: Any, call: Call) -> Any:
     return library.verify(_compressed(call.source), call.other, **_keywords(library.verify, call))
 
 
+def _ending(options: Mapping[str, Any]) -> str:
+    """Of the name of what `convert` makes."""
+    if "layout" in options:
+        return {"safetensors": ".safetensors", "dcp": ".dcp"}.get(options["layout"], ".pt")
+    return SUFFIX if "=" in options["to"][0].split("(")[0] else ".pt"
+
+
 def _convert(library: Any, call: Call) -> Any:
-    is_rule = "=" in call.options["to"][0].split("(")[0]
-    target = call.output / f"{stem(call.name)}{SUFFIX if is_rule else '.pt'}"
+    target = call.output / f"{stem(call.name)}{_ending(call.options)}"
     return library.convert(_compressed(call.source), target, **_keywords(library.convert, call))
 
 
@@ -133,7 +139,8 @@ def offer(operation: Operation, taken: Sequence[str]) -> Operation:
     Restoring takes no base as an argument: it lies beside the file."""
     known = operation.other in taken or operation.name == "restore"
     options = tuple(option for option in operation.options if option.name in taken)
-    return replace(operation, options=options, other=operation.other if known else None)
+    one_of = operation.one_of if set(operation.one_of) <= set(taken) else ()
+    return replace(operation, options=options, one_of=one_of, other=operation.other if known else None)
 
 
 def offers(backend: str) -> dict[str, Operation]:

@@ -15,6 +15,7 @@ from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts import ListedFile, Listing, opaque, tree
+from statecodec.layouts.protocol import KeptRead
 from statecodec.layouts.registry import LAYOUTS
 from statecodec.lazy import torch
 
@@ -52,7 +53,7 @@ def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchange
             return keep(content.tensor(offset, nbytes).to(device))
 
     try:
-        return tree(listing, read)
+        return tree(listing, KeptRead(read, keep))
     except LayoutError as error:
         raise FormatError(f"{stored.path}: what is stored beside the tensors is no checkpoint: {error}") from error
 

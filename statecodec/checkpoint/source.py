@@ -37,6 +37,7 @@ from statecodec.layouts import (
     StatePart,
     locate,
 )
+from statecodec.layouts.protocol import KeptRead
 from statecodec.layouts.tree import tree
 from statecodec.lazy import torch
 from statecodec.names import shown
@@ -248,7 +249,7 @@ class SourceCheckpoint(Checkpoint):
                 read_exactly(fd, offset, memory(out), path)
             return keep(out.to(device))
 
-        return tree(self.original_listing(), read)
+        return tree(self.original_listing(), KeptRead(read, keep))
 
     @contextmanager
     def _opened(self, file: int, crcs: bool) -> Iterator[FileBytes]:

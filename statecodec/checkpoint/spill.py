@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from statecodec.buffers import memory
 from statecodec.errors import OutputFailed
@@ -82,10 +82,14 @@ class Spill:
         self._file.close()
 
 
-class Releasing:
-    """A file to write tensors of a spill to: what was written is released now and then."""
+class _Told(Protocol):
+    def used(self, nbytes: int) -> None: ...
 
-    def __init__(self, file: IO[bytes], spill: Spill) -> None:
+
+class Releasing:
+    """A file to write tensors of a spill to: the spill, or who passes it on, is told what was written."""
+
+    def __init__(self, file: IO[bytes], spill: _Told) -> None:
         self._file, self._spill = file, spill
 
     def write(self, data: Any) -> int:

@@ -23,7 +23,7 @@ from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import read_pickle
-from statecodec.layouts.protocol import Claim, Facts, Located, Read
+from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept
 from statecodec.layouts.regions import physical_shape, stored_region
 from statecodec.layouts.torch_zip import Archive, check_storages, is_zip, open_archive
 from statecodec.layouts.walk import Names, most_tensors
@@ -189,7 +189,7 @@ def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
         box = each.item.box
         assert box is not None
         whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = piece
-    return whole
+    return kept(read, whole)
 
 
 # ---- the saved object

@@ -23,6 +23,23 @@ Read: TypeAlias = "Callable[[str, int, int], Tensor]"
 
 
 @dataclass(frozen=True)
+class KeptRead:
+    """A Read whose caller says where tensors that a layout puts together shall be, too."""
+
+    read: Read
+    keep: Callable[[Tensor], Tensor]
+    """A tensor -> the same values where they shall be."""
+
+    def __call__(self, path: str, offset: int, nbytes: int) -> Tensor:
+        return self.read(path, offset, nbytes)
+
+
+def kept(read: Read, tensor: Tensor) -> Tensor:
+    """A tensor that was put together from what `read` gave, where it shall be."""
+    return read.keep(tensor) if isinstance(read, KeptRead) else tensor
+
+
+@dataclass(frozen=True)
 class Claim:
     """The files of a listing that a layout will locate, by path."""
 

@@ -1,4 +1,4 @@
-"""`convert`: between codecs, and between optimizers."""
+"""`convert`: between codecs, between optimizers, and between layouts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
 from statecodec.errors import UsageError
+from statecodec.operations import LAYOUTS
 from statecodec.progress import Progress
+from statecodec.verbs.convert_layout import convert_layout
 from statecodec.verbs.convert_target import Target
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.recode import convert_codecs
@@ -19,8 +21,9 @@ from statecodec.verbs.recode import convert_codecs
 def convert(
     src: str | Path,
     dst: str | Path,
-    to: str | Rule | Sequence[str | Rule],
+    to: str | Rule | Sequence[str | Rule] = (),
     *,
+    layout: str | None = None,
     pack: str = "zstd",
     strict: bool = False,
     force: bool = False,
@@ -37,16 +40,25 @@ def convert(
     from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors is a compressed file, anything else
     a torch.save file. Large tensors wait on disk in its folder, so that the memory it takes is that of a few tensors.
 
+    Or, with `layout` instead of `to`, the same values go into the files of another framework: `torch` one torch.save
+    file, `safetensors` a safetensors file of all tensors and beside it a JSON file of all other values, `dcp` a folder
+    of torch.distributed.checkpoint. What such files cannot hold (objects of unknown classes) is left out and named in
+    the notes, or refused with `strict`.
+
     With `safe_only` a checkpoint whose unpickling could run code is refused.
 
     Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
     """
     wanted = [to] if isinstance(to, str | Rule) else list(to)
-    if not wanted:
-        raise UsageError("convert needs to be told to what: rules, or one optimizer")
+    if bool(wanted) == (layout is not None):
+        raise UsageError("convert needs to be told to what: rules or one optimizer (to), or a layout")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"layout {layout!r:.40}: expected {', '.join(LAYOUTS)}")
     if safe_only:
         with open_checkpoint(src, crcs=False) as checkpoint:
             require_safe(checkpoint)
+    if layout is not None:
+        return convert_layout(Path(src), Path(dst), layout, strict=strict, force=force, progress=progress)
     targets = [Target.parse(t) if isinstance(t, str) else None for t in wanted]
     if not any(targets):
         return convert_codecs(

@@ -65,6 +65,10 @@ def test_convert_and_back(cli: Cli, ckpt: Path, tmp_path: Path) -> None:
     assert "Adam update  u-rms 0." in done.out
     back = cli("convert", tmp_path / "foam.pt", tmp_path / "back.pt", "--to", "torch", "--json", "-q")
     assert back.json()["bytes"] > 0
+    done = cli("convert", ckpt, tmp_path / "folder", "--layout", "dcp", "-q")
+    assert done.code == 0, done.err
+    assert (tmp_path / "folder" / ".metadata").is_file()
+    assert cli("convert", ckpt, "-", "--layout", "dcp", "-q").code == 2
     assert cli("convert", ckpt, tmp_path / "c.pt", "--to", "foam(", "-q").code == 2  # a rule that cannot be read
     assert not (tmp_path / "c.pt").exists()
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import statecodec
+from statecodec.checkpoint.spill import Spill
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout, UsageError
 from statecodec.layouts import Box, dcp, list_path, locate, tree
 from tests.contracts.layout import check_located, same
@@ -65,6 +66,14 @@ def test_the_content_is_what_torch_converts_it_to(
         packed = tmp_path / "packed.sc.safetensors"
         statecodec.compress(folder, packed, preset="lossless", force=True, verify=True)
         assert same(statecodec.load(packed), object_of(folder))
+
+
+def test_it_becomes_one_torch_file(dcp_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spilled: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Spill, "keep", lambda self, tensor: spilled.append(tuple(tensor.shape)) or tensor)
+    statecodec.convert(dcp_sharded / "nested", tmp_path / "one.pt", layout="torch")
+    assert same(torch.load(tmp_path / "one.pt", weights_only=True), object_of(dcp_sharded / "nested"))
+    assert spilled.count((192, 64)) >= 3, "a weight and its moments, put together, do not wait in memory"
 
 
 def test_sharded_tensors_have_one_name_and_are_read_whole(dcp_sharded: Path, tmp_path: Path) -> None:

@@ -237,6 +237,9 @@ def test_remote_convert(real, tmp_path):
     done = cli(real, "convert", "ckpt.pt", "--to", "foam(level=1)", "-o", "foam.pt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "foam.pt").stat().st_size < (tmp_path / "ckpt.pt").stat().st_size
+    done = cli(real, "convert", "ckpt.pt", "--layout", "dcp", "-o", "folder", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "folder" / ".metadata").is_file()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +249,7 @@ def test_remote_convert(real, tmp_path):
         (["compress", "--max-update-error", "7"], "max_update_error: 7.0 is not a number above 0 and at most 1"),
         (["compress", "--pack", "rar"], "pack: 'rar' is not a text"),
         (["compress", "--rule", "nonsense"], "rules: ['nonsense'] is not a list"),
-        (["convert", "-o", "x.pt"], "convert needs to:"),
+        (["convert", "-o", "x.pt"], "convert needs to or layout"),
         (["convert", "--to", "foam"], "convert needs -o"),
         (["diff"], "diff needs --other"),
         (["inspect", "--other", "ckpt.pt"], "inspect takes one checkpoint"),

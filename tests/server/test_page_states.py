@@ -227,7 +227,11 @@ def test_restore_compare_and_convert(real, page, keep, tmp_path):
     page.get_by_role("radio", name="Convert", exact=True).check()
     page.locator("#file").set_input_files(source)
     expect(page.locator("#plan")).to_contain_text("fill in")
+    page.get_by_label("Another framework's files").select_option("dcp")
+    expect(page.locator("#plan")).to_contain_text("another framework's files dcp")
     page.get_by_label("Convert to").fill("foam(level=1)")
+    expect(page.locator("#plan")).to_contain_text("not both")
+    page.get_by_label("Another framework's files").select_option("")
     page.locator("#file").set_input_files(source)
     card = page.locator(".card", has_text="Convert").first
     expect(card.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)

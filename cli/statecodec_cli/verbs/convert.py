@@ -1,4 +1,4 @@
-"""`statecodec convert`: from one codec to another, and from one optimizer to another."""
+"""`statecodec convert`: from one codec to another, from one optimizer to another, from one layout to another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from statecodec.errors import UsageError
+from statecodec.operations import LAYOUTS
 from statecodec_cli import console, options, standard
 from statecodec_cli.progress import reporting
 
@@ -18,7 +20,7 @@ def run(
         str, typer.Argument(metavar="DST", show_default=False, help="Where to write; - for standard output.")
     ],
     to: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             "--to",
             metavar="PATTERN=CODEC or OPTIMIZER",
@@ -26,7 +28,11 @@ def run(
             help="A rule, such as 'exp_avg_sq=shared(dims=[1])' (repeatable), or one of torch, adamw, foam, slimadam, "
             "lorapre with options, such as 'foam(level=2)'.",
         ),
-    ],
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", metavar="|".join(LAYOUTS), help="Instead: the files to put the same values into."),
+    ] = None,
     strict: options.Strict = False,
     pack: Annotated[
         str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
@@ -38,14 +44,20 @@ def run(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Change codecs, or the optimizer.
+    """Change codecs, the optimizer, or the layout.
 
     With rules, the tensors they name get that codec and all others stay as they are; DST is a compressed file. With an
     optimizer, its state becomes one that this class of statecodec.optim resumes from, `torch` leads back to
     torch.optim; DST is a torch file, or a compressed one if it ends in .safetensors.
+
+    With --layout the same values go into one torch.save file (torch), into a safetensors file of all tensors with a
+    JSON file of all other values beside it (safetensors), or into a folder of torch.distributed.checkpoint (dcp).
     """
     import statecodec
     from statecodec_cli import analysis_tables
+
+    if dst == standard.DASH and layout not in (None, "torch"):
+        raise UsageError(f"--layout {layout} writes more than one file; name one instead of -")
 
     with (
         standard.source(src) as source,
@@ -55,7 +67,8 @@ def run(
         report = statecodec.convert(
             source,
             target or dst,
-            tuple(to),
+            tuple(to or ()),
+            layout=layout,
             pack=pack,
             strict=strict,
             force=force,

@@ -16,6 +16,9 @@ export const known = () => Object.keys(operations).length > 0;
 const operation = () => document.querySelector('input[name="operation"]:checked')?.value || "compress";
 const properties = (name) => operations[name]?.options.properties || {};
 
+// Options of which exactly one is given.
+const alternatives = (name) => (operations[name].options.oneOf || []).flatMap((one) => one.required);
+
 // A number as people write it: 0.01, 0,01, 1e-2, 1 %.
 export function number(text) {
   const found = /^([0-9]*[.,]?[0-9]+(?:e[+-]?[0-9]+)?)\s*(%?)$/i.exec(text.trim());
@@ -49,6 +52,11 @@ export function plan() {
   }
   for (const needed of operations[name].options.required || []) {
     if (!(needed in options)) throw new NotUnderstood(`${words(name).label}: fill in \u201c${optionLabel(needed)}\u201d`, $(`option-${needed}`));
+  }
+  const choices = alternatives(name), given = choices.filter((option) => option in options);
+  if (choices.length && given.length !== 1) {
+    const named = choices.map((option) => `\u201c${optionLabel(option)}\u201d`).join(" or ");
+    throw new NotUnderstood(`${words(name).label}: fill in ${named}${given.length ? ", not both" : ""}`, $(`option-${(given.length ? given : choices).at(-1)}`));
   }
   return { operation: name, options, second: operations[name].other ? second : null };
 }
@@ -92,6 +100,11 @@ function field(name, schema) {
     return el("p", { class: "check" }, input, el("label", { for: id }, optionLabel(name)));
   }
   const attributes = { id, spellcheck: "false", autocomplete: "off", placeholder: optionExample(name), "aria-describedby": `${id}-hint` };
+  if (schema.enum) {
+    const input = el("select", { id, "aria-describedby": `${id}-hint` }, el("option", { value: "" }, "\u2013"));
+    input.append(...schema.enum.map((one) => el("option", { value: one }, `${one}: ${schema["x-meanings"]?.[one] || ""}`)));
+    return el("p", {}, el("label", { for: id }, optionLabel(name)), input, hint);
+  }
   const input = schema.type === "array" ? el("textarea", { ...attributes, rows: "2" }) : el("input", attributes);
   if (schema.type === "number") input.setAttribute("inputmode", "decimal");
   return el("p", {}, el("label", { for: id }, optionLabel(name)), input, hint);
@@ -99,7 +112,7 @@ function field(name, schema) {
 
 function show() {
   const name = operation(), about = words(name), row = operations[name], found = Object.entries(properties(name));
-  const required = new Set(row.options.required);
+  const required = new Set([...row.options.required, ...alternatives(name)]);
   $("more").before($("second")); // out of what is about to be replaced
   $("drop-title").textContent = about.drop;
   $("drop-hint").innerHTML = about.hint; // from words.js, nobody else's

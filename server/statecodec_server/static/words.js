@@ -23,6 +23,7 @@ const OPTIONS = {
   max_weight_error: ["Largest error of the weights", "none, or for example 0.0001"],
   rules: ["Rules, one per line", "*.embed.*=split"],
   to: ["Convert to, one per line", "foam(level=2)"],
+  layout: ["Another framework's files"],
   verify: ["Read the result back, check it, and measure the update"],
   safe_only: ["Refuse files whose unpickling could run code"],
   strict: ["Refuse rules that match nothing"],

@@ -1,0 +1,94 @@
+"""A loaded object without what no other program can load: objects of classes that were not run."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from statecodec.errors import UsageError
+from statecodec.layouts.objects import OpaqueObject
+from statecodec.lazy import torch
+from statecodec.names import shown
+
+MAX_DEPTH = 100
+
+
+def without_opaque(value: Any) -> tuple[Any, list[str]]:
+    """The same object without its OpaqueObjects, and what was left out: key paths, with what was there.
+
+    In dicts their keys are missing, in lists and tuples None stands for them. What was shared is still shared. Raises
+    UsageError for what is nested too deeply.
+    """
+    pruning = _Pruning()
+    return pruning.pruned(value, "", 0), pruning.left_out
+
+
+class _Pruning:
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+        self._made: dict[int, tuple[Any, Any]] = {}
+        """Identity of a container -> it, so that it lives on, and what was made of it."""
+
+    def pruned(self, value: Any, path: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise UsageError(f"{path:.80}...: nested more than {MAX_DEPTH} deep")
+        if id(value) in self._made:
+            return self._made[id(value)][1]
+        if isinstance(value, OpaqueObject):
+            return self._gone(value, path)
+        if isinstance(value, dict):
+            return self._dict(value, path, depth)
+        if type(value) in (list, tuple):
+            return self._sequence(value, path, depth)
+        if type(value) in (set, frozenset) and any(isinstance(v, OpaqueObject) for v in value):
+            return self._gone(value, path)
+        return value
+
+    def _dict(self, value: dict[Any, Any], path: str, depth: int) -> dict[Any, Any]:
+        made: dict[Any, Any] = OrderedDict() if type(value) is OrderedDict else {}
+        self._made[id(value)] = value, made
+        for key, inner in value.items():
+            where = joined(path, key)
+            kept = self._gone(key, f"{where} (the key)") if isinstance(key, OpaqueObject) else None
+            if kept is None and not isinstance(key, OpaqueObject):
+                kept = self.pruned(inner, where, depth + 1)
+            if kept is not None or inner is None:
+                made[key] = kept
+        return made
+
+    def _sequence(self, value: list[Any] | tuple[Any, ...], path: str, depth: int) -> Any:
+        if type(value) is list:
+            made: list[Any] = []
+            self._made[id(value)] = value, made
+            made += [self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value)]
+            return made
+        found = tuple(self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value))
+        self._made[id(value)] = value, found
+        return found
+
+    def _gone(self, value: Any, path: str) -> Any:
+        """None, which stands for what was left out."""
+        self.left_out.append(f"{path or 'all of it'}: {value!r:.120}")
+        return None
+
+
+def joined(path: str, key: Any) -> str:
+    """A key path with one more key."""
+    return f"{path}.{shown(str(key))}" if path else shown(str(key))
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in nested dicts, lists and tuples, shared ones once."""
+    total, pending, seen = 0, [value], set[int]()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, dict):
+            pending += each.values()
+        elif isinstance(each, (list, tuple)):
+            pending += each
+        elif isinstance(each, torch.Tensor):
+            total += each.nbytes
+    return total

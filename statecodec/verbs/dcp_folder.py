@@ -5,32 +5,36 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.state_dict_saver import save
+from statecodec.lazy import torch
 
-
-class _Telling(DefaultSavePlanner):
-    """Tells when a tensor is asked for: the one before it is written then."""
-
-    def __init__(self, used: Callable[[int], None]) -> None:
-        super().__init__()
-        self._used, self._before = used, 0
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        self._used(self._before)
-        found = super().resolve_data(write_item)
-        self._before = found.nbytes if isinstance(found, torch.Tensor) else 0
-        return found
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlanner
 
 
 def write_dcp(value: dict[str, Any], folder: Path, used: Callable[[int], None]) -> None:
     """Write `value` into `folder`; `used` is told the bytes of every tensor when it is written. Raises OSError."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that nothing is distributed is meant
-        save(value, storage_writer=writer, planner=_Telling(used), no_dist=True)
+        save(value, storage_writer=writer, planner=_planner(used), no_dist=True)
+
+
+def _planner(used: Callable[[int], None]) -> SavePlanner:
+    """torch's own, which tells when a tensor is asked for: the one before it is written then."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    class Telling(DefaultSavePlanner):
+        before = 0
+
+        def resolve_data(self, write_item: Any) -> Any:
+            used(self.before)
+            found = super().resolve_data(write_item)
+            self.before = found.nbytes if isinstance(found, torch.Tensor) else 0
+            return found
+
+    return Telling()

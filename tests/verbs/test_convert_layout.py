@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import statecodec
 from statecodec.errors import OutputExists, UsageError
 from statecodec.operations import LAYOUTS
+from statecodec.verbs import tensors_and_json
 from statecodec.verbs.convert_layout import TARGETS
 from tests.contracts.layout import same
 
@@ -124,7 +125,8 @@ def test_what_it_cannot_hold_is_left_out_and_named(layout: str, tmp_path: Path) 
         assert json.loads((tmp_path / "out.json").read_text())["values"]["args"] == [1, {"b": {"set": [3]}}]
 
 
-def test_what_has_no_place_in_json_is_refused(tmp_path: Path) -> None:
+def test_what_has_no_place_in_json_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors_and_json, "_MOST", 1000)
     torch.save({"a": {1: 2, "1": 3}}, tmp_path / "in.pt")
     with pytest.raises(UsageError, match=r"a\.1: two keys"):
         statecodec.convert(tmp_path / "in.pt", tmp_path / "out.safetensors", layout="safetensors")

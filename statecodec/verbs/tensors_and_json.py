@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from statecodec import dtypes
-from statecodec.atomic import File, Staging
 from statecodec.buffers import memory
 from statecodec.checkpoint.left_out import MAX_DEPTH, joined
 from statecodec.errors import OutputExists, UsageError
 from statecodec.layouts.safetensors_file import MAX_HEADER_BYTES
 from statecodec.lazy import torch
+from statecodec.staging import File, Staging
 
 if TYPE_CHECKING:
     from torch import Tensor

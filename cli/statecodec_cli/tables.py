@@ -226,16 +226,23 @@ def update_cells(update: Document) -> tuple[str, str, str, str]:
 
 
 def _updates(document: Document) -> list[Facts]:
-    """The error of the Adam update in total, where the document states it."""
-    total = document.get("total") or {}
-    if total.get("u_rms") is None:
+    """The errors of the Adam update and of the weights in total, where the document states them."""
+    total, asked = document.get("total") or {}, document.get("asked") or {}
+    update, weights = total.get("u_rms"), total.get("weight_step_error")
+    if update is None and weights is None:
         return []
-    rms, largest, exact, cosine = update_cells(total)
+    _, largest, exact, cosine = update_cells(total)
     count = len(document.get("updates") or ())
-    weights = total.get("weight_step_error")
     line = Facts(
-        Text.assemble("Adam update  u-rms ", (rms, "bold")),
-        Text.assemble("weights ", (console.error(weights), "bold"), " of a step" if weights else "")
+        Text.assemble("Adam update  u-rms ", (console.error(update), "bold"), _asked(asked.get("u_rms")))
+        if update is not None
+        else "",
+        Text.assemble(
+            "weights ",
+            (console.error(weights), "bold"),
+            " of a step" if weights else "",
+            _asked(asked.get("weight_step_error")),
+        )
         if weights is not None
         else "",
         Text.assemble("max |u| ", (largest, "bold"), f" (exact {exact})") if largest else "",
@@ -243,6 +250,10 @@ def _updates(document: Document) -> list[Facts]:
         Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
     )
     return [line]
+
+
+def _asked(fraction: float | None) -> str:
+    return "" if fraction is None else f" (asked {fraction:g})"
 
 
 def _imports(document: Document, *, harmless: bool = True) -> list[Text]:

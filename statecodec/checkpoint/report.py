@@ -81,6 +81,8 @@ class Report:
     rules: tuple[str, ...] = ()
     updates: tuple[UpdateReport, ...] = ()
     total: dict[str, float] | None = None
+    asked: dict[str, float] = field(default_factory=dict)
+    """The largest errors that a budget allows, under their names in `total`; of `compress` and `finalize`."""
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()

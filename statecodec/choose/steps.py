@@ -94,6 +94,12 @@ class Budget:
     def __bool__(self) -> bool:
         return self.moments is not None or self.weights is not None
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The fractions under the names that the errors have in a report's total."""
+        named = {"u_rms": self.moments, "weight_step_error": self.weights}
+        return {name: fraction for name, fraction in named.items() if fraction is not None}
+
     def check(self, total: dict[str, float]) -> None:
         """Raise VerificationFailed if the update error that a comparison with the source found is above the promise."""
         found = total.get("u_rms")

@@ -217,7 +217,8 @@ class Compression:
                 errors=Errors(self.figures, self.finer),
             )
         report = outcome.report(output)
-        return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
+        total, asked = report.total or self.totals.figures(), self.settings.promised.figures
+        return replace(report, unmet=self.choices.unmet, total=total, asked=asked)
 
     @contextlib.contextmanager
     def hashing(self, files: Sequence[int]) -> Iterator[Callable[[], dict[int, str]]]:

@@ -69,8 +69,8 @@ def finalize(
         report = outcome.report(output)
     for share in shares:
         share.path.unlink()
-    total = report.total or joined.totals.figures()
-    return replace(report, unmet=choices.unmet, total=total, seconds=time.perf_counter() - started)
+    total, asked = report.total or joined.totals.figures(), settings.promised.figures
+    return replace(report, unmet=choices.unmet, total=total, asked=asked, seconds=time.perf_counter() - started)
 
 
 def _paths(target: Path) -> list[Path]:

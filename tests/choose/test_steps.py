@@ -82,6 +82,7 @@ def test_every_tensor_is_off_by_the_fraction_that_was_asked_for(fraction: float,
         else:
             assert of_update == of_weight == 0.0, name
     assert report.total is not None
+    assert report.asked == {"u_rms": fraction, "weight_step_error": fraction}
     assert report.total["u_rms"] <= fraction * 1.001
     if fraction >= 0.01:
         assert report.total["weight_step_error"] <= fraction * 1.002

@@ -67,6 +67,10 @@ def test_codecs_fitted_to_each_tensor_are_one_row_and_rounded_by_name() -> None:
 def test_the_error_in_steps_is_said() -> None:
     document = documents.report() | {"total": {"u_rms": 0.00998, "weight_step_error": 0.0}, "updates": []}
     assert "Adam update  u-rms 0.00998   weights exact\n" in text(tables.compressed(document))
+    document |= {"total": {"weight_step_error": 0.0498}, "asked": {"u_rms": 0.05, "weight_step_error": 0.05}}
+    assert "\nweights 0.0498 of a step (asked 0.05)\n" in text(tables.compressed(document)), "SGD has no u"
+    document["total"]["u_rms"] = 0.0499
+    assert "\nAdam update  u-rms 0.0499 (asked 0.05)   weights 0.0498 of a step" in text(tables.compressed(document))
 
 
 def test_many_notes_are_cut() -> None:

@@ -6,19 +6,27 @@ function figure(label, value, unit = "") {
   return el("div", { class: "figure" }, el("dt", {}, label), el("dd", {}, value, " ", el("small", {}, unit)));
 }
 
+// The errors in total, as shares of one optimizer step, beside the largest that were asked for.
+const errors = (report) => [["error of the next step", "u_rms"], ["error of the weights", "weight_step_error"]]
+  .filter(([, name]) => Number.isFinite(report.total?.[name]))
+  .map(([label, name]) => {
+    const asked = report.asked?.[name], unit = asked ? `of a step, asked ${percent(asked)}` : "of a step";
+    return figure(label, percent(report.total[name]), report.total[name] ? unit : "");
+  });
+
 const FIGURES = {
   compress: (job, report) => [
     figure("smaller by", `${(job.bytes_in / job.bytes_out).toFixed(2)}\u00d7`),
     figure("size now", size(job.bytes_out), `from ${size(job.bytes_in)}`),
     ...(report.bytes_per_param ? [figure("per parameter", report.bytes_per_param.toFixed(2), "bytes")] : []),
-    ...(report.total?.u_rms !== undefined ? [figure("error of the next step", percent(report.total.u_rms), "rms")] : []),
+    ...errors(report),
   ],
   restore: (job) => [figure("restored", size(job.bytes_out), job.files[0]?.name || "")],
   convert: (job) => [figure("converted", size(job.bytes_out), `from ${size(job.bytes_in)}`)],
   verify: (job, report) => [figure("intact", size(report.bytes ?? job.bytes_in), "checked")],
   diff: (job, report) => [
     ...(report.identical !== undefined ? [figure("the two are", report.identical ? "identical" : "different")] : []),
-    ...(report.total?.u_rms !== undefined ? [figure("error of the next step", percent(report.total.u_rms), "rms")] : []),
+    ...errors(report),
   ],
   analyze: (job, report) => [
     ...(report.saved !== undefined ? [figure("could be shared", percent(report.saved), "of second moments")] : []),

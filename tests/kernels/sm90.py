@@ -8,6 +8,7 @@ compiled in all such forms.
     python tests/kernels/sm90.py            everything
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
     python tests/kernels/sm90.py --only few|codecs|steps|fast|adam --arch 90
+    python tests/kernels/sm90.py --plain    only in the form that the real launches have
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot, Stored
 from statecodec.kernels.grids import Grid, LogGrid
 from statecodec.kernels.triton import companding, folding, grid, launch, logarithm, runtime, splitting, statistics
+from statecodec.kernels.triton.tables import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sass import loop
@@ -42,7 +44,7 @@ from sass import loop
 FORMS = (1, 3, 6, 16, 2**31 + 1, 2**40)
 
 # Kernels that go from tile to tile, and how many elements of one a thread has.
-LOOPS = {"step_words": 8, "_encode_uniform": 16, "_encode_direction": 16, "_encode_logarithmic": 16, "_compare": 16}
+LOOPS = {"_encode_uniform": 16, "_encode_direction": 16, "_encode_logarithmic": 16, "_compare": 16}
 
 
 class Driver:
@@ -68,11 +70,17 @@ def forms(function: JITFunction[Any], args: tuple[Any, ...]) -> Iterator[tuple[A
         yield tuple(form if i in some else a for i, a in enumerate(args))
 
 
+def step_name(spec: Spec) -> str:
+    """Method, weight and states of a fused step."""
+    states = [f"{form.kind}{form.bits or ''}" for form in (spec.m, spec.v) if form.kind != "absent"]
+    return " ".join([spec.method, f"{spec.weight}+{spec.low}", *states])
+
+
 class Recorder:
     """Stands in for JITFunction.run: what Triton would launch is compiled and described, each specialisation once."""
 
-    def __init__(self, driver: Driver, archs: list[int], keep: Path | None) -> None:
-        self.driver, self.archs, self.keep = driver, archs, keep
+    def __init__(self, driver: Driver, archs: list[int], keep: Path | None, plain: bool) -> None:
+        self.driver, self.archs, self.keep, self.plain = driver, archs, keep, plain
         self.seen, self.rows = set[str](), list[dict[str, Any]]()
         self.compile = JITFunction.run
 
@@ -81,14 +89,17 @@ class Recorder:
         assert all(size > 0 for size in grid)
         for arch in self.archs:
             self.driver.arch = arch
-            for at, some in enumerate(forms(function, args)):
+            for at, some in enumerate([args] if self.plain else forms(function, args)):
                 compiled = self.compile(function, *some, grid=grid, warmup=True, **kwargs)
                 if compiled.hash not in self.seen:
                     self.seen.add(compiled.hash)
                     row = {"kernel": function.__name__, "arch": arch, "as_launched": at == 0}
-                    self.rows.append({**row, **self.describe(compiled, function.__name__)})
+                    elements, spec = LOOPS.get(function.__name__, 0), kwargs.get("SPEC")
+                    if spec and spec.width:  # a step over tiles
+                        row["step"], elements = step_name(spec), spec.count * spec.width * spec.block / 128
+                    self.rows.append({**row, **self.describe(compiled, function.__name__, elements)})
 
-    def describe(self, compiled: Any, name: str) -> dict[str, Any]:
+    def describe(self, compiled: Any, name: str, elements: float) -> dict[str, Any]:
         ptx, sass, usage = compiled.asm["ptx"], *self.dump(compiled.asm["cubin"])
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
@@ -111,11 +122,11 @@ class Recorder:
             "instructions": len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+\S", sass)),
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
-            **(self.loop(sass, LOOPS[name]) if name in LOOPS else {}),
+            **(self.loop(sass, elements) if elements else {}),
         }
 
     @staticmethod
-    def loop(sass: str, elements: int) -> dict[str, Any]:
+    def loop(sass: str, elements: float) -> dict[str, Any]:
         """What the loop costs, per element where it says so; a thread has so many of a tile."""
         found = loop(sass)
         assert found is not None
@@ -227,13 +238,15 @@ def fast_steps() -> None:
 def fused_steps() -> None:
     """Call a fused step in every combination that leads to different code."""
     four, log = Stored(Curve("softsign", 4, True), 128), Stored(Curve("log", 8, False, 16), 128)
-    dense = Stored()
+    dense, logs = Stored(), Stored(Curve("log", 4, False, 2), 128)
     fast_steps()
     fused_step("adam", ADAM, BF16, torch.int8, Hyper(1e-3, stochastic=True, maximize=True), shape=(64, 100))
     fused_step("adam", ADAM, BF16, torch.int16, Hyper(torch.tensor(1e-3), l2=0.1))
     fused_step("adam", ADAM, FP16, torch.int8, Hyper(1e-3), grad=FP32)
     fused_step("adam", {"exp_avg": four, "exp_avg_sq": log}, FP32, None, Hyper(1e-3))
     fused_step("adam", {"exp_avg": dense, "exp_avg_sq": dense}, BF16, None, Hyper(1e-3))
+    fused_step("adam", {"exp_avg": four, "exp_avg_sq": logs}, BF16, torch.int8, Hyper(1e-3))
+    fused_step("lion", {"exp_avg": dense}, BF16, torch.int8, Hyper(1e-3))
     fused_step("sgd", {}, BF16, torch.int8, Hyper(1e-3))
     for first, second in ((dense, dense), (EIGHT, ROOTS)):
         foam = {"exp_avg": replace(first, block=4), "exp_avg_sq": replace(second, block=4)}
@@ -270,9 +283,10 @@ def main() -> None:
     parser.add_argument("--keep", type=Path)
     parser.add_argument("--only", choices=("few", "codecs", "steps", "fast", "adam"))
     parser.add_argument("--arch", type=lambda text: [int(a) for a in text.split(",")], default=[80, 90, 100])
+    parser.add_argument("--plain", action="store_true")
     options = parser.parse_args()
     driver = Driver()
-    recorder = Recorder(driver, options.arch, options.keep)
+    recorder = Recorder(driver, options.arch, options.keep, options.plain)
     triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, grid, launch, logarithm, runtime, splitting, statistics):

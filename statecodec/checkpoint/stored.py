@@ -106,6 +106,14 @@ class Stored(Checkpoint):
     def stored_as(self, index: int) -> Encoding:
         return self.reader.items[index].encoding
 
+    def is_exact(self, index: int) -> bool:
+        """Whether an item comes back bit for bit."""
+        item = self.reader.items[index]
+        if item.encoding.codec.repeats:
+            (original,) = item.companions.values()
+            return self.reader.items[self.reader.index(original)].encoding.exact
+        return item.encoding.exact
+
     def close(self) -> None:
         """Close the files of the chain that are open."""
         self.reader.close()

@@ -14,6 +14,7 @@ from statecodec.codecs.folded import Folded
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
+from statecodec.codecs.same import Same
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.spec import format_codec, from_config, get, names, parse
 from statecodec.codecs.split import Split
@@ -22,6 +23,6 @@ from statecodec.codecs.uniform import Uniform
 
 __all__ = [
     "NOTHING", "Cast", "Change", "Codec", "Companded", "Direction", "Dropped", "EncodedTensor", "Encoding", "Folded",
-    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Shared", "Split", "Ulps", "Uniform", "format_codec",
+    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split", "Ulps", "Uniform", "format_codec",
     "from_config", "get", "names", "parse", "rows_cols",
 ]  # fmt: skip

@@ -124,6 +124,8 @@ class Codec(ABC):
     """Roles of the companions without which a tensor is neither encoded nor decoded."""
     needs_decoded: ClassVar[bool] = False
     """Whether encoding takes the companions as the reader will have them, not as they were before they were encoded."""
+    repeats: ClassVar[bool] = False
+    """Whether it takes a companion of its own dtype whatever that is, also one that needs companions itself."""
     exact: ClassVar[bool] = False
     """Whether a tensor that is not refused comes back bit for bit."""
 

@@ -22,6 +22,7 @@ from statecodec.codecs.folded import Folded
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
+from statecodec.codecs.same import Same
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.split import Split
 from statecodec.codecs.ulps import Ulps
@@ -31,7 +32,7 @@ from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 CODECS: dict[str, type[Codec]] = {
     c.name: c
     for c in (
-        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Cast, Companded, Folded, Shared, LowRank, Dropped,
+        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Same, Cast, Companded, Folded, Shared, LowRank, Dropped,
     )
 }  # fmt: skip
 

@@ -79,18 +79,27 @@ class Manifest:
 
 
 def _check_companions(items: Sequence[StoredItem]) -> None:
-    """Names are unique, and every item that needs others has them: of its shape, and not in need themselves."""
+    """Names are unique, and every item that needs others has them: of its shape, and not in need themselves.
+
+    Of an item that is another one again that one may need others, but is no such repetition.
+    """
     named = {item.name: item for item in items}
     if len(named) != len(items):
         raise FormatError("manifest: two items have the same name")
     for item in items:
         for role, name in item.companions.items():
             other = named.get(name)
-            alike = other is not None and other.shape == item.shape and other.dtype.is_floating_point
-            if other is None or not alike or other.encoding.codec.needs:
+            if other is None or other.shape != item.shape or not _may_serve(other, item):
                 raise FormatError(
-                    f"manifest: item {item.name[:200]!r}: its {role} {name[:200]!r} is no float item of its shape"
+                    f"manifest: item {item.name[:200]!r}: its {role} {name[:200]!r} is no item that it can follow from"
                 )
+
+
+def _may_serve(other: StoredItem, item: StoredItem) -> bool:
+    codec = other.encoding.codec
+    if item.encoding.codec.repeats:
+        return other.dtype == item.dtype and not codec.repeats
+    return other.dtype.is_floating_point and not codec.needs
 
 
 # Names and numbers of columns repeat: a level that looks for matches, in the window that readers accept.

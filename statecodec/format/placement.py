@@ -128,11 +128,18 @@ def _check_companions(items: Sequence[Item]) -> None:
         for role in codec.needs:
             name = item.companions.get(role)
             other = named.get(name) if name is not None else None
-            if other is None or tuple(other.shape) != tuple(item.shape) or other.encoding.codec.needs:
+            if other is None or tuple(other.shape) != tuple(item.shape) or not _may_serve(other, item):
                 raise UsageError(
                     f"item {item.name!r}: {codec.name} needs the {role} of a tensor of shape {tuple(item.shape)}; "
                     f"{name!r} is no item of that shape that stands alone"
                 )
+
+
+def _may_serve(other: Item, item: Item) -> bool:
+    """Whether an item stands as its reader needs it: alone, or (of one that repeats another) as itself."""
+    if item.encoding.codec.repeats:
+        return other.dtype == item.dtype and not other.encoding.codec.repeats
+    return not other.encoding.codec.needs
 
 
 def plain_items(items: Sequence[Item], packing: Packing) -> list[int]:

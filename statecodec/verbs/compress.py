@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from statecodec import choose, codecs
+from statecodec import choose, codecs, kernels
 from statecodec._version import __version__
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint import states
@@ -261,6 +261,9 @@ class Compression:
         if isinstance(codec, codecs.Raw):
             return Encoded({"data": x})
         given = self._given(item, codec, chunk)
+        if codec.repeats:
+            codec.encode_into(x, {}, kernels.host(), given)
+            return Encoded({})
         return Encoded(*self.processor.encode(codec, x, given))
 
     def instead(self, index: int) -> Codec:

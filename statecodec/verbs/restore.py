@@ -117,7 +117,7 @@ def _restore_file(
     stored: Stored, file: StoredFile, path: Path, where: Processor, threads: Workers, meter: Meter, output: Output
 ) -> None:
     items = stored.reader.items
-    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not items[i].encoding.exact]
+    lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not stored.is_exact(i)]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()

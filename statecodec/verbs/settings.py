@@ -12,6 +12,7 @@ from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Policy, Rule, load_rules, parse_rule
 from statecodec.choose.choices import Choices, by_rules
+from statecodec.choose.copies import repeated
 from statecodec.choose.derived import derived
 from statecodec.choose.since_base import linked
 from statecodec.choose.steps import Budget, by_steps
@@ -116,7 +117,8 @@ class Settings:
         choices = by_rules(source, self.own, self.preset, strict=self.strict)
         if self.budget:
             choices = by_steps(source, choices, self.budget, threads, progress, only)
-        return linked(source, derived(source, choices, self.packing, only), base, self.packing, only)
+        choices = linked(source, derived(source, choices, self.packing, only), base, self.packing, only)
+        return repeated(source, choices, self.packing, only)
 
 
 def _rule(rule: str | Rule) -> Rule:

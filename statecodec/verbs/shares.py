@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from statecodec._version import __version__
 from statecodec.checkpoint.chain import Base
 from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.choose.copies import copies
 from statecodec.choose.derived import followers
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import Reader
@@ -123,16 +124,19 @@ def compress_share(
 def deal(source: SourceCheckpoint, count: int) -> list[list[int]]:
     """The indices of the items of every share, by size. Tensors that are decoded together stay together."""
     leader = list(range(len(source.items)))
-    for moments in source.moments:
-        pair = [source.tensors[name].index for name in (moments.exp_avg, moments.exp_avg_sq)]
-        leader[max(pair)] = leader[min(pair)]
-    for weight, masters in followers(source):
-        first, *others = sorted(item.index for item in (weight, *masters))
+
+    def lead(index: int) -> int:
+        while leader[index] != index:
+            index = leader[index]
+        return index
+
+    for indices in _together(source):
+        first, *others = sorted(map(lead, indices))
         for index in others:
-            leader[index] = leader[first]
+            leader[index] = first
     groups: dict[int, list[int]] = {}
-    for index, first in enumerate(leader):
-        groups.setdefault(first, []).append(index)
+    for index in range(len(leader)):
+        groups.setdefault(lead(index), []).append(index)
     total = sum(item.nbytes for item in source.items)
     shares: list[list[int]] = [[] for _ in range(count)]
     done = 0
@@ -142,6 +146,16 @@ def deal(source: SourceCheckpoint, count: int) -> list[list[int]]:
         shares[min(middle * count // total, count - 1) if total else 0].extend(group)
         done += nbytes
     return [sorted(share) for share in shares]
+
+
+def _together(source: SourceCheckpoint) -> Iterator[list[int]]:
+    """The numbers of items that may be decoded from each other."""
+    for moments in source.moments:
+        yield [source.tensors[name].index for name in (moments.exp_avg, moments.exp_avg_sq)]
+    for weight, masters in followers(source):
+        yield [weight.index, *(master.index for master in masters)]
+    for item, original in copies(source):
+        yield [item.index, original.index]
 
 
 def _write(work: Compression, output: Output, indices: Sequence[int], share: Share, header: Mapping[str, Any]) -> int:

@@ -92,10 +92,11 @@ def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
     complaints += [f"{name} has another shape or dtype in the original" for name in comparison.not_comparable]
     complaints += [f"{name}: bytes that are not tensors differ" for name in comparison.rest_differs]
     for tensor in comparison.tensors:
-        expected, encoding = stored.report_of(tensor.name), stored.stored_as(stored.tensors[tensor.name].index)
+        index = stored.tensors[tensor.name].index
+        expected, encoding = stored.report_of(tensor.name), stored.stored_as(index)
         if tensor.mismatched and not isinstance(encoding.codec, codecs.Dropped):
             complaints.append(f"{tensor.name}: {tensor.mismatched} elements are NaN or infinite on one side only")
-        elif encoding.exact and not tensor.identical:
+        elif stored.is_exact(index) and not tensor.identical:
             amount = f"in {tensor.differing} elements" if tensor.differing else f"by up to {tensor.max_abs:.3g}"
             complaints.append(f"{tensor.name}: stored losslessly, yet differs {amount}")
         elif "rms" in (error := expected.error or {}) and not math.isclose(

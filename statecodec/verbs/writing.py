@@ -137,11 +137,16 @@ def appended(
     """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
     run = _Run(output, items, encode, stage, fallback, errors or Errors(lambda index, sums: {}))
     with run.written() as writer:
+        found: dict[str, dict[str, float]] = {}
         for index, sums in run.sums.items():
-            found = run.errors.figures(index, sums)
+            figures = run.errors.figures(index, sums)
             # fp64 may overflow; its last digits depend on the order in which a machine adds up.
-            error = {name: float(f"{x:.7g}") for name, x in found.items() if math.isfinite(x)}
+            error = {name: float(f"{x:.7g}") for name, x in figures.items() if math.isfinite(x)}
+            found[run.items[index].name] = error
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
+        for index, original in run.repeated():
+            if original in found:
+                writer.set_attributes(index, {**run.items[index].attributes, "error": found[original]})
         yield writer, run.refusals
 
 
@@ -189,6 +194,12 @@ class _Run:
                 if whole:
                     yield writer
                     return
+
+    def repeated(self) -> Iterator[tuple[int, str]]:
+        """The items that are other ones again, whose errors they have, and the names of those."""
+        for index, item in enumerate(self.items):
+            if item.encoding.codec.repeats:
+                yield index, item.companions["original"]
 
     def _append_all(self, writer: Writer, workers: Workers) -> bool:
         """Append every item; one that goes by another codec starts again.

@@ -390,6 +390,26 @@ def test_companions_that_lie(tmp_path: Path) -> None:
     refused(tmp_path / "y", forge(data, lambda m: m["items"][2].update(companions={"exp_avg_sq": "m"})))
 
 
+def test_repetitions_that_lie(tmp_path: Path) -> None:
+    """Of another tensor, dtype or shape, of each other, of themselves, of what is not there."""
+    x = torch.randn(80, 60)
+    v = x.square() + 0.1
+    tensors: dict[str, tuple[torch.Tensor, Codec]] = {
+        "a": (x, parse("same")), "b": (x, parse("same")), "m": (x, parse("direction")), "v": (v, parse("logarithmic")),
+        "half": (x.half(), Raw()), "flat": (x.reshape(60, 80), Raw()), "ids": (x.view(torch.int32), Raw()),
+    }  # fmt: skip
+    named = {"a": {"original": "m"}, "b": {"original": "m"}, "m": {"exp_avg_sq": "v"}}
+    data = write_old(tmp_path / "x", tensors, companions=named).read_bytes()
+    read_all(tmp_path / "x")
+    lies: list[Any] = [
+        {}, None, {"original": 3}, {"original": "gone"}, {"original": "half"}, {"original": "flat"},
+        {"original": "ids"}, {"original": "a"}, {"original": "b"}, {"original": "m", "more": "m"}, {"exp_avg_sq": "v"},
+    ]  # fmt: skip
+    for lie in lies:
+        refused(tmp_path / "y", forge(data, lambda m, lie=lie: m["items"][0].update(companions=lie)))  # type: ignore[misc]
+    refused(tmp_path / "y", forge(data, lambda m: m["items"][2].update(companions={"exp_avg_sq": "a"})))
+
+
 def test_the_writer_refuses_companions_that_are_not_there(tmp_path: Path) -> None:
     x = (torch.rand(80, 60), parse("direction"))
     for companions in ({}, {"exp_avg_sq": "gone"}, {"exp_avg_sq": "short"}, {"exp_avg_sq": "m"}):

@@ -1,0 +1,91 @@
+"""Which tensors are copies of others of the same checkpoint: they are stored once.
+
+An average that has not moved yet, a model saved both alone and with its optimizer, two checkpoints of one step: samples
+find candidates, and whether every bit is equal is proven while encoding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from typing import Final
+
+from statecodec import codecs
+from statecodec.buffers import memory
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.choices import Choice, Choices
+from statecodec.codecs import Change
+from statecodec.codecs.chunking import CHUNK_ELEMENTS, Chunk
+from statecodec.format import Packing
+
+_MIN_BYTES: Final = 4096
+_SAMPLE: Final = 64  # elements
+
+
+def repeated(
+    source: SourceCheckpoint, choices: Choices, packing: Packing, only: Container[str] | None = None
+) -> Choices:
+    """The same choices, with tensors that seem to repeat another stored as that one, where both are stored alike.
+
+    Unpacked, a file that is mapped has to hold every tensor: nothing changes. `only`: the names that are looked at.
+    """
+    if packing.method == "none":
+        return choices
+    originals: dict[str, str] = {}
+    found: dict[str, Choice] = {}
+    pairs = [(item, other) for item, other in copies(source) if only is None or item.name in only]
+    # What needs companions comes last: its companions' originals are known then.
+    for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
+        own, first = choices[item.name], choices[other.name]
+        if _is_alike(own, first, tuple(item.shape), originals):
+            originals[item.name] = other.name
+            reason = f"it is the same as {other.name}"
+            found[item.name] = replace(own, codec=codecs.Same(), change=None, reason=reason,
+                                       companions={"original": other.name},
+                                       otherwise=codecs.Raw() if own.codec.needs else own.codec)  # fmt: skip
+    for name, choice in choices.items():  # a companion has to stand on its own
+        if name not in found:
+            for needed in choice.companions.values():
+                found.pop(needed, None)
+    return replace(choices, by_name={**choices.by_name, **found})
+
+
+def copies(source: SourceCheckpoint) -> list[tuple[SourceItem, SourceItem]]:
+    """Tensors whose samples are those of an earlier one of their dtype and shape, and that one."""
+    alike: dict[tuple[object, ...], list[SourceItem]] = {}
+    for item in source.items:
+        if item.nbytes >= _MIN_BYTES:
+            alike.setdefault((item.dtype, tuple(item.shape), item.region is None), []).append(item)
+    found = []
+    for group in alike.values():
+        first: dict[bytes, SourceItem] = {}
+        for item in group if len(group) > 1 else ():
+            sample = _sample(source, item)
+            if any(sample):  # zeros pack to nothing, and need no other tensor
+                original = first.setdefault(sample, item)
+                found += [(item, original)] if original is not item else []
+    return found
+
+
+def _sample(source: SourceCheckpoint, item: SourceItem) -> bytes:
+    numel = math.prod(item.shape)
+    size = min(numel, _SAMPLE)
+    starts = (0, (numel - size) // 2, numel - size)
+    return b"".join(bytes(memory(source.chunk(item, Chunk(at, at + size, (1, size))))) for at in starts)
+
+
+def _is_alike(own: Choice, first: Choice, shape: tuple[int, ...], originals: Mapping[str, str]) -> bool:
+    """Whether what the original decodes to is as near as the copy has to be."""
+    if isinstance(own.codec, codecs.Dropped) or (
+        first.codec.align(shape) is None and math.prod(shape) > CHUNK_ELEMENTS
+    ):
+        return False  # the second: each of its chunks would decode all of the original
+    if first.codec.exact and first.change is not Change.VALUES:
+        return True
+    same_way = (own.codec, own.change) == (first.codec, first.change)
+    return same_way and not own.settled and _of_originals(own, originals) == first.companions
+
+
+def _of_originals(choice: Choice, originals: Mapping[str, str]) -> Mapping[str, str]:
+    return {role: originals.get(name, name) for role, name in choice.companions.items()}

@@ -1,0 +1,143 @@
+"""Tensors that are there twice are stored once, and come back under both names whatever becomes of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import statecodec
+
+
+def trained(seed: int = 0) -> dict[str, Any]:
+    """A model and its AdamW after a few steps."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.Linear(80, 96))
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    for _ in range(3):
+        model(torch.randn(16, 96)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def codecs_of(report: statecodec.Report) -> dict[str, str]:
+    return {t.name: t.codec.partition("(")[0] for t in report.tensors}
+
+
+def test_an_average_that_has_not_moved_costs_nothing(tmp_path: Path) -> None:
+    content = trained()
+    content["model_ema"] = {key: value.clone() for key, value in content["model"].items()}
+    torch.save(content, tmp_path / "x.pt")
+    report = statecodec.compress(tmp_path / "x.pt", preset="lossless", verify=True)
+    copies = [t for t in report.tensors if t.name.startswith("model_ema") and t.name.endswith("weight")]
+    assert [(t.codec, t.bytes_after < 100) for t in copies] == [("same", True)] * 2
+    with statecodec.open(report.path) as checkpoint:
+        assert torch.equal(checkpoint.read("model_ema.0.weight"), content["model"]["0.weight"])
+    loaded = statecodec.load(report.path)
+    assert all(torch.equal(loaded["model_ema"][key], value) for key, value in content["model"].items())
+    loaded["model_ema"]["0.weight"].zero_()
+    assert loaded["model"]["0.weight"].any(), "two tensors, not one"
+    statecodec.restore(report.path, tmp_path / "back.pt")
+    assert (tmp_path / "back.pt").read_bytes() == (tmp_path / "x.pt").read_bytes()
+
+
+@pytest.fixture
+def twice(tmp_path: Path) -> Path:
+    """A directory with the same checkpoint under two names, as two files."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save(trained(), folder / "best.pt")
+    shutil.copy(folder / "best.pt", folder / "last.pt")
+    return folder
+
+
+@pytest.mark.parametrize("preset", ["lossless", "resume", "tiny"])
+def test_two_equal_files_are_stored_once(preset: str, twice: Path, tmp_path: Path) -> None:
+    report = statecodec.compress(twice, preset=preset, verify=True)
+    one = statecodec.compress(twice / "best.pt", tmp_path / "one.sc.safetensors", preset=preset)
+    assert report.bytes < one.bytes + 6000
+    large = [t for t in report.tensors if t.name.startswith("last") and t.bytes_before >= 4096]
+    assert {(t.codec, t.bytes_after < 100) for t in large} == {("same", True)}
+    errors = {t.name: t.error for t in report.tensors}
+    for name, error in errors.items():
+        if name.startswith("best.pt:") and error:
+            assert errors[name.replace("best", "last", 1)] == error
+    statecodec.restore(report.path, tmp_path / "back")
+    best, last = ((tmp_path / "back" / name).read_bytes() for name in ("best.pt", "last.pt"))
+    assert best == last
+    assert (best == (twice / "best.pt").read_bytes()) is (preset == "lossless")
+    statecodec.restore(one.path, tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").read_bytes() == best, "the same numbers as of one file alone"
+    assert statecodec.verify(report.path, against=twice).tensors
+
+
+def test_what_differs_where_no_sample_is_taken_is_stored_itself(twice: Path, tmp_path: Path) -> None:
+    for key, change in (("0.weight", 1.0), ("1.weight", -0.0)):
+        content = torch.load(twice / "last.pt")
+        content["model"][key].view(-1)[1000] = change
+        torch.save(content, twice / "last.pt")
+        report = statecodec.compress(twice, verify=True, preset="lossless", force=True)
+        assert codecs_of(report)[f"last.pt:model.{key}"] == "raw"
+        statecodec.restore(report.path, tmp_path / key)
+        assert (tmp_path / key / "last.pt").read_bytes() == (twice / "last.pt").read_bytes()
+
+
+def test_a_copy_that_has_to_be_exact_does_not_follow_a_lossy_one(twice: Path) -> None:
+    report = statecodec.compress(twice, rules=["last*weight=raw"], verify=True)
+    found = codecs_of(report)
+    assert found["best.pt:model.0.weight"] != "raw"
+    assert found["last.pt:model.0.weight"] == "raw"
+    back = statecodec.load(report.path)
+    assert torch.equal(back["last.pt"]["model"]["0.weight"], torch.load(twice / "last.pt")["model"]["0.weight"])
+
+
+def test_a_copy_of_what_its_codec_refuses(twice: Path, tmp_path: Path) -> None:
+    """NaN where no sample is taken: the original is stored exactly after all, and its copy follows."""
+    content = torch.load(twice / "best.pt")
+    content["model"]["0.weight"].view(-1)[1000] = torch.nan
+    for name in ("best.pt", "last.pt"):
+        torch.save(content, twice / name)
+    report = statecodec.compress(twice, preset="tiny", verify=True)
+    found = codecs_of(report)
+    assert (found["best.pt:model.0.weight"], found["last.pt:model.0.weight"]) == ("raw", "same")
+
+
+def test_unpacked_files_hold_every_tensor(twice: Path) -> None:
+    assert "same" not in codecs_of(statecodec.compress(twice, pack="none")).values()
+
+
+def test_shares_make_the_same_file(twice: Path, tmp_path: Path) -> None:
+    whole = statecodec.compress(twice, tmp_path / "whole.sc.safetensors")
+    for number in (1, 2, 3):
+        statecodec.compress_share(twice, tmp_path / "joined.sc.safetensors", share=f"{number}/3")
+    joined = statecodec.finalize(twice, tmp_path / "joined.sc.safetensors")
+    assert Path(joined.path).read_bytes() == Path(whole.path).read_bytes()
+
+
+def test_conversions(twice: Path, tmp_path: Path) -> None:
+    packed = statecodec.compress(twice).path
+    copied = statecodec.convert(packed, tmp_path / "a.sc.safetensors", to=["exp_avg_sq=companded(curve=log)"])
+    found = codecs_of(copied)
+    assert found["last.pt:model.0.weight"] == "same"
+    dense = statecodec.convert(packed, tmp_path / "b.sc.safetensors", to=["*=raw"])
+    assert {t.codec for t in dense.tensors if t.role not in ("skeleton", "file")} == {"raw"}
+    first, second = statecodec.load(packed), statecodec.load(dense.path)
+    for name in ("best.pt", "last.pt"):
+        assert torch.equal(first[name]["model"]["0.weight"], second[name]["model"]["0.weight"])
+
+
+def test_links_of_a_chain(twice: Path, tmp_path: Path) -> None:
+    base = statecodec.compress(twice, tmp_path / "0.sc.safetensors")
+    for name in ("best.pt", "last.pt"):
+        content = torch.load(twice / name)
+        content["model"]["0.weight"] += 1e-3
+        torch.save(content, twice / name)
+    link = statecodec.compress(twice, tmp_path / "1.sc.safetensors", base=base.path, verify=True)
+    assert codecs_of(link)["last.pt:model.0.weight"] == "same"
+    torch.save(trained(1), twice / "last.pt")
+    other = statecodec.compress(twice, tmp_path / "2.sc.safetensors", base=link.path, verify=True)
+    assert codecs_of(other)["last.pt:model.0.weight"] != "same"

@@ -219,6 +219,7 @@ LAYOUTS = {
     "torch": "one file of torch.save, with everything in it",
     "safetensors": "a safetensors file of all tensors, and beside it a JSON file of all other values",
     "dcp": "a folder of torch.distributed.checkpoint",
+    "zero-fp32": "one file of torch.save with the fp32 parameters of a DeepSpeed ZeRO directory",
 }
 _LAYOUT = Option(
     "layout", "choice", "The files of another framework, with the same values.", None, LAYOUTS, needed=True

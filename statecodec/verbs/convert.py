@@ -42,8 +42,9 @@ def convert(
 
     Or, with `layout` instead of `to`, the same values go into the files of another framework: `torch` one torch.save
     file, `safetensors` a safetensors file of all tensors and beside it a JSON file of all other values, `dcp` a folder
-    of torch.distributed.checkpoint. What such files cannot hold (objects of unknown classes) is left out and named in
-    the notes, or refused with `strict`.
+    of torch.distributed.checkpoint, `zero-fp32` one torch.save file of what DeepSpeed's zero_to_fp32.py makes of a
+    ZeRO directory: the fp32 parameters by name. What such files cannot hold (objects of unknown classes) is left out
+    and named in the notes, or refused with `strict`.
 
     With `safe_only` a checkpoint whose unpickling could run code is refused.
 

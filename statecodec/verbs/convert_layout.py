@@ -23,6 +23,7 @@ from statecodec.progress import Meter, Progress
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.tensors_and_json import Parts, taken_apart, write_tensors_and_json
+from statecodec.verbs.zero_fp32 import zero_fp32
 
 _NAMED = 20
 
@@ -116,5 +117,6 @@ TARGETS = {
     "torch": TargetLayout(_values, without_opaque, _write_torch),
     "safetensors": TargetLayout(_values, _apart, _write_safetensors),
     "dcp": TargetLayout(_values, without_opaque, _write_dcp, folder=True),
+    "zero-fp32": TargetLayout(zero_fp32, without_opaque, _write_torch),
 }
 """A row for every one of `operations.LAYOUTS`."""

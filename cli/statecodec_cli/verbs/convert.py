@@ -51,12 +51,13 @@ def run(
     torch.optim; DST is a torch file, or a compressed one if it ends in .safetensors.
 
     With --layout the same values go into one torch.save file (torch), into a safetensors file of all tensors with a
-    JSON file of all other values beside it (safetensors), or into a folder of torch.distributed.checkpoint (dcp).
+    JSON file of all other values beside it (safetensors), or into a folder of torch.distributed.checkpoint (dcp). Of a
+    DeepSpeed ZeRO directory zero-fp32 writes the fp32 parameters by name, as its zero_to_fp32.py does.
     """
     import statecodec
     from statecodec_cli import analysis_tables
 
-    if dst == standard.DASH and layout not in (None, "torch"):
+    if dst == standard.DASH and layout not in (None, "torch", "zero-fp32"):
         raise UsageError(f"--layout {layout} writes more than one file; name one instead of -")
 
     with (

@@ -1,0 +1,71 @@
+"""Accelerate: `save_state` and `load_state` whose checkpoints are compressed files.
+
+from statecodec.integrations.accelerate import load_state, save_state
+
+path = save_state(accelerator, "run/step-1000")     # run/step-1000.sc.safetensors
+load_state(accelerator, path)
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from statecodec.checkpoint.sniff import is_compressed
+from statecodec.errors import UsageError
+from statecodec.integrations import not_installed
+from statecodec.integrations.replacing import checked, replace_by_compressed
+from statecodec.verbs.paths import compressed_path
+from statecodec.verbs.restore import restore
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise not_installed("accelerate") from error
+
+
+def save_state(accelerator: Accelerator, output_dir: str | Path, preset: str = "resume", **options: Any) -> Path:
+    """`accelerator.save_state(output_dir)`, whose folder is then replaced by a compressed file beside it.
+
+    Call it in every process. If it is killed meanwhile, the folder is what accelerate wrote.
+
+    Args:
+        accelerator: Whose state to save.
+        output_dir: The folder; the file is called like it, with `.sc.safetensors`.
+        preset: As of `statecodec.compress`.
+        options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError, PolicyError: For options that `compress` does not take, and under automatic checkpoint naming,
+            which counts folders.
+        OutputFailed: If it cannot be written.
+    """
+    chosen = checked(preset, options)
+    if accelerator.project_configuration.automatic_checkpoint_naming:
+        raise UsageError("automatic_checkpoint_naming counts folders: turn it off and name each checkpoint")
+    folder = Path(output_dir)
+    accelerator.save_state(str(folder))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        replace_by_compressed(folder, chosen)
+    accelerator.wait_for_everyone()
+    return compressed_path(folder)
+
+
+def load_state(accelerator: Accelerator, path: str | Path, **keywords: Any) -> None:
+    """`accelerator.load_state` from a compressed checkpoint, or from a folder.
+
+    Call it in every process; each restores a copy of its own beside the file, and removes it. `keywords` go to
+    `accelerator.load_state`. Raises FormatError, OutputFailed.
+    """
+    source = Path(path)
+    if not is_compressed(source):
+        accelerator.load_state(str(source), **keywords)
+        return
+    with tempfile.TemporaryDirectory(prefix=".loading-", dir=source.parent) as folder:
+        restore(source, Path(folder) / "state")
+        accelerator.load_state(str(Path(folder) / "state"), **keywords)

@@ -1,0 +1,71 @@
+"""A checkpoint folder is replaced by a compressed file beside it, here or in a process of its own.
+
+The folder disappears by one rename, once the file is complete, read back and compared with it. Whenever the process is
+killed, what has the folder's name is what the framework wrote, and what has the file's name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from statecodec.checkpoint.report import Report
+from statecodec.verbs.compress import compress
+from statecodec.verbs.paths import compressed_path
+from statecodec.verbs.settings import Settings
+
+
+def checked(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `compress` for one file, refused now if at all. Raises UsageError, PolicyError."""
+    Settings.of(preset=preset, **options)
+    return {"preset": preset, "max_shard_size": None, **options}
+
+
+def replace_by_compressed(folder: Path, options: Mapping[str, Any]) -> Report:
+    """Compress a folder into `compressed_path(folder)`, verify that, and remove the folder. Raises as `compress`."""
+    report = compress(folder, compressed_path(folder), force=True, verify=True, device="cpu", **options)
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)  # of one who was killed here
+    os.rename(folder, gone)
+    shutil.rmtree(gone)
+    return report
+
+
+class Replacing:
+    """The same in a process of its own, which yields to whoever else wants the CPU and sees no GPU."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
+        self.folder = folder
+        command = [
+            sys.executable,
+            "-c",
+            f"from {__name__} import _main; _main()",
+            str(folder),
+            json.dumps(dict(options)),
+        ]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._process.poll() is not None
+
+    def wait(self) -> str | None:
+        """Wait for its end. Returns what went wrong, if anything did."""
+        _, said = self._process.communicate()
+        lines = said.strip().splitlines()
+        return None if self._process.returncode == 0 else lines[-1] if lines else f"exit {self._process.returncode}"
+
+
+def _main() -> None:
+    os.nice(10)
+    replace_by_compressed(Path(sys.argv[1]), json.loads(sys.argv[2]))

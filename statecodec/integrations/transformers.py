@@ -1,0 +1,142 @@
+"""The Trainer of transformers: its checkpoints are compressed while training goes on, and resumed from.
+
+    from statecodec.integrations.transformers import CompressCheckpoints, last_checkpoint
+
+    trainer = Trainer(..., callbacks=[CompressCheckpoints()])
+    with last_checkpoint(trainer.args.output_dir) as checkpoint:    # None if there is none yet
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+The live optimizers go in as `Trainer(optimizer_cls_and_kwargs=(statecodec.optim.AdamW, {"lr": 3e-4}))`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from statecodec.integrations import not_installed
+from statecodec.integrations.replacing import Replacing, checked
+from statecodec.verbs.paths import SUFFIX, compressed_path
+from statecodec.verbs.restore import restore
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise not_installed("transformers") from error
+
+_log = logging.getLogger(__name__)
+_NAME = re.compile(rf"checkpoint-(\d+)({re.escape(SUFFIX)})?")
+_WRITTEN_LAST = "trainer_state.json"
+
+
+class CompressCheckpoints(TrainerCallback):
+    """Replaces every `checkpoint-N` of a Trainer by `checkpoint-N.sc.safetensors`, one after the other, in a process
+    of its own: training does not wait, but for what is left when it ends.
+
+    `save_total_limit` counts both forms. The checkpoint that the Trainer calls the best stays a folder, for
+    `load_best_model_at_end`. What cannot be compressed stays a folder, and is logged as a warning.
+    """
+
+    def __init__(self, preset: str = "resume", *, threads: int = 1, **options: Any) -> None:
+        """Args:
+            preset: As of `statecodec.compress`.
+            threads: How many the process uses.
+            options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+
+        Raises:
+            UsageError, PolicyError: For options that `compress` does not take.
+        """
+        self._options = {**checked(preset, options), "threads": threads}
+        self._waiting: list[Path] = []
+        self._running: Replacing | None = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A checkpoint was written."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            self._waiting.append(folder / f"checkpoint-{state.global_step}")
+            _rotate(folder, args.save_total_limit, state.best_model_checkpoint)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """By now every rank has written its part of the last checkpoint."""
+        if self._running is None or self._running.done:
+            self._next(state.best_model_checkpoint)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for what is left."""
+        args.distributed_state.wait_for_everyone()
+        while self._next(state.best_model_checkpoint):
+            pass
+
+    def _next(self, best: str | None) -> bool:
+        """Wait for the one that runs and start another; False if there is none."""
+        if self._running is not None:
+            wrong = self._running.wait()
+            if wrong and self._running.folder.is_dir():  # else it was rotated away meanwhile
+                _log.warning("%s stays as it is: %s", self._running.folder, wrong)
+            self._running = None
+        for folder in self._waiting:
+            if best is None or folder != Path(best):
+                self._waiting.remove(folder)
+                if folder.is_dir():
+                    self._running = Replacing(folder, self._options)
+                    return True
+                return self._next(best)
+        return False
+
+
+@contextmanager
+def last_checkpoint(path: str | Path) -> Iterator[str | None]:
+    """A folder to resume from: the newest checkpoint in the Trainer's `output_dir`, or one checkpoint, compressed or
+    not. None if there is none.
+
+    A compressed one is restored into a folder beside it, which is removed when the block ends; each process has its
+    own. Raises FormatError, OutputFailed.
+    """
+    root = Path(path)
+    steps = _steps(root) if root.is_dir() and not (root / _WRITTEN_LAST).is_file() else {0: [root]}
+    found = [form for step in sorted(steps, reverse=True) for form in steps[step] if _is_whole(form)]
+    if not found or found[0].is_dir():
+        yield str(found[0]) if found else None
+        return
+    with tempfile.TemporaryDirectory(prefix=".resuming-", dir=found[0].parent) as folder:
+        restore(found[0], Path(folder) / "checkpoint")
+        yield str(Path(folder) / "checkpoint")
+
+
+def _steps(folder: Path) -> dict[int, list[Path]]:
+    """Step -> its checkpoint as a folder, then as a file, of those that are there."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        match = _NAME.fullmatch(path.name)
+        if match and path.is_dir() is (match[2] is None):
+            found.setdefault(int(match[1]), []).append(path)
+    return found
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return checkpoint.is_file() or (checkpoint / _WRITTEN_LAST).is_file()
+
+
+def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
+    """As the Trainer does with folders: the oldest go, never the newest nor the best."""
+    if limit is None or limit <= 0:
+        return
+    steps = _steps(folder)
+    kept = {max(steps, default=0), *(s for s, forms in steps.items() if best and Path(best) in _both(forms))}
+    excess = len(steps) - max(limit, len(kept))
+    for step in sorted(set(steps) - kept)[: max(excess, 0)]:
+        for form in steps[step]:
+            shutil.rmtree(form, ignore_errors=True) if form.is_dir() else form.unlink(missing_ok=True)
+
+
+def _both(forms: list[Path]) -> set[Path]:
+    """The names of a step's folder and file."""
+    folder = forms[0].with_name(forms[0].name.removesuffix(SUFFIX))
+    return {folder, compressed_path(folder)}

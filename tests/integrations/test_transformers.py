@@ -1,0 +1,163 @@
+"""A Trainer that is interrupted and resumes from compressed checkpoints."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import statecodec
+from statecodec import optim
+from statecodec.errors import PolicyError, UsageError
+
+pytest.importorskip("transformers")
+
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+
+from statecodec.integrations.transformers import CompressCheckpoints, last_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+FILE = "checkpoint-{}.sc.safetensors"
+
+
+def trainer(folder: Path, *, steps: int, every: int, limit: int | None = None, preset: str = "lossless", **more: Any):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (64, 16))]
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, save_steps=every, save_total_limit=limit, logging_steps=1,
+        per_device_train_batch_size=4, learning_rate=3e-4, lr_scheduler_type="constant", report_to=[],
+        disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=data, callbacks=[CompressCheckpoints(preset)], **more)
+
+
+def losses(run: Any) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in run.state.log_history if "loss" in entry}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """A run of 12 steps with compressed checkpoints at 4, 8 and 12, and its losses."""
+    folder = tmp_path_factory.mktemp("straight") / "out"
+    run = trainer(folder, steps=12, every=4)
+    run.train()
+    return folder, losses(run)
+
+
+@pytest.fixture(scope="module")
+def raw(straight: tuple[Path, dict[int, float]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Trainer's own folder at step 4."""
+    folder = tmp_path_factory.mktemp("raw") / "checkpoint-4"
+    statecodec.restore(straight[0] / FILE.format(4), folder)
+    return folder
+
+
+def test_a_lossless_one_resumes_exactly_and_the_limit_counts_both_forms(straight: Any, tmp_path: Path) -> None:
+    folder, wanted = straight
+    assert names(folder) == [FILE.format(12), FILE.format(4), FILE.format(8)]
+    (tmp_path / FILE.format(4)).hardlink_to(folder / FILE.format(4))
+    run = trainer(tmp_path, steps=12, every=4, limit=2)
+    with last_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint is not None
+        run.train(resume_from_checkpoint=checkpoint)
+    assert losses(run) == wanted
+    assert names(tmp_path) == [FILE.format(12), FILE.format(8)]
+
+
+def test_resume_is_as_close_as_it_promises(straight: Any, raw: Path, tmp_path: Path) -> None:
+    report = statecodec.compress(raw, tmp_path / FILE.format(4), preset="resume")
+    assert report.to_json()["ratio"] > 1.5
+    run = trainer(tmp_path / "out", steps=12, every=100)
+    with last_checkpoint(tmp_path / FILE.format(4)) as checkpoint:
+        run.train(resume_from_checkpoint=checkpoint)
+    found = losses(run)
+    assert max(abs(found[step] - straight[1][step]) for step in range(5, 13)) <= 1e-5
+
+
+def test_the_live_optimizers(tmp_path: Path) -> None:
+    def live(folder: Path, every: int) -> Any:
+        own = (optim.AdamW, {"lr": 1e-3, "dense_below": 0})
+        return trainer(folder, steps=6, every=every, optimizer_cls_and_kwargs=own)
+
+    first, second = live(tmp_path / "a", 4), live(tmp_path / "b", 100)
+    first.train()
+    with last_checkpoint(tmp_path / "a" / FILE.format(4)) as checkpoint:
+        second.train(resume_from_checkpoint=checkpoint)
+    assert losses(first) == losses(second)
+    assert type(second.optimizer.optimizer) is optim.AdamW
+
+
+def test_the_best_stays_a_folder_and_failures_cost_nothing(
+    raw: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / FILE.format(3)).write_bytes(b"older")
+    (tmp_path / "checkpoint-2" / "pipe").symlink_to("nowhere")  # compress refuses it
+    callback = CompressCheckpoints()
+    arguments = TrainingArguments(output_dir=str(tmp_path), save_total_limit=2, use_cpu=True, report_to=[])
+    state = type("State", (), {"is_world_process_zero": True, "best_model_checkpoint": str(tmp_path / "checkpoint-1")})
+    for state.global_step in (1, 2, 3):
+        callback.on_save(arguments, state, None)
+        assert (tmp_path / "checkpoint-1").is_dir()
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", FILE.format(3)]
+    (tmp_path / "checkpoint-3" / "pipe").symlink_to("nowhere")
+    callback.on_train_end(arguments, state, None)
+    assert "checkpoint-3 stays as it is" in caplog.text
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-3", FILE.format(3)]
+
+
+def test_options_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="huge"):
+        CompressCheckpoints("huge")
+    with pytest.raises(UsageError):
+        CompressCheckpoints(max_step_error=7)
+    with last_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint is None
+
+
+@pytest.fixture
+def stopped(raw: Path, tmp_path: Path) -> Iterator[Any]:
+    """stopped(where): compressing a folder is killed when it comes to `where`; gives what is there then."""
+
+    def stopped(where: str) -> Path:
+        os.mkdir(tmp_path / where)
+        folder = tmp_path / where / "checkpoint-4"
+        subprocess.run(["cp", "-r", str(raw), str(folder)], check=True)
+        code = f"""
+import os, signal, sys, shutil
+from pathlib import Path
+from statecodec.integrations import replacing
+from statecodec.staging import Staging
+def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
+{where} = die
+replacing.replace_by_compressed(Path(sys.argv[1]), {{}})
+"""
+        assert subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True).returncode == -9
+        return folder
+
+    return stopped
+
+
+def test_a_kill_leaves_a_checkpoint_that_can_be_resumed_from(stopped: Any, raw: Path) -> None:
+    wanted = {p.name: p.read_bytes() for p in raw.iterdir()}
+    for where in ("Staging.publish", "replacing.os.rename"):
+        folder = stopped(where)
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == wanted
+        with last_checkpoint(folder.parent) as checkpoint:
+            assert checkpoint == str(folder), "the framework's own is used as long as it is whole"
+    folder = stopped("replacing.shutil.rmtree")
+    with last_checkpoint(folder.parent) as checkpoint:
+        assert checkpoint is not None
+        assert {p.name for p in Path(checkpoint).iterdir()} == set(wanted)

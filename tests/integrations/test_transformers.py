@@ -103,6 +103,7 @@ def test_the_best_stays_a_folder_and_failures_cost_nothing(
 ) -> None:
     for step in (1, 2, 3):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        torch.save({"w": torch.ones(9)}, tmp_path / f"checkpoint-{step}" / "w.pt")
     (tmp_path / FILE.format(3)).write_bytes(b"older")
     (tmp_path / "checkpoint-2" / "pipe").symlink_to("nowhere")  # compress refuses it
     callback = CompressCheckpoints()

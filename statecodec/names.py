@@ -1,8 +1,9 @@
-"""Names: of parameters, as the bare model has them; of anything, as they can be shown."""
+"""Names: of parameters, as the bare model has them; of encoded states; of anything, as they can be shown."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # What torch.compile, FSDP1, activation checkpointing and Lightning Fabric put before the names of what they wrap.
 # They may wrap any submodule, so these words stand anywhere in a name.
@@ -11,6 +12,9 @@ _WRAPPERS = re.compile(
 )
 # DataParallel and DistributedDataParallel (Megatron nests two). Only in front: inside a name it may be the model's own.
 _PARALLEL = re.compile(r"^(?:module\.)+")
+_STATE = re.compile(r"([a-z]\w{0,15})\[((?:\d{1,18},){0,63}\d{1,18})?\] ([a-z]\w*\(.*\))")
+_LONGEST = 4096  # a longer key is nobody's, and would take long to match
+_PART_OF_STATE = re.compile(rf"(?:(.*)\.)?({_STATE.pattern})\.([^()\[\]]+)")
 
 
 def bare_name(name: str) -> str:
@@ -26,6 +30,31 @@ def bare_name(name: str) -> str:
     'layers.0.mlp.weight'
     """
     return _PARALLEL.sub("", _WRAPPERS.sub("", name))
+
+
+def state_key(dtype: str, shape: Sequence[int], codec: str) -> str:
+    """What the parts of an encoded state stand under in a state dict.
+
+    >>> state_key("float32", (24, 70), "companded(version=2,bits=8)")
+    'float32[24,70] companded(version=2,bits=8)'
+    """
+    return f"{dtype}[{','.join(map(str, shape))}] {codec}"
+
+
+def parsed_state_key(key: str) -> tuple[str, tuple[int, ...], str] | None:
+    """dtype, shape and codec that a key of `state_key` names; None for any other text."""
+    match = _STATE.fullmatch(key) if len(key) <= _LONGEST else None
+    return None if match is None else (match[1], tuple(int(n) for n in (match[2] or "").split(",") if n), match[3])
+
+
+def split_state_part(path: str) -> tuple[str, str, str] | None:
+    """A dotted path to a part of an encoded state as (path to the state, key of `state_key`, part); else None.
+
+    >>> split_state_part("state.0.exp_avg.float32[4] raw(version=1).data")
+    ('state.0.exp_avg', 'float32[4] raw(version=1)', 'data')
+    """
+    match = _PART_OF_STATE.fullmatch(path) if len(path) <= _LONGEST else None
+    return None if match is None else (match[1] or "", match[2], match[6])
 
 
 def shown(text: str) -> str:

@@ -13,6 +13,7 @@ from statecodec.codecs import PartSpec
 from statecodec.dtypes import STORED, DType
 from statecodec.errors import CodecError
 from statecodec.layouts import StatePart
+from statecodec.names import split_state_part
 from statecodec.quantised import PACKAGES, WRAPPED
 
 ATTRIBUTE = "state"
@@ -50,18 +51,20 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
     part, role, config, whole, of = (value.get(key) for key in ("part", "role", "codec", "shape", "dtype"))
     if not isinstance(whole, list) or len(whole) > 64 or not all(type(n) is int and 0 <= n < 1 << 40 for n in whole):
         return None
-    if not (isinstance(part, str) and isinstance(role, str) and isinstance(config, dict) and isinstance(of, str)):
+    if not (isinstance(part, str) and isinstance(role, str) and isinstance(config, dict | str) and isinstance(of, str)):
         return None
-    if config.get("name") in PACKAGES:
+    if isinstance(config, dict) and config.get("name") in PACKAGES:
         return _quantised(config, name, EncodedState(part, role, "", tuple(whole), of), shape)
     try:
-        codec = codecs.from_config(config).settled(tuple(whole))
+        codec = (codecs.parse if isinstance(config, str) else codecs.from_config)(config).settled(tuple(whole))
         specs = codec.parts(tuple(whole), STORED[of])
     except (CodecError, KeyError):
         return None
     if specs.get(part) != PartSpec(dtype, tuple(shape)):
         return None
-    return EncodedState(name.removesuffix(f".parts.{part}"), role, codecs.format_codec(codec), tuple(whole), of)
+    split = split_state_part(name)
+    own = split[0] if split else name.removesuffix(f".parts.{part}")
+    return EncodedState(own, role, codecs.format_codec(codec), tuple(whole), of)
 
 
 def _quantised(config: Mapping[str, Any], name: str, part: EncodedState, shape: tuple[int, ...]) -> EncodedState | None:

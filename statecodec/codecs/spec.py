@@ -84,6 +84,14 @@ def format_codec(codec: Codec) -> str:
     return f"{codec.name}({','.join(shown)})" if shown else codec.name
 
 
+def described(codec: Codec) -> str:
+    """The text of a codec with its version and every field, for what is kept: `parse` reads it as long as it knows the
+    version, whatever the defaults are by then."""
+    fields = {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec)}
+    values = {k: described(v) if isinstance(v, Codec) else _format_value(v) for k, v in fields.items()}
+    return f"{codec.name}({','.join(f'{k}={v}' for k, v in {'version': str(codec.version), **values}.items())})"
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
@@ -99,13 +107,13 @@ def _from_config(config: object, depth: int) -> Codec:
     if not isinstance(config, Mapping) or not isinstance(config.get("name"), str) or depth > _MAX_DEPTH:
         raise InvalidCodec(f"a codec config is an object with a name, not {str(config)[:80]!r}")
     kind = get(config["name"])
-    fields = _current(kind, config)
+    fields = _current(kind, {k: v for k, v in config.items() if k != "name"})
     return _build(kind, {k: _from_config(v, depth + 1) if isinstance(v, Mapping) else v for k, v in fields.items()})
 
 
 def _current(kind: type[Codec], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config, as the version of the codec here has them. Raises UnsupportedVersion."""
-    fields = {k: v for k, v in config.items() if k not in ("name", "version")}
+    fields = {k: v for k, v in config.items() if k != "version"}
     version = config.get("version", kind.version)
     known = type(version) is int  # a tensor would compare element by element
     if known and version == kind.version:
@@ -171,7 +179,7 @@ def _parse_codec(tokens: list[str], text: str, depth: int) -> Codec:
         _expect(tokens, ")", text)
     if "dims" in values and isinstance(values["dims"], int):
         values["dims"] = (values["dims"],)
-    return _build(kind, values)
+    return _build(kind, _current(kind, values))
 
 
 def _parse_value(tokens: list[str], text: str, depth: int) -> Any:

@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from statecodec.names import split_state_part
+
 Path = tuple[Any, ...]
 
 _FLAT_STATE: Final = re.compile(r"state\.(.+)\.([^.]+)")  # flatten_optimizer_state_dict
@@ -80,12 +82,20 @@ def _path(fqn: str, planner: SavePlanner) -> Path:
     """Where an item is in the nested state dict."""
     path: Path = tuple(getattr(planner, "mappings", {}).get(fqn, (fqn,)))
     *outer, last = path
-    state, group = _FLAT_STATE.fullmatch(str(last)), _FLAT_GROUP.fullmatch(str(last))
+    encoded = split_state_part(str(last))
+    if encoded:
+        return (*outer, *_flattened(encoded[0]), *encoded[1:])
+    return (*outer, *_flattened(last))
+
+
+def _flattened(key: Any) -> Path:
+    """The path that a key of a flattened state dict was made of."""
+    state, group = _FLAT_STATE.fullmatch(str(key)), _FLAT_GROUP.fullmatch(str(key))
     if state:
-        return (*outer, "state", *state.groups())
+        return ("state", *state.groups())
     if group:
-        return (*outer, "param_groups", *group.groups())
-    return path
+        return ("param_groups", *group.groups())
+    return (key,)
 
 
 def _settings(known: Mapping[str, Any], paths: Mapping[str, Path]) -> Iterator[tuple[Path, Any]]:

@@ -66,7 +66,7 @@ class StatePart:
     part: str
     role: Role
     codec: str
-    """The codec's config, as JSON. Not checked."""
+    """The codec's text, or its config, as JSON. Not checked."""
     shape: Shape
     dtype: str
 

@@ -18,7 +18,7 @@ from statecodec.atomic import Output
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.spill import Releasing, Spill
-from statecodec.codecs.plain import is_plain
+from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.errors import UsageError
 from statecodec.lazy import torch
 from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
@@ -180,7 +180,7 @@ def _shape(state: Mapping[str, Any]) -> tuple[int, ...]:
         if isinstance(moment, torch.Tensor):
             return tuple(moment.shape)
         if is_plain(moment):
-            return tuple(moment["shape"])  # type: ignore[index]
+            return from_plain(moment).shape  # type: ignore[arg-type]
     return (0,)  # never stepped: nothing to convert
 
 

@@ -12,9 +12,9 @@ import torch
 
 import statecodec
 from statecodec.checkpoint.states import encoded_state
-from statecodec.codecs import format_codec, from_config
-from statecodec.codecs.plain import is_plain
-from statecodec.dtypes import INT8
+from statecodec.codecs import format_codec
+from statecodec.codecs.plain import from_plain, is_plain
+from statecodec.dtypes import INT8, name_of
 from statecodec.errors import UsageError
 from statecodec.optim import FOAM, AdamW, Lion, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.roles import STATE_ROLES
@@ -51,9 +51,9 @@ def test_every_state_is_named_with_its_role_and_codec(kind: str, tmp_path: Path)
         for key, value in own.items():
             if is_plain(value):
                 name = f"optimizer.state.{index}.{key}"
-                codec, shape = from_config(value["codec"]), tuple(value["shape"])
-                expected[name] = (STATE_ROLES.get(key, "other"), format_codec(codec), shape, value["dtype"])
-                sizes[name] = sum(part.nbytes for part in value["parts"].values())
+                state, role = from_plain(value), STATE_ROLES.get(key, "other")
+                expected[name] = (role, format_codec(state.codec), state.shape, name_of(state.dtype))
+                sizes[name] = state.nbytes
     assert expected
     compressed = statecodec.compress(path)
     for report in (statecodec.inspect(path), compressed, statecodec.inspect(tmp_path / "ckpt.sc.safetensors")):
@@ -75,7 +75,7 @@ def test_the_optimizer_alone_counts_its_parameters(tmp_path: Path) -> None:
     states = saved(tmp_path / "all.pt", "adamw")
     torch.save({"state": states, "param_groups": [{"params": list(states)}]}, tmp_path / "optimizer.pt")
     report = statecodec.inspect(tmp_path / "optimizer.pt")
-    assert report.num_params == sum(math.prod(s["exp_avg"]["shape"]) for s in states.values())
+    assert report.num_params == sum(math.prod(from_plain(s["exp_avg"]).shape) for s in states.values())
     assert {t.state.name for t in report.tensors if t.state is not None} >= {"state.0.exp_avg", "state.0.exp_avg_sq"}
 
 
@@ -86,12 +86,14 @@ GOOD = {"part": "codes", "role": "exp_avg", "codec": {"name": "companded"}, "sha
     "change",
     [
         {"part": "scales"}, {"part": 3}, {"role": None}, {"codec": {"name": "nothing"}}, {"codec": []}, {"codec": {}},
-        {"codec": {"name": "companded", "bits": 1 << 70}}, {"shape": [3, 65]}, {"shape": [-3]}, {"shape": [True, 64]},
+        {"codec": {"name": "companded", "bits": 1 << 70}}, {"codec": "nothing(version=1)"}, {"codec": "companded("},
+        {"shape": [3, 65]}, {"shape": [-3]}, {"shape": [True, 64]},
         {"shape": [1] * 1000}, {"dtype": "int32"}, {"dtype": ["float32"]}, {"dtype": "complex32"},
     ],
 )  # fmt: skip
 def test_what_does_not_add_up_is_no_state(change: dict[str, Any]) -> None:
-    assert encoded_state(GOOD, "state.0.exp_avg.parts.codes", (3, 64), INT8) is not None
+    for codec in ({"name": "companded"}, "companded(version=2)"):
+        assert encoded_state(GOOD | {"codec": codec}, "state.0.exp_avg.parts.codes", (3, 64), INT8) is not None
     assert encoded_state(GOOD | change, "x", (3, 64), INT8) is None
     assert encoded_state(None, "x", (3, 64), INT8) is None
 
@@ -106,6 +108,8 @@ def test_hostile_states_in_a_torch_file_are_ordinary_tensors(tmp_path: Path) -> 
         i: {"exp_avg": {"codec": codec, "shape": [3, 64], "dtype": "float32", "parts": {"codes": codes, 5: codes}}}
         for i, codec in enumerate([deep, wide, {}, {"name": torch.zeros(3)}, {1: 2}])
     }
+    keys = ("float32[3,64] " + "folded(inner=" * 200, "float32[" + "3," * 5000 + "64] raw(version=1)", "x[] y()")
+    state |= {9 + i: {"exp_avg": {key: {"codes": codes, 5: codes}}} for i, key in enumerate(keys)}
     torch.save({"state": state, "param_groups": [{"params": list(state)}]}, tmp_path / "x.pt")
     report = statecodec.inspect(tmp_path / "x.pt")
     assert all(t.state is None for t in report.tensors)

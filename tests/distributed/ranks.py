@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 4
-PATIENCE = 60  # seconds: of a collective, and then of the caller
+PATIENCE = 300  # seconds, of a collective and then of the caller: only against waiting for ever
 
 
 class Ranks:

@@ -154,6 +154,8 @@ def state_dicts(names: list[str]) -> None:
             StateDictOptions(cpu_offload=True),
             StateDictOptions(full_state_dict=True),
             StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
+            StateDictOptions(flatten_optimizer_state_dict=True),
+            StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=True),
         ):
             saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
             again = sharded()
@@ -180,6 +182,27 @@ def test_state_dicts_of_torch(ranks: Ranks, n: int) -> None:
     ranks.run(n, state_dicts, [*OPTIMIZERS])
 
 
+def flattened() -> None:
+    """Whole and flattened, before the first step and after three, into an optimizer that is not sharded and one that
+    is."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True)
+    into = StateDictOptions(flatten_optimizer_state_dict=True)
+    for steps in (0, 3):
+        model = sharded()
+        optimizer = OPTIMIZERS["adamw"](model.named_parameters())
+        train(model, optimizer, range(steps))
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        options_of_groups = {k.rpartition(".")[2] for k in saved if k.startswith("param_groups.")}
+        values = [v for k, v in saved.items() if k.startswith("state.")]
+        assert options_of_groups >= {"lr", "betas", "moments"}
+        assert all(isinstance(v, torch.Tensor) and not isinstance(v, DTensor) for v in values)
+        again = sharded()
+        set_model_state_dict(again, get_model_state_dict(model))
+        fresh = OPTIMIZERS["adamw"](again.named_parameters())
+        set_optimizer_state_dict(again, fresh, saved, options=into)
+        assert everything(again, fresh) == everything(model, optimizer)
+
+
 def from_torch() -> None:
     """A sharded state of torch.optim.AdamW is encoded on the way in."""
     model, ours = sharded(torch.float32), sharded(torch.float32)
@@ -197,8 +220,9 @@ def from_torch() -> None:
     assert encoded.state[p]["exp_avg"].parts["codes"].placements == p.placements
 
 
-def test_states_of_torch_optim_are_encoded(ranks: Ranks) -> None:
-    ranks.run(3, from_torch)
+@pytest.mark.parametrize("check", [flattened, from_torch], ids=lambda f: f.__name__)
+def test_state_dicts_of_torch_in_other_forms(ranks: Ranks, check: Any) -> None:
+    ranks.run(3, check)
 
 
 def different_states() -> None:
@@ -218,9 +242,10 @@ def limits() -> None:
     optimizer = OPTIMIZERS["adamw"](model.named_parameters())
     state = get_optimizer_state_dict(model, optimizer)["state"]  # before the first step
     assert {int(s["step"]) for s in state.values()} == {1}
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    with pytest.raises(NotImplementedError, match="only supports tensor, int, float, dict"):
-        get_optimizer_state_dict(model, optimizer, options=flat)
+    flat = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True)
+    whole_and_flat = get_optimizer_state_dict(model, optimizer, options=flat)
+    with pytest.raises(KeyError):  # as for torch's own optimizers
+        set_optimizer_state_dict(model, optimizer, whole_and_flat, options=flat)
     wide = optim.AdamW(model.parameters(), master_weights="split32")
     with pytest.raises(RuntimeError, match="Invalid scalar type"):
         get_optimizer_state_dict(model, wide, options=StateDictOptions(full_state_dict=True))

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 from statecodec.layouts.base import StatePart
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
+from statecodec.names import parsed_state_key
 from statecodec.roles import STATE_ROLES
 
-_KEYS: Final = {"codec", "shape", "dtype", "parts"}
+_FIRST_KEYS: Final = {"codec", "shape", "dtype", "parts"}  # of version 0.1.0
 _MAX_DEPTH: Final = 4
 
 
 def state_parts(key: str, node: Any) -> Iterator[tuple[TensorNode, StatePart]]:
     """The parts of the state of that key, if it is an encoded one. What its codec says is not checked here."""
     values = node.strings() if type(node) is DictNode else {}
-    if values.keys() != _KEYS or type(values["codec"]) is not DictNode or type(values["parts"]) is not DictNode:
+    if len(values) == 1 and (known := parsed_state_key(*values)) is not None:
+        (parts,) = values.values()
+        dtype, shape, text = known
+        yield from _parts(parts, StatePart("", STATE_ROLES.get(key, "other"), json.dumps(text), shape, dtype))
+        return
+    if values.keys() != _FIRST_KEYS or type(values["codec"]) is not DictNode:
         return
     shape, dtype = values["shape"], values["dtype"]
     sizes = type(shape) in (list, tuple) and all(type(n) is int and 0 <= n < 1 << 62 for n in shape)
     if not sizes or type(dtype) is not str:
         return
     codec = json.dumps(_plain(values["codec"]))
-    for part, tensor in values["parts"].strings().items():
+    yield from _parts(values["parts"], StatePart("", STATE_ROLES.get(key, "other"), codec, tuple(shape), dtype))
+
+
+def _parts(node: Any, state: StatePart) -> Iterator[tuple[TensorNode, StatePart]]:
+    for part, tensor in node.strings().items() if type(node) is DictNode else ():
         if type(tensor) is TensorNode:
-            yield tensor, StatePart(part, STATE_ROLES.get(key, "other"), codec, tuple(shape), dtype)
+            yield tensor, replace(state, part=part)
 
 
 def _plain(node: Any, depth: int = 0) -> Any:

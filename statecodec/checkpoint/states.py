@@ -56,7 +56,8 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
     if isinstance(config, dict) and config.get("name") in PACKAGES:
         return _quantised(config, name, EncodedState(part, role, "", tuple(whole), of), shape)
     try:
-        codec = (codecs.parse if isinstance(config, str) else codecs.from_config)(config).settled(tuple(whole))
+        codec = codecs.parse(config) if isinstance(config, str) else codecs.from_config(config)
+        codec = codec.settled(tuple(whole))
         specs = codec.parts(tuple(whole), STORED[of])
     except (CodecError, KeyError):
         return None

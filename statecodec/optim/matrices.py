@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -26,7 +26,6 @@ from statecodec.optim.method import (
     Group,
     Method,
     Recipe,
-    StateSpec,
     decay_per_lr,
     dense_gradient,
     made_for,
@@ -36,6 +35,7 @@ from statecodec.optim.states import StateKeeper
 
 LARGEST_GRADIENT = 2.0**48  # squares, summed over a matrix, stay within fp32
 ELEMENTS = 1 << 22  # of a batch: 16 MiB for each of its temporaries, and 256 tiles of 128 x 128 to fill a GPU
+_WEIGHT = "weight"
 _CASTS = {torch.bfloat16: Cast("bf16"), torch.float16: Cast("fp16")}
 
 
@@ -145,6 +145,29 @@ class Batch:
         dither_rows(self.weight.view(len(seeds), -1), drop=drop, keys=keys)
 
 
+@dataclass(frozen=True)
+class Member:
+    """What a step of one whole matrix reads and writes: its tensors as they are stored.
+
+    `stored` has the parts of every state by (state, part), and the weight's as ("weight", "high") and ("weight", "low")
+    or ("weight", "data"). They are written in place, as the counters are.
+    """
+
+    recipe: Recipe
+    gradient: Tensor
+    step: Tensor
+    skipped: Tensor
+    stored: Mapping[tuple[str, str], Tensor]
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The parts of the weight, or of a state."""
+        return {part: t for (of, part), t in self.stored.items() if of == name}
+
+    def local(self) -> Member:
+        """What this rank holds of it."""
+        return replace(self, stored={k: sharding.local(t).detach() for k, t in self.stored.items()})
+
+
 def step_matrices(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[Tensor]:
     """Step those of `params` that have a WholeMatrix method; returns the others. All have gradients."""
     rest, alike = list[Tensor](), defaultdict[Any, list[Tensor]](list)
@@ -154,52 +177,68 @@ def step_matrices(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]
             alike[method.kind, made_for(p)].append(p)
         else:
             rest.append(p)
+    cut = [same for same in alike.values() if sharding.is_cut(same[0])]
     for same in alike.values():
-        count = max(1, ELEMENTS // max(1, same[0].numel()))
-        for at in range(0, len(same), count):
-            _step_batch(optimizer, group, same[at : at + count])
+        if not sharding.is_cut(same[0]):
+            for some in batches(same):
+                step_batch(optimizer, group, [m.local() for m in members(optimizer, group, some)])
+    if cut:
+        from statecodec.optim.owners import step_cut
+
+        step_cut(optimizer, group, cut)
     return rest
 
 
-def _step_batch(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> None:
-    """Step parameters of one method, shape, dtype and place."""
-    gradients = [sharding.gradient(p, dense_gradient(p)) for p in params]
-    recipes = [optimizer.recipe(p, group) for p in params]
+def batches(same: Sequence[Tensor], times: int = 1) -> list[Sequence[Tensor]]:
+    """Parameters of one shape in batches of about `ELEMENTS`, times a number."""
+    count = max(1, ELEMENTS // max(1, same[0].numel())) * times
+    return [same[at : at + count] for at in range(0, len(same), count)]
+
+
+def members(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[Member]:
+    """What steps of these parameters read and write, as it is kept, also as DTensors; the steps are counted."""
     states = [optimizer.ensure_state(p, group) for p in params]
-    counters = [state["step"] for state in states]
-    torch._foreach_add_(counters, 1)
-    recipe, backend = recipes[0], kernels.resolve(optimizer._backend, states[0]["step"].device)
-    own = [sharding.local(p).detach() for p in params]
-    stored = _weights(recipe, own, states)
+    torch._foreach_add_([state["step"] for state in states], 1)
+    return [_member(optimizer.recipe(p, group), p, state) for p, state in zip(params, states, strict=True)]
+
+
+def _member(recipe: Recipe, p: Tensor, state: Mapping[str, Any]) -> Member:
+    stored = {(k, part): t for k in recipe.specs for part, t in state[k].parts.items()}
+    if recipe.split is None:
+        stored[_WEIGHT, "data"] = p
+    else:
+        stored |= {(_WEIGHT, "high"): p, (_WEIGHT, "low"): state[LOW].parts["data"]}
+    return Member(recipe, sharding.gradient(p, dense_gradient(p)), state["step"], state["skipped"], stored)
+
+
+def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[Member]) -> None:
+    """Step whole matrices of one method, shape and dtype."""
+    recipe, backend = members[0].recipe, kernels.resolve(optimizer._backend, members[0].step.device)
+    param = recipe.made_for[0]
+    stored = _weights(recipe, members)
     weight = stored.decode(backend)
-    gradient = torch.stack(gradients).to(weight.dtype).view(weight.shape)
+    gradient = torch.stack([m.gradient for m in members]).to(weight.dtype).view(weight.shape)
     batch = Batch(
-        recipes, group, weight, gradient.neg_() if group["maximize"] else gradient, torch.stack(counters),
-        {k: _stacked(s, k, params, states) for k, s in recipe.own_specs.items()}, backend,
+        [m.recipe for m in members], group, weight, gradient.neg_() if group["maximize"] else gradient,
+        torch.stack([m.step for m in members]),
+        {k: Stacked(s.codec, s.shape, s.dtype, [m.parts(k) for m in members]) for k, s in recipe.specs.items()},
+        backend,
     )  # fmt: skip
     cast(WholeMatrix, recipe.method).update(batch)
-    batch.require(weight, LARGEST_FP16 if params[0].dtype == torch.float16 else LARGEST)
+    batch.require(weight, LARGEST_FP16 if param == torch.float16 else LARGEST)
     weight.masked_fill_(~batch.fits.view(-1, 1, 1), 0)
-    dropped = 0 if weight.dtype == params[0].dtype else 16 - (recipe.split.low_bits if recipe.split else 0)
+    dropped = 0 if weight.dtype == param else 16 - (recipe.split.low_bits if recipe.split else 0)
     if group["stochastic_rounding"] and dropped:
         batch.round_weight(dropped)
     stored.encode(weight, backend)
     for one in (stored, *batch.states.values()):
         one.store(batch.fits)
-    torch._foreach_add_([state["skipped"] for state in states], list((~batch.fits).to(torch.float32).unbind(0)))
+    torch._foreach_add_([m.skipped for m in members], list((~batch.fits).to(torch.float32).unbind(0)))
 
 
-def _stacked(spec: StateSpec, name: str, params: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> Stacked:
-    parts = [sharding.own_part(state[name], p).parts for p, state in zip(params, states, strict=True)]
-    return Stacked(spec.codec, spec.shape, spec.dtype, parts)
-
-
-def _weights(recipe: Recipe, own: Sequence[Tensor], states: Sequence[Mapping[str, Any]]) -> Stacked:
+def _weights(recipe: Recipe, members: Sequence[Member]) -> Stacked:
     """The weights as they are stored: parameter and low part, or the parameter alone."""
-    first, shape = own[0], matrix_shape(tuple(own[0].shape))
-    dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-    if recipe.split is None:
-        return Stacked(_CASTS.get(first.dtype, Raw()), shape, dtype, [{"data": p} for p in own])
-    lows = [sharding.local(state[LOW].parts["data"]) for state in states]
-    parts = [{"high": p, "low": low} for p, low in zip(own, lows, strict=True)]
-    return Stacked(recipe.split, shape, dtype, parts)
+    dtype, shape = recipe.made_for[:2]
+    codec = _CASTS.get(dtype, Raw()) if recipe.split is None else recipe.split
+    values = torch.float64 if dtype == torch.float64 else torch.float32
+    return Stacked(codec, matrix_shape(tuple(shape)), values, [m.parts(_WEIGHT) for m in members])

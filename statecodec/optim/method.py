@@ -170,7 +170,7 @@ class Method(ABC):
     """One update rule. `name` is stable: it stands in checkpoints and names the fused kernel."""
 
     name: ClassVar[str]
-    whole: ClassVar[bool] = False  # whether it needs all of a matrix: a shard of one is refused
+    whole: ClassVar[bool] = False  # whether it needs all of a matrix
     pools: tuple[int, ...] = ()
     """Dimensions along which elements are pooled into one stored number."""
 

@@ -95,6 +95,24 @@ def is_cut(p: Tensor) -> bool:
     return is_dtensor(p) and bool(_sharded_dims(p))
 
 
+def cut_times(p: Tensor) -> int:
+    """Along how many dimensions of the mesh a parameter is cut."""
+    return len(_sharded_dims(p)) if is_dtensor(p) else 0
+
+
+def cut_group(p: Tensor) -> ProcessGroup:
+    """The ranks that hold the pieces of a parameter that one dimension of the mesh cuts."""
+    ((at, _),) = _sharded_dims(p)
+    return cast("DTensor", p).device_mesh.get_group(at)
+
+
+def cut_dim(x: Tensor, p: Tensor) -> int | None:
+    """Along which dimension a stored part of such a parameter is cut; None if every rank holds all of it."""
+    ((at, _),) = _sharded_dims(p)
+    placement = cast("DTensor", x).placements[at]
+    return None if placement.is_replicate() else int(cast(Any, placement).dim) % max(x.ndim, 1)
+
+
 def row_cut(p: Tensor) -> int | None:
     """At multiples of how many elements the rows of a parameter are cut; None if no row is.
 

@@ -67,10 +67,11 @@ class StateKeeper(torch.optim.Optimizer):
         index, name = self._place(p)
         method = self.method(p, name, group)
         specs = method.specs(p, group)
-        if method.whole and sharding.is_cut(p):
+        if method.whole and sharding.cut_times(p) > 1:
             raise OptimizerError(
-                f"{index if name is None else name}: {type(self).__name__} needs all of a hidden matrix, and this rank "
-                "has a shard of it; use another optimizer, or matrix=False for a group of such parameters"
+                f"{index if name is None else name}: {type(self).__name__} needs all of a hidden matrix, and this one "
+                f"is cut along {sharding.cut_times(p)} dimensions of the mesh, where one is supported; use another "
+                "optimizer, or matrix=False for a group of such parameters"
             )
         own = {k: StateSpec(s.codec, sharding.local_shape(p, s.shape), s.dtype) for k, s in specs.items()}
         self._recipes[p] = made = Recipe(
@@ -114,6 +115,10 @@ class StateKeeper(torch.optim.Optimizer):
     def name(self, p: Tensor) -> str | None:
         """A parameter's name as the bare model has it; None if it was given without one."""
         return self._place(p)[1]
+
+    def place(self, p: Tensor) -> int:
+        """A parameter's position among all."""
+        return self._place(p)[0]
 
     def label(self, p: Tensor) -> str | int:
         """What to call a parameter: its name, or its position among all."""

@@ -1,4 +1,4 @@
-"""Four processes that stay up and run functions together, as gloo process groups of any smaller size."""
+"""Processes that stay up and run functions together, as gloo process groups of any size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-MOST = 4
 PATIENCE = 300  # seconds, of a collective and then of the caller: only against waiting for ever
 
 
@@ -30,7 +29,7 @@ class Ranks:
 
     def run(self, n: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """What the function returned, by rank. Raises AssertionError with the traceback of a rank that failed."""
-        if not self._processes:
+        while len(self._processes) < n:
             self._start()
         with tempfile.TemporaryDirectory() as folder:
             for rank in range(n):
@@ -59,13 +58,12 @@ class Ranks:
         self._processes, self._ends = [], []
 
     def _start(self) -> None:
-        for _ in range(MOST):
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._ends.append(ours)
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        self._ends.append(ours)
 
 
 def _serve(end: Connection) -> None:

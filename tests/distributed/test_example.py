@@ -12,11 +12,11 @@ import pytest
 from examples.fsdp2_train import INDEX, train
 from tests.distributed.ranks import Ranks
 
-STEPS, EVERY = 16, 5
+STEPS, EVERY = 10, 4
 
 
 def die(step: int) -> None:
-    if step == 12:
+    if step == 8:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -29,10 +29,10 @@ def test_a_killed_run_goes_on_with_other_numbers_of_ranks(ranks: Ranks, tmp_path
     assert len(straight) == STEPS
     assert straight[-1] < straight[0]
     with pytest.raises(AssertionError, match=r"rank \d of 2"):
-        ranks.run(2, killed, tmp_path / "killed")
+        Ranks().run(2, killed, tmp_path / "killed")
     assert (tmp_path / "killed" / INDEX).exists()
     for n in (1, 3, 4):
         folder = shutil.copytree(tmp_path / "killed", tmp_path / str(n))
         losses = ranks.run(n, train, folder, STEPS, EVERY)[0]
-        assert len(losses) == STEPS - 10, "from the last checkpoint on"
-        assert losses == pytest.approx(straight[10:], rel=0.02), "bf16 gradients are added in another order"
+        assert len(losses) == STEPS - 8, "from the last checkpoint on"
+        assert losses == pytest.approx(straight[8:], rel=0.02), "bf16 gradients are added in another order"

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from statecodec import optim
 from statecodec.codecs import EncodedTensor, Folded, Raw
 from statecodec.errors import OptimizerError
+from statecodec.optim.owners import rounds as owners_of_rounds
 from statecodec.optim.sharding import whole
 from tests.distributed.ranks import Ranks
 from tests.optim.helpers import EVERY, bits, gradients, parameters, relative
@@ -187,19 +188,77 @@ def test_shared_moments_are_summed_in_one_message_and_rounding_is_all_that_diffe
     ranks.run(n, shared_moments, SHARED)
 
 
-def refusals() -> None:
+def whole_matrices(names: list[str]) -> None:
+    """One exchange a direction for each batch of matrices; its owner does what one process does."""
+    n = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (n,))
+    messages, counted = [], dist.all_to_all_single
+    for name in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            twins = Twins(name, mesh, [Shard(0)], dtype)
+            dist.all_to_all_single = lambda *a, **k: messages.append(0) or counted(*a, **k)
+            messages.clear()
+            twins.step()
+            dist.all_to_all_single = counted
+            shapes = {
+                p.shape for p in twins.own.values() if twins.plain.recipe(p, twins.plain.param_groups[0]).method.whole
+            }
+            assert len(messages) == (3 * 2 * len(shapes) if n > 1 else 0)
+            twins.check_weights()
+            twins.check_states()
+            factors = [t for k in twins.cut for (_, part), t in twins.parts(k).items() if part in ("left", "right")]
+            assert all(t.placements == (Replicate(),) for t in factors)
+            assert bool(factors) == name.startswith("lorapre")
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_cut_matrices_are_stepped_by_their_owners_bit_for_bit(ranks: Ranks, n: int) -> None:
+    """Uneven rows, and on 4 ranks a matrix of which the last one has nothing."""
+    ranks.run(n, whole_matrices, WHOLE)
+
+
+def whole_matrices_otherwise() -> None:
+    """Cut between columns; on a mesh of which one dimension cuts; a gradient that is not finite; the owners' shares."""
     mesh = init_device_mesh("cpu", (2,))
+    twins = Twins("lorapre", mesh, [Shard(1)], torch.bfloat16, only=["a.weight", "b.weight", "conv.weight"]).step()
+    twins.check_weights()
+    twins.check_states()
+    torch.manual_seed(0)
+    w, g = torch.randn(6, 128), torch.randn(6, 128)
+    own, cut = nn.Parameter(w.clone()), nn.Parameter(placed(w, mesh, [Shard(1)]))
+    pair = [optim.Muon([("w", p)], lr=1e-2, dense_below=0) for p in (own, cut)]
+    for step in range(3):
+        grad = g * torch.nan if step == 1 else g
+        own.grad, cut.grad = grad, placed(grad, mesh, [Shard(1)])
+        for optimizer in pair:
+            optimizer.step()
+    assert torch.equal(whole(cut.detach()), own.detach())
+    assert bits(whole(pair[1].state[cut]["momentum_buffer"].parts["codes"])) == bits(
+        pair[0].state[own]["momentum_buffer"].parts["codes"]
+    )
+    assert pair[0].skipped() == pair[1].skipped() == {"w": 1}, "every rank knows"
+    params = [nn.Parameter(placed(torch.randn(8, 40), mesh, [Shard(0)])) for _ in range(5)]
+    optimizer = optim.Muon(params)
+    ((some, owners),) = owners_of_rounds(optimizer, [params])
+    assert list(some) == params
+    assert sorted(owners.count(r) for r in range(2)) == [2, 3]
+
+
+def owned_in_a_plane() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    for placements in ([Replicate(), Shard(0)], [Shard(0), Replicate()]):
+        Twins("muon", mesh, placements, torch.bfloat16).step().check_weights()
     for name in WHOLE:
         with pytest.raises(OptimizerError, match=r"a\.weight: .* needs all of a hidden matrix"):
-            Twins(name, mesh, [Shard(0)], only=["a.weight"]).step()
-        Twins(name, mesh, [Replicate()], only=["a.weight"]).step().check_weights()
-    partial = DTensor.from_local(torch.ones(2, 2), mesh, [torch.distributed.tensor.Partial()])
+            Twins(name, mesh, [Shard(0), Shard(1)], only=["a.weight"]).step()
+    partial = DTensor.from_local(torch.ones(2, 2), mesh, [Replicate(), torch.distributed.tensor.Partial()])
     with pytest.raises(OptimizerError, match="only a sum"):
         optim.AdamW([nn.Parameter(partial)])
 
 
-def test_what_needs_whole_matrices_is_refused_by_name(ranks: Ranks) -> None:
-    ranks.run(2, refusals)
+@pytest.mark.parametrize(("n", "check"), [(2, whole_matrices_otherwise), (4, owned_in_a_plane)])
+def test_where_matrices_are_cut(ranks: Ranks, n: int, check: Any) -> None:
+    ranks.run(n, check)
 
 
 def stochastic() -> None:

@@ -1,0 +1,90 @@
+"""Matrices that are cut, for methods that need all of one: each has an owner among the ranks that hold its pieces, who
+steps it as one process would.
+
+Gradient, weight and states are put together on the owner as they are stored, and what it has stored goes back in
+pieces: so the result is that of one process, and a state stays where its parameter is. The factors of LoRA-Pre, which
+are small, every rank keeps whole. Owners take turns, and have about as many elements each. The matrices of the next
+round are on their way while those of this one are stepped.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from statecodec.optim import sharding
+from statecodec.optim.exchange import Cut, gather, scatter
+from statecodec.optim.matrices import Member, batches, members, step_batch
+from statecodec.optim.method import Group
+from statecodec.optim.states import StateKeeper
+
+
+def step_cut(optimizer: StateKeeper, group: Group, alike: Sequence[Sequence[Tensor]]) -> None:
+    """Step matrices of which this rank holds pieces; those of one shape, method and place together.
+
+    All ranks that hold pieces must call it with the same matrices.
+    """
+    planned = rounds(optimizer, alike)
+    begun: _Round | None = _Round(optimizer, group, *planned[0])
+    going_back: Callable[[], None] | None = None
+    for following in [*planned[1:], None]:
+        assert begun is not None
+        now, begun = begun, None if following is None else _Round(optimizer, group, *following)
+        sent = now.step()
+        if going_back is not None:
+            going_back()
+        going_back = sent
+    if going_back is not None:
+        going_back()
+
+
+def rounds(optimizer: StateKeeper, alike: Sequence[Sequence[Tensor]]) -> list[tuple[Sequence[Tensor], list[int]]]:
+    """Batches of matrices with the rank of each one's owner: the largest first, each to who has the fewest elements."""
+    made = []
+    held: dict[Any, list[int]] = defaultdict(list)
+    for same in sorted(alike, key=lambda some: -some[0].numel()):
+        ranks = sharding.cut_group(same[0])
+        world = ranks.size()
+        loads = held[ranks] = held[ranks] or [0] * world
+        for some in batches(same, world):
+            owners = []
+            for p in some:
+                first = optimizer.place(p)  # whoever is stepped alone has another owner than its neighbour
+                owner = min(range(world), key=lambda r: (loads[r], (r - first) % world))
+                loads[owner] += p.numel()
+                owners.append(owner)
+            made.append((some, owners))
+    return made
+
+
+class _Round:
+    """Matrices of one shape, of which each rank steps those that it owns."""
+
+    def __init__(self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], owners: Sequence[int]) -> None:
+        self._optimizer, self._group, self._owners = optimizer, group, owners
+        self._ranks = sharding.cut_group(params[0])
+        self._members = members(optimizer, group, params)
+        self._cuts = [_cuts(m, p) for m, p in zip(self._members, params, strict=True)]
+        self._whole = gather(self._ranks, self._cuts, owners)
+
+    def step(self) -> Callable[[], None]:
+        """Step this rank's own and begin to send them back; returns what waits for those of the others."""
+        full = self._whole()
+        mine = [m for m, owner in zip(self._members, self._owners, strict=True) if owner == self._ranks.rank()]
+        if mine:
+            own = [
+                replace(m, gradient=grad, skipped=skipped, stored=dict(zip(m.stored, stored, strict=True)))
+                for m, (grad, skipped, *stored) in zip(mine, full, strict=True)
+            ]
+            step_batch(self._optimizer, self._group, own)
+        return scatter(self._ranks, [some[1:] for some in self._cuts], self._owners, [x[1:] for x in full])
+
+
+def _cuts(m: Member, p: Tensor) -> list[Cut]:
+    """Gradient, count of skipped steps, and what is stored, as this rank holds them."""
+    stored = [Cut(sharding.local(t).detach(), tuple(t.shape), sharding.cut_dim(t, p)) for t in m.stored.values()]
+    return [Cut(m.gradient.detach(), tuple(p.shape), sharding.cut_dim(p, p)), Cut(m.skipped, (), None), *stored]

@@ -17,7 +17,6 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, pooling, saving, sharding
 from statecodec.optim.load_report import LoadReport
-from statecodec.optim.matrices import step_matrices
 from statecodec.optim.method import LOW, Group, Job, PerParameter, Recipe, dense_gradient
 from statecodec.optim.options import (
     check_choice,
@@ -29,6 +28,7 @@ from statecodec.optim.options import (
     check_whole,
     plain_moments,
 )
+from statecodec.optim.owners import step_matrices
 from statecodec.optim.states import StateKeeper
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, Weight, whole
 

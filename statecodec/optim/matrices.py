@@ -8,7 +8,6 @@ would be.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -28,7 +27,6 @@ from statecodec.optim.method import (
     Recipe,
     decay_per_lr,
     dense_gradient,
-    made_for,
     matrix_shape,
 )
 from statecodec.optim.states import StateKeeper
@@ -166,27 +164,6 @@ class Member:
     def local(self) -> Member:
         """What this rank holds of it."""
         return replace(self, stored={k: sharding.local(t).detach() for k, t in self.stored.items()})
-
-
-def step_matrices(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[Tensor]:
-    """Step those of `params` that have a WholeMatrix method; returns the others. All have gradients."""
-    rest, alike = list[Tensor](), defaultdict[Any, list[Tensor]](list)
-    for p in params:
-        method = optimizer.recipe(p, group).method
-        if isinstance(method, WholeMatrix):
-            alike[method.kind, made_for(p)].append(p)
-        else:
-            rest.append(p)
-    cut = [same for same in alike.values() if sharding.is_cut(same[0])]
-    for same in alike.values():
-        if not sharding.is_cut(same[0]):
-            for some in batches(same):
-                step_batch(optimizer, group, [m.local() for m in members(optimizer, group, some)])
-    if cut:
-        from statecodec.optim.owners import step_cut
-
-        step_cut(optimizer, group, cut)
-    return rest
 
 
 def batches(same: Sequence[Tensor], times: int = 1) -> list[Sequence[Tensor]]:

@@ -18,9 +18,27 @@ from torch import Tensor
 
 from statecodec.optim import sharding
 from statecodec.optim.exchange import Cut, gather, scatter
-from statecodec.optim.matrices import Member, batches, members, step_batch
-from statecodec.optim.method import Group
+from statecodec.optim.matrices import Member, WholeMatrix, batches, members, step_batch
+from statecodec.optim.method import Group, made_for
 from statecodec.optim.states import StateKeeper
+
+
+def step_matrices(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[Tensor]:
+    """Step those of `params` that have a WholeMatrix method; returns the others. All have gradients."""
+    rest, alike = list[Tensor](), defaultdict[Any, list[Tensor]](list)
+    for p in params:
+        method = optimizer.recipe(p, group).method
+        if isinstance(method, WholeMatrix):
+            alike[method.kind, made_for(p)].append(p)
+        else:
+            rest.append(p)
+    for same in alike.values():
+        for some in () if sharding.is_cut(same[0]) else batches(same):
+            step_batch(optimizer, group, [m.local() for m in members(optimizer, group, some)])
+    cut = [same for same in alike.values() if sharding.is_cut(same[0])]
+    if cut:
+        step_cut(optimizer, group, cut)
+    return rest
 
 
 def step_cut(optimizer: StateKeeper, group: Group, alike: Sequence[Sequence[Tensor]]) -> None:

@@ -42,6 +42,7 @@ FILES = {
     "sharded-2.0.safetensors": ("zstd", 150_000),
     "example-2.0.safetensors": ("zstd", None),
     "ulps-2.0.safetensors": ("zstd", None),
+    "same-2.0.safetensors": ("zstd", None),
 }
 EXAMPLE = "example-2.0.safetensors"  # on the page
 
@@ -135,8 +136,18 @@ def mixed_precision() -> dict[str, tuple[Tensor, Codec]]:
     }
 
 
-COMPANIONS = {name: {"master": "master"} for name in ("ulps", "ulps.float16")} | {
-    name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")
+def copies() -> dict[str, tuple[Tensor, Codec]]:
+    """Tensors that are there twice."""
+    w = values(90, 64)
+    content = {"raw": (w, parse("raw")), "uniform": (w, parse("uniform(step=0.0001220703125)"))}
+    return content | {"same": (w.clone(), parse("same")), "same.uniform": (w.clone(), parse("same"))}
+
+
+COMPANIONS = {
+    **{name: {"master": "master"} for name in ("ulps", "ulps.float16")},
+    **{name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")},
+    "same": {"original": "raw"},
+    "same.uniform": {"original": "uniform"},
 }
 
 
@@ -186,7 +197,7 @@ def main(renew: bool) -> None:
         if "-" not in name:
             raise SystemExit(f"{name} is of version 1.0, which this writer no longer writes: it is in the history")
         kind = name.partition("-")[0]
-        content = {"example": example, "ulps": mixed_precision}.get(kind, tensors)()
+        content = {"example": example, "ulps": mixed_precision, "same": copies}.get(kind, tensors)()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
         written = write(

@@ -7,7 +7,11 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as some frameworks do
 
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.register_profile("campaign", deadline=None)

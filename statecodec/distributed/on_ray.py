@@ -80,7 +80,7 @@ def compress_on_ray(
         raise OutputFailed(f"ray gave up after {retries} retries, what is done is kept: {error}") from error
     finally:
         for unfinished in waiting:
-            ray.cancel(unfinished)
+            ray.cancel(unfinished, force=True)  # an interrupted import of torch would stay with the process
     report = finalize(src, dst, verify=verify, force=force, progress=progress)
     return replace(report, seconds=time.perf_counter() - started)
 

@@ -50,7 +50,7 @@ def dense(state: Mapping[str, Any]) -> dict[str, Any]:
             "quantised states with one moment (Lion, SGD, RMSprop ...) are not AdamW's; they stay as they are"
         )
     if "step" in decoded and not isinstance(decoded["step"], torch.Tensor):
-        decoded["step"] = torch.tensor(float(decoded["step"]))
+        decoded["step"] = torch.tensor(float(decoded["step"]), dtype=torch.float32, device="cpu")
     return decoded
 
 

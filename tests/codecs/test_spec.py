@@ -126,5 +126,6 @@ def test_docs_name_every_codec() -> None:
         "lowrank",
         "dropped",
         "ulps",
+        "same",
     ]
     assert sorted(codecs.names()) == sorted(named)

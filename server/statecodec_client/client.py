@@ -145,12 +145,14 @@ class Client:
     # Downloads
 
     def download(self, job: Document, target: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Path]:
-        """Fetch the result: one file to `target`, several into the folder `target`; each is checked against its
-        SHA-256 before it gets its name. An interrupted download goes on where it was."""
+        """Fetch the result: one file to `target`, several into the folder `target`, and one folder as `target`; each
+        file is checked against its SHA-256 before it gets its name. An interrupted download goes on where it was."""
         files = job["files"]
         total, done, written = sum(file["bytes"] for file in files), 0, []
-        for file in files:
-            path = Path(target) if len(files) == 1 else Path(target) / inside(file["name"])
+        names = [inside(file["name"]) for file in files]
+        is_folder = len({name.parts[0] for name in names}) == 1
+        for file, name in zip(files, names, strict=True):
+            path = Path(target) if len(files) == 1 else Path(target, *name.parts[is_folder:])
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection.fetch(file, path, partial(_seen, progress, done, total))
             done += file["bytes"]

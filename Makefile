@@ -61,7 +61,7 @@ demo: $(LIBRARY)
 	@echo "The losses are drawn in $(DEMO)/losses.svg. To call statecodec by its name: . $(BIN)/activate"
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -98,7 +98,7 @@ format: $(STAMP)
 
 campaign: $(STAMP)
 	STATECODEC_FLIPS=20000 STATECODEC_KILLS=50 $(BIN)/python -m pytest --timeout=7200 tests/format -k "flips or kill"
-	STATECODEC_RANDOM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	STATECODEC_RANDOM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 docs: $(STAMP)
 	$(BIN)/python -m statecodec_cli.reference docs/cli.md

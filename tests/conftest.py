@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
 from hypothesis import settings
 
@@ -16,10 +15,3 @@ if not torch.cuda.is_available():
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.register_profile("campaign", deadline=None)
 settings.load_profile("campaign" if os.environ.get("STATECODEC_RANDOM") else "suite")
-
-# Files that start processes take minutes each. They come first: then both workers have something to do until the end.
-LONGEST = ("tests/distributed/", "tests/server/", "tests/kernels/", "tests/cli/")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((i for i, folder in enumerate(LONGEST) if item.nodeid.startswith(folder)), 9))

@@ -65,7 +65,7 @@ def train(made: Any, start: int, steps: int, rank: int) -> list[float]:
 def rounded(folder: Path) -> None:
     """The first moments of a checkpoint through bf16, as a user would do it."""
     for path in folder.rglob("*optim_states.pt"):
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, weights_only=False)  # written a moment ago, by this script
         own = saved["optimizer_state_dict"]
         inner = own.get("base_optimizer_state") or own["optimizer_state_dict"]
         for state in inner["state"].values():

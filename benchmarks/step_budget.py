@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from statecodec import kernels
 from statecodec.buffers import Pool, Scratch
-from statecodec.choose.steps import codes_per_octave, correction
+from statecodec.choose.step_size import correction
+from statecodec.choose.steps import codes_per_octave
 from statecodec.codecs import Codec, Direction, Logarithmic, Uniform, parse
 from statecodec.codecs.chunking import chunks
 from statecodec.dtypes import of

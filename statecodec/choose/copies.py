@@ -28,15 +28,16 @@ def repeated(
 ) -> Choices:
     """The same choices, with tensors that seem to repeat another stored as that one, where both are stored alike.
 
-    Unpacked, a file that is mapped has to hold every tensor: nothing changes. `only`: the names that are looked at.
+    Unpacked, a file that is mapped has to hold every tensor: nothing changes.
+
+    `only`: the names that are looked at, with a tensor all of its copies.
     """
     if packing.method == "none":
         return choices
     originals: dict[str, str] = {}
     found: dict[str, Choice] = {}
-    pairs = [(item, other) for item, other in copies(source) if only is None or item.name in only]
     # What needs companions comes last: its companions' originals are known then.
-    for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
+    for item, other in sorted(copies(source, only), key=lambda pair: bool(choices[pair[0].name].companions)):
         own, first = choices[item.name], choices[other.name]
         if _is_alike(own, first, tuple(item.shape), originals):
             originals[item.name] = other.name
@@ -51,11 +52,11 @@ def repeated(
     return replace(choices, by_name={**choices.by_name, **found})
 
 
-def copies(source: SourceCheckpoint) -> list[tuple[SourceItem, SourceItem]]:
-    """Tensors whose samples are those of an earlier one of their dtype and shape, and that one."""
+def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list[tuple[SourceItem, SourceItem]]:
+    """Of `only`, tensors whose samples are those of an earlier one of their dtype and shape, with that one."""
     alike: dict[tuple[object, ...], list[SourceItem]] = {}
     for item in source.items:
-        if item.nbytes >= _MIN_BYTES:
+        if item.nbytes >= _MIN_BYTES and (only is None or item.name in only):
             alike.setdefault((item.dtype, tuple(item.shape), item.region is None), []).append(item)
     found = []
     for group in alike.values():

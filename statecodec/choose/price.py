@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.choose.snr import Dims, slabs
-from statecodec.choose.steps import update_settings
+from statecodec.choose.step_size import update_settings
 from statecodec.kernels.reference.statistics import NO_UPDATE, UpdateComparison
 from statecodec.layouts import Moments
 from statecodec.lazy import torch

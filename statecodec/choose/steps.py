@@ -18,21 +18,19 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
-from statecodec import kernels
-from statecodec.buffers import Scratch
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
-from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Raw, Split, Uniform
+from statecodec.choose.step_size import Unit, size
+from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
-from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
-from statecodec.kernels.reference.statistics import Comparison, UpdateSize
+from statecodec.kernels.reference.statistics import Comparison
 from statecodec.layouts import Moments, Momentum
 from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
@@ -42,12 +40,7 @@ from statecodec.roles import MOMENT_ROLES, family
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
 _SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
 _NARROW = 0.2  # of a dtype's eps: the rms error, relative to the value, of rounding to it
-_PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
-_SOME, _SMALL = (
-    16,
-    1 << 12,
-)  # pieces, and elements of one, that stand for a tensor's values where no promise depends on it
-_first, _second = Scratch(), Scratch()
+_SOME = 16  # pieces that stand for a tensor's values where no promise depends on it
 _FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
 _ORTHOGONAL = 0.3  # of the fraction, for Muon's momenta: its update amplifies what is small in them
 _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
@@ -171,7 +164,7 @@ class _Chooser:
         first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
         if first.shape != second.shape or not (self._open(first) or self._open(second)):
             return moments, {}
-        unit = _Unit.measured(self.source, first, second, moments)
+        unit = Unit.measured(self.source, first, second, moments)
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
             if self._open(second):
@@ -194,11 +187,11 @@ class _Chooser:
             return {}
         update = single.update
         if update is None:
-            update, _ = _size(self.source, self._item(single.momentum))
+            update, _ = size(self.source, self._item(single.momentum))
         choice = self._weight(item, _rate(single.lr, largest_rate) * update, self.budget.weights)
         return {} if choice is None else {item.name: choice}
 
-    def _first_moment(self, first: SourceItem, unit: _Unit, fraction: float, second: SourceItem) -> Choice:
+    def _first_moment(self, first: SourceItem, unit: Unit, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
         codec = Direction(_grid(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
@@ -213,7 +206,7 @@ class _Chooser:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
-        rms, largest = _size(self.source, item, _SOME)  # only for bounds: the step is of the moments
+        rms, largest = size(self.source, item, _SOME)  # only for bounds: the step is of the moments
         if not rms:
             return None
         finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
@@ -251,7 +244,7 @@ class _Chooser:
             single = self._momenta.get(item.name)
             if single is not None and single.orthogonal:
                 fraction *= _ORTHOGONAL
-            rms, _ = _size(self.source, item)
+            rms, _ = size(self.source, item)
             most = fraction * rms
             return Choice(Uniform(_grid(most, item, rms)), f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
@@ -276,65 +269,6 @@ def _largest(trained: Iterable[Moments | Momentum]) -> float:
 def _rate(lr: float | None, largest: float) -> float:
     """A learning rate; the file's largest where it is 0 or not known."""
     return lr if lr is not None and lr > 0 else largest
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One parameter's step: the rms of its update, and of the codec's own direction, which lacks bias corrections."""
-
-    update: float
-    direction: float
-    eps: float
-
-    @classmethod
-    def measured(
-        cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
-    ) -> _Unit | None:
-        """From all of the numbers: rows that are trained rarely make a sample lie. None where nothing moves."""
-        step = moments.step if moments.step and moments.step > 0 else math.inf
-        correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
-        eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
-        size = _update_size(source, first, second, eps)
-        direction = math.sqrt(size.sum_sq / size.numel) if size.numel else 0.0
-        if not direction or not math.isfinite(direction):
-            return None
-        return cls(direction * math.sqrt(correction2) / correction1, direction, eps)
-
-
-def _size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
-    """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
-    numel, sum_sq, largest = 0, 0.0, 0.0
-    for chunk in _spread(item, pieces) if pieces else iterate(Raw(), item.shape, item.dtype, _PIECE):
-        part = kernels.host().size(source.chunk(item, chunk, _first).reshape(-1).to(torch.float32))
-        numel, sum_sq, largest = numel + chunk.stop - chunk.start, sum_sq + part.sum_sq, max(largest, part.largest)
-    return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
-
-
-def _spread(item: SourceItem, pieces: int) -> Iterator[Chunk]:
-    n = min(_SMALL, item.numel)
-    for start in sorted({(item.numel - n) * i // (pieces - 1) for i in range(pieces)}):
-        yield Chunk(start, start + n, (1, n))
-
-
-def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:
-    numel, sum_sq = 0, 0.0
-    for chunk in iterate(Raw(), first.shape, first.dtype, _PIECE):
-        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
-        part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
-        numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
-    return UpdateSize(numel, sum_sq)
-
-
-def update_settings(moments: Moments) -> dict[str, float]:
-    """Keyword arguments of `compare_updates` for one parameter."""
-    step = moments.step if moments.step and moments.step > 0 else math.inf
-    correction1, correction2 = correction(moments.beta1, step), correction(moments.beta2, step)
-    return {"correction1": correction1, "correction2": correction2, "eps": moments.eps}
-
-
-def correction(beta: float, step: float) -> float:
-    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
-    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0
 
 
 def _grid(most: float, item: SourceItem, rms: float) -> float:

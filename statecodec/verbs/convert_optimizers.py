@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from statecodec.atomic import Output
+from statecodec.checkpoint.left_out import tensor_bytes
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.spill import Releasing, Spill
@@ -95,7 +96,7 @@ def _converted(
         target = replace(target, options={"moments": "dense"})
     if kind is None:
         raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
-    meter = Meter(progress, _nbytes(saved["state"]), "converting states")
+    meter = Meter(progress, sum(map(tensor_bytes, saved["state"].values())), "converting states")
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
     reports: list[LoadReport] = []
@@ -115,8 +116,8 @@ def _converted(
                 else:
                     made[key] = value
             position += 1
-            spill.used(_nbytes(alone["state"]))
-            meter.add(_nbytes(alone["state"]))
+            spill.used(tensor_bytes(alone["state"]))
+            meter.add(tensor_bytes(alone["state"]))
         groups.append(made or dict(group))
     return {"state": state, "param_groups": groups}, reports
 
@@ -129,13 +130,6 @@ def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int) -> di
     if is_quantised({index: state}):
         state = dense(state)
     return {"state": {} if state is None else {index: state}, "param_groups": [own]}
-
-
-def _nbytes(value: Any) -> int:
-    """Bytes of the tensors in nested dicts."""
-    if isinstance(value, Mapping):
-        return sum(map(_nbytes, value.values()))
-    return value.nbytes if isinstance(value, torch.Tensor) else 0
 
 
 def _converted_one(

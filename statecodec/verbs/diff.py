@@ -13,7 +13,7 @@ from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport, ValueDiff
-from statecodec.choose.steps import update_settings
+from statecodec.choose.step_size import update_settings
 from statecodec.errors import StatecodecError
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
 from statecodec.layouts import Moments

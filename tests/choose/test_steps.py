@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import statecodec
+from statecodec.choose import step_size
 from statecodec.choose import steps as choosing
 from statecodec.choose.steps import Budget, codes_per_octave
 from statecodec.codecs import Codec, Uniform, chunking
@@ -318,7 +319,7 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_large_tensors_are_measured_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = trained(tmp_path / "ckpt.pt", width=256)
     whole, _ = restored(path, max_step_error=0.05)
-    monkeypatch.setattr(choosing, "_PIECE", 1 << 10)
+    monkeypatch.setattr(step_size, "_PIECE", 1 << 10)
     report, _ = restored(path, max_step_error=0.05)
     assert whole.total is not None
     assert report.total == pytest.approx(whole.total, rel=1e-4)

@@ -117,9 +117,10 @@ def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path)
     session.send("Network.enable")
     session.send("Network.emulateNetworkConditions", slow)
     page.locator("#file").set_input_files(source)
-    expect(page.locator(".detail").first).to_contain_text("MB of", timeout=PATIENCE)
+    card = page.locator(".card", has_text="large.pt").first  # not one that an earlier test left on the page
+    expect(card.locator(".detail")).to_contain_text("MB of", timeout=PATIENCE)
     beyond_5_mb = re.compile(r"^(?:[5-9]|[1-6][0-9])(?:\.\d+)? MB of 62\.9 MB")
-    expect(page.locator(".detail").first).to_have_text(beyond_5_mb, timeout=PATIENCE)
+    expect(card.locator(".detail")).to_have_text(beyond_5_mb, timeout=PATIENCE)
     with service.client() as client:  # the page counts what it has sent; what is there is what the service has kept
         until = time.monotonic() + PATIENCE / 1000
         while not any(u["name"] == "large.pt" and u["offset"] > 6_000_000 for u in client.get("/v1/uploads").json()):
@@ -131,10 +132,7 @@ def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path)
     page.locator(".preset").first.wait_for(timeout=PATIENCE)
     page.locator("#file").set_input_files(source)
     # It goes on where it was: the first thing the page says is not zero.
-    expect(page.locator(".card", has_text="large.pt").first.locator(".detail")).to_have_text(
-        beyond_5_mb, timeout=PATIENCE
-    )
-    card = page.locator(".card", has_text="large.pt").first  # not one that an earlier test left on the page
+    expect(card.locator(".detail")).to_have_text(beyond_5_mb, timeout=PATIENCE)
     expect(card.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)
     with service.client() as client:
         found = [item for item in client.get("/v1/uploads").json() if item["name"] == "large.pt"]

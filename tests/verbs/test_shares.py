@@ -74,6 +74,7 @@ def test_the_joined_file_is_that_of_one_process(
         made = statecodec.compress_share(source, target, share=f"{number}/{count}", threads=1, **settings)
         assert made.made
     joined = statecodec.finalize(source, target, verify=True)
+    assert joined.asked == whole.asked
     files = sorted(p.name for p in (tmp_path / "one").iterdir())
     assert sorted(p.name for p in target.parent.iterdir()) == files
     for name in files:

@@ -1,0 +1,82 @@
+"""How large one optimizer step of a parameter is, measured on its moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from statecodec import kernels
+from statecodec.buffers import Scratch
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.codecs import Raw
+from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.kernels.grids import MIN_STEP
+from statecodec.kernels.reference.statistics import UpdateSize
+from statecodec.layouts import Moments
+from statecodec.lazy import torch
+
+_PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
+_SMALL = 1 << 12  # of a piece that stands for others
+_first, _second = Scratch(), Scratch()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One parameter's step: the rms of its update, and of the codec's own direction, which lacks bias corrections."""
+
+    update: float
+    direction: float
+    eps: float
+
+    @classmethod
+    def measured(cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments) -> Unit | None:
+        """From all of the numbers: rows that are trained rarely make a sample lie. None where nothing moves."""
+        correction1, correction2 = corrections(moments)
+        eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
+        measured = _update_size(source, first, second, eps)
+        direction = math.sqrt(measured.sum_sq / measured.numel) if measured.numel else 0.0
+        if not direction or not math.isfinite(direction):
+            return None
+        return cls(direction * math.sqrt(correction2) / correction1, direction, eps)
+
+
+def size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
+    """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
+    numel, sum_sq, largest = 0, 0.0, 0.0
+    for chunk in _spread(item, pieces) if pieces else iterate(Raw(), item.shape, item.dtype, _PIECE):
+        part = kernels.host().size(source.chunk(item, chunk, _first).reshape(-1).to(torch.float32))
+        numel, sum_sq, largest = numel + chunk.stop - chunk.start, sum_sq + part.sum_sq, max(largest, part.largest)
+    return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
+
+
+def _spread(item: SourceItem, pieces: int) -> Iterator[Chunk]:
+    n = min(_SMALL, item.numel)
+    for start in sorted({(item.numel - n) * i // (pieces - 1) for i in range(pieces)}):
+        yield Chunk(start, start + n, (1, n))
+
+
+def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:
+    numel, sum_sq = 0, 0.0
+    for chunk in iterate(Raw(), first.shape, first.dtype, _PIECE):
+        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
+        part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
+        numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
+    return UpdateSize(numel, sum_sq)
+
+
+def update_settings(moments: Moments) -> dict[str, float]:
+    """Keyword arguments of `compare_updates` for one parameter."""
+    correction1, correction2 = corrections(moments)
+    return {"correction1": correction1, "correction2": correction2, "eps": moments.eps}
+
+
+def corrections(moments: Moments) -> tuple[float, float]:
+    """Adam's bias corrections of both moments of one parameter."""
+    step = moments.step if moments.step and moments.step > 0 else math.inf
+    return correction(moments.beta1, step), correction(moments.beta2, step)
+
+
+def correction(beta: float, step: float) -> float:
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0

@@ -79,3 +79,18 @@ def test_there_is_no_way_to_use_it_without_a_block() -> None:
     unsafe: Any = ordered_map(len, [], 2)
     with pytest.raises(TypeError):
         iter(unsafe)
+
+
+def test_threads_that_go_on_do_not_work_for_a_block_that_has_ended() -> None:
+    work = Work()
+
+    def run(workers: Workers) -> None:
+        with ordered_map(work, range(1000), workers) as results:
+            assert next(results) == 0
+            raise KeyboardInterrupt
+
+    with Workers(4) as workers:
+        for _ in range(20):
+            with pytest.raises(KeyboardInterrupt):
+                run(workers)
+            assert work.running == 0

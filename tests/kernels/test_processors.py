@@ -20,6 +20,7 @@ pytest.importorskip("zstandard")  # a machine for GPU tests may lack what files 
 pytest.importorskip("zlib_ng")
 
 import statecodec
+from statecodec import codecs
 from statecodec.errors import BackendUnavailable
 from statecodec.verbs import processors
 from statecodec.verbs.processors import Cpu, Cuda, is_faster, processor
@@ -86,6 +87,16 @@ def test_a_card_writes_the_bytes_of_the_cpu(how: Any, checkpoint: Path, tmp_path
     assert files["cpu"].read_bytes() == files["cuda"].read_bytes()
     if isinstance(on_card._lane, OneAtATime):
         assert on_card._lane.entered, "nothing went to the card"
+
+
+@pytest.mark.parametrize("spec", ["shared(dims=[1])", "lowrank(rank=2)"])
+def test_what_torch_computes_otherwise_on_a_card_stays_on_the_cpu(spec: str, device: torch.device) -> None:
+    lane = OneAtATime(device)
+    card, x, codec = Cuda(device, lambda _: lane), torch.rand(6, 40), codecs.parse(spec)
+    parts, _ = card.encode(codec, x, {})
+    assert all(torch.equal(part, codec.encode(x).parts[name]) for name, part in parts.items())
+    card.decoded(codec, x)
+    assert not lane.entered
 
 
 @pytest.mark.gpu

@@ -10,12 +10,15 @@ import pytest
 import torch
 
 import statecodec
+from statecodec import codecs
+from statecodec.choose.choices import Choice
+from statecodec.choose.copies import _is_alike
 
 
-def trained(seed: int = 0) -> dict[str, Any]:
+def trained(seed: int = 0, widths: tuple[int, int] = (96, 80)) -> dict[str, Any]:
     """A model and its AdamW after a few steps."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.Linear(80, 96))
+    model = torch.nn.Sequential(torch.nn.Linear(*widths), torch.nn.Linear(widths[1], 96))
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
     for _ in range(3):
         model(torch.randn(16, 96)).square().mean().backward()
@@ -141,3 +144,22 @@ def test_links_of_a_chain(twice: Path, tmp_path: Path) -> None:
     torch.save(trained(1), twice / "last.pt")
     other = statecodec.compress(twice, tmp_path / "2.sc.safetensors", base=link.path, verify=True)
     assert codecs_of(other)["last.pt:model.0.weight"] != "same"
+
+
+def test_a_second_moment_that_another_tensor_is_decoded_beside_stands_by_itself(tmp_path: Path) -> None:
+    """Two parameters of equal second moments and different first ones: `direction` needs one that is no copy."""
+    content = trained(widths=(96, 96))
+    states = content["optimizer"]["state"]
+    states[2]["exp_avg_sq"] = states[0]["exp_avg_sq"].clone()
+    torch.save(content, tmp_path / "x.pt")
+    report = statecodec.compress(tmp_path / "x.pt", verify=True)
+    found = codecs_of(report)
+    assert found["optimizer.state.0.exp_avg"] == found["optimizer.state.2.exp_avg"] == "direction"
+    assert found["optimizer.state.0.exp_avg_sq"] == found["optimizer.state.2.exp_avg_sq"] == "logarithmic"
+
+
+def test_what_is_decoded_beside_other_tensors_is_no_copy() -> None:
+    own = Choice(codecs.Direction(step=0.01), "", companions={"exp_avg_sq": "b"})
+    first = Choice(codecs.Direction(step=0.01), "", companions={"exp_avg_sq": "a"})
+    assert not _is_alike(own, first, (96, 80), {})
+    assert _is_alike(own, first, (96, 80), {"b": "a"})

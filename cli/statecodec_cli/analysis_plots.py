@@ -38,7 +38,7 @@ def analysis(document: Document) -> Figure:
             _curve(panels.pop(0), document["curve"])
         sources = document["sources"]
         name = sources[0].rsplit("/", 1)[-1] if len(sources) == 1 else f"{len(sources)} checkpoints"
-        heading = f"{name}: what it can bear to lose"
+        heading = f"{name}: how much each tensor can be compressed"
         figure.suptitle(heading, x=0.02, ha="left", fontsize=12, fontweight="bold", color=INK)
     return figure
 

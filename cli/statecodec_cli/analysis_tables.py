@@ -84,19 +84,19 @@ def _snr(tensors: Sequence[Document], cutoff: float, *, every: bool) -> Renderab
 
 def _groups(tensors: Sequence[Document], *, every: bool) -> list[tuple[str, list[Document]]]:
     """Tensors that an SNR rule may share, each for itself or by layer type."""
-    found: dict[str, list[Document]] = {}
+    groups: dict[str, list[Document]] = {}
     for tensor in tensors:
         if tensor["kind"] in ("vector", "norm"):
             continue
         words = tensor["name"].split(".")
         name = tensor["name"] if every else ".".join("*" if w.isdecimal() else w for w in words)
-        found.setdefault(name, []).append(tensor)
-    return list(found.items())
+        groups.setdefault(name, []).append(tensor)
+    return list(groups.items())
 
 
 def _dims(tensors: Sequence[Document]) -> list[str]:
-    known = {d for t in tensors if t["kind"] not in ("vector", "norm") for d in t["snr"]}
-    return sorted(known, key=lambda d: (d.count(","), d))[:7]
+    dims = {d for t in tensors if t["kind"] not in ("vector", "norm") for d in t["snr"]}
+    return sorted(dims, key=lambda d: (d.count(","), d))[:7]
 
 
 def _mean(values: Sequence[Any]) -> float | None:

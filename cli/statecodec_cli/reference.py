@@ -20,18 +20,18 @@ Parameter = tuple[ArgumentInfo | OptionInfo, Any, Any]  # what typer is told, th
 def parameters(run: Callable[..., None]) -> list[Parameter]:
     """The arguments and options of a verb, in the order of its signature."""
     hints = get_type_hints(run, include_extras=True)
-    found = []
+    rows = []
     for name, parameter in inspect.signature(run).parameters.items():
         kind, info = get_args(hints[name])[:2]
-        found.append((info, kind, parameter.default))
-    return found
+        rows.append((info, kind, parameter.default))
+    return rows
 
 
 def options(verb: str) -> str:
     """One verb's usage line and options as Markdown."""
-    known = parameters(VERBS[verb])
-    arguments = [str(info.metavar) for info, *_ in known if isinstance(info, ArgumentInfo)]
-    rows = [(_spelled(info, kind), _explained(info, default)) for info, kind, default in known]
+    declared = parameters(VERBS[verb])
+    arguments = [str(info.metavar) for info, *_ in declared if isinstance(info, ArgumentInfo)]
+    rows = [(_spelled(info, kind), _explained(info, default)) for info, kind, default in declared]
     usage = " ".join(["statecodec", verb, *arguments, "[OPTIONS]"])
     lines = ["```text", usage, "```", "", "| argument or option | meaning |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| {left} | {right} |" for left, right in rows)]) + "\n"

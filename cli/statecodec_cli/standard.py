@@ -72,10 +72,10 @@ def output(name: str | None, *, src: Path, as_json: bool) -> Iterator[str | None
     if sys.stdout.isatty():
         raise UsageError("-o - writes a binary file to standard output, which is a terminal here: redirect it")
     with tempfile.TemporaryDirectory(prefix="statecodec-") as folder:
-        made = Path(folder) / "stdout"
-        yield str(made)
-        if made.is_dir():
+        result = Path(folder) / "stdout"
+        yield str(result)
+        if result.is_dir():
             raise UsageError("a directory cannot be written to standard output: give -o a name")
-        with made.open("rb") as file:
+        with result.open("rb") as file:
             shutil.copyfileobj(file, sys.stdout.buffer, _PIECE)
         sys.stdout.buffer.flush()

@@ -111,10 +111,10 @@ def restored(document: Document) -> list[RenderableType]:
     """What `restore` wrote, and how close it is."""
     elapsed, lossy = document.get("seconds"), sum(bool(t.get("error")) for t in document["tensors"])
     exact = not lossy and all(t["codec"] in ("raw", "delta") for t in document["tensors"])
-    known = exact and document["source"].get("sha256")
+    has_digest = exact and document["source"].get("sha256")
     line = Facts(
         Text.assemble((str(document["path"]), "bold"), f"  {console.size(document['source']['bytes'])}"),
-        Text("the same SHA-256 as the original", style="green") if known else "",
+        Text("the same SHA-256 as the original", style="green") if has_digest else "",
         f"{lossy:,} of {_count(document):,} tensors within the errors that `inspect` shows" if lossy else "",
         Text(console.seconds(elapsed) if elapsed else "", style="dim"),
     )

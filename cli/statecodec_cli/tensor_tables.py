@@ -68,13 +68,13 @@ def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
 def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     """A row for each role and codec, or role and dtype of what is not compressed."""
     encoded = any(t["codec"] != "raw" for t in tensors)
-    found = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else _held(t)))
+    by_kind = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else _held(t)))
     if not packed:
-        sizes = [(shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in found]
+        sizes = [(shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in by_kind]
         kind = Column("dtype or codec" if encoded else "dtype", text=True, gives="fold")
         return Grid((ROLE, kind, Column("tensors"), Column("size")), sizes)
     rows = []
-    for (role, codec), group in found:
+    for (role, codec), group in by_kind:
         _, *sizes_and_ratio, relative, steps = _stored(group)
         figures = (*sizes_and_ratio, _per_value(group), relative, steps)
         rows.append((shown(role), codec, _how_many(role, group), *figures))
@@ -124,16 +124,16 @@ def groups(
     tensors: Iterable[Document], key: Callable[[Document], tuple[str, ...]]
 ) -> list[tuple[tuple[str, ...], list[Document]]]:
     """Tensors by key, in the order of roles people think in, then by size."""
-    found: dict[tuple[str, ...], list[Document]] = {}
+    by_key: dict[tuple[str, ...], list[Document]] = {}
     for tensor in tensors:
-        found.setdefault(key(tensor), []).append(tensor)
+        by_key.setdefault(key(tensor), []).append(tensor)
     rank = {role: i for i, role in enumerate(_ROLES)}
 
     def order(item: tuple[tuple[str, ...], list[Document]]) -> tuple[int, int]:
         (role, *_), group = item
         return rank.get(role, len(rank)), -sum(t.get("bytes_before", 0) for t in group)
 
-    return sorted(found.items(), key=order)
+    return sorted(by_key.items(), key=order)
 
 
 def worst(group: Sequence[Document], figure: str) -> str:

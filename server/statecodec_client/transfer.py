@@ -200,8 +200,8 @@ class _Waits:
 def _refusal(answer: httpx.Response) -> ServiceError:
     document: Document = {}
     with suppress(ValueError, httpx.ResponseNotRead):
-        found = json.loads(answer.content)
-        document = found if isinstance(found, dict) else {}
+        content = json.loads(answer.content)
+        document = content if isinstance(content, dict) else {}
     text = document.get("detail") or f"the service answered {answer.status_code}"
     return ServiceError(str(document.get("code", "http")), str(text), answer.status_code)
 

@@ -82,8 +82,8 @@ def _describe(error: Exception) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[tuple[str, int]]:
-    found = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in found)
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted((path.relative_to(folder).as_posix(), path.stat().st_size) for path in paths)
 
 
 def _report(value: Any, staged: str, display: str) -> dict[str, Any]:

@@ -146,11 +146,11 @@ class Database:
             if not self.sqlite:
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})
             metadata.create_all(connection)
-            found = connection.execute(sa.select(version.c.version)).scalar()
-            if found is None:
+            current = connection.execute(sa.select(version.c.version)).scalar()
+            if current is None:
                 connection.execute(version.insert().values(version=SCHEMA_VERSION))
-            elif found != SCHEMA_VERSION:
-                raise RuntimeError(f"the database has schema version {found}, this service needs {SCHEMA_VERSION}")
+            elif current != SCHEMA_VERSION:
+                raise RuntimeError(f"the database has schema version {current}, this service needs {SCHEMA_VERSION}")
 
     def ping(self) -> None:
         """Raise when the database cannot be reached or has no tables."""

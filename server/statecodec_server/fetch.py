@@ -96,12 +96,12 @@ def download(url: str, target: Path, *, allowed: Sequence[str], limit: int, reso
 
 
 def _copy(answer: http.client.HTTPResponse, target: Path, limit: int) -> None:
-    announced, taken = answer.length, 0
+    announced, received = answer.length, 0
     with target.open("wb") as file:
         while block := answer.read(BLOCK):
-            taken += len(block)
-            if taken > limit:
+            received += len(block)
+            if received > limit:
                 raise Problem(422, "job.input", f"The file is larger than {limit:,} bytes.")
             file.write(block)
-    if announced is not None and taken != announced:
+    if announced is not None and received != announced:
         raise Problem(422, "job.input", "The file ended early.")

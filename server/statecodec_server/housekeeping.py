@@ -49,11 +49,11 @@ def sweep(here: Context) -> None:
 def _remove_orphans(here: Context) -> None:
     """Objects without a row: left by a crash between two writes."""
     for kind, table in (("uploads", uploads), ("results", jobs)):
-        found = here.storage.prefixes(kind)
-        for start in range(0, len(found), 500):
-            some = found[start : start + 500]
-            known = {row["id"] for row in here.database.all(sa.select(table.c.id).where(table.c.id.in_(some)))}
-            for identity in set(some) - known:
+        stored = here.storage.prefixes(kind)
+        for start in range(0, len(stored), 500):
+            some = stored[start : start + 500]
+            in_table = {row["id"] for row in here.database.all(sa.select(table.c.id).where(table.c.id.in_(some)))}
+            for identity in set(some) - in_table:
                 here.storage.delete(f"{kind}/{identity}")
 
 

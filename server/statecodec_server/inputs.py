@@ -91,10 +91,10 @@ class Inputs:
 
     def _result(self, principal: Principal, identity: str) -> tuple[dict[str, Any], int]:
         row = self._jobs.get(principal, identity)
-        made = json.loads(row["result"])["files"] if row["result"] else []
-        if not made:
+        results = json.loads(row["result"])["files"] if row["result"] else []
+        if not results:
             raise Problem(409, "job.conflict", f"The job {identity} has no result to work on.")
-        files = [{"path": file["name"], "key": file["key"], "bytes": file["bytes"]} for file in made]
+        files = [{"path": file["name"], "key": file["key"], "bytes": file["bytes"]} for file in results]
         nbytes = sum(file["bytes"] for file in files)
         if len(files) == 1 and "/" not in files[0]["path"]:
             return _single(files[0]["path"], files[0])
@@ -106,11 +106,11 @@ class Inputs:
             raise not_found("bucket")
         if ".." in key.split("/") or key.startswith("/"):
             raise Problem(422, "usage", "A key is a plain path inside the bucket.")
-        found = bucket_files(bucket, key, self._settings.max_files)
+        objects = bucket_files(bucket, key, self._settings.max_files)
         files: list[dict[str, Any]] = [
-            {"path": path, "bucket": name, "key": full, "bytes": nbytes} for path, full, nbytes in found
+            {"path": path, "bucket": name, "key": full, "bytes": nbytes} for path, full, nbytes in objects
         ]
-        total = sum(nbytes for _, _, nbytes in found)
+        total = sum(nbytes for _, _, nbytes in objects)
         if total > self._settings.max_upload:
             raise Problem(413, "body.size", f"The largest input here is {int(self._settings.max_upload):,} bytes.")
         if not key.endswith("/"):

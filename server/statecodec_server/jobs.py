@@ -71,15 +71,20 @@ class JobQueue:
     def recover(self, worker: str) -> list[str]:
         """Give the unfinished jobs of a dead worker back to the queue."""
         left = self._client.list_workflows(status="PENDING", executor_id=worker, name=WORKFLOW, load_input=False)
-        found = [status.workflow_id for status in left]
-        if found:
-            self._client.resume_workflows(found, queue_name=QUEUE)
-        return found
+        workflows = [status.workflow_id for status in left]
+        if workflows:
+            self._client.resume_workflows(workflows, queue_name=QUEUE)
+        return workflows
 
     def lost(self, job: str) -> bool:
         """Whether the engine has given a job up (or never had it) although its row is open."""
-        found = self._client.list_workflows(workflow_ids=[job], load_input=False, load_output=False)
-        return not found or found[0].status in ("ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "SUCCESS", "CANCELLED")
+        workflows = self._client.list_workflows(workflow_ids=[job], load_input=False, load_output=False)
+        return not workflows or workflows[0].status in (
+            "ERROR",
+            "MAX_RECOVERY_ATTEMPTS_EXCEEDED",
+            "SUCCESS",
+            "CANCELLED",
+        )
 
     def ping(self) -> None:
         """Raise when the engine's database cannot be reached."""

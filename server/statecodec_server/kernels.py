@@ -26,10 +26,10 @@ _PATIENCE = 900.0
 
 
 def _sources(backend: str) -> list[Path]:
-    found = importlib.util.find_spec(backend)
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec(backend)
+    if spec is None or spec.origin is None:
         return []
-    origin = Path(found.origin)
+    origin = Path(spec.origin)
     return sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
 
 

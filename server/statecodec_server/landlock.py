@@ -68,14 +68,14 @@ def confine(read: Sequence[Path], write: Sequence[Path]) -> int:
     Raises:
         RuntimeError: there are threads already, which would stay outside.
     """
-    known = version()
-    if known == 0:
+    level = version()
+    if level == 0:
         return 0
     if len(os.listdir("/proc/self/task")) > 1:
         raise RuntimeError("a thread was started before the sandbox")
-    handled = _FS_RIGHTS[min(known, 5)]
-    rules = _Ruleset(handled, _TCP if known >= 4 else 0, _SCOPED if known >= 6 else 0)
-    size = 8 if known < 4 else 16 if known < 6 else 24
+    handled = _FS_RIGHTS[min(level, 5)]
+    rules = _Ruleset(handled, _TCP if level >= 4 else 0, _SCOPED if level >= 6 else 0)
+    size = 8 if level < 4 else 16 if level < 6 else 24
     ruleset = _call(_CREATE, ctypes.byref(rules), ctypes.c_size_t(size), ctypes.c_uint32(0))
     try:
         for rights, paths in ((_READ, read), (_WRITE, write)):
@@ -85,7 +85,7 @@ def confine(read: Sequence[Path], write: Sequence[Path]) -> int:
         _call(_RESTRICT, ctypes.c_int(ruleset), ctypes.c_uint32(0))
     finally:
         os.close(ruleset)
-    return known
+    return level
 
 
 def _allow(ruleset: int, path: Path, rights: int) -> None:

@@ -142,9 +142,9 @@ def manage_tokens(settings: Settings, action: str, name: str | None) -> int:
         print(f"statecodec-server: token {action} needs a name", file=sys.stderr)
         return 2
     if action == "revoke":
-        found = tokens.revoke(name)
-        print(f"{name} is revoked" if found else f"there is no token named {name!r}", file=sys.stderr)
-        return 0 if found else 1
+        revoked = tokens.revoke(name)
+        print(f"{name} is revoked" if revoked else f"there is no token named {name!r}", file=sys.stderr)
+        return 0 if revoked else 1
     try:
         print(tokens.create(name))
     except ValueError as error:
@@ -186,13 +186,13 @@ def load(values: dict[str, Any]) -> Settings:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    given = vars(_parser().parse_args(arguments))
-    command, config = given.pop("command"), given.pop("config")
-    extra = {key: given.pop(key) for key in ("action", "name", "index") if key in given}
+    settings_given = vars(_parser().parse_args(arguments))
+    command, config = settings_given.pop("command"), settings_given.pop("config")
+    extra = {key: settings_given.pop(key) for key in ("action", "name", "index") if key in settings_given}
     if config is not None:
         os.environ[CONFIG_VARIABLE] = config
     try:
-        settings = load(given)
+        settings = load(settings_given)
     except Refused as error:
         print(f"statecodec-server: {error}", file=sys.stderr)
         sys.exit(2)

@@ -42,11 +42,11 @@ class Metrics:
 
 
 def _cumulative(edges: tuple[float, ...], counts: dict[str, float]) -> list[tuple[str, float]]:
-    total, found = 0.0, []
+    total, rows = 0.0, []
     for edge in (*map(str, edges), "+Inf"):
         total += counts.get(edge, 0.0)
-        found.append((edge, total))
-    return found
+        rows.append((edge, total))
+    return rows
 
 
 class _FromDatabase(Collector):
@@ -101,12 +101,12 @@ class _FromDatabase(Collector):
     def _now(self) -> Iterator[Metric]:
         queue = GaugeMetricFamily("statecodec_jobs_open", "Jobs that have not ended.", labels=["state"])
         count = sa.func.count()
-        found = {"queued": 0, "running": 0}
+        jobs_in = {"queued": 0, "running": 0}
         for row in self._database.all(
             sa.select(jobs.c.state, count.label("n")).where(jobs.c.state.notin_(ENDED)).group_by(jobs.c.state)
         ):
-            found[row["state"]] = row["n"]
-        for state, value in found.items():
+            jobs_in[row["state"]] = row["n"]
+        for state, value in jobs_in.items():
             queue.add_metric([state], value)
         yield queue
         open_uploads = self._database.one(sa.select(count.label("n")).where(uploads.c.state == "receiving"))

@@ -74,8 +74,8 @@ class Gate:
         if scope["method"] == "HEAD" and not _OWN_HEAD.match(scope["path"]):
             scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        identity = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        asked = headers.get("x-request-id", "")
+        identity = asked if _REQUEST_ID.fullmatch(asked) else secrets.token_hex(8)
         logs.request_id.set(identity)
         started, status = time.perf_counter(), [500]
 
@@ -134,10 +134,10 @@ class Gate:
         """Bodies must be short and arrive without long silences; uploads have limits of their own."""
         if scope["path"].startswith("/v1/uploads") or scope["method"] in ("GET", "HEAD"):
             return receive
-        done, taken = False, 0
+        done, received = False, 0
 
         async def patient() -> Message:
-            nonlocal done, taken
+            nonlocal done, received
             if done:
                 return await receive()
             try:
@@ -145,8 +145,8 @@ class Gate:
             except asyncio.TimeoutError:
                 return {"type": "http.disconnect"}
             done = not message.get("more_body", False)
-            taken += len(message.get("body", b""))
-            if taken > self._settings.max_body:
+            received += len(message.get("body", b""))
+            if received > self._settings.max_body:
                 raise HTTPException(413, f"The largest body here is {int(self._settings.max_body):,} bytes.")
             return message
 

@@ -105,11 +105,11 @@ def storage_problem(error: OSError) -> Problem:
 
 
 def _describe(error: RequestValidationError) -> Problem:
-    found = [
+    errors = [
         {"where": ".".join(str(part) for part in item["loc"]), "what": item["msg"]} for item in error.errors()[:20]
     ]
-    first = found[0]
-    return Problem(422, "usage", f"{first['where']}: {first['what']}", errors=found)
+    first = errors[0]
+    return Problem(422, "usage", f"{first['where']}: {first['what']}", errors=errors)
 
 
 def install(app: FastAPI) -> None:

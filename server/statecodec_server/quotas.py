@@ -33,11 +33,11 @@ class Quotas:
 
     def used(self, token: str | None = None) -> int:
         """Bytes stored for one token, or for all."""
-        held, made = sa.select(_HELD).where(uploads.c.state != "refused"), sa.select(_MADE)
+        held, results = sa.select(_HELD).where(uploads.c.state != "refused"), sa.select(_MADE)
         if token is not None:
-            held, made = held.where(uploads.c.token == token), made.where(jobs.c.token == token)
+            held, results = held.where(uploads.c.token == token), results.where(jobs.c.token == token)
         with self._database.read() as connection:
-            return int(connection.execute(held).scalar_one()) + int(connection.execute(made).scalar_one())
+            return int(connection.execute(held).scalar_one()) + int(connection.execute(results).scalar_one())
 
     def remaining(self, token: str) -> int:
         """Bytes this token may still store; may be negative."""

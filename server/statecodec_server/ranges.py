@@ -27,7 +27,7 @@ def parse_ranges(field: str, size: int) -> list[Range] | None:
     unit, _, specs = field.partition("=")
     if unit.strip().lower() != "bytes" or not specs:
         return None
-    found: list[Range] = []
+    ranges: list[Range] = []
     items = [item.strip() for item in specs.split(",") if item.strip()]
     for item in items:
         match = _SPEC.fullmatch(item)
@@ -42,15 +42,15 @@ def parse_ranges(field: str, size: int) -> list[Range] | None:
             if last and int(last) < int(first):
                 return None
         if start < stop:
-            found.append((start, stop - start))
-    if not found:
+            ranges.append((start, stop - start))
+    if not ranges:
         raise Problem(
             416, "range", f"The representation has {size:,} bytes.", headers={"Content-Range": f"bytes */{size}"}
         )
-    ordered = sorted(found)
+    ordered = sorted(ranges)
     overlapping = any(a + n > b for (a, n), (b, _) in pairwise(ordered))
     # RFC 9110, 14.2: many small or overlapping ranges are an attack, and may be answered with the whole.
-    return None if len(found) > MAX_RANGES or overlapping else found
+    return None if len(ranges) > MAX_RANGES or overlapping else ranges
 
 
 def _listed(field: str, etag: str) -> bool:

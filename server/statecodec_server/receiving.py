@@ -82,10 +82,10 @@ class Receiver:
         buffer, due = bytearray(), time.monotonic() + self._every
         while chunk := await self._next(body):
             if self._spool.end + len(buffer) + len(chunk) > self._limit:
-                known = self._row["length"] is not None
+                announced = self._row["length"] is not None
                 raise Problem(
-                    400 if known else 413,
-                    "upload.length" if known else "body.size",
+                    400 if announced else 413,
+                    "upload.length" if announced else "body.size",
                     f"The body goes beyond {int(self._limit):,} bytes; its last part was not kept.",
                 )
             buffer += chunk

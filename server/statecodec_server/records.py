@@ -59,8 +59,8 @@ class Jobs:
         with self._database.write() as connection:
             if key is not None:
                 same = sa.select(jobs).where(jobs.c.token == principal.id, jobs.c.idempotency_key == key)
-                if (found := connection.execute(same).mappings().first()) is not None:
-                    return _same_request(dict(found), fingerprint), False
+                if (earlier := connection.execute(same).mappings().first()) is not None:
+                    return _same_request(dict(earlier), fingerprint), False
             open_jobs = sa.select(sa.func.count()).where(jobs.c.token == principal.id, jobs.c.state.notin_(ENDED))
             if connection.execute(open_jobs).scalar_one() >= self._settings.max_jobs:
                 raise Problem(
@@ -81,8 +81,8 @@ class Jobs:
     def find(self, principal: Principal, key: str, fingerprint: str) -> Row | None:
         """The job this token made with this Idempotency-Key; raises 422 when it was for another request."""
         same = sa.select(jobs).where(jobs.c.token == principal.id, jobs.c.idempotency_key == key)
-        found = self._database.one(same)
-        return None if found is None else _same_request(found, fingerprint)
+        row = self._database.one(same)
+        return None if row is None else _same_request(row, fingerprint)
 
     def read(self, job: str) -> Row:
         """A job, whoever owns it; raises 404."""

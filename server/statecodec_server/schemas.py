@@ -45,8 +45,8 @@ class Source(BaseModel):
 
     @model_validator(mode="after")
     def _one(self) -> Source:
-        given = [name for name in ("upload", "uploads", "job", "bucket", "url") if getattr(self, name) is not None]
-        if len(given) != 1 or (self.key is None) != (self.bucket is None):
+        named = [name for name in ("upload", "uploads", "job", "bucket", "url") if getattr(self, name) is not None]
+        if len(named) != 1 or (self.key is None) != (self.bucket is None):
             raise ValueError("give exactly one of upload, uploads, job, bucket with key, url")
         return self
 

@@ -92,10 +92,10 @@ class Work:
             return
         until = time.monotonic() + UPLOAD_PATIENCE
         while time.monotonic() < until:
-            found = self.database.one(sa.select(uploads.c.state).where(uploads.c.id == file["upload"]))
-            if found is None or found["state"] == "refused":
+            upload = self.database.one(sa.select(uploads.c.state).where(uploads.c.id == file["upload"]))
+            if upload is None or upload["state"] == "refused":
                 raise ChildFailed("job.input", "An input of this job is not there any more, or was refused.")
-            if found["state"] == "ready":
+            if upload["state"] == "ready":
                 return
             self.jobs.progress(row, 0, 0, "waiting for the upload to be stored", 0.0)
             time.sleep(self.settings.poll_seconds)
@@ -130,7 +130,7 @@ class Work:
             self.jobs.progress(row, done, total, stage, rate.update(done, stage))
 
         try:
-            made = child.wait(tick)
+            result = child.wait(tick)
         except ChildFailed as failure:
             fields = {"code": failure.code, "error": failure.message, "log": child.log_tail()}
             log.warning("a conversion failed", extra={"fields": fields})
@@ -138,7 +138,7 @@ class Work:
         finally:
             child.close()
             self.children.prepare()
-        return {**made, "attempt": row["attempt"]}
+        return {**result, "attempt": row["attempt"]}
 
     @staticmethod
     def _lay_beside(request: Mapping[str, Any], folder: Path) -> None:
@@ -233,6 +233,6 @@ class Work:
         root = self.folder("x").parent
         root.mkdir(parents=True, exist_ok=True)
         for folder in root.iterdir():
-            found = self.database.one(sa.select(jobs.c.state).where(jobs.c.id == folder.name))
-            if found is None or found["state"] in ENDED:
+            job = self.database.one(sa.select(jobs.c.state).where(jobs.c.id == folder.name))
+            if job is None or job["state"] in ENDED:
                 self.clean(folder.name)

@@ -140,8 +140,8 @@ class Storage:
         if self.root is not None:
             folder = self.root / kind
             return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        found = obstore.list_with_delimiter(self.store, prefix=kind)["common_prefixes"]
-        return [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found]
+        folders = obstore.list_with_delimiter(self.store, prefix=kind)["common_prefixes"]
+        return [prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in folders]
 
     def check(self) -> None:
         """Raise when the store cannot be reached."""
@@ -159,14 +159,14 @@ def bucket_files(bucket: Bucket, key: str, limit: int) -> list[tuple[str, str, i
             return [(key.rsplit("/", 1)[-1], key, int(obstore.head(store, key)["size"]))]
         except (FileNotFoundError, OSError):
             raise Problem(422, "job.input", f"There is no object {key!r} in that bucket.") from None
-    found: list[tuple[str, str, int]] = []
+    objects: list[tuple[str, str, int]] = []
     for batch in obstore.list(store, prefix=key.rstrip("/")):
-        found += [(item["path"][len(key) :], item["path"], int(item["size"])) for item in batch]
-        if len(found) > limit:
+        objects += [(item["path"][len(key) :], item["path"], int(item["size"])) for item in batch]
+        if len(objects) > limit:
             raise Problem(422, "job.input", f"More than {limit} objects lie under {key!r}.")
-    if not found:
+    if not objects:
         raise Problem(422, "job.input", f"No objects lie under {key!r}.")
-    return found
+    return objects
 
 
 def download(bucket: Bucket, key: str, target: Path) -> None:

@@ -23,13 +23,13 @@ _BACK_OFF = (0.2, 1.0, 3.0, 10.0)
 
 def environment(settings: Settings) -> dict[str, str]:
     """The environment that makes another process read the same settings."""
-    found = dict(os.environ)
+    variables = dict(os.environ)
     for name, value in settings.model_dump(mode="json", exclude_none=True).items():
         if name == "database_url":
             assert settings.database_url is not None
             value = settings.database_url.get_secret_value()
-        found[f"STATECODEC_SERVER_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
-    return found
+        variables[f"STATECODEC_SERVER_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
+    return variables
 
 
 class Supervisor:

@@ -244,9 +244,9 @@ class Uploads:
                 self.finish(row)
             elif row["state"] == "receiving" and row["length"] is None:
                 await run_sync(self.remove, row["id"])  # a PUT cannot be resumed
-        known = {row["id"] for row in rows}
+        ids = {row["id"] for row in rows}
         for path in list(self._spool.iterdir()):
-            if path.name not in known:
+            if path.name not in ids:
                 path.unlink()
 
     async def drain(self) -> None:

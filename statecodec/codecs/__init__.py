@@ -9,7 +9,7 @@ from statecodec.codecs.changes import Change
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
-from statecodec.codecs.encoding import Encoding
+from statecodec.codecs.encoding import INNER, Encoding
 from statecodec.codecs.folded import Folded
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
@@ -22,7 +22,7 @@ from statecodec.codecs.ulps import Ulps
 from statecodec.codecs.uniform import Uniform
 
 __all__ = [
-    "NOTHING", "Cast", "Change", "Codec", "Companded", "Direction", "Dropped", "EncodedTensor", "Encoding", "Folded",
-    "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split", "Ulps", "Uniform", "format_codec",
-    "from_config", "get", "names", "parse", "rows_cols",
+    "INNER", "NOTHING", "Cast", "Change", "Codec", "Companded", "Direction", "Dropped", "EncodedTensor", "Encoding",
+    "Folded", "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split", "Ulps", "Uniform",
+    "format_codec", "from_config", "get", "names", "parse", "rows_cols",
 ]  # fmt: skip

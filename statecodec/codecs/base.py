@@ -247,8 +247,8 @@ class Codec(ABC):
         (role,) = self.needs
         values = given.get(role)
         if values is None or values.numel() != like.numel():
-            found = "nothing" if values is None else f"{values.numel()} elements"
-            raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {found}")
+            shape = "nothing" if values is None else f"{values.numel()} elements"
+            raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {shape}")
         return values.detach().to(like.device, torch.float32).contiguous().view(-1)
 
     def require_float(self, dtype: DType) -> None:
@@ -268,9 +268,9 @@ class Codec(ABC):
     def refuse(self, flags: int) -> None:
         """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""
         if flags:
-            found = ", ".join(text for bit, text in _FLAG_TEXTS.items() if flags & bit)
+            kinds = ", ".join(text for bit, text in _FLAG_TEXTS.items() if flags & bit)
             raise UnencodableValues(
-                f"{self.name} cannot represent this tensor: it holds {found}; raw keeps it as it is"
+                f"{self.name} cannot represent this tensor: it holds {kinds}; raw keeps it as it is"
             )
 
 
@@ -285,9 +285,9 @@ class EncodedTensor:
 
     def __post_init__(self) -> None:
         specs = self.codec.parts(self.shape, dtypes.of(self.dtype))
-        found = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in self.parts.items()}
-        if found != specs:
-            raise FormatError(f"parts of {self.codec} for {self.dtype} {self.shape}: expected {specs}, found {found}")
+        actual = {k: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for k, t in self.parts.items()}
+        if actual != specs:
+            raise FormatError(f"parts of {self.codec} for {self.dtype} {self.shape}: expected {specs}, found {actual}")
 
     @property
     def nbytes(self) -> int:

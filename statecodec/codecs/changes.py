@@ -32,6 +32,13 @@ class Change(Enum):
     does not add up along a chain, because the base of each link is what decoding the one before gives.
     """
 
+    @property
+    def summary(self) -> str:
+        """What it is, in one line."""
+        if self is Change.PARTS:
+            return "With a base: the codec's parts minus the base's parts, as integers; nothing is lost."
+        return "With a base: the codec's parts of the values minus the base's values."
+
 
 def changed_specs(specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
     """What `subtract_parts` makes of parts of these dtypes and shapes."""

@@ -24,10 +24,11 @@ from statecodec.errors import InvalidCodec, UnsupportedTensor, UnsupportedVersio
 
 _VERSION = 1  # of a change as files have it
 _DEFAULT: Mapping[Change, Codec] = {Change.PARTS: Raw(), Change.VALUES: Companded()}
-_TAKEN: Mapping[Change, tuple[type[Codec], ...]] = {
+INNER: Mapping[Change, tuple[type[Codec], ...]] = {
     Change.PARTS: (Raw, Cast, Split, Companded, Logarithmic, Uniform),
     Change.VALUES: (Cast, Companded, Uniform),
 }
+"""The codecs that there are changes of."""
 _WITH_INNER = re.compile(r"\s*(?:\(\s*(?:inner\s*=(?P<inner>.*?),?\s*)?\))?\s*", re.DOTALL)
 
 
@@ -49,7 +50,7 @@ class Encoding:
     def __post_init__(self) -> None:
         if self.change is None:
             return
-        taken = _TAKEN[self.change]
+        taken = INNER[self.change]
         if not isinstance(self.codec, taken):
             names = ", ".join(codec.name for codec in taken)
             raise InvalidCodec(f"{self.change.value}: inner={self.codec.name}, expected one of {names}")

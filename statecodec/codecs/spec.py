@@ -115,10 +115,10 @@ def _current(kind: type[Codec], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of a config, as the version of the codec here has them. Raises UnsupportedVersion."""
     fields = {k: v for k, v in config.items() if k != "version"}
     version = config.get("version", kind.version)
-    known = type(version) is int  # a tensor would compare element by element
-    if known and version == kind.version:
+    numbered = type(version) is int  # a tensor would compare element by element
+    if numbered and version == kind.version:
         return fields
-    upgraded = kind.upgraded(version, fields) if known else None
+    upgraded = kind.upgraded(version, fields) if numbered else None
     if upgraded is None:
         raise UnsupportedVersion(
             f"codec {kind.name} version {str(version)[:40]}: this reader knows {kind.version} and earlier"
@@ -130,8 +130,8 @@ def _build(kind: type[Codec], values: Mapping[str, Any]) -> Codec:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in values.items():
         if key not in fields:
-            known = ", ".join(fields) or "none"
-            raise InvalidCodec(f"{kind.name} has no field {key!r}; its fields are: {known}")
+            expected = ", ".join(fields) or "none"
+            raise InvalidCodec(f"{kind.name} has no field {key!r}; its fields are: {expected}")
         if not _fits(_annotation(fields[key]), value):
             raise InvalidCodec(f"{kind.name}: {key}={str(value)[:40]} is not {fields[key].type}")
     return kind(**{k: _plain(str(fields[k].type), v) for k, v in values.items()})

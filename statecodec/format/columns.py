@@ -24,7 +24,7 @@ from statecodec.format.items import (
     packed_entry,
     parts_json,
 )
-from statecodec.format.places import Form, Places
+from statecodec.format.places import CutTensor, Places
 from statecodec.limits import MAX_CHUNKS, Limits
 from statecodec.strict import Fields, shape
 
@@ -84,20 +84,20 @@ def _attributes_json(items: Sequence[StoredItem]) -> dict[str, Any]:
 
 def _records_json(items: Sequence[StoredItem]) -> dict[str, Any]:
     """All records in file order: by shard and place."""
-    found: list[tuple[int, int, int, str, int]] = []
+    records: list[tuple[int, int, int, str, int]] = []
     for i, item in enumerate(items):
         start = item.start
         for chunk in item.chunks if item.storage == PACKED else ():
-            found.append((item.shard, start, chunk.nbytes, chunk.checksums[0], 0))
+            records.append((item.shard, start, chunk.nbytes, chunk.checksums[0], 0))
             start += chunk.nbytes
         if item.record is not None and item.record.items[0] == i:
             r = item.record
-            found.append((r.shard, r.start, r.nbytes, r.checksum, len(r.items)))
-    found.sort(key=lambda record: record[:2])
+            records.append((r.shard, r.start, r.nbytes, r.checksum, len(r.items)))
+    records.sort(key=lambda record: record[:2])
     return {
-        "nbytes": [record[2] for record in found],
-        "checksums": "".join(record[3] for record in found),
-        "shared": [[i, record[4]] for i, record in enumerate(found) if record[4]],
+        "nbytes": [record[2] for record in records],
+        "checksums": "".join(record[3] for record in records),
+        "shared": [[i, record[4]] for i, record in enumerate(records) if record[4]],
     }
 
 
@@ -130,7 +130,7 @@ def read_items(top: Fields, shards: int, newer: bool, limits: Limits) -> tuple[S
 
 def _items(
     names: Sequence[str],
-    of: Sequence[Form],
+    of: Sequence[CutTensor],
     shard_of: Sequence[int],
     entries: Mapping[int, str],
     companions: Mapping[int, dict[str, Any]],
@@ -138,7 +138,7 @@ def _items(
     places: Places,
     plain: Iterator[str],
 ) -> tuple[StoredItem, ...]:
-    found = []
+    items = []
     for i, (name, form, shard) in enumerate(zip(names, of, shard_of, strict=True)):
         tensor, record, start, entry = form.tensor, None, 0, packed_entry(shard)
         if tensor.storage == PACKED:
@@ -147,7 +147,7 @@ def _items(
             record, chunks = places.shared(i)
         else:
             entry, chunks = entries.get(i, name), _plain_chunks(form, plain)
-        found.append(
+        items.append(
             StoredItem(
                 name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, chunks, attributes[i],
                 shard, entry, start, record,
@@ -156,20 +156,20 @@ def _items(
         )  # fmt: skip
     if next(plain, None) is not None:
         raise FormatError("manifest: plain: more checksums than plain chunks have parts")
-    return tuple(found)
+    return tuple(items)
 
 
-def _plain_chunks(form: Form, plain: Iterator[str]) -> tuple[StoredChunk, ...]:
+def _plain_chunks(form: CutTensor, plain: Iterator[str]) -> tuple[StoredChunk, ...]:
     count, chunks = len(form.tensor.parts), []
     for chunk, size in zip(form.chunks, form.sizes, strict=True):
-        own = tuple(checksum for _, checksum in zip(range(count), plain, strict=False))
-        if len(own) != count:
+        of_chunk = tuple(checksum for _, checksum in zip(range(count), plain, strict=False))
+        if len(of_chunk) != count:
             raise FormatError("manifest: plain: fewer checksums than plain chunks have parts")
-        chunks.append(StoredChunk(chunk.start, chunk.stop, chunk.shape, size, own))
+        chunks.append(StoredChunk(chunk.start, chunk.stop, chunk.shape, size, of_chunk))
     return tuple(chunks)
 
 
-def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> list[Form]:
+def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> list[CutTensor]:
     limits.check("manifest: forms", len(values), limits.max_items)
     forms = []
     for i, value in enumerate(values):
@@ -183,7 +183,7 @@ def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> 
             raise FormatError(f"{fields.where}: {count:,} chunks")
         chunks = tensor.cut((cut for length, cut in runs for _ in range(length)), count, fields.where, limits)
         sizes = {c.shape: tensor.encoding.nbytes(c.shape, tensor.dtype) for c in chunks}
-        forms.append(Form(tensor, chunks, [sizes[c.shape] for c in chunks]))
+        forms.append(CutTensor(tensor, chunks, [sizes[c.shape] for c in chunks]))
     return forms
 
 
@@ -195,7 +195,7 @@ def _run(value: Any, where: str) -> tuple[int, tuple[int, ...]]:
     return value[0], shape(value[1], where)
 
 
-def _decoded(form: Form) -> int:
+def _decoded(form: CutTensor) -> int:
     return form.chunks[-1].stop * form.tensor.dtype.itemsize
 
 
@@ -208,7 +208,7 @@ def _shards(counts: Sequence[int], items: int, shards: int) -> list[int]:
 
 
 def _attributes(fields: Fields, items: int) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{} for _ in range(items)]
+    by_item: list[dict[str, Any]] = [{} for _ in range(items)]
     for key, value in fields.take("attributes", dict).items():
         column = Fields(value, f"manifest: attribute {key[:80]!r}")
         values = column.take("values", list)
@@ -217,8 +217,8 @@ def _attributes(fields: Fields, items: int) -> list[dict[str, Any]]:
         if len(at) != len(values) or any(not 0 <= i < items for i in at) or len(set(at)) != len(at):
             raise FormatError(f"{column.where}: {len(values)} values for {len(at)} of {items} items")
         for i, attribute in zip(at, values, strict=True):
-            found[i][key] = attribute
-    return found
+            by_item[i][key] = attribute
+    return by_item
 
 
 def _list(fields: Fields, key: str, kind: type) -> list[Any]:

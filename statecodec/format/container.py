@@ -111,8 +111,8 @@ def _version(metadata: Mapping[str, str], path: str) -> tuple[int, int]:
         raise FormatError(f"{path}: statecodec.version is {text[:20]!r}, expected MAJOR.MINOR")
     version = int(major), int(minor)
     if version[0] not in READ:
-        known = " and ".join(f"{major}.x" for major in READ)
-        raise UnsupportedVersion(f"{path}: format {text}; this reader knows {known}: use a newer statecodec")
+        readable = " and ".join(f"{major}.x" for major in READ)
+        raise UnsupportedVersion(f"{path}: format {text}; this reader knows {readable}: use a newer statecodec")
     return version
 
 

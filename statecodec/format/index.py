@@ -25,16 +25,16 @@ def expected_entries(items: Sequence[StoredItem], shards: int) -> list[Entries]:
     packed: list[dict[str, int]] = [{} for _ in range(shards)]
     for item in items:
         if item.storage == PLAIN:
-            own = item.plain_entries()
-            if own.keys() & plain[item.shard].keys():
+            entries = item.plain_entries()
+            if entries.keys() & plain[item.shard].keys():
                 raise FormatError(f"item {item.name[:200]!r}: another item has its entry")
-            plain[item.shard].update(own)
+            plain[item.shard].update(entries)
         else:
             packed[item.shard][item.entry] = packed[item.shard].get(item.entry, 0) + item.stored_nbytes
-    for own, sizes in zip(plain, packed, strict=True):
-        if own.keys() & sizes.keys() or MANIFEST_ENTRY in own or MANIFEST_ENTRY in sizes:
+    for entries, sizes in zip(plain, packed, strict=True):
+        if entries.keys() & sizes.keys() or MANIFEST_ENTRY in entries or MANIFEST_ENTRY in sizes:
             raise FormatError("an item has the entry of another, or of the manifest")
-        own.update({name: ("U8", (size,)) for name, size in sizes.items()})
+        entries.update({name: ("U8", (size,)) for name, size in sizes.items()})
     return plain
 
 

@@ -90,12 +90,12 @@ def packed_entry(shard: int) -> str:
 def shares(record: int, sizes: Iterable[int]) -> list[int]:
     """A record's bytes, dealt out to the items that share it in proportion to theirs; they add up."""
     weights = [size + 1 for size in sizes]  # an item may have no bytes at all
-    total, dealt, sofar, found = sum(weights), 0, 0, []
+    total, dealt, sofar, parts = sum(weights), 0, 0, []
     for weight in weights:
         sofar += weight
-        found.append(record * sofar // total - dealt)
-        dealt += found[-1]
-    return found
+        parts.append(record * sofar // total - dealt)
+        dealt += parts[-1]
+    return parts
 
 
 def read_dtype(fields: Fields) -> DType:
@@ -119,10 +119,10 @@ def read_encoding(fields: Fields) -> Encoding:
 
 def check_companions(value: Any, codec: Codec, where: str) -> Mapping[str, str]:
     """The companions of an item, by role: exactly those that its codec needs. Raises FormatError."""
-    found = value if isinstance(value, dict) else {}
-    if set(found) != set(codec.needs) or not all(isinstance(name, str) for name in found.values()):
+    names = value if isinstance(value, dict) else {}
+    if set(names) != set(codec.needs) or not all(isinstance(name, str) for name in names.values()):
         raise FormatError(f"{where}: {codec.name} needs {', '.join(codec.needs) or 'no'} companions")
-    return found
+    return names
 
 
 def read_parts(fields: Fields, newer: bool) -> dict[str, PartSpec]:
@@ -142,15 +142,15 @@ def parts_json(parts: Mapping[str, PartSpec]) -> dict[str, Any]:
 
 def checked_specs(encoding: Encoding, where: str) -> Specs:
     """`encoding.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
-    known: dict[tuple[int, ...], dict[str, PartSpec]] = {}
+    by_shape: dict[tuple[int, ...], dict[str, PartSpec]] = {}
 
     def specs(shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
-        if shape not in known:
+        if shape not in by_shape:
             try:
-                known[shape] = encoding.parts(shape, dtype)
+                by_shape[shape] = encoding.parts(shape, dtype)
             except CodecError as error:
                 raise FormatError(f"{where}: {error}") from error
-        return known[shape]
+        return by_shape[shape]
 
     return specs
 

@@ -70,8 +70,8 @@ class Packing:
 
     def compressor(self) -> Any:
         """This thread's zstd compressor."""
-        made: dict[Packing, Any] = _local.__dict__.setdefault("compressors", {})
-        if self not in made:
+        compressors: dict[Packing, Any] = _local.__dict__.setdefault("compressors", {})
+        if self not in compressors:
             make = zstandard.ZstdCompressionParameters
             if self.level is None:
                 parameters = make(
@@ -81,8 +81,8 @@ class Packing:
             else:
                 window = make.from_level(self.level).window_log
                 parameters = make.from_level(self.level, window_log=min(window, MAX_WINDOW.bit_length() - 1))
-            made[self] = zstandard.ZstdCompressor(compression_params=parameters)
-        return made[self]
+            compressors[self] = zstandard.ZstdCompressor(compression_params=parameters)
+        return compressors[self]
 
 
 def max_record_size(specs: Mapping[str, PartSpec]) -> int:
@@ -188,14 +188,14 @@ def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
 
 def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[Tensor]:
     """Unpack the record within narrowed codes: bytes that are stored stay where they lie."""
-    found = []
+    vectors = []
     for out, rows, payload in _split(record, outs, codes=False):
         if out.dtype == torch.uint8 and rows[0][0] == STORED:
-            found.append(torch.from_numpy(payload))
+            vectors.append(torch.from_numpy(payload))
         else:
             _unpack_planes(payload, rows, out, pool)
-            found.append(out)
-    return found
+            vectors.append(out)
+    return vectors
 
 
 def _split(record: Bytes, outs: Sequence[Tensor], *, codes: bool) -> Iterator[tuple[Tensor, list[Row], Bytes]]:
@@ -237,8 +237,8 @@ def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]
     table = ROW.size * sum(widths)
     if record.size < table:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
-    found = ROW.iter_unpack(record[:table].data)
-    rows: list[list[Row]] = [[next(found) for _ in range(width)] for width in widths]
+    fields = ROW.iter_unpack(record[:table].data)
+    rows: list[list[Row]] = [[next(fields) for _ in range(width)] for width in widths]
     for out, some in zip(outs, rows, strict=True):
         if codes and some[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
             if not 0 < some[0][1] < out.nbytes or some[1:] != [(WITHIN, 0)] * (len(some) - 1):

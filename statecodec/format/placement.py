@@ -46,7 +46,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Form:
+class Arrangement:
     """What follows from an item's encoding, shape and dtype: its parts, how it is cut, how it is stored."""
 
     parts: Mapping[str, PartSpec]
@@ -59,7 +59,7 @@ class PlannedItem:
     """An item with everything that is known of it beforehand."""
 
     item: Item
-    form: Form
+    form: Arrangement
     entry: str
     shard: int
     offsets: Mapping[str, int]  # of each plain part in the shard's data section
@@ -87,13 +87,13 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FilePlan:
     items: list[PlannedItem]
     shards: Sequence[Shard]
 
 
-def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]) -> Plan:
-    """Plan a file. `metadata`: what its headers will hold, placeholders for digests.
+def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]) -> FilePlan:
+    """FilePlan a file. `metadata`: what its headers will hold, placeholders for digests.
 
     What the reader's limits would refuse is refused here. Raises UsageError, CodecError, LimitExceeded.
     """
@@ -101,7 +101,7 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
         raise UsageError(f"max_shard_size={max_shard_size}, expected at least 1 byte")
     limits = Limits()
     limits.check("items", len(items), limits.max_items)
-    forms, names = _Forms(packing, len(items)), _Names()
+    forms, names = _Arrangements(packing, len(items)), _Names()
     groups: list[list[PlannedItem]] = [[]]
     size = decoded = 0
     for item in items:
@@ -118,7 +118,7 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
     limits.check("shards", len(groups), limits.max_shards)
     _check_companions(items)
     planned = [_shard(group, metadata, limits) for group in groups]
-    return Plan([item for group, _ in planned for item in group], [shard for _, shard in planned])
+    return FilePlan([item for group, _ in planned for item in group], [shard for _, shard in planned])
 
 
 def _check_companions(items: Sequence[Item]) -> None:
@@ -144,34 +144,34 @@ def _may_serve(other: Item, item: Item) -> bool:
 
 def plain_items(items: Sequence[Item], packing: Packing) -> list[int]:
     """The items, by number, whose parts stand in the file one by one, at places fixed before anything is written."""
-    forms = _Forms(packing, len(items))
+    forms = _Arrangements(packing, len(items))
     return [index for index, item in enumerate(items) if forms.of(item).storage == PLAIN]
 
 
 def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:
     """An item that is not plain, stored in another way, in a file of so many items. Raises UsageError."""
     item = replace(planned.item, encoding=encoding)
-    form = _Forms(packing, items).of(item)
+    form = _Arrangements(packing, items).of(item)
     if PLAIN in (planned.storage, form.storage):
         raise UsageError(f"item {item.name!r} cannot be stored in another way any more: its place was fixed")
     return replace(planned, item=item, form=form)
 
 
-class _Forms:
+class _Arrangements:
     """The forms of a file's items; most of them are alike."""
 
     def __init__(self, packing: Packing, items: int) -> None:
         self._plain, self._many = packing.method == "none", items > MANY_ITEMS
-        self._known: dict[tuple[Encoding, tuple[int, ...], DType], Form] = {}
+        self._known: dict[tuple[Encoding, tuple[int, ...], DType], Arrangement] = {}
 
-    def of(self, item: Item) -> Form:
+    def of(self, item: Item) -> Arrangement:
         shape = tuple(item.shape)
         key = (item.encoding, shape, item.dtype)
         if key not in self._known:
             self._known[key] = self._make(item, shape)
         return self._known[key]
 
-    def _make(self, item: Item, shape: tuple[int, ...]) -> Form:
+    def _make(self, item: Item, shape: tuple[int, ...]) -> Arrangement:
         try:
             check_shape(list(shape), item.name)
             dtype_name(item.dtype)
@@ -189,8 +189,8 @@ class _Forms:
             largest = max(largest, nbytes)
         small = len(pieces) == 1 and largest < MIN_PACKED
         if not parts or largest > MAX_PACKED_CHUNK or (self._plain and not (small and self._many)):
-            return Form(parts, pieces, PLAIN)
-        return Form(parts, pieces, SHARED if small else PACKED)
+            return Arrangement(parts, pieces, PLAIN)
+        return Arrangement(parts, pieces, SHARED if small else PACKED)
 
 
 class _Names:
@@ -200,7 +200,7 @@ class _Names:
         self.items: set[str] = set()
         self.entries: set[str] = set()
 
-    def claim(self, item: str, form: Form) -> str:
+    def claim(self, item: str, form: Arrangement) -> str:
         """The base of the item's entry names. Raises UsageError."""
         if item in self.items:
             raise UsageError(f"two items are named {item!r}")

@@ -14,7 +14,7 @@ from statecodec.limits import MAX_SHARED
 
 
 @dataclass(frozen=True)
-class Form:
+class CutTensor:
     """A tensor as several items are one, and its chunks."""
 
     tensor: Tensor
@@ -27,7 +27,7 @@ class Places:
 
     def __init__(
         self,
-        of: Sequence[Form],
+        of: Sequence[CutTensor],
         shard_of: Sequence[int],
         sizes: Sequence[int],
         checksums: Sequence[str],
@@ -46,19 +46,19 @@ class Places:
             count = sharing.pop(record, 0)
             owners = self._owners(record, count)
             length = 1 if count else len(of[owners[0]].chunks)
-            own = sizes[record : record + length]
-            if len(own) != length or any(number in sharing for number in range(record, record + length)):
+            of_owners = sizes[record : record + length]
+            if len(of_owners) != length or any(number in sharing for number in range(record, record + length)):
                 raise FormatError(f"manifest: the records of item {owners[0]} do not follow each other")
             if not shard <= shard_of[owners[0]] == shard_of[owners[-1]]:
                 raise FormatError(f"manifest: record {record} is not in the order of shards")
             if shard_of[owners[0]] > shard:
                 shard, start = shard_of[owners[0]], 0
-            self._starts.extend(start + before for before in [0, *accumulate(own[:-1])])
+            self._starts.extend(start + before for before in [0, *accumulate(of_owners[:-1])])
             if count:
-                self._share(StoredRecord(shard, start, own[0], checksums[record], owners))
+                self._share(StoredRecord(shard, start, of_owners[0], checksums[record], owners))
             else:
                 self._first[owners[0]] = record
-            record, start = record + length, start + sum(own)
+            record, start = record + length, start + sum(of_owners)
         if sharing or self._small or self._packed:
             raise FormatError("manifest: records: some items have none")
 

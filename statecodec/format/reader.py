@@ -85,10 +85,10 @@ class Reader:
         manifest = Manifest.parse(data, header.version, header.newer, self.limits)
         self._headers = [header]
         for i, other in enumerate(manifest.shards):
-            found = self._open_shard(last.with_name(other.file))
-            if found.digest != other.header:
+            shard = self._open_shard(last.with_name(other.file))
+            if shard.digest != other.header:
                 raise CorruptFile(f"{other.file}: not the shard that {last.name} was written with")
-            self._headers.insert(i, found)
+            self._headers.insert(i, shard)
         self._fds.append(self._fds.pop(0))  # the last shard was opened first
         self.items: tuple[StoredItem, ...] = manifest.items
         self.document: Mapping[str, Any] = manifest.document
@@ -156,13 +156,13 @@ class Reader:
         """The header's entries must be exactly those of the manifest."""
         expected = expected_entries(self.items, len(self._headers))
         for i, header in enumerate(self._headers):
-            found = {e.name: (e.dtype, e.shape) for e in header.entries.values()}
+            entries = {e.name: (e.dtype, e.shape) for e in header.entries.values()}
             if i == len(self._headers) - 1:
-                found.pop(MANIFEST_ENTRY)
-            if found != expected[i]:
-                wrong = min(k for k in found.keys() | expected[i].keys() if found.get(k) != expected[i].get(k))
+                entries.pop(MANIFEST_ENTRY)
+            if entries != expected[i]:
+                wrong = min(k for k in entries.keys() | expected[i].keys() if entries.get(k) != expected[i].get(k))
                 raise FormatError(
-                    f"{self.files[i].name}: entry {wrong[:200]!r} is {found.get(wrong)}, "
+                    f"{self.files[i].name}: entry {wrong[:200]!r} is {entries.get(wrong)}, "
                     f"the manifest says {expected[i].get(wrong)}"
                 )
 

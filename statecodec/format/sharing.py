@@ -27,9 +27,9 @@ def vectors(items: Sequence[Parts]) -> list[Tensor]:
 
 def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:
     """The vectors of items, each given by the bytes of its parts, one after the other."""
-    found = vectors([parts for parts, _ in items])
-    at = {vector.dtype: 0 for vector in found}
-    flat = {vector.dtype: vector.view(torch.uint8).numpy() for vector in found}
+    joined = vectors([parts for parts, _ in items])
+    at = {vector.dtype: 0 for vector in joined}
+    flat = {vector.dtype: vector.view(torch.uint8).numpy() for vector in joined}
     for parts, data in items:
         position = 0
         for spec in parts.values():
@@ -37,20 +37,20 @@ def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:
             flat[dtype][at[dtype] : at[dtype] + spec.nbytes] = piece
             at[dtype] += spec.nbytes
             position += spec.nbytes
-    return found
+    return joined
 
 
 def split(items: Sequence[Parts], filled: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """The parts of each item: views of the vectors."""
     at = {vector.dtype: 0 for vector in filled}
     flat = {vector.dtype: vector for vector in filled}
-    found = []
+    by_item = []
     for parts in items:
-        own = {}
+        parts_of = {}
         for name, spec in parts.items():
             dtype = spec.dtype.torch
             start = at[dtype]
             at[dtype] = start + spec.numel
-            own[name] = flat[dtype][start : start + spec.numel].view(spec.shape)
-        found.append(own)
-    return found
+            parts_of[name] = flat[dtype][start : start + spec.numel].view(spec.shape)
+        by_item.append(parts_of)
+    return by_item

@@ -265,8 +265,8 @@ class Writer:
             self._write_index(items, xxhash.xxh3_128_hexdigest(data))
         self._files.clear()
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
-        made = place.staging.folder
-        path, files = made / place.opened.name, tuple(made / f.name for f in place.files)
+        folder = place.staging.folder
+        path, files = folder / place.opened.name, tuple(folder / f.name for f in place.files)
         self._reader = opened(path)
         return Finished(path, files, nbytes, items, self._reader, place)
 

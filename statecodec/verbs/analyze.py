@@ -77,11 +77,11 @@ def analyze(
 
 def _tables(paths: Sequence[Path]) -> list[LayerSNR]:
     """Several tables of one run, each averaged over its own steps, weigh alike."""
-    found: dict[str, list[LayerSNR]] = {}
+    by_name: dict[str, list[LayerSNR]] = {}
     for path in paths:
         for layer in read_table(path):
-            found.setdefault(layer.name, []).append(layer)
-    return [_averaged(group) for group in found.values()]
+            by_name.setdefault(layer.name, []).append(layer)
+    return [_averaged(group) for group in by_name.values()]
 
 
 def _averaged(group: Sequence[LayerSNR]) -> LayerSNR:
@@ -94,24 +94,24 @@ def _averaged(group: Sequence[LayerSNR]) -> LayerSNR:
 def _measure(
     sources: Sequence[str | Path], threads: int, progress: Progress | None, notes: list[str]
 ) -> tuple[list[LayerSNR], dict[str, dict[str, Ratios]], list[float | None]]:
-    found: dict[str, list[LayerSNR]] = {}
+    by_name: dict[str, list[LayerSNR]] = {}
     pieces: dict[str, dict[str, list[Ratios]]] = {}
     steps: list[float | None] = []
     for path in sources:
         with open_checkpoint(path) as checkpoint:
             steps.append(next((m.step for m in checkpoint.moments), None))
             for layer, in_parts in _measure_one(checkpoint, threads, progress, notes):
-                found.setdefault(layer.name, []).append(layer)
+                by_name.setdefault(layer.name, []).append(layer)
                 for part, ratios in in_parts.items():
                     pieces.setdefault(layer.name, {}).setdefault(part, []).append(ratios)
-    if not found:
+    if not by_name:
         _refuse_encoded(sources[0])
         raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq) in it; the SNR is measured on Adam's state")
-    missing = [name for name, group in found.items() if len(group) != len(sources)]
+    missing = [name for name, group in by_name.items() if len(group) != len(sources)]
     if missing:
         notes.append(f"not in every checkpoint: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")
     averaged = {name: {part: average(r) for part, r in group.items()} for name, group in pieces.items()}
-    return [_averaged(group) for group in found.values()], averaged, steps
+    return [_averaged(group) for group in by_name.values()], averaged, steps
 
 
 def _refuse_encoded(source: str | Path) -> None:
@@ -129,7 +129,7 @@ def _measure_one(
 ) -> list[tuple[LayerSNR, dict[str, Ratios]]]:
     moments = [t for t in checkpoint.items if t.role == "exp_avg_sq"]
     shapes = {_name(t): t.shape for t in moments}
-    known = recognise(shapes)
+    by_moment = recognise(shapes)
     if len(shapes) != len(moments):
         raise UsageError(
             f"{checkpoint.path}: two second moments belong to one parameter; analyze one file of it at a time"
@@ -144,12 +144,12 @@ def _measure_one(
     meter = Meter(progress, sum(t.nbytes for t in moments), "measuring SNR")
 
     def measure(tensor: TensorInfo) -> tuple[TensorInfo, Ratios, dict[str, Ratios]]:
-        return tensor, *_ratios(checkpoint, tensor, known[_name(tensor)])
+        return tensor, *_ratios(checkpoint, tensor, by_moment[_name(tensor)])
 
     results = []
     with ordered_map(measure, moments, threads) as measured:
         for tensor, ratios, in_parts in measured:
-            layer = known[_name(tensor)]
+            layer = by_moment[_name(tensor)]
             results.append((LayerSNR(layer.name, tensor.shape, ratios, layer.shareable), in_parts))
             meter.add(tensor.nbytes)
     return results
@@ -188,12 +188,12 @@ def _cut(slab: torch.Tensor, part: Part, start: int, stop: int) -> torch.Tensor:
 def _tensors(
     layers: Sequence[LayerSNR], pieces: Mapping[str, Mapping[str, Ratios]], cutoff: float
 ) -> tuple[TensorSNR, ...]:
-    known = recognise({layer.name: layer.shape for layer in layers})
+    recognised = recognise({layer.name: layer.shape for layer in layers})
     by_type = chosen(layers, cutoff, "type")
     return tuple(
         TensorSNR(
-            layer.name, known[layer.name].kind, layer.shape, dict(layer.ratios), layer.dims(cutoff),
-            by_type[layer.name], known[layer.name].recommended, dict(pieces.get(layer.name, {})),
+            layer.name, recognised[layer.name].kind, layer.shape, dict(layer.ratios), layer.dims(cutoff),
+            by_type[layer.name], recognised[layer.name].recommended, dict(pieces.get(layer.name, {})),
         )
         for layer in layers
     )  # fmt: skip

@@ -162,8 +162,8 @@ def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateCompariso
     total = NO_UPDATE
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
-        found = kernels.host().compare_updates(first, second, other_first, other_second, **update_settings(m))
-        total = total.merged(found)
+        comparison = kernels.host().compare_updates(first, second, other_first, other_second, **update_settings(m))
+        total = total.merged(comparison)
     return total
 
 
@@ -196,8 +196,8 @@ def _comparable(a: TensorInfo, b: TensorInfo) -> bool:
 
 def _comparable_update(m: Moments, a: Checkpoint, b: Checkpoint) -> bool:
     """Whether both sides have both moments, as floats of one shape."""
-    found = [s.tensors.get(name) for s in (a, b) for name in (m.exp_avg, m.exp_avg_sq)]
-    return len({t.shape if t and t.dtype.is_floating_point else None for t in found}) == 1 and None not in found
+    moments = [s.tensors.get(name) for s in (a, b) for name in (m.exp_avg, m.exp_avg_sq)]
+    return len({t.shape if t and t.dtype.is_floating_point else None for t in moments}) == 1 and None not in moments
 
 
 def _missing(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
@@ -206,12 +206,12 @@ def _missing(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
 
 def _one_sided_rest(a: Checkpoint, b: Checkpoint) -> set[str]:
     """Files that only one side has, and files whose bytes outside tensors are of another number on the other side."""
-    found = set(a.listing) ^ set(b.listing)
+    names = set(a.listing) ^ set(b.listing)
     for side, other in ((a, b), (b, a)):
         for name, t in side.tensors.items():
             if t.role in SKELETON_ROLES and (name not in other.tensors or other.tensors[name].shape != t.shape):
-                found.add(_file(a, t))
-    return found
+                names.add(_file(a, t))
+    return names
 
 
 def _file(a: Checkpoint, rest: TensorInfo) -> str:
@@ -267,9 +267,9 @@ class _Totals:
 
     def total(self) -> dict[str, float]:
         """relative_rms of each family of roles, and of all updates: u_rms, max_u, max_u_exact, cosine."""
-        found = {f"{role}_relative_rms": _relative(c.sum_sq_diff, c.sum_sq) for role, c in self._roles.items()}
+        figures = {f"{role}_relative_rms": _relative(c.sum_sq_diff, c.sum_sq) for role, c in self._roles.items()}
         u = self._updates
         if u != NO_UPDATE:
-            found |= {"u_rms": _relative(u.sum_sq_diff, u.sum_sq), "max_u": u.max_abs_other, "max_u_exact": u.max_abs}
-            found["cosine"] = _cosine(u.sum_sq, u.sum_sq_other, u.dot)
-        return found
+            figures |= {"u_rms": _relative(u.sum_sq_diff, u.sum_sq), "max_u": u.max_abs_other, "max_u_exact": u.max_abs}
+            figures["cosine"] = _cosine(u.sum_sq, u.sum_sq_other, u.dot)
+        return figures

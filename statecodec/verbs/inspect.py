@@ -22,10 +22,10 @@ def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
     """
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
-        found: tuple[PickleReport, ...] = ()
+        in_pickles: tuple[PickleReport, ...] = ()
         if safe_only:
-            found = require_safe(checkpoint)
+            in_pickles = require_safe(checkpoint)
         elif isinstance(checkpoint, SourceCheckpoint):
-            found = pickles(checkpoint)
+            in_pickles = pickles(checkpoint)
         seconds = time.perf_counter() - started
-        return replace(checkpoint.report(), path=str(src), pickles=found, seconds=seconds)
+        return replace(checkpoint.report(), path=str(src), pickles=in_pickles, seconds=seconds)

@@ -20,10 +20,10 @@ _ABSENT: Final = object()
 
 def value_diffs(a: Any, b: Any) -> tuple[ValueDiff, ...]:
     """The values that differ, in A's order. Tensors are not compared: only where one stands for something else."""
-    found: list[ValueDiff] = []
+    diffs: list[ValueDiff] = []
     seen: set[tuple[int, int]] = set()
     pending: list[tuple[tuple[Any, ...], Any, Any]] = [((), a, b)]
-    while pending and len(found) < _MOST:
+    while pending and len(diffs) < _MOST:
         path, x, y = pending.pop()
         if x is y or (id(x), id(y)) in seen:
             continue
@@ -31,11 +31,11 @@ def value_diffs(a: Any, b: Any) -> tuple[ValueDiff, ...]:
         if inner is None:
             if not _equal(x, y):
                 name = ".".join(shown(str(key)[:80]) for key in path[-12:] if key != "")
-                found.append(ValueDiff(name or "value", _text(x), _text(y)))
+                diffs.append(ValueDiff(name or "value", _text(x), _text(y)))
             continue
         seen.add((id(x), id(y)))
         pending += [((*path, key), *values) for key, *values in reversed(list(inner))]
-    return tuple(found)
+    return tuple(diffs)
 
 
 def _inside(x: Any, y: Any) -> Iterator[tuple[Any, Any, Any]] | None:

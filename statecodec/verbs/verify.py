@@ -80,13 +80,13 @@ def check_intact(stored: Stored, threads: int, progress: Progress | None = None)
 
 def check_against(stored: Stored, original: Checkpoint, threads: int, progress: Progress | None = None) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
-    report, found = stored.report(), compare(original, stored, threads, progress)
-    _refuse([*_complaints(stored, found), *_update_complaints(stored, found)], original.path)
-    return replace(report, updates=found.updates, total=found.total)
+    report, comparison = stored.report(), compare(original, stored, threads, progress)
+    _refuse([*_complaints(stored, comparison), *_update_complaints(stored, comparison)], original.path)
+    return replace(report, updates=comparison.updates, total=comparison.total)
 
 
 def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
-    """What the comparison with an original found that the file does not own to."""
+    """Differences from the original that are larger than the file states."""
     complaints = [f"{name} is only in the original" for name in comparison.only_in_a]
     complaints += [f"{name} is only in the compressed file" for name in comparison.only_in_b]
     complaints += [f"{name} has another shape or dtype in the original" for name in comparison.not_comparable]
@@ -108,11 +108,11 @@ def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
 
 def _update_complaints(stored: Stored, comparison: DiffReport) -> list[str]:
     """First moments whose update is not as near as the file says: those that are stored as directions."""
-    found = {update.exp_avg: update.u_rms for update in comparison.updates}
+    by_moment = {update.exp_avg: update.u_rms for update in comparison.updates}
     complaints = []
     for m in stored.moments:
         error = stored.report_of(m.exp_avg).error or {}
-        promised, reached = error.get("step_error"), found.get(m.exp_avg)
+        promised, reached = error.get("step_error"), by_moment.get(m.exp_avg)
         if "rms" in error or promised is None or reached is None:
             continue
         if not math.isclose(reached, promised, rel_tol=1e-2, abs_tol=1e-6):

@@ -132,7 +132,7 @@ def test_version(cli: Cli) -> None:
 
 
 def test_codecs_are_written_as_they_are_parsed(cli: Cli) -> None:
-    from statecodec.codecs import names, parse
+    from statecodec.codecs import Encoding, names, parse
 
     document = cli("codecs", "--json").json()
     assert [codec["name"] for codec in document["codecs"]] == names()
@@ -140,6 +140,9 @@ def test_codecs_are_written_as_they_are_parsed(cli: Cli) -> None:
         fields = ",".join(f"{name}={value}" for name, value in codec["fields"].items())
         assert parse(f"{codec['name']}({fields})") == parse(codec["name"])
         assert codec["summary"]
+    assert [change["name"] for change in document["changes"]] == ["delta", "residual"]
+    for change in document["changes"]:
+        assert all(str(Encoding.parse(f"{change['name']}(inner={codec})")) for codec in change["inner"])
     assert list(document["presets"]) == ["lossless", "resume", "small", "tiny", "live", "weights"]
 
 

@@ -26,7 +26,7 @@ _RESUMED = "resume"  # the preset whose restored file is trained on
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How long to train, how far to go on afterwards (a third of the seconds at most), and the seed."""
 
     steps: int
@@ -35,7 +35,7 @@ class Plan:
     seed: int
 
 
-def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, Any]:
+def tell(directory: Path, plan: Schedule, *, force: bool, quiet: bool) -> dict[str, Any]:
     """Run the demo in `directory` and return its document. Raises OutputExists unless `force`."""
     say: Callable[[str], None] = (lambda message: None) if quiet else console.say
     checkpoint = directory / "ckpt.pt"
@@ -57,9 +57,9 @@ def tell(directory: Path, plan: Plan, *, force: bool, quiet: bool) -> dict[str, 
     presets = []
     with messages(say):
         for preset in PRESETS:
-            made = _compress(checkpoint, packed[preset], preset)
-            presets.append(made)
-            say(f"    {preset:8}  {console.size(made['bytes'])}, {console.ratio(training['bytes'], made['bytes'])}")
+            report = _compress(checkpoint, packed[preset], preset)
+            presets.append(report)
+            say(f"    {preset:8}  {console.size(report['bytes'])}, {console.ratio(training['bytes'], report['bytes'])}")
     say(f"3/5 restoring {' and '.join(path.name for path in restored.values())}")
     same = _restore(checkpoint, packed, restored)
     steps, seconds = plan.resume_steps, plan.seconds / 3
@@ -85,7 +85,7 @@ def _run(trainer: Trainer, steps: int, seconds: float, on_step: Callable[[int, f
     return losses
 
 
-def _train(trainer: Trainer, plan: Plan, checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _train(trainer: Trainer, plan: Schedule, checkpoint: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Train as planned, save, and say how it went."""
     started = time.perf_counter()
     _run(trainer, plan.steps, plan.seconds, _reporter(say, plan.steps))

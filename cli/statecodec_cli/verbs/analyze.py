@@ -1,4 +1,4 @@
-"""`statecodec analyze`: what a checkpoint can bear to lose, and the rules that follow."""
+"""`statecodec analyze`: how much each tensor can be compressed, and the rules that follow."""
 
 from __future__ import annotations
 

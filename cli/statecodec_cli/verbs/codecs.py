@@ -1,4 +1,4 @@
-"""`statecodec codecs`: the number representations and presets there are, and how to write them."""
+"""`statecodec codecs`: the number representations, changes and presets there are, and how to write them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 
 
 def run(as_json: options.AsJson = False) -> None:
-    """List the codecs and the presets.
+    """List the codecs, the changes and the presets.
 
-    Codecs with their fields and defaults, presets with their rules. A codec is written NAME or NAME(key=value,...)
-    on the command line, in rules files and in Python.
+    Codecs with their fields and defaults, changes since a base with the codecs that they take, presets with their
+    rules. A codec is written NAME or NAME(key=value,...) on the command line, in rules files and in Python.
     """
     from statecodec import choose, codecs
 
     document = {
         "codecs": [_describe(codecs.get(name)) for name in codecs.names()],
+        "changes": [_describe_change(change) for change in codecs.Change],
         "presets": {name: _preset(preset) for name, preset in choose.PRESETS.items()},
     }
     if as_json:
@@ -31,7 +32,7 @@ def run(as_json: options.AsJson = False) -> None:
 
 
 def _tables(document: dict[str, Any]) -> list[RenderableType]:
-    """The codecs with their fields, then the presets with their rules."""
+    """The codecs with their fields, the changes with the codecs they take, then the presets with their rules."""
     from rich.text import Text
 
     from statecodec_cli.grid import Column, Grid
@@ -40,6 +41,10 @@ def _tables(document: dict[str, Any]) -> list[RenderableType]:
     for codec in document["codecs"]:
         fields = ",".join(f"{name}={default}" for name, default in codec["fields"].items())
         rows.append((f"{codec['name']}({fields})" if fields else codec["name"], codec["summary"]))
+    rows += [
+        (f"{change['name']}(inner=...)", f"{change['summary']} inner: {', '.join(change['inner'])}")
+        for change in document["changes"]
+    ]
     heads = (Column("codec, with its defaults", text=True, gives="fold"), Column("what it is", text=True, gives="fold"))
     presets: list[RenderableType] = []
     for name, preset in document["presets"].items():
@@ -59,6 +64,17 @@ def _describe(codec: Any) -> dict[str, Any]:
         "version": codec.version,
         "summary": (inspect.getmodule(codec).__doc__ or "").strip().partition("\n")[0],
         "fields": {field.name: _written(getattr(codec(), field.name)) for field in dataclasses.fields(codec)},
+    }
+
+
+def _describe_change(change: Any) -> dict[str, Any]:
+    """Name, what it is, and the codecs that it takes as `inner`."""
+    from statecodec import codecs
+
+    return {
+        "name": change.value,
+        "summary": change.summary,
+        "inner": [codec.name for codec in codecs.INNER[change]],
     }
 
 

@@ -41,7 +41,7 @@ def run(
 
     plots.require(plot)
     document = story.tell(
-        directory, story.Plan(steps, seconds, resume_steps, seed), force=force, quiet=quiet or as_json
+        directory, story.Schedule(steps, seconds, resume_steps, seed), force=force, quiet=quiet or as_json
     )
     if plot:
         curves = {

@@ -48,10 +48,10 @@ def _declare(function: Callable[..., None]) -> Callable[..., None]:
     for operation in OPERATIONS.values():
         for option in operation.options:
             takers.setdefault(option.name, (option, []))[1].append(operation.name)
-    found = [_declared(option, names) for option, names in takers.values()]
+    chosen = [_declared(option, names) for option, names in takers.values()]
     signature = inspect.signature(function, eval_str=True)
     fixed = [parameter for name, parameter in signature.parameters.items() if name != "chosen"]
-    parameters = [*fixed[:6], *found, *fixed[6:]]
+    parameters = [*fixed[:6], *chosen, *fixed[6:]]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return function

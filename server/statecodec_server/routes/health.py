@@ -69,12 +69,12 @@ async def _check(here: Context, check: Callable[[Context], str]) -> tuple[bool, 
 async def readyz(here: Here) -> JSONResponse:
     """200 when uploads and jobs would succeed: disk, database, storage and workers, and not shutting down."""
     results = await asyncio.gather(*(_check(here, check) for check in CHECKS.values()))
-    found: dict[str, Any] = {
+    checks: dict[str, Any] = {
         name: {"ok": good, "detail": text} for name, (good, text) in zip(CHECKS, results, strict=True)
     }
-    found["draining"] = {"ok": not here.draining, "detail": "shutting down" if here.draining else "no"}
-    ready = all(check["ok"] for check in found.values())
-    return JSONResponse({"status": "ok" if ready else "not ready", "checks": found}, 200 if ready else 503)
+    checks["draining"] = {"ok": not here.draining, "detail": "shutting down" if here.draining else "no"}
+    ready = all(check["ok"] for check in checks.values())
+    return JSONResponse({"status": "ok" if ready else "not ready", "checks": checks}, 200 if ready else 503)
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

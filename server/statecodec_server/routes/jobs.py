@@ -30,7 +30,7 @@ router = APIRouter(prefix="/v1", tags=["jobs"], responses=PROBLEMS)
 @router.get("/operations", response_model=list[schemas.OperationDocument])
 async def operations(here: Here, who: Who) -> Response:
     """What jobs can do here, with a JSON schema of each operation's options."""
-    found = [
+    documents = [
         {
             "name": name,
             "summary": offer.summary,
@@ -42,7 +42,7 @@ async def operations(here: Here, who: Who) -> Response:
         }
         for name, offer in (await run_sync(offers, here.settings.backend)).items()
     ]
-    return JSONResponse(found)
+    return JSONResponse(documents)
 
 
 @router.get("/token", response_model=schemas.Token)

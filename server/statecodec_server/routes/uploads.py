@@ -52,16 +52,16 @@ def _metadata(field: str) -> dict[str, str]:
     """Upload-Metadata: comma-separated `key base64` pairs."""
     if len(field) > 8192:
         raise Problem(400, "usage", "Upload-Metadata is longer than 8192 characters.")
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     for pair in field.split(",") if field.strip() else ():
         key, _, value = pair.strip().partition(" ")
-        if not key or key in found:
+        if not key or key in pairs:
             raise Problem(400, "usage", "Upload-Metadata has an empty or repeated key.")
         try:
-            found[key] = base64.b64decode(value, validate=True).decode("utf-8", errors="replace")
+            pairs[key] = base64.b64decode(value, validate=True).decode("utf-8", errors="replace")
         except binascii.Error:
             raise Problem(400, "usage", f"The value of {key[:40]!r} in Upload-Metadata is not base64.") from None
-    return found
+    return pairs
 
 
 def _tus_headers(row: Mapping[str, Any]) -> dict[str, str]:

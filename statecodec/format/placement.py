@@ -33,7 +33,8 @@ class Item:
     """A tensor to be written: name, encoding, decoded shape and dtype, and attributes (JSON, carried verbatim).
 
     `companions`: by role, the names of the items whose tensors the codec needs. `text`: bytes that repeat each other,
-    as those of headers and pickles do, unlike numbers: packed accordingly.
+    as those of headers and pickles do, unlike numbers: packed accordingly. `announced`: the encoding that an item had
+    when the files were divided, where it has got another one since.
     """
 
     name: str
@@ -43,6 +44,11 @@ class Item:
     attributes: dict[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     text: bool = False
+    announced: Encoding | None = None
+
+    def recoded(self, encoding: Encoding) -> Item:
+        """The same tensor in another encoding, in the file where it was to be."""
+        return replace(self, encoding=encoding, announced=self.announced or self.encoding)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
     size = decoded = 0
     for item in items:
         form = forms.of(item)
-        nbytes = sum(spec.nbytes for spec in form.parts.values())
+        parts = form.parts if item.announced is None else item.announced.parts(tuple(item.shape), item.dtype)
+        nbytes = sum(spec.nbytes for spec in parts.values())
         if max_shard_size is not None and size and size + nbytes > max_shard_size:
             groups.append([])
             size = 0
@@ -150,7 +157,7 @@ def plain_items(items: Sequence[Item], packing: Packing) -> list[int]:
 
 def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:
     """An item that is not plain, stored in another way, in a file of so many items. Raises UsageError."""
-    item = replace(planned.item, encoding=encoding)
+    item = planned.item.recoded(encoding)
     form = _Arrangements(packing, items).of(item)
     if PLAIN in (planned.storage, form.storage):
         raise UsageError(f"item {item.name!r} cannot be stored in another way any more: its place was fixed")

@@ -18,7 +18,7 @@ from statecodec.choose.choices import Choice, Choices, by_rules
 from statecodec.choose.since_base import standing_alone
 from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
-from statecodec.errors import CorruptFile, UsageError
+from statecodec.errors import CodecError, CorruptFile, UsageError
 from statecodec.format import Item, Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
@@ -136,11 +136,16 @@ class _Joined:
         self.totals = Totals()
         try:
             self.refusals = _in_order(source, shares)
+            self.announced = {
+                name: Encoding.from_config(config)
+                for share in shares
+                for name, config in share.document["announced"].items()
+            }
             self.digests = {int(k): str(v) for share in shares for k, v in share.document["digests"].items()}
             for share in shares:
                 for name, (error, size) in share.document["sums"].items():
                     self.totals.add(name, float(error), float(size))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, CodecError) as error:
             raise CorruptFile(f"the shares of {source.path} are damaged: make them again") from error
 
     def choices(self, choices: Choices) -> Choices:
@@ -155,8 +160,12 @@ class _Joined:
     def items(self, work: Compression) -> list[Item]:
         """What will be written, with the attributes that the shares have."""
         return [
-            replace(work.item(i), attributes=dict(place.share.items[place.index].attributes))
-            for i, place in enumerate(self._places)
+            replace(
+                item,
+                attributes=dict(place.share.items[place.index].attributes),
+                announced=self.announced.get(item.name),
+            )
+            for item, place in zip(map(work.item, range(len(self._places))), self._places, strict=True)
         ]
 
     def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:

@@ -176,7 +176,10 @@ def _write(work: Compression, output: Output, indices: Sequence[int], share: Sha
         with made as (writer, refusals):
             digests = {str(file): digest for file, digest in hashes().items()}
             work.source.files.check_unchanged()
-            results = {"refusals": dict(refusals), "sums": dict(work.totals.sums), "digests": digests}
+            announced = {item.name: item.announced.config() for item in writer.items if item.announced is not None}
+            results = {
+                "refusals": dict(refusals), "announced": announced, "sums": dict(work.totals.sums), "digests": digests,
+            }  # fmt: skip
             return writer.finish({"share": header, **results}).publish().nbytes
 
 

@@ -208,7 +208,7 @@ class _Run:
         """
         restart = self._append_from(writer, 0, workers)
         while restart is not None:
-            self._recode(restart)
+            self._recode(restart, self.items[restart.index].recoded(restart.encoding))
             if self._encoded_beside(restart.index):
                 self.sums.clear()
                 self.meter.add(-sum(map(_nbytes, self.items[: restart.index])))
@@ -226,7 +226,7 @@ class _Run:
         """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
         for index in plain_items(self.items, packing):
             while (restart := self._tried(index)) is not None:
-                self._recode(restart)
+                self._recode(restart, replace(self.items[index], encoding=restart.encoding))
             self.sums.pop(index, None)
 
     def _tried(self, index: int) -> _Restart | None:
@@ -258,11 +258,10 @@ class _Run:
             if finer is not None:
                 raise _Restart(job.index, Encoding(finer, item.encoding.change))
 
-    def _recode(self, restart: _Restart) -> None:
-        item = self.items[restart.index]
+    def _recode(self, restart: _Restart, item: Item) -> None:
         if restart.refusal is not None:
             self.refusals[item.name] = restart.refusal
-        self.items[restart.index] = replace(item, encoding=restart.encoding)
+        self.items[restart.index] = item
         self.sums.pop(restart.index, None)
 
     def _append_from(self, writer: Writer, start: int, workers: Workers) -> _Restart | None:

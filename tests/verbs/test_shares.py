@@ -99,6 +99,26 @@ def test_refused_values_links_and_notes_come_through(tmp_path: Path) -> None:
     assert joined.read_bytes() == whole.read_bytes()
 
 
+def test_a_refused_tensor_moves_no_border_between_files(tmp_path: Path) -> None:
+    """Files are divided by what was chosen; what a share then had to store otherwise is known to the share alone."""
+    source = trained(tmp_path / "ckpt.pt")
+    content = torch.load(source)
+    for moments in content["optimizer"]["state"].values():
+        moments["exp_avg_sq"].view(-1)[0] = -1.0
+    torch.save(content, source)
+    settings: dict[str, Any] = {"max_shard_size": 70_000}
+    one, several = tmp_path / "one", tmp_path / "several"
+    one.mkdir()
+    several.mkdir()
+    report = statecodec.compress(source, one / "x.sc.safetensors", **settings)
+    assert any("kept exact" in note for note in report.notes)
+    for share in ("1/2", "2/2"):
+        statecodec.compress_share(source, several / "x.sc.safetensors", share=share, **settings)
+    statecodec.finalize(source, several / "x.sc.safetensors")
+    assert len(list(one.iterdir())) > 3
+    assert {p.name: p.read_bytes() for p in several.iterdir()} == {p.name: p.read_bytes() for p in one.iterdir()}
+
+
 def test_a_share_that_is_there_is_kept_and_a_lost_or_damaged_one_is_made_again(tmp_path: Path) -> None:
     source = trained(tmp_path / "ckpt.pt")
     target = tmp_path / "ckpt.sc.safetensors"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -49,6 +49,22 @@ def error(value: Any) -> str:
     if number == 0:
         return "exact"
     return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"
+
+
+def asked(preset: str | None, errors: Mapping[str, float] | None) -> str:
+    """What a file was made to keep to (see `Report.asked`), in words; nothing where that is not known.
+
+    >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.01})
+    'preset resume, errors up to 1 % of a step'
+    >>> asked(None, {"u_rms": 0.05, "weight_step_error": 0.003})
+    'updates off by up to 5 % of a step, weights off by up to 0.3 % of a step'
+    """
+    if errors is None:
+        return ""
+    update, weights = errors.get("u_rms"), errors.get("weight_step_error")
+    halves = [("errors", update)] if update == weights else [("updates off by", update), ("weights off by", weights)]
+    words = [f"{what} up to {100 * most:.3g} % of a step" for what, most in halves if most]
+    return ", ".join([*([f"preset {preset}"] if preset else []), *words])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:

@@ -9,13 +9,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from statecodec.figures import error, figures, ratio, seconds, size
+from statecodec.figures import asked, error, figures, ratio, seconds, size
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 __all__ = [
-    "emit", "error", "fail", "figures", "printable", "ratio", "say", "seconds", "show", "size", "stderr",
+    "asked", "emit", "error", "fail", "figures", "printable", "ratio", "say", "seconds", "show", "size", "stderr",
 ]  # fmt: skip
 
 _SPACE = re.compile("(?<! ) (?! )")  # where text may be wrapped

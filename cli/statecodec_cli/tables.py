@@ -83,8 +83,8 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
     else:
         facts.append(kind)
     details = [f"{document['num_params']:,} parameters", f"{_count(document):,} tensors"]
-    if document.get("preset"):
-        details.append(f"preset {document['preset']}")
+    if asked := console.asked(document.get("preset"), document.get("asked")):
+        details.append(asked)
     if document.get("format_version"):
         details.append("format " + ".".join(str(n) for n in document["format_version"]))
     if source.get("sha256"):
@@ -127,6 +127,7 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
     line = Facts(
         Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
         what,
+        console.asked(document.get("preset"), document.get("asked")),
         f"{_count(document):,} tensors, {console.size(document['bytes'])} checked",
     )
     return [line, *_updates(document), *_notes(document)]

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 _MAX_SOURCE = 1 << 62  # all files together
 _LAYOUT = re.compile(r"[a-z][a-z0-9_]{0,40}")  # restoring needs no layout; loading finds out whether it is known
+ASKED = "asked"  # the largest errors, in optimizer steps
 MAX_LINKS = 16  # a reader opens every file of a chain
 
 
@@ -52,6 +53,8 @@ class Document:
     base: BaseFile | None = None
     tensors: tuple[Joined, ...] = ()
     """Those that are stored in several items."""
+    asked: Mapping[str, float] | None = None
+    """The largest errors that were asked for, as `Report.asked`; None where the file does not say."""
 
     @property
     def is_directory(self) -> bool:
@@ -76,6 +79,7 @@ def to_json(document: Document, items: Sequence[Named] = ()) -> dict[str, Any]:
         "directories": [path_to_json(path) for path in document.directories],
         "notes": list(document.notes),
         **({"tensors": joined.to_json(document.tensors)} if document.tensors else {}),
+        **({} if document.asked is None else {ASKED: dict(document.asked)}),
         **_folder_fields(document.folders),
         **link,
     }
@@ -111,6 +115,7 @@ def from_json(value: Mapping[str, Any], items: Sequence[Named]) -> Document:
         notes=tuple(_strings(value, "notes")),
         base=_base(value["base"]) if value.get("base") is not None else None,
         tensors=joined.from_json(value.get("tensors", []), items),
+        asked=_asked(value.get(ASKED)),
     )
 
 
@@ -163,6 +168,15 @@ def _base(value: Any) -> BaseFile:
     if len(digest) != 32 or not set(digest) <= set("0123456789abcdef"):
         raise FormatError("the digest of the base is not 32 hexadecimal digits")
     return BaseFile(name, digest, _integer(value.get("length"), 1, MAX_LINKS))
+
+
+def _asked(value: Any) -> dict[str, float] | None:
+    if value is None:
+        return None
+    known = isinstance(value, dict) and value.keys() <= {"u_rms", "weight_step_error"}
+    if not known or not all(type(v) in (int, float) and 0 < v <= 1 for v in value.values()):
+        raise FormatError(f"{str(value)[:80]!r} in the document are no errors that can be asked for")
+    return {str(name): float(fraction) for name, fraction in value.items()}
 
 
 def _integer(value: Any, low: int, high: int) -> int:

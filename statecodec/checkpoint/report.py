@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from statecodec.checkpoint.states import EncodedState
-from statecodec.figures import error, ratio, size, table
+from statecodec.figures import asked, error, ratio, size, table
 
 _T = TypeVar("_T")
 _NOTES = 10  # that are printed
@@ -81,8 +81,10 @@ class Report:
     rules: tuple[str, ...] = ()
     updates: tuple[UpdateReport, ...] = ()
     total: dict[str, float] | None = None
-    asked: dict[str, float] = field(default_factory=dict)
-    """The largest errors that a budget allows, under their names in `total`; of `compress` and `finalize`."""
+    asked: Mapping[str, float] | None = None
+    """The largest errors that were asked for, in optimizer steps, under their names in `total`: by a preset or by an
+    option; empty if none was. None where the file does not say.
+    """
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()
@@ -217,6 +219,7 @@ def _report_text(report: Report) -> str:
         line += [f"from {size(before)}", ratio(before, report.bytes)]
     line += [report.source["framework"]] if report.source.get("framework") else []
     line += [f"{per_param:.2f} B/param"] if per_param else []
+    line += [words] if (words := asked(report.preset, report.asked)) else []
     rows = []
     for (role, codec), group in _grouped(report.tensors, lambda t: (t.role, t.codec.partition("(")[0])):
         sizes = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)

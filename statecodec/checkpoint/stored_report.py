@@ -33,6 +33,7 @@ def stored_report(
         seconds=seconds,
         preset=document.preset,
         rules=document.rules,
+        asked=document.asked,
         notes=document.notes,
         files=tuple(str(file) for file in files),
     )

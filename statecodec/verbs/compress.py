@@ -25,7 +25,7 @@ from statecodec.checkpoint.stored import Stored
 from statecodec.choose import Rule
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
-from statecodec.choose.steps import Budget, codes_per_octave, finer
+from statecodec.choose.steps import codes_per_octave, finer
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Given
 from statecodec.codecs.changes import subtract_parts, subtract_values
@@ -121,7 +121,7 @@ def compress(
         output = settings.output(target, force, where.workers(workers), progress)
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
-        report = work.write(output, check_of(source, output, settings.promised) if verify else None)
+        report = work.write(output, check_of(source, output) if verify else None)
     notes = (*report.notes, *_price(report, settings))
     return replace(report, notes=notes, pickles=found, seconds=time.perf_counter() - started)
 
@@ -144,14 +144,14 @@ def _price(report: Report, settings: Settings) -> Iterator[str]:
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
     elif step_error is not None and found > _FAR * step_error:
         yield (
-            f"the rules cost {100 * found:.3g} % in the Adam update, preset {report.preset} alone stands for "
+            f"the rules cost {100 * found:.3g} % in the Adam update, preset {settings.preset} alone stands for "
             f"{100 * step_error:g} %"
         )
     errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
     usual = 0.0 if step_error is None else 0.2 / codes_per_octave(step_error)
     if usual and max(errors, default=0.0) > _FAR * usual:
         yield (
-            f"the rules put second moments off by up to {100 * max(errors):.3g} %, preset {report.preset} alone by "
+            f"the rules put second moments off by up to {100 * max(errors):.3g} %, preset {settings.preset} alone by "
             f"about {100 * usual:.2g} %: the updates from the next step on divide by them"
         )
 
@@ -217,8 +217,7 @@ class Compression:
                 errors=Errors(self.figures, self.finer),
             )
         report = outcome.report(output)
-        total, asked = report.total or self.totals.figures(), self.settings.promised.figures
-        return replace(report, unmet=self.choices.unmet, total=total, asked=asked)
+        return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
     @contextlib.contextmanager
     def hashing(self, files: Sequence[int]) -> Iterator[Callable[[], dict[int, str]]]:
@@ -318,7 +317,7 @@ class Compression:
         kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
         described = documents.Document(
             created_by=f"statecodec {__version__}",
-            preset=self.settings.preset,
+            preset=self.settings.named_preset,
             rules=tuple(str(rule) for rule in self.settings.policy.rules),
             source={
                 "name": named(source.path).name,
@@ -331,17 +330,16 @@ class Compression:
             notes=(*self.choices.notes, *kept),
             base=self.base.file if self.base else None,
             tensors=tuple(source.joined.values()),
+            asked=self.settings.promised.figures,
         )
         return documents.to_json(described, source.items)
 
 
-def check_of(source: SourceCheckpoint, output: Output, budget: Budget) -> Check:
-    """Read a finished output back, and hold it against its source and the budget."""
+def check_of(source: SourceCheckpoint, output: Output) -> Check:
+    """Read a finished output back, and hold it against its source."""
 
     def check(stored: Stored) -> Report:
         check_intact(stored, output.threads, output.progress)
-        report = check_against(stored, source, output.threads, output.progress)
-        budget.check(report.total or {})
-        return report
+        return check_against(stored, source, output.threads, output.progress)
 
     return check

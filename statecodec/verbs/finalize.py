@@ -59,7 +59,7 @@ def finalize(
         choices = standing_alone(joined.choices(choices), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, Cpu(), settings, joined.totals)
         output = settings.output(target, force, threads or default_threads(), progress)
-        check = check_of(source, output, settings.promised) if verify else None
+        check = check_of(source, output) if verify else None
 
         def document(_: Mapping[str, str]) -> dict[str, Any]:
             source.files.check_unchanged()
@@ -69,8 +69,8 @@ def finalize(
         report = outcome.report(output)
     for share in shares:
         share.path.unlink()
-    total, asked = report.total or joined.totals.figures(), settings.promised.figures
-    return replace(report, unmet=choices.unmet, total=total, asked=asked, seconds=time.perf_counter() - started)
+    total = report.total or joined.totals.figures()
+    return replace(report, unmet=choices.unmet, total=total, seconds=time.perf_counter() - started)
 
 
 def _paths(target: Path) -> list[Path]:

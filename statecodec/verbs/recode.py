@@ -12,6 +12,7 @@ from typing import Any
 
 from statecodec import codecs
 from statecodec.checkpoint.base import TensorInfo
+from statecodec.checkpoint.document import ASKED
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import Stored
@@ -133,7 +134,8 @@ class Recoding:
         return {k: v for k, v in item.attributes.items() if kept or k != "error"}
 
     def _document(self, refusals: Mapping[str, str]) -> dict[str, Any]:
-        document = {k: v for k, v in self.stored.reader.document.items() if k != "base"}
+        gone = {"base"} if self._chosen == self._now else {"base", "preset", ASKED}  # what was asked for is not kept
+        document = {k: v for k, v in self.stored.reader.document.items() if k not in gone}
         rules = [*(str(rule) for rule in self.policy.rules), *self.stored.document.rules]
         left = [f"{name}: left as it is: {reason}" for name, reason in refusals.items()]
         notes = [*self.stored.document.notes, f"converted from {self.stored.path.name}", *self.notes, *left]

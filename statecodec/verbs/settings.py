@@ -93,6 +93,13 @@ class Settings:
         return Policy((*self.own.rules, *choose.preset(self.preset).rules))
 
     @property
+    def named_preset(self) -> str | None:
+        """The preset, if any of what it stands for was left to it."""
+        stands = choose.preset(self.preset)
+        replaced = {"max_step_error"} <= {*self.budget.asked} or len(self.budget.asked) > 1
+        return None if replaced and not stands.rules else self.preset
+
+    @property
     def promised(self) -> Budget:
         """What a check holds the result against: what a preset stands for is no promise about tensors that rules of
         the caller's own decide; what was asked for is one.

@@ -20,6 +20,7 @@ from statecodec.progress import Meter, Progress
 from statecodec.verbs.diff import compare
 
 _SHOWN = 5
+_ROUNDING = 1.001  # in which the two ways of summing an error agree
 
 
 def verify(
@@ -34,7 +35,8 @@ def verify(
     Of a link of a chain, every earlier file is checked as well.
 
     Against an original: the names, shapes and non-tensor bytes must be the same, everything stored losslessly must be
-    equal, every lossy tensor's error must be what the file says it is, and for a single file the SHA-256 must match.
+    equal, every lossy tensor's error must be what the file says it is, that of the Adam update no larger than what was
+    asked for, and for a single file the SHA-256 must match.
     The returned report then carries the errors of the Adam updates and the totals. Raises CorruptFile,
     VerificationFailed, FormatError.
     """
@@ -82,7 +84,15 @@ def check_against(stored: Stored, original: Checkpoint, threads: int, progress: 
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
     report, comparison = stored.report(), compare(original, stored, threads, progress)
     _refuse([*_complaints(stored, comparison), *_update_complaints(stored, comparison)], original.path)
+    _check_promise(stored, comparison)
     return replace(report, updates=comparison.updates, total=comparison.total)
+
+
+def _check_promise(stored: Stored, comparison: DiffReport) -> None:
+    """The Adam update is no further off than what was asked for when the file was made."""
+    promised, found = (stored.document.asked or {}).get("u_rms"), comparison.total.get("u_rms")
+    if promised is not None and found is not None and not found <= promised * _ROUNDING:
+        raise VerificationFailed(f"update error {found:.4g} of a step is above the {promised:g} that was asked for")
 
 
 def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:

@@ -84,6 +84,7 @@ def test_every_tensor_is_off_by_the_fraction_that_was_asked_for(fraction: float,
             assert of_update == of_weight == 0.0, name
     assert report.total is not None
     assert report.asked == {"u_rms": fraction, "weight_step_error": fraction}
+    assert report.preset is None
     assert report.total["u_rms"] <= fraction * 1.001
     if fraction >= 0.01:
         assert report.total["weight_step_error"] <= fraction * 1.002
@@ -371,10 +372,57 @@ def test_a_budget_needs_something_to_bound(name: str, tmp_path: Path) -> None:
         statecodec.compress(tmp_path / "codes.pt", **{name: 0.01})
 
 
-def test_a_promise_that_was_missed_is_an_error() -> None:
-    Budget(0.01).check({"u_rms": 0.01})
-    with pytest.raises(VerificationFailed, match="above the promised"):
-        Budget(0.01).check({"u_rms": 0.0101})
+def test_a_promise_that_was_missed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, target = trained(tmp_path / "ckpt.pt", steps=2), tmp_path / "c.sc.safetensors"
+    monkeypatch.setattr(Budget, "figures", {"u_rms": 0.005})  # while 0.01 is what tensors are encoded with
+    statecodec.compress(path, target, max_update_error=0.01)
+    with pytest.raises(VerificationFailed, match=r"is above the 0\.005 that was asked for"):
+        statecodec.verify(target, path)
+    with pytest.raises(VerificationFailed, match=r"is above the 0\.005 that was asked for"):
+        statecodec.compress(path, tmp_path / "d.sc.safetensors", max_update_error=0.01, verify=True)
+    assert not (tmp_path / "d.sc.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "preset", "asked", "words"),
+    [
+        ({}, "resume", (0.01, 0.01), "preset resume, errors up to 1 % of a step"),
+        ({"max_step_error": 0.05}, None, (0.05, 0.05), "errors up to 5 % of a step"),
+        (
+            {"preset": "small", "max_weight_error": 0.01},
+            "small",
+            (0.1, 0.01),
+            "preset small, updates off by up to 10 % of a step, weights off by up to 1 % of a step",
+        ),
+        ({"preset": "lossless"}, "lossless", (), "preset lossless"),
+        ({"preset": "live"}, "live", (), "preset live"),
+        ({"rules": ["exp_avg=raw"]}, "resume", (), "preset resume"),  # rules of one's own: the preset is no promise
+    ],
+    ids=str,
+)
+def test_a_file_says_what_was_asked_for(
+    options: dict[str, Any], preset: str | None, asked: tuple[float, ...], words: str, tmp_path: Path
+) -> None:
+    path, target = trained(tmp_path / "ckpt.pt", steps=1), tmp_path / "c.sc.safetensors"
+    promised = dict(zip(("u_rms", "weight_step_error"), asked, strict=False))
+    made, seen = statecodec.compress(path, target, **options), statecodec.inspect(target)
+    for report in (made, seen, statecodec.verify(target)):
+        assert (report.preset, report.asked) == (preset, promised)
+    assert words in str(seen)
+    assert statecodec.inspect(path).asked is None
+
+
+def test_what_was_asked_for_is_gone_once_a_file_is_converted(tmp_path: Path) -> None:
+    path, first, second = (
+        trained(tmp_path / "ckpt.pt", steps=1),
+        tmp_path / "a.sc.safetensors",
+        tmp_path / "b.safetensors",
+    )
+    statecodec.compress(path, first)
+    report = statecodec.convert(first, second, "exp_avg=raw")
+    assert (report.preset, report.asked) == (None, None)
+    report = statecodec.convert(first, second, "nothing=raw", force=True)
+    assert (report.preset, report.asked) == ("resume", {"u_rms": 0.01, "weight_step_error": 0.01})
 
 
 def test_codes_per_octave() -> None:

@@ -115,6 +115,13 @@ def test_inspect_of_a_plain_checkpoint_claims_no_compression() -> None:
     assert row(printed, "exp_avg") == ["exp_avg", "float32", "1", "4.00", "MB"]
 
 
+def test_inspect_and_verify_say_what_was_asked_for() -> None:
+    document = documents.report() | {"asked": {"u_rms": 0.05, "weight_step_error": 0.05}, "preset": None}
+    for printed in (tables.inspected(document), tables.verified(document, against=False)):
+        assert "errors up to 5 % of a step" in text(printed)
+    assert "preset" not in text(tables.inspected(documents.report()))  # an older file does not say whether it was kept
+
+
 def test_diff_states_update_error_and_what_has_no_counterpart() -> None:
     printed = text(tables.difference(documents.difference()))
     assert row(printed, "exp_avg_sq") == ["exp_avg_sq", "1", "1,000,000", "0.00900", "0.0270"]

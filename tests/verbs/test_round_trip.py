@@ -429,10 +429,11 @@ def test_documents_without_modes_of_directories_still_restore() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"directory_modes": [0]}, {"directory_modes": [0, -1]}, {"directory_times": [0, 1 << 64]}, {"directories": [{}]}]
+    [{"asked": bad} for bad in ([], {"u_rms": 0.0}, {"u_rms": "1"}, {"u_rms": 2.0}, {"other": 0.1})]
+    + [{"directory_modes": [0]}, {"directory_modes": [0, -1]}, {"directory_times": [0, 1 << 64]}, {"directories": [{}]}]
     + [{"directories": [{"bytes": bad}]} for bad in ("2e2e", "zz", "2f61", "", 5)],
     ids=str,
 )
-def test_hostile_directories_are_refused(change: dict[str, Any]) -> None:
+def test_hostile_documents_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
         documents.from_json({**documents.to_json(DIRECTORY), **change}, [])

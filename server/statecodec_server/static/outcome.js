@@ -23,7 +23,7 @@ const FIGURES = {
   ],
   restore: (job) => [figure("restored", size(job.bytes_out), job.files[0]?.name || "")],
   convert: (job) => [figure("converted", size(job.bytes_out), `from ${size(job.bytes_in)}`)],
-  verify: (job, report) => [figure("intact", size(report.bytes ?? job.bytes_in), "checked")],
+  verify: (job, report) => [figure("intact", size(report.bytes ?? job.bytes_in), "checked"), ...promises(report)],
   diff: (job, report) => [
     ...(report.identical !== undefined ? [figure("the two are", report.identical ? "identical" : "different")] : []),
     ...errors(report),
@@ -34,9 +34,15 @@ const FIGURES = {
   ],
 };
 
+// The errors that were asked for when the file was made; nothing where it does not say.
+const promises = (report) => [["updates off by", "u_rms"], ["weights off by", "weight_step_error"]]
+  .filter(([, name]) => report.asked?.[name])
+  .map(([label, name]) => figure(label, percent(report.asked[name]), "of a step at most"));
+
 const contents = (job, report) => [
   ...(report.tensors ? [figure("tensors", String(report.tensors.length))] : []),
   ...(report.num_params ? [figure("parameters", report.num_params.toLocaleString())] : []),
+  ...promises(report),
 ];
 
 export function outcome(job, report, root) {

@@ -23,13 +23,13 @@ from torch import Tensor
 from zipnn import ZipNN
 
 from statecodec import kernels
-from statecodec.buffers import Pool, Scratch
+from statecodec.buffers import Pool, ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.codecs import Codec, Raw
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.format.packing import Packing, decode_record, encode_record
 from statecodec.verbs.compress import open_source
-from statecodec.verbs.settings import Settings
+from statecodec.verbs.settings import CompressSettings
 
 Work = tuple[Callable[[], int], Callable[[], None]]
 Tensors = Sequence[tuple[SourceItem, Tensor]]
@@ -128,9 +128,9 @@ class _Coder:
     def __init__(self, source: SourceCheckpoint, tensors: Tensors, preset: str) -> None:
         self.values = {item.name: tensor.view(-1) for item, tensor in tensors}
         self.items = {item.name: item for item, _ in tensors}
-        self.choices = Settings.of(preset=preset).choose(source, None, 1)
+        self.choices = CompressSettings.of(preset=preset).choose(source, None, 1)
         self.pool, self.packing = Pool(), Packing()
-        self.scratch, self.beside = Scratch(), Scratch()
+        self.scratch, self.beside = ThreadScratch(), ThreadScratch()
         self.made: dict[Key, tuple[Chunk, bytes]] = {}
         self.decoded: set[Key] = set()
 
@@ -167,7 +167,7 @@ class _Coder:
         self.pool.give(buffer)
         return made
 
-    def _decode(self, name: str, start: int, scratch: Scratch) -> Tensor:
+    def _decode(self, name: str, start: int, scratch: ThreadScratch) -> Tensor:
         self.decoded.add((name, start))
         chunk, data = self.made[name, start]
         xxhash.xxh3_64_hexdigest(data)

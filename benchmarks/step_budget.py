@@ -23,7 +23,7 @@ from common import record, trained
 from torch import Tensor, nn
 
 from statecodec import kernels
-from statecodec.buffers import Pool, Scratch
+from statecodec.buffers import Pool, ThreadScratch
 from statecodec.choose.step_size import correction
 from statecodec.choose.steps import codes_per_octave
 from statecodec.codecs import Codec, Direction, Logarithmic, Uniform, parse
@@ -176,7 +176,7 @@ def one(spent: Spent, codec: Codec, x: Tensor, v: Tensor) -> None:
         pool.give(buffer)
 
 
-_POOL, _SCRATCH = Pool(), Scratch()
+_POOL, _SCRATCH = Pool(), ThreadScratch()
 
 
 def entropy(codes: Tensor) -> float:

@@ -31,10 +31,10 @@ def check(target: Path, *, directory: bool = False, force: bool = False) -> None
         raise OutputExists(f"{target} exists; use force to replace it")
 
 
-class Output:
+class AtomicOutput:
     """One file or directory: made at `path` by whatever means, finished, published as `target`.
 
-        with Output(target, force=force) as output:
+        with AtomicOutput(target, force=force) as output:
             with output.create() as file:
                 torch.save(value, file)
             output.finish()
@@ -84,7 +84,7 @@ class Output:
         else:
             self.staging.publish(self.target, force=self.force)
 
-    def __enter__(self) -> Output:
+    def __enter__(self) -> AtomicOutput:
         return self
 
     def __exit__(
@@ -97,7 +97,7 @@ class Output:
 
 def write_file(target: str | os.PathLike[str], data: bytes, *, force: bool = False) -> None:
     """Write a small file, whole or not at all. Raises UsageError, OutputExists, OutputFailed."""
-    with Output(target, force=force) as output:
+    with AtomicOutput(target, force=force) as output:
         with output.create() as file:
             file.write(data)
         output.publish()

@@ -45,7 +45,7 @@ class Pool:
                 self._free.setdefault(buffer.size, []).append(buffer)
 
 
-class Scratch(threading.local):
+class ThreadScratch(threading.local):
     """CPU tensors that a thread uses again for every chunk; pinned where a card copies from and to them."""
 
     def __init__(self, pinned: bool = False) -> None:

@@ -201,7 +201,7 @@ def put_back(taken: list[Taken]) -> None:
         os.replace(away, target)
 
 
-class File:
+class StagedFile:
     """A file of an output, written at any offsets."""
 
     def __init__(self, staging: Staging, name: str) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from statecodec import staging
-from statecodec.atomic import Output, write_file
+from statecodec.atomic import AtomicOutput, write_file
 from statecodec.errors import OutputExists, OutputFailed, UsageError
 
 
-def fill(output: Output) -> None:
+def fill(output: AtomicOutput) -> None:
     """Make a file, or a directory with one in it."""
     if output.directory:
         (output.path / "new").touch()
@@ -27,8 +27,8 @@ def fill(output: Output) -> None:
             file.write(b"new")
 
 
-def publish(target: Path, *, directory: bool = False, force: bool = False) -> Output:
-    with Output(target, directory=directory, force=force) as output:
+def publish(target: Path, *, directory: bool = False, force: bool = False) -> AtomicOutput:
+    with AtomicOutput(target, directory=directory, force=force) as output:
         fill(output)
         output.finish()
         output.publish()
@@ -54,7 +54,7 @@ def test_a_finished_output_is_readable_and_invisible_until_it_is_published(
     target = tmp_path / "target"
     if force:
         target.mkdir() if directory else target.write_bytes(b"old")
-    with Output(target, directory=directory, force=force) as output:
+    with AtomicOutput(target, directory=directory, force=force) as output:
         fill(output)
         output.finish()
         assert output.path.name == target.name
@@ -72,7 +72,7 @@ def test_an_output_that_is_not_published_leaves_nothing(
     tmp_path: Path, directory: bool, error: type[BaseException] | None
 ) -> None:
     def run() -> None:
-        with Output(tmp_path / "target", directory=directory) as output:
+        with AtomicOutput(tmp_path / "target", directory=directory) as output:
             fill(output)
             if error is not None:
                 raise error
@@ -94,7 +94,7 @@ def test_a_file_never_replaces_a_directory_or_a_device_nor_a_directory_a_file(tm
     file.write_text("mine")
     for target, directory in ((folder, False), (device, False), (device, True), (file, True)):
         with pytest.raises(UsageError, match="not replaced"):
-            Output(target, directory=directory, force=force)
+            AtomicOutput(target, directory=directory, force=force)
     assert (folder / "keep").exists()
     assert stat.S_ISFIFO(device.stat().st_mode)
     assert file.read_text() == "mine"
@@ -103,7 +103,7 @@ def test_a_file_never_replaces_a_directory_or_a_device_nor_a_directory_a_file(tm
 @pytest.mark.parametrize("directory", [False, True])
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path, directory: bool) -> None:
     target = tmp_path / "target"
-    with Output(target, directory=directory) as output:
+    with AtomicOutput(target, directory=directory) as output:
         fill(output)
         target.write_text("somebody else's")
         with pytest.raises(OutputExists, match="meanwhile"):
@@ -118,7 +118,7 @@ def test_the_old_directory_stays_where_the_new_one_cannot_get_its_name(
     target = tmp_path / "run"
     target.mkdir()
     (target / "old").touch()
-    with Output(target, directory=True, force=True) as output:
+    with AtomicOutput(target, directory=True, force=True) as output:
         fill(output)
         monkeypatch.setattr(os, "rename", failing(errno.EIO, os.rename, lambda source, _: source == output.path))
         with pytest.raises(OutputFailed, match="Input/output error"):
@@ -129,8 +129,8 @@ def test_the_old_directory_stays_where_the_new_one_cannot_get_its_name(
 
 def test_an_error_of_the_disk_is_ours(tmp_path: Path) -> None:
     with pytest.raises(OutputFailed, match="there is no directory"):
-        Output(tmp_path / "no" / "such" / "folder")
-    with pytest.raises(OutputFailed, match="No space left"), Output(tmp_path / "x"):
+        AtomicOutput(tmp_path / "no" / "such" / "folder")
+    with pytest.raises(OutputFailed, match="No space left"), AtomicOutput(tmp_path / "x"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert os.listdir(tmp_path) == []
 
@@ -149,8 +149,8 @@ def test_links_are_followed_and_long_names_work(tmp_path: Path) -> None:
 def test_what_a_killed_run_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "x.pt"
     code = (
-        "import sys, time; from statecodec.atomic import Output\n"
-        "with Output(sys.argv[1]) as output:\n"
+        "import sys, time; from statecodec.atomic import AtomicOutput\n"
+        "with AtomicOutput(sys.argv[1]) as output:\n"
         "    output.path.write_bytes(b'half'); print('there', flush=True); time.sleep(60)"
     )
     foreign = [tmp_path / name for name in (".x.pt.0123.tmp", ".xx.pt.0123456789abcdef.tmp")]
@@ -192,7 +192,7 @@ def test_a_mount_that_cannot_sync_is_a_note(
 
 
 def test_a_folder_that_may_not_be_listed_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Output(tmp_path / "x") as output:
+    with AtomicOutput(tmp_path / "x") as output:
         fill(output)
         monkeypatch.setattr(os, "open", failing(errno.EACCES, os.open, lambda path, *_: path == tmp_path))
         output.publish()
@@ -205,14 +205,14 @@ def test_a_mount_without_permissions_is_a_note_where_they_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     monkeypatch.setattr(os, "chmod", failing(code, os.chmod))
-    with Output(tmp_path / "x") as output, output.create() as file:
+    with AtomicOutput(tmp_path / "x") as output, output.create() as file:
         now = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
         output.staging.chmod(file.fileno(), now)
         assert output.notes == ()
         output.staging.chmod(file.fileno(), 0o604)
         assert "0604" in output.notes[0]
     monkeypatch.setattr(os, "chmod", failing(errno.EIO, os.chmod))
-    with pytest.raises(OutputFailed), Output(tmp_path / "x") as output, output.create() as file:
+    with pytest.raises(OutputFailed), AtomicOutput(tmp_path / "x") as output, output.create() as file:
         output.staging.chmod(file.fileno(), 0o604)
 
 
@@ -221,7 +221,7 @@ def test_a_sandbox_that_follows_no_path_lets_permissions_be_set(
 ) -> None:
     monkeypatch.setattr(os, "chmod", failing(errno.EPERM, os.chmod, lambda file, *_: not isinstance(file, int)))
     (tmp_path / "sub").mkdir()
-    with Output(tmp_path / "x") as output:
+    with AtomicOutput(tmp_path / "x") as output:
         fill(output)
         output.staging.chmod(tmp_path / "sub", 0o711)
     assert output.notes == ()
@@ -233,7 +233,7 @@ def test_a_mount_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(os, "link", failing(code, os.link))
     write_file(tmp_path / "x", b"1")
     assert (tmp_path / "x").read_bytes() == b"1"
-    with Output(tmp_path / "y") as output:
+    with AtomicOutput(tmp_path / "y") as output:
         fill(output)
         (tmp_path / "y").write_text("theirs")
         with pytest.raises(OutputExists, match="meanwhile"):

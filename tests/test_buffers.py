@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from statecodec.buffers import Scratch
+from statecodec.buffers import ThreadScratch
 
 
 def test_a_part_may_be_called_anything() -> None:
     """Whatever a codec calls its parts, they are not the memory of another use."""
-    scratch = Scratch()
+    scratch = ThreadScratch()
     decoded = scratch.take("decoded", torch.float32, (8,)).fill_(1)
     source = scratch.take("source", torch.float32, (8,)).fill_(2)
     for name in ("decoded", "source", "part", ""):
@@ -19,7 +19,7 @@ def test_a_part_may_be_called_anything() -> None:
 
 
 def test_memory_is_used_again() -> None:
-    scratch = Scratch()
+    scratch = ThreadScratch()
     first = scratch.take("x", torch.float32, (1000,))
     assert scratch.take("x", torch.int16, (3, 5)).data_ptr() == first.data_ptr()
     assert scratch.take("x", torch.float64, ()).shape == ()

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
-from statecodec_cli.grid import Column, Facts, Grid
+from statecodec_cli.grid import Column, TextRow, TextTable
 
 Document = Mapping[str, Any]
 _WORST = "_worst_relative_rms"
@@ -48,12 +48,12 @@ def converted(document: Document, *, every: bool = False) -> list[RenderableType
     return [*parts, *([Text(f"Adam update  u-rms {console.error(update)} at worst")] if update is not None else [])]
 
 
-def _heading(document: Document) -> Facts:
+def _heading(document: Document) -> TextRow:
     sources = document["sources"]
     name = sources[0] if len(sources) == 1 else f"{len(sources)} checkpoints"
     steps = [f"{s:g}" for s in sorted(float(s) for s in document["steps"] if s is not None)]
     shown = ", ".join(steps) if len(steps) <= 8 else f"{steps[0]} ... {steps[-1]}"
-    return Facts(
+    return TextRow(
         Text(name, style="bold"),
         f"{len(document['tensors'])} second moments",
         Text(f"step{'s' if len(steps) > 1 else ''} {shown}" if steps else "", style="dim"),
@@ -79,7 +79,7 @@ def _snr(tensors: Sequence[Document], cutoff: float, *, every: bool) -> Renderab
         for part in first["parts"] if every else ():
             figures = [_ratio(_mean([first["parts"][part].get(d)]), cutoff) for d in dims]
             rows.append(("  " + part.rsplit("[", 1)[-1].rstrip("]"), "", *figures, "", ""))
-    return Grid(head, rows)
+    return TextTable(head, rows)
 
 
 def _groups(tensors: Sequence[Document], *, every: bool) -> list[tuple[str, list[Document]]]:
@@ -116,7 +116,7 @@ def _named(dims: Sequence[int] | None) -> str:
     return ",".join(map(str, dims)) if dims else "keep"
 
 
-def _saved(document: Document) -> Grid:
+def _saved(document: Document) -> TextTable:
     """What rules save of the second moments, and what that does to the Adam update, where it was measured."""
     rules = (("layer", "by layer"), ("type", "by layer type"), ("table", "the paper's table"))
     errors = document.get("update_error") or {}
@@ -126,7 +126,7 @@ def _saved(document: Document) -> Grid:
     for basis, name in rules:
         error = [console.error(errors[basis])] if errors else []
         rows.append((name, f"{100 * float(document['saved'][basis]):.1f} %", *error))
-    return Grid(heads, rows)
+    return TextTable(heads, rows)
 
 
 def _curve(curve: Sequence[Document]) -> RenderableType:
@@ -137,4 +137,4 @@ def _curve(curve: Sequence[Document]) -> RenderableType:
         for p in curve
         if p["label"] is None
     ]
-    return Grid([Column("step error"), Column("B/param"), Column("preset", text=True)], rows)
+    return TextTable([Column("step error"), Column("B/param"), Column("preset", text=True)], rows)

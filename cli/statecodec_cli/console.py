@@ -66,7 +66,7 @@ def say(message: str) -> None:
 def _print(out: Console, renderable: RenderableType) -> None:
     from rich.text import Text
 
-    from statecodec_cli.grid import Facts
+    from statecodec_cli.grid import TextRow
 
     if not isinstance(renderable, Text) or renderable.plain.startswith(" "):  # a table, or code
         out.print(renderable, overflow="ignore", crop=False)
@@ -74,7 +74,7 @@ def _print(out: Console, renderable: RenderableType) -> None:
     for line in renderable.split("\n", allow_blank=True):
         spaces = [match.start() for match in _SPACE.finditer(line.plain)]
         first, *rest = line.divide(spaces)
-        out.print(Facts(first, *(word[1:] for word in rest), gap=1), overflow="ignore", crop=False)
+        out.print(TextRow(first, *(word[1:] for word in rest), gap=1), overflow="ignore", crop=False)
 
 
 def emit(document: Any) -> None:

@@ -31,7 +31,7 @@ class Column:
     drop: int = 0
 
 
-class Grid:
+class TextTable:
     """A table, printed by rich. Cells are text; control characters in them are the caller's to escape."""
 
     def __init__(self, columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> None:
@@ -52,7 +52,7 @@ class Grid:
         hidden = [c.name for i, c in enumerate(self._columns) if i not in shown]
         if hidden:
             words = ["not shown at this width:", *(f"{name}," for name in hidden[:-1]), hidden[-1]]
-            yield Facts(*(Text(word, style="dim") for word in words), gap=1)
+            yield TextRow(*(Text(word, style="dim") for word in words), gap=1)
         yield Text()
 
     def _fit(self, width: int) -> tuple[list[int], list[int]]:
@@ -92,7 +92,7 @@ class Grid:
         return Text(line.rstrip(), style=style, no_wrap=True, overflow="ignore")
 
 
-class Facts:
+class TextRow:
     """Short pieces of text in a row, which breaks only between them; what is longer than the terminal stays whole."""
 
     def __init__(self, *facts: Text | str, gap: int = 3) -> None:

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console
-from statecodec_cli.grid import Column, Facts, Grid
+from statecodec_cli.grid import Column, TextRow, TextTable
 from statecodec_cli.tensor_tables import (
     DTYPE,
     ERROR,
@@ -42,7 +42,7 @@ def compressed(document: Document, *, every: bool = False) -> list[RenderableTyp
     """What `compress` did: one headline, then sizes and errors by role and codec."""
     source, before, after = document["source"], document["source"]["bytes"], document["bytes"]
     elapsed = document.get("seconds") or 0.0
-    line = Facts(
+    line = TextRow(
         Text.assemble((str(source.get("name", "")), "bold"), f"  {console.size(before)}"),
         Text.assemble("->  ", (str(document["path"]), "bold"), f"  {console.size(after)}"),
         Text(console.ratio(before, after), style="bold green"),
@@ -63,7 +63,7 @@ def compressed(document: Document, *, every: bool = False) -> list[RenderableTyp
 def share(document: Document) -> RenderableType:
     """What `compress --shard` did."""
     made = "" if document["made"] else "it was there already"
-    return Facts(
+    return TextRow(
         Text.assemble(f"share {document['share']}: ", (str(document["path"]), "bold")),
         Text(f"{console.size(document['bytes'])}, {document['items']:,} items"),
         Text(made or console.seconds(document["seconds"]), style="dim"),
@@ -90,8 +90,8 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
     if source.get("sha256"):
         details.append(f"SHA-256 of the original {source['sha256']}")
     return [
-        Facts(*facts, _per_param(document)),
-        Facts(*(Text(detail, style="dim") for detail in details)),
+        TextRow(*facts, _per_param(document)),
+        TextRow(*(Text(detail, style="dim") for detail in details)),
         body(document, every=every),
         *_updates(document),
         *_imports(document),
@@ -112,7 +112,7 @@ def restored(document: Document) -> list[RenderableType]:
     elapsed, lossy = document.get("seconds"), sum(bool(t.get("error")) for t in document["tensors"])
     exact = not lossy and all(t["codec"] in ("raw", "delta") for t in document["tensors"])
     has_digest = exact and document["source"].get("sha256")
-    line = Facts(
+    line = TextRow(
         Text.assemble((str(document["path"]), "bold"), f"  {console.size(document['source']['bytes'])}"),
         Text("the same SHA-256 as the original", style="green") if has_digest else "",
         f"{lossy:,} of {_count(document):,} tensors within the errors that `inspect` shows" if lossy else "",
@@ -124,7 +124,7 @@ def restored(document: Document) -> list[RenderableType]:
 def verified(document: Document, *, against: bool) -> list[RenderableType]:
     """That `verify` found nothing wrong."""
     what = "intact, and within its stated errors of the original" if against else "intact"
-    line = Facts(
+    line = TextRow(
         Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
         what,
         console.asked(document.get("preset"), document.get("asked")),
@@ -150,11 +150,11 @@ def difference(document: Document, *, every: bool = False) -> list[RenderableTyp
         columns = (*columns, Column("elements that differ"))
     else:
         rows = [row[:-1] for row in rows]
-    parts: list[RenderableType] = [Grid(columns, rows)] if rows else []
+    parts: list[RenderableType] = [TextTable(columns, rows)] if rows else []
     updates = document.get("updates") or []
     if updates and every:
         names = (Column("Adam update of", text=True, gives="middle"), *_UPDATE)
-        parts.append(Grid(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
+        parts.append(TextTable(names, [(u["param"] or "?", *update_cells(u)) for u in updates]))
     return [*parts, *_updates(document), *_one_sided(document), *_equality(document), *_values(document, every=every),
             *_notes(document)]  # fmt: skip
 
@@ -208,7 +208,7 @@ def _values(document: Document, *, every: bool) -> list[RenderableType]:
     listed = values if every else values[:_MANY_VALUES]
     head = (Column("value", text=True, gives="middle"), *(Column(side, text=True, gives="fold") for side in "AB"))
     more = [Text(f"and {len(values) - len(listed):,} more; --all lists them", style="dim")] if listed != values else []
-    return [Grid(head, [(v["name"], v["a"], v["b"]) for v in listed]), *more]
+    return [TextTable(head, [(v["name"], v["a"], v["b"]) for v in listed]), *more]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -226,7 +226,7 @@ def update_cells(update: Document) -> tuple[str, str, str, str]:
     )
 
 
-def _updates(document: Document) -> list[Facts]:
+def _updates(document: Document) -> list[TextRow]:
     """The errors of the Adam update and of the weights in total, where the document states them."""
     total, asked = document.get("total") or {}, document.get("asked") or {}
     update, weights = total.get("u_rms"), total.get("weight_step_error")
@@ -234,7 +234,7 @@ def _updates(document: Document) -> list[Facts]:
         return []
     _, largest, exact, cosine = update_cells(total)
     count = len(document.get("updates") or ())
-    line = Facts(
+    line = TextRow(
         Text.assemble("Adam update  u-rms ", (console.error(update), "bold"), _asked(asked.get("u_rms")))
         if update is not None
         else "",

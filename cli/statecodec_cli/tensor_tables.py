@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from statecodec_cli import console
-from statecodec_cli.grid import Column, Grid
+from statecodec_cli.grid import Column, TextTable
 
 Document = Mapping[str, Any]
 _ROLES = (
@@ -32,7 +32,7 @@ _BEFORE, _AFTER, _RATIO = Column("before", drop=2), Column("after"), Column("rat
 ERROR = Column("rel. rms")
 
 
-def body(document: Document, *, every: bool) -> Grid:
+def body(document: Document, *, every: bool) -> TextTable:
     """The tensors of a report, one by one or summed up."""
     tensors, packed = list(_whole(document["tensors"])), is_compressed(document)
     return _tensors(tensors, packed=packed) if every else _summary(tensors, packed=packed)
@@ -50,7 +50,7 @@ def _whole(tensors: Iterable[Document]) -> Iterator[Document]:
             yield {**state, "bytes_before": before, "bytes_after": after, "exact": exact}
 
 
-def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
+def _tensors(tensors: Sequence[Document], *, packed: bool) -> TextTable:
     """A row for each tensor."""
     head: tuple[Column, ...] = (NAME, replace(ROLE, drop=2), SHAPE, DTYPE)
     rows = [(t["name"], shown(t["role"]), shape(t), t["dtype"]) for t in tensors]
@@ -58,21 +58,21 @@ def _tensors(tensors: Sequence[Document], *, packed: bool) -> Grid:
         sizes = [console.size(t["bytes_before"]) for t in tensors]
         if any(t["codec"] != "raw" for t in tensors):
             held = [(t["codec"], size) for t, size in zip(tensors, sizes, strict=True)]
-            return Grid((*head, _CODEC, Column("size")), [(*row, *h) for row, h in zip(rows, held, strict=True)])
-        return Grid((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
+            return TextTable((*head, _CODEC, Column("size")), [(*row, *h) for row, h in zip(rows, held, strict=True)])
+        return TextTable((*head, Column("size")), [(*row, size) for row, size in zip(rows, sizes, strict=True)])
     stored = [(*row, *_stored([t])) for row, t in zip(rows, tensors, strict=True)]
     head = (*head, _CODEC, replace(_BEFORE, drop=3), _AFTER, replace(_RATIO, drop=2))
     return _with_errors(head, stored, tensors)
 
 
-def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
+def _summary(tensors: Sequence[Document], *, packed: bool) -> TextTable:
     """A row for each role and codec, or role and dtype of what is not compressed."""
     encoded = any(t["codec"] != "raw" for t in tensors)
     by_kind = groups(tensors, lambda t: (t["role"], _kind(t["codec"]) if packed else _held(t)))
     if not packed:
         sizes = [(shown(role), dtype, _how_many(role, group), _stored(group)[1]) for (role, dtype), group in by_kind]
         kind = Column("dtype or codec" if encoded else "dtype", text=True, gives="fold")
-        return Grid((ROLE, kind, Column("tensors"), Column("size")), sizes)
+        return TextTable((ROLE, kind, Column("tensors"), Column("size")), sizes)
     rows = []
     for (role, codec), group in by_kind:
         _, *sizes_and_ratio, relative, steps = _stored(group)
@@ -82,11 +82,11 @@ def _summary(tensors: Sequence[Document], *, packed: bool) -> Grid:
     return _with_errors(head, rows, tensors)
 
 
-def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensors: Sequence[Document]) -> Grid:
+def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensors: Sequence[Document]) -> TextTable:
     """A table whose last two columns are the relative error and that in optimizer steps, where any is known."""
     if any("step_error" in (t.get("error") or {}) for t in tensors):
-        return Grid((*head, replace(ERROR, drop=1), Column("in steps")), rows)
-    return Grid((*head, ERROR), [row[:-1] for row in rows])
+        return TextTable((*head, replace(ERROR, drop=1), Column("in steps")), rows)
+    return TextTable((*head, ERROR), [row[:-1] for row in rows])
 
 
 def _kind(codec: str) -> str:

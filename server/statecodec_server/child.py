@@ -107,7 +107,7 @@ def _report(value: Any, staged: str, display: str) -> dict[str, Any]:
 def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     from statecodec.operations import OPERATIONS
 
-    from .operations import Call, run
+    from .operations import OperationCall, run
     from .segments import tar_sha256
 
     operation = OPERATIONS[request["operation"]]
@@ -115,7 +115,7 @@ def _work(request: Mapping[str, Any], channel: Channel) -> dict[str, Any]:
     output = Path(request["output"])
     sandbox.lock_down([output.parent])
     other = request.get("other")
-    call = Call(
+    call = OperationCall(
         source=Path(request["source"]),
         other=None if other is None else Path(other),
         output=output,

@@ -8,7 +8,7 @@ import hashlib
 import re
 from typing import Any
 
-from .problems import Problem
+from .problems import HTTPProblem
 
 CHECKSUMS = ("sha1", "sha256", "md5")
 _SHA256_FIELD = re.compile(r"(?:^|,)\s*sha-256\s*=\s*:([A-Za-z0-9+/=]{44}):")
@@ -24,13 +24,13 @@ def announced_sha256(field: str | None, hexadecimal: str | None = None) -> str |
     """The SHA-256 a client announces, in hex, from a digest field or from metadata."""
     if hexadecimal is not None:
         if not _HEX.fullmatch(hexadecimal):
-            raise Problem(422, "upload.digest", "The announced sha256 is not 64 hexadecimal digits.")
+            raise HTTPProblem(422, "upload.digest", "The announced sha256 is not 64 hexadecimal digits.")
         return hexadecimal.lower()
     if field is None:
         return None
     match = _SHA256_FIELD.search(field)
     if match is None:
-        raise Problem(422, "upload.digest", "The digest field has no sha-256 (RFC 9530: sha-256=:base64:).")
+        raise HTTPProblem(422, "upload.digest", "The digest field has no sha-256 (RFC 9530: sha-256=:base64:).")
     return base64.b64decode(match[1]).hex()
 
 
@@ -40,14 +40,14 @@ class Checksum:
     def __init__(self, field: str) -> None:
         algorithm, _, text = field.strip().partition(" ")
         if algorithm not in CHECKSUMS:
-            raise Problem(400, "upload.checksum", f"Checksum algorithm {algorithm!r} is not one of {CHECKSUMS}.")
+            raise HTTPProblem(400, "upload.checksum", f"Checksum algorithm {algorithm!r} is not one of {CHECKSUMS}.")
         self._digest: Any = hashlib.new(algorithm, usedforsecurity=False)
         try:
             self._expected = base64.b64decode(text, validate=True)
         except binascii.Error:
-            raise Problem(400, "upload.checksum", "The checksum is not base64.") from None
+            raise HTTPProblem(400, "upload.checksum", "The checksum is not base64.") from None
         if len(self._expected) != self._digest.digest_size:
-            raise Problem(400, "upload.checksum", f"A {algorithm} checksum has {self._digest.digest_size} bytes.")
+            raise HTTPProblem(400, "upload.checksum", f"A {algorithm} checksum has {self._digest.digest_size} bytes.")
 
     def update(self, data: bytes) -> None:
         """Take in the next bytes of the body."""

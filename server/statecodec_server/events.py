@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from anyio.to_thread import run_sync
 
 from .database import Database, jobs
-from .problems import Problem
+from .problems import HTTPProblem
 from .records import ENDED
 from .schemas import job_document
 from .settings import Settings
@@ -95,7 +95,7 @@ class Watcher:
     def check(self) -> None:
         """Raise 503 when no further stream may be opened."""
         if self.count >= self._settings.max_streams:
-            raise Problem(503, "unavailable", "Too many event streams are open; poll instead.")
+            raise HTTPProblem(503, "unavailable", "Too many event streams are open; poll instead.")
 
     def _subscribe(self, row: Row) -> Listener:
         listener = Listener()

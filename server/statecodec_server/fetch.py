@@ -14,7 +14,7 @@ import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .problems import Problem
+from .problems import HTTPProblem
 from .storage import BLOCK
 
 TIMEOUT = 30.0
@@ -43,15 +43,15 @@ def check_url(url: str, allowed: Sequence[str]) -> tuple[str, str]:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError:
-        raise Problem(422, "usage", "That is not a URL.") from None
+        raise HTTPProblem(422, "usage", "That is not a URL.") from None
     host = (parts.hostname or "").lower()
     if not allowed:
-        raise Problem(422, "usage", "This service fetches nothing from URLs. Upload the file, or use a bucket.")
+        raise HTTPProblem(422, "usage", "This service fetches nothing from URLs. Upload the file, or use a bucket.")
     if parts.scheme != "https" or parts.username is not None or port not in (None, 443) or host not in allowed:
-        raise Problem(422, "usage", "Only plain https URLs of these hosts are fetched: " + ", ".join(allowed))
+        raise HTTPProblem(422, "usage", "Only plain https URLs of these hosts are fetched: " + ", ".join(allowed))
     target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     if any(ord(letter) <= 32 or ord(letter) >= 127 for letter in target):
-        raise Problem(422, "usage", "The URL has characters that must be percent-encoded.")
+        raise HTTPProblem(422, "usage", "The URL has characters that must be percent-encoded.")
     return host, target
 
 
@@ -60,7 +60,7 @@ def resolve(host: str) -> list[str]:
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)})
     except OSError:
-        raise Problem(422, "job.input", f"The name {host!r} cannot be resolved.") from None
+        raise HTTPProblem(422, "job.input", f"The name {host!r} cannot be resolved.") from None
 
 
 class _Pinned(http.client.HTTPSConnection):
@@ -77,20 +77,20 @@ class _Pinned(http.client.HTTPSConnection):
 
 
 def download(url: str, target: Path, *, allowed: Sequence[str], limit: int, resolver: Resolve = resolve) -> None:
-    """Fetch an allowed URL into a file of at most `limit` bytes; raises a Problem."""
+    """Fetch an allowed URL into a file of at most `limit` bytes; raises an HTTPProblem."""
     host, path = check_url(url, allowed)
     addresses = resolver(host)
     if not addresses or not all(is_public(address) for address in addresses):
-        raise Problem(422, "job.input", f"The name {host!r} leads to an address that is not public.")
+        raise HTTPProblem(422, "job.input", f"The name {host!r} leads to an address that is not public.")
     connection = _Pinned(host, addresses[0], ssl.create_default_context())
     try:
         connection.request("GET", path, headers={"Accept-Encoding": "identity", "User-Agent": "statecodec-server"})
         answer = connection.getresponse()
         if answer.status != 200:
-            raise Problem(422, "job.input", f"{host} answered {answer.status}; redirects are not followed.")
+            raise HTTPProblem(422, "job.input", f"{host} answered {answer.status}; redirects are not followed.")
         _copy(answer, target, limit)
     except (OSError, http.client.HTTPException) as error:
-        raise Problem(422, "job.input", f"{host} could not be read: {type(error).__name__}.") from error
+        raise HTTPProblem(422, "job.input", f"{host} could not be read: {type(error).__name__}.") from error
     finally:
         connection.close()
 
@@ -101,7 +101,7 @@ def _copy(answer: http.client.HTTPResponse, target: Path, limit: int) -> None:
         while block := answer.read(BLOCK):
             received += len(block)
             if received > limit:
-                raise Problem(422, "job.input", f"The file is larger than {limit:,} bytes.")
+                raise HTTPProblem(422, "job.input", f"The file is larger than {limit:,} bytes.")
             file.write(block)
     if announced is not None and received != announced:
-        raise Problem(422, "job.input", "The file ended early.")
+        raise HTTPProblem(422, "job.input", "The file ended early.")

@@ -13,7 +13,7 @@ from . import fetch
 from .database import Database, uploads
 from .names import check_members, clean_name, display_name, member_path
 from .operations import offers
-from .problems import Problem, not_found
+from .problems import HTTPProblem, not_found
 from .records import Jobs
 from .schemas import JobRequest, Member, Source
 from .settings import Settings
@@ -32,20 +32,20 @@ class Inputs:
         operation = offers(self._settings.backend).get(request.operation)
         if operation is None:
             names = ", ".join(offers(self._settings.backend))
-            raise Problem(422, "usage", f"There is no operation {request.operation!r}; there are {names}.")
+            raise HTTPProblem(422, "usage", f"There is no operation {request.operation!r}; there are {names}.")
         try:
             options = operation.check(request.options)
         except UsageError as error:
-            raise Problem(422, "usage", f"options: {error}") from None
+            raise HTTPProblem(422, "usage", f"options: {error}") from None
         source = request.source or Source(upload=request.upload)
         document: dict[str, Any] = {"operation": operation.name, "options": options}
         document["source"], nbytes = self._source(principal, source)
         if request.other is not None:
             if operation.other is None:
-                raise Problem(422, "usage", f"{operation.name} takes one input only.")
+                raise HTTPProblem(422, "usage", f"{operation.name} takes one input only.")
             document["other"], _ = self._source(principal, request.other)
         elif operation.other_needed:
-            raise Problem(422, "usage", f"{operation.name} needs a second input, `other`.")
+            raise HTTPProblem(422, "usage", f"{operation.name} needs a second input, `other`.")
         return document, nbytes
 
     def _source(self, principal: Principal, source: Source) -> tuple[dict[str, Any], int]:
@@ -69,14 +69,16 @@ class Inputs:
         if row is None:
             raise not_found("upload")
         if row["state"] == "refused":
-            raise Problem(410, "upload.gone", f"The upload {identity} was refused: its digest was wrong.")
+            raise HTTPProblem(410, "upload.gone", f"The upload {identity} was refused: its digest was wrong.")
         if row["state"] == "receiving":
-            raise Problem(409, "upload.incomplete", f"The upload {identity} is not complete yet.")
+            raise HTTPProblem(409, "upload.incomplete", f"The upload {identity} is not complete yet.")
         return row
 
     def _directory(self, principal: Principal, members: list[Member]) -> tuple[dict[str, Any], int]:
         if len(members) > self._settings.max_files:
-            raise Problem(422, "usage", f"A directory checkpoint has at most {self._settings.max_files:,} files here.")
+            raise HTTPProblem(
+                422, "usage", f"A directory checkpoint has at most {self._settings.max_files:,} files here."
+            )
         check_members([member_path(member.path) for member in members])
         files = []
         for member in members:
@@ -93,7 +95,7 @@ class Inputs:
         row = self._jobs.get(principal, identity)
         results = json.loads(row["result"])["files"] if row["result"] else []
         if not results:
-            raise Problem(409, "job.conflict", f"The job {identity} has no result to work on.")
+            raise HTTPProblem(409, "job.conflict", f"The job {identity} has no result to work on.")
         files = [{"path": file["name"], "key": file["key"], "bytes": file["bytes"]} for file in results]
         nbytes = sum(file["bytes"] for file in files)
         if len(files) == 1 and "/" not in files[0]["path"]:
@@ -105,14 +107,14 @@ class Inputs:
         if bucket is None or (bucket.tokens is not None and principal.name not in bucket.tokens):
             raise not_found("bucket")
         if ".." in key.split("/") or key.startswith("/"):
-            raise Problem(422, "usage", "A key is a plain path inside the bucket.")
+            raise HTTPProblem(422, "usage", "A key is a plain path inside the bucket.")
         objects = bucket_files(bucket, key, self._settings.max_files)
         files: list[dict[str, Any]] = [
             {"path": path, "bucket": name, "key": full, "bytes": nbytes} for path, full, nbytes in objects
         ]
         total = sum(nbytes for _, _, nbytes in objects)
         if total > self._settings.max_upload:
-            raise Problem(413, "body.size", f"The largest input here is {int(self._settings.max_upload):,} bytes.")
+            raise HTTPProblem(413, "body.size", f"The largest input here is {int(self._settings.max_upload):,} bytes.")
         if not key.endswith("/"):
             return _single(display_name(key), files[0])
         check_members([member_path(file["path"]) for file in files])

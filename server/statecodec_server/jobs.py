@@ -16,10 +16,10 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, run_dbos_database
 from sqlalchemy.exc import DBAPIError
 
 from . import logs
-from .problems import Problem
+from .problems import HTTPProblem
 from .records import Fenced, Row
 from .settings import Settings
-from .steps import Work
+from .steps import JobSteps
 
 log = logging.getLogger("statecodec.server.jobs")
 APPLICATION = "statecodec"
@@ -98,7 +98,7 @@ class JobQueue:
 class JobWorker:
     """A worker process's side: takes one job at a time until told to stop."""
 
-    def __init__(self, settings: Settings, work: Work) -> None:
+    def __init__(self, settings: Settings, work: JobSteps) -> None:
         self._settings = settings
         DBOS(
             config={
@@ -130,7 +130,7 @@ class JobWorker:
         DBOS.destroy(workflow_completion_timeout_sec=int(self._settings.drain_seconds))
 
 
-def _register(work: Work) -> None:
+def _register(work: JobSteps) -> None:
     claims: dict[str, Row] = {}
 
     def step(name: str, function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
@@ -147,7 +147,7 @@ def _register(work: Work) -> None:
         logs.job_id.set(job)
         try:
             row = claims[job] = work.jobs.claim(job, work.owner)
-        except (Fenced, Problem):
+        except (Fenced, HTTPProblem):
             return  # cancelled, deleted, or ended by an attempt that died right after
         log.info("a job begins", extra={"fields": {"operation": row["operation"], "attempt": row["attempt"]}})
         outcome = stage(job)
@@ -160,7 +160,7 @@ def _register(work: Work) -> None:
         del claims[job]
 
 
-def _outcome(work: Work, function: Callable[..., Any], row: Row, *arguments: Any) -> dict[str, Any]:
+def _outcome(work: JobSteps, function: Callable[..., Any], row: Row, *arguments: Any) -> dict[str, Any]:
     """Run a step; failures become values, because the engine would keep a raised error for ever.
 
     An overtaken worker, or one without its database, must leave no trace in the job it no longer owns: the process

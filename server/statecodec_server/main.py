@@ -27,7 +27,7 @@ log = logging.getLogger("statecodec.server")
 FIRST_TOKEN = "first"
 
 
-class Refused(Exception):
+class StartRefused(Exception):
     """The service will not start like this; the message says what to change."""
 
 
@@ -54,9 +54,11 @@ class Server(uvicorn.Server):
 
 
 def check(settings: Settings) -> None:
-    """Refuse what would be unsafe; raises Refused."""
+    """Refuse what would be unsafe; raises StartRefused."""
     if not settings.auth and not settings.loopback:
-        raise Refused(f"refusing to listen on {settings.host} without tokens: drop --no-auth, or bind to 127.0.0.1")
+        raise StartRefused(
+            f"refusing to listen on {settings.host} without tokens: drop --no-auth, or bind to 127.0.0.1"
+        )
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -66,7 +68,7 @@ def _listen(settings: Settings) -> socket.socket:
     try:
         listener.bind((settings.host.strip("[]"), settings.port))
     except OSError as error:
-        raise Refused(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+        raise StartRefused(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
     listener.set_inheritable(False)
     return listener
 
@@ -99,7 +101,7 @@ def serve(settings: Settings) -> int:
         check(settings)
         lock = application.own_data_folder(settings)
         listener = _listen(settings)
-    except (Refused, application.DataFolderInUse) as error:
+    except (StartRefused, application.DataFolderInUse) as error:
         print(f"statecodec-server: {error}", file=sys.stderr)
         return 1
     logs.configure(settings.log_level)
@@ -175,13 +177,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def load(values: dict[str, Any]) -> Settings:
-    """Settings from the command line over the environment over the file; raises Refused."""
+    """Settings from the command line over the environment over the file; raises StartRefused."""
     if values.pop("config", None) is not None:
         raise AssertionError("the config file is named in the environment by now")
     try:
         return Settings(**{key: value for key, value in values.items() if value is not None})
     except (ValidationError, FileNotFoundError, ValueError) as error:
-        raise Refused(str(error)) from None
+        raise StartRefused(str(error)) from None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ[CONFIG_VARIABLE] = config
     try:
         settings = load(settings_given)
-    except Refused as error:
+    except StartRefused as error:
         print(f"statecodec-server: {error}", file=sys.stderr)
         sys.exit(2)
     if command == "token":

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import logs
-from .problems import HEAD_BYTES, Problem, head_too_long
+from .problems import HEAD_BYTES, HTTPProblem, head_too_long
 from .settings import Settings, is_loopback
 
 log = logging.getLogger("statecodec.server.access")
@@ -99,19 +99,21 @@ class Gate:
         finally:
             self._note(scope, status[0], time.perf_counter() - started)
 
-    def _refuse(self, scope: Scope, headers: Headers) -> Problem | None:
+    def _refuse(self, scope: Scope, headers: Headers) -> HTTPProblem | None:
         if _head_bytes(scope) > HEAD_BYTES:
             return head_too_long()
         if not self._known_host(headers.get("host", "")):
-            return Problem(403, "auth.origin", "This service does not answer to that Host; see the setting `hosts`.")
+            return HTTPProblem(
+                403, "auth.origin", "This service does not answer to that Host; see the setting `hosts`."
+            )
         origin = headers.get("origin")
         if origin is not None and not self._same_origin(origin, headers.get("host", "")):
-            return Problem(403, "auth.origin", "Pages of other sites may not use this service.")
+            return HTTPProblem(403, "auth.origin", "Pages of other sites may not use this service.")
         if not scope["path"].startswith("/v1/uploads") and _length(headers) > self._settings.max_body:
-            return Problem(413, "body.size", f"The largest body here is {int(self._settings.max_body):,} bytes.")
+            return HTTPProblem(413, "body.size", f"The largest body here is {int(self._settings.max_body):,} bytes.")
         if _encoded(headers):
             text = "Send the body as it is: this service takes no Content-Encoding."
-            return Problem(415, "body.type", text, headers={"Accept-Encoding": "identity"})
+            return HTTPProblem(415, "body.type", text, headers={"Accept-Encoding": "identity"})
         method = headers.get("x-http-method-override", "").upper()
         if scope["method"] == "POST" and method in ("PATCH", "DELETE") and scope["path"].startswith("/v1/uploads/"):
             scope["method"] = method

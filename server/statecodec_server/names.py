@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import urllib.parse
 
-from .problems import Problem
+from .problems import HTTPProblem
 
 _MEMBER = re.compile(r"[A-Za-z0-9_.@+=-][A-Za-z0-9_.@+= -]{0,199}")
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -36,7 +36,7 @@ def member_path(text: str) -> str:
     parts = text.split("/")
     plain = all(_MEMBER.fullmatch(part) and part not in (".", "..") and part == part.strip() for part in parts)
     if not plain or len(parts) > MAX_DEPTH:
-        raise Problem(422, "usage", f"{display_name(text)!r} cannot be a path inside a directory checkpoint.")
+        raise HTTPProblem(422, "usage", f"{display_name(text)!r} cannot be a path inside a directory checkpoint.")
     return text
 
 
@@ -45,13 +45,13 @@ def check_members(paths: list[str]) -> None:
     seen: set[str] = set()
     for path in paths:
         if path in seen:
-            raise Problem(422, "usage", f"{path!r} is named twice.")
+            raise HTTPProblem(422, "usage", f"{path!r} is named twice.")
         seen.add(path)
     for path in paths:
         parts = path.split("/")
         for depth in range(1, len(parts)):
             if "/".join(parts[:depth]) in seen:
-                raise Problem(422, "usage", f"{'/'.join(parts[:depth])!r} is a file and a folder at once.")
+                raise HTTPProblem(422, "usage", f"{'/'.join(parts[:depth])!r} is a file and a folder at once.")
 
 
 def content_disposition(name: str) -> str:

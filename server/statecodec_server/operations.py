@@ -26,7 +26,7 @@ SUFFIX = ".sc.safetensors"
 
 
 @dataclass(frozen=True)
-class Call:
+class OperationCall:
     """What a child process hands to an operation; paths are relative to the job's folder."""
 
     source: Path
@@ -52,14 +52,14 @@ def _compressed(path: Path) -> Path:
     return indexes[0] if len(indexes) == 1 else path
 
 
-def _keywords(function: Callable[..., Any], call: Call) -> dict[str, Any]:
+def _keywords(function: Callable[..., Any], call: OperationCall) -> dict[str, Any]:
     """The job's options, and of the service's own keywords those that the function takes."""
     own = {"progress": call.progress, "threads": call.threads, "device": "cpu"}
     taken = inspect.signature(function).parameters
     return {**{name: value for name, value in own.items() if name in taken}, **call.options}
 
 
-def _compress(library: Any, call: Call) -> Any:
+def _compress(library: Any, call: OperationCall) -> Any:
     target = call.output / f"{stem(call.name)}{SUFFIX}"
     keywords = _keywords(library.compress, call)
     if call.other is not None:
@@ -69,14 +69,14 @@ def _compress(library: Any, call: Call) -> Any:
     return library.compress(call.source, target, **keywords)
 
 
-def _restore(library: Any, call: Call) -> Any:
+def _restore(library: Any, call: OperationCall) -> Any:
     source = _compressed(call.source)
     original = library.inspect(source).to_json()["source"]["name"]  # from inside the file: cleaned before use
     target = call.output / clean_name(Path(str(original)).name)
     return library.restore(source, target, **_keywords(library.restore, call))
 
 
-def _verify(library: Any, call: Call) -> Any:
+def _verify(library: Any, call: OperationCall) -> Any:
     return library.verify(_compressed(call.source), call.other, **_keywords(library.verify, call))
 
 
@@ -87,12 +87,12 @@ def _ending(options: Mapping[str, Any]) -> str:
     return SUFFIX if "=" in options["to"][0].split("(")[0] else ".pt"
 
 
-def _convert(library: Any, call: Call) -> Any:
+def _convert(library: Any, call: OperationCall) -> Any:
     target = call.output / f"{stem(call.name)}{_ending(call.options)}"
     return library.convert(_compressed(call.source), target, **_keywords(library.convert, call))
 
 
-_RUN: dict[str, Callable[[Any, Call], Any]] = {
+_RUN: dict[str, Callable[[Any, OperationCall], Any]] = {
     "compress": _compress,
     "restore": _restore,
     "verify": _verify,
@@ -100,7 +100,7 @@ _RUN: dict[str, Callable[[Any, Call], Any]] = {
 }
 
 
-def run(library: Any, operation: Operation, call: Call) -> Any:
+def run(library: Any, operation: Operation, call: OperationCall) -> Any:
     """Carry out an operation for a job. Returns the report of the library's function.
 
     An operation without a row in _RUN makes no files: its function gets the checkpoint, and the second one if there is

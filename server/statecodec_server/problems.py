@@ -57,7 +57,7 @@ HEAD_BYTES = 32 << 10  # request line and headers
 _BY_STATUS = {404: "not_found", 405: "method", 413: "body.size", 415: "body.type"}
 
 
-class Problem(Exception):
+class HTTPProblem(Exception):
     """A deliberate refusal: HTTP status, stable code, a sentence for people, further members and headers."""
 
     def __init__(
@@ -85,38 +85,38 @@ class Problem(Exception):
         return Response(json.dumps(self.document()), self.status, {**self.headers}, "application/problem+json")
 
 
-def not_found(what: str) -> Problem:
+def not_found(what: str) -> HTTPProblem:
     """The one answer for things that are not there and for things that belong to somebody else."""
-    return Problem(404, "not_found", f"There is no such {what}, or it is not yours.")
+    return HTTPProblem(404, "not_found", f"There is no such {what}, or it is not yours.")
 
 
-def head_too_long() -> Problem:
+def head_too_long() -> HTTPProblem:
     """431: the request line and the headers together."""
-    return Problem(431, "header.size", f"Request line and headers may have {HEAD_BYTES:,} bytes together.")
+    return HTTPProblem(431, "header.size", f"Request line and headers may have {HEAD_BYTES:,} bytes together.")
 
 
-def storage_problem(error: OSError) -> Problem:
+def storage_problem(error: OSError) -> HTTPProblem:
     """Turn a failed write into 507 when the disk is full and 503 otherwise."""
     if error.errno in FULL_ERRNOS:
-        return Problem(507, "storage.full", "The disk of this service is full; what was acknowledged is safe.")
+        return HTTPProblem(507, "storage.full", "The disk of this service is full; what was acknowledged is safe.")
     if error.errno == errno.EROFS:
-        return Problem(507, "storage.full", "The storage of this service is read-only at the moment.")
-    return Problem(503, "storage.failed", f"The storage failed: {error.strerror or 'input/output error'}.")
+        return HTTPProblem(507, "storage.full", "The storage of this service is read-only at the moment.")
+    return HTTPProblem(503, "storage.failed", f"The storage failed: {error.strerror or 'input/output error'}.")
 
 
-def _describe(error: RequestValidationError) -> Problem:
+def _describe(error: RequestValidationError) -> HTTPProblem:
     errors = [
         {"where": ".".join(str(part) for part in item["loc"]), "what": item["msg"]} for item in error.errors()[:20]
     ]
     first = errors[0]
-    return Problem(422, "usage", f"{first['where']}: {first['what']}", errors=errors)
+    return HTTPProblem(422, "usage", f"{first['where']}: {first['what']}", errors=errors)
 
 
 def install(app: FastAPI) -> None:
     """Make every error of `app` a problem document."""
 
     async def problem(_: Request, error: Exception) -> Response:
-        assert isinstance(error, Problem)
+        assert isinstance(error, HTTPProblem)
         return error.response()
 
     async def validation(_: Request, error: Exception) -> Response:
@@ -126,7 +126,7 @@ def install(app: FastAPI) -> None:
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = _BY_STATUS.get(error.status_code, "usage")
-        return Problem(error.status_code, code, str(error.detail), headers=error.headers).response()
+        return HTTPProblem(error.status_code, code, str(error.detail), headers=error.headers).response()
 
     async def storage(_: Request, error: Exception) -> Response:
         assert isinstance(error, OSError)
@@ -137,9 +137,9 @@ def install(app: FastAPI) -> None:
         log.error("database failed: %s", error)
         text = "The database of this service cannot be written at the moment."
         full = "disk is full" in str(error) or "readonly database" in str(error)
-        return Problem(507 if full else 503, "storage.full" if full else "database", text).response()
+        return HTTPProblem(507 if full else 503, "storage.full" if full else "database", text).response()
 
-    app.add_exception_handler(Problem, problem)
+    app.add_exception_handler(HTTPProblem, problem)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(OSError, storage)

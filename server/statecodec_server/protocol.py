@@ -6,7 +6,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .problems import HEAD_BYTES, Problem, head_too_long
+from .problems import HEAD_BYTES, HTTPProblem, head_too_long
 
 _DISCARDED = 1 << 20  # bytes read and dropped after a refusal, so that the client sees the answer and not a reset
 _LINGER = 1.0
@@ -29,7 +29,7 @@ class Protocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what could not be parsed, end our side, and close once the client has had time to read it."""
         long = len(self.conn.trailing_data[0]) > HEAD_BYTES
-        problem = head_too_long() if long else Problem(400, "usage", "That is not an HTTP/1.1 request.")
+        problem = head_too_long() if long else HTTPProblem(400, "usage", "That is not an HTTP/1.1 request.")
         response = problem.response()
         reason = response.status_code, problem.document()["title"]
         head = [f"HTTP/1.1 {reason[0]} {reason[1]}".encode()]

@@ -8,7 +8,7 @@ import time
 import sqlalchemy as sa
 
 from .database import Database, jobs, uploads
-from .problems import Problem
+from .problems import HTTPProblem
 from .settings import Settings
 
 _HELD = sa.func.coalesce(sa.func.sum(sa.func.coalesce(uploads.c.length, uploads.c.offset)), 0)
@@ -50,7 +50,7 @@ class Quotas:
         """Raise 507 when `nbytes` more cannot be kept (`awaited`: count what open uploads will still send)."""
         left = self.remaining(token)
         if nbytes > left:
-            raise Problem(
+            raise HTTPProblem(
                 507,
                 "storage.quota",
                 f"{nbytes:,} bytes asked for, {max(left, 0):,} left of the quota. Delete old uploads and jobs.",
@@ -62,6 +62,6 @@ class Quotas:
             with self._database.read() as connection:
                 free -= int(connection.execute(statement).scalar_one())
         if nbytes > free:
-            raise Problem(
+            raise HTTPProblem(
                 507, "storage.full", f"{nbytes:,} bytes asked for, {max(free, 0):,} left on the disk of this service."
             )

@@ -12,7 +12,7 @@ from fastapi.responses import Response, StreamingResponse
 
 from .digests import repr_digest
 from .names import content_disposition
-from .problems import Problem
+from .problems import HTTPProblem
 from .segments import Segment, stream, total
 from .storage import Storage
 
@@ -44,7 +44,7 @@ def parse_ranges(field: str, size: int) -> list[Range] | None:
         if start < stop:
             ranges.append((start, stop - start))
     if not ranges:
-        raise Problem(
+        raise HTTPProblem(
             416, "range", f"The representation has {size:,} bytes.", headers={"Content-Range": f"bytes */{size}"}
         )
     ordered = sorted(ranges)
@@ -79,7 +79,7 @@ def serve(
         headers["Repr-Digest"] = repr_digest(sha256)
     asked = request.headers
     if "if-match" in asked and not _listed(asked["if-match"], etag):
-        raise Problem(412, "usage", "The result is not the one named by If-Match.")
+        raise HTTPProblem(412, "usage", "The result is not the one named by If-Match.")
     if "if-none-match" in asked and _listed(asked["if-none-match"], etag):
         return Response(status_code=304, headers=headers)
     ranges: list[Range] | None = None

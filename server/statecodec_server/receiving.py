@@ -11,7 +11,7 @@ from anyio.to_thread import run_sync
 from starlette.requests import ClientDisconnect
 
 from .digests import Checksum
-from .problems import Problem
+from .problems import HTTPProblem
 from .settings import Settings
 from .spool import Spool
 from .storage import BLOCK
@@ -20,7 +20,7 @@ CHECKPOINT = 32 << 20  # bytes, and
 CHECKPOINT_SECONDS = 5.0  # seconds, after which what has come is made durable and the upload's life is extended
 
 
-class Record(Protocol):
+class OffsetRecorder(Protocol):
     """Writes an acknowledged offset down."""
 
     def __call__(self, offset: int, *, whole: bool) -> None: ...
@@ -30,7 +30,12 @@ class Receiver:
     """One body on its way into one upload; `stop()` ends it as if the client had gone away."""
 
     def __init__(
-        self, settings: Settings, spool: Spool, row: Mapping[str, Any], checksum: Checksum | None, record: Record
+        self,
+        settings: Settings,
+        spool: Spool,
+        row: Mapping[str, Any],
+        checksum: Checksum | None,
+        record: OffsetRecorder,
     ) -> None:
         self._settings, self._spool, self._row = settings, spool, row
         self._checksum, self._record = checksum, record
@@ -43,11 +48,11 @@ class Receiver:
         self._stop.set()
 
     async def run(self, body: AsyncIterator[bytes]) -> None:
-        """Read until the end; raises a Problem when the body was wrong, after saving what can be saved."""
+        """Read until the end; raises an HTTPProblem when the body was wrong, after saving what can be saved."""
         ended = False
         try:
             ended = await self._pump(body)
-        except (Problem, OSError):
+        except (HTTPProblem, OSError):
             await run_sync(self._spool.roll_back)
             raise
         right = self._checksum is None or (ended and self._checksum.matches())
@@ -56,11 +61,11 @@ class Receiver:
         length = self._row["length"]
         await self._save(whole=right and (ended if length is None else self._spool.end == length))
         if ended and not right:
-            raise Problem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
+            raise HTTPProblem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
         if not ended and self._stop.is_set():
-            raise Problem(503, "unavailable", "This request was stopped; what came is saved. Ask for the offset.")
+            raise HTTPProblem(503, "unavailable", "This request was stopped; what came is saved. Ask for the offset.")
         if not ended:
-            raise Problem(408, "body.timeout", "The body ended early or stayed silent; what came is saved.")
+            raise HTTPProblem(408, "body.timeout", "The body ended early or stayed silent; what came is saved.")
 
     async def _save(self, *, whole: bool) -> None:
         try:
@@ -83,7 +88,7 @@ class Receiver:
         while chunk := await self._next(body):
             if self._spool.end + len(buffer) + len(chunk) > self._limit:
                 announced = self._row["length"] is not None
-                raise Problem(
+                raise HTTPProblem(
                     400 if announced else 413,
                     "upload.length" if announced else "body.size",
                     f"The body goes beyond {int(self._limit):,} bytes; its last part was not kept.",

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from .database import Database, add, jobs, workers
-from .problems import Problem, not_found
+from .problems import HTTPProblem, not_found
 from .settings import Settings
 from .tokens import Principal
 
@@ -63,7 +63,7 @@ class Jobs:
                     return _same_request(dict(earlier), fingerprint), False
             open_jobs = sa.select(sa.func.count()).where(jobs.c.token == principal.id, jobs.c.state.notin_(ENDED))
             if connection.execute(open_jobs).scalar_one() >= self._settings.max_jobs:
-                raise Problem(
+                raise HTTPProblem(
                     429,
                     "job.limit",
                     f"One token has at most {self._settings.max_jobs} unfinished jobs.",
@@ -212,7 +212,7 @@ class Jobs:
 
 def _same_request(found: Row, fingerprint: str) -> Row:
     if found["fingerprint"] != fingerprint:
-        raise Problem(422, "job.key_reused", "This Idempotency-Key was used for another request.")
+        raise HTTPProblem(422, "job.key_reused", "This Idempotency-Key was used for another request.")
     return found
 
 

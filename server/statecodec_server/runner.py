@@ -35,7 +35,7 @@ class ChildFailed(Exception):
         return {"code": self.code, "message": self.message}
 
 
-class Rate:
+class ByteRate:
     """Bytes per second, smoothed over a few seconds; restarts with each stage."""
 
     def __init__(self) -> None:

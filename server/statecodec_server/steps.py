@@ -20,9 +20,9 @@ import sqlalchemy as sa
 from . import fetch
 from .database import Database, jobs, uploads
 from .names import clean_name
-from .problems import FULL_ERRNOS, Problem
+from .problems import FULL_ERRNOS, HTTPProblem
 from .records import ENDED, Cancelled, Fenced, Jobs
-from .runner import ChildFailed, Children, Rate
+from .runner import ByteRate, ChildFailed, Children
 from .settings import Settings
 from .storage import Storage, download
 
@@ -31,7 +31,7 @@ Row = Mapping[str, Any]
 UPLOAD_PATIENCE = 3600.0
 
 
-class Work:
+class JobSteps:
     """Everything a worker needs to carry a job through its steps."""
 
     def __init__(self, settings: Settings, database: Database, storage: Storage, owner: str) -> None:
@@ -124,7 +124,7 @@ class Work:
         if free <= 0:
             raise ChildFailed("storage.full", "The disk of this service is full; nothing was kept of this job.")
         child = self.children.start(self._child_request(request, row, free))
-        rate = Rate()
+        rate = ByteRate()
 
         def tick(done: int, total: int, stage: str) -> None:
             self.jobs.progress(row, done, total, stage, rate.update(done, stage))
@@ -213,7 +213,7 @@ class Work:
             return {"cancelled": True}
         if isinstance(error, ChildFailed):
             return {"error": error.document()}
-        if isinstance(error, Problem):
+        if isinstance(error, HTTPProblem):
             return {"error": {"code": error.code, "message": error.detail}}
         if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
             text = "The disk of this service is full; nothing was kept of this job."

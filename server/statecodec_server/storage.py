@@ -16,7 +16,7 @@ from typing import Any
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from .problems import Problem
+from .problems import HTTPProblem
 from .settings import Bucket, Settings
 
 BLOCK = 1 << 20
@@ -158,14 +158,14 @@ def bucket_files(bucket: Bucket, key: str, limit: int) -> list[tuple[str, str, i
         try:
             return [(key.rsplit("/", 1)[-1], key, int(obstore.head(store, key)["size"]))]
         except (FileNotFoundError, OSError):
-            raise Problem(422, "job.input", f"There is no object {key!r} in that bucket.") from None
+            raise HTTPProblem(422, "job.input", f"There is no object {key!r} in that bucket.") from None
     objects: list[tuple[str, str, int]] = []
     for batch in obstore.list(store, prefix=key.rstrip("/")):
         objects += [(item["path"][len(key) :], item["path"], int(item["size"])) for item in batch]
         if len(objects) > limit:
-            raise Problem(422, "job.input", f"More than {limit} objects lie under {key!r}.")
+            raise HTTPProblem(422, "job.input", f"More than {limit} objects lie under {key!r}.")
     if not objects:
-        raise Problem(422, "job.input", f"No objects lie under {key!r}.")
+        raise HTTPProblem(422, "job.input", f"No objects lie under {key!r}.")
     return objects
 
 

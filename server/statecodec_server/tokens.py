@@ -18,7 +18,7 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from .database import Database, tokens
-from .problems import Problem
+from .problems import HTTPProblem
 
 TOKEN = re.compile(r"sct_([0-9a-z]{8})_([A-Za-z0-9]{20,64})")
 ANONYMOUS = "anonymous"
@@ -111,9 +111,9 @@ class Tokens:
         return hmac.new(self._secret, f"{job}\n{token}\n{expires}".encode(), hashlib.sha256).hexdigest()
 
 
-def unauthorised(code: str, detail: str) -> Problem:
+def unauthorised(code: str, detail: str) -> HTTPProblem:
     """A 401 problem with the challenge that HTTP asks for."""
-    return Problem(401, code, detail, headers={"WWW-Authenticate": 'Bearer realm="statecodec"'})
+    return HTTPProblem(401, code, detail, headers={"WWW-Authenticate": 'Bearer realm="statecodec"'})
 
 
 def server_secret(data: Path) -> bytes:

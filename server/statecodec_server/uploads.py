@@ -24,7 +24,7 @@ from anyio.to_thread import run_sync
 
 from .database import Database, add, uploads
 from .digests import Checksum
-from .problems import Problem, not_found, storage_problem
+from .problems import HTTPProblem, not_found, storage_problem
 from .quotas import Quotas
 from .receiving import Receiver
 from .settings import Settings
@@ -72,7 +72,7 @@ class Uploads:
         """Record a new upload after checking limits and quotas."""
         now, settings = time.time(), self._settings
         if new.length is not None and new.length > settings.max_upload:
-            raise Problem(413, "body.size", f"The largest upload here is {int(settings.max_upload):,} bytes.")
+            raise HTTPProblem(413, "body.size", f"The largest upload here is {int(settings.max_upload):,} bytes.")
         self._quotas.check(principal.id, new.length or 0)
         row = {
             "id": secrets.token_hex(13),
@@ -90,7 +90,7 @@ class Uploads:
         with self._database.write() as connection:
             mine = sa.select(sa.func.count()).where(uploads.c.token == principal.id)
             if connection.execute(mine).scalar_one() >= settings.max_uploads:
-                raise Problem(429, "upload.limit", f"One token holds at most {settings.max_uploads:,} uploads.")
+                raise HTTPProblem(429, "upload.limit", f"One token holds at most {settings.max_uploads:,} uploads.")
             connection.execute(uploads.insert().values(row))
         return row
 
@@ -120,9 +120,9 @@ class Uploads:
         async with self._turn(identity):
             row = await run_sync(self.get, principal, identity)
             if row["state"] == "refused":
-                raise Problem(410, "upload.gone", "This upload was refused: its digest was wrong. Start a new one.")
+                raise HTTPProblem(410, "upload.gone", "This upload was refused: its digest was wrong. Start a new one.")
             if offset != row["offset"] or row["state"] != "receiving":
-                raise Problem(
+                raise HTTPProblem(
                     409,
                     "upload.offset",
                     f"This upload is at {row['offset']}, the request at {offset}.",
@@ -273,7 +273,7 @@ class _Turn:
             with anyio.fail_after(TURN_PATIENCE):
                 await lock.acquire()
         except TimeoutError:
-            raise Problem(423, "upload.locked", "Another request is still writing this upload.") from None
+            raise HTTPProblem(423, "upload.locked", "Another request is still writing this upload.") from None
 
     async def __aexit__(self, *_: object) -> None:
         lock = self._owner._turns[self._identity]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import Self
 
-from statecodec.checkpoint.joined import Joined
+from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.dtypes import DType
@@ -56,7 +56,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Place:
+class Window:
     """Where a tensor of the original files is: a window into the tensor of that index."""
 
     view: View
@@ -90,12 +90,12 @@ class Checkpoint(ABC):
 
     @property
     @abstractmethod
-    def places(self) -> Mapping[str, Place]:
+    def windows(self) -> Mapping[str, Window]:
         """The tensors under the names that the original files give them."""
 
     @property
     @abstractmethod
-    def joined(self) -> Mapping[str, Joined]:
+    def joined(self) -> Mapping[str, NamedTensor]:
         """The tensors of the original that are stored in several items, by name."""
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Checkpoint(ABC):
         A tensor in several files (of a sharded checkpoint) has one name, without a file.
         """
         parts = {index for tensor in self.joined.values() for index, _ in tensor.pieces}
-        return [*(name for name, place in self.places.items() if place.index not in parts), *self.joined]
+        return [*(name for name, w in self.windows.items() if w.index not in parts), *self.joined]
 
     def info(self, name: str) -> dict[str, Any]:
         """role, param, shape, dtype and codec config of a tensor. Raises UsageError if there is none of that name."""
@@ -136,8 +136,8 @@ class Checkpoint(ABC):
             whole = self.joined[name]
             index, shape, dtype = whole.pieces[0][0], whole.shape, whole.dtype
         else:
-            place = self._place(name)
-            index, shape, dtype = place.index, place.view.shape, place.view.dtype
+            w = self._window(name)
+            index, shape, dtype = w.index, w.view.shape, w.view.dtype
         tensor = self.items[index]
         return {
             "role": tensor.role, "param": tensor.param, "shape": shape, "dtype": dtype.name,
@@ -148,8 +148,8 @@ class Checkpoint(ABC):
         """One tensor, checked and decoded; touches only its bytes. Raises UsageError, FormatError, LayoutError."""
         if name in self.joined:
             return self.joined[name].assembled(self.decode)
-        place = self._place(name)
-        view, storage = place.view, self.decode(place.index).reshape(-1).view(torch.uint8)
+        w = self._window(name)
+        view, storage = w.view, self.decode(w.index).reshape(-1).view(torch.uint8)
         return window(storage, view.dtype, view.shape, view.stride, view.offset)
 
     def read_encoded(self, name: str) -> EncodedTensor:
@@ -159,24 +159,24 @@ class Checkpoint(ABC):
         if name in self.joined:
             first, *others = (self.items[index].name for index, _ in self.joined[name].pieces)
             raise UsageError(f"{name} is stored in pieces, each on its own: {first} and {len(others)} more")
-        return self.encoded(self._place(name).index)
+        return self.encoded(self._window(name).index)
 
-    def _place(self, name: str) -> Place:
+    def _window(self, name: str) -> Window:
         """By the name in the original file, or by the name that reports use."""
-        if name in self.places:
-            return self.places[name]
+        if name in self.windows:
+            return self.windows[name]
         if name in self.tensors:
-            found = self._first_places.get(self.tensors[name].index)
-            if found is not None:
-                return found
-        close = [n for n in (*self.places, *self.joined) if name in n or n.endswith("." + name)][:3]
+            first = self._first_windows.get(self.tensors[name].index)
+            if first is not None:
+                return first
+        close = [n for n in (*self.windows, *self.joined) if name in n or n.endswith("." + name)][:3]
         hint = f"; did you mean {', '.join(close)}?" if close else ""
         raise UsageError(f"{self.path} has no tensor {name!r}{hint}")
 
     @cached_property
-    def _first_places(self) -> Mapping[int, Place]:
+    def _first_windows(self) -> Mapping[int, Window]:
         """Of every item that a tensor of the original is in, the first such tensor."""
-        return {place.index: place for place in reversed(list(self.places.values()))}
+        return {w.index: w for w in reversed(list(self.windows.values()))}
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import MAX_LINKS, BaseFile
 from statecodec.checkpoint.sniff import is_compressed
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Base:
+class BaseCheckpoint:
     """An open base checkpoint, and what a link takes from it. Thread-safe, as readers are."""
 
     def __init__(self, path: str | Path, target: Path) -> None:
@@ -32,7 +32,7 @@ class Base:
             raise UsageError(f"base {path}: not a compressed checkpoint; a chain starts at one")
         if path.absolute().parent.resolve() != target.absolute().parent.resolve():
             raise UsageError(f"base {path}: a link lies beside its base, but {target} is in another folder")
-        self.stored = Stored.open(path)
+        self.stored = StoredCheckpoint.open(path)
         before = self.stored.document.base.length if self.stored.document.base else 0
         try:
             if any(earlier.path.absolute() == target.absolute() for earlier in _chain(self.stored)):
@@ -72,7 +72,7 @@ class Base:
         return self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
 
 
-def _chain(stored: Stored) -> Iterator[Stored]:
+def _chain(stored: StoredCheckpoint) -> Iterator[StoredCheckpoint]:
     """A checkpoint and everything it builds on."""
     yield stored
     while stored.document.base is not None:
@@ -96,7 +96,7 @@ def refuse_base(target: Path) -> None:
 
 def _base_name(path: Path) -> str | None:
     try:
-        with Stored.open(path) as stored:
+        with StoredCheckpoint.open(path) as stored:
             return stored.document.base.name if stored.document.base else None
     except FormatError:
         return None  # damaged, or a shard: nothing that can be read now

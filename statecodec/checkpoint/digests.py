@@ -19,7 +19,7 @@ _BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
-class Watched:
+class FileToHash:
     """A file to read once, from its start. `crcs`: zip CRCs that must hold (torch.load itself never checks them)."""
 
     path: Path
@@ -34,7 +34,7 @@ class FileHashes(threading.Thread):
     independent. A file that is still being written is followed up to where `advance` says it is complete.
     """
 
-    def __init__(self, files: Sequence[Watched], *, sha256: bool = True, growing: bool = False) -> None:
+    def __init__(self, files: Sequence[FileToHash], *, sha256: bool = True, growing: bool = False) -> None:
         """With `growing`, nothing is read before `advance` allows it (one file only)."""
         super().__init__(name="statecodec-digests", daemon=True)
         self.files = [file for file in files if sha256 or file.crcs]
@@ -73,7 +73,7 @@ class FileHashes(threading.Thread):
             raise self._error
         return self._digests if self._sha256 else []
 
-    def _hash(self, file: Watched) -> str:
+    def _hash(self, file: FileToHash) -> str:
         sha, block, crcs = hashlib.sha256(), memoryview(bytearray(_BLOCK)), _CrcCheck(file)
         fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -99,7 +99,7 @@ class FileHashes(threading.Thread):
 class _CrcCheck:
     """Compares the CRCs of a file's spans (disjoint) with what the file says, while it is read from start to end."""
 
-    def __init__(self, file: Watched) -> None:
+    def __init__(self, file: FileToHash) -> None:
         self._path = file.path
         self._spans = sorted((c for c in file.crcs if c.nbytes), key=lambda c: -c.offset)
         self._value = 0

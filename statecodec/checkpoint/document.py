@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
 from statecodec.checkpoint import joined
-from statecodec.checkpoint.joined import Joined
+from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.paths_json import path_from_json, path_to_json, safe_path
 from statecodec.checkpoint.stored_files import MAX_TIME, StoredFile, file_from_json, file_to_json
 from statecodec.checkpoint.stored_moments import Named
@@ -51,7 +51,7 @@ class Document:
     """The root (path "") and all subdirectories."""
     notes: tuple[str, ...]
     base: BaseFile | None = None
-    tensors: tuple[Joined, ...] = ()
+    tensors: tuple[NamedTensor, ...] = ()
     """Those that are stored in several items."""
     asked: Mapping[str, float] | None = None
     """The largest errors that were asked for, as `Report.asked`; None where the file does not say."""

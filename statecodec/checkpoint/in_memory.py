@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from zlib_ng import zlib_ng
 
-from statecodec.buffers import Scratch, memory
+from statecodec.buffers import ThreadScratch, memory
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
@@ -50,7 +50,7 @@ class MemoryCheckpoint(SourceCheckpoint):
             self._folder.cleanup()
             raise
 
-    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None, name: str = "") -> Tensor:
+    def chunk(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = "") -> Tensor:
         if item.region is None:
             return super().chunk(item, chunk, scratch, name)
         offset, storage = self._storages[bisect_right(self._offsets, item.region.offset) - 1]

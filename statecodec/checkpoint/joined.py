@@ -27,7 +27,7 @@ class Shaped(Protocol):
 
 
 @dataclass(frozen=True)
-class Joined:
+class NamedTensor:
     """A tensor by the name that rules and reports give it, and the items that its parts are stored as."""
 
     name: str
@@ -49,12 +49,12 @@ class Joined:
         return whole
 
 
-def to_json(joined: Sequence[Joined]) -> list[list[Any]]:
+def to_json(joined: Sequence[NamedTensor]) -> list[list[Any]]:
     """Rows of name, dtype, shape and pieces; a piece is its item, then a box's corner and sizes, or a run's ends."""
     return [[t.name, t.dtype.name, list(t.shape), [[i, *_ends(part)] for i, part in t.pieces]] for t in joined]
 
 
-def from_json(value: Any, items: Sequence[Shaped]) -> tuple[Joined, ...]:
+def from_json(value: Any, items: Sequence[Shaped]) -> tuple[NamedTensor, ...]:
     """The inverse, checked: the parts are all of the tensor, once, and each is as large as its item. So no tensor is
     larger than what is stored, and no item is in two. Raises FormatError.
     """
@@ -67,7 +67,7 @@ def from_json(value: Any, items: Sequence[Shaped]) -> tuple[Joined, ...]:
     return found
 
 
-def _joined(row: Any, items: Sequence[Shaped]) -> Joined:
+def _joined(row: Any, items: Sequence[Shaped]) -> NamedTensor:
     if not isinstance(row, list) or len(row) != 4 or not isinstance(row[0], str) or row[1] not in list(TORCH):
         raise FormatError(f"a tensor of the document is not name, dtype, shape and pieces: {str(row)[:80]}")
     name, dtype, shape = row[0], TORCH[row[1]], _sizes(row[2])
@@ -82,7 +82,7 @@ def _joined(row: Any, items: Sequence[Shaped]) -> Joined:
         numel = math.prod(part.shape) if isinstance(part, Box) else part.stop - part.start
         if numel * dtype.itemsize != math.prod(items[index].shape) * items[index].dtype.itemsize:
             raise FormatError(f"a piece of {name[:80]!r} has another size than the item that it is stored as")
-    return Joined(name, dtype, shape, tuple(pieces))
+    return NamedTensor(name, dtype, shape, tuple(pieces))
 
 
 def _ends(part: Box | Run) -> tuple[Any, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from statecodec.atomic import Output
+from statecodec.atomic import AtomicOutput
 from statecodec.checkpoint.nested import MAX_DEPTH, TREE, from_json
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.errors import FormatError, UsageError
 from statecodec.lazy import torch
@@ -16,7 +16,7 @@ from statecodec.strict import parse_json
 _LIMITS = Limits(max_json_values=1 << 25, max_json_depth=4 * MAX_DEPTH)
 
 
-def load_native(stored: Stored, device: torch.device | str = "cpu") -> Any:
+def load_native(stored: StoredCheckpoint, device: torch.device | str = "cpu") -> Any:
     """The value that `save` was given; encoded tensors in their plain form. Raises FormatError."""
     try:
         item = stored.reader.index(TREE)
@@ -26,7 +26,7 @@ def load_native(stored: Stored, device: torch.device | str = "cpu") -> Any:
         raise FormatError(f"{stored.path}: no description of the saved value can be read: {error}") from error
 
 
-def restore_native(stored: Stored, output: Output) -> None:
+def restore_native(stored: StoredCheckpoint, output: AtomicOutput) -> None:
     """Write the saved value as an ordinary torch.save file, with encoded tensors decoded."""
     with output.create() as file:
         torch.save(_decoded(load_native(stored)), file)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs, dtypes
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.plain import from_plain, is_plain, to_plain
 from statecodec.errors import FormatError, UsageError
-from statecodec.format import Item
+from statecodec.format import ItemSpec
 from statecodec.layouts.objects import window
 from statecodec.lazy import torch
 from statecodec.roles import STATE_ROLES
@@ -31,16 +31,16 @@ _TAKEN = "save takes nested dicts, lists and tuples of tensors and plain values"
 
 
 @dataclass
-class Collected:
+class CollectedItems:
     """What walking a value finds: items to store, and the tensors or encoded tensors behind them."""
 
-    items: list[Item] = field(default_factory=list)
+    items: list[ItemSpec] = field(default_factory=list)
     tensors: list[Tensor | EncodedTensor] = field(default_factory=list)
     storages: dict[tuple[int, torch.device], int] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=lambda: {TREE: 1})
 
 
-def to_json(value: Any, found: Collected, path: str = "", depth: int = 0) -> Any:
+def to_json(value: Any, found: CollectedItems, path: str = "", depth: int = 0) -> Any:
     """A value as JSON, its tensors collected. Raises UsageError, with the key path, for what cannot be saved."""
     if depth > MAX_DEPTH:
         raise UsageError(f"{path[:80]}...: nested more than {MAX_DEPTH} deep")
@@ -86,10 +86,10 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _add_encoded(encoded: EncodedTensor, path: str, found: Collected) -> int:
+def _add_encoded(encoded: EncodedTensor, path: str, found: CollectedItems) -> int:
     _check_tensors(encoded.parts.values(), path)
     found.items.append(
-        Item(
+        ItemSpec(
             _name(path, found),
             Encoding(encoded.codec),
             encoded.shape,
@@ -101,7 +101,7 @@ def _add_encoded(encoded: EncodedTensor, path: str, found: Collected) -> int:
     return len(found.items) - 1
 
 
-def _add_tensor(tensor: Tensor, path: str, found: Collected) -> Any:
+def _add_tensor(tensor: Tensor, path: str, found: CollectedItems) -> Any:
     """One item per tensor, or per storage where several tensors look at one."""
     _check_tensors([tensor], path)
     plain = tensor.detach()
@@ -115,7 +115,7 @@ def _add_tensor(tensor: Tensor, path: str, found: Collected) -> Any:
         base = plain if whole else torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
         index = found.storages[key] = len(found.items)
         raw, dtype, attributes = Encoding(codecs.Raw()), dtypes.of(base.dtype), _attributes(path)
-        found.items.append(Item(_name(path, found), raw, tuple(base.shape), dtype, attributes))
+        found.items.append(ItemSpec(_name(path, found), raw, tuple(base.shape), dtype, attributes))
         found.tensors.append(base)
     shape, stride = list(plain.shape), list(plain.stride())
     return {"tensor": [index, dtypes.name_of(plain.dtype), shape, stride, plain.storage_offset()]}
@@ -150,7 +150,7 @@ def _reach(tensor: Tensor) -> int:
 
 
 def from_json(
-    value: Any, stored: Stored, storages: dict[int, Tensor], device: torch.device | str, depth: int = 0
+    value: Any, stored: StoredCheckpoint, storages: dict[int, Tensor], device: torch.device | str, depth: int = 0
 ) -> Any:
     """The value again; nothing in the JSON is trusted. Raises FormatError."""
     if value is None or type(value) in (bool, str, int):
@@ -178,7 +178,7 @@ def from_json(
         raise FormatError(f"{stored.path}: the saved value's description is damaged: {error}") from error
 
 
-def _tensor(content: Any, stored: Stored, storages: dict[int, Tensor], device: torch.device | str) -> Tensor:
+def _tensor(content: Any, stored: StoredCheckpoint, storages: dict[int, Tensor], device: torch.device | str) -> Tensor:
     index, dtype_name, shape, stride, offset = content
     item = stored.reader.items[_index(index, stored)]
     dtype = dtypes.TORCH.get(dtype_name)
@@ -196,7 +196,7 @@ def _tensor(content: Any, stored: Stored, storages: dict[int, Tensor], device: t
     return window(storages[index], dtype, tuple(shape), tuple(stride), offset)
 
 
-def _index(value: Any, stored: Stored) -> int:
+def _index(value: Any, stored: StoredCheckpoint) -> int:
     if type(value) is not int or not 0 <= value < len(stored.reader.items):
         raise ValueError(f"no item {str(value)[:20]}")
     return value
@@ -226,7 +226,7 @@ def _attributes(path: str) -> dict[str, Any]:
     return {"role": role, "param": ".".join(keys[1:]) if role == "weight" else None}
 
 
-def _name(path: str, found: Collected) -> str:
+def _name(path: str, found: CollectedItems) -> str:
     base = path.replace("/", "|") or "value"
     base = f"tensor.{base}" if base.startswith("__") else base
     name = base

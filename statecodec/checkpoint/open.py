@@ -11,17 +11,17 @@ from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import UsageError
 from statecodec.lazy import torch
 
 
-def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint | Stored:
+def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint | StoredCheckpoint:
     """Open a checkpoint, compressed or not, to read single tensors. Raises FormatError, LayoutError.
 
     `crcs`: as for SourceCheckpoint.
     """
-    return Stored.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
+    return StoredCheckpoint.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
 
 
 def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, safe_only: bool = False) -> Any:
@@ -49,7 +49,7 @@ def loaded(checkpoint: Checkpoint, device: torch.device, keep: Keep = unchanged)
     """
     if isinstance(checkpoint, SourceCheckpoint):
         return checkpoint.load(device, keep)
-    assert isinstance(checkpoint, Stored)
+    assert isinstance(checkpoint, StoredCheckpoint)
     native = checkpoint.document.source["layout"] == "native"
     return load_native(checkpoint, device) if native else load_files(checkpoint, device, keep)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statecodec.checkpoint.report import PickleReport
 from statecodec.checkpoint.restored_bytes import original_listing
 from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import UnsafeCheckpoint
 from statecodec.layouts.imports import FileImports, file_imports
 from statecodec.layouts.pickle.harmless import is_harmless
@@ -17,7 +17,7 @@ _LONGEST = 200
 _NAMED = 10
 
 
-def pickles(checkpoint: SourceCheckpoint | Stored) -> tuple[PickleReport, ...]:
+def pickles(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
     """For every file of the original that holds a pickle what unpickling it would import.
 
     Of a compressed checkpoint this is read from the bytes that `restore` would write, whatever else the file says.
@@ -27,7 +27,7 @@ def pickles(checkpoint: SourceCheckpoint | Stored) -> tuple[PickleReport, ...]:
     return tuple(map(_report, file_imports(original_listing(checkpoint))))
 
 
-def require_safe(checkpoint: SourceCheckpoint | Stored) -> tuple[PickleReport, ...]:
+def require_safe(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
     """The same, of a checkpoint whose unpickling runs nothing of the file's choosing. Raises UnsafeCheckpoint."""
     found = pickles(checkpoint)
     for report in found:

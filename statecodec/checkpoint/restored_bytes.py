@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecodec.checkpoint.base import Keep, unchanged
 from statecodec.checkpoint.skeleton import Skeleton
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HELD = 4  # chunks
 
 
-def original_listing(stored: Stored) -> Listing:
+def original_listing(stored: StoredCheckpoint) -> Listing:
     """The files of the original, whose bytes are decoded when they are read. Of what `save` wrote there are none."""
     document = stored.document
     files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
@@ -34,7 +34,7 @@ def original_listing(stored: Stored) -> Listing:
     return Listing(files, document.is_directory, document.folders, same_as)
 
 
-def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchanged) -> Any:
+def load_files(stored: StoredCheckpoint, device: torch.device | str, keep: Keep = unchanged) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
     document = stored.document
     unknown = {f.layout for f in document.files} - {opaque.name, *(layout.name for layout in LAYOUTS)}
@@ -58,14 +58,14 @@ def load_files(stored: Stored, device: torch.device | str, keep: Keep = unchange
         raise FormatError(f"{stored.path}: what is stored beside the tensors is no checkpoint: {error}") from error
 
 
-def _opened(stored: Stored, file: StoredFile) -> AbstractContextManager[ByteSource]:
+def _opened(stored: StoredCheckpoint, file: StoredFile) -> AbstractContextManager[ByteSource]:
     return nullcontext(_RestoredBytes(stored, file))
 
 
 class _RestoredBytes:
     """The bytes of the file as `restore` would write it, decoded on demand."""
 
-    def __init__(self, stored: Stored, file: StoredFile) -> None:
+    def __init__(self, stored: StoredCheckpoint, file: StoredFile) -> None:
         items = stored.reader.items
         self.stored, self.file, self.size = stored, file, file.nbytes
         self._regions = [(offset, items[i].decoded_nbytes, i) for offset, i in file.regions]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs
-from statecodec.buffers import Scratch, memory
-from statecodec.checkpoint.base import Checkpoint, Keep, Place, TensorInfo, unchanged
-from statecodec.checkpoint.joined import Joined
+from statecodec.buffers import ThreadScratch, memory
+from statecodec.checkpoint.base import Checkpoint, Keep, TensorInfo, Window, unchanged
+from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
@@ -28,7 +28,7 @@ from statecodec.layouts import (
     Box,
     ListedFile,
     Listing,
-    Logical,
+    LogicalTensor,
     Moments,
     Momentum,
     Region,
@@ -120,14 +120,14 @@ class SourceCheckpoint(Checkpoint):
         return found
 
     @cached_property
-    def joined(self) -> Mapping[str, Joined]:
+    def joined(self) -> Mapping[str, NamedTensor]:
         return {
-            tensor.name: Joined(tensor.name, tensor.dtype, tensor.shape, tuple(self._several(tensor)))
+            tensor.name: NamedTensor(tensor.name, tensor.dtype, tensor.shape, tuple(self._several(tensor)))
             for tensor in self.located.tensors
             if len(tensor.pieces) > 1
         }
 
-    def _several(self, tensor: Logical) -> Iterator[tuple[int, Box | Run]]:
+    def _several(self, tensor: LogicalTensor) -> Iterator[tuple[int, Box | Run]]:
         for part, name in self._stored[tensor.name]:
             assert part is not None  # a part that is all of it is the only one
             yield self.tensors[name].index, part
@@ -162,15 +162,15 @@ class SourceCheckpoint(Checkpoint):
         return (*(f.path for f in located.files), *located.directories) if located.is_directory else ()
 
     @cached_property
-    def places(self) -> Mapping[str, Place]:
+    def windows(self) -> Mapping[str, Window]:
         found = {}
         for file, indices in zip(self.located.files, self._regions, strict=True):
             prefix = f"{shown(file.path)}:" if self.located.is_directory else ""
             for view in file.views:
-                found[prefix + view.name] = Place(view, indices[view.region])
+                found[prefix + view.name] = Window(view, indices[view.region])
         return found
 
-    def chunk(self, item: SourceItem, chunk: Chunk, scratch: Scratch | None = None, name: str = "") -> Tensor:
+    def chunk(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = "") -> Tensor:
         """Elements of an item, in the chunk's shape; in the thread's scratch memory, under a name in it, if given.
 
         Thread-safe.
@@ -303,9 +303,9 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
             index += 1
 
 
-def _owners(source: Source) -> dict[str, list[tuple[Logical, int]]]:
+def _owners(source: Source) -> dict[str, list[tuple[LogicalTensor, int]]]:
     """By file: for each of its regions the tensor that it holds a piece of, and the piece's number."""
-    found: dict[str, list[tuple[int, Logical, int]]] = {file.path: [] for file in source.files}
+    found: dict[str, list[tuple[int, LogicalTensor, int]]] = {file.path: [] for file in source.files}
     for tensor in source.tensors:
         for number, piece in enumerate(tensor.pieces):
             found[piece.file].append((piece.region, tensor, number))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from statecodec import codecs, kernels
-from statecodec.buffers import Scratch
+from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint import document as documents
-from statecodec.checkpoint.base import Checkpoint, Place, TensorInfo
+from statecodec.checkpoint.base import Checkpoint, TensorInfo, Window
 from statecodec.checkpoint.companions import Companions
-from statecodec.checkpoint.joined import Joined
+from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.sniff import not_compressed
 from statecodec.checkpoint.stored_report import stored_report, tensor_report, text
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Stored(Checkpoint):
+class StoredCheckpoint(Checkpoint):
     """A compressed checkpoint, open.
 
     If it is a link of a chain, its base is opened when first needed, and closed with it.
@@ -42,7 +42,7 @@ class Stored(Checkpoint):
         self.path, self.reader, self.document = path, reader, document
         self.beside = path.parent if beside is None else beside
         self._kept = Companions()
-        self._bases: list[Stored] = []
+        self._bases: list[StoredCheckpoint] = []
         self._lock = threading.Lock()
         self.items = tuple(
             TensorInfo(
@@ -53,7 +53,7 @@ class Stored(Checkpoint):
         )  # fmt: skip
 
     @classmethod
-    def open(cls, path: str | Path, limits: Limits | None = None, *, beside: Path | None = None) -> Stored:
+    def open(cls, path: str | Path, limits: Limits | None = None, *, beside: Path | None = None) -> StoredCheckpoint:
         """Open and check the manifest. Raises FormatError and its subclasses.
 
         `beside`: the folder in which a link's base lies, where that is not the file's own.
@@ -65,7 +65,7 @@ class Stored(Checkpoint):
         return cls.of(reader, beside=beside)
 
     @classmethod
-    def of(cls, reader: Reader, *, beside: Path | None = None) -> Stored:
+    def of(cls, reader: Reader, *, beside: Path | None = None) -> StoredCheckpoint:
         """The checkpoint in an open file, which closing it closes. Raises FormatError."""
         try:
             stored = cls(reader.path, reader, documents.from_json(reader.document, reader.items), beside)
@@ -86,16 +86,16 @@ class Stored(Checkpoint):
         return (*(f.path for f in document.files), *document.directories) if document.is_directory else ()
 
     @cached_property
-    def joined(self) -> Mapping[str, Joined]:
+    def joined(self) -> Mapping[str, NamedTensor]:
         return {tensor.name: tensor for tensor in self.document.tensors}
 
     @cached_property
-    def places(self) -> Mapping[str, Place]:
+    def windows(self) -> Mapping[str, Window]:
         found = {}
         for file in self.document.files:
             prefix = f"{shown(file.path)}:" if self.document.is_directory else ""
             for view in file.views:
-                found[prefix + view.name] = Place(view, file.regions[view.region][1])
+                found[prefix + view.name] = Window(view, file.regions[view.region][1])
         return found
 
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
@@ -121,7 +121,7 @@ class Stored(Checkpoint):
             base.close()
 
     @property
-    def base(self) -> Stored:
+    def base(self) -> StoredCheckpoint:
         """The checkpoint that this one stores the changes since. Raises FormatError: missing, or another file."""
         with self._lock:
             if not self._bases:
@@ -133,7 +133,7 @@ class Stored(Checkpoint):
         return iter(range(len(self.reader.items[item].chunks)))
 
     def decode_pieces(
-        self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None
+        self, item: int, chunk: int, device: torch.device | None = None, scratch: ThreadScratch | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """A chunk in pieces that are good until the next: (first element in the item, decoded elements).
 
@@ -152,7 +152,7 @@ class Stored(Checkpoint):
             yield place.start, self.decode_chunk(item, chunk, device, scratch)
 
     def decode_chunk(
-        self, item: int, chunk: int, device: torch.device | None = None, scratch: Scratch | None = None
+        self, item: int, chunk: int, device: torch.device | None = None, scratch: ThreadScratch | None = None
     ) -> Tensor:
         """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
 
@@ -197,7 +197,7 @@ class Stored(Checkpoint):
         self._kept.put((item, number), values)
         return values
 
-    def parts(self, item: int, chunk: int, scratch: Scratch | None = None) -> Mapping[str, Tensor]:
+    def parts(self, item: int, chunk: int, scratch: ThreadScratch | None = None) -> Mapping[str, Tensor]:
         """The verified parts that a chunk has under its item's codec, those of the base added where they changed.
 
         Raises UsageError for a change of values: its tensor has no parts, only values.
@@ -211,7 +211,7 @@ class Stored(Checkpoint):
         place, codec = stored.chunks[chunk], stored.encoding.codec
         return add_parts(parts, self.base.parts_under(codec, self._in_base(item), place))
 
-    def _stored_parts(self, item: int, chunk: int, scratch: Scratch | None) -> Mapping[str, Tensor]:
+    def _stored_parts(self, item: int, chunk: int, scratch: ThreadScratch | None) -> Mapping[str, Tensor]:
         """The verified parts of a chunk as the file has them."""
         out = None
         if scratch is not None:
@@ -302,7 +302,7 @@ class Stored(Checkpoint):
         return out
 
 
-def _open_base(stored: Stored) -> Stored:
+def _open_base(stored: StoredCheckpoint) -> StoredCheckpoint:
     """The base of an open link, checked. Raises FormatError if it is not there, CorruptFile if it is another file."""
     base = stored.document.base
     assert base is not None
@@ -312,7 +312,7 @@ def _open_base(stored: Stored) -> Stored:
             f"{stored.path} stores what changed since {base.name}, which must lie beside it and does not; the chain "
             f"has {base.length} earlier file{'s' if base.length > 1 else ''}"
         )
-    opened = Stored.open(path)
+    opened = StoredCheckpoint.open(path)
     if opened.reader.digest != base.digest:
         opened.close()
         raise CorruptFile(f"{path} is not the file that {stored.path.name} was made from: its digest is another")

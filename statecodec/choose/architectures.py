@@ -71,7 +71,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Part:
+class FusedPart:
     """One of q, k, v inside a fused projection: a range of its fan_out dimension."""
 
     name: str
@@ -98,7 +98,7 @@ def uses_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return bool(fused) and all(s[1] == 3 * s[0] for s in fused)
 
 
-def parts(layer: Layer, shape: tuple[int, ...]) -> tuple[Part, ...]:
+def parts(layer: Layer, shape: tuple[int, ...]) -> tuple[FusedPart, ...]:
     """The rows of q, k and v in a fused projection; () if it is not one or cannot be taken apart.
 
     With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads:
@@ -113,7 +113,8 @@ def parts(layer: Layer, shape: tuple[int, ...]) -> tuple[Part, ...]:
         return ()
     bounds = (0, width, width + rest // 2, out)
     return tuple(
-        Part(f"{layer.name}[{k[0]}]", k, dim, bounds[i], bounds[i + 1]) for i, k in enumerate(("query", "key", "value"))
+        FusedPart(f"{layer.name}[{k[0]}]", k, dim, bounds[i], bounds[i + 1])
+        for i, k in enumerate(("query", "key", "value"))
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from statecodec import codecs
 from statecodec.buffers import Pool
-from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
 from statecodec.codecs import Change, Codec
@@ -27,7 +27,7 @@ _WORTH = 0.98  # a change must pack below this share of what the parts alone pac
 def linked(
     source: SourceCheckpoint,
     choices: Choices,
-    base: Base | None,
+    base: BaseCheckpoint | None,
     packing: Packing,
     only: Container[str] | None = None,
 ) -> Choices:
@@ -49,19 +49,21 @@ def linked(
     return replace(choices, by_name={**choices.by_name, **changed})
 
 
-def standing_alone(choices: Choices, base: Base | None) -> Choices:
+def standing_alone(choices: Choices, base: BaseCheckpoint | None) -> Choices:
     """The same choices, with a note if there is a base and none of them needs it."""
     if base is None or choices.uses_base:
         return choices
     return choices.noted(f"nothing is smaller as a change since {base.file.name}: this file stands alone")
 
 
-def _require(item: SourceItem, base: Base) -> None:
+def _require(item: SourceItem, base: BaseCheckpoint) -> None:
     if base.index(item) is None:
         raise UsageError(f"{item.name}: {base.file.name} has no such tensor to take the change from")
 
 
-def _smallest(source: SourceCheckpoint, item: SourceItem, codec: Codec, base: Base, packing: Packing) -> Change | None:
+def _smallest(
+    source: SourceCheckpoint, item: SourceItem, codec: Codec, base: BaseCheckpoint, packing: Packing
+) -> Change | None:
     """A change of the codec's parts, if it packs smaller than they: judged on the first and the middle chunk."""
     index = base.index(item)
     if index is None or not item.numel or packing.method == "none":

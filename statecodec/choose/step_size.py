@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from statecodec import kernels
-from statecodec.buffers import Scratch
+from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.codecs import Raw
 from statecodec.codecs.chunking import Chunk, iterate
@@ -18,11 +18,11 @@ from statecodec.lazy import torch
 
 _PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
 _SMALL = 1 << 12  # of a piece that stands for others
-_first, _second = Scratch(), Scratch()
+_first, _second = ThreadScratch(), ThreadScratch()
 
 
 @dataclass(frozen=True)
-class Unit:
+class StepSize:
     """One parameter's step: the rms of its update, and of the codec's own direction, which lacks bias corrections."""
 
     update: float
@@ -30,7 +30,9 @@ class Unit:
     eps: float
 
     @classmethod
-    def measured(cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments) -> Unit | None:
+    def measured(
+        cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
+    ) -> StepSize | None:
         """From all of the numbers: rows that are trained rarely make a sample lie. None where nothing moves."""
         correction1, correction2 = corrections(moments)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)

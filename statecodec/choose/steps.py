@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
-from statecodec.choose.step_size import Unit, size
+from statecodec.choose.step_size import StepSize, size
 from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
@@ -158,7 +158,7 @@ class _Chooser:
         first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
         if first.shape != second.shape or not (self._open(first) or self._open(second)):
             return moments, {}
-        unit = Unit.measured(self.source, first, second, moments)
+        unit = StepSize.measured(self.source, first, second, moments)
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
             if self._open(second):
@@ -185,7 +185,7 @@ class _Chooser:
         choice = self._weight(item, _rate(single.lr, largest_rate) * update, self.budget.weights)
         return {} if choice is None else {item.name: choice}
 
-    def _first_moment(self, first: SourceItem, unit: Unit, fraction: float, second: SourceItem) -> Choice:
+    def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
         codec = Direction(_grid(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"

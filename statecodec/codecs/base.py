@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from statecodec import dtypes, kernels
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
-from statecodec.kernels.fused import Stored
+from statecodec.kernels.fused import StateStorage
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
 
@@ -230,7 +230,7 @@ class Codec(ABC):
         """Bytes of all parts before packing."""
         return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StateStorage | None:
         """How fused optimizer steps are told what the parts hold; None if they cannot step this codec's parts."""
         return None
 

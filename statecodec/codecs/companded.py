@@ -25,7 +25,7 @@ from statecodec.codecs.base import (
 )  # fmt: skip
 from statecodec.dtypes import BFLOAT16, INT8, UINT8, DType
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
-from statecodec.kernels.fused import Stored
+from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ class Companded(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return lcm(self.group, 2)
 
-    def stored(self) -> Stored | None:
-        return Stored(self.levels, self.group) if self.rows == FIRST else None
+    def stored(self) -> StateStorage | None:
+        return StateStorage(self.levels, self.group) if self.rows == FIRST else None
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

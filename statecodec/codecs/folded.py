@@ -24,7 +24,7 @@ from statecodec.codecs.base import (
 )  # fmt: skip
 from statecodec.codecs.raw import Raw
 from statecodec.dtypes import FLOAT32, DType
-from statecodec.kernels.fused import Stored
+from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Folded(Codec):
         inner = self.inner.align(self.mean_shape(shape))
         return None if inner is None else inner * self.block
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StateStorage | None:
         inner = self.inner.stored()
         if inner is None or inner.block or inner.dims or self.rows != FIRST:
             return None

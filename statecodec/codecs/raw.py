@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from statecodec import kernels
 from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
 from statecodec.dtypes import DType
-from statecodec.kernels.fused import Stored
+from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Raw(Codec):
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         return {"data": PartSpec(dtype, shape)}
 
-    def stored(self) -> Stored | None:
-        return Stored()
+    def stored(self) -> StateStorage | None:
+        return StateStorage()
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING

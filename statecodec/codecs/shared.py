@@ -12,7 +12,7 @@ from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts,
 from statecodec.codecs.raw import Raw
 from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import UnsupportedTensor
-from statecodec.kernels.fused import Stored
+from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Shared(Codec):
     def align(self, shape: tuple[int, ...]) -> int | None:
         return None
 
-    def stored(self) -> Stored | None:
+    def stored(self) -> StateStorage | None:
         inner = self.inner.stored()
         if inner is None or inner.block or inner.dims:
             return None

@@ -32,7 +32,7 @@ _FILE = re.compile(r"rank-\d{1,6}-[0-9a-f]{16}\.sc\.safetensors")
 
 
 @dataclass(frozen=True)
-class Place:
+class ItemLocation:
     """Where an item of a DCP checkpoint is stored: a compressed file of one rank, and what that file calls it."""
 
     file: str
@@ -49,7 +49,7 @@ def rank_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
 
 
-def to_bytes(metadata: Metadata, places: Mapping[MetadataIndex, Place], digests: Mapping[str, str]) -> bytes:
+def to_bytes(metadata: Metadata, places: Mapping[MetadataIndex, ItemLocation], digests: Mapping[str, str]) -> bytes:
     """The index of a checkpoint. `digests`: file -> the XXH3-128 of its manifest."""
     files = sorted(digests)
     numbers = {name: i for i, name in enumerate(files)}
@@ -75,14 +75,14 @@ def to_bytes(metadata: Metadata, places: Mapping[MetadataIndex, Place], digests:
 
 
 @dataclass(frozen=True)
-class Index:
-    """A checkpoint's index, read: DCP's metadata with a `Place` for every item, and the digest of every file."""
+class FolderIndex:
+    """A checkpoint's index, read: DCP's metadata with a `ItemLocation` for every item, and the digest of every file."""
 
     metadata: Metadata
     digests: Mapping[str, str]
 
 
-def read(folder: Path) -> Index:
+def read(folder: Path) -> FolderIndex:
     """Read and check the index of a checkpoint. Raises FormatError and its subclasses."""
     path, limits = folder / NAME, Limits()
     try:
@@ -106,14 +106,14 @@ def read(folder: Path) -> Index:
         raise FormatError(f"{path}: damaged: {type(error).__name__}: {str(error)[:100]}") from error
 
 
-def _metadata(value: Mapping[str, Any], files: Sequence[str], digests: Mapping[str, str]) -> Index:
+def _metadata(value: Mapping[str, Any], files: Sequence[str], digests: Mapping[str, str]) -> FolderIndex:
     about: dict[str, Any] = {}
-    places: dict[MetadataIndex, Place] = {}
+    places: dict[MetadataIndex, ItemLocation] = {}
     for fqn, item in value["items"].items():
         if "at" in item:
             number, name = item["at"]
             about[fqn] = BytesStorageMetadata()
-            places[MetadataIndex(fqn)] = Place(files[_size(number)], str(name))
+            places[MetadataIndex(fqn)] = ItemLocation(files[_size(number)], str(name))
             continue
         shape, chunks = _sizes(item["shape"]), []
         for offsets, sizes, number, name in item["chunks"]:
@@ -123,13 +123,13 @@ def _metadata(value: Mapping[str, Any], files: Sequence[str], digests: Mapping[s
             ):
                 raise ValueError(f"a chunk of {fqn[:80]!r} lies outside of it")
             chunks.append(chunk)
-            places[MetadataIndex(fqn, chunk.offsets)] = Place(files[_size(number)], str(name))
+            places[MetadataIndex(fqn, chunk.offsets)] = ItemLocation(files[_size(number)], str(name))
         if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(shape):
             raise ValueError(f"the chunks of {fqn[:80]!r} do not add up to it")
         properties = TensorProperties(dtype=dtypes.TORCH[item["dtype"]].torch)
         about[fqn] = TensorStorageMetadata(properties=properties, size=shape, chunks=chunks)
     paths = {fqn: tuple(path) for fqn, path in value["paths"].items()}
-    return Index(Metadata(about, planner_data=paths or None, storage_data=places), digests)
+    return FolderIndex(Metadata(about, planner_data=paths or None, storage_data=places), digests)
 
 
 def _sizes(values: Any) -> torch.Size:

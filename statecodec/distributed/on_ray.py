@@ -16,7 +16,7 @@ from statecodec.errors import BackendUnavailable, OutputFailed
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.compress import open_source
 from statecodec.verbs.finalize import finalize
-from statecodec.verbs.settings import Settings
+from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, ShareReport, compress_share
 
 _PER_CPU = 4  # shares: what a lost one costs, and how evenly the last ones end
@@ -57,7 +57,7 @@ def compress_on_ray(
     dst = None if dst is None else f"{Path(dst).absolute()}{'/' if str(dst).endswith('/') else ''}"
     base = None if base is None else Path(base).absolute()
     # Rules are sent as text: a file of them need not be there on every node.
-    chosen = Settings.of(**settings)
+    chosen = CompressSettings.of(**settings)
     settings = {
         **settings, "rules": [str(rule) for rule in chosen.own.rules], "rules_file": None,
         "max_shard_size": chosen.max_shard_size,

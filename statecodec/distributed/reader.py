@@ -22,9 +22,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import dcp_index
-from statecodec.distributed.dcp_index import Place
+from statecodec.distributed.dcp_index import ItemLocation
 from statecodec.errors import CorruptFile, FormatError, UsageError
 
 _OPEN = 8  # files of other ranks that are kept open
@@ -45,7 +45,7 @@ class StatecodecReader(StorageReader):
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self._path = None if path is None else Path(path)
         self._digests: Mapping[str, str] = {}
-        self._places: Mapping[MetadataIndex, Place] = {}
+        self._places: Mapping[MetadataIndex, ItemLocation] = {}
 
     @property
     def path(self) -> Path:
@@ -95,7 +95,7 @@ class StatecodecReader(StorageReader):
         return done
 
     @staticmethod
-    def _read(stored: Stored, name: str, item: ReadItem, planner: LoadPlanner) -> None:
+    def _read(stored: StoredCheckpoint, name: str, item: ReadItem, planner: LoadPlanner) -> None:
         if not math.prod(item.lengths) and item.type is LoadItemType.TENSOR:
             planner.commit_tensor(item, planner.resolve_tensor(item).detach())
             return
@@ -118,7 +118,7 @@ class StatecodecReader(StorageReader):
 
 
 def _decoded(
-    stored: Stored, item: int, shape: tuple[int, ...], offsets: tuple[int, ...], lengths: tuple[int, ...]
+    stored: StoredCheckpoint, item: int, shape: tuple[int, ...], offsets: tuple[int, ...], lengths: tuple[int, ...]
 ) -> Tensor:
     """A box of a stored tensor: the rows it lies in are decoded, and cut."""
     if not shape:
@@ -135,11 +135,11 @@ def _decoded(
 @contextmanager
 def _files(folder: Path, digests: Mapping[str, str]) -> Iterator[Any]:
     """Opens files of the checkpoint by name, a few at a time. Raises FormatError for one of another save."""
-    held: OrderedDict[str, Stored] = OrderedDict()
+    held: OrderedDict[str, StoredCheckpoint] = OrderedDict()
 
-    def opened(name: str) -> Stored:
+    def opened(name: str) -> StoredCheckpoint:
         if name not in held:
-            stored = Stored.open(folder / name)
+            stored = StoredCheckpoint.open(folder / name)
             held[name] = stored
             if stored.reader.digest != digests.get(name):
                 raise CorruptFile("not the file that the index was written with: damaged, or of another save")

@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from statecodec.atomic import write_file
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import dcp_index
-from statecodec.distributed.dcp_index import Place
+from statecodec.distributed.dcp_index import ItemLocation
 from statecodec.distributed.local_state import LocalState
 from statecodec.errors import UsageError
 from statecodec.verbs.compress import compress
@@ -81,7 +81,7 @@ class StatecodecWriter(StorageWriter):
             compress(local.value, self.path / name, force=True, **self._settings)
             digest = _check(self.path / name, local)
             results = [
-                WriteResult(index, local.pieces[index].nbytes, (Place(name, stored), digest))
+                WriteResult(index, local.pieces[index].nbytes, (ItemLocation(name, stored), digest))
                 for index, stored in local.names.items()
             ]
         done: Future[list[WriteResult]] = Future()
@@ -90,7 +90,7 @@ class StatecodecWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index, then remove what earlier saves left."""
-        places: dict[MetadataIndex, Place] = {}
+        places: dict[MetadataIndex, ItemLocation] = {}
         digests: dict[str, str] = {}
         for result in (result for rank in results for result in rank):
             place, digest = result.storage_data
@@ -113,7 +113,7 @@ class StatecodecWriter(StorageWriter):
 
 def _check(path: Path, local: LocalState) -> str:
     """The digest of a file that holds every piece under its name. Raises UsageError."""
-    with Stored.open(path) as stored:
+    with StoredCheckpoint.open(path) as stored:
         for index, name in local.names.items():
             piece, tensor = local.pieces[index], stored.tensors.get(name)
             there = None if tensor is None else (tuple(tensor.shape), tensor.dtype.name)

@@ -6,12 +6,12 @@ docs/format.md is normative. `Writer` and `Reader` move encoded parts and never 
 from statecodec.format.finished import Finished, Written
 from statecodec.format.items import StoredChunk, StoredItem
 from statecodec.format.packing import Packing
-from statecodec.format.placement import Item
-from statecodec.format.reader import ItemCheck, Reader, Record
+from statecodec.format.placement import ItemSpec
+from statecodec.format.reader import ItemCheck, Reader, VerifiedRecord
 from statecodec.format.writer import PackedChunk, Writer
 from statecodec.limits import Limits
 
 __all__ = [
-    "Finished", "Item", "ItemCheck", "Limits", "PackedChunk", "Packing", "Reader", "Record", "StoredChunk",
-    "StoredItem", "Writer", "Written",
+    "Finished", "ItemCheck", "ItemSpec", "Limits", "PackedChunk", "Packing", "Reader", "StoredChunk", "StoredItem",
+    "VerifiedRecord", "Writer", "Written",
 ]  # fmt: skip

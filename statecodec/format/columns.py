@@ -17,14 +17,14 @@ from statecodec.format.items import (
     PACKED,
     PLAIN,
     SHARED,
+    DeclaredTensor,
     StoredChunk,
     StoredItem,
-    Tensor,
     check_companions,
     packed_entry,
     parts_json,
 )
-from statecodec.format.places import CutTensor, Places
+from statecodec.format.places import ChunkedTensor, RecordTable
 from statecodec.limits import MAX_CHUNKS, Limits
 from statecodec.strict import Fields, shape
 
@@ -123,19 +123,19 @@ def read_items(top: Fields, shards: int, newer: bool, limits: Limits) -> tuple[S
     attributes = _attributes(fields, len(names))
     companions = dict(_pairs(fields, "companions", len(names), dict))
     fields.done(newer)
-    places = Places(of, shard_of, sizes, checksums, _pairs(records, "shared", len(sizes), int))
+    places = RecordTable(of, shard_of, sizes, checksums, _pairs(records, "shared", len(sizes), int))
     records.done(newer)
     return _items(names, of, shard_of, entries, companions, attributes, places, iter(plain))
 
 
 def _items(
     names: Sequence[str],
-    of: Sequence[CutTensor],
+    of: Sequence[ChunkedTensor],
     shard_of: Sequence[int],
     entries: Mapping[int, str],
     companions: Mapping[int, dict[str, Any]],
     attributes: Sequence[Mapping[str, Any]],
-    places: Places,
+    places: RecordTable,
     plain: Iterator[str],
 ) -> tuple[StoredItem, ...]:
     items = []
@@ -159,7 +159,7 @@ def _items(
     return tuple(items)
 
 
-def _plain_chunks(form: CutTensor, plain: Iterator[str]) -> tuple[StoredChunk, ...]:
+def _plain_chunks(form: ChunkedTensor, plain: Iterator[str]) -> tuple[StoredChunk, ...]:
     count, chunks = len(form.tensor.parts), []
     for chunk, size in zip(form.chunks, form.sizes, strict=True):
         of_chunk = tuple(checksum for _, checksum in zip(range(count), plain, strict=False))
@@ -169,12 +169,12 @@ def _plain_chunks(form: CutTensor, plain: Iterator[str]) -> tuple[StoredChunk, .
     return tuple(chunks)
 
 
-def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> list[CutTensor]:
+def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> list[ChunkedTensor]:
     limits.check("manifest: forms", len(values), limits.max_items)
     forms = []
     for i, value in enumerate(values):
         fields = Fields(value, f"manifest: form {i}")
-        tensor = Tensor.read(fields, (PLAIN, PACKED, SHARED), newer, limits)
+        tensor = DeclaredTensor.read(fields, (PLAIN, PACKED, SHARED), newer, limits)
         runs = [_run(run, fields.where) for run in fields.take("chunks", list)]
         fields.done(newer)
         count = sum(length for length, _ in runs)
@@ -183,7 +183,7 @@ def _forms(values: list[Any], most_chunks: int, newer: bool, limits: Limits) -> 
             raise FormatError(f"{fields.where}: {count:,} chunks")
         chunks = tensor.cut((cut for length, cut in runs for _ in range(length)), count, fields.where, limits)
         sizes = {c.shape: tensor.encoding.nbytes(c.shape, tensor.dtype) for c in chunks}
-        forms.append(CutTensor(tensor, chunks, [sizes[c.shape] for c in chunks]))
+        forms.append(ChunkedTensor(tensor, chunks, [sizes[c.shape] for c in chunks]))
     return forms
 
 
@@ -195,7 +195,7 @@ def _run(value: Any, where: str) -> tuple[int, tuple[int, ...]]:
     return value[0], shape(value[1], where)
 
 
-def _decoded(form: CutTensor) -> int:
+def _decoded(form: ChunkedTensor) -> int:
     return form.chunks[-1].stop * form.tensor.dtype.itemsize
 
 

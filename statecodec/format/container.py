@@ -35,7 +35,7 @@ _ZEROS = b"0" * 16
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One safetensors entry: bytes start..stop of the data section."""
 
     name: str
@@ -50,7 +50,7 @@ class Header:
     """A header that was read and checked. `data` is the file offset of the data section."""
 
     metadata: Mapping[str, str]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorEntry]
     data: int
     version: tuple[int, int]
     digest: str
@@ -61,7 +61,9 @@ class Header:
         return self.version[1] > READ[self.version[0]]
 
 
-def build_header(entries: Iterable[Entry], metadata: Mapping[str, str], size: int | None = None) -> tuple[bytes, str]:
+def build_header(
+    entries: Iterable[TensorEntry], metadata: Mapping[str, str], size: int | None = None
+) -> tuple[bytes, str]:
     """The header with its length in front, padded to `size` bytes in all (default: as needed), and its digest."""
     body: dict[str, object] = {METADATA: {**metadata, "statecodec.header": _ZEROS.decode()}}
     for e in entries:
@@ -126,7 +128,7 @@ def _check_digest(text: bytes, metadata: Mapping[str, str], path: str) -> str:
     return digest
 
 
-def _entries(values: Mapping[str, object], data_bytes: int, path: str) -> dict[str, Entry]:
+def _entries(values: Mapping[str, object], data_bytes: int, path: str) -> dict[str, TensorEntry]:
     entries = [_entry(name, value, path) for name, value in values.items()]
     end = 0
     for e in sorted(entries, key=lambda e: (e.start, e.stop)):
@@ -139,7 +141,7 @@ def _entries(values: Mapping[str, object], data_bytes: int, path: str) -> dict[s
     return {e.name: e for e in entries}
 
 
-def _entry(name: str, value: object, path: str) -> Entry:
+def _entry(name: str, value: object, path: str) -> TensorEntry:
     fields = Fields(value, f"{path}: entry {name[:200]!r}")
     dtype, shape = fields.take("dtype", str), fields.shape()
     offsets = fields.take("data_offsets", list)
@@ -151,4 +153,4 @@ def _entry(name: str, value: object, path: str) -> Entry:
     start, stop = offsets
     if stop - start != math.prod(shape) * ITEMSIZE[dtype] or start % ITEMSIZE[dtype]:
         raise FormatError(f"{fields.where}: {dtype} {list(shape)} does not fit bytes {start}..{stop}")
-    return Entry(name, dtype, shape, start, stop)
+    return TensorEntry(name, dtype, shape, start, stop)

@@ -156,7 +156,7 @@ def checked_specs(encoding: Encoding, where: str) -> Specs:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class DeclaredTensor:
     """What the manifest says of a tensor before it says how it is cut: checked."""
 
     encoding: Encoding
@@ -166,7 +166,7 @@ class Tensor:
     parts: Mapping[str, PartSpec]
 
     @classmethod
-    def read(cls, fields: Fields, storages: tuple[str, ...], newer: bool, limits: Limits) -> Tensor:
+    def read(cls, fields: Fields, storages: tuple[str, ...], newer: bool, limits: Limits) -> DeclaredTensor:
         """Read and check the fields dtype, shape, codec, storage and parts. Raises FormatError and its subclasses."""
         dtype, shape = read_dtype(fields), fields.shape()
         # Zero-size dimensions count as one here: a shape of (0, 2**60) is no less a lie.

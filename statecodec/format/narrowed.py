@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, TypeAlias
 from statecodec.buffers import Bytes, Pool
 from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
-from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form
+from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Narrowing
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LOW_BITS", "Form", "join", "split", "takes"]
+__all__ = ["LOW_BITS", "Narrowing", "join", "split", "takes"]
 
 Unpack: TypeAlias = "Callable[[Bytes, Sequence[Tensor]], list[Tensor]]"  # record, memory for its parts -> its parts
 
@@ -39,13 +39,13 @@ def slack(part: Tensor) -> int:
     """How many bytes more than the part its narrowed form can take, with header and rows."""
     if not takes(part.dtype, part.numel()):
         return 0
-    form = Form(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
+    form = Narrowing(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
     parts = sum(dtype.itemsize * length for dtype, length in form.sizes(part.numel()).values())
     return max(parts + part.nbytes // MOST_EXCEPTIONS - part.nbytes, 0) + 128
 
 
 @contextmanager
-def split(part: Tensor, form: Form, pool: Pool, room: Bytes) -> Iterator[tuple[bytes, list[Tensor]] | None]:
+def split(part: Tensor, form: Narrowing, pool: Pool, room: Bytes) -> Iterator[tuple[bytes, list[Tensor]] | None]:
     """The header and the narrowed parts of `part`, in pooled memory; None if the form does not fit.
 
     Low bytes and bits, which are noise and stored as they are, are in `room` if nothing is stored before them.
@@ -85,7 +85,7 @@ def join(payload: Bytes, out: Tensor, pool: Pool, unpack: Unpack) -> None:
     pool.give(buffer)
 
 
-def _header(payload: Bytes, flat: Tensor) -> tuple[Form, int]:
+def _header(payload: Bytes, flat: Tensor) -> tuple[Narrowing, int]:
     n = flat.numel()
     if payload.size < HEADER.size:
         raise FormatError(f"narrowed codes in {payload.size} bytes: their header alone takes {HEADER.size}")
@@ -95,10 +95,10 @@ def _header(payload: Bytes, flat: Tensor) -> tuple[Form, int]:
         raise FormatError(
             f"narrowed codes: flags {flags}, {low} low bits, {cols} columns, {count} exceptions of {n} {flat.dtype}"
         )
-    return Form(cols, low, flags == 1), count
+    return Narrowing(cols, low, flags == 1), count
 
 
-def _take(form: Form, n: int, pool: Pool) -> tuple[Bytes, dict[str, Tensor]]:
+def _take(form: Narrowing, n: int, pool: Pool) -> tuple[Bytes, dict[str, Tensor]]:
     """Pooled memory for the narrowed parts of n codes."""
     sizes = form.sizes(n)
     buffer = pool.take(sum(dtype.itemsize * length + 8 for dtype, length in sizes.values()))

@@ -12,7 +12,7 @@ from statecodec import atomic
 from statecodec.errors import FormatError
 from statecodec.format.container import read_header
 from statecodec.limits import Limits
-from statecodec.staging import File, Staging, os_errors
+from statecodec.staging import StagedFile, Staging, os_errors
 
 
 class Destination:
@@ -41,9 +41,9 @@ class Destination:
                 return stat.S_IMODE(file.stat().st_mode)
         return None
 
-    def create(self, file: Path) -> File:
+    def create(self, file: Path) -> StagedFile:
         """A file of this output, to be made."""
-        return File(self.staging, file.name)
+        return StagedFile(self.staging, file.name)
 
     def publish(self) -> None:
         """Make the finished files visible, all or none.

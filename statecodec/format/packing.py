@@ -150,7 +150,7 @@ def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[
     return [(NARROWED, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
 
 
-def _write_narrowed(part: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
+def _write_narrowed(part: Tensor, form: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool) -> int | None:
     """Write the payload of a part in this form and return its length; None if it does not fit the form."""
     head = narrowed.HEADER.size
     rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in form.sizes(0).values())

@@ -15,7 +15,7 @@ from statecodec.codecs import Encoding, PartSpec
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.dtypes import DType
 from statecodec.errors import FormatError, UsageError
-from statecodec.format.container import MANIFEST_ENTRY, UNKNOWN_OFFSET, Entry, build_header
+from statecodec.format.container import MANIFEST_ENTRY, UNKNOWN_OFFSET, TensorEntry, build_header
 from statecodec.format.entry_types import dtype_name, entry_type
 from statecodec.format.items import PACKED, PLAIN, SHARED, packed_entry
 from statecodec.format.packing import Packing
@@ -29,7 +29,7 @@ MANY_ITEMS = (
 
 
 @dataclass(frozen=True)
-class Item:
+class ItemSpec:
     """A tensor to be written: name, encoding, decoded shape and dtype, and attributes (JSON, carried verbatim).
 
     `companions`: by role, the names of the items whose tensors the codec needs. `text`: bytes that repeat each other,
@@ -64,30 +64,30 @@ class Arrangement:
 class PlannedItem:
     """An item with everything that is known of it beforehand."""
 
-    item: Item
-    form: Arrangement
+    item: ItemSpec
+    arrangement: Arrangement
     entry: str
     shard: int
     offsets: Mapping[str, int]  # of each plain part in the shard's data section
 
     @property
     def storage(self) -> str:
-        return self.form.storage
+        return self.arrangement.storage
 
     @property
     def parts(self) -> Mapping[str, PartSpec]:
-        return self.form.parts
+        return self.arrangement.parts
 
     @property
     def chunks(self) -> Sequence[Chunk]:
-        return self.form.chunks
+        return self.arrangement.chunks
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardPlan:
     """One file: its plain entries, where the records start in the data section, the header's reserved size."""
 
-    plain: Sequence[Entry]
+    plain: Sequence[TensorEntry]
     packed_start: int
     header_size: int
 
@@ -95,11 +95,13 @@ class Shard:
 @dataclass(frozen=True)
 class FilePlan:
     items: list[PlannedItem]
-    shards: Sequence[Shard]
+    shards: Sequence[ShardPlan]
 
 
-def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]) -> FilePlan:
-    """FilePlan a file. `metadata`: what its headers will hold, placeholders for digests.
+def plan(
+    items: Sequence[ItemSpec], packing: Packing, max_shard_size: int | None, metadata: Mapping[str, str]
+) -> FilePlan:
+    """Plan a file. `metadata`: what its headers will hold, placeholders for digests.
 
     What the reader's limits would refuse is refused here. Raises UsageError, CodecError, LimitExceeded.
     """
@@ -107,12 +109,12 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
         raise UsageError(f"max_shard_size={max_shard_size}, expected at least 1 byte")
     limits = Limits()
     limits.check("items", len(items), limits.max_items)
-    forms, names = _Arrangements(packing, len(items)), _Names()
+    arrangements, names = _Arrangements(packing, len(items)), _Names()
     groups: list[list[PlannedItem]] = [[]]
     size = decoded = 0
     for item in items:
-        form = forms.of(item)
-        parts = form.parts if item.announced is None else item.announced.parts(tuple(item.shape), item.dtype)
+        arrangement = arrangements.of(item)
+        parts = arrangement.parts if item.announced is None else item.announced.parts(tuple(item.shape), item.dtype)
         nbytes = sum(spec.nbytes for spec in parts.values())
         if max_shard_size is not None and size and size + nbytes > max_shard_size:
             groups.append([])
@@ -120,7 +122,7 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
         size += nbytes
         decoded += math.prod(item.shape) * item.dtype.itemsize
         shard = len(groups) - 1
-        groups[-1].append(PlannedItem(item, form, names.claim(item.name, form), shard, {}))
+        groups[-1].append(PlannedItem(item, arrangement, names.claim(item.name, arrangement), shard, {}))
     limits.check("decoded bytes", decoded, limits.max_decoded_bytes)
     limits.check("shards", len(groups), limits.max_shards)
     _check_companions(items)
@@ -128,7 +130,7 @@ def plan(items: Sequence[Item], packing: Packing, max_shard_size: int | None, me
     return FilePlan([item for group, _ in planned for item in group], [shard for _, shard in planned])
 
 
-def _check_companions(items: Sequence[Item]) -> None:
+def _check_companions(items: Sequence[ItemSpec]) -> None:
     named = {item.name: item for item in items}
     for item in items:
         codec = item.encoding.codec
@@ -142,43 +144,43 @@ def _check_companions(items: Sequence[Item]) -> None:
                 )
 
 
-def _may_serve(other: Item, item: Item) -> bool:
+def _may_serve(other: ItemSpec, item: ItemSpec) -> bool:
     """Whether an item stands as its reader needs it: alone, or (of one that repeats another) as itself."""
     if item.encoding.codec.repeats:
         return other.dtype == item.dtype and not other.encoding.codec.repeats
     return not other.encoding.codec.needs
 
 
-def plain_items(items: Sequence[Item], packing: Packing) -> list[int]:
+def plain_items(items: Sequence[ItemSpec], packing: Packing) -> list[int]:
     """The items, by number, whose parts stand in the file one by one, at places fixed before anything is written."""
-    forms = _Arrangements(packing, len(items))
-    return [index for index, item in enumerate(items) if forms.of(item).storage == PLAIN]
+    arrangements = _Arrangements(packing, len(items))
+    return [index for index, item in enumerate(items) if arrangements.of(item).storage == PLAIN]
 
 
 def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:
     """An item that is not plain, stored in another way, in a file of so many items. Raises UsageError."""
     item = planned.item.recoded(encoding)
-    form = _Arrangements(packing, items).of(item)
-    if PLAIN in (planned.storage, form.storage):
+    arrangement = _Arrangements(packing, items).of(item)
+    if PLAIN in (planned.storage, arrangement.storage):
         raise UsageError(f"item {item.name!r} cannot be stored in another way any more: its place was fixed")
-    return replace(planned, item=item, form=form)
+    return replace(planned, item=item, arrangement=arrangement)
 
 
 class _Arrangements:
-    """The forms of a file's items; most of them are alike."""
+    """The arrangements of a file's items; most of them are alike."""
 
     def __init__(self, packing: Packing, items: int) -> None:
         self._plain, self._many = packing.method == "none", items > MANY_ITEMS
         self._known: dict[tuple[Encoding, tuple[int, ...], DType], Arrangement] = {}
 
-    def of(self, item: Item) -> Arrangement:
+    def of(self, item: ItemSpec) -> Arrangement:
         shape = tuple(item.shape)
         key = (item.encoding, shape, item.dtype)
         if key not in self._known:
             self._known[key] = self._make(item, shape)
         return self._known[key]
 
-    def _make(self, item: Item, shape: tuple[int, ...]) -> Arrangement:
+    def _make(self, item: ItemSpec, shape: tuple[int, ...]) -> Arrangement:
         try:
             check_shape(list(shape), item.name)
             dtype_name(item.dtype)
@@ -207,7 +209,7 @@ class _Names:
         self.items: set[str] = set()
         self.entries: set[str] = set()
 
-    def claim(self, item: str, form: Arrangement) -> str:
+    def claim(self, item: str, arrangement: Arrangement) -> str:
         """The base of the item's entry names. Raises UsageError."""
         if item in self.items:
             raise UsageError(f"two items are named {item!r}")
@@ -216,19 +218,19 @@ class _Names:
         except UnicodeEncodeError:
             raise UsageError(f"item name {item!r} is not valid Unicode") from None
         self.items.add(item)
-        if form.storage != PLAIN:
+        if arrangement.storage != PLAIN:
             return item
         entry, attempt = item, 1
-        while any(f"{entry}/{part}" in self.entries for part in form.parts):
+        while any(f"{entry}/{part}" in self.entries for part in arrangement.parts):
             attempt += 1
             entry = f"{item}#{attempt}"
-        self.entries.update(f"{entry}/{part}" for part in form.parts)
+        self.entries.update(f"{entry}/{part}" for part in arrangement.parts)
         return entry
 
 
 def _shard(
     group: Sequence[PlannedItem], metadata: Mapping[str, str], limits: Limits
-) -> tuple[list[PlannedItem], Shard]:
+) -> tuple[list[PlannedItem], ShardPlan]:
     plain = [(i, part, spec) for i, p in enumerate(group) if p.storage == PLAIN for part, spec in p.parts.items()]
     plain.sort(key=lambda entry: -entry[2].dtype.itemsize)
     offsets: dict[int, dict[str, int]] = {}
@@ -236,11 +238,11 @@ def _shard(
     for i, part, spec in plain:
         offsets.setdefault(i, {})[part] = position
         dtype, shape = entry_type(spec)
-        entries.append(Entry(f"{group[i].entry}/{part}", dtype, shape, position, position + spec.nbytes))
+        entries.append(TensorEntry(f"{group[i].entry}/{part}", dtype, shape, position, position + spec.nbytes))
         position += spec.nbytes
     unknown = ((UNKNOWN_OFFSET,), UNKNOWN_OFFSET, UNKNOWN_OFFSET)
-    widest = [Entry(name, "U8", *unknown) for name in (packed_entry(limits.max_shards), MANIFEST_ENTRY)]
+    widest = [TensorEntry(name, "U8", *unknown) for name in (packed_entry(limits.max_shards), MANIFEST_ENTRY)]
     header, _ = build_header([*entries, *widest], metadata)
     limits.check(f"header bytes for {len(entries):,} plain parts", len(header) - 8, limits.max_header_bytes)
     items = [replace(p, offsets=offsets[i]) if i in offsets else p for i, p in enumerate(group)]
-    return items, Shard(entries, position, len(header))
+    return items, ShardPlan(entries, position, len(header))

@@ -9,25 +9,25 @@ from itertools import accumulate
 
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError
-from statecodec.format.items import PACKED, SHARED, StoredChunk, StoredRecord, Tensor, shares
+from statecodec.format.items import PACKED, SHARED, DeclaredTensor, StoredChunk, StoredRecord, shares
 from statecodec.limits import MAX_SHARED
 
 
 @dataclass(frozen=True)
-class CutTensor:
+class ChunkedTensor:
     """A tensor as several items are one, and its chunks."""
 
-    tensor: Tensor
+    tensor: DeclaredTensor
     chunks: Sequence[Chunk]
     sizes: Sequence[int]  # of each chunk's parts
 
 
-class Places:
+class RecordTable:
     """Where records lie and whose they are, from their sizes and the order of items."""
 
     def __init__(
         self,
-        of: Sequence[CutTensor],
+        of: Sequence[ChunkedTensor],
         shard_of: Sequence[int],
         sizes: Sequence[int],
         checksums: Sequence[str],

@@ -48,7 +48,7 @@ class ItemCheck:
 
 
 @dataclass(frozen=True)
-class Record:
+class VerifiedRecord:
     """A packed chunk as it lies in the file: verified bytes, and their XXH3-64."""
 
     data: Bytes
@@ -236,7 +236,7 @@ class Reader:
             raise type(error)(f"{where}: {error}") from error
         return parts
 
-    def record(self, item: int, chunk: int) -> Record:
+    def record(self, item: int, chunk: int) -> VerifiedRecord:
         """A chunk of a packed item as it is stored, to be written elsewhere. Raises FormatError."""
         stored = self.items[item]
         if stored.storage != PACKED:
@@ -246,7 +246,7 @@ class Reader:
         start = header.data + header.entries[stored.entry].start + stored.start + self._offsets(item).records[chunk]
         self._pread(self._fds[stored.shard], data.data, start)
         _check(data, piece.checksums[0])
-        return Record(data, piece.checksums[0])
+        return VerifiedRecord(data, piece.checksums[0])
 
     def _read_packed(self, i: int, chunk: int, outs: Sequence[Tensor]) -> None:
         item = self.items[i]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from statecodec.errors import FormatError
-from statecodec.format.items import PACKED, PLAIN, StoredChunk, StoredItem, Tensor, check_companions
+from statecodec.format.items import PACKED, PLAIN, DeclaredTensor, StoredChunk, StoredItem, check_companions
 from statecodec.limits import Limits
 from statecodec.strict import Fields, hexadecimal
 
@@ -24,7 +24,7 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     fields = Fields(value, f"manifest: item {index}")
     name = fields.take("name", str)
     fields.where = f"manifest: item {name[:200]!r}"
-    tensor = Tensor.read(fields, (PLAIN, PACKED), newer, limits)
+    tensor = DeclaredTensor.read(fields, (PLAIN, PACKED), newer, limits)
     rows = [Fields(row, fields.where) for row in fields.take("chunks", list)]
     cut = tensor.cut((row.shape() for row in rows), len(rows), fields.where, limits)
     chunks = []

@@ -17,17 +17,17 @@ from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.format import part_tensors, placement, sharing
-from statecodec.format.container import MANIFEST_ENTRY, VERSION, Entry, build_header
+from statecodec.format.container import MANIFEST_ENTRY, VERSION, TensorEntry, build_header
 from statecodec.format.finished import Finished, Written, opened
 from statecodec.format.index import index_json
 from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
 from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
-from statecodec.format.placement import Item, PlannedItem, plan
-from statecodec.format.reader import Reader, Record
+from statecodec.format.placement import ItemSpec, PlannedItem, plan
+from statecodec.format.reader import Reader, VerifiedRecord
 from statecodec.lazy import torch
-from statecodec.staging import File
+from statecodec.staging import StagedFile
 from statecodec.strict import dump_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Writer:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        items: Sequence[Item],
+        items: Sequence[ItemSpec],
         *,
         packing: Packing | str = "zstd",
         max_shard_size: int | None = None,
@@ -83,7 +83,7 @@ class Writer:
         self._ends = [shard.packed_start for shard in self._plan.shards]
         self._next = (0, 0)
         self._pool = Pool()
-        self._files: list[File] = []
+        self._files: list[StagedFile] = []
         self._reader: Reader | None = None
         self._destination = Destination(path, len(self._plan.shards), force)
         try:
@@ -94,7 +94,7 @@ class Writer:
             raise
 
     @property
-    def items(self) -> tuple[Item, ...]:
+    def items(self) -> tuple[ItemSpec, ...]:
         """What is written, in order."""
         return tuple(planned.item for planned in self._plan.items)
 
@@ -124,7 +124,7 @@ class Writer:
             position += length
         return PackedChunk(item, index, buffer, lengths, tuple(checksums))
 
-    def repacked(self, item: int, chunk: Chunk, record: Record) -> PackedChunk:
+    def repacked(self, item: int, chunk: Chunk, record: VerifiedRecord) -> PackedChunk:
         """A chunk that was packed before, as `Reader.record` gives it. Thread-safe. Raises UsageError."""
         planned = self._plan.items[item]
         if planned.storage != PACKED:
@@ -284,13 +284,13 @@ class Writer:
         shard, file, end = self._plan.shards[i], self._files[i], self._ends[i]
         entries, packed = list(shard.plain), end - shard.packed_start
         if packed:
-            entries.append(Entry(packed_entry(i), "U8", (packed,), shard.packed_start, end))
+            entries.append(TensorEntry(packed_entry(i), "U8", (packed,), shard.packed_start, end))
         digest = None
         if manifest is not None:
             digest = xxhash.xxh3_128_hexdigest(manifest)
             file.write_at(manifest, shard.header_size + end)
             stop = self._ends[i] = end + len(manifest)
-            entries.append(Entry(MANIFEST_ENTRY, "U8", (len(manifest),), end, stop))
+            entries.append(TensorEntry(MANIFEST_ENTRY, "U8", (len(manifest),), end, stop))
         metadata = _metadata(i + 1, len(self._files), digest)
         header, header_digest = build_header(entries, metadata, shard.header_size)
         file.write_at(header, 0)

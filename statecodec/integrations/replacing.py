@@ -18,12 +18,12 @@ from typing import Any
 from statecodec.checkpoint.report import Report
 from statecodec.verbs.compress import compress
 from statecodec.verbs.paths import compressed_path
-from statecodec.verbs.settings import Settings
+from statecodec.verbs.settings import CompressSettings
 
 
 def checked(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `compress` for one file, refused now if at all. Raises UsageError, PolicyError."""
-    Settings.of(preset=preset, **options)
+    CompressSettings.of(preset=preset, **options)
     return {"preset": preset, "max_shard_size": None, **options}
 
 

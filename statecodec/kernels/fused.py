@@ -49,7 +49,7 @@ LARGEST_FP16 = 65520.0  # of an fp16 weight: from here on, it would round to inf
 
 
 @dataclass(frozen=True)
-class Stored:
+class StateStorage:
     """How one state is stored, as a codec says it (`Codec.stored`): everything that its bytes depend on.
 
     `curve` None: dense fp32 values. Otherwise codes of that curve, with one scale per `group` values of a row. `block`:
@@ -110,7 +110,7 @@ class FusedBackend(Protocol):
     """What a backend package has when it can step whole groups."""
 
     def supports(
-        self, method: str, formats: Mapping[str, Stored | None], param: torch.dtype, low: torch.dtype | None
+        self, method: str, formats: Mapping[str, StateStorage | None], param: torch.dtype, low: torch.dtype | None
     ) -> bool: ...
 
-    def prepare(self, method: str, slots: Sequence[Slot], formats: Mapping[str, Stored | None]) -> Launch: ...
+    def prepare(self, method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> Launch: ...

@@ -72,7 +72,7 @@ class StatePart:
 
 
 @dataclass(frozen=True, slots=True)
-class Logical:
+class LogicalTensor:
     """A tensor as rules, reports and budgets see it."""
 
     name: str
@@ -191,7 +191,7 @@ class Source:
     root: Path
     is_directory: bool
     files: tuple[SourceFile, ...]
-    tensors: tuple[Logical, ...] = ()
+    tensors: tuple[LogicalTensor, ...] = ()
     """By file and offset of their first piece. Every region belongs to exactly one of them."""
     moments: tuple[Moments, ...] = ()
     momenta: tuple[Momentum, ...] = ()

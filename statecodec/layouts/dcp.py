@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from statecodec.dtypes import DType
 from statecodec.errors import LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource, PartOfBytes
-from statecodec.layouts.base import Box, Crc32, Logical, Piece, Region, Shape, SourceFile, View
-from statecodec.layouts.dcp_index import INDEX, Index, Item, TensorAbout, nested, read_index
+from statecodec.layouts.base import Box, Crc32, LogicalTensor, Piece, Region, Shape, SourceFile, View
+from statecodec.layouts.dcp_index import INDEX, DcpIndex, DcpItem, TensorAbout, nested, read_index
 from statecodec.layouts.graph import contiguous, storages
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
@@ -93,7 +93,7 @@ def tree(listing: Listing, read: Read) -> Any:
     return build(_graph(nested(index, values)), tensor)
 
 
-def _bytes(item: Item, read: Read) -> bytes:
+def _bytes(item: DcpItem, read: Read) -> bytes:
     return read(item.file, item.offset, item.nbytes).cpu().numpy().tobytes()
 
 
@@ -104,7 +104,7 @@ def _bytes(item: Item, read: Read) -> bytes:
 class _Found:
     """An item, and what torch.save wrote there; `archive` is None where it is something else."""
 
-    item: Item
+    item: DcpItem
     archive: Archive | None = None
     root: Any = None
     value: bytes = b""
@@ -123,7 +123,7 @@ class _Reading:
         self._open: tuple[str, ByteSource] | None = None
         self._count = 0
 
-    def item(self, item: Item) -> _Found:
+    def item(self, item: DcpItem) -> _Found:
         """Raises MalformedCheckpoint for a chunk that is not the tensor that it should be."""
         if self._open is None or self._open[0] != item.file:
             self._stack.close()
@@ -231,7 +231,7 @@ def _graph(value: Any) -> Any:
     return node
 
 
-def _nodes(index: Index) -> dict[str, TensorNode]:
+def _nodes(index: DcpIndex) -> dict[str, TensorNode]:
     """Every tensor as a node, on a storage of its own."""
     found = {}
     for number, (key, about) in enumerate(index.tensors.items()):
@@ -244,7 +244,7 @@ def _nodes(index: Index) -> dict[str, TensorNode]:
 # ---- putting it together
 
 
-def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
+def _located(listing: Listing, index: DcpIndex, found: list[_Found]) -> Located:
     regions: dict[str, list[tuple[Region, _Found]]] = {path: [] for path in listing.files}
     crcs: dict[str, list[Crc32]] = {path: [] for path in listing.files}
     strange = {each.item.key for each in found if each.item.box is not None and _region(each) is None}
@@ -277,7 +277,9 @@ def _located(listing: Listing, index: Index, found: list[_Found]) -> Located:
         )  # fmt: skip
     nodes, unique, prefix = _nodes(index), Names(), listing.prefix(listing.folder)
     tensors = tuple(
-        Logical(unique.unique(prefix + shown(key)), about.dtype, about.size, tuple(sorted(pieces[key], key=_corner)))
+        LogicalTensor(
+            unique.unique(prefix + shown(key)), about.dtype, about.size, tuple(sorted(pieces[key], key=_corner))
+        )
         for key, about in index.tensors.items()
         if key in pieces
     )

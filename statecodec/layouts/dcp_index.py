@@ -30,7 +30,7 @@ _MAX_DEPTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class DcpItem:
     """What lies at file[offset:offset+nbytes]: a chunk of a tensor, or (`box` is None) a value of its own."""
 
     key: str
@@ -49,18 +49,18 @@ class TensorAbout:
 
 
 @dataclass(frozen=True)
-class Index:
+class DcpIndex:
     """`.metadata`, checked against itself. Items are by file and offset."""
 
     keys: list[str]
     """Of all tensors and values, in order."""
     tensors: dict[str, TensorAbout]
-    items: list[Item]
+    items: list[DcpItem]
     paths: dict[str, tuple[Any, ...]]
     limit: int
 
 
-def read_index(listing: Listing) -> Index:
+def read_index(listing: Listing) -> DcpIndex:
     file = listing.get(INDEX)
     if file is None:
         error = MalformedCheckpoint if listing.is_directory else UnknownLayout
@@ -98,7 +98,7 @@ def read_index(listing: Listing) -> Index:
         if type(planned) is DictNode
         else {}
     )
-    return Index(keys, tensors, items, paths, most_tensors(len(data)))
+    return DcpIndex(keys, tensors, items, paths, most_tensors(len(data)))
 
 
 def _fields(node: Any, kind: str) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _tensor(key: str, about: dict[str, Any]) -> tuple[TensorAbout, list[Box]]:
     return TensorAbout(dtype, size), boxes
 
 
-def _stored(pair: tuple[Any, Any], boxes: dict[tuple[str, Shape | None], Box | None], listing: Listing) -> Item:
+def _stored(pair: tuple[Any, Any], boxes: dict[tuple[str, Shape | None], Box | None], listing: Listing) -> DcpItem:
     """Where one chunk or value is; takes its box out of `boxes`."""
     index, info = _fields(pair[0], "MetadataIndex"), _fields(pair[1], "_StorageInfo")
     key, file, offset, nbytes = index.get("fqn"), info.get("relative_path"), info.get("offset"), info.get("length")
@@ -161,10 +161,10 @@ def _stored(pair: tuple[Any, Any], boxes: dict[tuple[str, Shape | None], Box | N
     if type(offset) is not int or type(nbytes) is not int or not 0 <= offset <= offset + nbytes <= listed.nbytes:
         where = f"{offset!r:.20} with {nbytes!r:.20}"
         raise MalformedCheckpoint(f"{file} has {listed.nbytes} bytes; {INDEX} places {shown(key)!r:.80} at {where}")
-    return Item(key, boxes.pop((key, at)), listed.path, offset, nbytes, plain=not info.get("transform_descriptors"))
+    return DcpItem(key, boxes.pop((key, at)), listed.path, offset, nbytes, plain=not info.get("transform_descriptors"))
 
 
-def nested(index: Index, values: dict[str, Any]) -> dict[str, Any]:
+def nested(index: DcpIndex, values: dict[str, Any]) -> dict[str, Any]:
     """Values put where the saved object held them: text is a key of a dict, a number an index of a list."""
     root: dict[str, Any] = {}
     for key, value in values.items():

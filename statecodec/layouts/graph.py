@@ -9,11 +9,11 @@ from typing import Any, Final
 
 from statecodec.dtypes import UINT8, DType
 from statecodec.files import ByteSource
-from statecodec.layouts.base import Crc32, Logical, Piece, SourceFile, View
+from statecodec.layouts.base import Crc32, LogicalTensor, Piece, SourceFile, View
 from statecodec.layouts.listing import ListedFile
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.protocol import Facts, Located
-from statecodec.layouts.regions import Cut, cut
+from statecodec.layouts.regions import NamedRegion, cut
 from statecodec.layouts.walk import Names, walk
 
 _BYTES: Final = UINT8
@@ -65,7 +65,7 @@ class Graph:
             tuple(views[name] for name in order), self.crcs, identity=file.identity,
         )  # fmt: skip
         tensors = tuple(
-            Logical(prefix + piece.name, *_dtype_and_shape(piece), (Piece(file.path, index),))
+            LogicalTensor(prefix + piece.name, *_dtype_and_shape(piece), (Piece(file.path, index),))
             for index, piece in enumerate(cuts)
         )
         windows = tuple(tuple(node for _, node, _ in piece.windows) for piece in cuts)
@@ -92,7 +92,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(stride))
 
 
-def _dtype_and_shape(piece: Cut) -> tuple[DType, tuple[int, ...]]:
+def _dtype_and_shape(piece: NamedRegion) -> tuple[DType, tuple[int, ...]]:
     """The file's own, where a dtype that cannot be encoded made the region one of bytes."""
     region = piece.region
     if region.dtype is _BYTES and len(piece.windows) == 1 and not region.lossless:
@@ -101,7 +101,7 @@ def _dtype_and_shape(piece: Cut) -> tuple[DType, tuple[int, ...]]:
     return region.dtype, region.shape
 
 
-def _scalars(source: ByteSource, cuts: list[Cut]) -> Iterator[tuple[int, bytes]]:
+def _scalars(source: ByteSource, cuts: list[NamedRegion]) -> Iterator[tuple[int, bytes]]:
     """Index and bytes of every one-element tensor."""
     for piece in cuts:
         for _, node, offset in piece.windows:
@@ -110,7 +110,7 @@ def _scalars(source: ByteSource, cuts: list[Cut]) -> Iterator[tuple[int, bytes]]
                 yield node.index, source.read(piece.region.offset + offset * size, size)
 
 
-def _cut_all(root: Any, spans: dict[str, Span], limit: int) -> tuple[list[Cut], list[str]]:
+def _cut_all(root: Any, spans: dict[str, Span], limit: int) -> tuple[list[NamedRegion], list[str]]:
     """All regions (sorted by offset) of the storages in `spans`, and the names of all views in order.
 
     On the way every tensor gets its index.
@@ -128,7 +128,7 @@ def _cut_all(root: Any, spans: dict[str, Span], limit: int) -> tuple[list[Cut], 
         if type(node) is TensorNode:
             order.append(unique.unique(str(place)))
             windows.setdefault(storage.key, []).append((order[-1], node))
-    cuts: list[Cut] = []
+    cuts: list[NamedRegion] = []
     for key, span in spans.items():
         storage = known.get(key) or StorageNode(key, _BYTES, "cpu", span.nbytes, untyped=True)
         seen = windows.get(key, [])

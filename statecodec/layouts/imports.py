@@ -18,7 +18,7 @@ from statecodec.errors import FormatError, LayoutError, LegacyTorchFile
 from statecodec.files import ByteSource, PartOfBytes
 from statecodec.layouts import dcp, opaque
 from statecodec.layouts.collecting import collector_paused
-from statecodec.layouts.dcp_index import Item, read_index
+from statecodec.layouts.dcp_index import DcpItem, read_index
 from statecodec.layouts.listing import HEAD, ListedFile, Listing
 from statecodec.layouts.pickle.imports import Imports, imports
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES
@@ -100,7 +100,7 @@ def _add_shards(found: dict[str, FileImports], part: Listing) -> None:
                 _add(found, _of_item(item, source))
 
 
-def _of_item(item: Item, source: ByteSource) -> FileImports | None:
+def _of_item(item: DcpItem, source: ByteSource) -> FileImports | None:
     if not item.plain:
         return FileImports(item.file, unread="an item is transformed by an extension of DCP")
     try:

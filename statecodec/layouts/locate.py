@@ -15,7 +15,7 @@ from pathlib import Path
 
 from statecodec.errors import LayoutError, UnknownLayout
 from statecodec.layouts import opaque
-from statecodec.layouts.base import Logical, Source, SourceFile
+from statecodec.layouts.base import LogicalTensor, Source, SourceFile
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.facts.assign import named
 from statecodec.layouts.listing import Listing, list_path
@@ -53,7 +53,7 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     )  # fmt: skip
 
 
-def _place(tensor: Logical) -> tuple[str, int]:
+def _place(tensor: LogicalTensor) -> tuple[str, int]:
     return tensor.pieces[0].file, tensor.pieces[0].region
 
 

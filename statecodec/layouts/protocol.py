@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from statecodec.layouts.base import Logical, Moments, SourceFile
+from statecodec.layouts.base import LogicalTensor, Moments, SourceFile
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.pickle.nodes import TensorNode
 
@@ -72,7 +72,7 @@ class Located:
 
     files: tuple[SourceFile, ...]
     """One for each claimed file."""
-    tensors: tuple[Logical, ...] = ()
+    tensors: tuple[LogicalTensor, ...] = ()
     """Every region belongs to exactly one."""
     moments: tuple[Moments, ...] = ()
     facts: tuple[Facts, ...] = ()

@@ -17,7 +17,7 @@ from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
 
 @dataclass(slots=True)
-class Cut:
+class NamedRegion:
     """A region of one storage, the name of what is in it, and the windows into it: (name, tensor, offset in elements of
     the tensor's dtype).
     """
@@ -56,7 +56,9 @@ def _is_dense(dims: list[tuple[int, int]]) -> bool:
     return True
 
 
-def cut(storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str, TensorNode]], name: str) -> list[Cut]:
+def cut(
+    storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str, TensorNode]], name: str
+) -> list[NamedRegion]:
     """The regions of a storage that lies at file[offset:offset+nbytes].
 
     `windows` are the named tensors on it; `name` is used where there are none (the bytes are then kept losslessly).
@@ -67,11 +69,13 @@ def cut(storage: StorageNode, offset: int, nbytes: int, windows: list[tuple[str,
         if not empty:
             return []
         first_name, first = empty[0]
-        return [Cut(stored_region(offset, 0, first.dtype, first.shape), first_name, [(n, t, 0) for n, t in empty])]
+        return [
+            NamedRegion(stored_region(offset, 0, first.dtype, first.shape), first_name, [(n, t, 0) for n, t in empty])
+        ]
     if not solid:
         found = windows[0][0] if windows else name
         whole = stored_region(offset, nbytes, *_flat(storage.dtype, nbytes), lossless=True)
-        return [Cut(whole, found, [(n, t, 0) for n, t in empty])]
+        return [NamedRegion(whole, found, [(n, t, 0) for n, t in empty])]
     cuts = [_cut(cluster, offset) for cluster in _clusters(solid, nbytes)]
     cuts[0].windows += [(n, t, 0) for n, t in empty]
     return cuts
@@ -111,7 +115,7 @@ def _clusters(windows: list[tuple[str, TensorNode]], nbytes: int) -> list[_Clust
     return clusters
 
 
-def _cut(cluster: _Cluster, offset: int) -> Cut:
+def _cut(cluster: _Cluster, offset: int) -> NamedRegion:
     first_name, first = cluster.windows[0]
     span = cluster.stop - cluster.start
     shapes = {
@@ -125,4 +129,6 @@ def _cut(cluster: _Cluster, offset: int) -> Cut:
     else:
         dtype = first.dtype if len(dtypes) == 1 else UINT8
         region = stored_region(offset + cluster.start, span, *_flat(dtype, span), lossless=True)
-    return Cut(region, first_name, [(n, t, t.offset - cluster.start // t.dtype.itemsize) for n, t in cluster.windows])
+    return NamedRegion(
+        region, first_name, [(n, t, t.offset - cluster.start // t.dtype.itemsize) for n, t in cluster.windows]
+    )

@@ -23,7 +23,7 @@ from statecodec.layouts.objects import build, window
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
 from statecodec.layouts.protocol import Claim, Located, Read
 from statecodec.layouts.walk import most_tensors
-from statecodec.layouts.zip_reader import Entry, read_checked, read_entries
+from statecodec.layouts.zip_reader import ZipEntry, read_checked, read_entries
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Archive:
     """The parts of a torch zip: the pickle's bytes, and where each storage lies."""
 
     pickle: bytes
-    storages: dict[str, Entry]
+    storages: dict[str, ZipEntry]
 
 
 def is_zip(head: bytes) -> bool:
@@ -125,7 +125,7 @@ def open_archive(source: ByteSource, path: str) -> Archive:
     return Archive(read_checked(source, pickle, MAX_PICKLE_BYTES), storages)
 
 
-def _check_byteorder(source: ByteSource, entry: Entry | None) -> None:
+def _check_byteorder(source: ByteSource, entry: ZipEntry | None) -> None:
     order = b"little" if entry is None else read_checked(source, entry, 64)
     if order == b"big":
         raise MalformedCheckpoint(

@@ -16,12 +16,12 @@ _LEAVES: Final = frozenset({TensorNode, StorageNode})
 _NODES: Final = _CONTAINERS | _LEAVES
 
 
-class Place:
+class KeyPath:
     """A key path, shared between siblings: building 10^5 names must not copy 10^5 prefixes."""
 
     __slots__ = ("inside", "key", "parent", "top")
 
-    def __init__(self, parent: Place | None, key: Any) -> None:
+    def __init__(self, parent: KeyPath | None, key: Any) -> None:
         self.parent, self.key = parent, key
         self.inside: str = "" if parent is None else parent.inside
         """A mark that everything below inherits (roles.py: "optimizer", "other")."""
@@ -31,13 +31,13 @@ class Place:
     def __str__(self) -> str:
         """The dotted path; of very deep paths the last components."""
         keys: list[str] = []
-        place: Place | None = self
-        while place is not None and place.parent is not None:
+        path: KeyPath | None = self
+        while path is not None and path.parent is not None:
             if len(keys) == _MAX_DEPTH:
                 keys.append("...")
                 break
-            keys.append(spell(place.key))
-            place = place.parent
+            keys.append(spell(path.key))
+            path = path.parent
         return ".".join(reversed(keys)) or "tensor"
 
 
@@ -57,30 +57,30 @@ def most_tensors(described_bytes: int) -> int:
     return 10_000 + described_bytes // 20
 
 
-def walk(root: Any, limit: int) -> Iterator[tuple[Place, Any]]:
+def walk(root: Any, limit: int) -> Iterator[tuple[KeyPath, Any]]:
     """Every container, tensor and storage below `root`, in order, each container once. Iterative; cycles are harmless.
 
     Raises MalformedCheckpoint beyond `limit` tensors.
     """
     seen: set[int] = set()
     leaves = 0
-    pending: list[tuple[Place, Any]] = [(Place(None, ""), root)]
+    pending: list[tuple[KeyPath, Any]] = [(KeyPath(None, ""), root)]
     while pending:
-        place, node = pending.pop()
+        path, node = pending.pop()
         kind = type(node)
         if kind in _LEAVES:
             leaves += 1
             if leaves > limit:
                 raise MalformedCheckpoint(f"names more than {limit} tensors, for its size far too many")
-            yield place, node
+            yield path, node
             if kind is StorageNode or node.state is None:
                 continue
         if id(node) in seen:
             continue
         seen.add(id(node))
         if kind in _CONTAINERS:
-            yield place, node  # before its children are made: what the caller sets on `place` they inherit
-        below = [(Place(place, key), child) for key, child in children(node) if type(child) in _NODES]
+            yield path, node  # before its children are made: what the caller sets on `path` they inherit
+        below = [(KeyPath(path, key), child) for key, child in children(node) if type(child) in _NODES]
         below.reverse()
         pending.extend(below)
 

@@ -21,16 +21,16 @@ from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import torch_zip
-from statecodec.layouts.base import Logical, Piece, SourceFile
+from statecodec.layouts.base import LogicalTensor, Piece, SourceFile
 from statecodec.layouts.graph import contiguous
 from statecodec.layouts.listing import ListedFile, Listing
 from statecodec.layouts.parts import are_whole
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
 from statecodec.layouts.protocol import Claim, Facts, Located, Read
 from statecodec.layouts.walk import Names, most_tensors
-from statecodec.layouts.zero_index import WEIGHTS, Index, read_index
+from statecodec.layouts.zero_index import WEIGHTS, ZeroIndex, read_index
 from statecodec.layouts.zero_partitions import Param
-from statecodec.layouts.zero_shards import Part, Shard, Unknown
+from statecodec.layouts.zero_shards import PartWindow, UnknownForm, ZeroFile
 from statecodec.names import shown
 
 name: Final = "zero"
@@ -53,7 +53,7 @@ def locate(listing: Listing) -> Located:
     """Read the pickles of all files. Raises LayoutError."""
     try:
         indices = _indices(listing)
-    except Unknown:
+    except UnknownForm:
         return _together([torch_zip.locate(listing.of((path,))) for path in listing.files])
     names = Names()
     several = len(indices) > 1
@@ -68,7 +68,7 @@ def tree(listing: Listing, read: Read) -> Any:
     return {path.rpartition("/")[2]: torch_zip.tree(listing.of((path,)), read) for path in sorted(listing.files)}
 
 
-def _indices(listing: Listing) -> dict[int, Index]:
+def _indices(listing: Listing) -> dict[int, ZeroIndex]:
     """What each model-parallel rank's files say, by that rank."""
     kinds: tuple[dict[int, dict[int, ListedFile]], ...] = (defaultdict(dict), defaultdict(dict))
     for path, file in listing.files.items():
@@ -101,13 +101,13 @@ def _together(found: Sequence[Located]) -> Located:
 # ---- one model-parallel rank
 
 
-def _located(listing: Listing, index: Index, mark: str, names: Names) -> Located:
+def _located(listing: Listing, index: ZeroIndex, mark: str, names: Names) -> Located:
     """The files of one model-parallel rank; `mark` is what its tensors' names begin with."""
     placed = _Placed(index)
     for shard in index.shards:
         placed.add(shard, listing.prefix(shard.path))
     prefix = listing.prefix(listing.folder) + mark
-    tensors: list[Logical] = []
+    tensors: list[LogicalTensor] = []
     nodes: list[TensorNode] = []
     model = DictNode()
     states: dict[str, DictNode] = defaultdict(DictNode)
@@ -129,9 +129,9 @@ def _located(listing: Listing, index: Index, mark: str, names: Names) -> Located
 class _Placed:
     """Where the parts of tensors are, once their files are cut into regions."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: ZeroIndex) -> None:
         self.files: list[SourceFile] = []
-        self.others: list[Logical] = []
+        self.others: list[LogicalTensor] = []
         """Tensors that are no parts."""
         self.scalars: dict[int, bytes] = {}
         """By the id of their node, the bytes of tensors of one element."""
@@ -139,7 +139,7 @@ class _Placed:
         self._parts = {id(part.node) for parts in index.parts.values() for part in parts}
         self._steps = {id(node) for node in index.steps}
 
-    def add(self, shard: Shard, prefix: str) -> None:
+    def add(self, shard: ZeroFile, prefix: str) -> None:
         """Cut one file. Raises MalformedCheckpoint where parts and other tensors overlap."""
         with shard.file.open() as source:
             found = torch_zip.graph_of(shard.archive, shard.root, shard.added).located(name, shard.file, source, prefix)
@@ -155,7 +155,7 @@ class _Placed:
                 is_step = any(id(node) in self._steps for node in nodes)
                 self.others.append(replace(tensor, role="step") if is_step else tensor)
 
-    def joined(self, param: Param, parts: Sequence[Part], spelled: str) -> Logical:
+    def joined(self, param: Param, parts: Sequence[PartWindow], spelled: str) -> LogicalTensor:
         """A tensor from its parts, which are all of it, once. Raises MalformedCheckpoint."""
         ordered = sorted(parts, key=lambda part: part.run.start)
         dtype = ordered[0].node.dtype
@@ -165,7 +165,7 @@ class _Placed:
             )
         runs = [part.run if len(ordered) > 1 else None for part in ordered]
         pieces = (Piece(part.path, self._places[id(part.node)], run) for part, run in zip(ordered, runs, strict=True))
-        return Logical(spelled, dtype, param.shape, tuple(pieces))
+        return LogicalTensor(spelled, dtype, param.shape, tuple(pieces))
 
 
 # ---- the saved object, as an optimizer that was not sharded would have it
@@ -188,7 +188,7 @@ class _Numbering:
         return node
 
 
-def _object(index: Index, model: DictNode, states: dict[str, DictNode], number: _Numbering) -> DictNode:
+def _object(index: ZeroIndex, model: DictNode, states: dict[str, DictNode], number: _Numbering) -> DictNode:
     groups = []
     for names, settings, step in index.settings:
         own = _dict(params=names)
@@ -210,7 +210,7 @@ def _dict(**items: Any) -> DictNode:
     return node
 
 
-def _whole(tensor: Logical, number: int) -> TensorNode:
+def _whole(tensor: LogicalTensor, number: int) -> TensorNode:
     """A tensor as a node, on a storage of its own."""
     storage = StorageNode(tensor.name, tensor.dtype, "cpu", math.prod(tensor.shape), untyped=False)
     node = TensorNode(storage, tensor.dtype, tensor.shape, contiguous(tensor.shape), 0)

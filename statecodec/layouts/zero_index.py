@@ -17,8 +17,8 @@ from statecodec.layouts.base import Run
 from statecodec.layouts.graph import contiguous
 from statecodec.layouts.listing import ListedFile
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
-from statecodec.layouts.zero_partitions import Each, Flat, Fragment, Param, read_params
-from statecodec.layouts.zero_shards import Part, Partition, Shard, Unknown
+from statecodec.layouts.zero_partitions import Fragment, Param, PartitionedGroup, PartitionedParams, read_params
+from statecodec.layouts.zero_shards import Partition, PartWindow, UnknownForm, ZeroFile
 from statecodec.names import shown
 from statecodec.roles import STATE_ROLES
 
@@ -28,28 +28,28 @@ WEIGHTS: Final = ("module", "frozen_param_fragments")
 
 
 @dataclass
-class Index:
+class ZeroIndex:
     """What one model-parallel rank's files hold."""
 
     stage: int
     ranks: int
-    shards: list[Shard]
+    shards: list[ZeroFile]
     params: dict[str, Param]
     """The trained ones, then the frozen ones."""
     settings: list[tuple[list[str], DictNode | None, Any]]
     """Of each group the names of its parameters, the optimizer's settings for them, and the step of rank 0."""
-    parts: dict[tuple[str, str], list[Part]] = field(default_factory=lambda: defaultdict(list))
+    parts: dict[tuple[str, str], list[PartWindow]] = field(default_factory=lambda: defaultdict(list))
     """By kind (of WEIGHTS, MASTER, or a state's key) and parameter."""
     steps: list[TensorNode] = field(default_factory=list)
     """Steps of all ranks."""
 
 
-def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, ListedFile], folder: str) -> Index:
-    """Read one model-parallel rank's files, by data-parallel rank. Raises LayoutError, and Unknown."""
+def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, ListedFile], folder: str) -> ZeroIndex:
+    """Read one model-parallel rank's files, by data-parallel rank. Raises LayoutError, and UnknownForm."""
     if not models or not optimizers:
         raise MalformedCheckpoint(f"{folder}: no ..._{'optim' if models else 'model'}_states.pt beside the other files")
-    partitions = [Partition(Shard.read(optimizers[rank])) for rank in sorted(optimizers)]
-    described = [Shard.read(models[rank]) for rank in sorted(models)]
+    partitions = [Partition(ZeroFile.read(optimizers[rank])) for rank in sorted(optimizers)]
+    described = [ZeroFile.read(models[rank]) for rank in sorted(models)]
     first = partitions[0]
     stage = first.stage
     _check_count(optimizers, _count(first), "optim_states", folder)
@@ -69,9 +69,9 @@ def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, Listed
         ([p.name for p in group], first.settings.get(i), first.states.get(i, DictNode()).get("step"))
         for i, group in enumerate(groups)
     ]
-    index = Index(stage, len(partitions), [*described, *(p.shard for p in partitions)], params, settings)
+    index = ZeroIndex(stage, len(partitions), [*described, *(p.shard for p in partitions)], params, settings)
     for number, group in enumerate(groups):
-        plan = Each(group, len(partitions)) if stage == 3 else _flat(partitions, number, group)
+        plan = PartitionedParams(group, len(partitions)) if stage == 3 else _flat(partitions, number, group)
         for rank, partition in enumerate(partitions):
             _cut_group(index, partition, rank, number, plan)
     if stage == 3:
@@ -84,13 +84,13 @@ def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, Listed
 # ---- what there should be
 
 
-def _groups(described: Sequence[Shard]) -> list[list[Param]]:
+def _groups(described: Sequence[ZeroFile]) -> list[list[Param]]:
     """Names and shapes of the parameters of each group, the same in every file."""
     found: list[list[Param]] | None = None
     for shard in described:
         shapes = shard.root.get("param_shapes")
         if type(shapes) is not list:
-            raise Unknown
+            raise UnknownForm
         groups = [read_params(group, f"{shard.path}, param_shapes") for group in shapes]
         if found is not None and found != groups:
             raise MalformedCheckpoint(f"{shard.path}: param_shapes are not those of {described[0].path}")
@@ -103,7 +103,7 @@ def _count(partition: Partition) -> int:
     if type(stated) is list and stated and all(type(n) is int and n == stated[0] for n in stated):
         return int(stated[0])
     if type(stated) is not int:  # also where experts are cut otherwise than the rest
-        raise Unknown
+        raise UnknownForm
     return stated
 
 
@@ -117,7 +117,7 @@ def _check_count(files: Mapping[int, ListedFile], count: int, kind: str, folder:
         raise MalformedCheckpoint(f"{extra}: one of {len(files)}; the others say {count}. Is it another checkpoint's?")
 
 
-def _flat(partitions: Sequence[Partition], number: int, group: Sequence[Param]) -> Flat:
+def _flat(partitions: Sequence[Partition], number: int, group: Sequence[Param]) -> PartitionedGroup:
     """How a group of stage 1 or 2 is cut."""
     total, padding = sum(p.numel for p in group), sum(partition.padding(number) for partition in partitions)
     size, rest = divmod(total + padding, len(partitions))
@@ -126,13 +126,15 @@ def _flat(partitions: Sequence[Partition], number: int, group: Sequence[Param]) 
             f"{partitions[0].path}: {total} elements of group {number} and {padding} of padding do not make "
             f"{len(partitions)} partitions"
         )
-    return Flat(group, size)
+    return PartitionedGroup(group, size)
 
 
 # ---- cutting
 
 
-def _cut_group(index: Index, partition: Partition, rank: int, number: int, plan: Flat | Each) -> None:
+def _cut_group(
+    index: ZeroIndex, partition: Partition, rank: int, number: int, plan: PartitionedGroup | PartitionedParams
+) -> None:
     """Cut one rank's master and states of one group."""
     fragments = list(plan.fragments(rank))
     _check_mapping(partition, number, fragments)
@@ -151,7 +153,7 @@ def _cut_group(index: Index, partition: Partition, rank: int, number: int, plan:
             index.parts[kind, fragment.param.name].append(part)
 
 
-def _check_size(node: TensorNode, plan: Flat | Each, rank: int, what: str) -> None:
+def _check_size(node: TensorNode, plan: PartitionedGroup | PartitionedParams, rank: int, what: str) -> None:
     if node.stride != (1,) or node.shape[0] not in plan.sizes(rank):
         raise MalformedCheckpoint(
             f"{what} has the shape {list(node.shape)[:8]}; {plan.sizes(rank)[1]} elements, with padding, were expected"
@@ -169,14 +171,14 @@ def _check_mapping(partition: Partition, number: int, fragments: Sequence[Fragme
         )
 
 
-def _cut_weights(index: Index, shard: Shard) -> None:
+def _cut_weights(index: ZeroIndex, shard: ZeroFile) -> None:
     """Cut the weights of stages 1 and 2 where their masters are cut. Names of one tied weight are cut alike."""
     kind, module = WEIGHTS[0], shard.root.get(WEIGHTS[0])
     if type(module) is not DictNode:
-        raise Unknown
+        raise UnknownForm
     buffers = shard.root.get("buffer_names")
     if type(buffers) is not list:
-        raise Unknown
+        raise UnknownForm
     known = {*index.params, *(name for name in buffers if type(name) is str)}
     named = [(k, v) for k, v in module.items if type(k) is str and type(v) is TensorNode]
     tied: dict[tuple[Any, ...], Param] = {}
@@ -203,11 +205,11 @@ def _window(node: TensorNode) -> tuple[Any, ...]:
     return node.storage.key, node.dtype, node.shape, node.stride, node.offset
 
 
-def _cut_frozen(index: Index, described: Sequence[Shard], frozen: Sequence[Param]) -> None:
+def _cut_frozen(index: ZeroIndex, described: Sequence[ZeroFile], frozen: Sequence[Param]) -> None:
     """Stage 3 has the frozen parameters' partitions in the files of the model, one tensor each."""
     kind = WEIGHTS[1]
     for param in frozen:
-        plan = Each([param], index.ranks)
+        plan = PartitionedParams([param], index.ranks)
         for rank, shard in enumerate(described):
             held = shard.root.get(kind)
             node = held.get(param.name) if type(held) is DictNode else None

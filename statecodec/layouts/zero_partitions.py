@@ -51,7 +51,7 @@ class Fragment:
         return (numel,)
 
 
-class Flat:
+class PartitionedGroup:
     """Stages 1 and 2: one group, end to end, cut into partitions.
 
     Args:
@@ -80,7 +80,7 @@ class Flat:
                 yield Fragment(self._params[number], Run(begin - first, end - first), begin - start)
 
 
-class Each:
+class PartitionedParams:
     """Stage 3: every parameter of a group cut into partitions."""
 
     def __init__(self, params: Sequence[Param], ranks: int) -> None:
@@ -88,7 +88,7 @@ class Each:
         self._partitions = [-(-p.numel // ranks) for p in params]
 
     def sizes(self, rank: int) -> tuple[int, int]:
-        """As of Flat; here padding stands behind every parameter, and is always there."""
+        """As of PartitionedGroup; here padding stands behind every parameter, and is always there."""
         return sum(self._partitions), sum(self._partitions)
 
     def fragments(self, rank: int) -> Iterator[Fragment]:

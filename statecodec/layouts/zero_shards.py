@@ -17,12 +17,12 @@ from statecodec.layouts.zero_partitions import Fragment
 _MASTERS: Final = {"single_partition_of_fp32_groups": (1, 2, None), "fp32_flat_groups": (3,)}
 
 
-class Unknown(Exception):
+class UnknownForm(Exception):
     """The files are of a form that is not known; nothing is wrong with them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class PartWindow:
     """A part of a tensor: a window in a file of its own."""
 
     path: str
@@ -31,7 +31,7 @@ class Part:
 
 
 @dataclass
-class Shard:
+class ZeroFile:
     """A file: where its storages are, and its objects, of which flat tensors are replaced by windows on their parts."""
 
     file: ListedFile
@@ -41,22 +41,22 @@ class Shard:
     """Windows that were made here."""
 
     @classmethod
-    def read(cls, file: ListedFile) -> Shard:
-        """Raises LayoutError, which names the file; Unknown if there is no dict in it."""
+    def read(cls, file: ListedFile) -> ZeroFile:
+        """Raises LayoutError, which names the file; UnknownForm if there is no dict in it."""
         try:
             with file.open() as source:
                 archive, root = read_archive(source, file.path)
         except LayoutError as error:
             raise MalformedCheckpoint(f"{file.path}: {error}") from None
         if type(root) is not DictNode:
-            raise Unknown
+            raise UnknownForm
         return cls(file, archive, root)
 
     @property
     def path(self) -> str:
         return self.file.path
 
-    def cut(self, holder: Any, key: Any, node: TensorNode, fragments: Sequence[Fragment]) -> list[Part]:
+    def cut(self, holder: Any, key: Any, node: TensorNode, fragments: Sequence[Fragment]) -> list[PartWindow]:
         """Replace a contiguous tensor in its list or dict by windows, one for each fragment."""
         windows = DictNode()
         parts = []
@@ -64,7 +64,7 @@ class Shard:
             shape = fragment.shape
             window = TensorNode(node.storage, node.dtype, shape, contiguous(shape), node.offset + fragment.at)
             windows.items.append((fragment.param.name, window))
-            parts.append(Part(self.path, window, fragment.run))
+            parts.append(PartWindow(self.path, window, fragment.run))
         self.added += len(parts)
         if type(holder) is DictNode:
             holder.items = [(k, windows if k == key and v is node else v) for k, v in holder.items]
@@ -76,14 +76,14 @@ class Shard:
 class Partition:
     """What rank R's file of the optimizer says: `masters` and `states` of every group, and how it was cut.
 
-    Raises Unknown if that is nothing that is known.
+    Raises UnknownForm if that is nothing that is known.
     """
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: ZeroFile) -> None:
         self.shard, self.path = shard, shard.path
         about = shard.root.get("optimizer_state_dict")
         if type(about) is not DictNode:
-            raise Unknown
+            raise UnknownForm
         self.stage, self.masters = _masters(about)
         self.partitions = about.get("partition_count")
         self.paddings = about.get("group_paddings")
@@ -106,7 +106,7 @@ class Partition:
         """Elements at the end of the group that are no parameter's, as far as they are on this rank."""
         stated = self.paddings[group] if type(self.paddings) is list and group < len(self.paddings) else None
         if type(stated) is not int or stated < 0:
-            raise Unknown
+            raise UnknownForm
         return stated
 
     def mapping(self, group: int) -> dict[str, tuple[Any, Any]] | None:
@@ -130,4 +130,4 @@ def _masters(about: DictNode) -> tuple[int, list[Any]]:
         masters = about.get(key)
         if type(masters) is list and type(stage) in (int, type(None)) and stage in stages:
             return stage or 1, masters
-    raise Unknown
+    raise UnknownForm

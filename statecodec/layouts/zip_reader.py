@@ -32,7 +32,7 @@ _WAY_OUT: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ZipEntry:
     """One stored file of the archive."""
 
     name: str
@@ -59,7 +59,7 @@ class _Central:
     at: int
 
 
-def read_entries(source: ByteSource) -> tuple[Entry, ...]:
+def read_entries(source: ByteSource) -> tuple[ZipEntry, ...]:
     """Every entry, in file order, fully checked. Reads headers only, never payload. Raises MalformedCheckpoint."""
     start, size, count = _directory_bounds(source)
     directory = source.read(start, size)
@@ -82,7 +82,7 @@ def read_entries(source: ByteSource) -> tuple[Entry, ...]:
     return tuple(entries)
 
 
-def read_checked(source: ByteSource, entry: Entry, limit: int) -> bytes:
+def read_checked(source: ByteSource, entry: ZipEntry, limit: int) -> bytes:
     """The entry's bytes, held against its CRC. Raises MalformedCheckpoint."""
     if entry.nbytes > limit:
         raise MalformedCheckpoint(f"zip entry {entry.name!r} has {entry.nbytes} bytes; more than {limit} are not read")
@@ -174,7 +174,7 @@ def _zip64(extra: bytes) -> list[int]:
     return []
 
 
-def _entry(source: ByteSource, central: _Central, directory: int) -> Entry:
+def _entry(source: ByteSource, central: _Central, directory: int) -> ZipEntry:
     """The entry behind a directory record, checked against its local header and descriptor."""
     name = _name(central)
     if central.header + _LOCAL.size > directory:
@@ -211,7 +211,7 @@ def _entry(source: ByteSource, central: _Central, directory: int) -> Entry:
             raise MalformedCheckpoint(f"zip entry {name!r}: data descriptor and directory disagree")
         at.append(end + 4)
         end += length
-    return Entry(name, central.header, offset, central.nbytes, central.crc, tuple(sorted(at)), end)
+    return ZipEntry(name, central.header, offset, central.nbytes, central.crc, tuple(sorted(at)), end)
 
 
 def _name(central: _Central) -> str:

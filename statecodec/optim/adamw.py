@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
+from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
 from statecodec.optim.options import check_betas, check_number, moment_codec, stored_codec
 
 TORCH_ADAM: dict[str, Any] = {
@@ -37,7 +37,7 @@ class AdamMethod(Elementwise):
     def l2(self, group: Group) -> float:
         return float(group["weight_decay"]) if self._l2 and self._decays else 0.0
 
-    def scalars(self, job: Job) -> dict[str, Any]:
+    def scalars(self, job: ParameterStep) -> dict[str, Any]:
         lr = job.lr * self._lr_ratio
         decay = 1.0 if self._l2 or not self._decays else 1 - lr * decay_per_lr(job.group)
         return {**adam_scalars(job), "lr": lr, "decay": decay}
@@ -53,7 +53,7 @@ class AdamMethod(Elementwise):
         )  # fmt: skip
 
 
-def adam_scalars(job: Job) -> dict[str, Any]:
+def adam_scalars(job: ParameterStep) -> dict[str, Any]:
     """lr, betas, eps and the bias corrections of this step."""
     beta1, beta2 = (float(b) for b in job.group["betas"])
     return {

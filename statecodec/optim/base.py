@@ -17,7 +17,7 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.reference import steps as reference_steps
 from statecodec.optim import fusing, loading, pooling, saving, sharding
 from statecodec.optim.load_report import LoadReport
-from statecodec.optim.method import LOW, Group, Job, PerParameter, Recipe, dense_gradient
+from statecodec.optim.method import LOW, Group, ParameterStep, PerParameter, Recipe, dense_gradient
 from statecodec.optim.options import (
     check_choice,
     check_flags,
@@ -30,7 +30,7 @@ from statecodec.optim.options import (
 )
 from statecodec.optim.owners import step_matrices
 from statecodec.optim.states import StateKeeper
-from statecodec.optim.weights import MASTER_WEIGHTS, Dither, Weight, whole
+from statecodec.optim.weights import MASTER_WEIGHTS, Dither, StoredWeight, whole
 
 
 class Options(TypedDict, total=False):
@@ -156,7 +156,7 @@ class StateOptimizer(StateKeeper):
         t = int(state["step"])
         own = sharding.local(p)
         work = own.detach().contiguous()
-        job = Job(
+        job = ParameterStep(
             recipe=recipe, weight=self._weight(p, work, recipe, group, t), grad=grad.detach().contiguous(),
             states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
             backend=kernels.resolve(self._backend, work.device), steps=self._arithmetic(work), pooled=pooled,
@@ -165,11 +165,11 @@ class StateOptimizer(StateKeeper):
         if work.data_ptr() != own.data_ptr():
             own.copy_(work)
 
-    def _weight(self, p: Tensor, work: Tensor, recipe: Recipe, group: Group, t: int) -> Weight:
+    def _weight(self, p: Tensor, work: Tensor, recipe: Recipe, group: Group, t: int) -> StoredWeight:
         low = self.state[p].get(LOW) if p in self.state else None
         start = sharding.first_element(p) if group["stochastic_rounding"] else 0
         dither = Dither(group["seed"], recipe.index, t, start) if group["stochastic_rounding"] else None
-        return Weight(
+        return StoredWeight(
             work, None if low is None else sharding.local(low.parts["data"]), recipe.split, dither,
             self._scratch, kernels.resolve(self._backend, work.device), self._arithmetic(work),
         )  # fmt: skip

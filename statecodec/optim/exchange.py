@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Cut:
+class LocalPiece:
     """What this rank holds of a tensor of `shape`: a piece along dimension `dim`, or all of it (None)."""
 
     own: Tensor
@@ -45,7 +45,7 @@ class Cut:
 
 
 def gather(
-    group: ProcessGroup, cuts: Sequence[Sequence[Cut]], owners: Sequence[int]
+    group: ProcessGroup, cuts: Sequence[Sequence[LocalPiece]], owners: Sequence[int]
 ) -> Callable[[], list[list[Tensor]]]:
     """Begin to put tensors together: those of `cuts[i]` on the rank `owners[i]` of the group.
 
@@ -71,11 +71,11 @@ def gather(
 
 
 def scatter(
-    group: ProcessGroup, cuts: Sequence[Sequence[Cut]], owners: Sequence[int], full: Sequence[Sequence[Tensor]]
+    group: ProcessGroup, cuts: Sequence[Sequence[LocalPiece]], owners: Sequence[int], full: Sequence[Sequence[Tensor]]
 ) -> Callable[[], None]:
     """Begin to send tensors back: `full` are this rank's own, as `gather` gave them.
 
-    Returns a function that waits, and writes what arrived into `Cut.own`. Every rank must call both.
+    Returns a function that waits, and writes what arrived into `LocalPiece.own`. Every rank must call both.
     """
     rank, world = group.rank(), group.size()
     mine = [some for some, o in zip(cuts, owners, strict=True) if o == rank]

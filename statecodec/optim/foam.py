@@ -18,7 +18,7 @@ from statecodec.optim import sharding
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
 from statecodec.optim.base import Options, StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
-from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr, matrix_shape
+from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr, matrix_shape
 from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
 
 # (mean of squares, true tail mean, eps next to the corrected root, decay before the step)
@@ -57,7 +57,7 @@ class FoamMethod(Elementwise):
         exact = param.numel() < group["dense_below"] or not sharding.fits_between_cuts(folded, param, shape)
         return Folded(self._level, Raw()) if exact else folded
 
-    def scalars(self, job: Job) -> dict[str, Any]:
+    def scalars(self, job: ParameterStep) -> dict[str, Any]:
         mean_of_squares, true_tail, torch_bias, decay_first = VARIANTS[job.group["variant"]]
         return {
             **adam_scalars(job), "block": 1 << self._level, "scale": float(job.group["scale"]),

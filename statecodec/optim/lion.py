@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
+from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
 from statecodec.optim.options import check_betas, moment_codec, stored_codec
 
 
@@ -22,7 +22,7 @@ class LionMethod(Elementwise):
         codec = stored_codec(param, group, "exp_avg")
         return {"exp_avg": StateSpec(codec, tuple(param.shape), self.state_dtype(param))}
 
-    def scalars(self, job: Job) -> dict[str, Any]:
+    def scalars(self, job: ParameterStep) -> dict[str, Any]:
         beta1, beta2 = (float(b) for b in job.group["betas"])
         return {"lr": job.lr, "beta1": beta1, "beta2": beta2, "decay": job.decay}
 

@@ -144,7 +144,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Member:
+class StoredMatrix:
     """What a step of one whole matrix reads and writes: its tensors as they are stored.
 
     `stored` has the parts of every state by (state, part), and the weight's as ("weight", "high") and ("weight", "low")
@@ -161,7 +161,7 @@ class Member:
         """The parts of the weight, or of a state."""
         return {part: t for (of, part), t in self.stored.items() if of == name}
 
-    def local(self) -> Member:
+    def local(self) -> StoredMatrix:
         """What this rank holds of it."""
         return replace(self, stored={k: sharding.local(t).detach() for k, t in self.stored.items()})
 
@@ -172,23 +172,23 @@ def batches(same: Sequence[Tensor], times: int = 1) -> list[Sequence[Tensor]]:
     return [same[at : at + count] for at in range(0, len(same), count)]
 
 
-def members(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[Member]:
+def members(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[StoredMatrix]:
     """What steps of these parameters read and write, as it is kept, also as DTensors; the steps are counted."""
     states = [optimizer.ensure_state(p, group) for p in params]
     torch._foreach_add_([state["step"] for state in states], 1)
     return [_member(optimizer.recipe(p, group), p, state) for p, state in zip(params, states, strict=True)]
 
 
-def _member(recipe: Recipe, p: Tensor, state: Mapping[str, Any]) -> Member:
+def _member(recipe: Recipe, p: Tensor, state: Mapping[str, Any]) -> StoredMatrix:
     stored = {(k, part): t for k in recipe.specs for part, t in state[k].parts.items()}
     if recipe.split is None:
         stored[_WEIGHT, "data"] = p
     else:
         stored |= {(_WEIGHT, "high"): p, (_WEIGHT, "low"): state[LOW].parts["data"]}
-    return Member(recipe, sharding.gradient(p, dense_gradient(p)), state["step"], state["skipped"], stored)
+    return StoredMatrix(recipe, sharding.gradient(p, dense_gradient(p)), state["step"], state["skipped"], stored)
 
 
-def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[Member]) -> None:
+def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[StoredMatrix]) -> None:
     """Step whole matrices of one method, shape and dtype."""
     recipe, backend = members[0].recipe, kernels.resolve(optimizer._backend, members[0].step.device)
     param = recipe.made_for[0]
@@ -213,7 +213,7 @@ def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[Member]) 
     torch._foreach_add_([m.skipped for m in members], list((~batch.fits).to(torch.float32).unbind(0)))
 
 
-def _weights(recipe: Recipe, members: Sequence[Member]) -> Stacked:
+def _weights(recipe: Recipe, members: Sequence[StoredMatrix]) -> Stacked:
     """The weights as they are stored: parameter and low part, or the parameter alone."""
     dtype, shape = recipe.made_for[:2]
     codec = _CASTS.get(dtype, Raw()) if recipe.split is None else recipe.split

@@ -22,9 +22,9 @@ from statecodec import kernels
 from statecodec.codecs import Codec, EncodedTensor, Raw, Split
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import OptimizerError
-from statecodec.kernels.fused import Hyper, Stored
+from statecodec.kernels.fused import Hyper, StateStorage
 from statecodec.optim import sharding, tiles, units
-from statecodec.optim.weights import Weight
+from statecodec.optim.weights import StoredWeight
 
 Group: TypeAlias = dict[str, Any]
 LOW = "weight_low"
@@ -82,7 +82,7 @@ class Recipe:
         return {**({} if self.low is None else {LOW: self.low}), **self.specs}
 
     @cached_property
-    def formats(self) -> dict[str, Stored | None]:
+    def formats(self) -> dict[str, StateStorage | None]:
         """How the states are stored, as fused steps are told it."""
         return {k: s.codec.stored() for k, s in self.specs.items()}
 
@@ -109,16 +109,16 @@ def made_for(param: Tensor) -> tuple[torch.dtype, torch.Size, torch.device, Hash
 
 
 @dataclass(frozen=True)
-class Job:
+class ParameterStep:
     """One step of what this rank holds of one parameter. `grad` is contiguous, `t` counts this step too."""
 
     recipe: Recipe
-    weight: Weight
+    weight: StoredWeight
     grad: Tensor
     states: Mapping[str, EncodedTensor]
     group: Group
     t: int
-    scratch: tiles.Scratch
+    scratch: tiles.TileBuffers
     backend: kernels.Backend
     steps: ModuleType
     pooled: Tensor | None = None  # the method's `partial` of all ranks, if any other rank has a part in it
@@ -212,7 +212,7 @@ class PerParameter(Method):
     """A method that steps one parameter at a time."""
 
     @abstractmethod
-    def step(self, job: Job) -> int:
+    def step(self, job: ParameterStep) -> int:
         """Update states and weight in place; returns how many units kept their old bytes (see `units`)."""
 
 
@@ -220,10 +220,10 @@ class Elementwise(PerParameter):
     """A method that can go tile by tile: every state aligned with the parameter, or folded along its rows."""
 
     @abstractmethod
-    def scalars(self, job: Job) -> dict[str, Any]:
+    def scalars(self, job: ParameterStep) -> dict[str, Any]:
         """Keyword arguments of the arithmetic, computed once per parameter."""
 
-    def arithmetic(self, job: Job) -> Callable[..., None]:
+    def arithmetic(self, job: ParameterStep) -> Callable[..., None]:
         """The update of one tile in place: a function of weight, gradient, the states in order, and the scalars. By
         default the function of this method's name in `kernels.*.steps`."""
         update: Callable[..., None] = getattr(job.steps, self.name)
@@ -233,7 +233,7 @@ class Elementwise(PerParameter):
         """Weight decay that goes through the gradient."""
         return 0.0
 
-    def step(self, job: Job) -> int:
+    def step(self, job: ParameterStep) -> int:
         arithmetic = self.arithmetic(job)
         scalars, l2 = self.scalars(job), self.l2(job.group)
         kept = 0

@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from statecodec.optim import sharding
-from statecodec.optim.exchange import Cut, gather, scatter
-from statecodec.optim.matrices import Member, WholeMatrix, batches, members, step_batch
+from statecodec.optim.exchange import LocalPiece, gather, scatter
+from statecodec.optim.matrices import StoredMatrix, WholeMatrix, batches, members, step_batch
 from statecodec.optim.method import Group, made_for
 from statecodec.optim.states import StateKeeper
 
@@ -102,7 +102,11 @@ class _Round:
         return scatter(self._ranks, [some[1:] for some in self._cuts], self._owners, [x[1:] for x in full])
 
 
-def _cuts(m: Member, p: Tensor) -> list[Cut]:
+def _cuts(m: StoredMatrix, p: Tensor) -> list[LocalPiece]:
     """Gradient, count of skipped steps, and what is stored, as this rank holds them."""
-    stored = [Cut(sharding.local(t).detach(), tuple(t.shape), sharding.cut_dim(t, p)) for t in m.stored.values()]
-    return [Cut(m.gradient.detach(), tuple(p.shape), sharding.cut_dim(p, p)), Cut(m.skipped, (), None), *stored]
+    stored = [LocalPiece(sharding.local(t).detach(), tuple(t.shape), sharding.cut_dim(t, p)) for t in m.stored.values()]
+    return [
+        LocalPiece(m.gradient.detach(), tuple(p.shape), sharding.cut_dim(p, p)),
+        LocalPiece(m.skipped, (), None),
+        *stored,
+    ]

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Elementwise, Group, Job, Method, StateSpec, decay_per_lr
+from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
 from statecodec.optim.options import check_flags, check_number, moment_codec, stored_codec
 
 
@@ -32,7 +32,7 @@ class SGDMethod(Elementwise):
     def l2(self, group: Group) -> float:
         return float(group["weight_decay"]) if self._l2 else 0.0
 
-    def scalars(self, job: Job) -> dict[str, Any]:
+    def scalars(self, job: ParameterStep) -> dict[str, Any]:
         group = job.group
         return {
             "lr": job.lr, "momentum": float(group["momentum"]), "dampening": float(group["dampening"]),

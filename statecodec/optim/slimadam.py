@@ -20,7 +20,7 @@ from statecodec.kernels.fused import LARGEST, Hyper
 from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
 from statecodec.optim.base import Options, StateOptimizer
-from statecodec.optim.method import Group, Job, Method, PerParameter, Recipe, StateSpec
+from statecodec.optim.method import Group, Method, ParameterStep, PerParameter, Recipe, StateSpec
 from statecodec.optim.options import check_flags, moment_codec, stored_codec
 
 # Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
@@ -90,7 +90,7 @@ class SlimMethod(PerParameter):
         """Slabs of whole indices of dimension 0, so that every tile broadcasts against the shared moment."""
         return tiles.tiles(shape, max(math.prod(shape[1:]), 1))
 
-    def step(self, job: Job) -> int:
+    def step(self, job: ParameterStep) -> int:
         s, shape = adam_scalars(job), job.recipe.shape
         second = job.states["exp_avg_sq"].parts["mean.data"]
         beta2 = s.pop("beta2")

@@ -24,7 +24,7 @@ from statecodec.optim.adopting import COUNTERS, adopt, fresh, in_place, recast
 from statecodec.optim.load_report import ChangeLog
 from statecodec.optim.method import LOW, Group, Method, Recipe, StateSpec, made_for
 from statecodec.optim.options import without_numpy
-from statecodec.optim.tiles import Scratch
+from statecodec.optim.tiles import TileBuffers
 from statecodec.optim.weights import split_codec
 
 
@@ -162,7 +162,7 @@ class StateKeeper(torch.optim.Optimizer):
         self._recipes: dict[Tensor, Recipe] = {}
         # For each parameter, the states that were found to fit its recipe: until they are replaced they need no check.
         self._seen: dict[Tensor, tuple[Recipe, tuple[tuple[str, Any], ...]]] = {}
-        self._scratch = Scratch()
+        self._scratch = TileBuffers()
         self._launches: dict[Any, Any] = {}  # prepared fused steps, which `fusing` keeps here
         self._places: dict[Tensor, tuple[int, str | None]] = {}
         self._groups: dict[Tensor, Group] = {}

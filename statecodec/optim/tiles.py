@@ -88,7 +88,7 @@ def common_align(codecs: Mapping[str, Codec], shape: tuple[int, ...]) -> int:
     return math.lcm(1, *(whole if a is None else a for a in aligns))
 
 
-class Scratch:
+class TileBuffers:
     """Buffers by name, grown on demand and used again for every tile: page faults would cost more than the
     arithmetic."""
 
@@ -109,7 +109,7 @@ class StateTile:
     """One state within one tile: `values` are decoded, `store()` encodes what became of them."""
 
     def __init__(
-        self, name: str, state: EncodedTensor, how: Access, at: int, scratch: Scratch, backend: kernels.Backend
+        self, name: str, state: EncodedTensor, how: Access, at: int, scratch: TileBuffers, backend: kernels.Backend
     ) -> None:
         source = inner_parts(state.parts, "mean") if how.block else state.parts
         self._parts = {k: source[k].view(-1)[a:b].view(shape) for k, (a, b, shape) in how.slices[at].items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from statecodec.kernels.fused import LARGEST, LARGEST_FP16
 from statecodec.optim.tiles import StateTile, Tile
-from statecodec.optim.weights import Weight
+from statecodec.optim.weights import StoredWeight
 
 
 def below(x: Tensor, limit: float) -> bool:
@@ -28,7 +28,7 @@ def below(x: Tensor, limit: float) -> bool:
 class TileStep:
     """One tile of a parameter and its states: loaded, stepped in place by the caller, then stored."""
 
-    def __init__(self, weight: Weight, states: Sequence[StateTile], tile: Tile, unit: int) -> None:
+    def __init__(self, weight: StoredWeight, states: Sequence[StateTile], tile: Tile, unit: int) -> None:
         self._stored, self._states, self._tile, self._unit = weight, states, tile, unit
         self.weight = weight.load(tile)
         self.values = [s.values for s in self._states]

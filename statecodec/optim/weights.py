@@ -16,7 +16,7 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.codecs import Split
 from statecodec.errors import OptimizerError
-from statecodec.optim.tiles import Scratch, Tile
+from statecodec.optim.tiles import Tile, TileBuffers
 
 _HIGH = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _LOW_BITS = {"split24": 8, "split32": 16}
@@ -44,14 +44,14 @@ class Dither:
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """One parameter (contiguous), the low part of its split, and how to round."""
 
     param: Tensor
     low: Tensor | None
     codec: Split | None
     dither: Dither | None
-    scratch: Scratch
+    scratch: TileBuffers
     backend: kernels.Backend
     steps: ModuleType
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.stored import Stored
-from statecodec.choose.architectures import Layer, Part, parts, recognise
+from statecodec.checkpoint.stored import StoredCheckpoint
+from statecodec.choose.architectures import FusedPart, Layer, parts, recognise
 from statecodec.choose.curve import measure_curve
 from statecodec.choose.price import update_errors
 from statecodec.choose.snr import CUTOFF, LayerSNR, Measurement, Ratios, average, slabs
@@ -139,7 +139,7 @@ def _measure_one(
         notes.append(
             f"{checkpoint.path}: {anonymous} second moments without a parameter's name; rules name the states instead"
         )
-    if isinstance(checkpoint, Stored):
+    if isinstance(checkpoint, StoredCheckpoint):
         notes.append(f"{checkpoint.path} is compressed: SNRs are those of its stored second moments")
     meter = Meter(progress, sum(t.nbytes for t in moments), "measuring SNR")
 
@@ -175,11 +175,11 @@ def _ratios(checkpoint: Checkpoint, tensor: TensorInfo, layer: Layer) -> tuple[R
     return whole.ratios(), {p.name: m.ratios() for p, m in zip(fused, inside, strict=True)}
 
 
-def _part_shape(part: Part, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _part_shape(part: FusedPart, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(part.stop - part.start if d == part.dim else n for d, n in enumerate(shape))
 
 
-def _cut(slab: torch.Tensor, part: Part, start: int, stop: int) -> torch.Tensor:
+def _cut(slab: torch.Tensor, part: FusedPart, start: int, stop: int) -> torch.Tensor:
     if part.dim == 1:
         return slab[:, part.start : part.stop]
     return slab[max(part.start - start, 0) : max(min(part.stop, stop) - start, 0)]

@@ -14,14 +14,14 @@ from statecodec import choose, codecs, kernels
 from statecodec._version import __version__
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint import states
-from statecodec.checkpoint.chain import Base
-from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.chain import BaseCheckpoint
+from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.in_memory import MemoryCheckpoint
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.pickles import pickles, require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Rule
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
@@ -31,16 +31,16 @@ from statecodec.codecs.base import Given
 from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
-from statecodec.format import Item
+from statecodec.format import ItemSpec
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, named, original_name
 from statecodec.verbs.processors import Processor, compared, processor
-from statecodec.verbs.settings import Settings
+from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.verify import check_against, check_intact
-from statecodec.verbs.writing import Check, Encoded, Errors, Output, write
+from statecodec.verbs.writing import Check, EncodedChunk, ErrorRules, WriteOptions, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,7 +95,7 @@ def compress(
     Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
     """
     started = time.perf_counter()
-    settings = Settings.of(
+    settings = CompressSettings.of(
         preset=preset,
         rules=rules,
         rules_file=rules_file,
@@ -116,7 +116,7 @@ def compress(
             target = output_file(dst, None, force=force)
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
         found = require_safe(source) if safe_only else pickles(source)
-        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         where = processor(device, source.nbytes, workers)  # asks torch, which refusals of the rest do without
         output = settings.output(target, force, where.workers(workers), progress)
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
@@ -133,7 +133,7 @@ def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) 
     return output_file(dst, compressed_path(source.path), force=force)
 
 
-def _price(report: Report, settings: Settings) -> Iterator[str]:
+def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
     """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
     step_error = choose.preset(settings.preset).step_error
     if not settings.own.rules:
@@ -165,7 +165,7 @@ def open_source(src: str | Path) -> SourceCheckpoint:
     raise UsageError(f"{src} is a statecodec file already; `convert` changes its codecs, `restore` gives the original")
 
 
-class Totals:
+class StepErrors:
     """Errors over all tensors, in optimizer steps, as they come out of encoding."""
 
     def __init__(self) -> None:
@@ -189,14 +189,14 @@ class Compression:
 
     source: SourceCheckpoint
     choices: Choices
-    base: Base | None
+    base: BaseCheckpoint | None
     processor: Processor
-    settings: Settings
-    totals: Totals = field(default_factory=lambda: Totals())
+    settings: CompressSettings
+    totals: StepErrors = field(default_factory=lambda: StepErrors())
     recoded: dict[int, Codec] = field(default_factory=dict)
     """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
 
-    def write(self, output: Output, check: Check | None = None) -> Report:
+    def write(self, output: WriteOptions, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
         with self.hashing(self.source.own_files if self.source.on_disk else ()) as hashes:
 
@@ -214,7 +214,7 @@ class Compression:
                 "compressing",
                 fallback=self.instead,
                 check=check,
-                errors=Errors(self.figures, self.finer),
+                errors=ErrorRules(self.figures, self.finer),
             )
         report = outcome.report(output)
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
@@ -223,7 +223,7 @@ class Compression:
     def hashing(self, files: Sequence[int]) -> Iterator[Callable[[], dict[int, str]]]:
         """Read these files of the source beside the work in the block; the function waits for their SHA-256."""
         located = self.source.located.files
-        watched = [Watched(self.source.files.path(i), located[i].nbytes, located[i].crcs) for i in files]
+        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs) for i in files]
         hashes = FileHashes(watched, sha256=self.settings.sha256)
         hashes.start()
         try:
@@ -231,7 +231,7 @@ class Compression:
         finally:
             hashes.cancel()
 
-    def item(self, index: int) -> Item:
+    def item(self, index: int) -> ItemSpec:
         """What is stored of an item of the source, and how."""
         item = self.source.items[index]
         choice = self.choices[item.name]
@@ -241,9 +241,9 @@ class Compression:
             if item.state is not None:
                 attributes[states.ATTRIBUTE] = states.to_json(item.state)
         text = item.region is None
-        return Item(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
+        return ItemSpec(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
 
-    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
         x = self.source.chunk(item, chunk, self.processor.scratch)
@@ -252,18 +252,18 @@ class Compression:
         assert self.base is not None  # `linked` chose the change
         if encoding.change is Change.VALUES:
             parts, decoded = subtract_values(codec, x, self.base.values(item, chunk))
-            return Encoded(parts, compared(codec, x, decoded, {}))
+            return EncodedChunk(parts, compared(codec, x, decoded, {}))
         encoded = self._encoded(item, codec, x, chunk)
         return replace(encoded, parts=subtract_parts(encoded.parts, self.base.parts(item, codec, chunk)))
 
-    def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> Encoded:
+    def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> EncodedChunk:
         if isinstance(codec, codecs.Raw):
-            return Encoded({"data": x})
+            return EncodedChunk({"data": x})
         given = self._given(item, codec, chunk)
         if codec.repeats:
             codec.encode_into(x, {}, kernels.host(), given)
-            return Encoded({})
-        return Encoded(*self.processor.encode(codec, x, given))
+            return EncodedChunk({})
+        return EncodedChunk(*self.processor.encode(codec, x, given))
 
     def instead(self, index: int) -> Codec:
         """The codec of an item whose own refused its values."""
@@ -335,10 +335,10 @@ class Compression:
         return documents.to_json(described, source.items)
 
 
-def check_of(source: SourceCheckpoint, output: Output) -> Check:
+def check_of(source: SourceCheckpoint, output: WriteOptions) -> Check:
     """Read a finished output back, and hold it against its source."""
 
-    def check(stored: Stored) -> Report:
+    def check(stored: StoredCheckpoint) -> Report:
         check_intact(stored, output.threads, output.progress)
         return check_against(stored, source, output.threads, output.progress)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from statecodec.atomic import Output
+from statecodec.atomic import AtomicOutput
 from statecodec.checkpoint.left_out import tensor_bytes, without_opaque
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
@@ -22,14 +22,14 @@ from statecodec.lazy import torch
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.inspect import inspect
 from statecodec.verbs.output_file import output_file
-from statecodec.verbs.tensors_and_json import Parts, taken_apart, write_tensors_and_json
+from statecodec.verbs.tensors_and_json import TensorsAndValues, taken_apart, write_tensors_and_json
 from statecodec.verbs.zero_fp32 import zero_fp32
 
 _NAMED = 20
 
 
 @dataclass(frozen=True)
-class Work:
+class ConversionRun:
     """Where the values of a checkpoint go, and what keeps the memory bounded meanwhile."""
 
     target: Path
@@ -51,7 +51,7 @@ class TargetLayout:
     """The values of a checkpoint, large tensors in the spill."""
     fit: Callable[[Any], tuple[Any, list[str]]]
     """What of them the layout can hold, and what it cannot: key paths, with what is there."""
-    write: Callable[[Any, Work], None]
+    write: Callable[[Any, ConversionRun], None]
     folder: bool = False
     """It is a folder, not a file."""
 
@@ -70,7 +70,7 @@ def convert_layout(
         fitting, left_out = row.fit(value)
         if strict and left_out:
             raise UsageError(f"{src}: {layout} cannot hold {'; '.join(left_out[:_NAMED])}")
-        row.write(fitting, Work(target, force, spill, Meter(progress, tensor_bytes(value), "writing")))
+        row.write(fitting, ConversionRun(target, force, spill, Meter(progress, tensor_bytes(value), "writing")))
     report = inspect(target)
     more = [f"... and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
     notes = [f"left out: {line}" for line in left_out[:_NAMED]] + more
@@ -85,29 +85,29 @@ def _values(src: Path, spill: Spill) -> Any:
     return value
 
 
-def _apart(value: Any) -> tuple[Parts, list[str]]:
+def _apart(value: Any) -> tuple[TensorsAndValues, list[str]]:
     value, opaque = without_opaque(value)
     parts, strange = taken_apart(value)
     return parts, opaque + strange
 
 
-def _write_torch(value: Any, work: Work) -> None:
-    with Output(work.target, force=work.force) as output:
+def _write_torch(value: Any, work: ConversionRun) -> None:
+    with AtomicOutput(work.target, force=work.force) as output:
         with output.create() as file:
             torch.save(value, cast(IO[bytes], Releasing(file, work)))
         output.publish()
 
 
-def _write_safetensors(parts: Parts, work: Work) -> None:
+def _write_safetensors(parts: TensorsAndValues, work: ConversionRun) -> None:
     write_tensors_and_json(parts, work.target, work.used, force=work.force)
 
 
-def _write_dcp(value: Any, work: Work) -> None:
+def _write_dcp(value: Any, work: ConversionRun) -> None:
     if not isinstance(value, dict):
         raise UsageError(f"a DCP folder holds a dict; this is of type {type(value).__name__}")
     from statecodec.verbs.dcp_folder import write_dcp
 
-    with Output(work.target, directory=True, force=work.force) as output:
+    with AtomicOutput(work.target, directory=True, force=work.force) as output:
         write_dcp(value, output.path, work.used)
         output.finish()
         output.publish()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, cast
 
-from statecodec.atomic import Output
+from statecodec.atomic import AtomicOutput
 from statecodec.checkpoint.left_out import tensor_bytes
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
@@ -79,7 +79,7 @@ def _write(value: Any, dst: Path, spill: Spill, pack: str, force: bool, progress
     if dst.name.endswith(".safetensors"):
         save(value, dst, pack=pack, force=force, progress=released)
         return
-    with Output(dst, force=force) as output:
+    with AtomicOutput(dst, force=force) as output:
         with output.create() as file:
             torch.save(value, cast(IO[bytes], Releasing(file, spill)))
         output.publish()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.choices import Choice, Choices, by_rules
@@ -19,14 +19,14 @@ from statecodec.choose.since_base import standing_alone
 from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import CodecError, CorruptFile, UsageError
-from statecodec.format import Item, Reader
+from statecodec.format import ItemSpec, Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
-from statecodec.verbs.compress import Compression, Totals, check_of, open_source, output_of
+from statecodec.verbs.compress import Compression, StepErrors, check_of, open_source, output_of
 from statecodec.verbs.processors import Cpu
-from statecodec.verbs.settings import Settings
+from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, Share, header_of
-from statecodec.verbs.writing import Encoded, write
+from statecodec.verbs.writing import EncodedChunk, write
 
 _SHOWN = 8
 
@@ -53,7 +53,7 @@ def finalize(
         target = output_of(source, dst, force=force)
         shares = [closing.enter_context(Reader(path)) for path in _paths(target)]
         settings, base = _agreed(shares, source, target)
-        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         joined = _Joined(source, shares)
         choices = by_rules(source, settings.own, settings.preset, strict=settings.strict)
         choices = standing_alone(joined.choices(choices), previous)
@@ -97,16 +97,16 @@ def _paths(target: Path) -> list[Path]:
     return [Share(i, count).path(target) for i in range(1, count + 1)]
 
 
-def _agreed(shares: Sequence[Reader], source: SourceCheckpoint, target: Path) -> tuple[Settings, Path | None]:
+def _agreed(shares: Sequence[Reader], source: SourceCheckpoint, target: Path) -> tuple[CompressSettings, Path | None]:
     """What all shares were made with: settings, and the base if there is one. Raises UsageError, CorruptFile."""
     first = shares[0].document.get("share")
     try:
-        settings = Settings.from_json(first["settings"])  # type: ignore[index]
+        settings = CompressSettings.from_json(first["settings"])  # type: ignore[index]
         base = target.with_name(first["base"]) if first["base"] is not None else None  # type: ignore[index]
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(f"{shares[0].path.name} is no share of a compression") from error
     with contextlib.ExitStack() as closing:
-        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         for number, share in enumerate(shares, 1):
             wanted, there = header_of(source, settings, previous, Share(number, len(shares))), share.document["share"]
             unequal = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
@@ -133,7 +133,7 @@ class _Joined:
             raise CorruptFile(f"the shares of {source.path} do not hold its tensors: make them again")
         self.source = source
         self._places = [places[item.name] for item in source.items]
-        self.totals = Totals()
+        self.totals = StepErrors()
         try:
             self.refusals = _in_order(source, shares)
             self.announced = {
@@ -157,7 +157,7 @@ class _Joined:
             by_name[item.name] = Choice(codec, "as its share has it", companions=stored.companions, change=change)
         return replace(choices, by_name=by_name)
 
-    def items(self, work: Compression) -> list[Item]:
+    def items(self, work: Compression) -> list[ItemSpec]:
         """What will be written, with the attributes that the shares have."""
         return [
             replace(
@@ -168,14 +168,14 @@ class _Joined:
             for item, place in zip(map(work.item, range(len(self._places))), self._places, strict=True)
         ]
 
-    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         """A chunk as its share has it: packed, where it has a record of its own."""
         place = self._places[index]
         item = place.share.items[place.index]
         number = bisect_left(item.chunks, chunk.start, key=lambda stored: stored.start)
         if item.storage == "packed":
-            return Encoded({}, record=place.share.record(place.index, number))
-        return Encoded(place.share.read_chunk(place.index, number))
+            return EncodedChunk({}, record=place.share.record(place.index, number))
+        return EncodedChunk(place.share.read_chunk(place.index, number))
 
 
 def _in_order(source: SourceCheckpoint, shares: Sequence[Reader]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from statecodec import codecs, dtypes, kernels
-from statecodec.buffers import Scratch
+from statecodec.buffers import ThreadScratch
 from statecodec.codecs import Codec
 from statecodec.codecs.base import Given
 from statecodec.errors import BackendUnavailable, UsageError
@@ -25,7 +25,7 @@ from statecodec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_scratch, _pinned = Scratch(), Scratch(pinned=True)
+_scratch, _pinned = ThreadScratch(), ThreadScratch(pinned=True)
 _WORTH = 8 << 30
 """Bytes of a source from which `auto` tries the card: its context and its kernels take seconds to make."""
 _SAMPLE, _TRIES = 1 << 20, 3
@@ -36,7 +36,7 @@ class Processor(Protocol):
     """Thread-safe. What it returns lies in its worker's scratch memory, good until the worker's next chunk."""
 
     device: torch.device
-    scratch: Scratch
+    scratch: ThreadScratch
     """Where a chunk's values are read to."""
 
     def running(self) -> AbstractContextManager[None]:

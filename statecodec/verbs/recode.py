@@ -15,13 +15,13 @@ from statecodec.checkpoint.base import TensorInfo
 from statecodec.checkpoint.document import ASKED
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Policy, Rule, parse_rule
 from statecodec.choose.rules import check_matched
 from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
-from statecodec.format import Item, Packing
+from statecodec.format import ItemSpec, Packing
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.roles import SKELETON_ROLES
@@ -29,8 +29,8 @@ from statecodec.verbs.compress import Compression
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.processors import Cpu
-from statecodec.verbs.settings import Settings
-from statecodec.verbs.writing import Check, Encoded, Output, write
+from statecodec.verbs.settings import CompressSettings
+from statecodec.verbs.writing import Check, EncodedChunk, WriteOptions, write
 
 
 def convert_codecs(
@@ -53,19 +53,21 @@ def convert_codecs(
     rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in to)
     Policy(rules).refuse_changes("`compress --base` makes links, `convert` files that stand alone")
     target = output_file(dst, None, force=force)
-    output = Output(target, Packing.parse(pack), force=force, threads=threads or default_threads(), progress=progress)
+    output = WriteOptions(
+        target, Packing.parse(pack), force=force, threads=threads or default_threads(), progress=progress
+    )
     with open_checkpoint(src, crcs=False) as checkpoint:
 
-        def check(stored: Stored) -> Report:
+        def check(stored: StoredCheckpoint) -> Report:
             found, report = compare(checkpoint, stored, output.threads, progress), stored.report()
             lost = {t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in found.tensors}
             tensors = tuple(_with_error(t, lost.get(t.name)) for t in report.tensors)
             return replace(report, tensors=tensors, updates=found.updates, total=found.total)
 
-        if isinstance(checkpoint, Stored):
+        if isinstance(checkpoint, StoredCheckpoint):
             report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, check)
         else:
-            settings = Settings.of(preset="lossless", rules=rules, strict=strict, pack=pack)
+            settings = CompressSettings.of(preset="lossless", rules=rules, strict=strict, pack=pack)
             choices = settings.choose(checkpoint, None, output.threads)
             work = Compression(checkpoint, choices, None, Cpu(), settings)
             report = work.write(output, check)
@@ -79,7 +81,7 @@ def _with_error(tensor: TensorReport, lost: dict[str, float] | None) -> TensorRe
 class Recoding:
     """A compressed checkpoint in other codecs: makes the chunks to be written, and the document."""
 
-    def __init__(self, stored: Stored, policy: Policy, *, strict: bool = False) -> None:
+    def __init__(self, stored: StoredCheckpoint, policy: Policy, *, strict: bool = False) -> None:
         """Choose: what a rule names gets the rule's codec if that takes it, all else keeps its own."""
         self.stored, self.policy = stored, policy
         self.notes = list(check_matched(policy, stored.items, strict=strict))
@@ -94,10 +96,10 @@ class Recoding:
                 self._now[index] = codecs.Raw()
                 self._chosen[index] = codecs.Raw() if kept else self._chosen[index]
 
-    def write(self, output: Output, check: Check) -> Report:
+    def write(self, output: WriteOptions, check: Check) -> Report:
         """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
-            Item(item.name, Encoding(codec), item.shape, item.dtype, self._attributes(index), item.companions)
+            ItemSpec(item.name, Encoding(codec), item.shape, item.dtype, self._attributes(index), item.companions)
             for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
         ]
         outcome = write(
@@ -120,12 +122,12 @@ class Recoding:
             return now
         return codec
 
-    def _encode(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded:
+    def _encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         item, codec = self.stored.reader.items[index], encoding.codec
         if codec == item.encoding.standalone:
-            return Encoded(self.stored.parts(index, self.stored.chunk_at(index, chunk)))
+            return EncodedChunk(self.stored.parts(index, self.stored.chunk_at(index, chunk)))
         x = self.stored.decode_range(index, chunk.start, chunk.stop).view(chunk.shape)
-        return Encoded(codec.encode(x).parts)
+        return EncodedChunk(codec.encode(x).parts)
 
     def _attributes(self, index: int) -> dict[str, Any]:
         """A converted tensor's error against the first original is not known, so it is no longer stated."""

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from zlib_ng import zlib_ng
 
-from statecodec.atomic import Output
+from statecodec.atomic import AtomicOutput
 from statecodec.buffers import memory
-from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
 from statecodec.files import read_exactly, reserve, write_exactly
@@ -57,7 +57,7 @@ def restore(
     Raises FormatError and its subclasses, UnsafeCheckpoint, OutputExists, OutputFailed, UsageError.
     """
     started = time.perf_counter()
-    with Stored.open(src) as stored:
+    with StoredCheckpoint.open(src) as stored:
         document = stored.document
         found = require_safe(stored) if safe_only else ()
         target = restored_path(Path(src), document.source.get("name"))
@@ -67,7 +67,7 @@ def restore(
             target = Path(dst)
         workers = threads or default_threads()
         where = processor(device, 0, workers)  # `auto` is the CPU: it decodes about as fast as it copies
-        with Output(target, directory=document.is_directory, force=force) as output:
+        with AtomicOutput(target, directory=document.is_directory, force=force) as output:
             if document.source["layout"] == "native":
                 from statecodec.checkpoint.native import restore_native
 
@@ -85,7 +85,9 @@ def restore(
         return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=found)
 
 
-def _restore_all(stored: Stored, where: Processor, threads: Workers, meter: Meter, times: bool, output: Output) -> None:
+def _restore_all(
+    stored: StoredCheckpoint, where: Processor, threads: Workers, meter: Meter, times: bool, output: AtomicOutput
+) -> None:
     document, made = stored.document, output.path
     if not document.is_directory:
         _restore_file(stored, document.files[0], made, where, threads, meter, output)
@@ -107,19 +109,25 @@ def _restore_all(stored: Stored, where: Processor, threads: Workers, meter: Mete
         _finish_folder(made / folder.path, folder, times, output)
 
 
-def _finish_folder(path: Path, folder: Folder, times: bool, output: Output) -> None:
+def _finish_folder(path: Path, folder: Folder, times: bool, output: AtomicOutput) -> None:
     if folder.mode is not None:  # setgid and its like are of the place, not of the checkpoint
         output.staging.chmod(path, stat.S_IMODE(path.stat().st_mode) & ~0o777 | folder.mode & 0o777)
     output.staging.set_time(path, folder.mtime_ns if times else None)
 
 
 def _restore_file(
-    stored: Stored, file: StoredFile, path: Path, where: Processor, threads: Workers, meter: Meter, output: Output
+    stored: StoredCheckpoint,
+    file: StoredFile,
+    path: Path,
+    where: Processor,
+    threads: Workers,
+    meter: Meter,
+    output: AtomicOutput,
 ) -> None:
     items = stored.reader.items
     lossy = [(offset, items[i].decoded_nbytes) for offset, i in file.regions if not stored.is_exact(i)]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    hashes = FileHashes([Watched(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
+    hashes = FileHashes([FileToHash(path, file.nbytes)] if file.sha256 and not lossy else [], growing=True)
     hashes.start()
     try:
         reserve(fd, file.nbytes)
@@ -153,7 +161,7 @@ def _restore_file(
         os.close(fd)
 
 
-def _write_skeleton(stored: Stored, file: StoredFile, fd: int, threads: Workers, meter: Meter) -> None:
+def _write_skeleton(stored: StoredCheckpoint, file: StoredFile, fd: int, threads: Workers, meter: Meter) -> None:
     if file.skeleton is None:
         return
     index, items = file.skeleton, stored.reader.items

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from statecodec import codecs
 from statecodec._version import __version__
 from statecodec.checkpoint.document import Document, to_json
-from statecodec.checkpoint.nested import TREE, Collected
+from statecodec.checkpoint.nested import TREE, CollectedItems
 from statecodec.checkpoint.nested import to_json as nested_json
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.stored_report import stored_report
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import iterate
 from statecodec.dtypes import UINT8
-from statecodec.format import Item, Packing, Writer
+from statecodec.format import ItemSpec, Packing, Writer
 from statecodec.lazy import torch
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.output_file import output_file
@@ -55,12 +55,12 @@ def save(
         OutputExists: If the file is there, without `force`.
         OutputFailed: If it cannot be written.
     """
-    target, found = output_file(path, None, force=force), Collected()
+    target, found = output_file(path, None, force=force), CollectedItems()
     tree = nested_json(obj, found)
     size = sum(math.prod(t.shape) * t.dtype.itemsize for t in found.tensors)
     text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
     skeleton: dict[str, Any] = {"role": "skeleton"}
-    found.items.append(Item(TREE, Encoding(codecs.Raw()), tuple(text.shape), UINT8, skeleton, text=True))
+    found.items.append(ItemSpec(TREE, Encoding(codecs.Raw()), tuple(text.shape), UINT8, skeleton, text=True))
     found.tensors.append(text)
     source = {"name": original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
@@ -75,7 +75,7 @@ def save(
     return replace(report, notes=(*report.notes, *written.notes))
 
 
-def _chunks(item: Item, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, dict[str, Tensor]]]:
+def _chunks(item: ItemSpec, tensor: Tensor | EncodedTensor) -> Iterator[tuple[Any, dict[str, Tensor]]]:
     """Chunks of an item with their parts: slices of what is there, nothing is encoded."""
     encoded = (
         tensor

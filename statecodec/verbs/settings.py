@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from statecodec import choose
-from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Policy, Rule, load_rules, parse_rule
 from statecodec.choose.choices import Choices, by_rules
@@ -19,11 +19,11 @@ from statecodec.choose.steps import Budget, by_steps
 from statecodec.format import Packing
 from statecodec.progress import Progress
 from statecodec.verbs.paths import parse_size
-from statecodec.verbs.writing import Output
+from statecodec.verbs.writing import WriteOptions
 
 
 @dataclass(frozen=True)
-class Settings:
+class CompressSettings:
     """How to compress, whatever it is and wherever it goes."""
 
     preset: str
@@ -49,7 +49,7 @@ class Settings:
         max_update_error: float | None = None,
         max_weight_error: float | None = None,
         sha256: bool = True,
-    ) -> Settings:
+    ) -> CompressSettings:
         """As `compress` takes them. Raises UsageError, PolicyError."""
         budget = Budget.of(
             choose.preset(preset).step_error,
@@ -75,7 +75,7 @@ class Settings:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Settings:
+    def from_json(cls, value: Mapping[str, Any]) -> CompressSettings:
         """Raises UsageError, PolicyError, KeyError."""
         return cls(
             value["preset"],
@@ -106,14 +106,14 @@ class Settings:
         """
         return self.budget if self.budget.asked or not self.own.rules else Budget()
 
-    def output(self, target: Path, force: bool, threads: int, progress: Progress | None) -> Output:
+    def output(self, target: Path, force: bool, threads: int, progress: Progress | None) -> WriteOptions:
         """Where and how to write."""
-        return Output(target, self.packing, self.max_shard_size, force, threads, progress)
+        return WriteOptions(target, self.packing, self.max_shard_size, force, threads, progress)
 
     def choose(
         self,
         source: SourceCheckpoint,
-        base: Base | None,
+        base: BaseCheckpoint | None,
         threads: int,
         progress: Progress | None = None,
         only: Container[str] | None = None,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from statecodec._version import __version__
-from statecodec.checkpoint.chain import Base
+from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.copies import copies
@@ -28,8 +28,8 @@ from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.compress import Compression, open_source, output_of
 from statecodec.verbs.processors import processor
-from statecodec.verbs.settings import Settings
-from statecodec.verbs.writing import Errors, Output, appended
+from statecodec.verbs.settings import CompressSettings
+from statecodec.verbs.writing import ErrorRules, WriteOptions, appended
 
 MAX_SHARES = 4096
 
@@ -98,14 +98,14 @@ def compress_share(
     Raises what `compress` raises.
     """
     started = time.perf_counter()
-    chosen, which = Settings.of(**settings), Share.parse(share) if isinstance(share, str) else share
+    chosen, which = CompressSettings.of(**settings), Share.parse(share) if isinstance(share, str) else share
     workers = threads or default_threads()
     with contextlib.ExitStack() as closing:
         source = closing.enter_context(open_source(src))
         target = output_of(source, dst, force=force)
         if safe_only:
             require_safe(source)
-        previous = closing.enter_context(contextlib.closing(Base(base, target))) if base is not None else None
+        previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         header = header_of(source, chosen, previous, which)
         path = which.path(target)
         there = _there(path, header)
@@ -116,7 +116,7 @@ def compress_share(
         choices = chosen.choose(source, previous, workers, progress, names)
         where = processor(device, source.nbytes // which.count, workers)
         work = Compression(source, choices, previous, where, chosen)
-        output = Output(path, chosen.packing, None, True, where.workers(workers), progress)
+        output = WriteOptions(path, chosen.packing, None, True, where.workers(workers), progress)
         written = _write(work, output, indices, which, header)
     return ShareReport(str(path), str(which), len(indices), written, True, time.perf_counter() - started)
 
@@ -158,7 +158,9 @@ def _together(source: SourceCheckpoint) -> Iterator[list[int]]:
         yield [item.index, original.index]
 
 
-def _write(work: Compression, output: Output, indices: Sequence[int], share: Share, header: Mapping[str, Any]) -> int:
+def _write(
+    work: Compression, output: WriteOptions, indices: Sequence[int], share: Share, header: Mapping[str, Any]
+) -> int:
     """Write a share; returns its bytes."""
     files = work.source.own_files[share.number - 1 :: share.count]  # this share's part of the hashing
     with work.hashing(files) as hashes:
@@ -168,7 +170,7 @@ def _write(work: Compression, output: Output, indices: Sequence[int], share: Sha
             lambda index, codec, chunk: work.encode(indices[index], codec, chunk),
             f"share {share}",
             fallback=lambda index: work.instead(indices[index]),
-            errors=Errors(
+            errors=ErrorRules(
                 lambda index, sums: work.figures(indices[index], sums),
                 lambda index, codec, sums: work.finer(indices[index], codec, sums),
             ),
@@ -183,7 +185,9 @@ def _write(work: Compression, output: Output, indices: Sequence[int], share: Sha
             return writer.finish({"share": header, **results}).publish().nbytes
 
 
-def header_of(source: SourceCheckpoint, settings: Settings, base: Base | None, share: Share) -> dict[str, Any]:
+def header_of(
+    source: SourceCheckpoint, settings: CompressSettings, base: BaseCheckpoint | None, share: Share
+) -> dict[str, Any]:
     """What a share is of: joined are shares that differ in their number only."""
     return {
         "statecodec": __version__,

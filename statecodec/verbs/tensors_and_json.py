@@ -23,7 +23,7 @@ from statecodec.checkpoint.left_out import MAX_DEPTH, joined
 from statecodec.errors import OutputExists, UsageError
 from statecodec.layouts.safetensors_file import MAX_HEADER_BYTES
 from statecodec.lazy import torch
-from statecodec.staging import File, Staging
+from statecodec.staging import StagedFile, Staging
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ _CODES = {dtype: code for code, dtype in dtypes.SAFETENSORS.items()}
 
 
 @dataclass
-class Parts:
+class TensorsAndValues:
     """Values taken apart."""
 
     tree: Any = None
@@ -47,7 +47,7 @@ class Parts:
 
 class _TakingApart:
     def __init__(self) -> None:
-        self.parts = Parts()
+        self.parts = TensorsAndValues()
         self.left_out: list[str] = []
         self._names: dict[Any, str] = {}
         """Memory, dtype, shape and stride of the tensors so far -> their names."""
@@ -110,14 +110,14 @@ class _TakingApart:
         return {"tensor": self._names[key]}
 
 
-def taken_apart(value: Any) -> tuple[Parts, list[str]]:
+def taken_apart(value: Any) -> tuple[TensorsAndValues, list[str]]:
     """Tensors and all other values, and what a safetensors file cannot hold. Raises UsageError."""
     work = _TakingApart()
     work.parts.tree = work.plain(value, "", 0)
     return work.parts, work.left_out
 
 
-def write_tensors_and_json(parts: Parts, target: Path, used: Used, *, force: bool) -> None:
+def write_tensors_and_json(parts: TensorsAndValues, target: Path, used: Used, *, force: bool) -> None:
     """Write `target` and, beside it, NAME.json; both or neither. Raises OutputExists, OutputFailed."""
     other = target.with_name(target.name.removesuffix(".safetensors") + ".json")
     if other.exists() and not force:
@@ -125,14 +125,14 @@ def write_tensors_and_json(parts: Parts, target: Path, used: Used, *, force: boo
     text = json.dumps({"format": "statecodec.values", "values": parts.tree}, indent=1, allow_nan=False).encode()
     staging = Staging(target)
     try:
-        _write(File(staging, other.name), iter([text]))
-        _write(File(staging, target.name), _safetensors(parts.tensors, used))
+        _write(StagedFile(staging, other.name), iter([text]))
+        _write(StagedFile(staging, target.name), _safetensors(parts.tensors, used))
         staging.publish(other, target, force=force, instead_of=(other, target) if force else ())
     finally:
         staging.close()
 
 
-def _write(file: File, pieces: Iterator[bytes | memoryview]) -> None:
+def _write(file: StagedFile, pieces: Iterator[bytes | memoryview]) -> None:
     try:
         size = 0
         for piece in pieces:

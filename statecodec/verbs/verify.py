@@ -10,10 +10,10 @@ from pathlib import Path
 
 from statecodec import codecs
 from statecodec.checkpoint.base import Checkpoint, TensorInfo
-from statecodec.checkpoint.digests import FileHashes, Watched
+from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import DiffReport, Report
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import CorruptFile, FormatError, VerificationFailed
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
@@ -42,7 +42,7 @@ def verify(
     """
     started = time.perf_counter()
     workers = threads or default_threads()
-    with Stored.open(src) as stored:
+    with StoredCheckpoint.open(src) as stored:
         check_intact(stored, workers, progress)
         report = stored.report()
         if against is not None:
@@ -52,7 +52,7 @@ def verify(
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def check_intact(stored: Stored, threads: int, progress: Progress | None = None) -> None:
+def check_intact(stored: StoredCheckpoint, threads: int, progress: Progress | None = None) -> None:
     """Read every chunk of a compressed checkpoint, and of those that it builds on. Raises CorruptFile."""
     reader = stored.reader
     meter = Meter(progress, sum(item.stored_nbytes for item in reader.items), "verifying")
@@ -80,7 +80,9 @@ def check_intact(stored: Stored, threads: int, progress: Progress | None = None)
         check_intact(stored.base, threads, progress)
 
 
-def check_against(stored: Stored, original: Checkpoint, threads: int, progress: Progress | None = None) -> Report:
+def check_against(
+    stored: StoredCheckpoint, original: Checkpoint, threads: int, progress: Progress | None = None
+) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
     report, comparison = stored.report(), compare(original, stored, threads, progress)
     _refuse([*_complaints(stored, comparison), *_update_complaints(stored, comparison)], original.path)
@@ -88,14 +90,14 @@ def check_against(stored: Stored, original: Checkpoint, threads: int, progress: 
     return replace(report, updates=comparison.updates, total=comparison.total)
 
 
-def _check_promise(stored: Stored, comparison: DiffReport) -> None:
+def _check_promise(stored: StoredCheckpoint, comparison: DiffReport) -> None:
     """The Adam update is no further off than what was asked for when the file was made."""
     promised, found = (stored.document.asked or {}).get("u_rms"), comparison.total.get("u_rms")
     if promised is not None and found is not None and not found <= promised * _ROUNDING:
         raise VerificationFailed(f"update error {found:.4g} of a step is above the {promised:g} that was asked for")
 
 
-def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
+def _complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list[str]:
     """Differences from the original that are larger than the file states."""
     complaints = [f"{name} is only in the original" for name in comparison.only_in_a]
     complaints += [f"{name} is only in the compressed file" for name in comparison.only_in_b]
@@ -116,7 +118,7 @@ def _complaints(stored: Stored, comparison: DiffReport) -> list[str]:
     return complaints
 
 
-def _update_complaints(stored: Stored, comparison: DiffReport) -> list[str]:
+def _update_complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list[str]:
     """First moments whose update is not as near as the file says: those that are stored as directions."""
     by_moment = {update.exp_avg: update.u_rms for update in comparison.updates}
     complaints = []
@@ -135,7 +137,7 @@ def _check_digest(report: Report, original: Path) -> None:
     digest = report.source.get("sha256")
     if not digest or not original.is_file():
         return
-    hashes = FileHashes([Watched(original, original.stat().st_size)])
+    hashes = FileHashes([FileToHash(original, original.stat().st_size)])
     hashes.start()
     (found,) = hashes.digests()
     if found != digest:

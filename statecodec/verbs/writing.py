@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from statecodec import codecs
 from statecodec.checkpoint.report import Report
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UnencodableValues
-from statecodec.format import Item, PackedChunk, Packing, Record, Writer, Written
+from statecodec.format import ItemSpec, PackedChunk, Packing, VerifiedRecord, Writer, Written
 from statecodec.format.placement import plain_items
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.parallel import Workers, default_threads, ordered_map
@@ -33,7 +33,7 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedChunk:
     """One chunk's parts, and how what they decode to compares with what they were made of (None: equal).
 
     `record`: the chunk as it was packed before, in place of `parts`.
@@ -41,17 +41,17 @@ class Encoded:
 
     parts: Mapping[str, Tensor]
     comparison: Comparison | None = None
-    record: Record | None = None
+    record: VerifiedRecord | None = None
 
 
 class Encoder(Protocol):
     """Makes a chunk of an item, by index, in an encoding. Thread-safe. Raises UnencodableValues."""
 
-    def __call__(self, index: int, encoding: Encoding, chunk: Chunk) -> Encoded: ...
+    def __call__(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk: ...
 
 
 @dataclass(frozen=True)
-class Output:
+class WriteOptions:
     """Where and how to write."""
 
     target: Path
@@ -71,7 +71,7 @@ class Outcome:
     checked: Report
     """Of the finished output, before it was published."""
 
-    def report(self, output: Output) -> Report:
+    def report(self, output: WriteOptions) -> Report:
         """The report, under the names that the output has now."""
         written = self.written
         shown = output.target.with_name(written.path.name) if len(written.files) > 1 else output.target
@@ -85,7 +85,9 @@ Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the d
 Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
 Figures = Callable[[int, Comparison], dict[str, float]]  # item, its error sums -> the figures to be stored
 Finer = Callable[[int, Codec, Comparison], Codec | None]  # the same, and what to encode it by again, if it must be
-Check = Callable[[Stored], Report]  # the finished output, not published yet -> its report; raises if it must not be
+Check = Callable[
+    [StoredCheckpoint], Report
+]  # the finished output, not published yet -> its report; raises if it must not be
 
 
 def _exactly(_: int) -> Codec:
@@ -93,7 +95,7 @@ def _exactly(_: int) -> Codec:
 
 
 @dataclass(frozen=True)
-class Errors:
+class ErrorRules:
     """What the sums of an item's errors are for."""
 
     figures: Figures
@@ -101,15 +103,15 @@ class Errors:
 
 
 def write(
-    output: Output,
-    items: Sequence[Item],
+    output: WriteOptions,
+    items: Sequence[ItemSpec],
     encode: Encoder,
     document: Document,
     stage: str,
     *,
     fallback: Fallback = _exactly,
     check: Check | None = None,
-    errors: Errors | None = None,
+    errors: ErrorRules | None = None,
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
@@ -119,23 +121,23 @@ def write(
     """
     with appended(output, items, encode, stage, fallback=fallback, errors=errors) as (writer, refusals):
         finished = writer.finish(document(refusals))
-        with Stored.of(finished.reader, beside=output.target.parent) as stored:
+        with StoredCheckpoint.of(finished.reader, beside=output.target.parent) as stored:
             checked = stored.report() if check is None else check(stored)
         return Outcome(finished.publish(), refusals, checked)
 
 
 @contextmanager
 def appended(
-    output: Output,
-    items: Sequence[Item],
+    output: WriteOptions,
+    items: Sequence[ItemSpec],
     encode: Encoder,
     stage: str,
     *,
     fallback: Fallback = _exactly,
-    errors: Errors | None = None,
+    errors: ErrorRules | None = None,
 ) -> Iterator[tuple[Writer, Mapping[str, str]]]:
     """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
-    run = _Run(output, items, encode, stage, fallback, errors or Errors(lambda index, sums: {}))
+    run = _Run(output, items, encode, stage, fallback, errors or ErrorRules(lambda index, sums: {}))
     with run.written() as writer:
         found: dict[str, dict[str, float]] = {}
         for index, sums in run.sums.items():
@@ -168,7 +170,13 @@ class _Run:
     """One output in the making."""
 
     def __init__(
-        self, output: Output, items: Sequence[Item], encode: Encoder, stage: str, fallback: Fallback, errors: Errors
+        self,
+        output: WriteOptions,
+        items: Sequence[ItemSpec],
+        encode: Encoder,
+        stage: str,
+        fallback: Fallback,
+        errors: ErrorRules,
     ) -> None:
         self.items, self.encode, self.fallback, self.output = list(items), encode, fallback, output
         self.errors = errors
@@ -241,7 +249,7 @@ class _Run:
             return restart
         return None
 
-    def _encoded(self, job: _Job) -> Encoded:
+    def _encoded(self, job: _Job) -> EncodedChunk:
         try:
             return self.encode(job.index, self.items[job.index].encoding, job.chunk)
         except UnencodableValues as error:
@@ -294,5 +302,5 @@ class _Run:
                 yield _Job(index, chunk)
 
 
-def _nbytes(item: Item) -> int:
+def _nbytes(item: ItemSpec) -> int:
     return math.prod(item.shape) * item.dtype.itemsize

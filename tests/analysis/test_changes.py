@@ -11,7 +11,7 @@ import torch
 import statecodec
 from statecodec import codecs
 from statecodec._version import __version__
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Change, Encoding
 from statecodec.errors import FormatError, UnsupportedVersion, UsageError
 from statecodec.format import Reader
@@ -120,7 +120,7 @@ def test_a_file_alone_does_not_hold_a_change(chain: list[Path]) -> None:
 def test_changed_values_are_no_parts_of_their_codec(chain: list[Path]) -> None:
     """The parts that a link's item has under the very codec of its difference are those of its values."""
     codec = codecs.parse("uniform(step=0.001)")
-    with Stored.open(chain[1]) as stored:
+    with StoredCheckpoint.open(chain[1]) as stored:
         v, p = (stored.tensors[f"model.{name}"].index for name in "vp")
         (place,) = stored.reader.items[v].chunks
         for index in (v, p):

@@ -10,7 +10,7 @@ import torch
 
 import statecodec
 from statecodec.checkpoint.companions import Companions
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 
 
 def test_what_is_held_is_bounded_and_taken_once() -> None:
@@ -40,13 +40,13 @@ def test_restoring_decodes_every_second_moment_once(
     packed = statecodec.compress(path).path
     alone = statecodec.load(packed)
     decoded: Counter[str] = Counter()
-    parts = Stored.parts
+    parts = StoredCheckpoint.parts
 
-    def counting(self: Stored, item: int, *args: object) -> object:
+    def counting(self: StoredCheckpoint, item: int, *args: object) -> object:
         decoded[self.items[item].name] += 1
         return parts(self, item, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Stored, "parts", counting)
+    monkeypatch.setattr(StoredCheckpoint, "parts", counting)
     statecodec.restore(packed, tmp_path / "back.pt", threads=threads)
     assert max(decoded.values()) <= (1 if threads == 1 else 2)  # two threads may come to one chunk at once
     back = torch.load(tmp_path / "back.pt", weights_only=True)

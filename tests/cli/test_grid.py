@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from statecodec_cli.grid import Column, Facts, Grid
+from statecodec_cli.grid import Column, TextRow, TextTable
 
 COLUMNS = (
     Column("tensor", text=True, gives="middle"),
@@ -29,14 +29,14 @@ def printed(renderable: object, width: int) -> list[str]:
 
 
 def test_with_room_a_row_is_a_line() -> None:
-    lines = printed(Grid(COLUMNS, [ROW]), 1000)
+    lines = printed(TextTable(COLUMNS, [ROW]), 1000)
     assert lines[1].split() == ["tensor", "codec", "after", "B/value", "tensors"]
     assert lines[2].split() == [ROW[0], ROW[1], "12.3", "MB", "0.86", "1,234"]
     assert lines[0] == lines[-1] == ""
 
 
 def test_without_room_text_gives_way_and_then_columns_which_are_named() -> None:
-    lines = printed(Grid(COLUMNS, [ROW]), 60)
+    lines = printed(TextTable(COLUMNS, [ROW]), 60)
     assert max(map(len, lines)) <= 60
     text = "\n".join(lines)
     assert "12.3 MB" in text
@@ -57,7 +57,7 @@ WORD = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S")), mi
 )
 def test_every_width_fits_and_keeps_every_figure(rows: list[tuple[str, str, str]], width: int) -> None:
     columns = (Column("name", text=True, gives="middle"), Column("codec", text=True, gives="fold"), Column("size"))
-    lines = printed(Grid(columns, rows), width)
+    lines = printed(TextTable(columns, rows), width)
     assert max(map(cell_len, lines)) <= width
     shown = "\n".join(lines)
     for _, codec, size in rows:
@@ -67,24 +67,24 @@ def test_every_width_fits_and_keeps_every_figure(rows: list[tuple[str, str, str]
 
 def test_wide_characters_are_folded_by_the_cells_they_take() -> None:
     columns = (Column("name", text=True, gives="middle"), Column("codec", text=True, gives="fold"), Column("size"))
-    lines = printed(Grid(columns, [("0" * 19, "0" * 18 + "\N{CJK RADICAL REPEAT}" * 3, "0 MB")]), 50)
+    lines = printed(TextTable(columns, [("0" * 19, "0" * 18 + "\N{CJK RADICAL REPEAT}" * 3, "0 MB")]), 50)
     assert max(map(cell_len, lines)) <= 50
     assert "".join(lines).count("\N{CJK RADICAL REPEAT}") == 3
 
 
 def test_the_list_of_what_is_not_shown_fits_as_well() -> None:
     columns = [Column("name"), *(Column(f"a column {i}", drop=1) for i in range(20))]
-    lines = printed(Grid(columns, [["x"] * 21]), 60)
+    lines = printed(TextTable(columns, [["x"] * 21]), 60)
     assert max(map(len, lines)) <= 60
     assert sum(line.count("a column") for line in lines) == 20
 
 
 def test_a_name_of_a_million_characters_is_printed_in_no_time() -> None:
-    lines = printed(Grid(COLUMNS, [("x" * 1_000_000, "raw", "1 B", "1", "1")]), 80)
+    lines = printed(TextTable(COLUMNS, [("x" * 1_000_000, "raw", "1 B", "1", "1")]), 80)
     assert max(map(len, lines)) <= 80
 
 
 def test_facts_break_between_facts_only() -> None:
-    facts = Facts("ckpt.pt  6.31 MB", Text("->  " + "a" * 70), "", "2.85x")
+    facts = TextRow("ckpt.pt  6.31 MB", Text("->  " + "a" * 70), "", "2.85x")
     assert printed(facts, 60) == ["ckpt.pt  6.31 MB", "  ->  " + "a" * 70, "  2.85x"]
     assert printed(facts, 200) == ["ckpt.pt  6.31 MB   ->  " + "a" * 70 + "   2.85x"]

@@ -22,7 +22,7 @@ from statecodec.errors import LayoutError
 from statecodec.layouts import (
     Box,
     Layout,
-    Logical,
+    LogicalTensor,
     Run,
     Source,
     SourceFile,
@@ -86,7 +86,7 @@ def check_file(file: SourceFile, content: bytes) -> None:
         assert stored == {struct.pack("<I", zlib.crc32(content[crc.offset : crc.offset + crc.nbytes]))}
 
 
-def check_pieces(tensors: tuple[Logical, ...], files: dict[str, SourceFile]) -> None:
+def check_pieces(tensors: tuple[LogicalTensor, ...], files: dict[str, SourceFile]) -> None:
     """Every region holds one piece of one tensor, and the pieces of a tensor are all of it, once."""
     used = Counter((piece.file, piece.region) for tensor in tensors for piece in tensor.pieces)
     assert used == Counter((f.path, i) for f in files.values() for i in range(len(f.regions)))
@@ -98,7 +98,7 @@ def check_pieces(tensors: tuple[Logical, ...], files: dict[str, SourceFile]) -> 
         assert len(everything) == len(set(everything)) == math.prod(tensor.shape)
 
 
-def _elements(tensor: Logical, part: Box | Run | None) -> Any:
+def _elements(tensor: LogicalTensor, part: Box | Run | None) -> Any:
     numel = math.prod(tensor.shape)
     if part is None:
         return range(numel)

@@ -19,7 +19,7 @@ from statecodec.buffers import Pool
 from statecodec.codecs import Codec, Encoding, Raw, parse
 from statecodec.codecs.chunking import chunks
 from statecodec.dtypes import of
-from statecodec.format import Item, Packing, Writer, Written
+from statecodec.format import ItemSpec, Packing, Writer, Written
 from statecodec.format.entry_types import ITEMSIZE, entry_type
 from statecodec.format.packing import encode_record
 
@@ -65,7 +65,7 @@ def write(
 ) -> Written:
     """Write tensors with their codecs; `companions` of items by name."""
     items = [
-        Item(k, Encoding(c), tuple(t.shape), of(t.dtype), {"role": "other"}, companions.get(k, {}))
+        ItemSpec(k, Encoding(c), tuple(t.shape), of(t.dtype), {"role": "other"}, companions.get(k, {}))
         for k, (t, c) in tensors.items()
     ]
     with Writer(path, items, packing=packing, max_shard_size=max_shard_size, force=force) as writer:

@@ -9,19 +9,19 @@ import torch
 
 from statecodec import codecs, kernels
 from statecodec.checkpoint.document import Document
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.dtypes import FLOAT32, FLOAT64, of
 from statecodec.errors import LimitExceeded, UnsupportedTensor
-from statecodec.format import Item, Limits, Reader, Writer, placement
+from statecodec.format import ItemSpec, Limits, Reader, Writer, placement
 from tests.format.test_hostile import _peak as peak
 
 SIDE = 1 << 16  # 16 GiB of fp32
 
 
 def write(path: Path, codec: codecs.Codec, shape: tuple[int, ...]) -> None:
-    with Writer(path, [Item("w", Encoding(codec), shape, FLOAT32)]) as writer:
+    with Writer(path, [ItemSpec("w", Encoding(codec), shape, FLOAT32)]) as writer:
         parts = {
             name: torch.zeros(spec.shape, dtype=spec.dtype.torch) for name, spec in codec.parts(shape, FLOAT32).items()
         }
@@ -92,7 +92,7 @@ def test_a_small_file_of_a_large_tensor_takes_little_memory(tmp_path: Path, code
     path, shape = tmp_path / "x.safetensors", (1 << 13, 1 << 15)  # 1 GiB
     write(path, codecs.parse(codec), shape)
     reader = Reader(path)
-    stored = Stored(path, reader, Document("test", None, (), {"layout": "native"}, (), (), ()))
+    stored = StoredCheckpoint(path, reader, Document("test", None, (), {"layout": "native"}, (), (), ()))
     next(iter(stored.stream(stored.items[0])))  # warm
     before = peak(reset=True)
     assert sum(piece.numel() for piece in stored.stream(stored.items[0])) == shape[0] * shape[1]

@@ -18,7 +18,7 @@ import zstandard
 from statecodec.codecs import Encoding, Raw, parse
 from statecodec.dtypes import FLOAT32, FLOAT64, UINT8
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnsupportedVersion, UsageError
-from statecodec.format import Item, Limits, Reader, Writer
+from statecodec.format import ItemSpec, Limits, Reader, Writer
 from tests.format.support import forge, join_file, sample, split_file, write
 from tests.format.test_hostile import read_all, refused
 
@@ -203,18 +203,18 @@ def test_mutated_manifests_raise_only_our_errors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("items", "match"),
     [
-        ([Item("x", Encoding(Raw()), (1 << 43,), FLOAT64)], "decoded bytes"),
-        ([Item("x", Encoding(parse("dropped")), (1 << 62,), UINT8)], "decoded bytes"),
+        ([ItemSpec("x", Encoding(Raw()), (1 << 43,), FLOAT64)], "decoded bytes"),
+        ([ItemSpec("x", Encoding(parse("dropped")), (1 << 62,), UINT8)], "decoded bytes"),
         (
-            [Item("x", Encoding(parse("shared(dims=[0])")), (1 << 20, 1 << 14), FLOAT32)],
+            [ItemSpec("x", Encoding(parse("shared(dims=[0])")), (1 << 20, 1 << 14), FLOAT32)],
             "decoded bytes of one chunk",
         ),
-        ([Item("x", Encoding(Raw()), (1,) * 65, UINT8)], "cannot be stored"),
-        ([Item(f"{i}", Encoding(Raw()), (0,), UINT8) for i in range((1 << 21) + 1)], "items"),
+        ([ItemSpec("x", Encoding(Raw()), (1,) * 65, UINT8)], "cannot be stored"),
+        ([ItemSpec(f"{i}", Encoding(Raw()), (0,), UINT8) for i in range((1 << 21) + 1)], "items"),
     ],
     ids=range(5),
 )
-def test_the_writer_refuses_before_it_writes(tmp_path: Path, items: list[Item], match: str) -> None:
+def test_the_writer_refuses_before_it_writes(tmp_path: Path, items: list[ItemSpec], match: str) -> None:
     with pytest.raises((LimitExceeded, UsageError), match=match):
         Writer(tmp_path / "x", items)
     assert list(tmp_path.iterdir()) == []

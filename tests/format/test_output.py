@@ -22,7 +22,7 @@ from torch import Tensor
 from statecodec.codecs import Codec, Encoding, Raw
 from statecodec.dtypes import FLOAT32, of
 from statecodec.errors import OutputExists, OutputFailed, UsageError
-from statecodec.format import Item, Reader, Writer
+from statecodec.format import ItemSpec, Reader, Writer
 from tests.format.support import write
 
 SIZES = [None, 60_000]
@@ -50,7 +50,7 @@ def same(a: dict[str, Tensor], b: dict[str, tuple[Tensor, Codec]]) -> bool:
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_nothing_is_left_of_an_unfinished_output(tmp_path: Path, shard: int | None, error: type | None) -> None:
     def run() -> None:
-        items = [Item(f"t{i}", Encoding(Raw()), (100, 100), FLOAT32) for i in range(4)]
+        items = [ItemSpec(f"t{i}", Encoding(Raw()), (100, 100), FLOAT32) for i in range(4)]
         with Writer(tmp_path / "x", items, max_shard_size=shard) as writer:
             assert not (tmp_path / "x").exists()
             writer.append(writer.pack(0, writer.chunks(0)[0], {"data": torch.ones(100, 100)}))
@@ -108,7 +108,7 @@ def test_a_finished_output_can_be_read_before_it_is_published(tmp_path: Path, sh
     old, new = tensors(), tensors(2)
     path = write(tmp_path / "x.safetensors", old, max_shard_size=shard).path
     before = names(tmp_path)
-    items = [Item(k, Encoding(c), tuple(t.shape), of(t.dtype)) for k, (t, c) in new.items()]
+    items = [ItemSpec(k, Encoding(c), tuple(t.shape), of(t.dtype)) for k, (t, c) in new.items()]
     for keep in (False, True):
         with Writer(tmp_path / "x.safetensors", items, max_shard_size=shard, force=True) as writer:
             for i, (tensor, _) in enumerate(new.values()):

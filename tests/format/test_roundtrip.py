@@ -17,7 +17,7 @@ from statecodec.codecs import Encoding, Raw
 from statecodec.codecs.chunking import Chunk
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import FormatError, UsageError
-from statecodec.format import Item, Packing, Reader, Writer
+from statecodec.format import ItemSpec, Packing, Reader, Writer
 from statecodec.format.container import VERSION
 from tests.format.support import bytes_of, sample, write
 
@@ -178,7 +178,9 @@ def test_reading_one_item_touches_only_its_bytes(tmp_path: Path, monkeypatch: py
 def test_parts_may_be_reused_as_soon_as_pack_returns(tmp_path: Path) -> None:
     for packing in ("none", "zstd"):
         x = torch.randn(3, 4000)
-        with Writer(tmp_path / packing, [Item("x", Encoding(Raw()), (3, 4000), FLOAT32)], packing=packing) as writer:
+        with Writer(
+            tmp_path / packing, [ItemSpec("x", Encoding(Raw()), (3, 4000), FLOAT32)], packing=packing
+        ) as writer:
             part = x.clone()
             packed = writer.pack(0, writer.chunks(0)[0], {"data": part})
             part.fill_(math.nan)
@@ -189,14 +191,14 @@ def test_parts_may_be_reused_as_soon_as_pack_returns(tmp_path: Path) -> None:
 
 
 def test_the_writer_refuses_misuse(tmp_path: Path) -> None:
-    item = Item("x", Encoding(Raw()), (4, 2), FLOAT32)
+    item = ItemSpec("x", Encoding(Raw()), (4, 2), FLOAT32)
     x = {"data": torch.ones(4, 2)}
     path = tmp_path / "x"
     with pytest.raises(UsageError, match="two items"):
         Writer(path, [item, item])
     with pytest.raises(UsageError, match="Unicode"):
-        Writer(path, [Item("\ud800", Encoding(Raw()), (1,), FLOAT32)])
-    with Writer(path, [item, Item("y", Encoding(Raw()), (4, 2), FLOAT32)]) as writer:
+        Writer(path, [ItemSpec("\ud800", Encoding(Raw()), (1,), FLOAT32)])
+    with Writer(path, [item, ItemSpec("y", Encoding(Raw()), (4, 2), FLOAT32)]) as writer:
         chunk = writer.chunks(0)[0]
         with pytest.raises(UsageError, match="no chunk"):
             writer.pack(0, Chunk(0, 4, (2, 2)), {"data": torch.ones(2, 2)})
@@ -245,7 +247,7 @@ def test_packing_text() -> None:
 def test_threads_pack_and_one_appends(tmp_path: Path) -> None:
     """The same bytes as with one thread, whatever the number of threads; and reading is thread-safe too."""
     x = torch.randn(6000, 1000) * 0.02
-    item = Item("x", Encoding(Raw()), (6000, 1000), FLOAT32)
+    item = ItemSpec("x", Encoding(Raw()), (6000, 1000), FLOAT32)
 
     def run(path: Path, threads: int) -> bytes:
         with Writer(path, [item]) as writer, ThreadPoolExecutor(threads) as pool:
@@ -270,7 +272,7 @@ def test_memory_does_not_grow_with_the_item(tmp_path: Path, packing: str) -> Non
     rows, cols = 32, 1 << 22
     piece = torch.zeros(1, 1 << 20)
     piece.view(-1)[::7] = 0.5
-    writer = Writer(tmp_path / "x", [Item("x", Encoding(Raw()), (rows, cols), FLOAT32)], packing=packing)
+    writer = Writer(tmp_path / "x", [ItemSpec("x", Encoding(Raw()), (rows, cols), FLOAT32)], packing=packing)
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     with writer:

@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from statecodec.kernels import triton as backend
 from statecodec.kernels.curves import Curve
-from statecodec.kernels.fused import Hyper, Slot, Stored
+from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.grids import Grid, LogGrid
 from statecodec.kernels.triton import companding, folding, grid, launch, logarithm, runtime, splitting, statistics
 from statecodec.kernels.triton.tables import Spec
@@ -216,7 +216,7 @@ def few() -> None:
     on_grids()
 
 
-EIGHT, ROOTS = Stored(Curve("softsign", 8, True), 32), Stored(Curve("sqrt", 8, False), 32)
+EIGHT, ROOTS = StateStorage(Curve("softsign", 8, True), 32), StateStorage(Curve("sqrt", 8, False), 32)
 ADAM = {"exp_avg": EIGHT, "exp_avg_sq": ROOTS}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -237,8 +237,8 @@ def fast_steps() -> None:
 
 def fused_steps() -> None:
     """Call a fused step in every combination that leads to different code."""
-    four, log = Stored(Curve("softsign", 4, True), 128), Stored(Curve("log", 8, False, 16), 128)
-    dense, logs = Stored(), Stored(Curve("log", 4, False, 2), 128)
+    four, log = StateStorage(Curve("softsign", 4, True), 128), StateStorage(Curve("log", 8, False, 16), 128)
+    dense, logs = StateStorage(), StateStorage(Curve("log", 4, False, 2), 128)
     fast_steps()
     fused_step("adam", ADAM, BF16, torch.int8, Hyper(1e-3, stochastic=True, maximize=True), shape=(64, 100))
     fused_step("adam", ADAM, BF16, torch.int16, Hyper(torch.tensor(1e-3), l2=0.1))
@@ -252,12 +252,12 @@ def fused_steps() -> None:
         foam = {"exp_avg": replace(first, block=4), "exp_avg_sq": replace(second, block=4)}
         fused_step("foam", foam, BF16, torch.int8, Hyper(1e-3))
         fused_step("foam", foam, BF16, torch.int8, Hyper(1e-3, decay_first=False, true_tail=False), shape=(64, 99))
-        slim = {"exp_avg": first, "exp_avg_sq": Stored(dims=(1,))}
+        slim = {"exp_avg": first, "exp_avg_sq": StateStorage(dims=(1,))}
         fused_step("slim", slim, BF16, torch.int8, Hyper(1e-3))
 
 
 def fused_step(
-    method: str, formats: dict[str, Stored], dtype: torch.dtype, low: torch.dtype | None, hyper: Hyper,
+    method: str, formats: dict[str, StateStorage], dtype: torch.dtype, low: torch.dtype | None, hyper: Hyper,
     shape: tuple[int, int] = (64, 256), grad: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     states = {}

@@ -10,21 +10,21 @@ from statecodec.buffers import Pool
 from statecodec.format.packing import Packing, _room, _write_narrowed
 from statecodec.kernels.cpu import forms as cpu
 from statecodec.kernels.reference import forms as reference
-from statecodec.kernels.reference.narrowing import LOW_BITS, Form
+from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
 
 
-def form_of(codes: Tensor) -> Form | None:
+def form_of(codes: Tensor) -> Narrowing | None:
     """Both backends choose the same."""
     found = reference.form_of(codes)
     assert cpu.form_of(codes) == found
     return found
 
 
-def sizes(codes: Tensor, cols: int) -> dict[Form, int]:
+def sizes(codes: Tensor, cols: int) -> dict[Narrowing, int]:
     """Bytes of every form that takes the codes."""
     pool, found = Pool(), {}
     buffer = pool.take(2 * _room([codes]))
-    for form in (Form(cols, low, nibbles) for low in LOW_BITS for nibbles in (False, True)):
+    for form in (Narrowing(cols, low, nibbles) for low in LOW_BITS for nibbles in (False, True)):
         length = _write_narrowed(codes, form, buffer, Packing(), pool)
         if length is not None:
             found[form] = length

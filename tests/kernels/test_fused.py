@@ -25,7 +25,7 @@ from statecodec import kernels, optim
 from statecodec.codecs import Codec, Companded, EncodedTensor, get
 from statecodec.errors import InvalidCodec, OptimizerError, UsageError
 from statecodec.kernels.curves import Curve
-from statecodec.kernels.fused import Slot, Stored
+from statecodec.kernels.fused import Slot, StateStorage
 
 # Numbers that are not finite are what some of these tests are about; numpy, under the interpreter, warns of them.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -401,7 +401,7 @@ def test_dense_states_of_another_dtype_are_refused(device) -> None:
     count = torch.zeros((), device=device)
     slot = Slot(x, count, count.clone(), None, {"exp_avg": {"data": x.bfloat16()}}, 0, (4, 8))
     with pytest.raises(UsageError, match="bfloat16"):
-        kernels.get("triton").prepare("lion", [slot], {"exp_avg": Stored()})
+        kernels.get("triton").prepare("lion", [slot], {"exp_avg": StateStorage()})
     with pytest.raises(UsageError, match="supports"):
         kernels.get("triton").prepare("lion", [slot], {"exp_avg": None})
 
@@ -510,8 +510,8 @@ def test_slimadam(variant: str, stored: str, device) -> None:
 
 def test_what_is_not_supported() -> None:
     supports = kernels.get("triton").supports
-    eight = Stored(Curve("softsign", 8, True), 32)
-    wide, folded, shared = Stored(eight.curve, 64), Stored(block=4), Stored(dims=(1,))
+    eight = StateStorage(Curve("softsign", 8, True), 32)
+    wide, folded, shared = StateStorage(eight.curve, 64), StateStorage(block=4), StateStorage(dims=(1,))
     assert supports("adam", {"exp_avg": eight, "exp_avg_sq": eight}, torch.bfloat16, torch.int8)
     assert supports("sgd", {}, torch.float32, None)
     assert supports("foam", {"exp_avg": folded, "exp_avg_sq": folded}, torch.float32, None)
@@ -520,10 +520,11 @@ def test_what_is_not_supported() -> None:
         ("adam", eight, wide, torch.bfloat16, torch.int8), ("adam", eight, eight, torch.float64, None),
         ("adam", eight, eight, torch.float32, torch.int8), ("adam", None, eight, torch.float32, None),
         ("adam", folded, folded, torch.float32, None), ("adam", eight, shared, torch.float32, None),
-        ("foam", eight, eight, torch.float32, None), ("foam", folded, Stored(block=8), torch.float32, None),
-        ("slim", eight, eight, torch.float32, None), ("slim", eight, Stored(dims=(0, 2)), torch.float32, None),
-        ("slim", eight, Stored(eight.curve, 32, dims=(1,)), torch.float32, None),
-        ("lorapre", eight, eight, torch.float32, None), ("adam", Stored(eight.curve, 4096), eight, torch.float32, None),
+        ("foam", eight, eight, torch.float32, None), ("foam", folded, StateStorage(block=8), torch.float32, None),
+        ("slim", eight, eight, torch.float32, None), ("slim", eight, StateStorage(dims=(0, 2)), torch.float32, None),
+        ("slim", eight, StateStorage(eight.curve, 32, dims=(1,)), torch.float32, None),
+        ("adam", StateStorage(eight.curve, 4096), eight, torch.float32, None),
+        ("lorapre", eight, eight, torch.float32, None),
     ):  # fmt: skip
         assert not supports(method, {"exp_avg": first, "exp_avg_sq": second}, dtype, low), (method, first, second)
     assert not supports("adam", {"exp_avg": eight}, torch.bfloat16, torch.int8)

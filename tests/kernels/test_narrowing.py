@@ -13,7 +13,7 @@ from torch import Tensor
 
 from statecodec.kernels.cpu import narrowing as cpu
 from statecodec.kernels.reference import narrowing as reference
-from statecodec.kernels.reference.narrowing import LOW_BITS, Form
+from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
 
 BACKENDS = (reference, cpu)
 
@@ -33,7 +33,9 @@ def product(rows: int, cols: int, zeros: float = 0.0) -> Tensor:
     return x
 
 
-def narrow(backend: ModuleType, codes: Tensor, form: Form, room: int | None = None) -> tuple[dict[str, Tensor], Tensor]:
+def narrow(
+    backend: ModuleType, codes: Tensor, form: Narrowing, room: int | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """(parts, exceptions); the exceptions are None where the form does not fit."""
     parts = {name: torch.full((n,), 85, dtype=dtype) for name, (dtype, n) in form.sizes(len(codes)).items()}
     exceptions = torch.full((len(codes) if room is None else room,), 85, dtype=codes.dtype)
@@ -41,13 +43,15 @@ def narrow(backend: ModuleType, codes: Tensor, form: Form, room: int | None = No
     return parts, exceptions[:count] if count >= 0 else None  # type: ignore[return-value]
 
 
-def widened(backend: ModuleType, parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, like: Tensor) -> Tensor:
+def widened(
+    backend: ModuleType, parts: Mapping[str, Tensor], exceptions: Tensor, form: Narrowing, like: Tensor
+) -> Tensor:
     out = torch.full_like(like.reshape(-1), 77)
     assert backend.widen(parts, exceptions, form, out)
     return out
 
 
-def check(codes: Tensor, form: Form) -> tuple[dict[str, Tensor], Tensor]:
+def check(codes: Tensor, form: Narrowing) -> tuple[dict[str, Tensor], Tensor]:
     """Both backends alike and reversible; returns what they made."""
     flat = codes.reshape(-1)
     made, exceptions = narrow(reference, flat, form)
@@ -70,7 +74,7 @@ def test_codes_come_back(dtype: torch.dtype, low: int, n: int) -> None:
     for value, at in ((torch.iinfo(dtype).min, 0), (torch.iinfo(dtype).max, n // 2), (-1, n - 1)):
         codes[at] = value
     for nibbles in (False, True):
-        check(codes, Form(low=low, nibbles=nibbles))
+        check(codes, Narrowing(low=low, nibbles=nibbles))
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 300), (64, 33), (65, 200), (200, 17), (130, 5001)])
@@ -79,7 +83,7 @@ def test_centred_codes_come_back(rows: int, cols: int, nibbles: bool) -> None:
     for zeros in (0.0, 0.3, 1.0):
         codes = product(rows, cols, zeros)
         for low in (0, 2):
-            parts, _ = check(codes, Form(cols=cols, low=low, nibbles=nibbles))
+            parts, _ = check(codes, Narrowing(cols=cols, low=low, nibbles=nibbles))
             if not low and not nibbles:
                 assert int((parts["symbols"] == 0).sum()) == int((codes == 0).sum()), "zeros are apart"
 
@@ -87,9 +91,9 @@ def test_centred_codes_come_back(rows: int, cols: int, nibbles: bool) -> None:
 def test_dead_rows_and_columns_cost_nothing() -> None:
     """A column that is dead in a block, and dead rows, leave the others' terms alone."""
     codes = product(256, 64)
-    alive, _ = check(codes, Form(cols=64))
+    alive, _ = check(codes, Narrowing(cols=64))
     codes[70:90], codes[:, 7], codes[64:128, 9] = 0, 0, 0
-    dead, exceptions = check(codes, Form(cols=64))
+    dead, exceptions = check(codes, Narrowing(cols=64))
     assert not len(exceptions)
     there = codes.reshape(-1) != 0
     assert (dead["symbols"][there].float() - alive["symbols"][there].float()).abs().mean() < 0.5
@@ -99,7 +103,7 @@ def test_columns_are_centred_on_sixty_four_rows() -> None:
     """Terms that drift down the rows are followed: residuals stay near 0."""
     drift = torch.arange(640)[:, None] * torch.linspace(-1, 1, 96)[None, :]
     codes = (product(640, 96) + drift.round()).to(torch.int16)
-    parts, exceptions = check(codes, Form(cols=96))
+    parts, exceptions = check(codes, Narrowing(cols=96))
     assert not len(exceptions)
     assert parts["symbols"].float().mean() < 60
 
@@ -116,7 +120,7 @@ def test_any_codes(values: list[int], dtype: torch.dtype, low: int, nibbles: boo
     codes = torch.tensor(values).to(torch.int32).to(dtype)
     if dtype == torch.int32 or not cols or len(codes) % cols:
         cols = 0
-    check(codes, Form(cols, low, nibbles))
+    check(codes, Narrowing(cols, low, nibbles))
 
 
 def test_a_residual_that_does_not_fit_is_refused() -> None:
@@ -125,16 +129,16 @@ def test_a_residual_that_does_not_fit_is_refused() -> None:
     codes[:, ::2], codes[1::2] = -1, -codes[1::2]
     codes[:, 0] = torch.tensor([-32768, 32767, 1, 0])
     for backend in BACKENDS:
-        assert narrow(backend, codes.reshape(-1), Form(cols=70_000))[1] is None
+        assert narrow(backend, codes.reshape(-1), Narrowing(cols=70_000))[1] is None
     codes[0, 0] = -32767
-    check(codes, Form(cols=70_000))
+    check(codes, Narrowing(cols=70_000))
 
 
 def test_too_many_exceptions_are_refused() -> None:
     codes = torch.full((100,), 1000, dtype=torch.int32)
     for backend in BACKENDS:
-        assert narrow(backend, codes, Form(), room=99)[1] is None
-        assert narrow(backend, codes, Form(), room=100)[1] is not None
+        assert narrow(backend, codes, Narrowing(), room=99)[1] is None
+        assert narrow(backend, codes, Narrowing(), room=100)[1] is not None
 
 
 @settings(max_examples=150)
@@ -142,7 +146,7 @@ def test_too_many_exceptions_are_refused() -> None:
 def test_any_bytes_widen_alike(data: st.DataObject, n: int, low: int, nibbles: bool) -> None:
     dtype = data.draw(st.sampled_from([torch.int16, torch.int32]))
     cols = data.draw(st.sampled_from([c for c in range(1, n + 1) if n % c == 0])) if dtype == torch.int16 else 0
-    form = Form(data.draw(st.sampled_from([0, cols])), low, nibbles)
+    form = Narrowing(data.draw(st.sampled_from([0, cols])), low, nibbles)
 
     def anything(kind: torch.dtype, size: int) -> Tensor:
         raw = data.draw(st.binary(min_size=size * kind.itemsize, max_size=size * kind.itemsize))

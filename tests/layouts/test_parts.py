@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from statecodec.checkpoint import joined
-from statecodec.checkpoint.joined import Joined
+from statecodec.checkpoint.joined import NamedTensor
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import FormatError
 from statecodec.layouts import Box, Run
@@ -53,8 +53,8 @@ class Item:
 
 ITEMS = [Item((2, 3)), Item((1, 3)), Item((3,)), Item((12,), torch.uint8)]
 GOOD = [
-    Joined("a", FLOAT32, (3, 3), ((0, Box((0, 0), (2, 3))), (1, Box((2, 0), (1, 3))))),
-    Joined("b", FLOAT32, (6,), ((3, Run(3, 6)), (2, Run(0, 3)))),
+    NamedTensor("a", FLOAT32, (3, 3), ((0, Box((0, 0), (2, 3))), (1, Box((2, 0), (1, 3))))),
+    NamedTensor("b", FLOAT32, (6,), ((3, Run(3, 6)), (2, Run(0, 3)))),
 ]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from statecodec import optim
 from statecodec.errors import OptimizerError
 from statecodec.kernels.curves import Curve
-from statecodec.kernels.fused import Hyper, Slot, Stored
+from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.triton import runtime
 from statecodec.optim import fusing
 from tests.optim.helpers import gradients, parameters
@@ -56,8 +56,8 @@ def test_one_launch_per_group_and_kind(recorder: Recorder) -> None:
     assert [(m, len(s)) for m, s, _ in recorder.prepared] == [("adam", 3), ("adam", 2)]
     assert len(recorder.calls) == 6, "prepared once, called at every step"
     (_, slots, formats), _ = recorder.prepared
-    assert formats["exp_avg"] == Stored(Curve("softsign", 8, True), 32)
-    assert formats["exp_avg_sq"] == Stored(Curve("sqrt", 8, False), 32)
+    assert formats["exp_avg"] == StateStorage(Curve("softsign", 8, True), 32)
+    assert formats["exp_avg_sq"] == StateStorage(Curve("sqrt", 8, False), 32)
     (given, hyper), (_, second), *_ = recorder.calls
     assert all(g is params[n].grad for g, n in zip(given, names[:3], strict=True))
     assert (hyper.lr, hyper.decay, hyper.beta1, hyper.l2) == (1e-2, 0.25, 0.9, 0.0)

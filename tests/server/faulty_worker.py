@@ -26,7 +26,7 @@ def die_once(settings, place):
 def arm(settings, place):
     """Put the trap at the place."""
     when, name = place.split(":")
-    original = getattr(steps.Work, name)
+    original = getattr(steps.JobSteps, name)
 
     def trapped(self, *arguments):
         if when == "before":
@@ -38,7 +38,7 @@ def arm(settings, place):
             die_once(settings, place)
         return result
 
-    setattr(steps.Work, name, trapped)
+    setattr(steps.JobSteps, name, trapped)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_every_code_that_is_raised_is_in_the_table():
     raised = set()
     for path in (ROOT / "server" / "statecodec_server").rglob("*.py"):
         raised |= set(
-            re.findall(r'(?:Problem\(\s*\d+|ChildFailed\(|unauthorised\()[,\s]*"([a-z_.]+)"', path.read_text())
+            re.findall(r'(?:HTTPProblem\(\s*\d+|ChildFailed\(|unauthorised\()[,\s]*"([a-z_.]+)"', path.read_text())
         )
     assert raised
     assert raised <= listed

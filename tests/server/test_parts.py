@@ -17,10 +17,10 @@ from service import free_port, put, submit, wait
 
 from statecodec.operations import OPERATIONS
 from statecodec_server import fetch
-from statecodec_server.main import Refused, check
+from statecodec_server.main import StartRefused, check
 from statecodec_server.names import clean_name, content_disposition, display_name, member_path
 from statecodec_server.operations import offers
-from statecodec_server.problems import Problem
+from statecodec_server.problems import HTTPProblem
 from statecodec_server.ranges import parse_ranges
 from statecodec_server.settings import CONFIG_VARIABLE, Settings, is_loopback
 from statecodec_server.spool import Spool
@@ -55,7 +55,7 @@ def test_loopback(host, expected):
 
 def test_without_tokens_only_on_loopback():
     check(Settings(auth=False))
-    with pytest.raises(Refused, match="without tokens"):
+    with pytest.raises(StartRefused, match="without tokens"):
         check(Settings(auth=False, host="0.0.0.0"))
 
 
@@ -184,7 +184,7 @@ def test_no_name_is_a_path(text):
 def test_a_member_path_stays_inside_or_is_refused(text):
     try:
         path = member_path(text)
-    except Problem:
+    except HTTPProblem:
         return
     joined = os.path.normpath(os.path.join("/root", path))
     assert joined.startswith("/root/")
@@ -198,7 +198,7 @@ def test_a_member_path_stays_inside_or_is_refused(text):
 def test_ranges_are_inside_or_refused(field, size):
     try:
         found = parse_ranges(field, size)
-    except Problem:
+    except HTTPProblem:
         return
     for start, length in found or ():
         assert 0 <= start < start + length <= size
@@ -233,13 +233,13 @@ def test_outer_addresses_are_public(address):
     ],
 )  # fmt: skip
 def test_only_plain_https_of_allowed_hosts_is_fetched(url):
-    with pytest.raises(Problem):
+    with pytest.raises(HTTPProblem):
         fetch.check_url(url, ["a.example"])
     assert fetch.check_url("https://a.example/x?y=1", ["a.example"]) == ("a.example", "/x?y=1")
 
 
 def test_one_inner_address_among_outer_ones_is_enough_to_refuse(tmp_path):
-    with pytest.raises(Problem, match="not public"):
+    with pytest.raises(HTTPProblem, match="not public"):
         fetch.download(
             "https://a.example/x", tmp_path / "x", allowed=["a.example"], limit=10,
             resolver=lambda _: ["93.184.215.14", "127.0.0.1"],

@@ -10,7 +10,7 @@ import torch
 
 import statecodec
 from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Raw
 
 SHAPE = (300, 128)  # samples are the first 2^14 elements and as many in the middle
@@ -125,7 +125,7 @@ def test_an_open_file_gives_weights_and_their_names(tmp_path: Path) -> None:
     content = mixed()
     torch.save(content, tmp_path / "x.pt")
     with statecodec.open(statecodec.compress(tmp_path / "x.pt").path) as checkpoint:
-        assert isinstance(checkpoint, Stored)
+        assert isinstance(checkpoint, StoredCheckpoint)
         assert torch.equal(checkpoint.read("model.a.weight"), content["model"]["a.weight"])
         assert checkpoint.read_encoded("model.a.weight").codec == Raw()
         assert checkpoint.info("model.a.weight")["param"] == "a.weight"

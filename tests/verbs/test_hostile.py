@@ -14,7 +14,7 @@ import torch
 import statecodec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, StatecodecError, UnknownLayout
-from statecodec.format import Item, Reader, Writer
+from statecodec.format import ItemSpec, Reader, Writer
 
 Document = dict[str, Any]
 
@@ -34,7 +34,7 @@ def forge(source: Path, target: Path, lie: Callable[[Document], None]) -> Path:
     with Reader(source) as reader:
         document = copy.deepcopy(dict(reader.document))
         lie(document)
-        items = [Item(i.name, i.encoding, i.shape, i.dtype, dict(i.attributes), i.companions) for i in reader.items]
+        items = [ItemSpec(i.name, i.encoding, i.shape, i.dtype, dict(i.attributes), i.companions) for i in reader.items]
         with Writer(target, items, force=True) as writer:
             for number, item in enumerate(reader.items):
                 for k, chunk in enumerate(item.chunks):

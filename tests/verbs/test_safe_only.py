@@ -78,7 +78,7 @@ def test_what_another_layout_is_said_to_be_hides_nothing(risky: Path) -> None:
 
 def test_only_what_is_looked_at_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large file that is no checkpoint is not decoded to see whether it is a pickle."""
-    from statecodec.checkpoint.stored import Stored
+    from statecodec.checkpoint.stored import StoredCheckpoint
 
     folder = tmp_path / "run"
     folder.mkdir()
@@ -86,9 +86,11 @@ def test_only_what_is_looked_at_is_decoded(tmp_path: Path, monkeypatch: pytest.M
     (folder / "data.bin").write_bytes(bytes(range(1, 251)) * 40_000)
     statecodec.compress(folder, tmp_path / "x.sc.safetensors")
     decoded: set[tuple[int, int]] = set()
-    whole = Stored.decode_chunk
+    whole = StoredCheckpoint.decode_chunk
     monkeypatch.setattr(
-        Stored, "decode_chunk", lambda self, item, n, *args: decoded.add((item, n)) or whole(self, item, n, *args)
+        StoredCheckpoint,
+        "decode_chunk",
+        lambda self, item, n, *args: decoded.add((item, n)) or whole(self, item, n, *args),
     )
     statecodec.inspect(tmp_path / "x.sc.safetensors", safe_only=True)
     assert len(decoded) == 3, "a chunk of each skeleton, and the one that the first bytes reach into"

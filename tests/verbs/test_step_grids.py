@@ -10,10 +10,10 @@ import torch
 
 import statecodec
 from statecodec import codecs
-from statecodec.checkpoint.stored import Stored
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Encoding
 from statecodec.dtypes import FLOAT32
-from statecodec.format import Item, Reader, Writer
+from statecodec.format import ItemSpec, Reader, Writer
 
 
 @pytest.fixture
@@ -66,8 +66,8 @@ def test_an_open_file_brings_the_companions(tmp_path: Path) -> None:
     direction, rough = codecs.Direction(0.02), codecs.Companded("log", group=300)
     named = {"exp_avg_sq": "v"}
     items = [
-        Item("m", Encoding(direction), (1100, 1000), FLOAT32, {"role": "exp_avg"}, named),
-        Item("v", Encoding(rough), (1100, 1000), FLOAT32, {"role": "exp_avg_sq"}),
+        ItemSpec("m", Encoding(direction), (1100, 1000), FLOAT32, {"role": "exp_avg"}, named),
+        ItemSpec("v", Encoding(rough), (1100, 1000), FLOAT32, {"role": "exp_avg_sq"}),
     ]
     path = tmp_path / "x.sc.safetensors"
     with Writer(path, items) as writer:
@@ -79,7 +79,7 @@ def test_an_open_file_brings_the_companions(tmp_path: Path) -> None:
         writer.close({})
     rest = rough.encode(v).decode()
     expected = direction.encode(m, given={"exp_avg_sq": v}).decode(given={"exp_avg_sq": rest})
-    with Stored(path, Reader(path), cast(Any, None)) as stored:  # of tensors alone: there is no document
+    with StoredCheckpoint(path, Reader(path), cast(Any, None)) as stored:  # of tensors alone: there is no document
         assert [len(item.chunks) for item in stored.reader.items] == [2, 2]
         assert torch.equal(stored.decode(0), expected)
         assert torch.equal(stored.decode_range(0, 999_000, 1_049_000), expected.view(-1)[999_000:1_049_000])

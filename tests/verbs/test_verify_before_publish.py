@@ -65,9 +65,9 @@ def test_what_is_written_wrong_is_not_published(tmp_path: Path, monkeypatch: pyt
     source, target, before = earlier(tmp_path)
     encode = compressing.Compression.encode
 
-    def wrong(self: compressing.Compression, *args: object) -> writing.Encoded:
+    def wrong(self: compressing.Compression, *args: object) -> writing.EncodedChunk:
         made = encode(self, *args)  # type: ignore[arg-type]
-        return writing.Encoded({name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison)
+        return writing.EncodedChunk({name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison)
 
     monkeypatch.setattr(compressing.Compression, "encode", wrong)
     with pytest.raises(StatecodecError):

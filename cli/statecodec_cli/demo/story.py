@@ -15,7 +15,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from statecodec_cli import console, tables
-from statecodec_cli.grid import Column, Facts, Grid
+from statecodec_cli.grid import Column, TextRow, TextTable
 from statecodec_cli.progress import messages
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _train(trainer: Trainer, plan: Schedule, checkpoint: Path, say: Callable[[st
 def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     """The document as two tables and a verdict."""
     training, difference = document["training"], document["difference"]
-    head = Facts(
+    head = TextRow(
         Text.assemble((training["checkpoint"], "bold"), f"  {console.size(training['bytes'])}"),
         f"{training['num_params']:,} parameters",
         f"{training['steps']} steps",
@@ -119,8 +119,10 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
         for p in document["presets"]
     ]  # fmt: skip
     verdict = "the same SHA-256" if document["lossless_same_sha256"] else "ANOTHER SHA-256"
-    curves = Grid([*map(Column, ("step", "exact file: loss", "restored file: loss", "difference"))], _curve(document))
-    last = Facts(
+    curves = TextTable(
+        [*map(Column, ("step", "exact file: loss", "restored file: loss", "difference"))], _curve(document)
+    )
+    last = TextRow(
         "validation loss",
         Text.assemble("exact ", (f"{document['resumed']['exact']['val_loss']:.5f}", "bold")),
         Text.assemble("restored ", (f"{document['resumed']['restored']['val_loss']:.5f}", "bold")),
@@ -129,7 +131,7 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     lossless = Text(f"restored from lossless: {verdict} as {training['checkpoint']}")
     packed = next(p["path"] for p in document["presets"] if p["preset"] == _RESUMED)
     after = Text(f"next: statecodec inspect {packed}, or statecodec compress on a checkpoint of yours", style="dim")
-    return [head, Grid(columns, rows), lossless, curves, last, Text(), after]
+    return [head, TextTable(columns, rows), lossless, curves, last, Text(), after]
 
 
 def _curve(document: Mapping[str, Any], rows: int = 8) -> list[tuple[str, ...]]:

@@ -35,7 +35,7 @@ def _tables(document: dict[str, Any]) -> list[RenderableType]:
     """The codecs with their fields, the changes with the codecs they take, then the presets with their rules."""
     from rich.text import Text
 
-    from statecodec_cli.grid import Column, Grid
+    from statecodec_cli.grid import Column, TextTable
 
     rows = []
     for codec in document["codecs"]:
@@ -51,7 +51,7 @@ def _tables(document: dict[str, Any]) -> list[RenderableType]:
         presets.append(Text.assemble((f"preset {name}", "bold"), f"  {preset['about']}"))
         presets.extend(Text(f"  {rule}") for rule in preset["rules"])
     return [
-        Grid(heads, rows),
+        TextTable(heads, rows),
         *presets,
         Text("the first rule that matches wins; what none names stays exact", style="dim"),
     ]

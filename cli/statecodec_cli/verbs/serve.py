@@ -28,7 +28,7 @@ Config = Annotated[
 
 def load_settings(config: Path | None, **values: Any) -> Any:
     try:
-        from statecodec_server.main import Refused, load
+        from statecodec_server.main import StartRefused, load
         from statecodec_server.settings import CONFIG_VARIABLE
     except ImportError as error:
         raise typer.BadParameter(
@@ -38,7 +38,7 @@ def load_settings(config: Path | None, **values: Any) -> Any:
         os.environ[CONFIG_VARIABLE] = str(config)
     try:
         return load(values)
-    except Refused as error:
+    except StartRefused as error:
         raise typer.BadParameter(str(error)) from None
 
 

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from .. import logs, schemas
 from ..context import Context, Here, Who
 from ..operations import offers
-from ..problems import Problem
+from ..problems import HTTPProblem
 from ..records import ENDED
 from ..schemas import Identity, JobRequest, job_document
 from ..tokens import Principal
@@ -79,7 +79,7 @@ async def create(
 ) -> Response:
     """Submit a job. Send an Idempotency-Key, and a repeated request finds the same job instead of making another."""
     if here.draining:
-        raise Problem(503, "unavailable", "This service is shutting down.", headers={"Retry-After": "10"})
+        raise HTTPProblem(503, "unavailable", "This service is shutting down.", headers={"Retry-After": "10"})
     document, new = await run_sync(_create, here, who, request, idempotency_key)
     logs.job_id.set(document["id"])
     if new:
@@ -116,7 +116,7 @@ async def events(here: Here, who: Who, job: Annotated[Identity, Path()]) -> Resp
 def _cancel(here: Context, who: Principal, job: str) -> dict[str, Any]:
     row = here.jobs.get(who, job)
     if row["state"] in ENDED:
-        raise Problem(409, "job.conflict", f"The job has {row['state']} already.")
+        raise HTTPProblem(409, "job.conflict", f"The job has {row['state']} already.")
     if here.jobs.ask_cancel(job) == "cancelled":
         here.queue.cancel(job)
     return job_document(here.jobs.read(job))
@@ -134,7 +134,7 @@ def _delete(here: Context, who: Principal, job: str) -> None:
         here.jobs.ask_cancel(job)
         row = here.jobs.read(job)
     if row["state"] not in ENDED:
-        raise Problem(409, "job.conflict", "The job is being cancelled; delete it when it has ended.")
+        raise HTTPProblem(409, "job.conflict", "The job is being cancelled; delete it when it has ended.")
     here.storage.delete(f"results/{job}")
     here.jobs.delete(job)
     here.queue.forget([job])

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from .. import schemas
 from ..context import Context, Downloader, Here, Who
 from ..operations import stem
-from ..problems import Problem, not_found
+from ..problems import HTTPProblem, not_found
 from ..ranges import serve
 from ..schemas import Identity, moment
 from ..segments import Segment, safetensors_header, tar_segments, tensor_segments
@@ -36,14 +36,14 @@ Job = Annotated[Identity, Path()]
 def _result(here: Context, who: Any, job: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
     row = here.jobs.get(who, job)
     if row["state"] != "succeeded":
-        raise Problem(409, "job.conflict", f"The job has no result: it is {row['state']}.")
+        raise HTTPProblem(409, "job.conflict", f"The job has no result: it is {row['state']}.")
     return row, json.loads(row["result"])
 
 
 def _files(here: Context, who: Any, job: str) -> tuple[Mapping[str, Any], dict[str, Any]]:
     row, result = _result(here, who, job)
     if not result["files"]:
-        raise Problem(409, "job.conflict", f"{row['operation']} makes no files; its result is the report.")
+        raise HTTPProblem(409, "job.conflict", f"{row['operation']} makes no files; its result is the report.")
     return row, result
 
 

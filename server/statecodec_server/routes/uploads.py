@@ -16,7 +16,7 @@ from .. import schemas
 from ..context import Here, Who
 from ..digests import CHECKSUMS, Checksum, announced_sha256, repr_digest
 from ..names import display_name
-from ..problems import Problem
+from ..problems import HTTPProblem
 from ..receiving import never
 from ..schemas import Identity, upload_document
 from ..uploads import NewUpload
@@ -36,7 +36,9 @@ def tus_version(tus_resumable: Annotated[str | None, Header()] = None) -> None:
     """Refuse clients that speak another tus."""
     if tus_resumable != VERSION:
         headers = {"Tus-Version": VERSION, "Tus-Resumable": VERSION}
-        raise Problem(412, "tus.version", f"This service speaks tus {VERSION}: send Tus-Resumable.", headers=headers)
+        raise HTTPProblem(
+            412, "tus.version", f"This service speaks tus {VERSION}: send Tus-Resumable.", headers=headers
+        )
 
 
 Tus = Depends(tus_version)
@@ -44,23 +46,23 @@ Tus = Depends(tus_version)
 
 def _number(text: str | None, name: str) -> int:
     if text is None or not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) > MAX_LENGTH:
-        raise Problem(400, "usage", f"{name} must be a whole number of bytes, not {text!r}.")
+        raise HTTPProblem(400, "usage", f"{name} must be a whole number of bytes, not {text!r}.")
     return int(text)
 
 
 def _metadata(field: str) -> dict[str, str]:
     """Upload-Metadata: comma-separated `key base64` pairs."""
     if len(field) > 8192:
-        raise Problem(400, "usage", "Upload-Metadata is longer than 8192 characters.")
+        raise HTTPProblem(400, "usage", "Upload-Metadata is longer than 8192 characters.")
     pairs: dict[str, str] = {}
     for pair in field.split(",") if field.strip() else ():
         key, _, value = pair.strip().partition(" ")
         if not key or key in pairs:
-            raise Problem(400, "usage", "Upload-Metadata has an empty or repeated key.")
+            raise HTTPProblem(400, "usage", "Upload-Metadata has an empty or repeated key.")
         try:
             pairs[key] = base64.b64decode(value, validate=True).decode("utf-8", errors="replace")
         except binascii.Error:
-            raise Problem(400, "usage", f"The value of {key[:40]!r} in Upload-Metadata is not base64.") from None
+            raise HTTPProblem(400, "usage", f"The value of {key[:40]!r} in Upload-Metadata is not base64.") from None
     return pairs
 
 
@@ -78,7 +80,7 @@ def _tus_headers(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _refuse_wrong_digest(row: Mapping[str, Any]) -> None:
     if row["state"] == "refused":
-        raise Problem(
+        raise HTTPProblem(
             422,
             "upload.digest",
             f"The whole has SHA-256 {row['sha256']}, announced was {row['announced']}. It was not kept.",
@@ -93,7 +95,7 @@ def _checksum(field: str | None) -> Checksum | None:
 def _body_fits(request: Request, offset: int, length: int) -> None:
     announced = request.headers.get("content-length")
     if announced is not None and announced.isdigit() and offset + int(announced) > length:
-        raise Problem(400, "upload.length", f"The body would end beyond the {length:,} bytes of this upload.")
+        raise HTTPProblem(400, "upload.length", f"The body would end beyond the {length:,} bytes of this upload.")
 
 
 @router.options("", include_in_schema=False)
@@ -141,7 +143,7 @@ async def create(
         if with_body or length == 0:
             body = request.stream() if with_body else never()
             row = await here.uploads.append(who, row["id"], 0, body, checksum)
-    except Problem as problem:
+    except HTTPProblem as problem:
         if problem.code in ("body.timeout", "unavailable"):
             problem.headers |= {"Location": location}
         raise
@@ -159,7 +161,7 @@ async def offset(here: Here, who: Who, upload: Annotated[Identity, Path()]) -> R
     if row["metadata"]:
         headers["Upload-Metadata"] = row["metadata"]
     if row["state"] == "refused":
-        raise Problem(410, "upload.gone", "This upload was refused: its digest was wrong.", headers=headers)
+        raise HTTPProblem(410, "upload.gone", "This upload was refused: its digest was wrong.", headers=headers)
     return Response(status_code=200, headers=headers)
 
 
@@ -174,7 +176,7 @@ async def append(
 ) -> Response:
     """Send bytes from the acknowledged offset on. What a 204 acknowledges is on disk, fsynced."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != BODY:
-        raise Problem(415, "body.type", f"PATCH takes {BODY}.")
+        raise HTTPProblem(415, "body.type", f"PATCH takes {BODY}.")
     start, checksum = _number(upload_offset, "Upload-Offset"), _checksum(upload_checksum)
     row = await run_sync(here.uploads.get, who, upload)
     if row["length"] is not None and start == row["offset"]:  # another offset is refused as such, below

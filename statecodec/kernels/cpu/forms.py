@@ -25,20 +25,20 @@ from statecodec.kernels.reference.forms import (
     RARE,
     sample,
 )
-from statecodec.kernels.reference.narrowing import LOW_BITS, Form
+from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
 
 _BIAS = 1 / (2 * math.log(2))
 _NOTHING = np.empty((0, 0), np.int16)
 
 
-def form_of(codes: Tensor) -> Form | None:
+def form_of(codes: Tensor) -> Narrowing | None:
     """See `reference.forms.form_of`."""
     array = array_of(codes)
     top, left, height, width = sample(*array.shape)
     some = np.ascontiguousarray(array[top : top + height, left : left + width])
     centre = array.itemsize == 2 and min(height, width) >= CENTRE_FROM
     low, nibbles, terms = _form_of(some.reshape(-1).astype(np.int32), some if centre else _NOTHING)
-    return Form(array.shape[1] if terms else 0, low, nibbles) if low >= 0 else None
+    return Narrowing(array.shape[1] if terms else 0, low, nibbles) if low >= 0 else None
 
 
 @kernel

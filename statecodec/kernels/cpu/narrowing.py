@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.kernels.cpu.views import array_of, kernel
-from statecodec.kernels.reference.narrowing import BLOCK_ROWS, Form
+from statecodec.kernels.reference.narrowing import BLOCK_ROWS, Narrowing
 
 _SPAN = 4096  # a multiple of what the bits and nibbles of a byte belong to
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
-def narrow(codes: Tensor, form: Form, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
+def narrow(codes: Tensor, form: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
     """See `reference.narrowing.narrow`."""
     source, centred = array_of(codes), form.cols > 0
     if centred:
@@ -33,7 +33,7 @@ def narrow(codes: Tensor, form: Form, parts: Mapping[str, Tensor], exceptions: T
     return int(_narrow(source, whole, bits, symbols, extra, form.low, form.nibbles, not centred))
 
 
-def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, codes: Tensor) -> bool:
+def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Narrowing, codes: Tensor) -> bool:
     """See `reference.narrowing.widen`."""
     target, centred = array_of(codes), form.cols > 0
     extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from statecodec.kernels.reference.narrowing import LOW_BITS, Form, centred, zigzag
+from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing, centred, zigzag
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ FEW, MATCHES = 3.2, 1.08  # bytes of so few bits match by chance, which costs si
 FASTER = 0.997  # of the size of bytes, or less: nibbles
 
 
-def form_of(codes: Tensor) -> Form | None:
+def form_of(codes: Tensor) -> Narrowing | None:
     """The form for `codes` (int16 or int32, rows x cols, contiguous); None if they are not small enough for any."""
     top, left, height, width = sample(*codes.shape)
     some = codes[top : top + height, left : left + width]
@@ -52,7 +52,7 @@ def sample(rows: int, cols: int) -> tuple[int, int, int, int]:
 
 def _residuals(some: Tensor) -> Tensor:
     """Folded residuals plus 1 of a matrix, all of them 0xFFFF where one does not fit."""
-    sizes = Form(some.shape[1]).sizes(some.numel()).items()
+    sizes = Narrowing(some.shape[1]).sizes(some.numel()).items()
     parts = {name: some.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
     found = centred(some.to(torch.int64), parts)
     return (torch.full(some.shape, 0xFFFF, dtype=torch.int64, device=some.device) if found is None else found).reshape(
@@ -71,13 +71,13 @@ def _mean_length(folded: Tensor) -> float:
     ) / len(folded)
 
 
-def _candidates(folded: Tensor) -> Iterator[Form]:
+def _candidates(folded: Tensor) -> Iterator[Narrowing]:
     """The forms worth trying: with as few low bits as leave few exceptions, and next to none."""
     n = len(folded)
     longer = (n - _lengths(folded).cumsum(0)).tolist()  # codes of more than so many bits
     for nibbles in (False, True):
         lows = {_fewest(longer, 4 if nibbles else 8, n // share) for share in (OFTEN, RARE)}
-        yield from (Form(low=low, nibbles=nibbles) for low in LOW_BITS if low in lows)
+        yield from (Narrowing(low=low, nibbles=nibbles) for low in LOW_BITS if low in lows)
 
 
 def _fewest(longer: Sequence[int], bits: int, most: int) -> int | None:
@@ -85,7 +85,7 @@ def _fewest(longer: Sequence[int], bits: int, most: int) -> int | None:
     return next((low for low in LOW_BITS if longer[low + bits] <= most), None)
 
 
-def _bits(folded: Tensor, form: Form) -> float:
+def _bits(folded: Tensor, form: Narrowing) -> float:
     """About how many bits the codes take in this form, but for the terms."""
     n, symbols = len(folded), (folded >> form.low).clamp(max=form.escape)
     counts = torch.bincount(symbols, minlength=form.escape + 1).to(torch.float64)

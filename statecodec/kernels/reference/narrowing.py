@@ -22,7 +22,7 @@ MOST_EXCEPTIONS = 8  # at most one code in so many
 
 
 @dataclass(frozen=True)
-class Form:
+class Narrowing:
     """How codes are narrowed. `cols`: columns of the matrix whose terms are taken out, 0 for none (int16 only)."""
 
     cols: int = 0
@@ -46,7 +46,7 @@ class Form:
         }
 
 
-def narrow(codes: Tensor, form: Form, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
+def narrow(codes: Tensor, form: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
     """Narrow `codes` (int16 or int32, flat) into `parts` (of `form.sizes`) and `exceptions` (the codes' dtype).
 
     Returns how many exceptions there are, -1 if they are too many for `exceptions` or the codes do not fit the form.
@@ -75,7 +75,7 @@ def narrow(codes: Tensor, form: Form, parts: Mapping[str, Tensor], exceptions: T
     return count
 
 
-def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Form, codes: Tensor) -> bool:
+def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Narrowing, codes: Tensor) -> bool:
     """The inverse of `narrow`. False if there are not as many exceptions as the symbols say."""
     n, bits = len(codes), 8 * codes.element_size()
     symbols = parts["symbols"].to(torch.int64)

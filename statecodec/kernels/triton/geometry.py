@@ -15,7 +15,7 @@ from torch import Tensor
 
 from statecodec.errors import UsageError
 from statecodec.kernels.curves import SOFTSIGN, SQRT, Curve
-from statecodec.kernels.fused import Slot, Stored
+from statecodec.kernels.fused import Slot, StateStorage
 from statecodec.kernels.triton import fast, sharing
 from statecodec.kernels.triton.runtime import INTERPRETED, power_of_two
 from statecodec.kernels.triton.tables import FIELDS, GROUPS, Form, Spec
@@ -29,7 +29,9 @@ _WORD_CURVES = (Curve("softsign", 8, True), Curve("sqrt", 8, False))
 assert (_WORD_CURVES[0].kind, _WORD_CURVES[1].kind) == (SOFTSIGN, SQRT)
 
 
-def supports(method: str, formats: Mapping[str, Stored | None], param: torch.dtype, low: torch.dtype | None) -> bool:
+def supports(
+    method: str, formats: Mapping[str, StateStorage | None], param: torch.dtype, low: torch.dtype | None
+) -> bool:
     """Whether a fused step can do this combination; see `kernels.fused`."""
     return Traits.of(method, formats, param, low) is not None
 
@@ -40,14 +42,14 @@ class Traits:
 
     method: str
     names: tuple[str, ...]
-    formats: tuple[Stored, ...]
+    formats: tuple[StateStorage, ...]
     group: int  # 0: no state is companded
     block: int  # of a folded state, else 1
     words: bool  # stored as the fast step wants it, apart from shapes and addresses
 
     @staticmethod
     def of(
-        method: str, formats: Mapping[str, Stored | None], param: torch.dtype, low: torch.dtype | None
+        method: str, formats: Mapping[str, StateStorage | None], param: torch.dtype, low: torch.dtype | None
     ) -> Traits | None:
         """The traits of a combination, or None if there is no fused step for it."""
         stored = tuple(f for f in formats.values() if f is not None)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.errors import UsageError
-from statecodec.kernels.fused import Hyper, Slot, Stored
+from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.triton import fast, general, runtime, scalars, sharing
 from statecodec.kernels.triton.geometry import Geometry, Traits, check_dense, geometry
 from statecodec.kernels.triton.runtime import OPTIONS, on
@@ -29,7 +29,7 @@ LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 Chunks = NDArray[np.int32]
 
 
-def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, Stored | None]) -> Launch:
+def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> Launch:
     """Prepare steps of these slots, which share method, formats and dtypes; the contract is `kernels.fused`.
 
     Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports` refuses.

@@ -17,10 +17,18 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
-from statecodec.layouts.base import Logical, Moments, Momentum, StatePart
+from statecodec.layouts.base import LogicalTensor, Moments, Momentum, StatePart
 from statecodec.layouts.facts.names import Candidate, models, name_all
 from statecodec.layouts.facts.quantised import is_shared
-from statecodec.layouts.facts.survey import Optimizer, Survey, Weight, encoded_parts, is_average, parameter_name, survey
+from statecodec.layouts.facts.survey import (
+    ModelTensor,
+    Optimizer,
+    Survey,
+    encoded_parts,
+    is_average,
+    parameter_name,
+    survey,
+)
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Facts, Located
 from statecodec.roles import STATE_ROLES, Role, family
@@ -33,7 +41,7 @@ _SCALARS: Final[dict[DType, str]] = {
 
 
 @dataclass(frozen=True)
-class Adam:
+class AdamNodes:
     """Moments, still in terms of tensor nodes: the states are of one file, the weight may be of another."""
 
     param: str | None
@@ -49,8 +57,8 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class Single:
-    """A momentum without a second moment, and its weight, as `Adam` has them."""
+class MomentumNodes:
+    """A momentum without a second moment, and its weight, as `AdamNodes` has them."""
 
     momentum: TensorNode
     weight: tuple[FileRoles, TensorNode]
@@ -68,8 +76,8 @@ class FileRoles:
     """Absent means "other"."""
     params: dict[int, str] = field(default_factory=dict)
     """Names of parameters."""
-    adam: list[Adam] = field(default_factory=list)
-    single: list[Single] = field(default_factory=list)
+    adam: list[AdamNodes] = field(default_factory=list)
+    single: list[MomentumNodes] = field(default_factory=list)
     tensors: dict[int, str] = field(default_factory=dict)
     """Names of the logical tensors that are the node's, wholly and alone."""
     encoded: dict[int, StatePart] = field(default_factory=dict)
@@ -88,11 +96,11 @@ Weights = dict[str, tuple[FileRoles, TensorNode]]
 """By name: the tensor, and the file that it is in."""
 
 
-def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments], list[Momentum]]:
+def named(found: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments], list[Momentum]]:
     """All tensors, with roles and parameter names where facts tell them; moments and weights that belong together."""
     files = [[FileRoles(facts) for facts in located.facts] for located in found]
     _assign([file for group in files for file in group])
-    tensors: list[Logical] = []
+    tensors: list[LogicalTensor] = []
     moments = [m for located in found for m in located.moments]
     for located, group in zip(found, files, strict=True):
         at = 0
@@ -107,7 +115,7 @@ def named(found: Sequence[Located]) -> tuple[list[Logical], list[Moments], list[
     return tensors, moments, [m for file in flat for m in filter(None, (_momentum(file, s) for s in file.single))]
 
 
-def _tensor(file: FileRoles, tensor: Logical, number: int) -> Logical:
+def _tensor(file: FileRoles, tensor: LogicalTensor, number: int) -> LogicalTensor:
     """A file's tensor, with the role that all of its views have, and the name of its parameter."""
     nodes = file.facts.windows[number]
     if number not in file.facts.shared:
@@ -121,7 +129,7 @@ def _tensor(file: FileRoles, tensor: Logical, number: int) -> Logical:
     return replace(tensor, role=role, param=names[0] if certain else None, state=state)
 
 
-def _moments(file: FileRoles, adam: Adam) -> Moments | None:
+def _moments(file: FileRoles, adam: AdamNodes) -> Moments | None:
     first, second = (file.tensors.get(node.index) for node in (adam.exp_avg, adam.exp_avg_sq))
     if first is None or second is None:
         return None
@@ -131,7 +139,7 @@ def _moments(file: FileRoles, adam: Adam) -> Moments | None:
     )
 
 
-def _momentum(file: FileRoles, single: Single) -> Momentum | None:
+def _momentum(file: FileRoles, single: MomentumNodes) -> Momentum | None:
     state = file.tensors.get(single.momentum.index)
     weight = single.weight[0].tensors.get(single.weight[1].index)
     if state is None or weight is None:
@@ -172,7 +180,7 @@ def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
                 found.roles[weight.node.index] = "ema"
 
 
-def _by_name(file: FileRoles, weights: list[Weight]) -> Weights:
+def _by_name(file: FileRoles, weights: list[ModelTensor]) -> Weights:
     """A file's weights, no copies of them; of several models the first."""
     found: Weights = {}
     for weight in weights:
@@ -199,7 +207,7 @@ def _folders(files: list[FileRoles], own: list[list[Candidate]]) -> dict[str, li
     """Per folder: each file's models, and all files' weights together (a model in several shards)."""
     folders: dict[str, list[Candidate]] = defaultdict(list)
     for ordered in (True, False):
-        shards: dict[str, list[Weight]] = defaultdict(list)
+        shards: dict[str, list[ModelTensor]] = defaultdict(list)
         for file, candidates in zip(files, own, strict=True):
             folder = file.folder
             folders[folder] += []
@@ -287,7 +295,7 @@ def _masters(file: FileRoles, optimizer: Optimizer) -> dict[int, tuple[FileRoles
 def _adam(
     file: FileRoles, state: dict[str, Any], group: dict[str, Any], name: str | None,
     weight: tuple[FileRoles, TensorNode] | None,
-) -> Adam | None:  # fmt: skip
+) -> AdamNodes | None:  # fmt: skip
     m, v = state.get("exp_avg"), state.get("exp_avg_sq")
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
         return None
@@ -301,12 +309,12 @@ def _adam(
         weight = None
     lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
     step = _number(file, state.get("step", group.get("step")))
-    return Adam(name, m, v, weight, beta1, beta2, eps, lr, decay, step)
+    return AdamNodes(name, m, v, weight, beta1, beta2, eps, lr, decay, step)
 
 
 def _single(
     file: FileRoles, state: dict[str, Any], group: dict[str, Any], weight: tuple[FileRoles, TensorNode] | None
-) -> Single | None:
+) -> MomentumNodes | None:
     """SGD's and Muon's `momentum_buffer`, Lion's `exp_avg`: all of the state, so that a step follows from it alone."""
     keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
     if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
@@ -315,13 +323,13 @@ def _single(
     if (weight[1].shape, weight[1].stride) != (m.shape, m.stride) or not m.dtype.is_floating_point:
         return None
     if keys[0] == "exp_avg":
-        return Single(m, weight, lr, 1.0, False)  # Lion's update is a sign
+        return MomentumNodes(m, weight, lr, 1.0, False)  # Lion's update is a sign
     if "ns_steps" not in group or not m.shape:
-        return Single(m, weight, lr, None, False)
+        return MomentumNodes(m, weight, lr, None, False)
     # Muon's orthogonal update, scaled for its shape, has an rms of 1 / sqrt(columns), or one like Adam's.
     like_adam = "match_rms_adamw" in (group.get("adjust_lr_fn"), group.get("adjust"))
     columns = max(math.prod(m.shape[1:]), 1)
-    return Single(m, weight, lr, 0.2 if like_adam else 1 / math.sqrt(columns), True)
+    return MomentumNodes(m, weight, lr, 0.2 if like_adam else 1 / math.sqrt(columns), True)
 
 
 def _number(file: FileRoles, value: Any) -> float | None:

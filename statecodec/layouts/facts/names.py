@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from statecodec.layouts.facts.conventions import usual_division
 from statecodec.layouts.facts.match import Shape, deal, deal_by_shape
 from statecodec.layouts.facts.orders import known_orders
-from statecodec.layouts.facts.survey import Optimizer, Weight
+from statecodec.layouts.facts.survey import ModelTensor, Optimizer
 
 Dealt: TypeAlias = "list[list[str | None]]"
 """For each group of an optimizer the names of its parameters."""
@@ -25,7 +25,7 @@ _STRANGERS: Final = 4  # parameters that fit, at least, for each one that does n
 class Candidate:
     """The weights that an optimizer may be about; ties counted once."""
 
-    weights: list[Weight]
+    weights: list[ModelTensor]
     ordered: bool
     """They stand in the model's order."""
 
@@ -50,9 +50,9 @@ class Candidate:
         return [w.node.shape for w in self.weights]
 
 
-def models(weights: list[Weight], ordered: bool) -> list[Candidate]:
+def models(weights: list[ModelTensor], ordered: bool) -> list[Candidate]:
     """The models of one file. Tied weights count once, under their first name, as in Module.parameters()."""
-    models: dict[str, list[Weight]] = defaultdict(list)
+    models: dict[str, list[ModelTensor]] = defaultdict(list)
     seen: set[tuple[str, str, int]] = set()
     for weight in weights:
         tie = (weight.top, weight.node.storage.key, weight.node.offset)

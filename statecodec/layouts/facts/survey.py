@@ -13,7 +13,7 @@ from statecodec.layouts.base import StatePart
 from statecodec.layouts.facts.encoded import state_parts
 from statecodec.layouts.facts.quantised import quantised_parts, unwrapped
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
-from statecodec.layouts.walk import Place, spell, walk
+from statecodec.layouts.walk import KeyPath, spell, walk
 from statecodec.names import bare_name, shown
 from statecodec.roles import STATE_ROLES, Role
 
@@ -58,7 +58,7 @@ class Group:
 class Optimizer:
     """One optimizer's state_dict."""
 
-    place: Place
+    place: KeyPath
     groups: list[Group]
     states: dict[Key, DictNode]
     parent: DictNode | None
@@ -78,7 +78,7 @@ class Optimizer:
 
 
 @dataclass
-class Weight:
+class ModelTensor:
     """A tensor of a model's state dict; `top` tells several models of a file apart (model, model_ema ...)."""
 
     name: str
@@ -93,7 +93,7 @@ class Survey:
     """What a file holds. Keys of `roles` are indices of tensors; tensors that are not there are "other"."""
 
     optimizers: list[Optimizer] = field(default_factory=list)
-    weights: list[Weight] = field(default_factory=list)
+    weights: list[ModelTensor] = field(default_factory=list)
     settings: list[DictNode] = field(default_factory=list)
     """The groups of optimizers whose states are elsewhere."""
     roles: dict[int, Role] = field(default_factory=dict)
@@ -143,7 +143,7 @@ def survey(root: Any, limit: int) -> Survey:
     return found
 
 
-def _inside(place: Place, node: DictNode) -> str:
+def _inside(place: KeyPath, node: DictNode) -> str:
     key = place.key.lower() if type(place.key) is str and place.parent is not None else ""
     if key == "_buffers" or any(word in key for word in _OTHER_WORDS):
         return "other"
@@ -177,7 +177,7 @@ def _companions(state_dict: DictNode) -> Iterator[int]:
             yield tensor.index
 
 
-def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
+def _tensor(found: Survey, place: KeyPath, node: TensorNode, bare: bool) -> None:
     if place.inside in ("optimizer", "other") or node.index in found.roles:
         return
     if place.inside == "master":
@@ -198,14 +198,14 @@ def _tensor(found: Survey, place: Place, node: TensorNode, bare: bool) -> None:
     top = "" if bare or place.parent is None or place.parent.parent is None else spell(place.top)
     name = parameter_name(path[len(top) + 1 :] if top and path.startswith(top + ".") else path)
     found.roles[node.index] = "weight"
-    found.weights.append(Weight(name, top, node, is_average(path)))
+    found.weights.append(ModelTensor(name, top, node, is_average(path)))
 
 
 def _has_fractions(dtype: DType) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _is_buffer(place: Place, node: TensorNode) -> bool:
+def _is_buffer(place: KeyPath, node: TensorNode) -> bool:
     if type(place.key) is not str or node.is_parameter:
         return False
     shape = node.shape
@@ -213,7 +213,7 @@ def _is_buffer(place: Place, node: TensorNode) -> bool:
     return causal_mask or _BUFFER.search(place.key) is not None
 
 
-def _optimizer(place: Place, node: DictNode, parents: dict[int, DictNode]) -> Optimizer | None:
+def _optimizer(place: KeyPath, node: DictNode, parents: dict[int, DictNode]) -> Optimizer | None:
     """The optimizer that a dict with `state` and `param_groups` is, if its contents fit."""
     if len(node.items) > 64 or place.inside == "optimizer":
         return None

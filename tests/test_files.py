@@ -50,7 +50,7 @@ def test_a_full_disk_is_found_before_anything_is_decoded(
     statecodec.compress(tmp_path / "a.pt", tmp_path / "a.sc.safetensors")
     before = sorted(p.name for p in tmp_path.iterdir())
     monkeypatch.setattr(files, "_fallocate", lambda: _failing(code))
-    monkeypatch.setattr("statecodec.checkpoint.stored.Stored.decode_chunk", None)
+    monkeypatch.setattr("statecodec.checkpoint.stored.StoredCheckpoint.decode_chunk", None)
     with pytest.raises(OutputFailed, match=r"back\.pt"):
         statecodec.restore(tmp_path / "a.sc.safetensors", tmp_path / "back.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == before

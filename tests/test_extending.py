@@ -194,7 +194,7 @@ def test_the_service_offers_the_operation_and_carries_it_out(nonfinite: Operatio
     with pytest.raises(UsageError, match="nonfinite has no option 'rule'; there are role"):
         nonfinite.check({"rule": "x"})
     told: list[tuple[int, int, str]] = []
-    call = service.Call(damaged, None, damaged.parent, "ckpt.pt", options, 1, lambda *step: told.append(step))
+    call = service.OperationCall(damaged, None, damaged.parent, "ckpt.pt", options, 1, lambda *step: told.append(step))
     assert service.run(statecodec, nonfinite, call).to_json()["counts"] == {"w": 2}
     assert told[-1] == (24, 24, "counting")
 

@@ -46,7 +46,7 @@ class ItemSpec:
     text: bool = False
     announced: Encoding | None = None
 
-    def recoded(self, encoding: Encoding) -> Item:
+    def recoded(self, encoding: Encoding) -> ItemSpec:
         """The same tensor in another encoding, in the file where it was to be."""
         return replace(self, encoding=encoding, announced=self.announced or self.encoding)
 

@@ -266,7 +266,7 @@ class _Run:
             if finer is not None:
                 raise _Restart(job.index, Encoding(finer, item.encoding.change))
 
-    def _recode(self, restart: _Restart, item: Item) -> None:
+    def _recode(self, restart: _Restart, item: ItemSpec) -> None:
         if restart.refusal is not None:
             self.refusals[item.name] = restart.refusal
         self.items[restart.index] = item

@@ -18,6 +18,7 @@ from statecodec.layouts import opaque
 from statecodec.layouts.base import LogicalTensor, Source, SourceFile
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.facts.assign import named
+from statecodec.layouts.facts.frameworks import frameworks
 from statecodec.layouts.listing import Listing, list_path
 from statecodec.layouts.protocol import Layout, Located
 from statecodec.layouts.registry import claimed
@@ -49,7 +50,7 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     files.update(_links(listing, files))
     return Source(
         root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        tuple(momenta), listing.folders, "; ".join(sorted({f.framework for f in found if f.framework})) or None,
+        tuple(momenta), listing.folders, frameworks(found, tensors, listing),
     )  # fmt: skip
 
 

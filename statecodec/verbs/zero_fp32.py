@@ -23,7 +23,7 @@ def zero_fp32(src: Path, spill: Spill) -> dict[str, Tensor]:
     Of several steps in one directory the one that its file `latest` names. Raises UsageError, LayoutError, FormatError.
     """
     with open_checkpoint(src) as checkpoint:
-        if not str(checkpoint.report().source.get("framework", "")).startswith("DeepSpeed ZeRO-"):
+        if "DeepSpeed ZeRO-" not in str(checkpoint.report().source.get("framework")):
             raise UsageError(f"{src} is no checkpoint of DeepSpeed's ZeRO; zero-fp32 is made of its directory")
         folder, files = _step(src, loaded(checkpoint, torch.device("meta")))
         models = sorted(name for name in files if name.endswith(_MODEL))

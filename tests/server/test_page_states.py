@@ -163,7 +163,8 @@ class Attack:
 def test_what_unpickling_would_run_is_said(real, page, keep, tmp_path):
     import torch
 
-    torch.save({"weight": torch.zeros(80, 80), "extra": Attack()}, tmp_path / "risky.pt")
+    saved = {"state_dict": {"weight": torch.zeros(80, 80)}, "pytorch-lightning_version": "2.6.6", "extra": Attack()}
+    torch.save(saved, tmp_path / "risky.pt")
     enter(page, real, real.add_token(f"pickles-{page.width}"))
     page.locator("#file").set_input_files(named(tmp_path / "plain.pt"))
     card = page.locator(".card", has_text="plain.pt").first
@@ -171,6 +172,7 @@ def test_what_unpickling_would_run_is_said(real, page, keep, tmp_path):
     page.locator("#file").set_input_files(tmp_path / "risky.pt")
     card = page.locator(".card", has_text="risky.pt").first
     expect(card.locator(".imports")).to_contain_text("what can run code: posix.system", timeout=PATIENCE)
+    expect(card.locator(".figure", has_text="written by")).to_contain_text("Lightning 2.6.6")
     keep("risky")
     page.get_by_role("radio", name="Inspect", exact=True).check()
     page.locator("#more").evaluate("one => one.open = true")

@@ -14,12 +14,16 @@ const errors = (report) => [["error of the next step", "u_rms"], ["error of the 
     return figure(label, percent(report.total[name]), report.total[name] ? unit : "");
   });
 
+// What wrote the original, where its files tell.
+const framework = (report) => (report.source?.framework ? [figure("written by", "", report.source.framework)] : []);
+
 const FIGURES = {
   compress: (job, report) => [
     figure("smaller by", `${(job.bytes_in / job.bytes_out).toFixed(2)}\u00d7`),
     figure("size now", size(job.bytes_out), `from ${size(job.bytes_in)}`),
     ...(report.bytes_per_param ? [figure("per parameter", report.bytes_per_param.toFixed(2), "bytes")] : []),
     ...errors(report),
+    ...framework(report),
   ],
   restore: (job) => [figure("restored", size(job.bytes_out), job.files[0]?.name || "")],
   convert: (job) => [figure("converted", size(job.bytes_out), `from ${size(job.bytes_in)}`)],
@@ -43,6 +47,7 @@ const contents = (job, report) => [
   ...(report.tensors ? [figure("tensors", String(report.tensors.length))] : []),
   ...(report.num_params ? [figure("parameters", report.num_params.toLocaleString())] : []),
   ...promises(report),
+  ...framework(report),
 ];
 
 export function outcome(job, report, root) {

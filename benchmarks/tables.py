@@ -20,7 +20,7 @@ import scale_model
 
 ROOT = Path(__file__).resolve().parent
 DOCUMENTS = tuple(
-    ROOT.parent / p for p in ("docs/benchmarks.md", "docs/optimizers.md", "docs/analysis.md", "docs/scaling.md")
+    ROOT.parent / "docs" / f"{name}.md" for name in ("benchmarks", "checkpoints", "optimizers", "analysis", "scaling")
 )
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -192,6 +192,36 @@ def chain(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def checkpoints(r: Result) -> list[str]:
+    """What frameworks write, what is seen in it, ratios, and losses after resuming."""
+    presets = ("lossless", "resume", "small", "tiny")
+    lines = [
+        f"| written by | files | MB | moments named | stored once, MB | {' | '.join(f'`{p}`' for p in presets)} "
+        "| resumed from `lossless` | from `resume`: largest loss gap |",
+        "| --- " * (7 + len(presets)) + "|",
+    ]
+    for name, case in r["cases"].items():
+        files = [f"`{path.rpartition('/')[2]}`" for path in case["files"]]
+        shown = ", ".join(files[:_FILES]) + (f" and {len(files) - _FILES} more" if len(files) > _FILES else "")
+        ratios = " | ".join(f"{case['ratio'][preset]:.2f}" for preset in presets)
+        assert case["same bytes"], name
+        exact, gap = "same bytes", "-"
+        if case["runs"]:
+            assert case["exact again"], name
+            exact, gap = "same bytes, same losses", f"{case['largest loss gap']['resume']:.1e}"
+        if "bf16 moments" in case.get("largest loss gap", ()):
+            gap += f" (first moments through bf16: {case['largest loss gap']['bf16 moments']:.1e})"
+        lines.append(
+            f"| {name} | {shown} | {case['bytes'] / 1e6:.1f} | {case['named']} of {case['moments']} "
+            f"| {case['stored once'] / 1e6:.1f} | {ratios} | {exact} | {gap} |"
+        )
+    versions = {package: v for case in r["cases"].values() for package, v in case["versions"].items()}
+    return [*lines, "", f"With {', '.join(f'{package} {v}' for package, v in versions.items())}."]
+
+
+_FILES = 4  # of a checkpoint, in the table
+
+
 def startup(r: Result) -> list[str]:
     """Import and help times."""
     rows = [f"| {name.removesuffix(', s')} | {value:.2f} s |" for name, value in r.items() if name != "machine"]
@@ -252,7 +282,7 @@ COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
-    "memory": memory, "resume": resume, "chain": chain, "startup": startup,
+    "memory": memory, "resume": resume, "chain": chain, "checkpoints": checkpoints, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,
 }  # fmt: skip

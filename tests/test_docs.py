@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,13 @@ def every_error(base: type[errors.StatecodecError] = errors.StatecodecError) -> 
 
 def test_option_tables_are_up_to_date() -> None:
     assert reference.rewrite(CLI) == CLI, "run `make docs`"
+
+
+def test_tables_of_measurements_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{done.stderr}: run `make docs`"
 
 
 @pytest.mark.parametrize("verb", VERBS)

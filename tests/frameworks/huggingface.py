@@ -60,10 +60,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint directory, and what its optimizer's parameters are called, by their number."""
+    """A checkpoint directory, what its optimizer's parameters are called, by their number, and logged losses."""
 
     folder: Path
     names: list[str]
+    losses: list[float]
 
 
 @contextmanager
@@ -95,14 +96,19 @@ def parameter_names(model: torch.nn.Module, optimizer: torch.optim.Optimizer) ->
     return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
-def trained(model: torch.nn.Module, folder: Path, steps: int = 1, **options: Any) -> Trained:
-    """Train with transformers' Trainer, which writes `checkpoint-STEPS` into the folder."""
+def trained(
+    model: torch.nn.Module, folder: Path, steps: int = 1, *, data: list[dict[str, torch.Tensor]] | None = None,
+    resume: Path | None = None, **options: Any,
+) -> Trained:  # fmt: skip
+    """Train with the Trainer (`options` are its arguments), which writes `checkpoint-STEPS` into the folder."""
+    usual = {"save_steps": steps, "per_device_train_batch_size": 2, "logging_strategy": "no"}
     with quiet():
         arguments = transformers.TrainingArguments(
-            str(folder), max_steps=steps, save_steps=steps, per_device_train_batch_size=2, report_to=[], use_cpu=True,
-            disable_tqdm=True, dataloader_pin_memory=False, logging_strategy="no", **options,
+            str(folder), max_steps=steps, report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+            **usual | options,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, arguments, train_dataset=examples(model))
-        trainer.train()
+        trainer = transformers.Trainer(model, arguments, train_dataset=data or examples(model))
+        trainer.train(resume_from_checkpoint=resume and str(resume))
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    return Trained(folder / f"checkpoint-{steps}", parameter_names(model, optimizer))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(folder / f"checkpoint-{steps}", parameter_names(model, optimizer), losses)

@@ -50,8 +50,16 @@ class ThreadScratch(threading.local):
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
+        self._beside: ThreadScratch | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._last: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def beside(self) -> ThreadScratch:
+        """More of the same kind, for a second tensor that this thread works on at the same time."""
+        if self._beside is None:
+            self._beside = ThreadScratch(self._pinned)
+        return self._beside
 
     def take(self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = "") -> Tensor:
         """A tensor with arbitrary contents; good until this thread takes one for the same use and name again.

@@ -133,7 +133,12 @@ class StoredCheckpoint(Checkpoint):
         return iter(range(len(self.reader.items[item].chunks)))
 
     def decode_pieces(
-        self, item: int, chunk: int, device: torch.device | None = None, scratch: ThreadScratch | None = None
+        self,
+        item: int,
+        chunk: int,
+        device: torch.device | None = None,
+        scratch: ThreadScratch | None = None,
+        given: codecs.Given | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """A chunk in pieces that are good until the next: (first element in the item, decoded elements).
 
@@ -149,14 +154,20 @@ class StoredCheckpoint(Checkpoint):
                 codec.decode_piece(parts, place.shape, piece.start, out, host)
                 yield place.start + piece.start, out
         else:
-            yield place.start, self.decode_chunk(item, chunk, device, scratch)
+            yield place.start, self.decode_chunk(item, chunk, device, scratch, given)
 
     def decode_chunk(
-        self, item: int, chunk: int, device: torch.device | None = None, scratch: ThreadScratch | None = None
+        self,
+        item: int,
+        chunk: int,
+        device: torch.device | None = None,
+        scratch: ThreadScratch | None = None,
+        given: codecs.Given | None = None,
     ) -> Tensor:
         """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
 
         With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
+        `given`: the chunk's companions, if they are decoded already.
         """
         kept = self._kept.take((item, chunk))
         if kept is not None:
@@ -174,12 +185,13 @@ class StoredCheckpoint(Checkpoint):
             out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), torch.device("cpu"))
+        given = self._given(item, place) if given is None else given
         if device is None or device.type == "cpu" or not codec.portable:
-            codec.decode_into(parts, out, kernels.host(), self._given(item, place))
+            codec.decode_into(parts, out, kernels.host(), given)
             return out
         there = self._empty(item, tuple(shape), device)
         moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        codec.decode_into(moved, there, kernels.resolve(None, device), self._given(item, place))
+        codec.decode_into(moved, there, kernels.resolve(None, device), given)
         return out.copy_(there)
 
     def _given(self, item: int, chunk: Chunk) -> codecs.Given:

@@ -7,9 +7,10 @@ import stat
 import struct
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from zlib_ng import zlib_ng
 
@@ -29,6 +30,9 @@ from statecodec.progress import Meter, Progress
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import restored_path
 from statecodec.verbs.processors import Processor, processor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CRC_BLOCK = 1 << 20
 
@@ -133,20 +137,9 @@ def _restore_file(
         reserve(fd, file.nbytes)
         _write_skeleton(stored, file, fd, threads, meter)
         crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
-        jobs = ((offset, index, chunk) for offset, index in file.regions for chunk in stored.chunks(index))
-
-        def decode(job: tuple[int, int, int]) -> tuple[int, int, int]:
-            offset, index, chunk = job
-            first, nbytes, crc = offset + items[index].chunks[chunk].start * items[index].dtype.itemsize, 0, 0
-            with where.running():
-                for _, piece in stored.decode_pieces(index, chunk, where.device, where.scratch):
-                    data = memory(piece)
-                    write_exactly(fd, first + nbytes, data)
-                    nbytes, crc = nbytes + len(data), zlib_ng.crc32(data, crc) if lossy else 0
-            return first, nbytes, crc
-
-        with ordered_map(decode, jobs, threads) as written:
-            for start, nbytes, crc in written:
+        writing = _Writing(stored, file, fd, where, checked=bool(lossy))
+        with ordered_map(writing.write, writing.jobs(), threads) as written:
+            for start, nbytes, crc in writing.in_order(written):
                 crcs.add(start, nbytes, crc)
                 hashes.advance(start + nbytes)
                 meter.add(nbytes)
@@ -178,6 +171,75 @@ def _write_skeleton(stored: StoredCheckpoint, file: StoredFile, fd: int, threads
     with ordered_map(decode, stored.chunks(index), threads) as written:
         for nbytes in written:
             meter.add(nbytes)
+
+
+_Job: TypeAlias = tuple[int, int]  # item, chunk
+_Span: TypeAlias = tuple[int, int, int]  # byte of the file, number of bytes, their CRC-32
+
+
+class _Writing:
+    """Puts the chunks of a file's regions in their places. Thread-safe.
+
+    A chunk that others need for decoding and that lies behind them (exp_avg_sq behind exp_avg) is decoded once, and
+    written while it is there.
+    """
+
+    def __init__(self, stored: StoredCheckpoint, file: StoredFile, fd: int, where: Processor, *, checked: bool) -> None:
+        """`checked`: whether CRCs are wanted."""
+        self.stored, self.fd, self.where, self.checked = stored, fd, where, checked
+        self._offsets = {index: offset for offset, index in file.regions}
+        self._beside = dict[int, dict[str, int]]()
+        """Items whose companions are written with them: role -> item."""
+        self._carried = set[int]()
+        for index in self._offsets:
+            companions = stored.reader.items[index].companions
+            others = {role: stored.reader.index(name) for role, name in companions.items()}
+            if all(self._can_carry(index, other) for other in others.values()):
+                self._beside[index] = others
+                self._carried.update(others.values())
+
+    def _can_carry(self, index: int, other: int) -> bool:
+        """Whether the other item lies behind this one, is cut alike, carries nothing, and is carried by nobody yet."""
+        if self._offsets.get(other, -1) <= self._offsets[index] or other in self._carried:
+            return False
+        first, second = (self.stored.reader.items[i] for i in (index, other))
+        return not second.companions and [c.start for c in first.chunks] == [c.start for c in second.chunks]
+
+    def jobs(self) -> Iterator[_Job]:
+        """What is to be written, in the order of the file; what is carried by another chunk is not listed."""
+        return ((i, chunk) for i in self._offsets if i not in self._carried for chunk in self.stored.chunks(i))
+
+    def write(self, job: _Job) -> dict[_Job, _Span]:
+        """Decode and write a chunk, and those that it carries."""
+        index, chunk = job
+        stored, device, scratch = self.stored, self.where.device, self.where.scratch
+        done: dict[_Job, _Span] = {}
+        given: dict[str, Tensor] = {}
+        with self.where.running():
+            for role, other in self._beside.get(index, {}).items():
+                given[role] = stored.decode_chunk(other, chunk, device, scratch.beside)
+                done[other, chunk] = self._put(other, chunk, [given[role]])
+            pieces = stored.decode_pieces(index, chunk, device, scratch, given or None)
+            done[job] = self._put(index, chunk, (piece for _, piece in pieces))
+        return done
+
+    def _put(self, index: int, chunk: int, pieces: Iterable[Tensor]) -> _Span:
+        item = self.stored.reader.items[index]
+        start, nbytes, crc = self._offsets[index] + item.chunks[chunk].start * item.dtype.itemsize, 0, 0
+        for piece in pieces:
+            data = memory(piece)
+            write_exactly(self.fd, start + nbytes, data)
+            nbytes, crc = nbytes + len(data), zlib_ng.crc32(data, crc) if self.checked else 0
+        return start, nbytes, crc
+
+    def in_order(self, written: Iterable[dict[_Job, _Span]]) -> Iterator[_Span]:
+        """Every span in the order of the file: what was carried waits for its turn."""
+        waiting, results = dict[_Job, _Span](), iter(written)
+        for index in self._offsets:
+            for chunk in self.stored.chunks(index):
+                if index not in self._carried:
+                    waiting.update(next(results))
+                yield waiting.pop((index, chunk))
 
 
 class _Crcs:

@@ -48,7 +48,7 @@ def test_restoring_decodes_every_second_moment_once(
 
     monkeypatch.setattr(StoredCheckpoint, "parts", counting)
     statecodec.restore(packed, tmp_path / "back.pt", threads=threads)
-    assert max(decoded.values()) <= (1 if threads == 1 else 2)  # two threads may come to one chunk at once
+    assert set(decoded.values()) == {1}
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     for index, state in back["optimizer"]["state"].items():
         for key in ("exp_avg", "exp_avg_sq"):

@@ -1,14 +1,16 @@
 """Compile every Triton kernel without a GPU, from the arguments that the real launches pass, and read the machine code.
 
-A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted,
-compiled for sm_80, sm_90 and sm_100, and described, as JSON on stdout. Nothing runs. Triton compiles a kernel again
-for what it knows of an integer argument (is it 1? is it divisible by 16? does it need 64 bits?), so every launch is
-compiled in all such forms.
+A script for a process of its own (TRITON_INTERPRET must be unset when triton is imported): launches are intercepted
+and compiled. Nothing runs. Every launch is compiled for sm_90 as it is, and described, as JSON on stdout. Triton
+compiles a kernel again for what it knows of an integer argument (is it 1? divisible by 16? beyond 32 bits?), so every
+launch is compiled in three more forms, in which each integer is each of that once; the forms go to sm_80, sm_90 and
+sm_100 in turn. That is not every form on every architecture: what Triton makes of an integer is decided before it looks
+at the architecture, and a kernel has many launches.
 
     python tests/kernels/sm90.py            everything
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
     python tests/kernels/sm90.py --only few|codecs|steps|fast|adam --arch 90
-    python tests/kernels/sm90.py --plain    only in the form that the real launches have
+    python tests/kernels/sm90.py --plain    only as the real launches are, for every architecture named
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,17 +37,17 @@ from statecodec.kernels import triton as backend
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.grids import Grid, LogGrid
-from statecodec.kernels.triton import companding, folding, grid, launch, logarithm, runtime, splitting, statistics
+from statecodec.kernels.triton import companding, folding, grid, launch, runtime, splitting
 from statecodec.kernels.triton.tables import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sass import loop
 
-# One, odd, even, divisible by 16, and both kinds beyond 32 bits.
-FORMS = (1, 3, 6, 16, 2**31 + 1, 2**40)
+# What Triton tells apart: 1, divisible by 16, and what needs 64 bits.
+LEVELS = (1, 16, 2**31 + 1)
 
-# Kernels that go from tile to tile, and how many elements of one a thread has.
-LOOPS = {"_encode_uniform": 16, "_encode_direction": 16, "_encode_logarithmic": 16, "_compare": 16}
+# Codecs whose encoder goes from tile to tile, and how many elements of one a thread has.
+LOOPS = dict.fromkeys(("uniform", "direction", "logarithmic", "compare"), 16)
 
 
 class Driver:
@@ -62,12 +65,11 @@ class Driver:
         return 0
 
 
-def forms(function: JITFunction[Any], args: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """The arguments as they are; then all integers in every form, and each one alone as 1 and divisible by 16."""
+def form(function: JITFunction[Any], args: tuple[Any, ...], number: int) -> tuple[Any, ...]:
+    """The arguments with other integers: in the forms 0 to 2 each of them is at each level once."""
     integers = [i for i, a in enumerate(args) if type(a) is int and not function.params[i].is_constexpr]
-    yield args
-    for form, some in [*((f, integers) for f in FORMS), *((f, [i]) for f in (1, 16) for i in integers)]:
-        yield tuple(form if i in some else a for i, a in enumerate(args))
+    levels = {i: LEVELS[(at + number) % len(LEVELS)] for at, i in enumerate(integers)}
+    return tuple(levels.get(i, a) for i, a in enumerate(args))
 
 
 def step_name(spec: Spec) -> str:
@@ -76,46 +78,65 @@ def step_name(spec: Spec) -> str:
     return " ".join([spec.method, f"{spec.weight}+{spec.low}", *states])
 
 
+def faults(asm: dict[str, Any]) -> list[str]:
+    """What is wrong with the arithmetic of a program."""
+    # Quotients and roots start from these two approximations and correct them (`words`); there may be no others.
+    plain = re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\b", "", asm["ptx"])
+    found = {
+        "subnormals are flushed": ".ftz" in plain,
+        "a division or root is approximate": bool(re.search(r"\.(?:approx|full)\.", plain)),
+        "operations were contracted": bool(re.search(r"\sfma\.rn\.f32", plain)) and "math.fma" not in asm["ttir"],
+    }
+    return [fault for fault, there in found.items() if there]
+
+
 class Recorder:
-    """Stands in for JITFunction.run: what Triton would launch is compiled and described, each specialisation once."""
+    """Stands in for JITFunction.run: what Triton would launch is compiled, each specialisation once."""
 
     def __init__(self, driver: Driver, archs: list[int], keep: Path | None, plain: bool) -> None:
         self.driver, self.archs, self.keep, self.plain = driver, archs, keep, plain
-        self.seen, self.rows = set[str](), list[dict[str, Any]]()
+        self.seen, self.rows, self.launches = set[str](), list[dict[str, Any]](), Counter[str]()
         self.compile = JITFunction.run
 
     def run(self, function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert not warmup
         assert all(size > 0 for size in grid)
-        for arch in self.archs:
+        kind = kwargs.get("KIND") if kwargs.get("KIND") in LOOPS else None
+        name = f"{function.__name__} {kind}" if kind else function.__name__
+        for arch, some, as_launched in self.variants(function, args):
             self.driver.arch = arch
-            for at, some in enumerate([args] if self.plain else forms(function, args)):
-                compiled = self.compile(function, *some, grid=grid, warmup=True, **kwargs)
-                if compiled.hash not in self.seen:
-                    self.seen.add(compiled.hash)
-                    row = {"kernel": function.__name__, "arch": arch, "as_launched": at == 0}
-                    elements, spec = LOOPS.get(function.__name__, 0), kwargs.get("SPEC")
+            compiled = self.compile(function, *some, grid=grid, warmup=True, **kwargs)
+            if compiled.hash not in self.seen:
+                self.seen.add(compiled.hash)
+                row = {"kernel": name, "arch": arch, "as_launched": as_launched, "faults": faults(compiled.asm)}
+                if as_launched:
+                    elements, spec = LOOPS.get(kind, 0) if "encode" in name else 0, kwargs.get("SPEC")
                     if spec and spec.width:  # a step over tiles
                         row["step"], elements = step_name(spec), spec.count * spec.width * spec.block / 128
-                    self.rows.append({**row, **self.describe(compiled, function.__name__, elements)})
+                    row |= self.describe(compiled, name, elements)
+                self.rows.append(row)
+
+    def variants(
+        self, function: JITFunction[Any], args: tuple[Any, ...]
+    ) -> Iterator[tuple[int, tuple[Any, ...], bool]]:
+        """Architecture, arguments, and whether they are those of the launch."""
+        for arch in self.archs:
+            if self.plain or arch == 90:
+                yield arch, args, True
+        if not self.plain:
+            turn = self.launches[function.__name__]
+            self.launches[function.__name__] += 1
+            for number in range(len(LEVELS)):
+                yield self.archs[(turn + number) % len(self.archs)], form(function, args, number), False
 
     def describe(self, compiled: Any, name: str, elements: float) -> dict[str, Any]:
         ptx, sass, usage = compiled.asm["ptx"], *self.dump(compiled.asm["cubin"])
         if self.keep:
             self.keep.mkdir(parents=True, exist_ok=True)
-            stem = self.keep / f"{len(self.rows):03d}{name}"
+            stem = self.keep / f"{len(self.rows):03d}{name.replace(' ', '_')}"
             for suffix, text in ((".ptx", ptx), (".sass", sass), (".ttgir", compiled.asm["ttgir"])):
                 stem.with_suffix(suffix).write_text(text)
-        written = compiled.asm["ttir"].count("math.fma")
-        # Quotients and roots start from these two approximations and correct them (`words`); there may be no others.
-        plain = re.sub(r"\b(?:rcp|rsqrt)\.approx\.ftz\b", "", ptx)
-        faults = {
-            "subnormals are flushed": ".ftz" in plain,
-            "a division or root is approximate": bool(re.search(r"\.(?:approx|full)\.", plain)),
-            "operations were contracted": bool(re.search(r"\sfma\.rn\.f32", ptx)) and not written,
-        }
         return {
-            "faults": [fault for fault, found in faults.items() if found],
             "wide_loads": len(re.findall(r"ld\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
             "wide_stores": len(re.findall(r"st\.global[a-zA-Z0-9_:.]*\.v[24]", ptx)),
             "layout_changes": compiled.asm["ttgir"].count("ttg.convert_layout"),
@@ -164,8 +185,10 @@ def curves() -> list[Curve]:
 def stand_alone() -> None:
     """Call every stand-alone kernel on the shapes that lead to different code."""
     for curve in curves():
-        for cols, group in ((256, 128), (200, 128), *(((40000, 20000),) if curve.name == "log" else ())):
-            companded(curve, 4, cols, group)
+        companded(curve, 4, 256, 128)
+        if curve.name == "log":  # where groups lie does not depend on the curve
+            companded(curve, 4, 200, 128)
+            companded(curve, 4, 40000, 20000)
     for high in (torch.bfloat16, torch.float16):
         for low in (torch.int8, torch.int16):
             master_weights(high, low)
@@ -289,7 +312,7 @@ def main() -> None:
     recorder = Recorder(driver, options.arch, options.keep, options.plain)
     triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
-    for module in (companding, folding, grid, launch, logarithm, runtime, splitting, statistics):
+    for module in (companding, folding, grid, launch, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()
     if options.only == "few":
         few()

@@ -56,19 +56,20 @@ def test_compiles_for_sm90() -> None:
     rows = compiled("few")
     assert rows
     assert all(row["faults"] == [] for row in rows), rows
-    for kernel, slots in (("_encode_uniform", 36), ("_encode_logarithmic", 44), ("_compare", 20)):
-        for row in rows:
-            if row["kernel"] == kernel and row["as_launched"]:
-                assert row["slots_per_element"] <= slots, row
-                assert row["spills"] == row["loop_calls"] == row["loop_barriers"] == row["loop_branches"] == 0, row
-                assert row["loads_of_16_bytes"] >= 4, row
+    for kernel, slots in (("_encode uniform", 36), ("_encode logarithmic", 44), ("_encode compare", 20)):
+        found = [row for row in rows if row["kernel"] == kernel and row["as_launched"]]
+        assert found
+        for row in found:
+            assert row["slots_per_element"] <= slots, row
+            assert row["spills"] == row["loop_calls"] == row["loop_barriers"] == row["loop_branches"] == 0, row
+            assert row["loads_of_16_bytes"] >= 4, row
 
 
 @pytest.mark.slow
 def test_the_fast_steps_stay_within_their_budget() -> None:
     """Without a GPU, from the machine code: at copy speed an H100 has about 98 issue slots an element."""
-    rows = [row for row in compiled("fast") if row["kernel"] == "step_words"]
-    assert len(rows) >= 5
+    rows = [row for row in compiled("fast") if row["kernel"] == "step_words" and row["as_launched"]]
+    assert len(rows) == 5
     for row in rows:
         assert row["slots_per_element"] <= 90, row
         assert row["registers"] <= 64, row

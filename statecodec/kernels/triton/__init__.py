@@ -7,11 +7,17 @@ which is exact and slow: that is how they are tested without a GPU.
 from statecodec.kernels.triton.companding import decode_companded, encode_companded
 from statecodec.kernels.triton.folding import fold_mean, unfold
 from statecodec.kernels.triton.geometry import supports
-from statecodec.kernels.triton.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
+from statecodec.kernels.triton.grid import (
+    compare,
+    decode_direction,
+    decode_logarithmic,
+    decode_uniform,
+    encode_direction,
+    encode_logarithmic,
+    encode_uniform,
+)
 from statecodec.kernels.triton.launch import prepare
-from statecodec.kernels.triton.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.triton.splitting import decode_split, encode_split
-from statecodec.kernels.triton.statistics import compare
 
 __all__ = [
     "compare", "decode_companded", "decode_direction", "decode_logarithmic", "decode_split", "decode_uniform",

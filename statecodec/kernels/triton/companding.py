@@ -46,6 +46,13 @@ def unsigned_bits(x):
 
 
 @triton.jit
+def log2_of_mantissa(bits):
+    """log2 of an fp32 number's mantissa, from 1 to 2: the polynomial of `curves.LOG2`, every operation rounded."""
+    f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
+
+
+@triton.jit
 def scale_bits(absmax_bits, MIN_SCALE: tl.constexpr):
     """bf16 bits of a group's scale: nearest even, finite, never 0 for a group that is not all zero."""
     bits = tl.minimum(absmax_bits, _INF_BITS)
@@ -80,9 +87,7 @@ def codes_of(r, KIND: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, HALF
     """Codes 0..TOP (int32) of magnitudes r in [0, 1]."""
     if KIND == _LOG:
         bits = r.to(tl.int32, bitcast=True)
-        f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
-        log2 = f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
-        within = (log2 * STEPS + 0.5).to(tl.int32)
+        within = (log2_of_mantissa(bits) * STEPS + 0.5).to(tl.int32)
         code = TOP + ((bits >> 23) - 127) * STEPS + within
         code = tl.minimum(tl.maximum(code, 1), TOP)
         if HALF_LOWEST > 0.0:

@@ -1,11 +1,14 @@
-"""Uniform quantisation in Triton; the arithmetic is that of `reference.grid`.
+"""Codes on grids in Triton (`uniform`, `direction`, `logarithmic`), and the sums that errors are reported from.
 
-Encoding kernels keep sums and the largest bits in every thread, tile after tile, and leave them in a row of fp64 for
-each program, which the host adds up: one launch and one small copy, no atomics, no barrier before a program ends. What
-is not finite shows in the largest bits; which flags it raises is looked at only then.
+One kernel encodes and one decodes; which codec it is for is a compile-time argument. The encoder keeps sums and the
+largest bits in every thread, tile after tile, and leaves them in a row of fp64 for each program, which the host adds
+up: one launch and one small copy, no atomics, no barrier before a program ends. What is not finite shows in the largest
+bits; which flags it raises is looked at only then.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 import triton
@@ -14,16 +17,18 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.kernels import grids
-from statecodec.kernels.grids import Grid
+from statecodec.kernels.grids import Grid, LogGrid
+from statecodec.kernels.reference import statistics as reference
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
-from statecodec.kernels.triton.companding import flags_of, magnitude_bits, unsigned_bits
+from statecodec.kernels.triton.companding import flags_of, log2_of_mantissa, magnitude_bits, unsigned_bits
 from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, TILE, on, to_host
+from statecodec.kernels.triton.words import looked_up
 
 _LIMIT, _LARGEST_BITS, _INF_BITS = (tl.constexpr(n) for n in (grids.LIMIT, grids.LARGEST_BITS, 0x7F800000))
 _LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
+_NORMAL_BITS, _FIRST, _RAISE = tl.constexpr(0x00800000), tl.constexpr(127 + grids.LOWEST), tl.constexpr(2.0**32)
 
 THREADS = tl.constexpr(128)
-SIDE = 4  # neighbours in a thread: 16 bytes of fp32
 PROGRAMS = 2 if INTERPRETED else 2048  # that leave sums: about two rounds of a large card, few enough rows to read
 
 
@@ -38,7 +43,7 @@ def number(x, per_unit, threshold):
 
 @triton.jit
 def value(codes, width, threshold):
-    """What any codes decode to (fp32, finite)."""
+    """What any codes of a linear grid decode to (fp32, finite)."""
     code = tl.abs(tl.maximum(codes, -0x7FFFFFFF))
     bits = threshold + tl.minimum(tl.maximum(code - _LIMIT, 0), _LARGEST_BITS - threshold)
     magnitude = tl.where(code < _LIMIT, code.to(tl.float32) * width, bits.to(tl.float32, bitcast=True))
@@ -46,39 +51,77 @@ def value(codes, width, threshold):
 
 
 @triton.jit
-def tile_of(tile, TILE: tl.constexpr, SIDE: tl.constexpr):
-    """A tile's offsets as [rounds, lanes]: the SIDE neighbours that a wide store takes, and all rounds of them, lie in
-    one thread.
-    """
-    lanes: tl.constexpr = THREADS * SIDE
-    return tile * TILE + tl.arange(0, TILE // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+def log_number(x, STEPS: tl.constexpr):
+    """Codes (int32) of fp32 `x` from 0 on, on a logarithmic grid."""
+    bits = x.to(tl.int32, bitcast=True)
+    subnormal = bits < _NORMAL_BITS
+    lifted = tl.where(subnormal, (x * _RAISE).to(tl.int32, bitcast=True), bits)
+    octave = (lifted >> 23) - _FIRST - tl.where(subnormal, 32, 0)
+    code = 1 + octave * STEPS + (log2_of_mantissa(lifted) * STEPS + 0.5).to(tl.int32)
+    return tl.where(x > 0, code, 0)
 
 
 @triton.jit
-def no_sums():
-    """What `add_sums` starts from, thread by thread."""
-    return tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float32)
+def log_value(codes, table_ptr, TOP: tl.constexpr):
+    """What any codes of a logarithmic grid decode to."""
+    return looked_up(table_ptr, tl.minimum(tl.maximum(codes, 0), TOP))
 
 
 @triton.jit
-def add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE: tl.constexpr):
-    """Add a tile's x**2 and (decoded - x)**2, and keep the largest difference."""
-    exact = x.to(tl.float64)
-    difference = decoded.to(tl.float64) - exact
-    sum_sq += tl.sum(tl.reshape(tl.sum(exact * exact, axis=0), [THREADS, SIDE]), axis=1)
-    sum_sq_diff += tl.sum(tl.reshape(tl.sum(difference * difference, axis=0), [THREADS, SIDE]), axis=1)
-    return sum_sq, sum_sq_diff, tl.maximum(furthest, largest(tl.abs(decoded - x), SIDE))
-
-
-@triton.jit
-def largest(x, SIDE: tl.constexpr):
+def _largest(x, SIDE: tl.constexpr):
     """The largest of a tile, thread by thread."""
     return tl.max(tl.reshape(tl.max(x, axis=0), [THREADS, SIDE]), axis=1)
 
 
 @triton.jit
-def leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top):
-    """This program's row of four fp64: the sums over its threads, the largest difference, the largest bits."""
+def _total(x, SIDE: tl.constexpr):
+    """The sum of a tile's squares in fp64, thread by thread."""
+    return tl.sum(tl.reshape(tl.sum(x * x, axis=0), [THREADS, SIDE]), axis=1)
+
+
+@triton.jit
+def _encode(
+    x_ptr, other_ptr, codes_ptr, table_ptr, sums_ptr, n: tl.int64, width, per_unit, threshold: tl.int64, eps,
+    KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """Codes, and sums over x**2 and (decoded - x)**2; KIND `compare` has no codes, and `other` for what is decoded."""
+    limit = threshold.to(tl.int32)
+    sum_sq, sum_sq_diff = tl.zeros([THREADS], tl.float64), tl.zeros([THREADS], tl.float64)
+    furthest, top = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.uint32)
+    # The SIDE neighbours that a wide store takes, and all rounds of them, lie in one thread.
+    lanes: tl.constexpr = THREADS * SIDE
+    place = tl.arange(0, TILE // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
+        offset = tile * TILE + place
+        x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
+        if KIND == "direction" or KIND == "compare":
+            other = tl.load(other_ptr + offset, mask=offset < n, other=0.0)
+        if KIND == "compare":
+            decoded = other
+        elif KIND == "logarithmic":
+            code = log_number(x, STEPS)
+            decoded = log_value(code, table_ptr, TOP)
+        else:
+            if KIND == "direction":
+                x = tl.div_rn(x, tl.sqrt_rn(other) + eps)
+            code = number(x, per_unit, limit)
+            decoded = value(code, width, limit)
+        if KIND != "compare":
+            tl.store(codes_ptr + offset, code.to(codes_ptr.dtype.element_ty), mask=offset < n)
+        exact = x.to(tl.float64)
+        difference = decoded.to(tl.float64) - exact
+        sum_sq += _total(exact, SIDE)
+        sum_sq_diff += _total(difference, SIDE)
+        furthest = tl.maximum(furthest, _largest(tl.abs(decoded - x), SIDE))
+        if KIND == "logarithmic":
+            found = unsigned_bits(x)
+        else:
+            found = magnitude_bits(x).to(tl.uint32, bitcast=True)
+        if KIND == "direction":  # a moment that is not finite shows in the direction, except an infinite v
+            found = tl.maximum(found, unsigned_bits(other))
+        if KIND == "compare":
+            found = tl.maximum(found, magnitude_bits(other).to(tl.uint32, bitcast=True))
+        top = tl.maximum(top, _largest(found, SIDE))
     row = sums_ptr + tl.program_id(0).to(tl.int64) * 4
     tl.store(row, tl.sum(sum_sq, axis=0))
     tl.store(row + 1, tl.sum(sum_sq_diff, axis=0))
@@ -87,128 +130,102 @@ def leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top):
 
 
 @triton.jit
-def _encode_uniform(
-    x_ptr, codes_ptr, sums_ptr, n: tl.int64, width, per_unit, threshold: tl.int64, TILE: tl.constexpr,
-    SIDE: tl.constexpr,
+def _decode(
+    codes_ptr, v_ptr, table_ptr, out_ptr, n: tl.int64, width, threshold: tl.int64, eps, KIND: tl.constexpr,
+    TOP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    sum_sq, sum_sq_diff, furthest = no_sums()
-    top = tl.zeros([THREADS], tl.int32)
-    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
-        offset = tile_of(tile, TILE, SIDE)
-        x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
-        code = number(x, per_unit, threshold.to(tl.int32))
-        tl.store(codes_ptr + offset, code, mask=offset < n)
-        decoded = value(code, width, threshold.to(tl.int32))
-        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, x, decoded, SIDE)
-        top = tl.maximum(top, largest(magnitude_bits(x), SIDE))
-    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
-
-
-@triton.jit
-def _encode_direction(
-    m_ptr, v_ptr, codes_ptr, sums_ptr, n: tl.int64, eps, width, per_unit, threshold: tl.int64, TILE: tl.constexpr,
-    SIDE: tl.constexpr,
-):  # fmt: skip
-    sum_sq, sum_sq_diff, furthest = no_sums()
-    top = tl.zeros([THREADS], tl.uint32)
-    for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
-        offset = tile_of(tile, TILE, SIDE)
-        m = tl.load(m_ptr + offset, mask=offset < n, other=0.0)
-        v = tl.load(v_ptr + offset, mask=offset < n, other=0.0)
-        direction = tl.div_rn(m, tl.sqrt_rn(v) + eps)
-        code = number(direction, per_unit, threshold.to(tl.int32))
-        tl.store(codes_ptr + offset, code, mask=offset < n)
-        decoded = value(code, width, threshold.to(tl.int32))
-        sum_sq, sum_sq_diff, furthest = add_sums(sum_sq, sum_sq_diff, furthest, direction, decoded, SIDE)
-        # A moment that is not finite shows in the direction, except an infinite v.
-        found = tl.maximum(magnitude_bits(direction).to(tl.uint32, bitcast=True), unsigned_bits(v))
-        top = tl.maximum(top, largest(found, SIDE))
-    leave_sums(sums_ptr, sum_sq, sum_sq_diff, furthest, top)
-
-
-@triton.jit
-def _decode_uniform(codes_ptr, out_ptr, n: tl.int64, width, threshold: tl.int64, TILE: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    code = tl.load(codes_ptr + offset, mask=offset < n, other=0)
-    tl.store(out_ptr + offset, value(code, width, threshold.to(tl.int32)), mask=offset < n)
+    code = tl.load(codes_ptr + offset, mask=offset < n, other=0).to(tl.int32)
+    if KIND == "logarithmic":
+        out = log_value(code, table_ptr, TOP)
+    else:
+        out = value(code, width, threshold.to(tl.int32))
+        if KIND == "direction":
+            v = tl.load(v_ptr + offset, mask=offset < n, other=0.0)
+            out = tl.minimum(tl.maximum(out * (tl.sqrt_rn(v) + eps), -_LARGEST), _LARGEST)
+    tl.store(out_ptr + offset, out, mask=offset < n)
 
 
-@triton.jit
-def _decode_direction(codes_ptr, v_ptr, out_ptr, n: tl.int64, eps, width, threshold: tl.int64, TILE: tl.constexpr):
-    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    code = tl.load(codes_ptr + offset, mask=offset < n, other=0)
-    v = tl.load(v_ptr + offset, mask=offset < n, other=0.0)
-    out = value(code, width, threshold.to(tl.int32)) * (tl.sqrt_rn(v) + eps)
-    tl.store(out_ptr + offset, tl.minimum(tl.maximum(out, -_LARGEST), _LARGEST), mask=offset < n)
+def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
+    """See `reference.grid.encode_uniform`."""
+    made = _measure("uniform", x, x, codes, grid)
+    return (0, made) if made else (flags_of(x, signed=True), NO_DIFFERENCE)
 
 
-def tiles(n: int) -> tuple[int]:
-    """The launch grid over n elements, a tile for a program."""
-    return (-(-n // TILE),)
+def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
+    """See `reference.grid.encode_direction`."""
+    made = _measure("direction", m, v, codes, grid, eps)
+    flags = 0 if made else flags_of(m, signed=True) | flags_of(v, signed=False)
+    return (0, made) if made else (flags or kernels.INF, NO_DIFFERENCE)  # finite moments whose ratio is not
 
 
-def programs(n: int) -> tuple[int]:
-    """The launch grid over n elements where programs take tile after tile."""
-    return (min(PROGRAMS, *tiles(n)),)
+def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
+    """See `reference.logarithm.encode_logarithmic`."""
+    made = _measure("logarithmic", x, x, codes, grid)
+    return (0, made) if made else (flags_of(x, signed=False), NO_DIFFERENCE)
 
 
-def sum_rows(like: Tensor) -> Tensor:
-    """Where a launch over `like` leaves its programs' sums."""
-    return torch.empty((*programs(like.numel()), 4), dtype=torch.float64, device=like.device)
+def compare(a: Tensor, b: Tensor) -> Comparison:
+    """See `reference.statistics.compare`; finite fp32 runs here, all else there."""
+    plain = a.dtype == torch.float32 or not a.numel()
+    return (_measure("compare", a, b, a, None) if plain else None) or reference.compare(a, b)
 
 
-def finish(sums: Tensor) -> Comparison | None:
-    """The sums of a launch, once it is done; None if it found what is not finite, or below 0 where that may not be."""
-    found = to_host(sums)
+def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
+    """See `reference.grid.decode_uniform`."""
+    _fill("uniform", codes, out, out, grid)
+
+
+def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
+    """See `reference.grid.decode_direction`."""
+    _fill("direction", codes, v, out, grid, eps)
+
+
+def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
+    """See `reference.logarithm.decode_logarithmic`."""
+    _fill("logarithmic", codes, out, out, grid)
+
+
+def _measure(
+    kind: str, x: Tensor, other: Tensor, codes: Tensor, grid: Grid | LogGrid | None, eps: float = 0.0
+) -> Comparison | None:
+    """Launch `_encode`; its sums, or None if it found what is not finite, or below 0 where that may not be."""
+    n = x.numel()
+    with on(x):
+        if not n:
+            return NO_DIFFERENCE
+        sums = torch.empty(min(PROGRAMS, -(-n // TILE)), 4, dtype=torch.float64, device=x.device)
+        steps, top = (grid.steps, grid.top) if isinstance(grid, LogGrid) else (0, 0)
+        table, width, per_unit, threshold = _numbers(grid, x)
+        _encode[(len(sums),)](
+            x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind, STEPS=steps, TOP=top,
+            TILE=TILE, SIDE=16 // codes.element_size(), **OPTIONS,
+        )  # fmt: skip
+        found = to_host(sums)
     if found[:, 3].max() >= _INF_BITS.value:
         return None
     return Comparison(float(found[:, 0].sum()), float(found[:, 1].sum()), float(found[:, 2].max()), 0)
 
 
-def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
-    """See `reference.grid.encode_uniform`."""
-    n = x.numel()
-    with on(x):
-        if not n:
-            return 0, NO_DIFFERENCE
-        sums = sum_rows(x)
-        _encode_uniform[programs(n)](
-            x, codes, sums, n, grid.width, grid.per_unit, grid.threshold, TILE=TILE, SIDE=SIDE, **OPTIONS
-        )
-        made = finish(sums)
-        return (0, made) if made else (flags_of(x, signed=True), NO_DIFFERENCE)
-
-
-def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
-    """See `reference.grid.decode_uniform`."""
+def _fill(kind: str, codes: Tensor, v: Tensor, out: Tensor, grid: Grid | LogGrid, eps: float = 0.0) -> None:
+    """Launch `_decode`."""
     n = out.numel()
     with on(out):
         if n:
-            _decode_uniform[tiles(n)](
-                codes, out, n, grid.width, grid.threshold, TILE=TILE, **OPTIONS
-            )  # fmt: skip
+            table, width, _, threshold = _numbers(grid, out)
+            top = grid.top if isinstance(grid, LogGrid) else 0
+            _decode[(-(-n // TILE),)](
+                codes, v, table, out, n, width, threshold, eps, KIND=kind, TOP=top, TILE=TILE, **OPTIONS
+            )
 
 
-def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
-    """See `reference.grid.encode_direction`."""
-    n = m.numel()
-    with on(m):
-        if not n:
-            return 0, NO_DIFFERENCE
-        sums = sum_rows(m)
-        _encode_direction[programs(n)](
-            m, v, codes, sums, n, eps, grid.width, grid.per_unit, grid.threshold, TILE=TILE, SIDE=SIDE, **OPTIONS
-        )
-        made = finish(sums)
-        if made:
-            return 0, made
-        flags = flags_of(m, signed=True) | flags_of(v, signed=False)
-        return flags or kernels.INF, NO_DIFFERENCE  # finite moments whose ratio is not
+def _numbers(grid: Grid | LogGrid | None, like: Tensor) -> tuple[Tensor, float, float, int]:
+    """What a kernel knows of a grid: a logarithmic one's table; a linear one's width, its reciprocal, its threshold."""
+    if isinstance(grid, Grid):
+        return like, grid.width, grid.per_unit, grid.threshold
+    return _table(grid, like.device) if grid else like, 0.0, 0.0, 0
 
 
-def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
-    """See `reference.grid.decode_direction`."""
-    n = out.numel()
-    with on(out):
-        if n:
-            _decode_direction[tiles(n)](codes, v, out, n, eps, grid.width, grid.threshold, TILE=TILE, **OPTIONS)
+@lru_cache(maxsize=128)
+def _table(grid: LogGrid, device: torch.device) -> Tensor:
+    return torch.from_numpy(grid.table).to(device)

@@ -105,6 +105,49 @@ class PartOfBytes:
         return self.whole.read(self.start + offset, nbytes)
 
 
+class RandomAccess(Protocol):
+    """A file that is open for reading, wherever it lies."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        ...
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` (bytes). Raises EOFError past the end, OSError."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+class LocalFile:
+    """A regular file of this machine, open for reading; never waits for a pipe or a device. Raises OSError."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        status = os.fstat(self._fd)
+        self.size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise OSError(errno.EINVAL, "not a regular file")
+
+    def read_into(self, offset: int, target: memoryview) -> None:
+        """Fill `target` (bytes). Raises EOFError past the end, OSError."""
+        while len(target):
+            count = os.preadv(self._fd, [target], offset)
+            if count == 0:
+                raise EOFError
+            target, offset = target[count:], offset + count
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
 def _check_range(source: ByteSource, name: str, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > source.size:
         raise MalformedCheckpoint(

@@ -260,11 +260,15 @@ def _sweep(destination: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(destination.name[:_NAME])}\.[0-9a-f]{{16}}\.tmp")
     for name in os.listdir(destination.parent):
         if pattern.fullmatch(name):
-            # Not ours to open, locked by a living writer, or no folder: leave it.
-            with contextlib.suppress(OSError):
-                fd = os.open(destination.with_name(name), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(destination.with_name(name))
-                finally:
-                    os.close(fd)
+            remove_dead(destination.with_name(name))
+
+
+def remove_dead(folder: Path) -> None:
+    """Remove the folder of a writer that lives no more. One that is locked, or not ours to open, is left."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(fd)

@@ -4,11 +4,11 @@ as JSON. Nothing in it is ever run, unlike DCP's own `.metadata`, which is a pic
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from statecodec import dtypes
+from statecodec.distributed.folders import Folder
 from statecodec.errors import FormatError, UnsupportedVersion
 from statecodec.limits import Limits
 from statecodec.strict import dump_json, parse_json
@@ -29,6 +30,7 @@ from statecodec.strict import dump_json, parse_json
 NAME = "statecodec.json"
 _VERSION = 1
 _FILE = re.compile(r"rank-\d{1,6}-[0-9a-f]{16}\.sc\.safetensors")
+_BEGUN = re.compile(rf"\.?({_FILE.pattern}|{re.escape(NAME)})\.[0-9a-f]{{16}}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ def rank_file(rank: int, save: str) -> str:
     return f"rank-{rank}-{save}.sc.safetensors"
 
 
-def rank_files(folder: Path) -> list[Path]:
-    """The files of ranks in a folder, of whatever save."""
-    return [path for path in folder.iterdir() if _FILE.fullmatch(path.name)]
+def leftovers(folder: Folder, kept: Container[str]) -> list[str]:
+    """What other saves left in a folder: files of ranks that are not kept, and what killed writers had begun. Raises
+    OSError.
+    """
+    return [name for name in folder.names() if _BEGUN.fullmatch(name) or (_FILE.fullmatch(name) and name not in kept)]
 
 
 def to_bytes(metadata: Metadata, places: Mapping[MetadataIndex, ItemLocation], digests: Mapping[str, str]) -> bytes:
@@ -82,16 +86,18 @@ class FolderIndex:
     digests: Mapping[str, str]
 
 
-def read(folder: Path) -> FolderIndex:
+def read(folder: Folder) -> FolderIndex:
     """Read and check the index of a checkpoint. Raises FormatError and its subclasses."""
-    path, limits = folder / NAME, Limits()
+    path, limits = f"{folder}/{NAME}", Limits()
     try:
-        with path.open("rb") as file:
-            data = file.read(limits.max_manifest_bytes + 1)
-    except OSError as error:
-        raise FormatError(f"{path}: {error.strerror or error}: no checkpoint was completed in {folder}") from error
-    limits.check(f"{path}: bytes", len(data), limits.max_manifest_bytes)
-    value = parse_json(data, NAME, limits)
+        with contextlib.closing(folder.open(NAME)) as file:
+            limits.check(f"{path}: bytes", file.size, limits.max_manifest_bytes)
+            data = bytearray(file.size)
+            file.read_into(0, memoryview(data))
+    except (OSError, EOFError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FormatError(f"{path}: {why}: no checkpoint was completed in {folder}") from error
+    value = parse_json(bytes(data), NAME, limits)
     if not isinstance(value, dict) or "statecodec_dcp" not in value:
         raise FormatError(f"{path} is no index of a checkpoint")
     if value["statecodec_dcp"] != _VERSION:

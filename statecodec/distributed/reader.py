@@ -1,6 +1,7 @@
 """StatecodecReader: `torch.distributed.checkpoint` loads from what StatecodecWriter wrote, on any number of ranks.
 
     dcp.load(state_dict, storage_reader=StatecodecReader("ckpt/100"))
+    dcp.load(state_dict, storage_reader=StatecodecReader("s3://bucket/ckpt/100"))
 
 A rank reads and decodes the chunks that hold rows of its own, and nothing else.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,9 @@ from torch.futures import Future
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
+from statecodec.distributed.folders import Folder, StrPath, folder_at
 from statecodec.errors import CorruptFile, FormatError, UsageError
+from statecodec.format import Reader
 
 _OPEN = 8  # files of other ranks that are kept open
 
@@ -34,7 +36,8 @@ class StatecodecReader(StorageReader):
     """Reads a compressed checkpoint from a folder.
 
     Args:
-        path: the folder. dcp.load's `checkpoint_id` goes before.
+        path: the folder, as StatecodecWriter takes it. dcp.load's `checkpoint_id` goes before.
+        store: the fsspec file system or obstore store that `path` is in.
 
     Values that are not tensors were pickled by DCP's planner when they were saved, and the planner unpickles them: that
     is torch's own doing, in both directions. Nothing else of the checkpoint is ever unpickled.
@@ -42,35 +45,35 @@ class StatecodecReader(StorageReader):
     Raises (through DCP): FormatError; CorruptFile names the file and the tensor.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: StrPath | None = None, *, store: Any = None) -> None:
+        self._path, self._store = path, store
         self._digests: Mapping[str, str] = {}
         self._places: Mapping[MetadataIndex, ItemLocation] = {}
 
     @property
-    def path(self) -> Path:
+    def folder(self) -> Folder:
         """The folder. Raises UsageError if there is none."""
         if self._path is None:
             raise UsageError("StatecodecReader needs a folder, or dcp.load a checkpoint_id")
-        return self._path
+        return folder_at(self._path, self._store)
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """A load begins."""
         if checkpoint_id is not None:
-            self._path = Path(checkpoint_id)
+            self._path = checkpoint_id
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """What is in the checkpoint, from its index."""
-        index = dcp_index.read(self.path)
+        index = dcp_index.read(self.folder)
         self._digests = index.digests
-        index.metadata.storage_meta = StorageMeta(checkpoint_id=self.path)
+        index.metadata.storage_meta = StorageMeta(checkpoint_id=self._path)
         return index.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the places of all items; a rank that did not read the index itself reads the digests now."""
         self._places = metadata.storage_data
         if not self._digests:
-            self._digests = dcp_index.read(self.path).digests
+            self._digests = dcp_index.read(self.folder).digests
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to add."""
@@ -83,13 +86,14 @@ class StatecodecReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Decode what this rank asks for, file by file."""
         items = sorted(plan.items, key=lambda item: self._places[item.storage_index].file)
-        with _files(self.path, self._digests) as opened:
+        folder = self.folder
+        with _files(folder, self._digests) as opened:
             for item in items:
                 place = self._places[item.storage_index]
                 try:
                     self._read(opened(place.file), place.name, item, planner)
                 except FormatError as error:
-                    raise type(error)(f"{self.path / place.file}: {item.storage_index.fqn}: {error}") from error
+                    raise type(error)(f"{folder}/{place.file}: {item.storage_index.fqn}: {error}") from error
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -112,9 +116,9 @@ class StatecodecReader(StorageReader):
         planner.commit_tensor(item, target)
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it is a folder with an index."""
-        return "://" not in str(checkpoint_id) and (Path(checkpoint_id) / dcp_index.NAME).is_file()
+    def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
+        """Whether it is a directory with an index; a URL may be."""
+        return "://" in str(checkpoint_id) or (Path(checkpoint_id) / dcp_index.NAME).is_file()
 
 
 def _decoded(
@@ -133,13 +137,13 @@ def _decoded(
 
 
 @contextmanager
-def _files(folder: Path, digests: Mapping[str, str]) -> Iterator[Any]:
+def _files(folder: Folder, digests: Mapping[str, str]) -> Iterator[Any]:
     """Opens files of the checkpoint by name, a few at a time. Raises FormatError for one of another save."""
     held: OrderedDict[str, StoredCheckpoint] = OrderedDict()
 
     def opened(name: str) -> StoredCheckpoint:
         if name not in held:
-            stored = StoredCheckpoint.open(folder / name)
+            stored = StoredCheckpoint.of(Reader(name, open_file=lambda path: folder.open(path.name)))
             held[name] = stored
             if stored.reader.digest != digests.get(name):
                 raise CorruptFile("not the file that the index was written with: damaged, or of another save")

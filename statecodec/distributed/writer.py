@@ -1,7 +1,7 @@
 """StatecodecWriter: `torch.distributed.checkpoint` saves that are compressed on the way.
 
     dcp.save(state_dict, storage_writer=StatecodecWriter("ckpt/100"))
-    dcp.async_save(state_dict, storage_writer=StatecodecWriter("ckpt/100", preset="small"))
+    dcp.async_save(state_dict, storage_writer=StatecodecWriter("s3://bucket/ckpt/100", preset="small"))
 
 Every rank writes one compressed file, `rank-N-....sc.safetensors`, with its own pieces; the coordinator then writes the
 index, `statecodec.json`. Until that has its name, a checkpoint that was there before is the one that is loaded.
@@ -9,7 +9,6 @@ index, `statecodec.json`. Until that has its name, a checkpoint that was there b
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +19,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from statecodec.atomic import write_file
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
+from statecodec.distributed.folders import Folder, StrPath, folder_at
 from statecodec.distributed.local_state import LocalState
 from statecodec.errors import UsageError
 from statecodec.verbs.compress import compress
@@ -33,35 +32,38 @@ class StatecodecWriter(StorageWriter):
     """Writes a compressed checkpoint into a folder that all ranks see.
 
     Args:
-        path: the folder; made if it is not there. dcp.save's `checkpoint_id` goes before.
+        path: the folder, made if it is not there: a directory, or a URL that fsspec knows. dcp.save's `checkpoint_id`
+            goes before.
+        store: an fsspec file system or an obstore store; `path` is then one in it.
         settings: those of `statecodec.compress`: preset, rules, max_step_error, pack, threads ... Weights and moments
             of torch optimizers are stored within the preset's fraction of an optimizer step, measured on each rank's
-            own pieces; states of statecodec's optimizers are encoded already and are kept as they are.
+            own pieces; states of statecodec's optimizers are encoded already and are kept as they are. A rank writes
+            one file, whatever its size.
 
-    Raises (through DCP): UsageError, OutputFailed, and what `compress` raises.
+    Raises UsageError for `max_shard_size`; through DCP UsageError, OutputFailed, and what `compress` raises.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, **settings: Any) -> None:
-        self._path = None if path is None else Path(path)
+    def __init__(self, path: StrPath | None = None, *, store: Any = None, **settings: Any) -> None:
+        if "max_shard_size" in settings:
+            raise UsageError("StatecodecWriter takes no max_shard_size: every rank writes one file")
+        self._path, self._store = path, store
         self._settings = settings
-        self._coordinator = False
 
     @property
-    def path(self) -> Path:
+    def folder(self) -> Folder:
         """The folder. Raises UsageError if there is none."""
         if self._path is None:
             raise UsageError("StatecodecWriter needs a folder, or dcp.save a checkpoint_id")
-        return self._path
+        return folder_at(self._path, self._store)
 
-    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+    def reset(self, checkpoint_id: StrPath | None = None) -> None:
         """A save begins."""
         if checkpoint_id is not None:
-            self._path = Path(checkpoint_id)
+            self._path = checkpoint_id
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Make the folder."""
-        self._coordinator = is_coordinator
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.folder.make()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing to add."""
@@ -78,8 +80,9 @@ class StatecodecWriter(StorageWriter):
         if plan.items:
             name = str(plan.storage_data)
             local = LocalState.of(plan, planner)
-            compress(local.value, self.path / name, force=True, **self._settings)
-            digest = _check(self.path / name, local)
+            with self.folder.staged(name) as path:
+                compress(local.value, path, force=True, max_shard_size=None, **self._settings)
+                digest = _check(path, local)
             results = [
                 WriteResult(index, local.pieces[index].nbytes, (ItemLocation(name, stored), digest))
                 for index, stored in local.names.items()
@@ -95,16 +98,15 @@ class StatecodecWriter(StorageWriter):
         for result in (result for rank in results for result in rank):
             place, digest = result.storage_data
             places[result.index], digests[place.file] = place, digest
-        data = dcp_index.to_bytes(metadata, places, digests)
-        write_file(self.path / dcp_index.NAME, data, force=True)
-        for file in dcp_index.rank_files(self.path):
-            if file.name not in digests:
-                file.unlink(missing_ok=True)
+        folder = self.folder
+        folder.write(dcp_index.NAME, dcp_index.to_bytes(metadata, places, digests))
+        for name in dcp_index.leftovers(folder, digests):
+            folder.remove(name)
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether it can be a folder."""
-        return "://" not in str(checkpoint_id)
+    def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
+        """Whether it can be a folder: anything can."""
+        return True
 
     def storage_meta(self) -> StorageMeta:
         """What DCP tells the planner."""

@@ -11,7 +11,6 @@ to zeros.
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 import xxhash
 
 from statecodec.errors import CorruptFile, FormatError, UnsupportedVersion
+from statecodec.files import RandomAccess
 from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
@@ -78,18 +78,17 @@ def build_header(
     return struct.pack("<Q", len(text)) + text[:at] + digest.encode() + text[at + 16 :], digest
 
 
-def read_header(fd: int, path: str, limits: Limits) -> Header:
-    """Read and check the header of an open file. Raises FormatError and its subclasses."""
-    size = os.fstat(fd).st_size
-    prefix = os.pread(fd, 8, 0)
-    if len(prefix) < 8:
+def read_header(file: RandomAccess, path: str, limits: Limits) -> Header:
+    """Read and check the header of an open file. Raises FormatError and its subclasses, EOFError, OSError."""
+    size = file.size
+    if size < 8:
         raise FormatError(f"{path}: {size} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", prefix)
+    (length,) = struct.unpack("<Q", _read(file, 8, 0))
     if length > size - 8:
         raise FormatError(f"{path}: the header claims {length:,} of {size:,} bytes: truncated, or not safetensors")
     limits.check(f"{path}: header bytes", length, limits.max_header_bytes)
-    text = os.pread(fd, length, 8)
-    if len(text) != length or not text.startswith(b"{"):
+    text = _read(file, length, 8)
+    if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with an object: not a safetensors file")
     values = parse_json(text, f"{path}: header", limits)
     metadata = _metadata(values.pop(METADATA, {}), path)
@@ -97,6 +96,12 @@ def read_header(fd: int, path: str, limits: Limits) -> Header:
     digest = _check_digest(text, metadata, path)
     entries = _entries(values, size - 8 - length, path)
     return Header(metadata, entries, 8 + length, version, digest)
+
+
+def _read(file: RandomAccess, nbytes: int, offset: int) -> bytes:
+    data = bytearray(nbytes)
+    file.read_into(offset, memoryview(data))
+    return bytes(data)
 
 
 def _metadata(value: object, path: str) -> dict[str, str]:

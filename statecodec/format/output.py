@@ -10,6 +10,7 @@ from pathlib import Path
 
 from statecodec import atomic
 from statecodec.errors import FormatError
+from statecodec.files import LocalFile
 from statecodec.format.container import read_header
 from statecodec.limits import Limits
 from statecodec.staging import StagedFile, Staging, os_errors
@@ -62,11 +63,9 @@ class Destination:
 
 
 def _is_ours(path: Path) -> bool:
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        read_header(fd, path.name, Limits())
-    except FormatError:
-        return False
-    finally:
-        os.close(fd)
+    with contextlib.closing(LocalFile(path)) as file:
+        try:
+            read_header(file, path.name, Limits())
+        except (FormatError, EOFError):
+            return False
     return True

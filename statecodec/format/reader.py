@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
-import stat
 import threading
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +19,13 @@ from statecodec import dtypes
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
 from statecodec.errors import CorruptFile, FormatError, UsageError
+from statecodec.files import LocalFile
 from statecodec.format import part_tensors, sharing
-from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
+from statecodec.format.container import MANIFEST_ENTRY, Header
 from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, last_shard
 from statecodec.format.items import PACKED, StoredItem, StoredRecord
 from statecodec.format.manifest import Manifest
+from statecodec.format.open_files import OpenFile, OpenFiles
 from statecodec.format.packing import decode_record
 from statecodec.lazy import torch
 from statecodec.limits import Limits
@@ -58,18 +57,20 @@ class VerifiedRecord:
 class Reader:
     """An open file. `path` is a file, or the index of a sharded output (or the name the output was written under).
 
-    Raises FormatError and its subclasses only. `read_chunk` and `read` are thread-safe and touch only the item's bytes.
+    `open_file` opens it where it is not on this machine, by `path`. Raises FormatError and its subclasses only.
+    `read_chunk` and `read` are thread-safe and touch only the item's bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], limits: Limits | None = None, open_file: OpenFile = LocalFile
+    ) -> None:
         self.path = Path(path)
         self.limits = limits or Limits()
         self._pool = Pool(32 << 20)
-        self._fds: list[int] = []
+        self._files = OpenFiles(open_file)
         self._known_offsets: dict[int, _Offsets] = {}
         self._unpacked: dict[StoredRecord, dict[int, dict[str, Tensor]]] = {}  # shared records, the last used last
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _close_all, self._fds)
         try:
             self._open()
         except BaseException:
@@ -80,21 +81,21 @@ class Reader:
         index = self._index_path()
         value = None if index is None else self._read_index(index)
         last = self.path if index is None else index.with_name(last_shard(value, index))
-        header = self._open_shard(last)
+        header = self._files.open_shard(last, self.limits)
         data = self._manifest_bytes(header, last)
         manifest = Manifest.parse(data, header.version, header.newer, self.limits)
         self._headers = [header]
         for i, other in enumerate(manifest.shards):
-            shard = self._open_shard(last.with_name(other.file))
+            shard = self._files.open_shard(last.with_name(other.file), self.limits)
             if shard.digest != other.header:
                 raise CorruptFile(f"{other.file}: not the shard that {last.name} was written with")
             self._headers.insert(i, shard)
-        self._fds.append(self._fds.pop(0))  # the last shard was opened first
+        self._files.last_is_first()
         self.items: tuple[StoredItem, ...] = manifest.items
         self.document: Mapping[str, Any] = manifest.document
         self.format_version, self.writer = manifest.version, manifest.writer
         self.files = tuple(last.with_name(name) for name in [*(s.file for s in manifest.shards), last.name])
-        self.nbytes = sum(os.fstat(fd).st_size for fd in self._fds)
+        self.nbytes = sum(self._files.sizes)
         self._by_name = {item.name: i for i, item in enumerate(self.items)}
         self._check_entries()
         if index is not None:
@@ -103,25 +104,10 @@ class Reader:
     def _index_path(self) -> Path | None:
         if self.path.name.endswith(INDEX_SUFFIX):
             return self.path
+        if not self._files.local:
+            return None
         index = self.path.with_name(self.path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
         return index if not os.path.lexists(self.path) and os.path.lexists(index) else None
-
-    def _open_file(self, path: Path) -> int:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except (OSError, ValueError) as error:
-            raise FormatError(f"cannot open {path}: {getattr(error, 'strerror', None) or error}") from error
-        self._fds.append(fd)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise FormatError(f"{path} is not a regular file")
-        return fd
-
-    def _open_shard(self, path: Path) -> Header:
-        fd = self._open_file(path)
-        try:
-            return read_header(fd, path.name, self.limits)
-        except OSError as error:
-            raise FormatError(f"cannot read {path}: {error.strerror}") from error
 
     def _manifest_bytes(self, header: Header, path: Path) -> bytes:
         entry, digest = header.entries.get(MANIFEST_ENTRY), header.metadata.get("statecodec.manifest")
@@ -131,23 +117,17 @@ class Reader:
         size = entry.stop - entry.start
         self.limits.check(f"{path.name}: manifest bytes", size, self.limits.max_manifest_bytes)
         buffer = bytearray(size)
-        self._pread(self._fds[0], memoryview(buffer), header.data + entry.start)
+        self._files.read_into(0, header.data + entry.start, memoryview(buffer))
         if xxhash.xxh3_128_hexdigest(buffer) != digest:
             raise CorruptFile(f"{path.name}: the manifest's checksum does not match: the file is damaged")
         return bytes(buffer)
 
     def _read_index(self, path: Path) -> Any:
-        fd = self._open_file(path)
-        size = os.fstat(fd).st_size
-        self.limits.check(f"{path.name}: bytes", size, self.limits.max_manifest_bytes)
-        buffer = bytearray(size)
-        self._pread(fd, memoryview(buffer), 0)
-        os.close(self._fds.pop())
-        return parse_json(bytes(buffer), path.name, self.limits)
+        return parse_json(self._files.content(path, self.limits), path.name, self.limits)
 
     def _check_index(self, value: Any, path: Path) -> None:
         digest = self._headers[-1].metadata["statecodec.manifest"]
-        total = sum(os.fstat(fd).st_size - header.data for fd, header in zip(self._fds, self._headers, strict=True))
+        total = self.nbytes - sum(header.data for header in self._headers)
         expected = index_json(self.items, [file.name for file in self.files], total, digest)
         if json.dumps(value, sort_keys=True) != json.dumps(expected, sort_keys=True):
             raise CorruptFile(f"{path.name} does not describe the shards beside it: damaged, or of another run")
@@ -244,7 +224,7 @@ class Reader:
         header, piece = self._headers[stored.shard], stored.chunks[chunk]
         data = np.empty(piece.nbytes, np.uint8)
         start = header.data + header.entries[stored.entry].start + stored.start + self._offsets(item).records[chunk]
-        self._pread(self._fds[stored.shard], data.data, start)
+        self._files.read_into(stored.shard, start, data.data)
         _check(data, piece.checksums[0])
         return VerifiedRecord(data, piece.checksums[0])
 
@@ -257,7 +237,7 @@ class Reader:
         header = self._headers[item.shard]
         buffer = self._pool.take(size)
         record = buffer[:size]
-        self._pread(self._fds[item.shard], record.data, header.data + header.entries[item.entry].start + start)
+        self._files.read_into(item.shard, header.data + header.entries[item.entry].start + start, record.data)
         _check(record, checksum)
         decode_record(record, outs, self._pool)
         self._pool.give(buffer)
@@ -284,7 +264,7 @@ class Reader:
             start = header.entries[f"{item.entry}/{name}"].start
             target: Bytes = part.view(-1).view(torch.uint8).numpy()
             offset = header.data + start + self._offsets(i).parts[name][chunk]
-            self._pread(self._fds[item.shard], target.data, offset)
+            self._files.read_into(item.shard, offset, target.data)
             _check(target, checksum)
 
     def _offsets(self, i: int) -> _Offsets:
@@ -295,20 +275,9 @@ class Reader:
             self._known_offsets[i] = _Offsets(_running([chunk.nbytes for chunk in item.chunks]), parts)
         return self._known_offsets[i]
 
-    def _pread(self, fd: int, view: memoryview, offset: int) -> None:
-        """Fill `view` from the file."""
-        try:
-            while len(view):
-                n = os.preadv(fd, [view], offset)
-                if n == 0:
-                    raise CorruptFile("the file ends early: it was truncated")
-                view, offset = view[n:], offset + n
-        except OSError as error:
-            raise FormatError(f"cannot read: {error.strerror or error}") from error
-
     def close(self) -> None:
         """Close the files. The reader is of no use after that."""
-        self._finalizer()
+        self._files.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -340,9 +309,3 @@ def _contiguous(out: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def _check(data: Bytes, checksum: str) -> None:
     if xxhash.xxh3_64_hexdigest(data.data) != checksum:
         raise CorruptFile("the checksum does not match: the file is damaged")
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        with contextlib.suppress(OSError):
-            os.close(fds.pop())

@@ -26,8 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from statecodec.distributed.reader import StatecodecReader
-from statecodec.distributed.writer import StatecodecWriter
+from statecodec.distributed import StatecodecReader, StatecodecWriter
 
 WORLD = 4
 SETTINGS: dict[str, dict[str, Any]] = {"lossless": {"preset": "lossless"}, "resume": {"threads": 1}}

@@ -13,16 +13,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import statecodec
-from statecodec import optim
 from statecodec.codecs import chunking
 from statecodec.distributed import dcp_index
+from statecodec.distributed.folders import Directory
 from statecodec.distributed.reader import StatecodecReader
-from statecodec.distributed.writer import StatecodecWriter
 from statecodec.errors import FormatError
 from statecodec.format import Reader
+from tests.distributed.one_process import load, rank_files, same, save, state
 
 WORLD = range(1, 5)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -87,36 +86,6 @@ def test_an_asynchronous_save(ranks: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in loaded(ranks / "whole-2.pt").items())
 
 
-def state(seed: int = 0, optimizer: str = "torch") -> dict[str, Any]:
-    torch.manual_seed(seed)
-    net = torch.nn.Sequential(torch.nn.Linear(96, 96), torch.nn.Linear(96, 40))
-    made = {"torch": torch.optim.AdamW, "statecodec": optim.AdamW}[optimizer](net.parameters(), lr=1e-3)
-    for _ in range(3):
-        made.zero_grad()
-        net(torch.randn(8, 96)).square().mean().backward()
-        made.step()
-    return {"model": net.state_dict(), "optim": get_optimizer_state_dict(net, made), "epoch": 7}
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
-def save(value: dict[str, Any], folder: Path, **options: Any) -> None:
-    dcp.save(value, storage_writer=StatecodecWriter(folder, **options), no_dist=True)
-
-
-def load(folder: Path, like: dict[str, Any]) -> dict[str, Any]:
-    dcp.load(like, storage_reader=StatecodecReader(folder), no_dist=True)
-    return like
-
-
 @pytest.mark.parametrize("optimizer", ["torch", "statecodec"])
 def test_one_process_and_states_that_are_encoded_already(optimizer: str, tmp_path: Path) -> None:
     value = state(optimizer=optimizer)
@@ -132,7 +101,7 @@ def test_encoded_states_are_kept_bit_for_bit_whatever_the_preset(tmp_path: Path)
 
 def test_every_file_is_a_compressed_checkpoint(tmp_path: Path) -> None:
     save(state(), tmp_path / "ckpt")
-    (file,) = dcp_index.rank_files(tmp_path / "ckpt")
+    (file,) = rank_files(tmp_path / "ckpt")
     report = statecodec.verify(file)
     assert {t.role for t in report.tensors} >= {"weight", "exp_avg", "exp_avg_sq", "step"}
 
@@ -171,7 +140,7 @@ def test_a_rank_decodes_only_the_chunks_that_it_needs(tmp_path: Path, monkeypatc
 
 def test_damage_names_the_file_and_the_tensor(tmp_path: Path) -> None:
     save(state(), tmp_path / "ckpt")
-    (file,) = dcp_index.rank_files(tmp_path / "ckpt")
+    (file,) = rank_files(tmp_path / "ckpt")
     with Reader(file) as reader:
         item = reader.index("model.0.weight")
         header, stored = reader._headers[0], reader.items[item]
@@ -186,7 +155,7 @@ def test_damage_names_the_file_and_the_tensor(tmp_path: Path) -> None:
 def test_a_file_of_another_save_is_refused(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 1)):
         save(state(seed), tmp_path / name)
-    (a,), (b,) = dcp_index.rank_files(tmp_path / "a"), dcp_index.rank_files(tmp_path / "b")
+    (a,), (b,) = rank_files(tmp_path / "a"), rank_files(tmp_path / "b")
     a.write_bytes(b.read_bytes())
     with pytest.raises(dcp.api.CheckpointException, match="of another save"):
         load(tmp_path / "a", state(2))
@@ -201,10 +170,10 @@ def test_a_save_that_dies_leaves_the_checkpoint_before_and_the_next_one_sweeps(
         patch.setattr(dcp_index, "to_bytes", lambda *_: 1 / 0)  # after the ranks wrote, before the index
         with pytest.raises(dcp.api.CheckpointException):
             save(second, tmp_path / "ckpt", preset="lossless")
-    assert len(dcp_index.rank_files(tmp_path / "ckpt")) == 2
+    assert len(rank_files(tmp_path / "ckpt")) == 2
     assert same(load(tmp_path / "ckpt", state(2)), first)
     save(second, tmp_path / "ckpt", preset="lossless")
-    assert len(dcp_index.rank_files(tmp_path / "ckpt")) == 1
+    assert len(rank_files(tmp_path / "ckpt")) == 1
     assert same(load(tmp_path / "ckpt", state(2)), second)
 
 
@@ -240,6 +209,6 @@ def test_a_lying_index_is_an_error_of_ours(index: Path, tmp_path_factory: pytest
     folder.mkdir(exist_ok=True)
     (folder / dcp_index.NAME).write_text(json.dumps(value))
     try:
-        dcp_index.read(folder)
+        dcp_index.read(Directory(folder))
     except FormatError:
         return

@@ -23,8 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from statecodec import optim
-from statecodec.distributed.reader import StatecodecReader
-from statecodec.distributed.writer import StatecodecWriter
+from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.errors import OptimizerError
 from statecodec.optim.sharding import whole
 from tests.distributed.ranks import Ranks

@@ -18,6 +18,7 @@ from statecodec.choose.choices import Choice, Choices
 from statecodec.codecs import Change
 from statecodec.codecs.chunking import CHUNK_ELEMENTS, Chunk
 from statecodec.format import Packing
+from statecodec.roles import family
 
 _MIN_BYTES: Final = 4096
 _SAMPLE: Final = 64  # elements
@@ -36,10 +37,12 @@ def repeated(
         return choices
     originals: dict[str, str] = {}
     found: dict[str, Choice] = {}
+    pairs = [pair for group in copies(source, only) for pair in _with_original(group, choices)]
     # What needs companions comes last: its companions' originals are known then.
-    for item, other in sorted(copies(source, only), key=lambda pair: bool(choices[pair[0].name].companions)):
+    for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
         own, first = choices[item.name], choices[other.name]
-        if _is_alike(own, first, tuple(item.shape), originals):
+        follows = _has_no_step(item, own) and family(other.role) == "weight" and first.unit is not None
+        if _is_alike(first if follows else own, first, tuple(item.shape), originals):
             originals[item.name] = other.name
             reason = f"it is the same as {other.name}"
             found[item.name] = replace(own, codec=codecs.Same(), change=None, reason=reason,
@@ -52,21 +55,37 @@ def repeated(
     return replace(choices, by_name={**choices.by_name, **found})
 
 
-def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list[tuple[SourceItem, SourceItem]]:
-    """Of `only`, tensors whose samples are those of an earlier one of their dtype and shape, with that one."""
+def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list[list[SourceItem]]:
+    """Of `only`, tensors whose dtype, shape and samples are the same: two or more a group, in the source's order."""
     alike: dict[tuple[object, ...], list[SourceItem]] = {}
     for item in source.items:
         if item.nbytes >= _MIN_BYTES and (only is None or item.name in only):
             alike.setdefault((item.dtype, tuple(item.shape), item.region is None), []).append(item)
     found = []
     for group in alike.values():
-        first: dict[bytes, SourceItem] = {}
+        by_sample: dict[bytes, list[SourceItem]] = {}
         for item in group if len(group) > 1 else ():
             sample = _sample(source, item)
             if any(sample):  # zeros pack to nothing, and need no other tensor
-                original = first.setdefault(sample, item)
-                found += [(item, original)] if original is not item else []
+                by_sample.setdefault(sample, []).append(item)
+        found += [same for same in by_sample.values() if len(same) > 1]
     return found
+
+
+def _with_original(group: list[SourceItem], choices: Choices) -> list[tuple[SourceItem, SourceItem]]:
+    """Each tensor with the one that it may repeat: the first, but rather one whose step is known."""
+    original = group[0]
+    if _has_no_step(original, choices[original.name]):
+        original = next((item for item in group if choices[item.name].unit is not None), original)
+    return [(item, original) for item in group if item is not original]
+
+
+def _has_no_step(item: SourceItem, choice: Choice) -> bool:
+    """Whether a weight is exact only because no step is known that trains it: a tied one under its second name, or the
+    fp32 weights beside their masters. As near as its twin is then near enough. An average goes in smaller steps.
+    """
+    is_copy = family(item.role) == "weight" and item.role != "ema"
+    return is_copy and choice.exact and not choice.settled and choice.unit is None and not choice.companions
 
 
 def _sample(source: SourceCheckpoint, item: SourceItem) -> bytes:

@@ -154,8 +154,8 @@ def _together(source: SourceCheckpoint) -> Iterator[list[int]]:
         yield [source.tensors[name].index for name in (moments.exp_avg, moments.exp_avg_sq)]
     for weight, masters in followers(source):
         yield [weight.index, *(master.index for master in masters)]
-    for item, original in copies(source):
-        yield [item.index, original.index]
+    for group in copies(source):
+        yield [item.index for item in group]
 
 
 def _write(

@@ -78,6 +78,28 @@ def test_two_equal_files_are_stored_once(preset: str, twice: Path, tmp_path: Pat
     assert statecodec.verify(report.path, against=twice).tensors
 
 
+@pytest.mark.parametrize("second", ["a_head", "z_head"])
+def test_a_tied_weight_under_its_second_name_costs_nothing(second: str, tmp_path: Path) -> None:
+    """As DCP and several files hold it; whichever name comes first, and though one of them alone has moments."""
+    content = trained()
+    tied = content["model"]["0.weight"]
+    frozen = torch.randn(96, 80)
+    content["model"] = dict(sorted({**content["model"], second: tied.clone(), "frozen": frozen}.items()))
+    torch.save(content, tmp_path / "x.pt")
+    report = statecodec.compress(tmp_path / "x.pt", verify=True)
+    found = codecs_of(report)
+    assert [found[f"model.{name}"] for name in ("0.weight", second, "frozen")] == ["uniform", "same", "raw"]
+    back = statecodec.load(report.path)["model"]
+    assert torch.equal(back[second], back["0.weight"])
+    assert not torch.equal(back[second], tied)
+    exact = statecodec.compress(tmp_path / "x.pt", rules=[f"*{second}=raw"], force=True)
+    assert torch.equal(statecodec.load(exact.path)["model"][second], tied), "a rule of one's own is kept"
+    tied.view(-1)[1000] += 1e-3
+    torch.save(content, tmp_path / "x.pt")
+    other = statecodec.compress(tmp_path / "x.pt", force=True)
+    assert codecs_of(other)[f"model.{second}"] == "raw", "it is another tensor after all"
+
+
 def test_what_differs_where_no_sample_is_taken_is_stored_itself(twice: Path, tmp_path: Path) -> None:
     for key, change in (("0.weight", 1.0), ("1.weight", -0.0)):
         content = torch.load(twice / "last.pt")

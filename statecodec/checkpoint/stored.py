@@ -14,7 +14,7 @@ from statecodec import codecs, kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, TensorInfo, Window
-from statecodec.checkpoint.companions import Companions
+from statecodec.checkpoint.decoded_chunks import DecodedChunks
 from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.sniff import not_compressed
@@ -41,7 +41,7 @@ class StoredCheckpoint(Checkpoint):
     def __init__(self, path: Path, reader: Reader, document: documents.Document, beside: Path | None = None) -> None:
         self.path, self.reader, self.document = path, reader, document
         self.beside = path.parent if beside is None else beside
-        self._kept = Companions()
+        self._kept = DecodedChunks()
         self._bases: list[StoredCheckpoint] = []
         self._lock = threading.Lock()
         self.items = tuple(
@@ -138,7 +138,7 @@ class StoredCheckpoint(Checkpoint):
         chunk: int,
         device: torch.device | None = None,
         scratch: ThreadScratch | None = None,
-        given: codecs.Given | None = None,
+        companions: codecs.Companions | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """A chunk in pieces that are good until the next: (first element in the item, decoded elements).
 
@@ -154,7 +154,7 @@ class StoredCheckpoint(Checkpoint):
                 codec.decode_piece(parts, place.shape, piece.start, out, host)
                 yield place.start + piece.start, out
         else:
-            yield place.start, self.decode_chunk(item, chunk, device, scratch, given)
+            yield place.start, self.decode_chunk(item, chunk, device, scratch, companions)
 
     def decode_chunk(
         self,
@@ -162,12 +162,12 @@ class StoredCheckpoint(Checkpoint):
         chunk: int,
         device: torch.device | None = None,
         scratch: ThreadScratch | None = None,
-        given: codecs.Given | None = None,
+        companions: codecs.Companions | None = None,
     ) -> Tensor:
         """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
 
         With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
-        `given`: the chunk's companions, if they are decoded already.
+        `companions`: the chunk's companions, if they are decoded already.
         """
         kept = self._kept.take((item, chunk))
         if kept is not None:
@@ -185,16 +185,16 @@ class StoredCheckpoint(Checkpoint):
             out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), torch.device("cpu"))
-        given = self._given(item, place) if given is None else given
+        companions = self._companions(item, place) if companions is None else companions
         if device is None or device.type == "cpu" or not codec.portable:
-            codec.decode_into(parts, out, kernels.host(), given)
+            codec.decode_into(parts, out, kernels.host(), companions)
             return out
         there = self._empty(item, tuple(shape), device)
         moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
-        codec.decode_into(moved, there, kernels.resolve(None, device), given)
+        codec.decode_into(moved, there, kernels.resolve(None, device), companions)
         return out.copy_(there)
 
-    def _given(self, item: int, chunk: Chunk) -> codecs.Given:
+    def _companions(self, item: int, chunk: Chunk) -> codecs.Companions:
         """The companions of a chunk, decoded: values of the same elements of other items."""
         named = self.reader.items[item].companions
         return {role: self._companion(self.reader.index(name), chunk) for role, name in named.items()}

@@ -77,7 +77,7 @@ def _is_smaller(source: SourceCheckpoint, item: SourceItem, master: SourceItem, 
         x = source.chunk(item, chunk)
         try:
             decoded = codec.encode(source.chunk(master, chunk)).decode()
-            parts = codecs.Ulps().encode(x, given={"master": decoded}).parts
+            parts = codecs.Ulps().encode(x, companions={"master": decoded}).parts
         except UnencodableValues:
             return False
         alone, beside = alone + packed_size({"data": x}, packing), beside + packed_size(parts, packing)

@@ -3,7 +3,7 @@
 To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`, a section to docs/codecs.md.
 """
 
-from statecodec.codecs.base import NOTHING, Codec, EncodedTensor, Given, PartSpec, rows_cols
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, EncodedTensor, PartSpec
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.changes import Change
 from statecodec.codecs.companded import Companded
@@ -14,6 +14,7 @@ from statecodec.codecs.folded import Folded
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
+from statecodec.codecs.rows import rows_cols
 from statecodec.codecs.same import Same
 from statecodec.codecs.shared import Shared
 from statecodec.codecs.spec import format_codec, from_config, get, names, parse
@@ -22,7 +23,7 @@ from statecodec.codecs.ulps import Ulps
 from statecodec.codecs.uniform import Uniform
 
 __all__ = [
-    "INNER", "NOTHING", "Cast", "Change", "Codec", "Companded", "Direction", "Dropped", "EncodedTensor", "Encoding",
-    "Folded", "Given", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split", "Ulps", "Uniform",
-    "format_codec", "from_config", "get", "names", "parse", "rows_cols",
+    "INNER", "NO_COMPANIONS", "Cast", "Change", "Codec", "Companded", "Companions", "Direction", "Dropped",
+    "EncodedTensor", "Encoding", "Folded", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split",
+    "Ulps", "Uniform", "format_codec", "from_config", "get", "names", "parse", "rows_cols",
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from statecodec import dtypes, kernels
+from statecodec.codecs.rows import FIRST, LAST, rows_cols
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
 from statecodec.kernels.fused import StateStorage
@@ -36,10 +37,10 @@ _FLAG_TEXTS = {
     kernels.OUT_OF_RANGE: "values beyond fp16's range",
 }
 
-Given: TypeAlias = "Mapping[str, Tensor]"
+Companions: TypeAlias = "Mapping[str, Tensor]"
 """Companions of a tensor: role -> the values of the same elements, in a shape of as many."""
 
-NOTHING: Given = MappingProxyType({})
+NO_COMPANIONS: Companions = MappingProxyType({})
 
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
@@ -60,58 +61,9 @@ class PartSpec:
         return self.numel * self.dtype.itemsize
 
 
-FIRST, LAST = "first", "last"
-
-
-def rows_cols(shape: tuple[int, ...], rows: str = FIRST) -> tuple[int, int]:
-    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(n, ...)` -> (n, product of the rest).
-
-    With rows along the last dimension, as files of format 1.0 have them, `(..., q)` -> (product of the rest, q).
-    """
-    if len(shape) < 2:
-        return 1, math.prod(shape)
-    if rows == LAST:
-        return math.prod(shape[:-1]), shape[-1]
-    return shape[0], math.prod(shape[1:])
-
-
-def along_the_last(version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The fields of a codec whose version 1 had rows along the last dimension only."""
-    return {**fields, "rows": LAST} if version == 1 and "rows" not in fields else None
-
-
-def in_rows(shape: tuple[int, ...], cols: int, rows: str = FIRST) -> tuple[int, ...]:
-    """The shape of what has `cols` numbers for every row of a tensor of this shape."""
-    if len(shape) < 2:
-        return (cols,)
-    return (*(shape[:-1] if rows == LAST else shape[:1]), cols)
-
-
-def as_rows(x: Tensor, rows: str = FIRST) -> Tensor:
-    """`x` (contiguous) as an fp32 matrix of rows: a view if it is fp32 already."""
-    return x.to(torch.float32).view(rows_cols(tuple(x.shape), rows))
-
-
 def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The parts of a nested codec, which are stored under `prefix.`."""
     return {k.removeprefix(prefix + "."): t for k, t in parts.items() if k.startswith(prefix + ".")}
-
-
-def store(values: Tensor, out: Tensor) -> None:
-    """Decoded fp32 values of a finite tensor (overwritten) into `out`: rounding up to infinity stops at the largest
-    value, such as 65536 for an fp16 tensor's 65504.
-    """
-    largest = min(torch.finfo(out.dtype).max, torch.finfo(values.dtype).max)
-    out.copy_(values.clamp_(-largest, largest))
-
-
-def rounding(bound: Tensor, x: Tensor) -> Tensor:
-    """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32
-    product.
-    """
-    unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
-    size = x.to(torch.float64).abs() + bound
-    return bound + size * (unit[0] + 2.0**-22) + unit[1] + 2.0**-149
 
 
 @dataclass(frozen=True)
@@ -138,12 +90,12 @@ class Codec(ABC):
 
     @abstractmethod
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
         """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues.
 
-        `given` holds the companions that `needs` names (see `needs_decoded`). Returns the sums of the error made where
-        the codec knows them without decoding, else None.
+        `companions`: the values of the tensors that `needs` names, by role (see `needs_decoded`). Returns the sums of
+        the error made where the codec knows them without decoding, else None.
         """
 
     @property
@@ -173,15 +125,15 @@ class Codec(ABC):
 
     @abstractmethod
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         """Decode parts into `out` (contiguous; the tensor's own shape and dtype).
 
-        `given` holds the companions that `needs` names, as the reader has them: decoded.
+        `companions`: the values of the tensors that `needs` names, by role, as the reader has them: decoded.
         """
 
     @abstractmethod
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         """Elementwise bound on |decode(encode(x)) - x|, float64, same shape as `x`; 0 where the codec is exact.
 
         Of a codec with companions: where they are decoded to exactly what they were.
@@ -210,13 +162,13 @@ class Codec(ABC):
         """Cut points inside a row must be multiples of this; None if the tensor cannot be cut at all."""
         return 1
 
-    def encode(self, x: Tensor, backend: str | None = None, given: Given = NOTHING) -> EncodedTensor:
+    def encode(self, x: Tensor, backend: str | None = None, companions: Companions = NO_COMPANIONS) -> EncodedTensor:
         """Encode a whole tensor. `backend` is `reference`, `cpu` or `triton`; by default the one for x's device."""
         shape, x = tuple(x.shape), x.detach().contiguous()
         chosen = kernels.resolve(backend, x.device)
         specs = self.parts(shape, dtypes.of(x.dtype))
         parts = {k: torch.empty(s.shape, dtype=s.dtype.torch, device=x.device) for k, s in specs.items()}
-        self.encode_into(x, parts, chosen, given)
+        self.encode_into(x, parts, chosen, companions)
         return EncodedTensor(self, shape, x.dtype, parts)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> EncodedTensor:
@@ -242,10 +194,10 @@ class Codec(ABC):
         }
         return {"name": self.name, "version": self.version, **plain}
 
-    def companion(self, given: Given, like: Tensor) -> Tensor:
+    def companion(self, companions: Companions, like: Tensor) -> Tensor:
         """The one companion that this codec needs, as flat fp32 values on the device of `like`. Raises UsageError."""
         (role,) = self.needs
-        values = given.get(role)
+        values = companions.get(role)
         if values is None or values.numel() != like.numel():
             shape = "nothing" if values is None else f"{values.numel()} elements"
             raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {shape}")
@@ -299,14 +251,16 @@ class EncodedTensor:
             return part.device
         return torch.device("cpu")
 
-    def decode(self, out: Tensor | None = None, backend: str | None = None, given: Given = NOTHING) -> Tensor:
+    def decode(
+        self, out: Tensor | None = None, backend: str | None = None, companions: Companions = NO_COMPANIONS
+    ) -> Tensor:
         """The decoded tensor, into `out` if there is one (contiguous, same shape and dtype).
 
-        `given` are the decoded companions that the codec needs.
+        `companions` are the decoded companions that the codec needs.
         """
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.codec.decode_into(self.parts, out, kernels.resolve(backend, self.device), given)
+        self.codec.decode_into(self.parts, out, kernels.resolve(backend, self.device), companions)
         return out
 
     def to(self, device: torch.device | str) -> EncodedTensor:

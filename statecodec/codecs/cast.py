@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from statecodec.lazy import torch
 
@@ -39,7 +39,7 @@ class Cast(Codec):
         return {"data": PartSpec(_TARGETS[self.to], shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         data = parts["data"]
         data.copy_(x.view(data.shape))
@@ -49,11 +49,11 @@ class Cast(Codec):
             self.refuse(kernels.INF * bool(overflowed.any()))
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         out.copy_(parts["data"].view(out.shape))
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         relative, absolute = _UNITS[self.to]
         size = x.to(torch.float64).abs()
         exact = x.to(_TARGETS[self.to].torch).to(torch.float64) == x.to(torch.float64)

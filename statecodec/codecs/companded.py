@@ -9,20 +9,9 @@ from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import (
-    FIRST,
-    LAST,
-    NOTHING,
-    Codec,
-    Given,
-    PartSpec,
-    along_the_last,
-    as_rows,
-    in_rows,
-    rounding,
-    rows_cols,
-    store,
-)  # fmt: skip
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.rows import FIRST, LAST, along_the_last, as_rows, in_rows, rows_cols
 from statecodec.dtypes import BFLOAT16, INT8, UINT8, DType
 from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 from statecodec.kernels.fused import StateStorage
@@ -113,7 +102,7 @@ class Companded(Codec):
         return StateStorage(self.levels, self.group) if self.rows == FIRST else None
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         flags = backend.encode_companded(
             as_rows(x, self.rows), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
@@ -121,18 +110,16 @@ class Companded(Codec):
         self.refuse(flags)
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        exact = out.dtype == torch.float32
-        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        rows = target.view(self.rows_cols(tuple(out.shape)))
+        values = fp32_like(out)
+        rows = values.view(self.rows_cols(tuple(out.shape)))
         backend.decode_companded(
             parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group
         )
-        if not exact:
-            store(target, out)
+        store(values, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         if not x.numel():
             return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         values = as_rows(x.contiguous(), self.rows).to(torch.float64)

@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.rows import as_rows
 from statecodec.codecs.uniform import grid_bound
 from statecodec.dtypes import INT32, DType
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP, Grid
@@ -54,24 +56,22 @@ class Direction(Codec):
         return {"codes": PartSpec(INT32, shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
-        v, codes = self.companion(given, x), parts["codes"].view(-1)
-        flags, made = backend.encode_direction(as_rows(x).view(-1), v, codes, grid=self.grid, eps=self.eps)
+        v, codes = self.companion(companions, x), parts["codes"].view(-1)
+        flags, sums = backend.encode_direction(as_rows(x).view(-1), v, codes, grid=self.grid, eps=self.eps)
         self.refuse(flags)
-        return made if x.dtype == torch.float32 else None
+        return sums if x.dtype == torch.float32 else None
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        v, exact = self.companion(given, out), out.dtype == torch.float32
-        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        backend.decode_direction(parts["codes"].view(-1), v, target.view(-1), grid=self.grid, eps=self.eps)
-        if not exact:
-            store(target, out)
+        v, values = self.companion(companions, out), fp32_like(out)
+        backend.decode_direction(parts["codes"].view(-1), v, values.view(-1), grid=self.grid, eps=self.eps)
+        store(values, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
-        divisor = self.companion(given, x).to(torch.float64).sqrt().view(x.shape) + self.eps
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
+        divisor = self.companion(companions, x).to(torch.float64).sqrt().view(x.shape) + self.eps
         direction = x.to(torch.float64) / divisor
         bound = grid_bound(direction, self.grid) + direction.abs() * 2.0**-21  # the root's and both products' rounding
         return rounding(bound * divisor, x)

@@ -7,22 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import (
-    FIRST,
-    LAST,
-    NOTHING,
-    Codec,
-    Given,
-    PartSpec,
-    along_the_last,
-    as_rows,
-    in_rows,
-    inner_parts,
-    rounding,
-    rows_cols,
-    store,
-)  # fmt: skip
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, inner_parts
+from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.raw import Raw
+from statecodec.codecs.rows import FIRST, LAST, along_the_last, as_rows, in_rows, rows_cols
 from statecodec.dtypes import FLOAT32, DType
 from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
@@ -83,25 +71,23 @@ class Folded(Codec):
         return replace(inner, block=self.block)
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         mean = torch.empty(self.mean_shape(tuple(x.shape)), dtype=torch.float32, device=x.device)
         self.refuse(backend.fold_mean(as_rows(x, self.rows), self._matrix(mean), block=self.block))
         self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         shape = tuple(out.shape)
         mean = torch.empty(self.mean_shape(shape), dtype=torch.float32, device=out.device)
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
-        exact = out.dtype == torch.float32
-        target = out if exact else torch.empty(shape, dtype=torch.float32, device=out.device)
-        backend.unfold(self._matrix(mean), self._matrix(target), block=self.block)
-        if not exact:
-            store(target, out)
+        values = fp32_like(out)
+        backend.unfold(self._matrix(mean), self._matrix(values), block=self.block)
+        store(values, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         shape = tuple(x.shape)
         values = as_rows(x.contiguous(), self.rows)
         mean = torch.empty(self.mean_shape(shape), dtype=torch.float32, device=x.device)

@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import INT16, DType
 from statecodec.kernels.grids import MAX_PER_OCTAVE, LogGrid
 from statecodec.kernels.reference.statistics import Comparison
@@ -44,25 +46,23 @@ class Logarithmic(Codec):
         return {"codes": PartSpec(INT16, shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
         values = as_rows(x).view(-1)
         if x.dtype == torch.float64:  # below fp32's range: its smallest number, not 0
             values = torch.where((x.view(-1) > 0) & (values == 0), 2.0**-149, values)
-        flags, made = backend.encode_logarithmic(values, parts["codes"].view(-1), grid=self.grid)
+        flags, sums = backend.encode_logarithmic(values, parts["codes"].view(-1), grid=self.grid)
         self.refuse(flags)
-        return made if x.dtype == torch.float32 else None
+        return sums if x.dtype == torch.float32 else None
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        exact = out.dtype == torch.float32
-        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        backend.decode_logarithmic(parts["codes"].view(-1), target.view(-1), grid=self.grid)
-        if not exact:
-            store(target, out)
+        values = fp32_like(out)
+        backend.decode_logarithmic(parts["codes"].view(-1), values.view(-1), grid=self.grid)
+        store(values, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         size = x.to(torch.float64).abs()
         # Half a code, and the polynomial's own error of 1.2e-4 octaves.
         relative = 2.0 ** (0.5 / self.steps + 1.3e-4) - 1.0

@@ -7,20 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import (
-    FIRST,
-    LAST,
-    NOTHING,
-    Codec,
-    Given,
-    PartSpec,
-    along_the_last,
-    rounding,
-    rows_cols,
-    store,
-)  # fmt: skip
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
 from statecodec.codecs.chunking import PIECE_ELEMENTS, iterate
+from statecodec.codecs.fp32 import rounding, store
 from statecodec.codecs.raw import Raw
+from statecodec.codecs.rows import FIRST, LAST, along_the_last, rows_cols
 from statecodec.dtypes import FLOAT32, DType, of
 from statecodec.lazy import torch
 
@@ -73,7 +64,7 @@ class LowRank(Codec):
         return None
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         matrix = x.view(self.rows_cols(tuple(x.shape))).to(torch.float64)
         self.refuse(
@@ -88,7 +79,7 @@ class LowRank(Codec):
         parts["right"].copy_(right)
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         shape = tuple(out.shape)
         matrix = out.view(self.rows_cols(shape))
@@ -118,7 +109,7 @@ class LowRank(Codec):
             product.square_()
         store(product, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         matrix = x.to(torch.float64).reshape(self.rows_cols(tuple(x.shape)))
         if not matrix.numel():
             return torch.zeros(x.shape, dtype=torch.float64, device=x.device)

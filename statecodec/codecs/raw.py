@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
 from statecodec.dtypes import DType
 from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
@@ -30,14 +30,14 @@ class Raw(Codec):
         return StateStorage()
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         parts["data"].copy_(x.view(parts["data"].shape))
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         out.copy_(parts["data"].view(out.shape))
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64, device=x.device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import dtypes, kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
 from statecodec.dtypes import DType
 from statecodec.errors import FormatError, UnencodableValues
 from statecodec.lazy import torch
@@ -31,22 +31,22 @@ class Same(Codec):
         return {}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        if not torch.equal(_bytes(x), _bytes(self._original(x, given))):
+        if not torch.equal(_bytes(x), _bytes(self._original(x, companions))):
             raise UnencodableValues("it is no copy of the tensor that it seemed to repeat")
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        out.copy_(self._original(out, given).view(out.shape))
+        out.copy_(self._original(out, companions).view(out.shape))
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
 
-    def _original(self, like: Tensor, given: Given) -> Tensor:
+    def _original(self, like: Tensor, companions: Companions) -> Tensor:
         """The companion's numbers as they are, not as fp32."""
-        values = given.get("original")
+        values = companions.get("original")
         if values is None or values.numel() != like.numel() or values.dtype != like.dtype:
             found = "nothing" if values is None else f"{values.numel()} elements of {dtypes.of(values.dtype)}"
             raise FormatError(

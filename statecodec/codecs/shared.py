@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, inner_parts, rounding, store
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, inner_parts
+from statecodec.codecs.fp32 import rounding, store
 from statecodec.codecs.raw import Raw
 from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import UnsupportedTensor
@@ -60,14 +61,14 @@ class Shared(Codec):
         return replace(inner, dims=self.dims)
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         mean = self._mean(x)
         self.refuse(kernels.NAN * bool(mean.isnan().any()) | kernels.INF * bool(mean.isinf().any()))
         self.inner.encode_into(mean, inner_parts(parts, "mean"), backend)
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         mean = torch.empty(self.mean_shape(tuple(out.shape)), dtype=torch.float32, device=out.device)
         self.inner.decode_into(inner_parts(parts, "mean"), mean, backend)
@@ -103,7 +104,7 @@ class Shared(Codec):
             at = at // shape[dim]
         out.view(-1).copy_(rounded.view(-1)[index])
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         mean = self._mean(x)
         return rounding((x.to(torch.float64) - mean.to(torch.float64)).abs() + self.inner.error_bound(mean), x)
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.fp32 import fp32_like, rounding
+from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import BFLOAT16, FLOAT16, INT8, INT16, DType
 from statecodec.lazy import torch
 
@@ -42,7 +44,7 @@ class Split(Codec):
         return {"high": PartSpec(_HIGH[self.high], shape), "low": PartSpec(_LOW[self.low_bits], shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         values = as_rows(x)
         if x.dtype == torch.float64:
@@ -50,15 +52,14 @@ class Split(Codec):
         self.refuse(backend.encode_split(values.view(-1), parts["high"].view(-1), parts["low"].view(-1)))
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        exact = out.dtype == torch.float32
-        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        backend.decode_split(parts["high"].view(-1), parts["low"].view(-1), target.view(-1))
-        if not exact:
-            out.copy_(target)
+        values = fp32_like(out)
+        backend.decode_split(parts["high"].view(-1), parts["low"].view(-1), values.view(-1))
+        if values is not out:
+            out.copy_(values)  # not `store`: infinities stay
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         size = x.to(torch.float32).to(torch.float64).abs()
         if self.high == "bf16":
             # Next to fp32's maximum the 24-bit rounding saturates instead of reaching infinity: one unit, not half.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
 from statecodec.dtypes import BFLOAT16, FLOAT16, INT16, DType
 from statecodec.errors import UnencodableValues, UnsupportedTensor
 from statecodec.lazy import torch
@@ -38,23 +38,23 @@ class Ulps(Codec):
         return {"ulps": PartSpec(INT16, shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        rounded = self.companion(given, x).to(x.dtype)
+        rounded = self.companion(companions, x).to(x.dtype)
         self.refuse(kernels.NAN * bool(x.isnan().any()))
         if rounded.isnan().any():  # which NaN it rounds to depends on the machine
             raise UnencodableValues(f"{self.name} cannot follow a master that holds NaN; raw keeps it as it is")
         torch.sub(_rank(x.view(-1)), _rank(rounded), out=parts["ulps"].view(-1))
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        rounded = self.companion(given, out).to(out.dtype)
+        rounded = self.companion(companions, out).to(out.dtype)
         if parts["ulps"].any():
             rounded = _rank((_rank(rounded) + parts["ulps"].view(-1)).view(out.dtype)).view(out.dtype)
         out.copy_(rounded.view(out.shape))
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
 
 

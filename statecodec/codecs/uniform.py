@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NOTHING, Codec, Given, PartSpec, as_rows, rounding, store
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import INT32, DType
 from statecodec.kernels.grids import LIMIT, MAX_STEP, MIN_STEP, Grid
 from statecodec.kernels.reference.statistics import Comparison
@@ -45,22 +47,20 @@ class Uniform(Codec):
         return {"codes": PartSpec(INT32, shape)}
 
     def encode_into(
-        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, given: Given = NOTHING
+        self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
-        flags, made = backend.encode_uniform(as_rows(x).view(-1), parts["codes"].view(-1), grid=self.grid)
+        flags, sums = backend.encode_uniform(as_rows(x).view(-1), parts["codes"].view(-1), grid=self.grid)
         self.refuse(flags)
-        return made if x.dtype == torch.float32 else None
+        return sums if x.dtype == torch.float32 else None
 
     def decode_into(
-        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, given: Given = NOTHING
+        self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        exact = out.dtype == torch.float32
-        target = out if exact else torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        backend.decode_uniform(parts["codes"].view(-1), target.view(-1), grid=self.grid)
-        if not exact:
-            store(target, out)
+        values = fp32_like(out)
+        backend.decode_uniform(parts["codes"].view(-1), values.view(-1), grid=self.grid)
+        store(values, out)
 
-    def error_bound(self, x: Tensor, given: Given = NOTHING) -> Tensor:
+    def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         return rounding(grid_bound(x.to(torch.float64), self.grid), x)
 
 

@@ -27,7 +27,7 @@ from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
 from statecodec.choose.steps import codes_per_octave, finer
 from statecodec.codecs import Change, Codec, Encoding
-from statecodec.codecs.base import Given
+from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
@@ -259,11 +259,11 @@ class Compression:
     def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> EncodedChunk:
         if isinstance(codec, codecs.Raw):
             return EncodedChunk({"data": x})
-        given = self._given(item, codec, chunk)
+        companions = self._companions(item, codec, chunk)
         if codec.repeats:
-            codec.encode_into(x, {}, kernels.host(), given)
+            codec.encode_into(x, {}, kernels.host(), companions)
             return EncodedChunk({})
-        return EncodedChunk(*self.processor.encode(codec, x, given))
+        return EncodedChunk(*self.processor.encode(codec, x, companions))
 
     def instead(self, index: int) -> Codec:
         """The codec of an item whose own refused its values."""
@@ -271,7 +271,7 @@ class Compression:
         self.recoded[index] = codec
         return codec
 
-    def _given(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Given:
+    def _companions(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Companions:
         """The companions' values of the same elements, as they are in the source or as they will be read back."""
         names = self.choices[item.name].companions
         found = {}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from statecodec import codecs, dtypes, kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.codecs import Codec
-from statecodec.codecs.base import Given
+from statecodec.codecs.base import Companions
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
@@ -45,7 +45,7 @@ class Processor(Protocol):
     def workers(self, threads: int) -> int:
         """How many workers keep `threads` cores busy."""
 
-    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
         """Parts, and the error made (None: not any). Raises UnencodableValues."""
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
@@ -66,14 +66,14 @@ class Cpu:
     def workers(self, threads: int) -> int:
         return threads
 
-    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
         specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
         parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
-        comparison = codec.encode_into(x, parts, kernels.host(), given)
+        comparison = codec.encode_into(x, parts, kernels.host(), companions)
         if comparison is None and not codec.exact:
             decoded = self.scratch.take("decoded", x.dtype, tuple(x.shape))
-            codec.decode_into(parts, decoded, kernels.host(), given)
-            comparison = compared(codec, x, decoded, given)
+            codec.decode_into(parts, decoded, kernels.host(), companions)
+            comparison = compared(codec, x, decoded, companions)
         return parts, comparison
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
@@ -126,14 +126,14 @@ class Cuda:
     def workers(self, threads: int) -> int:
         return 2 * threads
 
-    def encode(self, codec: Codec, x: Tensor, given: Given) -> Encoded:
+    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
         if not codec.portable:
-            return self._cpu.encode(codec, x, {role: values.to("cpu") for role, values in given.items()})
+            return self._cpu.encode(codec, x, {role: values.to("cpu") for role, values in companions.items()})
         specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
         back = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         with self.running():
             values = x.to(self.device, non_blocking=True)
-            beside = {role: other.to(self.device, non_blocking=True) for role, other in given.items()}
+            beside = {role: other.to(self.device, non_blocking=True) for role, other in companions.items()}
             parts = {name: torch.empty_like(part, device=self.device) for name, part in back.items()}
             comparison = codec.encode_into(values, parts, self._backend, beside)
             for name, part in parts.items():
@@ -152,13 +152,13 @@ class Cuda:
 
 
 def compared(
-    codec: Codec, x: Tensor, decoded: Tensor, given: Given, backend: kernels.Backend | None = None
+    codec: Codec, x: Tensor, decoded: Tensor, companions: Companions, backend: kernels.Backend | None = None
 ) -> Comparison:
     """Sums of the error between values; of a direction, between update directions."""
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
     if isinstance(codec, codecs.Direction):
-        divisor = given["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
+        divisor = companions["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
         x, decoded = x / divisor, decoded / divisor
     return (backend or kernels.host()).compare(x.reshape(-1), decoded.reshape(-1))
 

@@ -95,7 +95,7 @@ def test_the_bound_is_not_idle(text: str) -> None:
     codec = codecs.parse(text)
     x = sample(codec, (40, 300), torch.float32, seed=3)
     given = companions(codec, x)
-    error = (codec.encode(x, given=given).decode(given=given).double() - x.double()).abs()
+    error = (codec.encode(x, companions=given).decode(companions=given).double() - x.double()).abs()
     bound = codec.error_bound(x, given)
     if text in EXACT:
         assert error.max() == 0

@@ -29,7 +29,7 @@ def test_the_largest_values_stay_finite_or_are_refused(spec: str, dtype: torch.d
         for backend in ("reference", "cpu"):
             try:
                 given = dict.fromkeys(codec.needs, x)
-                decoded = codec.encode(x, backend, given).decode(backend=backend, given=given)
+                decoded = codec.encode(x, backend, given).decode(backend=backend, companions=given)
             except UnencodableValues:
                 continue
             assert decoded.isfinite().all()

@@ -28,8 +28,8 @@ def test_weights_come_back_bit_for_bit_whatever_the_master_is_stored_as(dtype: t
     exact = master()
     weight = exact.to(dtype)
     decoded = codecs.parse(form).encode(exact).decode()
-    encoded = codecs.Ulps().encode(weight, given={"master": decoded})
-    assert torch.equal(bits(encoded.decode(given={"master": decoded})), bits(weight))
+    encoded = codecs.Ulps().encode(weight, companions={"master": decoded})
+    assert torch.equal(bits(encoded.decode(companions={"master": decoded})), bits(weight))
     share = encoded.parts["ulps"].count_nonzero() / weight.numel()
     assert share == 0 if form == "raw" else share < (0.3 if dtype == torch.bfloat16 else 1)
     if form == "uniform(step=1e-5)" and dtype == torch.bfloat16:
@@ -42,8 +42,8 @@ def test_masters_that_round_to_nothing_keep_their_weights() -> None:
     decoded = codecs.parse("uniform(step=1e-3)").encode(exact).decode()
     assert not decoded.any()
     weight = exact.bfloat16()
-    encoded = codecs.Ulps().encode(weight, given={"master": decoded})
-    assert torch.equal(bits(encoded.decode(given={"master": decoded})), bits(weight))
+    encoded = codecs.Ulps().encode(weight, companions={"master": decoded})
+    assert torch.equal(bits(encoded.decode(companions={"master": decoded})), bits(weight))
 
 
 @settings(deadline=None, max_examples=40)
@@ -62,16 +62,18 @@ def test_any_number_from_any_other(number: int, ulps: int, dtype: torch.dtype) -
     start = number % len(order)
     at = min(max(start + ulps, 0), len(order) - 1)
     given = {"master": order[start].to(torch.float32)}
-    encoded = codecs.Ulps().encode(order[at], given=given)
+    encoded = codecs.Ulps().encode(order[at], companions=given)
     assert (int(encoded.parts["ulps"]) - (at - start)) % 2**16 == 0
-    assert torch.equal(bits(encoded.decode(given=given)), bits(order[at]))
+    assert torch.equal(bits(encoded.decode(companions=given)), bits(order[at]))
 
 
 def test_pieces_concatenate_to_the_whole() -> None:
     wide = master(3)
     weight = (wide + 1e-4 * master(4)).bfloat16()
-    whole = codecs.Ulps().encode(weight, given={"master": wide}).parts["ulps"]
-    pieces = [codecs.Ulps().encode(w, given={"master": m}) for w, m in zip(weight.split(7), wide.split(7), strict=True)]
+    whole = codecs.Ulps().encode(weight, companions={"master": wide}).parts["ulps"]
+    pieces = [
+        codecs.Ulps().encode(w, companions={"master": m}) for w, m in zip(weight.split(7), wide.split(7), strict=True)
+    ]
     assert whole.any()
     assert torch.equal(torch.cat([p.parts["ulps"] for p in pieces]), whole)
 
@@ -80,16 +82,16 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     wide = master()
     weight = wide.bfloat16()
     with pytest.raises(UnencodableValues, match="ulps"):
-        codecs.Ulps().encode(torch.full_like(weight, torch.nan), given={"master": wide})
+        codecs.Ulps().encode(torch.full_like(weight, torch.nan), companions={"master": wide})
     lost = wide.clone()
     lost[3, 5] = torch.nan
     with pytest.raises(UnencodableValues, match="ulps"):
-        codecs.Ulps().encode(weight, given={"master": lost})
+        codecs.Ulps().encode(weight, companions={"master": lost})
     with pytest.raises(UnsupportedTensor):
-        codecs.Ulps().encode(wide, given={"master": wide})
+        codecs.Ulps().encode(wide, companions={"master": wide})
     for given_ in ({}, {"master": wide[1:]}):
         with pytest.raises(UsageError, match="master"):
-            codecs.Ulps().encode(weight, given=given_)
+            codecs.Ulps().encode(weight, companions=given_)
 
 
 def test_any_parts_decode_to_something() -> None:
@@ -98,7 +100,7 @@ def test_any_parts_decode_to_something() -> None:
     for ulps in (-(2**15), -1, 2**15 - 1):
         for dtype in NARROW:
             parts = {"ulps": torch.full((6,), ulps, dtype=torch.int16)}
-            decoded = codecs.EncodedTensor(codecs.Ulps(), (6,), dtype, parts).decode(given={"master": edge})
+            decoded = codecs.EncodedTensor(codecs.Ulps(), (6,), dtype, parts).decode(companions={"master": edge})
             assert decoded.shape == (6,)
     with pytest.raises(FormatError):
         codecs.EncodedTensor(codecs.Ulps(), (6,), torch.bfloat16, {"ulps": torch.zeros(5, dtype=torch.int16)})

@@ -28,7 +28,7 @@ def signed(codec: Codec) -> bool:
     """Whether the codec takes negative values; those for second moments do not."""
     x = torch.full((4, 4), -1.0)
     try:
-        codec.encode(x, given=dict.fromkeys(codec.needs, x.abs()))
+        codec.encode(x, companions=dict.fromkeys(codec.needs, x.abs()))
     except UnencodableValues:
         return False
     return True
@@ -90,28 +90,28 @@ class CodecContract:
         for shape in taken:
             x = sample(codec, shape, dtype)
             given = companions(codec, x)
-            encoded = codec.encode(x, given=given)
+            encoded = codec.encode(x, companions=given)
             stated = {k: (s.shape, s.dtype) for k, s in codec.parts(shape, of(dtype)).items()}
             assert {k: (tuple(p.shape), of(p.dtype)) for k, p in encoded.parts.items()} == stated
             assert encoded.nbytes == codec.nbytes(shape, of(dtype)) == sum(p.nbytes for p in encoded.parts.values())
             spec = codec.encode(x, "reference", given)
             assert all(torch.equal(bits(part), bits(spec.parts[name])) for name, part in encoded.parts.items())
-            decoded = encoded.decode(given=given)
-            assert torch.equal(bits(decoded), bits(spec.decode(backend="reference", given=given)))
+            decoded = encoded.decode(companions=given)
+            assert torch.equal(bits(decoded), bits(spec.decode(backend="reference", companions=given)))
             assert (decoded.shape, decoded.dtype) == (x.shape, dtype)
             error = (decoded.to(torch.float64) - x.to(torch.float64)).abs()
             bound = codec.error_bound(x, given)
             assert (error <= bound).all(), (shape, (error - bound).max())
             if self.repeats(codec):
-                again = codec.encode(decoded, given=given).decode(given=given)
+                again = codec.encode(decoded, companions=given).decode(companions=given)
                 assert torch.equal(again, decoded), f"{shape}: encoding a decoded tensor moved it"
 
     def test_zeros_decode_to_zeros(self, codec: Codec) -> None:
         x = torch.zeros(4, 260)
         for v in (0.0, 1.0):
             given = {role: torch.full_like(x, v) for role in codec.needs}
-            assert not codec.encode(x, given=given).decode(given=given).any()
-            assert not codec.zeros((4, 260), torch.float32).decode(given=given).any()
+            assert not codec.encode(x, companions=given).decode(companions=given).any()
+            assert not codec.zeros((4, 260), torch.float32).decode(companions=given).any()
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0])
     def test_values_are_kept_or_refused_by_name(self, codec: Codec, value: float) -> None:
@@ -119,7 +119,7 @@ class CodecContract:
         x[2, 150] = value
         given = {role: torch.ones_like(x) for role in codec.needs}
         try:
-            decoded = codec.encode(x, given=given).decode(given=given)
+            decoded = codec.encode(x, companions=given).decode(companions=given)
         except UnencodableValues as error:
             inner = getattr(codec, "inner", codec)
             assert codec.name in str(error) or inner.name in str(error)  # noqa: PT017
@@ -131,8 +131,8 @@ class CodecContract:
         x = sample(codec, (48, 40), torch.float32)
         for view in (x.t(), x[:, ::3], x[::2, 5:]):
             given = companions(codec, view)
-            copied = codec.encode(view.clone(memory_format=torch.contiguous_format), given=given)
-            for name, part in codec.encode(view, given=given).parts.items():
+            copied = codec.encode(view.clone(memory_format=torch.contiguous_format), companions=given)
+            for name, part in codec.encode(view, companions=given).parts.items():
                 assert torch.equal(part.view(torch.uint8), copied.parts[name].view(torch.uint8))
 
     @settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -148,13 +148,13 @@ class CodecContract:
             return
         x = sample(codec, shape, torch.float32, seed)
         given = companions(codec, x)
-        whole, pieces = codec.encode(x, given=given), chunks(codec, shape, FLOAT32, target)
+        whole, pieces = codec.encode(x, companions=given), chunks(codec, shape, FLOAT32, target)
         assert pieces[0].start == 0
         assert [a.stop for a in pieces[:-1]] == [b.start for b in pieces[1:]]
         joined: dict[str, list[Tensor]] = {name: [] for name in whole.parts}
         for piece in pieces:
             own = {role: v.view(-1)[piece.start : piece.stop] for role, v in given.items()}
-            part = codec.encode(x.view(-1)[piece.start : piece.stop].view(piece.shape), given=own)
+            part = codec.encode(x.view(-1)[piece.start : piece.stop].view(piece.shape), companions=own)
             for name, tensor in part.parts.items():
                 joined[name].append(bits(tensor))
         for name, tensor in whole.parts.items():

@@ -170,7 +170,7 @@ def _numbers(encoded: EncodedTensor, companions: Mapping[str, str], others: Mapp
     if isinstance(encoded.codec, LowRank):
         return torch.cat([part.reshape(-1).view(torch.uint8) for part in encoded.parts.values()])
     given = {role: others[name].decode(backend="reference") for role, name in companions.items()}
-    return encoded.decode(backend="reference", given=given)
+    return encoded.decode(backend="reference", companions=given)
 
 
 def hexdump(data: bytes) -> str:

@@ -75,10 +75,10 @@ def test_an_open_file_brings_the_companions(tmp_path: Path) -> None:
             for c in writer.chunks(i):
                 given = {"exp_avg_sq": v.view(-1)[c.start : c.stop]}
                 piece = x.view(-1)[c.start : c.stop].view(c.shape)
-                writer.append(writer.pack(i, c, codec.encode(piece, given=given).parts))
+                writer.append(writer.pack(i, c, codec.encode(piece, companions=given).parts))
         writer.close({})
     rest = rough.encode(v).decode()
-    expected = direction.encode(m, given={"exp_avg_sq": v}).decode(given={"exp_avg_sq": rest})
+    expected = direction.encode(m, companions={"exp_avg_sq": v}).decode(companions={"exp_avg_sq": rest})
     with StoredCheckpoint(path, Reader(path), cast(Any, None)) as stored:  # of tensors alone: there is no document
         assert [len(item.chunks) for item in stored.reader.items] == [2, 2]
         assert torch.equal(stored.decode(0), expected)

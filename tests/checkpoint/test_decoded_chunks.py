@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import statecodec
-from statecodec.checkpoint.companions import Companions
+from statecodec.checkpoint.decoded_chunks import DecodedChunks
 from statecodec.checkpoint.stored import StoredCheckpoint
 
 
 def test_what_is_held_is_bounded_and_taken_once() -> None:
-    held = Companions(keep=100)
+    held = DecodedChunks(keep=100)
     chunks = [torch.zeros(40, dtype=torch.uint8) for _ in range(3)]
     for i, chunk in enumerate(chunks):
         held.put((0, i), chunk)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Key = tuple[int, int]  # item, chunk
 
 
-class Companions:
+class DecodedChunks:
     """The last few decoded chunks, whole. Thread-safe; nobody may change what it holds."""
 
     def __init__(self, keep: int = 24 << 20) -> None:

@@ -1,0 +1,43 @@
+"""Tensors as rows. Groups and blocks of an encoding never cross a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST, LAST = "first", "last"
+
+
+def rows_cols(shape: tuple[int, ...], rows: str = FIRST) -> tuple[int, int]:
+    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(n, ...)` -> (n, product of the rest).
+
+    With rows along the last dimension, as files of format 1.0 have them, `(..., q)` -> (product of the rest, q).
+    """
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    if rows == LAST:
+        return math.prod(shape[:-1]), shape[-1]
+    return shape[0], math.prod(shape[1:])
+
+
+def along_the_last(version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The fields of a codec whose version 1 had rows along the last dimension only."""
+    return {**fields, "rows": LAST} if version == 1 and "rows" not in fields else None
+
+
+def in_rows(shape: tuple[int, ...], cols: int, rows: str = FIRST) -> tuple[int, ...]:
+    """The shape of what has `cols` numbers for every row of a tensor of this shape."""
+    if len(shape) < 2:
+        return (cols,)
+    return (*(shape[:-1] if rows == LAST else shape[:1]), cols)
+
+
+def as_rows(x: Tensor, rows: str = FIRST) -> Tensor:
+    """`x` (contiguous) as an fp32 matrix of rows: a view if it is fp32 already."""
+    return x.to(torch.float32).view(rows_cols(tuple(x.shape), rows))

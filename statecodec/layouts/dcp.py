@@ -8,7 +8,6 @@ file's end) is an error that names it; what is only not understood (a compressed
 from __future__ import annotations
 
 import math
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,10 +17,11 @@ from statecodec.errors import LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource, PartOfBytes
 from statecodec.layouts.base import Box, Crc32, LogicalTensor, Piece, Region, Shape, SourceFile, View
 from statecodec.layouts.dcp_index import INDEX, DcpIndex, DcpItem, TensorAbout, nested, read_index
+from statecodec.layouts.dcp_object import as_torch_saves, graph
 from statecodec.layouts.graph import contiguous, storages
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
-from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
+from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import read_pickle
 from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept
 from statecodec.layouts.regions import physical_shape, stored_region
@@ -37,9 +37,6 @@ name: Final = "dcp"
 
 SHARD: Final = ".distcp"
 _WHOLE: Final = "whole/"  # before the keys of tensors; storages inside of items have a number there
-_FLAT_STATE: Final = re.compile(r"(?:optim(?:izer)?\.)?state\.(.+)\.([^.]+)")
-_FLAT_GROUP: Final = re.compile(r"(?:optim(?:izer)?\.)?param_groups\.(.+)\.([^.]+)")
-_MEGATRON_STATE: Final = re.compile(r"(?:.*\.)?optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param)\.(.+)")
 
 
 def claims(listing: Listing) -> Claim | None:
@@ -90,7 +87,7 @@ def tree(listing: Listing, read: Read) -> Any:
     for each in found:
         if each.item.box is None:
             values[each.item.key] = _bytes(each.item, read) if each.archive is None else each.root
-    return build(_graph(nested(index, values)), tensor)
+    return build(graph(nested(index, values)), tensor)
 
 
 def _bytes(item: DcpItem, read: Read) -> bytes:
@@ -195,42 +192,6 @@ def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
 # ---- the saved object
 
 
-def _regrouped(value: Any) -> Any:
-    """The same object with flattened optimizer states as torch.optim has them: state -> parameter -> tensors."""
-    if type(value) is list:
-        return [_regrouped(v) for v in value]
-    if type(value) is not dict:
-        return value
-    others: dict[str, Any] = {}
-    states: dict[str, dict[str, Any]] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    for key, inner in value.items():
-        if match := _MEGATRON_STATE.fullmatch(key):
-            states.setdefault(match[2], {})[match[1]] = inner
-        elif match := _FLAT_STATE.fullmatch(key):
-            states.setdefault(match[1], {})[match[2]] = inner
-        elif match := _FLAT_GROUP.fullmatch(key):
-            groups.setdefault(match[1], {"params": [match[1]]})[match[2]] = inner
-        else:
-            others[key] = _regrouped(inner)
-    optimizer = {"state": states, "param_groups": list(groups.values())}
-    if not states or not others:
-        return optimizer if states else others
-    weights = {key: inner for key, inner in others.items() if type(inner) is TensorNode}
-    return {**{k: v for k, v in others.items() if k not in weights}, "model": weights, "optimizer": optimizer}
-
-
-def _graph(value: Any) -> Any:
-    """Dicts as nodes of an object graph."""
-    if type(value) is list:
-        return [_graph(v) for v in value]
-    if type(value) is not dict:
-        return value
-    node = DictNode()
-    node.items = [(key, _graph(inner)) for key, inner in value.items()]
-    return node
-
-
 def _nodes(index: DcpIndex) -> dict[str, TensorNode]:
     """Every tensor as a node, on a storage of its own."""
     found = {}
@@ -285,7 +246,7 @@ def _located(listing: Listing, index: DcpIndex, found: list[_Found]) -> Located:
     )
     values = {key: nodes.get(key) for key in index.keys} | {f.item.key: f.root for f in found if f.item.box is None}
     scalars = {nodes[f.item.key].index: f.value for f in found if f.value}
-    root = _graph(_regrouped(nested(index, values)))
+    root = as_torch_saves(nested(index, values))
     windows = tuple((nodes[key],) for key in pieces)
     path = f"{listing.folder}/{INDEX}" if listing.folder else INDEX
     facts = Facts(path, root, index.limit + len(found), True, scalars, windows)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import statecodec
+from statecodec.layouts import locate
 from tests.frameworks.huggingface import Trained
-from tests.frameworks.written import WRITERS, Written, nanochat
+from tests.frameworks.written import WRITERS, Written, nanochat, torchtune
 
 
 @pytest.fixture(scope="module", params=list(WRITERS))
@@ -31,6 +32,42 @@ def test_frameworks_are_named(written: tuple[str, Written], tmp_path: Path) -> N
     made = statecodec.compress(checkpoint.path, tmp_path / "x.sc.safetensors")
     assert made.source["framework"] == said
     assert framework(tmp_path / "x.sc.safetensors") == said
+
+
+AMBIGUOUS = {"Accelerate": 4, "torchtune": 4}
+"""Parameters that have no name: their weights are sorted by name, and shapes leave open which is which."""
+
+
+def test_states_have_the_names_of_their_weights(written: tuple[str, Written]) -> None:
+    name, checkpoint = written
+    source = locate(checkpoint.path)
+    states = [t.param for t in source.tensors if t.role in ("exp_avg", "momentum")]
+    assert len(states) == len(checkpoint.names)
+    assert all(found in (None, wanted) for found, wanted in zip(states, checkpoint.names, strict=True))
+    assert states.count(None) == AMBIGUOUS.get(name, 0)
+    weights = {t.name: t.param for t in source.tensors if t.role == "weight"}
+    assert sorted(map(str, weights.values())) == sorted(checkpoint.names)
+    trained = [weights[m.weight] for m in (*source.moments, *source.momenta) if m.weight is not None]
+    assert sorted(map(str, trained)) == sorted(filter(None, states))
+
+
+def test_torchtune_s_states_that_have_names(tmp_path: Path) -> None:
+    checkpoint = torchtune(tmp_path, by_name=True)
+    assert [m.param for m in locate(tmp_path).moments] == checkpoint.names
+    assert [m.weight for m in locate(tmp_path).moments] == [
+        f"epoch_0/model-00001-of-00001.safetensors:{name}" for name in checkpoint.names
+    ]
+
+
+def test_weights_beside_an_optimizer_are_nobody_else_s(tmp_path: Path) -> None:
+    """A checkpoint that lost its weights, beside one that has them."""
+    for step in (1, 2):
+        torchtune(tmp_path / str(step), by_name=True)
+    (tmp_path / "1" / "recipe_state" / "recipe_state.pt").rename(tmp_path / "1" / "epoch_0" / "optimizer.pt")
+    (tmp_path / "2" / "epoch_0" / "model-00001-of-00001.safetensors").unlink()
+    weights = {m.exp_avg.partition("/")[0]: m.weight for m in locate(tmp_path).moments}
+    assert str(weights["1"]).startswith("1/")
+    assert weights["2"] is None
 
 
 def test_trainer(by_trainer: Callable[[str], Trained]) -> None:

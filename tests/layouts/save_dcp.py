@@ -3,7 +3,8 @@
     python save_dcp.py FOLDER RANKS WIDTH
 
 FOLDER/nested and FOLDER/flat get the checkpoints (the optimizer's state nested, or flattened as torchtitan does it),
-FOLDER/nested.pt and FOLDER/flat.pt what torch's own converter makes of them.
+FOLDER/nested.pt and FOLDER/flat.pt what torch's own converter makes of them. On several ranks FOLDER/fsdp1 gets what
+FSDP1 saves of such a model: each rank's sharded_R.pt and local_R.pt, and DCP folders called as accelerate calls them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
 
 
 class Net(nn.Module):
@@ -58,7 +59,27 @@ def work(rank: int, folder: str, ranks: int, width: int) -> None:
         dist.barrier()
         if rank == 0:
             dcp_to_torch_save(target, f"{target}.pt")
+    if ranks > 1:
+        fsdp1(rank, Path(folder) / "fsdp1", width)
     dist.destroy_process_group()
+
+
+def fsdp1(rank: int, folder: Path, width: int) -> None:
+    torch.manual_seed(0)
+    inner = Net(width)
+    inner.fc = FullyShardedDataParallel(inner.fc, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.randint(0, 2 * width, (32,))).pow(3).mean().backward()
+    optimizer.step()
+    folder.mkdir(exist_ok=True)
+    for kind in ("sharded", "local"):
+        with FullyShardedDataParallel.state_dict_type(model, StateDictType[f"{kind.upper()}_STATE_DICT"]):
+            weights, states = model.state_dict(), FullyShardedDataParallel.optim_state_dict(model, optimizer)
+        torch.save({"model": weights, "optimizer": states}, folder / f"{kind}_{rank}.pt")
+        if kind == "sharded":
+            dcp.save({"model": weights}, checkpoint_id=folder / "state" / "pytorch_model_fsdp_0")
+            dcp.save({"optimizer": states}, checkpoint_id=folder / "state" / "optimizer_0")
 
 
 if __name__ == "__main__":

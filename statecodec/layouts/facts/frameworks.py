@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from statecodec.layouts.base import LogicalTensor
+from statecodec.layouts.facts.local_shards import local_shard
 from statecodec.layouts.listing import ListedFile, Listing
-from statecodec.layouts.pickle.nodes import DictNode, Opaque
+from statecodec.layouts.pickle.nodes import DictNode
 from statecodec.layouts.protocol import Facts, Located
 
 _MOST: Final = 8
@@ -79,7 +80,7 @@ def _of_object(facts: Facts) -> Iterator[str]:
 
 def _is_flat(key: str, value: Any) -> bool:
     """Whether this is a rank's shard of what FSDP1 makes of all parameters of a module."""
-    return type(value) is Opaque and value.name == "ShardedTensor" and _FLAT.fullmatch(key) is not None
+    return local_shard(value) is not None and _FLAT.fullmatch(key) is not None
 
 
 def _is_flash(group: Any) -> bool:

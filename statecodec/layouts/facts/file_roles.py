@@ -1,0 +1,72 @@
+"""What is found out about the tensors of one file, still in terms of the nodes of its object graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TypeAlias
+
+from statecodec.layouts.base import StatePart
+from statecodec.layouts.pickle.nodes import TensorNode
+from statecodec.layouts.protocol import Facts
+from statecodec.roles import Role
+
+WeightNode: TypeAlias = "tuple[FileRoles, TensorNode]"
+"""A weight, and the file that it is in."""
+
+
+@dataclass(frozen=True)
+class AdamNodes:
+    """Moments, still in terms of tensor nodes: the states are of one file, the weight may be of another."""
+
+    param: str | None
+    exp_avg: TensorNode
+    exp_avg_sq: TensorNode
+    weight: WeightNode | None
+    beta1: float
+    beta2: float
+    eps: float
+    lr: float | None
+    weight_decay: float | None
+    step: float | None
+
+
+@dataclass(frozen=True)
+class MomentumNodes:
+    """A momentum without a second moment, and its weight, as `AdamNodes` has them."""
+
+    momentum: TensorNode
+    weight: WeightNode
+    lr: float | None
+    update: float | None
+    orthogonal: bool
+
+
+@dataclass
+class FileRoles:
+    """What is found out about one file's tensors, by their index."""
+
+    facts: Facts
+    roles: dict[int, Role] = field(default_factory=dict)
+    """Absent means "other"."""
+    params: dict[int, str] = field(default_factory=dict)
+    """Names of parameters."""
+    adam: list[AdamNodes] = field(default_factory=list)
+    single: list[MomentumNodes] = field(default_factory=list)
+    tensors: dict[int, str] = field(default_factory=dict)
+    """Names of the logical tensors that are the node's, wholly and alone."""
+    encoded: dict[int, StatePart] = field(default_factory=dict)
+    """Parts of encoded states."""
+
+    @property
+    def path(self) -> str:
+        return self.facts.path
+
+    @property
+    def folder(self) -> str:
+        return str(PurePosixPath(self.path).parent)
+
+
+Weights: TypeAlias = "Mapping[str, WeightNode]"
+"""By name."""

@@ -1,0 +1,108 @@
+"""Which weights an optimizer's states may be about: those of its file, of its folder, and of the folders around."""
+
+from __future__ import annotations
+
+from collections import ChainMap, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from statecodec.layouts.facts.file_roles import FileRoles, WeightNode, Weights
+from statecodec.layouts.facts.names import Candidate, models
+from statecodec.layouts.facts.survey import ModelTensor, Survey
+
+_MAX_ELSEWHERE: Final = 8
+"""Models in other folders: many are many checkpoints side by side, none of which need be an optimizer's."""
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """The weights of all files of a checkpoint, by where they are."""
+
+    files: list[FileRoles]
+    surveys: list[Survey]
+    """What each of the files holds."""
+
+    def candidates(self, file: FileRoles) -> list[list[Candidate]]:
+        """The models that a file's optimizers may be about, nearest first."""
+        beside = self._folders[file.folder]
+        elsewhere = [c for folder in self._folders.values() if folder is not beside for c in folder]
+        return [self._own[file.path], beside, elsewhere if len(elsewhere) <= _MAX_ELSEWHERE else []]
+
+    def weights(self, file: FileRoles, found: Survey) -> Weights:
+        """The weights that names of a file's parameters may mean: of several of one name the nearest."""
+        around = (self._around.get(folder, {}) for folder in _upwards(file.folder))
+        return ChainMap(_by_name(file, found.weights), self._beside.get(file.folder, {}), *around)
+
+    @cached_property
+    def _own(self) -> dict[str, list[Candidate]]:
+        """Each file's models."""
+        pairs = zip(self.files, self.surveys, strict=True)
+        return {file.path: models(found.weights, file.facts.ordered) for file, found in pairs}
+
+    @cached_property
+    def _folders(self) -> dict[str, list[Candidate]]:
+        """Per folder: each file's models, and all files' weights together (a model in several shards)."""
+        folders: dict[str, list[Candidate]] = defaultdict(list)
+        for ordered in (True, False):
+            shards: dict[str, list[ModelTensor]] = defaultdict(list)
+            for file in self.files:
+                candidates = self._own[file.path]
+                folders[file.folder] += []
+                if file.facts.ordered is ordered and candidates:
+                    folders[file.folder] += candidates
+                    shards[file.folder] += [w for c in candidates for w in c.weights]
+            for folder, weights in shards.items():
+                if len(weights) > max(len(c.weights) for c in folders[folder]):
+                    folders[folder].append(Candidate(weights, ordered))
+        return folders
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, WeightNode]]:
+        """For each folder the weights in its files, whose names only one of them has."""
+        found: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
+        for file, seen in zip(self.files, self.surveys, strict=True):
+            found[file.folder].append(_by_name(file, seen.weights))
+        return {folder: _unique(of_files) for folder, of_files in found.items()}
+
+    @cached_property
+    def _around(self) -> dict[str, dict[str, WeightNode]]:
+        """For each folder the weights anywhere in it, whose names only one folder has.
+
+        Weights beside an optimizer are that one's: they are nobody else's.
+        """
+        pairs = zip(self.files, self.surveys, strict=True)
+        trained = {file.folder for file, found in pairs if found.optimizers}
+        inside: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
+        for folder, weights in self._beside.items():
+            for above in _upwards(folder) if folder not in trained else ():
+                inside[above].append(weights)
+        return {folder: _unique(of_folders) for folder, of_folders in inside.items()}
+
+
+def _upwards(folder: str) -> Iterator[str]:
+    """The folder and those that it is in, up to the checkpoint's own."""
+    while folder != ".":
+        yield folder
+        folder = folder.rpartition("/")[0] or "."
+    yield folder
+
+
+def _unique(several: Iterable[dict[str, WeightNode]]) -> dict[str, WeightNode]:
+    """The weights whose names only one of several has."""
+    found: dict[str, WeightNode] = {}
+    twice: set[str] = set()
+    for weights in several:
+        twice |= weights.keys() & found.keys()
+        found |= weights
+    return {name: weight for name, weight in found.items() if name not in twice}
+
+
+def _by_name(file: FileRoles, weights: Iterable[ModelTensor]) -> dict[str, WeightNode]:
+    """A file's weights, no copies of them; of several models the first."""
+    found: dict[str, WeightNode] = {}
+    for weight in weights:
+        if file.roles[weight.node.index] == "weight":
+            found.setdefault(weight.name, (file, weight.node))
+    return found

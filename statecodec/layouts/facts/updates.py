@@ -1,0 +1,83 @@
+"""What one step of an optimizer moves a parameter by: its moments, its weight and the settings of its group."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, Final
+
+from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
+from statecodec.layouts.facts.file_roles import AdamNodes, FileRoles, MomentumNodes, WeightNode
+from statecodec.layouts.pickle.nodes import DictNode, TensorNode
+
+_SCALARS: Final[dict[DType, str]] = {
+    FLOAT32: "<f", FLOAT64: "<d", FLOAT16: "<e",
+    INT64: "<q", INT32: "<i", INT16: "<h", UINT8: "<B", INT8: "<b",
+}  # fmt: skip
+
+
+def adam_nodes(
+    file: FileRoles, state: dict[str, Any], group: dict[str, Any], name: str | None,
+    weight: WeightNode | None,
+) -> AdamNodes | None:  # fmt: skip
+    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
+        return None
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        return None
+    beta1, beta2, eps = (_number(file, value) for value in (*betas, group.get("eps")))
+    if beta1 is None or beta2 is None or eps is None or not m.dtype.is_floating_point or not v.dtype.is_floating_point:
+        return None
+    if weight is not None and (weight[1].shape, weight[1].stride) != (m.shape, m.stride):
+        weight = None
+    lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
+    step = _number(file, state.get("step", group.get("step")))
+    return AdamNodes(name, m, v, weight, beta1, beta2, eps, lr, decay, step)
+
+
+def momentum_nodes(
+    file: FileRoles, state: dict[str, Any], group: dict[str, Any], weight: WeightNode | None
+) -> MomentumNodes | None:
+    """SGD's and Muon's `momentum_buffer`, Lion's `exp_avg`: all of the state, so that a step follows from it alone."""
+    keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
+    if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
+        return None
+    m, lr = state[keys[0]], _number(file, group.get("lr"))
+    if (weight[1].shape, weight[1].stride) != (m.shape, m.stride) or not m.dtype.is_floating_point:
+        return None
+    if keys[0] == "exp_avg":
+        return MomentumNodes(m, weight, lr, 1.0, False)  # Lion's update is a sign
+    if "ns_steps" not in group or not m.shape:
+        return MomentumNodes(m, weight, lr, None, False)
+    # Muon's orthogonal update, scaled for its shape, has an rms of 1 / sqrt(columns), or one like Adam's.
+    like_adam = "match_rms_adamw" in (group.get("adjust_lr_fn"), group.get("adjust"))
+    columns = max(math.prod(m.shape[1:]), 1)
+    return MomentumNodes(m, weight, lr, 0.2 if like_adam else 1 / math.sqrt(columns), True)
+
+
+def _number(file: FileRoles, value: Any) -> float | None:
+    """A finite setting: a plain number, or a one-element tensor read from the file."""
+    if type(value) is TensorNode:
+        data = file.facts.scalars.get(value.index)
+        if data is None or value.bits:
+            return None
+        if value.dtype is BFLOAT16:
+            value = struct.unpack("<f", b"\0\0" + data)[0]
+        elif value.dtype in _SCALARS:
+            value = struct.unpack(_SCALARS[value.dtype], data)[0]
+    if type(value) is int and value.bit_length() > 1000:
+        return None
+    return float(value) if type(value) in (int, float) and math.isfinite(value) else None
+
+
+def common_settings(groups: list[DictNode]) -> dict[str, Any]:
+    """The settings that all groups share."""
+    first = groups[0].strings() if groups else {}
+    plain = {k: v for k, v in first.items() if type(v) in (int, float, tuple)}
+    return {k: v for k, v in plain.items() if all(_same(group.get(k), v) for group in groups)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    pairs = zip(a, b, strict=False) if type(a) is type(b) is tuple and len(a) == len(b) else [(a, b)]
+    return all(type(x) is type(y) and type(x) in (int, float) and x == y for x, y in pairs)

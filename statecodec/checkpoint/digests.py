@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from zlib_ng import zlib_ng
 
+from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.source_files import check_crc
 from statecodec.files import read_exactly
 from statecodec.layouts import Crc32
@@ -20,30 +22,42 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True)
 class FileToHash:
-    """A file to read once, from its start. `crcs`: zip CRCs that must hold (torch.load itself never checks them)."""
+    """A file to read once, from its start. `crcs`: zip CRCs that must hold (torch.load itself never checks them).
+
+    `number`: of the file in the source whose reads are shared.
+    """
 
     path: Path
     nbytes: int
     crcs: tuple[Crc32, ...] = ()
+    number: int = 0
 
 
 class FileHashes(threading.Thread):
     """Hashes files, one after the other, and checks their CRCs, holding no more than one block.
 
-    It reads the files again rather than following the conversion: the pages are in the cache, and the two stay
-    independent. A file that is still being written is followed up to where `advance` says it is complete.
+    Where the reads of a conversion are `shared` it follows their buffers, and reads only what is in none. A file that
+    is still being written is followed up to where `advance` says it is complete.
     """
 
-    def __init__(self, files: Sequence[FileToHash], *, sha256: bool = True, growing: bool = False) -> None:
+    def __init__(
+        self,
+        files: Sequence[FileToHash],
+        *,
+        sha256: bool = True,
+        growing: bool = False,
+        shared: SharedReads | None = None,
+    ) -> None:
         """With `growing`, nothing is read before `advance` allows it (one file only)."""
         super().__init__(name="statecodec-digests", daemon=True)
         self.files = [file for file in files if sha256 or file.crcs]
-        self._sha256 = sha256
+        self._sha256, self._shared = sha256, shared
         self._digests: list[str] = []
         self._error: BaseException | None = None
         self._stopped = False
         self._readable = 0 if growing else sum(file.nbytes for file in files)
         self._changed = threading.Condition()
+        self._block = memoryview(bytearray(_BLOCK if self.files else 0))
 
     def run(self) -> None:
         try:
@@ -63,37 +77,66 @@ class FileHashes(threading.Thread):
         with self._changed:
             self._stopped = True
             self._changed.notify()
+        self._nothing_more()
+
+    def _nothing_more(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
 
     def digests(self) -> list[str]:
         """Hex SHA-256 of each file (none without `sha256`), once the thread is done. Raises MalformedCheckpoint,
         OSError.
         """
+        self._nothing_more()
         self.join()
         if self._error is not None:
             raise self._error
         return self._digests if self._sha256 else []
 
     def _hash(self, file: FileToHash) -> str:
-        sha, block, crcs = hashlib.sha256(), memoryview(bytearray(_BLOCK)), _CrcCheck(file)
-        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            for offset in range(0, file.nbytes, _BLOCK):
-                piece = block[: min(_BLOCK, file.nbytes - offset)]
-                if not self._wait_until(offset + len(piece)):
-                    break
-                read_exactly(fd, offset, piece, str(file.path))
-                if self._sha256:
-                    sha.update(piece)
-                crcs.feed(fd, offset, piece)
-        finally:
-            os.close(fd)
+        sha, crcs, offset = hashlib.sha256(), _CrcCheck(file), 0
+        # The very file that is encoded, whatever has its name by now.
+        with _opened(file.path) if self._shared is None else self._shared.open(file.number) as fd:
+            while offset < file.nbytes and not self._stopped:
+                with self._piece(file, fd, offset) as piece:
+                    if self._sha256:
+                        sha.update(piece)
+                    crcs.feed(fd, offset, piece)
+                    offset += len(piece)
         return sha.hexdigest()
+
+    @contextmanager
+    def _piece(self, file: FileToHash, fd: int, offset: int) -> Iterator[memoryview]:
+        """The next bytes of a file: lent, or read; none if the work is off."""
+        found = self._shared.take(file.number, offset) if self._shared is not None else file.nbytes
+        if self._shared is not None and not isinstance(found, int):
+            try:
+                yield found.data[offset - found.start :]
+            finally:
+                self._shared.give_back(file.number, found)
+            return
+        assert isinstance(found, int)
+        piece = self._block[: min(_BLOCK, found - offset)]
+        if not self._wait_until(offset + len(piece)):
+            yield piece[:0]
+            return
+        read_exactly(fd, offset, piece, str(file.path))
+        yield piece
 
     def _wait_until(self, readable: int) -> bool:
         """Block until so many bytes may be read; False if the work is off."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
         return not self._stopped
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 class _CrcCheck:

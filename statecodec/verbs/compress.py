@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from statecodec.checkpoint.in_memory import MemoryCheckpoint
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.pickles import pickles, require_safe
 from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Rule
@@ -198,7 +200,8 @@ class Compression:
 
     def write(self, output: WriteOptions, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        with self.hashing(self.source.own_files if self.source.on_disk else ()) as hashes:
+        shared = SharedReads(self.source) if self.source.on_disk else None
+        with self.hashing(self.source.own_files if shared else (), shared) as hashes:
 
             def document(refusals: Mapping[str, str]) -> dict[str, Any]:
                 digests = hashes()
@@ -209,7 +212,7 @@ class Compression:
             outcome = write(
                 output,
                 items,
-                self.encode,
+                partial(self.encode, shared=shared),
                 document,
                 "compressing",
                 fallback=self.instead,
@@ -220,11 +223,13 @@ class Compression:
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
     @contextlib.contextmanager
-    def hashing(self, files: Sequence[int]) -> Iterator[Callable[[], dict[int, str]]]:
-        """Read these files of the source beside the work in the block; the function waits for their SHA-256."""
+    def hashing(
+        self, files: Sequence[int], shared: SharedReads | None = None
+    ) -> Iterator[Callable[[], dict[int, str]]]:
+        """Hash these files of the source beside the work in the block; the function waits for their SHA-256."""
         located = self.source.located.files
-        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs) for i in files]
-        hashes = FileHashes(watched, sha256=self.settings.sha256)
+        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs, i) for i in files]
+        hashes = FileHashes(watched, sha256=self.settings.sha256, shared=shared)
         hashes.start()
         try:
             yield lambda: dict(zip(files, hashes.digests(), strict=False))
@@ -243,10 +248,10 @@ class Compression:
         text = item.region is None
         return ItemSpec(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
 
-    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk, shared: SharedReads | None = None) -> EncodedChunk:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
-        x = self.source.chunk(item, chunk, self.processor.scratch)
+        x = (shared.read if shared else self.source.chunk)(item, chunk, self.processor.scratch)
         if encoding.change is None:
             return self._encoded(item, codec, x, chunk)
         assert self.base is not None  # `linked` chose the change

@@ -1,0 +1,112 @@
+"""One read of a source file for two: what encodes its tensors, in order, and what hashes it, from its start.
+
+Whoever encodes lends each buffer that it has read; whoever hashes takes the one that comes next, and reads by itself
+what was not lent. Neither has to wait for the other for ever: a buffer that nobody has given back is simply not lent
+again, and what lies far behind the encoder will not be lent any more.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from statecodec.buffers import ThreadScratch, memory
+from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.codecs.chunking import Chunk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SLOTS = 3  # buffers of a thread: one that it works on, and two that are hashed meanwhile
+_BEHIND = 64 << 20  # bytes behind the furthest read from which on nothing is waited for: threads read out of order
+
+
+class Loan:
+    """Bytes of a file in a buffer that is somebody else's: good until they are given back."""
+
+    def __init__(self, start: int, data: memoryview) -> None:
+        self.start, self.stop, self.data = start, start + len(data), data
+        self.returned = False
+
+
+class _Slots(threading.local):
+    def __init__(self) -> None:
+        self.loans: list[Loan | None] = [None] * _SLOTS
+
+
+class SharedReads:
+    """Lends what is read of a source's tensors. Thread-safe."""
+
+    def __init__(self, source: SourceCheckpoint) -> None:
+        self._source, self._slots = source, _Slots()
+        self._changed = threading.Condition()
+        self._waiting: dict[int, dict[int, Loan]] = {}  # file -> first byte -> what nobody has taken yet
+        self._furthest = (0, 0)  # file, byte
+        self._closed = False
+        self._regions: dict[int, tuple[list[int], list[int]]] = {}
+        """File -> where its regions start and stop; only what lies in them is lent."""
+        for item in source.items:
+            if item.region is not None:
+                starts, stops = self._regions.setdefault(item.file, ([], []))
+                starts.append(item.region.offset)
+                stops.append(item.region.offset + item.region.nbytes)
+
+    def open(self, file: int) -> AbstractContextManager[int]:
+        """A descriptor of a file, for what is not lent. Raises LayoutError if it is not the file that was located."""
+        return self._source.files.open(file)
+
+    def read(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch) -> Tensor:
+        """Elements of an item as `SourceCheckpoint.chunk` gives them; they must not be changed."""
+        slots = self._slots.loans
+        free = next((k for k, loan in enumerate(slots) if loan is None or loan.returned), None)
+        if free is None or item.region is None:
+            return self._source.chunk(item, chunk, scratch)
+        values = self._source.chunk(item, chunk, scratch, f"lent {free}")
+        loan = slots[free] = Loan(item.region.offset + chunk.start * item.dtype.itemsize, memory(values))
+        with self._changed:
+            self._waiting.setdefault(item.file, {})[loan.start] = loan
+            self._furthest = max(self._furthest, (item.file, loan.stop))
+            self._changed.notify_all()
+        return values
+
+    def lent(self) -> list[Loan]:
+        """The buffers of this thread that were lent last."""
+        return [loan for loan in self._slots.loans if loan is not None]
+
+    def take(self, file: int, offset: int) -> Loan | int:
+        """What was lent of a file from `offset` on, to be given back; or up to which byte it is to be read instead.
+
+        Waits for what is still to come.
+        """
+        starts, stops = self._regions.get(file, ([], []))
+        with self._changed:
+            while True:
+                waiting = self._waiting.setdefault(file, {})
+                for loan in [w for w in waiting.values() if w.stop <= offset]:
+                    self._give_back(file, loan)
+                found = next((loan for loan in waiting.values() if loan.start <= offset), None)
+                if found is not None:
+                    return found
+                region = bisect_right(starts, offset) - 1
+                if region < 0 or offset >= stops[region]:  # between regions
+                    return starts[region + 1] if region + 1 < len(starts) else self._source.located.files[file].nbytes
+                if self._closed or self._furthest >= (file, offset + _BEHIND):
+                    return min(waiting, default=stops[region])
+                self._changed.wait()
+
+    def give_back(self, file: int, loan: Loan) -> None:
+        """The buffer is not looked at any more."""
+        with self._changed:
+            self._give_back(file, loan)
+
+    def _give_back(self, file: int, loan: Loan) -> None:
+        loan.returned = True
+        self._waiting[file].pop(loan.start, None)
+
+    def close(self) -> None:
+        """Nothing will be lent any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()

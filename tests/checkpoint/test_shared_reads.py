@@ -1,0 +1,89 @@
+"""Hashing what was read for encoding: the digests of hashlib, whatever order the reads come in."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import statecodec
+from statecodec.buffers import ThreadScratch, memory
+from statecodec.checkpoint import digests
+from statecodec.checkpoint.digests import FileHashes, FileToHash
+from statecodec.checkpoint.shared_reads import SharedReads
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.codecs import Raw
+from statecodec.codecs.chunking import iterate
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tensors of several chunks, of one, and one that its codec refuses once some of it has been read."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("shared") / "ckpt.pt"
+    refused = torch.randn(1_300_000)
+    refused[-1] = torch.nan
+    torch.save({"a": torch.randn(1_200_000), "b": refused, "c": torch.randn(300, 50), "d": torch.arange(9)}, path)
+    return path
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_digest_is_that_of_the_file(threads: int, source: Path, tmp_path: Path) -> None:
+    report = statecodec.compress(
+        source, tmp_path / "c.sc.safetensors", threads=threads, rules=["*:fp32=uniform(step=0.001)"]
+    )
+    assert [t.name for t in report.tensors if t.codec == "raw" and t.name == "b"] == ["b"]
+    assert report.source["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def test_what_was_read_in_order_is_not_read_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, read = 0, digests.read_exactly
+
+    def counting(fd: int, offset: int, target: memoryview, name: str) -> None:
+        nonlocal alone
+        alone += len(target)
+        read(fd, offset, target, name)
+
+    with SourceCheckpoint(source) as checkpoint:
+        shared, scratch = SharedReads(checkpoint), ThreadScratch()
+        monkeypatch.setattr(digests, "read_exactly", counting)
+        hashes = FileHashes([FileToHash(source, source.stat().st_size)], shared=shared)
+        hashes.start()
+        for item in checkpoint.items:
+            for chunk in iterate(Raw(), item.shape, item.dtype):
+                shared.read(item, chunk, scratch)
+                while any(not loan.returned for loan in shared.lent()):
+                    time.sleep(0.001)
+        assert hashes.digests() == [hashlib.sha256(source.read_bytes()).hexdigest()]
+        assert alone == checkpoint.items[0].nbytes  # what is between the tensors
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(6)), left=st.integers(0, 6))
+def test_reads_in_any_order_give_the_same_digest(order: list[int], left: int, source: Path) -> None:
+    """Some of the chunks are read in any order, the others not at all."""
+    with SourceCheckpoint(source) as checkpoint:
+        jobs = [(item, c) for item in checkpoint.items for c in iterate(Raw(), item.shape, item.dtype)]
+        assert len(jobs) == 7
+        shared, scratch = SharedReads(checkpoint), ThreadScratch()
+        located = checkpoint.located.files[0]
+        hashes = FileHashes([FileToHash(source, located.nbytes, located.crcs, 0)], shared=shared)
+        hashes.start()
+        for number in order[:left]:
+            item, chunk = jobs[number + 1]
+            found, expected = shared.read(item, chunk, scratch), checkpoint.chunk(item, chunk)
+            assert memory(found) == memory(expected)
+        assert hashes.digests() == [hashlib.sha256(source.read_bytes()).hexdigest()]
+
+
+def test_work_that_is_off_ends(source: Path) -> None:
+    with SourceCheckpoint(source) as checkpoint:
+        hashes = FileHashes([FileToHash(source, source.stat().st_size)], shared=SharedReads(checkpoint))
+        hashes.start()
+        hashes.cancel()
+        hashes.join()

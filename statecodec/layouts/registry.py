@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Final
 
-from statecodec.layouts import dcp, opaque, safetensors_file, torch_zip, zero
+from statecodec.layouts import dcp, megatron, opaque, safetensors_file, torch_zip, zero
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.protocol import Layout
 
 LAYOUTS: Final[list[Layout]] = [
     dcp,
     zero,
+    megatron,
     torch_zip,
     safetensors_file,
 ]

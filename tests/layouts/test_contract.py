@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from statecodec.layouts import dcp, safetensors_file, torch_zip, zero
+from statecodec.layouts import dcp, megatron, safetensors_file, torch_zip, zero
 from statecodec.layouts.registry import LAYOUTS
 from tests.contracts.layout import LayoutContract
+from tests.layouts.megatron_files import distributed_optimizer
 from tests.layouts.support import Net, split_groups, train
 from tests.layouts.written_zero import small
 
@@ -64,6 +65,17 @@ class TestZero(LayoutContract):
         return {path.name: torch.load(path) for path in sorted(folder.iterdir())}
 
 
+class TestMegatron(LayoutContract):
+    layout = megatron
+    sample = 12
+
+    def write(self, folder: Path) -> Any:
+        rank = distributed_optimizer(folder, {"a": (4, 8), "b": (8,)})
+        return {"iter_0000010/mp_rank_00": {path.name: torch.load(path) for path in sorted(rank.iterdir())}} | {
+            "latest_checkpointed_iteration.txt": b"10"
+        }
+
+
 def test_every_registered_layout_has_a_contract() -> None:
-    covered = {kind.layout.name for kind in (TestTorchZip, TestSafetensors, TestDcp, TestZero)}
+    covered = {kind.layout.name for kind in (TestTorchZip, TestSafetensors, TestDcp, TestZero, TestMegatron)}
     assert covered == {layout.name for layout in LAYOUTS}

@@ -1,8 +1,4 @@
-"""Megatron-LM's checkpoints. It does not run without GPUs: files in its documented structure, written here.
-
-Legacy: megatron/training/checkpointing.py and optimizer.Float16OptimizerWithFloat16Params.state_dict. Distributed:
-core/dist_checkpointing, whose common.pt holds the optimizer's settings and whose DCP files hold its states.
-"""
+"""Megatron-LM's checkpoints, in the structure that it documents (megatron_files.py)."""
 
 from __future__ import annotations
 
@@ -14,53 +10,12 @@ import torch
 import torch.distributed.checkpoint as torch_dcp
 
 import statecodec
+from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import locate
 from tests.contracts.layout import contents_of
+from tests.layouts.megatron_files import SETTINGS, distributed_optimizer, legacy, moments
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-
-SHAPES = {
-    "embedding.word_embeddings.weight": (96, 64),
-    "decoder.layers.0.input_layernorm.weight": (64,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (192, 64),
-    "decoder.layers.0.self_attention.linear_qkv.bias": (192,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (256, 64),
-    "decoder.layers.1.input_layernorm.weight": (64,),
-    "decoder.layers.1.self_attention.linear_qkv.weight": (192, 64),
-    "decoder.layers.1.self_attention.linear_qkv.bias": (192,),
-    "decoder.layers.1.mlp.linear_fc1.weight": (256, 64),
-}
-SETTINGS = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "bias_correction": True}
-
-
-def masters() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    return {name: torch.randn(shape) * 0.02 for name, shape in SHAPES.items()}
-
-
-def moments(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"exp_avg": torch.randn_like(weight) * 1e-5, "exp_avg_sq": torch.rand_like(weight) * 1e-8 + 1e-12}
-
-
-def legacy(folder: Path) -> dict[str, torch.Tensor]:
-    """iter_0000010/mp_rank_00/model_optim_rng.pt: weights bf16, one group with weight decay and one without."""
-    weights = masters()
-    groups = [[n for n in weights if weights[n].dim() > 1], [n for n in weights if weights[n].dim() == 1]]
-    numbers = {name: i for i, name in enumerate(n for group in groups for n in group)}
-    inner = {
-        "state": {i: moments(weights[name]) for name, i in numbers.items()},
-        "param_groups": [
-            {**SETTINGS, "weight_decay": decay, "step": 10, "params": [numbers[n] for n in group]}
-            for group, decay in zip(groups, (0.1, 0.0), strict=True)
-        ],
-    }
-    path = folder / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
-    path.parent.mkdir(parents=True)
-    optimizer = {"optimizer": inner, "fp32_from_fp16_params": [[weights[n] for n in group] for group in groups]}
-    model = {name: weight.bfloat16() for name, weight in weights.items()}
-    torch.save({"iteration": 10, "checkpoint_version": 3.0, "model": model, "optimizer": optimizer}, path)
-    (folder / "latest_checkpointed_iteration.txt").write_text("10")
-    return weights
 
 
 def test_masters_have_the_names_of_their_weights(tmp_path: Path) -> None:
@@ -128,3 +83,60 @@ def test_settings_of_distributed_checkpoints_come_from_common_pt(distributed: Pa
     for param, each in found.items():
         assert (each.lr, each.beta1, each.step, each.weight_decay) == (1e-4, 0.9, 10, None)
         assert each.weight == f"optimizer.state.fp32_param.{param}"
+
+
+def test_flat_buffers_of_a_distributed_optimizer(tmp_path: Path) -> None:
+    distributed_optimizer(tmp_path / "run")
+    source = locate(tmp_path / "run")
+    assert source.framework == "Megatron-LM"
+    assert {f.layout for f in source.files} == {"megatron", "opaque"}
+    (found,) = source.moments
+    assert (found.param, found.lr, found.beta2, found.step, found.weight_decay) == (None, 1e-4, 0.95, 10, None)
+    roles = {t.name: t.role for t in source.tensors}
+    assert (roles[str(found.weight)], roles[found.exp_avg]) == ("master", "exp_avg")
+    report = statecodec.compress(tmp_path / "run", tmp_path / "x.sc.safetensors")
+    flat = [t for t in report.tensors if t.role != "weight" and len(t.shape) == 1]
+    assert sum(t.bytes_before for t in flat) / sum(t.bytes_after for t in flat) > 3.3
+    errors = {t.role: (t.error or {}).get("step_error", 9) for t in report.tensors if t.role in ("master", "exp_avg")}
+    assert len(errors) == 2
+    assert max(errors.values()) <= 0.0101
+    statecodec.compress(tmp_path / "run", tmp_path / "y.sc.safetensors", preset="lossless")
+    statecodec.restore(tmp_path / "y.sc.safetensors", tmp_path / "back")
+    assert contents_of(tmp_path / "back") == contents_of(tmp_path / "run")
+
+
+def test_buffers_in_buckets(tmp_path: Path) -> None:
+    """Older versions keep a list of one tensor for each bucket under each key."""
+    path = distributed_optimizer(tmp_path) / "distrib_optim.pt"
+    saved = torch.load(path)
+    (buffer,) = saved[0].values()
+    cut = {key: list(buffer[key].split(buffer["param"].numel() // 3)) for key in ("param", "exp_avg", "exp_avg_sq")}
+    torch.save({0: {torch.float32: {key: [t.clone() for t in of] for key, of in cut.items()}}}, path)
+    found = locate(tmp_path).moments
+    assert len(found) == len(cut["param"])
+    shapes = {t.name: t.shape for t in locate(tmp_path).tensors}
+    assert all(shapes[m.exp_avg] == shapes[m.exp_avg_sq] == shapes[str(m.weight)] for m in found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda b: b.update(param=b["param"][:-1].clone()), lambda b: b.update(exp_avg=b["exp_avg"].view(2, -1)),
+        lambda b: b.update(exp_avg_sq=b["exp_avg_sq"].long()), lambda b: b.pop("exp_avg_sq"),
+        lambda b: b.update(numel_unpadded=[5]), lambda b: b.update(numel_unpadded=5), lambda b: b.update(param=[1, 2]),
+        lambda b: b.clear(),
+    ],
+)  # fmt: skip
+def test_a_shard_that_lies_is_named(change: Any, tmp_path: Path) -> None:
+    rank = distributed_optimizer(tmp_path / "run")
+    saved = torch.load(rank / "distrib_optim.pt")
+    change(next(iter(saved[0].values())))
+    torch.save(saved, rank / "distrib_optim.pt")
+    with pytest.raises(MalformedCheckpoint, match="distrib_optim"):
+        locate(rank / "distrib_optim.pt")
+    source = locate(tmp_path / "run")
+    assert not source.moments
+    assert any("distrib_optim" in str(file.note) for file in source.files)
+    statecodec.compress(tmp_path / "run", tmp_path / "x.sc.safetensors")
+    statecodec.restore(tmp_path / "x.sc.safetensors", tmp_path / "back")
+    assert contents_of(tmp_path / "back") == contents_of(tmp_path / "run")

@@ -29,7 +29,17 @@ def _silent(done: int, total: int, stage: str) -> None:
 
 
 class Client:
-    """One service and one token. `patience`: seconds without any progress after which a transfer gives up."""
+    """One service and one token.
+
+    Args:
+        url: where the service listens, such as `https://checkpoints.lab.example`.
+        token: what `statecodec-server token add` printed; None for a service without tokens.
+        patience: seconds without any progress after which a transfer gives up.
+        cache: the folder that remembers uploads that were begun; by default `statecodec/uploads` in the user's cache.
+
+    Its methods raise ServiceError for a refusal of the service (with its `code` and HTTP status), and when it could
+    not be reached for `patience` seconds; CorruptFile when the two ends have different bytes.
+    """
 
     def __init__(
         self, url: str, token: str | None = None, *, patience: float = PATIENCE, cache: Path | None = None
@@ -51,11 +61,25 @@ class Client:
     # Uploads
 
     def upload(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> str:
-        """Upload a file and return the upload's id; goes on where an earlier, interrupted call left off."""
+        """Upload a file; goes on where an earlier call that was interrupted left off.
+
+        Args:
+            progress: called with bytes done, bytes in total, and "uploading" or "checking".
+
+        Returns:
+            The upload's id, once both ends have the same SHA-256.
+        """
         return self._connection.upload(Path(path), progress)
 
     def upload_directory(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Document]:
-        """Upload every file of a directory checkpoint; the `uploads` list of a job's source."""
+        """Upload every file of a directory checkpoint, without following links to folders.
+
+        Returns:
+            The `uploads` list of a job's source: for each file the upload's id, and its path with the folder's name.
+
+        Raises:
+            ServiceError: with the code `usage`, where there is no file.
+        """
         root = Path(path)
         files = sorted(item for item in root.rglob("*") if item.is_file())
         if not files:
@@ -78,7 +102,18 @@ class Client:
         options: Mapping[str, Any] | None = None,
         key: str | None = None,
     ) -> Document:
-        """Submit a job on a source such as {"upload": id}; the job document. Repeating it makes no second job."""
+        """Submit a job. Sent again after a lost answer, it makes no second job.
+
+        Args:
+            operation: `compress`, `restore` or another that `GET /v1/operations` lists.
+            source: what to work on: `{"upload": id}`, `{"uploads": [...]}`, or another form of docs/http.md.
+            other: the second checkpoint of an operation that takes two, in the same form.
+            options: the operation's options, by name.
+            key: the Idempotency-Key; by default a new one, so that each call is a job of its own.
+
+        Returns:
+            The job's document: `id`, `state`, `progress`, `links` and what else docs/http.md names.
+        """
         body: Document = {"operation": operation, "source": dict(source), "options": dict(options or {})}
         if other is not None:
             body["other"] = dict(other)
@@ -87,12 +122,24 @@ class Client:
         return document
 
     def job(self, identity: str) -> Document:
-        """A job as it is now."""
+        """The document of a job as it is now."""
         document: Document = self.request("GET", f"/v1/jobs/{identity}").json()
         return document
 
     def wait(self, job: Document, *, progress: Progress = _silent, poll: float = 0.5) -> Document:
-        """Poll until the job has ended; raises ServiceError with its code when it did not succeed."""
+        """Wait until a job has ended.
+
+        Args:
+            job: a document of the job.
+            progress: called with bytes done, bytes in total, and the name of the stage, after each answer.
+            poll: seconds between two questions.
+
+        Returns:
+            The document of the job that succeeded.
+
+        Raises:
+            ServiceError: it failed (with its code), or was cancelled (`job.cancelled`).
+        """
         while job["state"] not in ENDED:
             seen = job["progress"]
             progress(seen["done"], seen["total"], seen["stage"])
@@ -112,24 +159,39 @@ class Client:
         options: Mapping[str, Any] | None = None,
         progress: Progress = _silent,
     ) -> Document:
-        """Upload what is needed, submit, and wait; the ended job."""
+        """Upload a checkpoint, submit a job on it, and wait for its end.
+
+        Args:
+            operation: as in `submit`.
+            path: a file, or a directory checkpoint.
+            other: the second checkpoint of an operation that takes two.
+            options: the operation's options, by name.
+            progress: called with bytes done, bytes in total, and the name of the stage.
+
+        Returns:
+            The document of the job that succeeded.
+
+        Raises:
+            ServiceError: the service refused, or the job did not succeed.
+            CorruptFile: the service received other bytes.
+        """
         sources = [self.source(item, progress=progress) for item in (path, other) if item is not None]
         job = self.submit(operation, sources[0], other=[*sources, None][1], options=options)
         return self.wait(job, progress=progress)
 
     def source(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> Document:
-        """Upload a file or a directory; the source to submit."""
+        """Upload a file or a directory checkpoint. Returns the `source` that `submit` takes."""
         if Path(path).is_dir():
             return {"uploads": self.upload_directory(path, progress=progress)}
         return {"upload": self.upload(path, progress=progress)}
 
     def report(self, job: Document) -> Document:
-        """The library's report of a succeeded job."""
+        """What the library's function returned for a job that succeeded: the JSON that `statecodec ... --json` prints."""
         document: Document = self.request("GET", job["links"]["report"]).json()
         return document
 
     def cancel(self, job: Document) -> None:
-        """Stop a job."""
+        """Stop a job, at once or at its next report of progress. One that has ended stays as it is."""
         self.request("POST", f"/v1/jobs/{job['id']}/cancel")
 
     def delete(self, job: Document) -> None:
@@ -145,8 +207,20 @@ class Client:
     # Downloads
 
     def download(self, job: Document, target: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Path]:
-        """Fetch the result: one file to `target`, several into the folder `target`, and one folder as `target`; each
-        file is checked against its SHA-256 before it gets its name. An interrupted download goes on where it was."""
+        """Fetch the result of a job that succeeded. A download that was interrupted goes on where it was.
+
+        Args:
+            job: the job's document.
+            target: the path of a result of one file; else the folder that takes the files, or the result's one folder.
+            progress: called with bytes done, bytes in total, and "downloading".
+
+        Returns:
+            The paths written. Each file had its SHA-256 before it got its name.
+
+        Raises:
+            CorruptFile: other bytes arrived than the service announced.
+            ServiceError: the result is not there any more, or a file name leads out of `target`.
+        """
         files = job["files"]
         total, done, written = sum(file["bytes"] for file in files), 0, []
         names = [inside(file["name"]) for file in files]

@@ -145,12 +145,22 @@ class Connection:
             raise CorruptFile(f"the service has SHA-256 {document['sha256']}, the file here {sha256}: upload it again")
 
     def fetch(self, file: Document, path: Path, seen: Callable[[int], None]) -> None:
-        """Download one file of a result, or the rest of it, and give it its name once its SHA-256 is right."""
+        """Download one file of a result, or the rest of it, and give it its name once its SHA-256 is right.
+
+        Args:
+            file: the file as the job's document describes it.
+            path: where it goes.
+            seen: called with the bytes that are here so far.
+
+        Raises:
+            CorruptFile: there were other bytes, or more, than the service announced.
+        """
         scratch = path.with_name(f".{path.name}.{file['sha256'][:16]}.part")
         waits, etag = _Waits(self._patience), f'"{file["sha256"]}"'
         have = scratch.stat().st_size if scratch.exists() else 0
+        failure: Exception | None
         while have < file["bytes"]:
-            before = have
+            before, failure = have, None
             headers = {"Range": f"bytes={have}-", "If-Range": etag, "Accept-Encoding": "identity"}
             try:
                 with self._http.stream("GET", file["href"], headers=headers) as answer:
@@ -160,14 +170,17 @@ class Connection:
                     with scratch.open("ab" if answer.status_code == 206 else "wb") as out:
                         have = out.tell()
                         for block in answer.iter_raw(BLOCK):
+                            if have + len(block) > file["bytes"]:
+                                raise CorruptFile(f"{path.name} goes on after the {file['bytes']} bytes it should have")
                             out.write(block)
                             have += len(block)
                             seen(have)
             except httpx.TransportError as error:
-                if have == before:
-                    waits.pause(error)
-                else:
-                    waits = _Waits(self._patience)
+                failure = error
+            if have == before:
+                waits.pause(failure or ServiceError("http", "the service sends nothing of the result"))
+            else:
+                waits = _Waits(self._patience)
         scratch.touch()
         sha256 = _sha256(scratch)
         if sha256 != file["sha256"]:
@@ -207,7 +220,7 @@ def _refusal(answer: httpx.Response) -> ServiceError:
 
 
 def inside(name: str) -> Path:
-    """A relative path from the service, checked: it must not lead out of the target folder."""
+    """A relative path that the service sent. Raises ServiceError for one that leads out of the target folder."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
         raise ServiceError("usage", f"the service sent a file name that leads elsewhere: {name!r}")

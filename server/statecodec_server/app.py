@@ -42,7 +42,10 @@ class DataFolderInUse(RuntimeError):
 
 
 def own_data_folder(settings: Settings) -> int:
-    """Make the data folder and lock it for this process; returns the lock's file descriptor."""
+    """Make the data folder and lock it for this process; returns the lock's file descriptor.
+
+    Raises DataFolderInUse when another process holds it.
+    """
     settings.data.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle = os.open(settings.data / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -141,7 +141,7 @@ class Database:
             return int(connection.execute(statement).rowcount)
 
     def migrate(self) -> None:
-        """Create the tables, or refuse a database that a newer version of the service has written."""
+        """Create the tables. Raises RuntimeError for a database that another version of the service has written."""
         with self.write() as connection:
             if not self.sqlite:
                 connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK_KEY})

@@ -21,7 +21,10 @@ def repr_digest(sha256: str) -> str:
 
 
 def announced_sha256(field: str | None, hexadecimal: str | None = None) -> str | None:
-    """The SHA-256 a client announces, in hex, from a digest field or from metadata."""
+    """The SHA-256 that a client announces, in hex, from a digest field or from metadata; None when it announces none.
+
+    Raises a 422 problem for anything else.
+    """
     if hexadecimal is not None:
         if not _HEX.fullmatch(hexadecimal):
             raise HTTPProblem(422, "upload.digest", "The announced sha256 is not 64 hexadecimal digits.")

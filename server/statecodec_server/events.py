@@ -93,7 +93,7 @@ class Watcher:
                 listener.close()
 
     def check(self) -> None:
-        """Raise 503 when no further stream may be opened."""
+        """Raises a 503 problem when no further stream may be opened."""
         if self.count >= self._settings.max_streams:
             raise HTTPProblem(503, "unavailable", "Too many event streams are open; poll instead.")
 

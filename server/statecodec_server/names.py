@@ -41,7 +41,7 @@ def member_path(text: str) -> str:
 
 
 def check_members(paths: list[str]) -> None:
-    """Raise unless the paths can lie in one folder together."""
+    """Raises a 422 problem unless the paths can lie in one folder together."""
     seen: set[str] = set()
     for path in paths:
         if path in seen:

@@ -47,7 +47,10 @@ class Quotas:
         return left
 
     def check(self, token: str, nbytes: int, *, awaited: bool = True) -> None:
-        """Raise 507 when `nbytes` more cannot be kept (`awaited`: count what open uploads will still send)."""
+        """Raises a 507 problem when `nbytes` more cannot be kept.
+
+        `awaited`: what open uploads will still send counts as used.
+        """
         left = self.remaining(token)
         if nbytes > left:
             raise HTTPProblem(

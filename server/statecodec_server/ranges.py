@@ -67,7 +67,10 @@ def serve(
     media_type: str,
     sha256: str | None = None,
 ) -> Response:
-    """Answer GET or HEAD for the bytes the segments describe; `tag` must change when the bytes do."""
+    """Answer GET or HEAD for the bytes that the segments describe; `tag` must change when the bytes do.
+
+    Raises problems 412 (If-Match names other bytes) and 416 (a range outside the bytes).
+    """
     size, etag = total(segments), f'"{tag}"'
     headers = {
         "Accept-Ranges": "bytes",

@@ -119,7 +119,10 @@ class Child:
         self._messages.put(None)
 
     def wait(self, tick: Callable[[int, int, str], None]) -> dict[str, Any]:
-        """The result; `tick` runs every poll interval with the progress and may raise to end the child."""
+        """The result. `tick` runs every poll interval with the progress; what it raises ends the child.
+
+        Raises ChildFailed, with the code of the library's error or of a crash.
+        """
         done, total, stage = 0, 0, "starting"
         next_tick = time.monotonic()
         while True:

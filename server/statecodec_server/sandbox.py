@@ -42,7 +42,7 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 
 
 def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
-    """Set the limits of this process; call before anything large is imported."""
+    """Set the limits of this process: bytes of memory, seconds a thread, bytes a file. Call it before large imports."""
     cpu = int(seconds * max(threads, 1)) + 10
     wanted = {
         resource.RLIMIT_DATA: memory,

@@ -93,7 +93,10 @@ def tar_sha256(folder: Path, files: Sequence[tuple[str, int]]) -> tuple[str, lis
 
 
 def safetensors_header(storage: Storage, key: str, nbytes: int, limit: int = 100 << 20) -> tuple[dict[str, Any], int]:
-    """The JSON header of a stored safetensors file, and where its payload begins."""
+    """The JSON header of a stored safetensors file of `nbytes`, and the offset at which its payload begins.
+
+    Raises ValueError for any other file, and for a header of more than `limit` bytes.
+    """
     size = int.from_bytes(storage.read(key, 0, 8), "little")
     if nbytes < 8 or size > min(limit, nbytes - 8):
         raise ValueError("not a safetensors file")

@@ -194,7 +194,7 @@ class JobSteps:
         return {"files": files, "tar_sha256": made["tar_sha256"], "report": f"{prefix}/report.json"}
 
     def finish(self, row: Row, outcome: Mapping[str, Any]) -> None:
-        """The visible end of a job, and the end of its folder."""
+        """The visible end of a job, and the end of its folder. Raises Fenced when another attempt has the job."""
         result, error = outcome.get("ok"), outcome.get("error")
         if result is not None:
             nbytes = sum(file["bytes"] for file in result["files"])

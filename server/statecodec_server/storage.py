@@ -106,7 +106,7 @@ class Storage:
         return True
 
     def read(self, key: str, start: int = 0, length: int | None = None) -> bytes:
-        """A range of an object, or all of a small one."""
+        """`length` bytes of an object from `start`; without a length all of it, which must be small."""
         if length is None:
             return bytes(obstore.get(self.store, key).bytes())
         return bytes(obstore.get_range(self.store, key, start=start, length=length)) if length else b""
@@ -117,7 +117,7 @@ class Storage:
             yield bytes(block)
 
     async def stream(self, key: str, start: int, length: int) -> AsyncIterator[bytes]:
-        """A range of an object, block by block, never more than one block in memory."""
+        """`length` bytes of an object from `start`, block by block, never more than one block in memory."""
         while length:
             step = min(length, BLOCK)
             yield bytes(await obstore.get_range_async(self.store, key, start=start, length=step))
@@ -152,7 +152,10 @@ class Storage:
 
 
 def bucket_files(bucket: Bucket, key: str, limit: int) -> list[tuple[str, str, int]]:
-    """(relative name, key, bytes) of one object, or of everything under a key that ends in a slash."""
+    """(relative name, key, bytes) of one object, or of everything under a key that ends in a slash.
+
+    Raises a 422 problem when there is nothing, or more than `limit` objects.
+    """
     store = open_store(bucket.url, bucket.options)
     if not key.endswith("/"):
         try:

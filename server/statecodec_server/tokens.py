@@ -46,7 +46,7 @@ class Tokens:
         self._cache: dict[str, tuple[float, Principal]] = {}
 
     def create(self, name: str) -> str:
-        """A new token under a name of its own; the only time its text is seen."""
+        """A new token under a name of its own; the only time its text is seen. Raises ValueError for a name in use."""
         identity = secrets.token_hex(4)
         text = "".join(secrets.choice(_ALPHABET) for _ in range(43))
         row = {"id": identity, "name": name, "hash": _hash(text), "created": time.time(), "revoked": None}
@@ -90,7 +90,7 @@ class Tokens:
         return principal
 
     def ticket(self, job: str, principal: Principal, seconds: float) -> tuple[str, float]:
-        """A link parameter that opens the result of one job for a while; with its expiry."""
+        """A link parameter that opens the result of one job for `seconds`, and the time at which it ends."""
         expires = int(time.time() + seconds)
         return f"{principal.id}.{expires}.{self._sign(job, principal.id, expires)}", float(expires)
 

@@ -63,13 +63,13 @@ class Uploads:
         self.draining = False
 
     def path(self, identity: str) -> Path:
-        """The spool file of an upload; the identity is ours, checked nonetheless."""
+        """The spool file of an upload. Raises a 404 problem for what is no identity of ours."""
         if not _ID.fullmatch(identity):
             raise not_found("upload")
         return self._spool / identity
 
     def create(self, principal: Principal, new: NewUpload) -> Row:
-        """Record a new upload after checking limits and quotas."""
+        """Record a new upload. Raises problems 413 (too large), 429 (too many uploads) and 507 (no space, or no quota)."""
         now, settings = time.time(), self._settings
         if new.length is not None and new.length > settings.max_upload:
             raise HTTPProblem(413, "body.size", f"The largest upload here is {int(settings.max_upload):,} bytes.")
@@ -95,7 +95,7 @@ class Uploads:
         return row
 
     def get(self, principal: Principal, identity: str) -> Row:
-        """An upload of this token."""
+        """An upload of this token. Raises a 404 problem when it has none of this identity."""
         row = self._database.one(sa.select(uploads).where(uploads.c.id == identity, uploads.c.token == principal.id))
         if row is None:
             raise not_found("upload")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import httpx
 import pytest
 from service import Service
 
@@ -133,6 +134,22 @@ def test_a_download_goes_on_and_a_damaged_one_is_refused(remote, tmp_path):
         remote.download(job, target)
     assert not target.exists()
     assert not part.exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "sent", "error"), [(200, 1000, CorruptFile), (206, 0, ServiceError)], ids=["too much", "nothing"]
+)
+def test_a_service_that_sends_too_much_or_nothing_is_left(tmp_path, status, sent, error):
+    def answer(request):
+        return httpx.Response(status, content=iter([bytes(10)] * (sent // 10)))
+
+    file = {"name": "small", "bytes": 100, "sha256": "0" * 64, "href": "/small"}
+    with Client("http://service", patience=0.1) as client:
+        client._connection._http = httpx.Client(base_url="http://service", transport=httpx.MockTransport(answer))
+        with pytest.raises(error):
+            client.download({"files": [file]}, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    assert all(part.stat().st_size <= 100 for part in tmp_path.iterdir())
 
 
 def cli(service, *arguments, cwd):

@@ -186,7 +186,7 @@ class Client:
         return {"upload": self.upload(path, progress=progress)}
 
     def report(self, job: Document) -> Document:
-        """What the library's function returned for a job that succeeded: the JSON that `statecodec ... --json` prints."""
+        """The report of a job that succeeded: the JSON that `statecodec ... --json` prints."""
         document: Document = self.request("GET", job["links"]["report"]).json()
         return document
 

@@ -69,7 +69,10 @@ class Uploads:
         return self._spool / identity
 
     def create(self, principal: Principal, new: NewUpload) -> Row:
-        """Record a new upload. Raises problems 413 (too large), 429 (too many uploads) and 507 (no space, or no quota)."""
+        """Record a new upload.
+
+        Raises problems 413 (too large), 429 (too many uploads) and 507 (no space, or no quota left).
+        """
         now, settings = time.time(), self._settings
         if new.length is not None and new.length > settings.max_upload:
             raise HTTPProblem(413, "body.size", f"The largest upload here is {int(settings.max_upload):,} bytes.")

@@ -185,3 +185,33 @@ def test_what_is_decoded_beside_other_tensors_is_no_copy() -> None:
     first = Choice(codecs.Direction(step=0.01), "", companions={"exp_avg_sq": "a"})
     assert not _is_alike(own, first, (96, 80), {})
     assert _is_alike(own, first, (96, 80), {"b": "a"})
+
+
+@pytest.mark.parametrize("preset", ["lossless", "resume"])
+def test_low_halves_that_are_zero_cost_next_to_nothing(preset: str, tmp_path: Path) -> None:
+    """A frozen base that was loaded from bf16: in fp32 it takes what the bf16 weights would, and comes back exact."""
+    torch.manual_seed(0)
+    narrow = (torch.randn(128, 512) * 0.02).bfloat16()
+    sizes = []
+    for base in (narrow, narrow.float()):
+        content = trained()
+        content["model"]["base.weight"] = base
+        torch.save(content, tmp_path / "x.pt")
+        report = statecodec.compress(tmp_path / "x.pt", preset=preset, force=True)
+        sizes += [t.bytes_after for t in report.tensors if t.name == "model.base.weight"]
+        assert torch.equal(statecodec.load(report.path)["model"]["base.weight"], base)
+    assert sizes[1] < 1.1 * sizes[0]
+
+
+def test_a_file_that_is_there_twice_is_stored_once(tmp_path: Path) -> None:
+    """Whatever is in it: two names of one checkpoint, and two of a file that is none."""
+    (tmp_path / "run").mkdir()
+    torch.save({"w": torch.randn(64, 64)}, tmp_path / "run" / "best.pt")
+    (tmp_path / "run" / "data.bin").write_bytes(torch.randn(5000).numpy().tobytes())
+    for name, copy in (("best.pt", "last.pt"), ("data.bin", "data-2.bin")):
+        (tmp_path / "run" / copy).write_bytes((tmp_path / "run" / name).read_bytes())
+    report = statecodec.compress(tmp_path / "run", tmp_path / "x.sc.safetensors", preset="lossless")
+    found = {t.name: t for t in report.tensors}
+    pairs = (found["data-2.bin:file"], found["data.bin:file"]), (found["best.pt:w"], found["last.pt:w"])
+    assert all({t.codec for t in pair} == {"raw", "same"} for pair in pairs)
+    assert [min(t.bytes_after for t in pair) for pair in pairs] == [0, 0]

@@ -24,6 +24,7 @@ from statecodec.kernels.triton.runtime import (
     on,
     power_of_two,
 )
+from statecodec.kernels.triton.tables import Form
 from statecodec.kernels.triton.words import looked_up, quotient, root, rounded_reciprocal
 
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
@@ -83,36 +84,32 @@ def ratio(magnitude, scale_bits):
 
 
 @triton.jit
-def codes_of(r, KIND: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr):
-    """Codes 0..TOP (int32) of magnitudes r in [0, 1]."""
-    if KIND == _LOG:
+def codes_of(r, FORM: tl.constexpr):
+    """Codes 0..top (int32) of magnitudes r in [0, 1]."""
+    if FORM.curve == _LOG:
         bits = r.to(tl.int32, bitcast=True)
-        within = (log2_of_mantissa(bits) * STEPS + 0.5).to(tl.int32)
-        code = TOP + ((bits >> 23) - 127) * STEPS + within
-        code = tl.minimum(tl.maximum(code, 1), TOP)
-        if HALF_LOWEST > 0.0:
-            code = tl.where(r >= HALF_LOWEST, code, 0)
+        within = (log2_of_mantissa(bits) * FORM.steps + 0.5).to(tl.int32)
+        code = FORM.top + ((bits >> 23) - 127) * FORM.steps + within
+        code = tl.minimum(tl.maximum(code, 1), FORM.top)
+        if FORM.signed:  # without a sign nothing but 0 becomes 0, so there is no half of the lowest level
+            code = tl.where(r >= FORM.half_lowest, code, 0)
     else:
-        if KIND == _LINEAR:
+        if FORM.curve == _LINEAR:
             y = r
-        elif KIND == _SOFTSIGN:
+        elif FORM.curve == _SOFTSIGN:
             above = 1.0 + r
             y = quotient(r + r, above, rounded_reciprocal(above))
         else:
             y = root(r)
-        code = (y * TOP + 0.5).to(tl.int32)
+        code = (y * FORM.top + 0.5).to(tl.int32)
     return code
 
 
 @triton.jit
-def quantise(
-    x, scale_bits, KIND: tl.constexpr, TOP: tl.constexpr, SIGNED: tl.constexpr, STEPS: tl.constexpr,
-    HALF_LOWEST: tl.constexpr,
-):  # fmt: skip
+def quantise(x, scale_bits, FORM: tl.constexpr):
     """Codes (int32, signed) of fp32 `x` under scales that broadcast over it."""
-    # Without a sign nothing but 0 becomes 0, so there is no half of the lowest level to compare with.
-    code = codes_of(ratio(tl.abs(x), scale_bits), KIND, TOP, STEPS, HALF_LOWEST if SIGNED else 0.0)
-    if SIGNED:
+    code = codes_of(ratio(tl.abs(x), scale_bits), FORM)
+    if FORM.signed:
         code = tl.where(x < 0, -code, code)
     else:
         code = tl.where(magnitude_bits(x) > 0, tl.maximum(code, 1), 0)
@@ -159,77 +156,70 @@ def inside_groups(column, size, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _encode(
-    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64, packed_cols: tl.int64,
-    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+def codes_at(
+    index, begin, size, cols, groups, CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
     WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
-    KIND: tl.constexpr,
-    TOP: tl.constexpr, SIGNED: tl.constexpr, MIN_SCALE: tl.constexpr, STEPS: tl.constexpr, HALF_LOWEST: tl.constexpr,
+):  # fmt: skip
+    """Where the codes of groups lie, in bytes, and which of these bytes there are."""
+    if NIBBLES:
+        pair = tl.arange(0, WIDTH // 2) + CHUNK * (WIDTH // 2)
+        if EVEN:
+            first = index * (GROUP // 2)
+        else:
+            row = index // groups
+            first = row * ((cols + 1) // 2) + (begin - row * cols) // 2
+        offset, inside = first[:, None] + pair[None, :], inside_groups(pair if WHOLE else 2 * pair, size, WHOLE)
+    else:
+        lane = CHUNK * WIDTH + tl.arange(0, WIDTH)
+        offset, inside = begin[:, None] + lane[None, :], inside_groups(lane, size, WHOLE)
+    return offset, inside
+
+
+@triton.jit
+def _encode(
+    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * COUNT
     index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
-    lane = tl.arange(0, WIDTH)
     top = tl.zeros([COUNT], tl.uint32)
     for chunk in tl.static_range(CHUNKS):
-        inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
-        x = tl.load(x_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0.0)
-        bits = magnitude_bits(x).to(tl.uint32, bitcast=True) if SIGNED else unsigned_bits(x)
+        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        bits = magnitude_bits(x).to(tl.uint32, bitcast=True) if FORM.signed else unsigned_bits(x)
         top = tl.maximum(top, tl.max(bits, axis=1))
     # What is wrong is looked at only then. Every thread of a group would write the same: no atomic, no barrier.
     tl.store(flags_ptr + index * 0, 1, mask=top >= _INF_BITS)
-    scale = scale_bits(top.to(tl.int32, bitcast=True), MIN_SCALE)
+    scale = scale_bits(top.to(tl.int32, bitcast=True), FORM.min_scale)
     tl.store(scales_ptr + index, scale.to(tl.int16), mask=size > 0)
     for chunk in tl.static_range(CHUNKS):
         if CHUNKS > 1:  # a wide group is read a second time, mostly from L2
-            inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
-            x = tl.load(x_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0.0)
-        code = quantise(x, scale[:, None], KIND, TOP, SIGNED, STEPS, HALF_LOWEST)
-        if NIBBLES:
-            pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
-            if EVEN:
-                target = index * (GROUP // 2)
-            else:
-                row = index // groups
-                target = row * packed_cols + (begin - row * cols) // 2
-            bytes_ = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
-            tl.store(
-                codes_ptr + target[:, None] + pair[None, :],
-                bytes_,
-                mask=inside_groups(pair if WHOLE else 2 * pair, size, WHOLE),
-            )
-        else:
-            tl.store(
-                codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], code.to(tl.uint8),
-                mask=inside_groups(chunk * WIDTH + lane, size, WHOLE),
-            )  # fmt: skip
+            at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
+            x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        code = quantise(x, scale[:, None], FORM)
+        if FORM.bits == 4:
+            code = pack_nibbles(code, COUNT, WIDTH)
+        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, FORM.bits == 4)
+        tl.store(codes_ptr + at, code.to(tl.uint8), mask=inside)
 
 
 @triton.jit
 def _decode(
-    codes_ptr, scales_ptr, table_ptr, out_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64, packed_cols: tl.int64,
+    codes_ptr, scales_ptr, table_ptr, out_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64,
     GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
     WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * COUNT
     index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
     scale = scale_value(tl.load(scales_ptr + index, mask=size > 0, other=0).to(tl.int32))
-    lane = tl.arange(0, WIDTH)
     for chunk in tl.static_range(CHUNKS):
-        inside = inside_groups(chunk * WIDTH + lane, size, WHOLE)
+        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, NIBBLES)
+        code = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
         if NIBBLES:
-            pair = tl.arange(0, WIDTH // 2) + chunk * (WIDTH // 2)
-            if EVEN:
-                source = index * (GROUP // 2)
-            else:
-                row = index // groups
-                source = row * packed_cols + (begin - row * cols) // 2
-            mask = inside_groups(pair if WHOLE else 2 * pair, size, WHOLE)
-            packed = tl.load(codes_ptr + source[:, None] + pair[None, :], mask=mask, other=0)
-            code = unpack_nibbles(packed.to(tl.int32), COUNT, WIDTH)
-        else:
-            code = tl.load(codes_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], mask=inside, other=0)
-        value = looked_up(table_ptr, code.to(tl.int32)) * scale[:, None]
-        tl.store(out_ptr + begin[:, None] + chunk * WIDTH + lane[None, :], value, mask=inside)
+            code = unpack_nibbles(code, COUNT, WIDTH)
+        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
+        tl.store(out_ptr + at, looked_up(table_ptr, code) * scale[:, None], mask=inside)
 
 
 def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
@@ -241,9 +231,8 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
         flags = flag_word(x)
         shape = _shape(rows, cols, group, bits)
         _encode[_grid(rows, cols, group, shape["COUNT"])](
-            x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), -(-cols // 2),
-            **shape, KIND=curve.kind, TOP=curve.top, SIGNED=curve.signed, MIN_SCALE=curve.min_scale, STEPS=curve.steps,
-            HALF_LOWEST=float(curve.levels[1]) * 0.5, **OPTIONS,
+            x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), **shape,
+            FORM=Form.of(curve), **OPTIONS,
         )  # fmt: skip
         return flags_of(x, signed=curve.signed) if found(flags) else 0
 
@@ -263,7 +252,7 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
         shape = _shape(rows, cols, group, bits)
         _decode[_grid(rows, cols, group, shape["COUNT"])](
             codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device), out,
-            rows, cols, -(-cols // group), -(-cols // 2), **shape, **OPTIONS,
+            rows, cols, -(-cols // group), **shape, NIBBLES=bits == 4, **OPTIONS,
         )  # fmt: skip
 
 
@@ -277,7 +266,7 @@ def _shape(rows: int, cols: int, group: int, bits: int) -> dict[str, int | bool]
     chunks = -(-size // width)
     return {
         "GROUP": group, "COUNT": count, "WIDTH": width, "CHUNKS": chunks, "EVEN": even,
-        "WHOLE": even and group == width * chunks, "NIBBLES": bits == 4,
+        "WHOLE": even and group == width * chunks,
     }  # fmt: skip
 
 

@@ -14,17 +14,13 @@ import triton.language as tl
 
 from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton import words
+from statecodec.kernels.triton.rules import LARGEST_BITS, UP, UP_BITS, stepped
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.scalars import entry
+from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, own_numbers
 
 GROUP, COUNT, RUN = 32, 1024 if INTERPRETED else 32, 8
 THREADS = tl.constexpr(4)  # of a group
 _WORDS = tl.constexpr(2)  # of a thread
-_MAGNITUDE, _TOO_LARGE = tl.constexpr(0x7FFFFFFF), tl.constexpr((127 + 64) << 23)  # bits of LARGEST
-# Averaged second moments are carried times 2**56, their square roots times 2**28: MUFU flushes what is subnormal, and
-# corrections need some bits below the result.
-_SHIFT, _UP, _ROOT_UP = tl.constexpr(56 << 23), tl.constexpr(2.0**56), tl.constexpr(2.0**28)
-_ROOT_DOWN = tl.constexpr(2.0**-28)
 _SQUARE, _SQUARE_REST = tl.constexpr(1.537870048196055e-05), tl.constexpr(1.784721797974155e-14)  # 1 / 255**2
 _LOWEST_RATIO = tl.constexpr(1.54e-05)  # just above the square of code 1's lower half: a positive value gets code 1
 _SCALE, _SCALE_UP = tl.constexpr(1 << 23), tl.constexpr((1 + 56) << 23)  # bits of 2**-126, the smallest scale
@@ -33,26 +29,17 @@ _SCALE, _SCALE_UP = tl.constexpr(1 << 23), tl.constexpr((1 + 56) << 23)  # bits 
 @triton.jit
 def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
-    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
-    at, first = tl.load(chunk).to(tl.int64), tl.load(chunk + 1)
-    mine, known, gradient = table + at, scalars + at, tl.load(news + at)
+    at, first = own_chunk(chunks)
+    mine, gradient = table + at, tl.load(news + at)
     if gradient != 0:
         groups = entry(mine, count, t.GROUPS).to(tl.int32)
         first = first * SPEC.count
+        param, low, m, m_scales, v, v_scales = addresses_of(mine, count)
         places = (
-            pointer(entry(mine, count, t.PARAM), tl.int64), pointer(entry(mine, count, t.LOW), tl.int32),
-            pointer(gradient, tl.int64), pointer(entry(mine, count, t.M_DATA), tl.int32),
-            entry(mine, count, t.M_SCALES).to(tl.pointer_type(tl.int16)),
-            pointer(entry(mine, count, t.V_DATA), tl.int32),
-            entry(mine, count, t.V_SCALES).to(tl.pointer_type(tl.int16)),
+            pointer(param, tl.int64), pointer(low, tl.int32), pointer(gradient, tl.int64), pointer(m, tl.int32),
+            m_scales.to(tl.pointer_type(tl.int16)), pointer(v, tl.int32), v_scales.to(tl.pointer_type(tl.int16)),
         )  # fmt: skip
-        numbers = (
-            entry(known, count, t.DECAY_BY), entry(known, count, t.SIZE),
-            entry(known, count, t.ROOT) * _ROOT_UP, entry(known, count, t.RECIPROCAL) * _ROOT_DOWN,
-            entry(known, count, t.KEEP_1), entry(known, count, t.RATE_1), entry(known, count, t.KEEP_2),
-            entry(known, count, t.RATE_2), entry(known, count, t.EPSILON),
-            entry(known, count, t.L2_DECAY), entry(known, count, t.GAIN), entry(known, count, t.HEAVY),
-        )  # fmt: skip
+        numbers = own_numbers(scalars + at, count), group_numbers(news, count)
         tiles = tl.minimum((groups - first + SPEC.count - 1) // SPEC.count, SPEC.run)
         now, kept = fetch(places, first, groups, SPEC), tl.zeros([SPEC.count * THREADS], tl.int32)
         for tile in range(tiles):
@@ -109,18 +96,18 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     place, group, live, start = lanes(first, groups, SPEC)
     g0, g1, g2, g3 = words.bf16_values(g)
     w0, w1, w2, w3 = words.joined(high, rest)
-    c0, c1, c2, c3 = words.signed_codes(mc)
-    d0, d1, d2, d3 = words.unsigned_codes(vc)
+    c0, c1, c2, c3 = words.codes(mc, True)
+    d0, d1, d2, d3 = words.codes(vc, False)
     scales = words.value(ms.to(tl.int32) << 16)[:, None], words.value(vs.to(tl.int32) << 16)[:, None]
-    w0, m0, v0 = rule(w0, g0, c0, d0, scales, numbers, SPEC)
-    w1, m1, v1 = rule(w1, g1, c1, d1, scales, numbers, SPEC)
-    w2, m2, v2 = rule(w2, g2, c2, d2, scales, numbers, SPEC)
-    w3, m3, v3 = rule(w3, g3, c3, d3, scales, numbers, SPEC)
+    w0, m0, v0 = plane(w0, g0, c0, d0, scales, numbers, SPEC)
+    w1, m1, v1 = plane(w1, g1, c1, d1, scales, numbers, SPEC)
+    w2, m2, v2 = plane(w2, g2, c2, d2, scales, numbers, SPEC)
+    w3, m3, v3 = plane(w3, g3, c3, d3, scales, numbers, SPEC)
     w_top, m_top = largest(w0, w1, w2, w3, SPEC), largest(m0, m1, m2, m3, SPEC)
-    bad = (w_top >= _TOO_LARGE) | (m_top >= _TOO_LARGE)
+    bad = (w_top >= LARGEST_BITS) | (m_top >= LARGEST_BITS)
     if SPEC.v.kind == "companded":
         v_top = largest(v0, v1, v2, v3, SPEC)
-        bad = bad | (v_top >= _TOO_LARGE + _SHIFT)
+        bad = bad | (v_top >= LARGEST_BITS + UP_BITS)
     bad = bad & live
     good = live & (bad == 0)
     mask = good[:, None]
@@ -135,58 +122,30 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     if SPEC.v.kind == "companded":
         scale = bf16_scale(v_top, _SCALE_UP)
         tl.store(v + at + place, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
-        scale = tl.where(v_top > 0, (scale - _SHIFT) >> 16, 0)
+        scale = tl.where(v_top > 0, (scale - UP_BITS) >> 16, 0)
         tl.store(v_scales + start + group, scale.to(tl.int16), mask=good & once)
     return (bad & once).to(tl.int32)
 
 
 @triton.jit
-def rule(w, g, c, d, scales, numbers, SPEC: tl.constexpr):
-    """One plane of the method: (weight, first moment, second moment times 2**56), from the codes of the moments."""
-    decay, size, root_, root_reciprocal, keep_1, rate_1, keep_2, rate_2, eps, l2, gain, heavy = numbers
+def plane(w, g, c, d, scales, numbers, SPEC: tl.constexpr):
+    """One plane of the step: (weight, first moment, second moment times 2**56), from the codes of the moments."""
     m_scale, v_scale = scales
     denominator = 254.0 - tl.abs(c)
     m = words.quotient(c, denominator, words.reciprocal(denominator)) * m_scale
+    square = d * d
+    v = tl.fma(square, _SQUARE, square * _SQUARE_REST) * v_scale
     if SPEC.maximize:
         g = words.negated(g)
-    if SPEC.l2:
-        g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs
-    v = d
-    if SPEC.method == "adam":
-        m = m + rate_1 * (g - m)
-        square = d * d
-        v = tl.fma(square, _SQUARE, square * _SQUARE_REST) * v_scale
-        v = (v * keep_2 + rate_2 * g * g) * _UP
-        s = words.root(v)
-        divisor = quotient_by(s, root_, root_reciprocal) + eps
-        y = words.reciprocal(divisor)
-        y = tl.fma(tl.fma(words.negated(divisor), y, 1.0), y, y)
-        w = w * decay - size * words.quotient(m, divisor, y)
-    elif SPEC.method == "lion":
-        u = g + keep_1 * (m - g)
-        w = w * decay - tl.where(u > 0, size, tl.where(u < 0, 0.0 - size, 0.0))
-        m = m + rate_2 * (g - m)
-    else:
-        m = m * heavy + gain * g
-        if SPEC.nesterov:
-            w = w * decay - size * (g + heavy * m)
-        else:
-            w = w * decay - size * m
-    return w, m, v
-
-
-@triton.jit
-def quotient_by(x, divisor, rounded):
-    """x / divisor, from its correctly rounded reciprocal."""
-    q = x * rounded
-    return tl.fma(tl.fma(words.negated(q), divisor, x), rounded, q)
+    w, m, v = stepped(w, g, m, v, numbers, SPEC)
+    return w, m, v * UP
 
 
 @triton.jit
 def largest(a, b, c, d, SPEC: tl.constexpr):
     """The bits of the largest magnitude in each group, in every thread of it; NaN is the largest."""
     top = words.larger(words.larger(tl.abs(a), tl.abs(b)), words.larger(tl.abs(c), tl.abs(d)))
-    top = tl.reshape(tl.max(words.bits(top) & _MAGNITUDE, axis=1), [SPEC.count, THREADS])
+    top = tl.reshape(tl.max(words.bits(top) & 0x7FFFFFFF, axis=1), [SPEC.count, THREADS])
     spread = tl.broadcast_to(tl.max(top, axis=1)[:, None], [SPEC.count, THREADS])
     return tl.reshape(spread, [SPEC.count * THREADS])
 

@@ -1,7 +1,6 @@
 """The fused step of everything that `fast` does not take: any weight, any supported state, any shape, any address.
 
-Each program steps a run of tiles of one parameter; a tile is [groups, lanes], element by element. The rules are those
-of `reference.steps`, in the order of operations of `cpu.steps`, every operation rounded separately.
+Each program steps a run of tiles of one parameter; a tile is [groups, lanes], element by element.
 """
 
 from __future__ import annotations
@@ -10,101 +9,76 @@ import triton
 import triton.language as tl
 
 from statecodec.kernels.triton import tables as t
-from statecodec.kernels.triton.companding import group_bounds, magnitude_bits
+from statecodec.kernels.triton.companding import group_bounds
 from statecodec.kernels.triton.folding import tree_sum
-from statecodec.kernels.triton.scalars import entry
+from statecodec.kernels.triton.rules import average, direction, stepped, too_large, weight_too_large
+from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, own_numbers
 from statecodec.kernels.triton.stored import load_gradient, load_state, load_weight, store_state, store_weight
-
-_TOO_LARGE, _TOO_LARGE_FP16 = tl.constexpr((127 + 64) << 23), tl.constexpr(0x477FF000)  # bits of LARGEST, LARGEST_FP16
 
 
 @triton.jit
 def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
-    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
-    at, first = tl.load(chunk).to(tl.int64), tl.load(chunk + 1)
+    at, first = own_chunk(chunks)
     mine, known, gradient = table + at, scalars + at, tl.load(news + at)
     if gradient != 0:
+        common = group_numbers(news, count)
         tiles = (entry(mine, count, t.GROUPS) + SPEC.count - 1) // SPEC.count
         tiles = tl.minimum(tiles.to(tl.int32) - first, SPEC.run)
         for tile in range(tiles):
             start = (first + tile).to(tl.int64) * SPEC.count
+            numbers = own_numbers(known, count), common
             if SPEC.method == "foam":
-                step_folded(gradient, mine, known, m_table, v_table, count, start, SPEC)
+                kept = step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC)
             else:
-                step_tile(gradient, mine, known, m_table, v_table, count, start, SPEC)
+                kept = step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC)
+            if kept > 0:
+                skipped = entry(mine, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+                tl.atomic_add(skipped, kept.to(tl.float32), sem="relaxed")
 
 
 @triton.jit
-def step_tile(gradient, mine, known, m_table, v_table, count, start, SPEC: tl.constexpr):
-    """The groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim."""
-    M: tl.constexpr = SPEC.m
-    V: tl.constexpr = SPEC.v
-    param, low = entry(mine, count, t.PARAM), entry(mine, count, t.LOW)
-    m_data, m_scales = entry(mine, count, t.M_DATA), entry(mine, count, t.M_SCALES)
-    v_data, v_scales = entry(mine, count, t.V_DATA), entry(mine, count, t.V_SCALES)
+def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
+    """The groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim. Returns how
+    many units kept their old bytes."""
+    param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
     here, begin = places(entry(mine, count, t.ROWS), entry(mine, count, t.COLS), start, SPEC)
     offset, inside = here[1], here[2]
-    decay, size = entry(known, count, t.DECAY_BY), entry(known, count, t.SIZE)
     w = load_weight(param, low, offset, inside, SPEC)
     g = load_gradient(gradient, offset, inside, SPEC)
-    if SPEC.l2:
-        g = tl.fma(w, entry(known, count, t.L2_DECAY), g)  # torch's add(alpha=) is a fused operation
-    if M.kind != "absent":
-        m = load_state(m_data, m_scales, m_table, here, M, SPEC)
-    if SPEC.method == "adam" or SPEC.method == "slim":
-        m = average(m, g, entry(known, count, t.RATE_1))
-        if SPEC.method == "adam":
-            v = load_state(v_data, v_scales, v_table, here, V, SPEC)
-            v = v * entry(known, count, t.KEEP_2) + entry(known, count, t.RATE_2) * g * g
-        else:
-            v = shared_moment(mine, count, begin, inside, SPEC)
-        w = w * decay - size * direction(m, v, known, count)
-    elif SPEC.method == "lion":
-        w = w * decay - size * sign(average(g, m, entry(known, count, t.KEEP_1)))
-        m = average(m, g, entry(known, count, t.RATE_2))
-    elif M.kind == "absent":
-        w = tl.fma(g, 0.0 - size, w * decay)
-    else:
-        heavy = entry(known, count, t.HEAVY)
-        m = m * heavy + entry(known, count, t.GAIN) * g
-        if SPEC.nesterov:
-            w = w * decay - size * (g + heavy * m)
-        else:
-            w = w * decay - size * m
-    bad = weight_too_large(w, SPEC)
-    if M.kind != "absent":
-        bad = bad | too_large(m)
-    if V.kind != "absent":
-        bad = bad | too_large(v)
-    bad = (bad & inside).to(tl.int32)
-    if M.kind == "companded" or V.kind == "companded":  # the unit is the group, else the element
-        units = tl.max(bad, axis=1)
-        kept = tl.sum(units, axis=0)
-        good = (units == 0)[:, None]  # the same along a group, which keeps accesses wide
-    else:
-        kept = tl.sum(tl.sum(bad, axis=1), axis=0)
-        good = bad == 0
-    if M.kind != "absent":
-        store_state(m, m_data, m_scales, here, good, M, SPEC)
+    m, v = g, g
+    if SPEC.m.kind != "absent":
+        m = load_state(m_data, m_scales, m_table, here, SPEC.m, SPEC)
     if SPEC.method == "adam":
-        store_state(v, v_data, v_scales, here, good, V, SPEC)
-    store_weight(w, param, low, offset, inside & good, key(known, count, SPEC), SPEC)
-    count_kept(mine, count, kept)
+        v = load_state(v_data, v_scales, v_table, here, SPEC.v, SPEC)
+    if SPEC.method == "slim":
+        v = shared_moment(mine, count, begin, inside, SPEC)
+    w, m, v = stepped(w, g, m, v, numbers, SPEC)
+    bad = weight_too_large(w, SPEC)
+    if SPEC.m.kind != "absent":
+        bad = bad | too_large(m)
+    if SPEC.v.kind != "absent":
+        bad = bad | too_large(v)
+    good, kept = judged((bad & inside).to(tl.int32), SPEC)
+    if SPEC.m.kind != "absent":
+        store_state(m, m_data, m_scales, here, good, SPEC.m, SPEC)
+    if SPEC.method == "adam":
+        store_state(v, v_data, v_scales, here, good, SPEC.v, SPEC)
+    store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
+    return kept
 
 
 @triton.jit
-def step_folded(gradient, mine, known, m_table, v_table, count, start, SPEC: tl.constexpr):
+def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
     """Groups of folded moments from `start` on, and the blocks of weights that each of them stands for (FOAM)."""
-    M: tl.constexpr = SPEC.m
-    V: tl.constexpr = SPEC.v
     COUNT: tl.constexpr = SPEC.count
     WIDTH: tl.constexpr = SPEC.width
     BLOCK: tl.constexpr = SPEC.block
     TALL: tl.constexpr = COUNT * WIDTH
-    param, low = entry(mine, count, t.PARAM), entry(mine, count, t.LOW)
-    m_data, m_scales = entry(mine, count, t.M_DATA), entry(mine, count, t.M_SCALES)
-    v_data, v_scales = entry(mine, count, t.V_DATA), entry(mine, count, t.V_SCALES)
+    param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
+    own, common = numbers
+    decay, size, _root, _reciprocal, _gain = own
+    _keep_1, rate_1, keep_2, rate_2, _eps, _l2, _heavy, residual = common
     rows, cols = entry(mine, count, t.ROWS), entry(mine, count, t.COLS)
     blocks = (cols + BLOCK - 1) // BLOCK
     here, _ = places(rows, blocks, start, SPEC)
@@ -119,91 +93,36 @@ def step_folded(gradient, mine, known, m_table, v_table, count, start, SPEC: tl.
         square = tl.div_rn(tree_sum(g * g, TALL, BLOCK), divisor)
     else:
         square = mean * mean
-    m = load_state(m_data, m_scales, m_table, here, M, SPEC)
-    v = load_state(v_data, v_scales, v_table, here, V, SPEC)
-    m = average(m, tl.reshape(mean, [COUNT, WIDTH]), entry(known, count, t.RATE_1))
-    v = v * entry(known, count, t.KEEP_2) + entry(known, count, t.RATE_2) * tl.reshape(square, [COUNT, WIDTH])
-    rest = entry(known, count, t.REST) * (g - mean[:, None])
+    m = load_state(m_data, m_scales, m_table, here, SPEC.m, SPEC)
+    v = load_state(v_data, v_scales, v_table, here, SPEC.v, SPEC)
+    m = average(m, tl.reshape(mean, [COUNT, WIDTH]), rate_1)
+    v = v * keep_2 + rate_2 * tl.reshape(square, [COUNT, WIDTH])
+    rest = residual * (g - mean[:, None])
     numerator = tl.reshape(m, [TALL])[:, None] + rest
     second = rest * rest + tl.reshape(v, [TALL])[:, None]
-    decay = entry(known, count, t.DECAY_BY)
-    change = entry(known, count, t.SIZE) * direction(numerator, second, known, count)
+    change = size * direction(numerator, second, numbers, False)
     if SPEC.decay_first:
         w = w * decay - change
     else:
         w = (w - change) * decay
     bad = tl.reshape(tl.max((weight_too_large(w, SPEC) & inside).to(tl.int32), axis=1), [COUNT, WIDTH])
-    bad = bad | ((too_large(m) | too_large(v)) & here[2]).to(tl.int32)
-    if M.kind == "companded" or V.kind == "companded":  # the unit is the group of blocks, else the block
-        units = tl.max(bad, axis=1)
-        kept = tl.sum(units, axis=0)
-        good = (units == 0)[:, None]
-    else:
-        kept = tl.sum(tl.sum(bad, axis=1), axis=0)
-        good = bad == 0
-    store_state(m, m_data, m_scales, here, good, M, SPEC)
-    store_state(v, v_data, v_scales, here, good, V, SPEC)
+    good, kept = judged(bad | ((too_large(m) | too_large(v)) & here[2]).to(tl.int32), SPEC)
+    store_state(m, m_data, m_scales, here, good, SPEC.m, SPEC)
+    store_state(v, v_data, v_scales, here, good, SPEC.v, SPEC)
     good = tl.reshape(tl.broadcast_to(good, [COUNT, WIDTH]), [TALL])[:, None]
-    store_weight(w, param, low, offset, inside & good, key(known, count, SPEC), SPEC)
-    count_kept(mine, count, kept)
-
-
-# --- the rules' pieces
+    store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
+    return kept
 
 
 @triton.jit
-def average(m, g, rate):
-    """The exponential average: m + rate * (g - m)."""
-    return m + rate * (g - m)
-
-
-@triton.jit
-def direction(m, v, known, count):
-    """m / (sqrt(v) / root + eps)."""
-    root, reciprocal = entry(known, count, t.ROOT), entry(known, count, t.RECIPROCAL)
-    s = tl.sqrt_rn(v)
-    quotient = s * reciprocal  # by one number of many others: see `companding.ratio`
-    quotient = tl.fma(tl.fma(-quotient, root, s), reciprocal, quotient)
-    return tl.div_rn(m, quotient + entry(known, count, t.EPSILON))
-
-
-@triton.jit
-def sign(x):
-    """-1, 0 or 1."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
-
-
-@triton.jit
-def too_large(x):
-    """Whether a new value may not be stored: NaN, infinite, or not below LARGEST."""
-    return magnitude_bits(x) >= _TOO_LARGE
-
-
-@triton.jit
-def weight_too_large(w, SPEC: tl.constexpr):
-    """Whether a new weight may not be stored; fp16 holds less."""
-    if SPEC.weight == "fp16":
-        wrong = magnitude_bits(w) >= _TOO_LARGE_FP16
+def judged(bad, SPEC: tl.constexpr):
+    """Which units may be stored, and how many may not: groups, or elements where no moment is companded."""
+    if SPEC.m.kind == "companded" or SPEC.v.kind == "companded":
+        units = tl.max(bad, axis=1)
+        good, kept = (units == 0)[:, None], tl.sum(units, axis=0)  # the same along a group: accesses stay wide
     else:
-        wrong = too_large(w)
-    return wrong
-
-
-@triton.jit
-def count_kept(mine, count, kept):
-    """Count the units that kept their old bytes."""
-    if kept > 0:
-        counter = entry(mine, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
-        tl.atomic_add(counter, kept.to(tl.float32), sem="relaxed")
-
-
-@triton.jit
-def key(known, count, SPEC: tl.constexpr):
-    """The dither's key, as uint32."""
-    found = tl.zeros([], tl.uint32)
-    if SPEC.stochastic:
-        found = entry(known, count, t.KEY).to(tl.uint32, bitcast=True)
-    return found
+        good, kept = bad == 0, tl.sum(tl.sum(bad, axis=1), axis=0)
+    return good, kept
 
 
 @triton.jit

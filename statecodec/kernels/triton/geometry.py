@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from statecodec.kernels.curves import SOFTSIGN, SQRT, Curve
 from statecodec.kernels.fused import Slot, StateStorage
 from statecodec.kernels.triton import fast, sharing
 from statecodec.kernels.triton.runtime import INTERPRETED, power_of_two
-from statecodec.kernels.triton.tables import FIELDS, GROUPS, Form, Spec
+from statecodec.kernels.triton.tables import FIELDS, Form
 
 # How many states each method keeps; sgd without momentum keeps none.
 METHODS = {"adam": 2, "foam": 2, "lion": 1, "sgd": 1, "slim": 2}
@@ -94,24 +94,6 @@ class Traits:
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How one launch cuts its parameters: what it fills into the record."""
-
-    words: bool
-    whole: bool
-    group: int
-    width: int
-    count: int
-    run: int
-
-    def fill(self, spec: Spec) -> Spec:
-        """The record with the shape of the tiles."""
-        return dataclasses.replace(
-            spec, whole=self.whole, group=self.group, width=self.width, count=self.count, run=self.run
-        )
-
-
-@dataclass(frozen=True)
 class Geometry:
     """How the parameters of a launch lie: columns of its table, one entry a slot."""
 
@@ -123,8 +105,8 @@ class Geometry:
     whole: NDArray[np.bool_]  # groups tile the parameter's memory, and all its own addresses are aligned
     planes: NDArray[np.int64]  # [3, slots]: outer, shared, inner
 
-    def parts(self, aligned: NDArray[np.bool_], words: bool) -> Iterator[tuple[Tiling, NDArray[np.int32]]]:
-        """The launches that a step takes, where these gradients are aligned: how tiles are cut, and the chunks."""
+    def parts(self, aligned: NDArray[np.bool_], words: bool) -> Iterator[tuple[dict[str, Any], NDArray[np.int32]]]:
+        """The launches of a step where these gradients are aligned: what `Spec` says of tiles, and the chunks."""
         whole = self.whole & aligned
         # The fast step's last tile is cut between groups, not inside one; short rows are no groups of its size.
         even = (self.group == fast.GROUP) & (self.rows * self.cols % fast.GROUP == 0)
@@ -133,14 +115,11 @@ class Geometry:
         for is_fast, is_whole, group in np.unique(kinds, axis=0).tolist():
             some = np.flatnonzero((kinds == (is_fast, is_whole, group)).all(1))
             width = power_of_two(group)
-            count = max(1, TILE // (width * self.traits.block))
-            tiling = Tiling(bool(is_fast), bool(is_whole), group, width, count, RUN)
-            if is_fast:
-                tiling = Tiling(True, True, group, width, fast.COUNT, fast.RUN)
-            tiles = -(-self.groups[some] // tiling.count)
-            chunks = cut(some, -(-tiles // tiling.run), tiling.run)
+            count, run = (fast.COUNT, fast.RUN) if is_fast else (max(1, TILE // (width * self.traits.block)), RUN)
+            chunks = cut(some, -(-self.groups[some] // (count * run)), run)
             if len(chunks):
-                yield tiling, chunks
+                tile = {"group": group, "width": width, "count": count, "run": run}
+                yield {"words": bool(is_fast), "whole": bool(is_whole), **tile}, chunks
 
     def sums(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Chunks of the sums behind shared second moments, and of the moments themselves."""
@@ -170,8 +149,7 @@ class Geometry:
         index = np.array([slot.index for slot in slots])
         at = scratch.data_ptr() + 4 * self.scratch_ends[:-1]
         table = np.stack((*addresses, self.rows, self.cols, self.groups, index, *self.planes, at))
-        assert len(table) == len(FIELDS)
-        assert FIELDS[GROUPS.value] == "GROUPS"
+        assert len(table) == FIELDS
         return np.ascontiguousarray(table.astype(np.int64))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -55,7 +56,7 @@ class Launch:
         self.scratch = torch.zeros(self.geometry.scratch, dtype=torch.float32, device=self.device)
         table = self.geometry.table(slots, self.scratch)
         self.table = torch.from_numpy(table).to(self.device)
-        self.scalars = torch.zeros(len(SCALARS), self.count, dtype=torch.float32, device=self.device)
+        self.scalars = torch.zeros(SCALARS, self.count, dtype=torch.float32, device=self.device)
         self.news = News(self.count + len(NUMBERS), self.device)
         self.tables = [runtime.decode_table(c, self.device) if c else self.scalars for c in traits.curves]
         self.addresses: list[int] = []
@@ -76,12 +77,13 @@ class Launch:
         with on(self.param):
             if addresses != self.addresses or numbers != self.numbers or self.news.uncertain():
                 self._send(addresses, numbers)
-            spec = self._spec(hyper, KINDS[dtype], live)
+            spec = self._spec(hyper, KINDS[dtype])
             lr = hyper.lr if live else self.scalars
             begin = -(-self.count // scalars.LANES)
             scalars.begin[(begin,)](
-                self.news.there, self.table, self.scalars, lr, self.count, LANES=scalars.LANES, SPEC=spec, **OPTIONS
-            )
+                self.news.there, self.table, self.scalars, lr, self.count, LANES=scalars.LANES, METHOD=spec.method,
+                LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
+            )  # fmt: skip
             if self.traits.dims is not None:
                 self._share(spec)
             for kernel, part, chunks in self._parts(spec):
@@ -96,15 +98,14 @@ class Launch:
         self.aligned = here[: self.count] % 16 == 0
         self.addresses, self.numbers = addresses, numbers
 
-    def _spec(self, hyper: Hyper, gradient: str, live: bool) -> Spec:
-        """The record for this step; tile shapes are filled in by `_parts`."""
+    def _spec(self, hyper: Hyper, gradient: str) -> Spec:
+        """The record for this step, but for the tiles."""
         t = self.traits
         second = Form("shared") if t.dims is not None else t.forms[1]
         return Spec(
             method=t.method, weight=KINDS[self.param.dtype], low=self.low, gradient=gradient, m=t.forms[0], v=second,
-            group=0, width=0, count=0, run=0, block=t.block, whole=False, lr_tensor=live, maximize=hyper.maximize,
-            l2=hyper.l2 != 0, nesterov=hyper.nesterov, stochastic=hyper.stochastic,
-            mean_of_squares=hyper.mean_of_squares, true_tail=hyper.true_tail, torch_bias=hyper.torch_bias,
+            block=t.block, maximize=hyper.maximize, l2=hyper.l2 != 0, nesterov=hyper.nesterov,
+            stochastic=hyper.stochastic, mean_of_squares=hyper.mean_of_squares, true_tail=hyper.true_tail,
             decay_first=hyper.decay_first,
         )  # fmt: skip
 
@@ -114,8 +115,12 @@ class Launch:
         if key not in self.kept:
             words = spec.gradient == "bf16" and not spec.stochastic
             self.kept[key] = [
-                (fast.step_words if tiling.words else general.step_elements, tiling.fill(spec), self._there(chunks))
-                for tiling, chunks in self.geometry.parts(self.aligned, words)
+                (
+                    fast.step_words if tile["words"] else general.step_elements,
+                    replace(spec, **tile),
+                    self._there(chunks),
+                )
+                for tile, chunks in self.geometry.parts(self.aligned, words)
             ]
         return self.kept[key]
 
@@ -127,7 +132,7 @@ class Launch:
         (_, _, sums), (_, _, values) = self.kept["sums"]
         there = self.news.there
         sharing.squares[(sums.shape[0],)](there, self.table, sums, self.count, SPEC=spec, **OPTIONS)
-        sharing.share[(values.shape[0],)](there, self.table, values, self.scalars, self.count, **OPTIONS)
+        sharing.share[(values.shape[0],)](there, self.table, values, self.count, **OPTIONS)
 
     def _there(self, chunks: Chunks) -> Tensor:
         return torch.from_numpy(chunks).to(self.device)

@@ -18,8 +18,45 @@ def entry(column, count, ROW: tl.constexpr):
 
 
 @triton.jit
-def _number(news, count, NUMBER: tl.constexpr):
+def number(news, count, NUMBER: tl.constexpr):
+    """One of the group's numbers, in float64."""
     return tl.load(news + count + NUMBER).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def own_chunk(chunks):
+    """This program's chunk: parameter, first tile."""
+    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    return tl.load(chunk).to(tl.int64), tl.load(chunk + 1)
+
+
+@triton.jit
+def addresses_of(mine, count):
+    """Where weight, low part, and both moments with their scales lie."""
+    return (
+        entry(mine, count, t.PARAM), entry(mine, count, t.LOW), entry(mine, count, t.M_DATA),
+        entry(mine, count, t.M_SCALES), entry(mine, count, t.V_DATA), entry(mine, count, t.V_SCALES),
+    )  # fmt: skip
+
+
+@triton.jit
+def group_numbers(news, count):
+    """What the rules compute with and is the same for all parameters, rounded to fp32 once."""
+    beta1, beta2 = number(news, count, t.BETA1), number(news, count, t.BETA2)
+    return (
+        beta1.to(tl.float32), (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32),
+        number(news, count, t.EPS).to(tl.float32), number(news, count, t.L2).to(tl.float32),
+        number(news, count, t.MOMENTUM).to(tl.float32), number(news, count, t.RESIDUAL).to(tl.float32),
+    )  # fmt: skip
+
+
+@triton.jit
+def own_numbers(known, count):
+    """What the rules compute with and is this parameter's own."""
+    return (
+        entry(known, count, t.DECAY_BY), entry(known, count, t.SIZE), entry(known, count, t.ROOT),
+        entry(known, count, t.RECIPROCAL), entry(known, count, t.GAIN),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -33,51 +70,40 @@ def _power(base, exponent):
 
 
 @triton.jit
-def begin(news, table, scalars, lr_tensor, count: tl.int64, LANES: tl.constexpr, SPEC: tl.constexpr):
-    """Count this step in every parameter that has a gradient; all its numbers, in float64, rounded to fp32 once."""
+def begin(
+    news, table, scalars, lr_tensor, count: tl.int64, LANES: tl.constexpr, METHOD: tl.constexpr,
+    LR_TENSOR: tl.constexpr, TORCH_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Count this step in every parameter that has a gradient; its scalars, in float64, rounded to fp32 once."""
     at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     live = at < count
     live = live & (tl.load(news + at, mask=live, other=0) != 0)
     counter = tl.load(table + t.STEP * count + at, mask=live, other=0).to(tl.pointer_type(tl.float32))
     steps = tl.load(counter, mask=live, other=0.0) + 1.0
     tl.store(counter, steps, mask=live)
-    lr = _number(news, count, t.LR)
-    if SPEC.lr_tensor:
+    lr = number(news, count, t.LR)
+    if LR_TENSOR:
         lr = tl.load(lr_tensor).to(tl.float64)
-    beta1, beta2 = _number(news, count, t.BETA1), _number(news, count, t.BETA2)
     n = steps.to(tl.int32)
-    c1, root = 1.0 - _power(beta1, n), tl.sqrt(1.0 - _power(beta2, n))
+    c1 = 1.0 - _power(number(news, count, t.BETA1), n)
+    root = tl.sqrt(1.0 - _power(number(news, count, t.BETA2), n))
     size, gain = lr + c1 * 0.0, c1 * 0.0 + 1.0
-    if SPEC.method == "adam" or SPEC.method == "slim":
+    if METHOD == "adam" or METHOD == "slim":
         size = lr / c1
-    if SPEC.method == "foam":
-        size = lr * _number(news, count, t.SCALE) / c1
-        if not SPEC.torch_bias:
-            size = lr * _number(news, count, t.SCALE) * root / c1
+    if METHOD == "foam":
+        size = lr * number(news, count, t.SCALE) / c1
+        if not TORCH_BIAS:
+            size = lr * number(news, count, t.SCALE) * root / c1
             root = root * 0.0 + 1.0
-    if SPEC.method == "sgd":
-        gain = tl.where(n == 1, 1.0, 1.0 - _number(news, count, t.DAMPENING))
+    if METHOD == "sgd":
+        gain = tl.where(n == 1, 1.0, 1.0 - number(news, count, t.DAMPENING))
+    decay = 1.0 - lr * number(news, count, t.WEIGHT_DECAY) + c1 * 0.0
+    key = dither_key(tl.load(news + count + t.SEED), tl.load(table + t.INDEX * count + at, mask=live, other=0), n)
     root = root.to(tl.float32)
     out = scalars + at
+    tl.store(out + t.DECAY_BY * count, decay.to(tl.float32), mask=live)
     tl.store(out + t.SIZE * count, size.to(tl.float32), mask=live)
-    tl.store(out + t.GAIN * count, gain.to(tl.float32), mask=live)
     tl.store(out + t.ROOT * count, root, mask=live)
-    tl.store(out + t.RECIPROCAL * count, tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root), mask=live)
-    _same(out + t.DECAY_BY * count, 1.0 - lr * _number(news, count, t.WEIGHT_DECAY), live)
-    _same(out + t.KEEP_1 * count, beta1, live)
-    _same(out + t.RATE_1 * count, 1.0 - beta1, live)
-    _same(out + t.KEEP_2 * count, beta2, live)
-    _same(out + t.RATE_2 * count, 1.0 - beta2, live)
-    _same(out + t.EPSILON * count, _number(news, count, t.EPS), live)
-    _same(out + t.L2_DECAY * count, _number(news, count, t.L2), live)
-    _same(out + t.HEAVY * count, _number(news, count, t.MOMENTUM), live)
-    _same(out + t.REST * count, _number(news, count, t.RESIDUAL), live)
-    if SPEC.stochastic:
-        key = dither_key(tl.load(news + count + t.SEED), tl.load(table + t.INDEX * count + at, mask=live, other=0), n)
-        tl.store(out + t.KEY * count, key.to(tl.float32, bitcast=True), mask=live)
-
-
-@triton.jit
-def _same(out, number, live):
-    """The same number for every parameter."""
-    tl.store(out, number.to(tl.float32) + tl.zeros(live.shape, tl.float32), mask=live)
+    tl.store(out + t.RECIPROCAL * count, tl.div_rn(root * 0.0 + 1.0, root), mask=live)
+    tl.store(out + t.GAIN * count, gain.to(tl.float32), mask=live)
+    tl.store(out + t.KEY * count, key.to(tl.float32, bitcast=True), mask=live)

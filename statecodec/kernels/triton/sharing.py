@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from statecodec.kernels.triton import tables as t
-from statecodec.kernels.triton.general import too_large
+from statecodec.kernels.triton.rules import too_large
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.scalars import entry
+from statecodec.kernels.triton.scalars import entry, number, own_chunk
 from statecodec.kernels.triton.stored import load_gradient
 
 # Pieces: HIGH rows of WIDE elements, or TALL rows of BROAD columns. VALUES: moments of one program of `share`.
@@ -35,8 +35,8 @@ def pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
 @triton.jit
 def squares(news, table, chunks, count: tl.int64, SPEC: tl.constexpr):
     """The sums of squares of one piece of a gradient, seen as OUTER x SHARED x INNER, over SHARED."""
-    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
-    at, piece = tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
+    at, piece = own_chunk(chunks)
+    piece = piece.to(tl.int64)
     mine, gradient = table + at, tl.load(news + at)
     if gradient != 0:
         if entry(mine, count, t.INNER) == 1:
@@ -83,11 +83,10 @@ def _of_columns(gradient, mine, count, tile, SPEC: tl.constexpr):
 
 
 @triton.jit
-def share(news, table, chunks, scalars, count: tl.int64):
+def share(news, table, chunks, count: tl.int64):
     """VALUES new second moments, from the partial sums: into scratch memory as they are, into the state if finite."""
-    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
-    at, block = tl.load(chunk).to(tl.int64), tl.load(chunk + 1).to(tl.int64)
-    mine, known = table + at, scalars + at
+    at, block = own_chunk(chunks)
+    mine = table + at
     if tl.load(news + at) != 0:
         shared, inner = entry(mine, count, t.SHARED), entry(mine, count, t.INNER)
         scratch = entry(mine, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
@@ -96,12 +95,13 @@ def share(news, table, chunks, scalars, count: tl.int64):
         along = (shared + _TALL - 1) // _TALL
         if inner == 1:
             along = (shared + _WIDE - 1) // _WIDE
-        lane = block * _VALUES + tl.arange(0, _VALUES)
+        lane = block.to(tl.int64) * _VALUES + tl.arange(0, _VALUES)
         total = tl.zeros([_VALUES], tl.float32)
         for piece in range(along):
             total += tl.load(scratch + piece * values + lane, mask=lane < values, other=0.0)
         mean = tl.div_rn(total, tl.full([_VALUES], 1.0, tl.float32) * shared.to(tl.float32))
         v = tl.load(moments + lane, mask=lane < values, other=0.0)
-        v = tl.fma(mean, entry(known, count, t.RATE_2), v * entry(known, count, t.KEEP_2))
+        beta2 = number(news, count, t.BETA2)
+        v = tl.fma(mean, (1.0 - beta2).to(tl.float32), v * beta2.to(tl.float32))
         tl.store(scratch + lane, v, mask=lane < values)
         tl.store(moments + lane, v, mask=(lane < values) & (too_large(v) == 0))

@@ -62,18 +62,16 @@ def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def load_weight(param, low, offset, inside, SPEC: tl.constexpr):
     """fp32 values of a weight."""
     WIDE: tl.constexpr = SPEC.whole
+    BITS: tl.constexpr = SPEC.low
     if SPEC.weight == "fp32":
         value = tl.load(pointer(param, tl.float32, WIDE) + offset, mask=inside, other=0.0)
     else:
         high = tl.load(pointer(param, tl.int16, WIDE) + offset, mask=inside, other=0)
-        if SPEC.low > 0:
-            if SPEC.low == 8:
-                rest = tl.load(pointer(low, tl.int8, WIDE) + offset, mask=inside, other=0)
-            else:
-                rest = tl.load(pointer(low, tl.int16, WIDE) + offset, mask=inside, other=0)
-            BITS: tl.constexpr = SPEC.low
-            BF16: tl.constexpr = SPEC.weight == "bf16"
-            value = join(high.to(tl.int32), rest.to(tl.int32), BITS, BF16).to(tl.float32, bitcast=True)
+        if BITS > 0:
+            KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
+            rest = tl.load(pointer(low, KIND, WIDE) + offset, mask=inside, other=0)
+            value = join(high.to(tl.int32), rest.to(tl.int32), BITS, SPEC.weight == "bf16")
+            value = value.to(tl.float32, bitcast=True)
         elif SPEC.weight == "bf16":
             value = (high.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
@@ -85,21 +83,17 @@ def load_weight(param, low, offset, inside, SPEC: tl.constexpr):
 def store_weight(value, param, low, offset, inside, key, SPEC: tl.constexpr):
     """The inverse of `load_weight`: rounds to nearest, or stochastically where bits are dropped."""
     WIDE: tl.constexpr = SPEC.whole
+    BITS: tl.constexpr = SPEC.low
     if SPEC.weight == "fp32":
         tl.store(pointer(param, tl.float32, WIDE) + offset, value, mask=inside)
     else:
         bits = value.to(tl.int32, bitcast=True)
-        if SPEC.stochastic and SPEC.low < 16:
-            DROP: tl.constexpr = 16 - SPEC.low
-            bits = dither(bits, offset, key, DROP)
-        if SPEC.low > 0:
-            BITS: tl.constexpr = SPEC.low
-            BF16: tl.constexpr = SPEC.weight == "bf16"
-            high, rest = split(bits, BITS, BF16)
-            if SPEC.low == 8:
-                tl.store(pointer(low, tl.int8, WIDE) + offset, rest.to(tl.int8), mask=inside)
-            else:
-                tl.store(pointer(low, tl.int16, WIDE) + offset, rest.to(tl.int16), mask=inside)
+        if SPEC.stochastic and BITS < 16:
+            bits = dither(bits, offset, key.to(tl.uint32, bitcast=True), 16 - BITS)
+        if BITS > 0:
+            KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
+            high, rest = split(bits, BITS, SPEC.weight == "bf16")
+            tl.store(pointer(low, KIND, WIDE) + offset, rest.to(KIND), mask=inside)
         elif SPEC.weight == "bf16":
             # To nearest even in integers, because the interpreter truncates.
             high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -133,10 +127,8 @@ def load_state(data, scales, table, places, FORM: tl.constexpr, SPEC: tl.constex
         value = tl.load(pointer(data, tl.float32, WIDE) + offset, mask=inside, other=0.0)
     else:
         if FORM.bits == 4:
-            COUNT: tl.constexpr = SPEC.count
-            WIDTH: tl.constexpr = SPEC.width
             pairs = tl.load(pointer(data, tl.uint8, WIDE) + packed, mask=packed_inside, other=0)
-            code = unpack_nibbles(pairs.to(tl.int32), COUNT, WIDTH)
+            code = unpack_nibbles(pairs.to(tl.int32), SPEC.count, SPEC.width)
         else:
             code = tl.load(pointer(data, tl.uint8, WIDE) + offset, mask=inside, other=0).to(tl.int32)
         scale = tl.load(pointer(scales, tl.int16, WIDE) + index, mask=exists, other=0).to(tl.int32)
@@ -152,21 +144,13 @@ def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.
     if FORM.kind == "dense":
         tl.store(pointer(data, tl.float32, WIDE) + offset, value, mask=inside & good)
     else:
-        KIND: tl.constexpr = FORM.curve
-        TOP: tl.constexpr = FORM.top
-        SIGNED: tl.constexpr = FORM.signed
-        LOWEST: tl.constexpr = FORM.min_scale
-        STEPS: tl.constexpr = FORM.steps
-        HALF: tl.constexpr = FORM.half_lowest
         group_good = exists & (tl.min(good.to(tl.int32), axis=1) != 0)
         value = tl.where(inside & group_good[:, None], value, 0.0)
-        scale = scale_bits(tl.max(magnitude_bits(value), axis=1), LOWEST)
-        code = quantise(value, scale[:, None], KIND, TOP, SIGNED, STEPS, HALF)
+        scale = scale_bits(tl.max(magnitude_bits(value), axis=1), FORM.min_scale)
+        code = quantise(value, scale[:, None], FORM)
         tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=group_good)
         if FORM.bits == 4:
-            COUNT: tl.constexpr = SPEC.count
-            WIDTH: tl.constexpr = SPEC.width
-            pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
+            pairs = pack_nibbles(code, SPEC.count, SPEC.width).to(tl.uint8)
             tl.store(pointer(data, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & group_good[:, None])
         else:
             tl.store(pointer(data, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & group_good[:, None])

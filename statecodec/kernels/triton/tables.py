@@ -1,10 +1,9 @@
-"""What a fused launch works from: the tables, what each program of it does, and the record of compile-time facts.
+"""What a fused launch works from: the tables, and the record of compile-time facts.
 
-`table` is int64 [FIELDS, parameters], fixed: addresses, shapes, how many groups a
-parameter has. `news` is int64
+`table` is int64 [FIELDS, parameters], fixed: addresses, shapes, how many groups a parameter has. `news` is int64
 [parameters + NUMBERS]: the gradients' addresses (0: this parameter has none in this step), then the group's numbers as
-the bits of float64. `scalars` is fp32 [SCALARS, parameters]: what `begin` makes of both, once a step. `chunks` is int32
-[programs, 2]: parameter, first tile.
+the bits of float64. `scalars` is fp32 [SCALARS, parameters]: what depends on a parameter's count of steps, made by
+`begin`. `chunks` is int32 [programs, 2]: parameter, first tile.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ from statecodec.kernels.curves import Curve
 
 # OUTER x SHARED x INNER is the parameter as a shared second moment sees it: one value per outer and inner index, whose
 # partial sums and new value lie at SCRATCH.
-FIELDS = (
-    "PARAM", "LOW", "M_DATA", "M_SCALES", "V_DATA", "V_SCALES", "STEP", "SKIPPED", "ROWS", "COLS", "GROUPS", "INDEX",
-    "OUTER", "SHARED", "INNER", "SCRATCH",
-)  # fmt: skip
+FIELDS = 16
 (
     PARAM, LOW, M_DATA, M_SCALES, V_DATA, V_SCALES, STEP, SKIPPED, ROWS, COLS, GROUPS, INDEX, OUTER, SHARED, INNER,
     SCRATCH,
-) = map(tl.constexpr, range(len(FIELDS)))  # fmt: skip
+) = map(tl.constexpr, range(FIELDS))  # fmt: skip
 
 NUMBERS = ("lr", "decay", "beta1", "beta2", "eps", "l2", "momentum", "dampening", "scale", "residual", "seed")
 LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, SEED = map(
@@ -32,14 +28,9 @@ LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, S
 )
 
 # DECAY_BY: what decoupled decay multiplies a weight with. SIZE: the step's. ROOT: of the second moment's bias
-# correction, and its reciprocal. RATE_1, RATE_2: 1 - beta. GAIN: of SGD's gradient. KEY: of the dither, as bits.
-SCALARS = (
-    "DECAY_BY", "SIZE", "ROOT", "RECIPROCAL", "GAIN", "KEEP_1", "RATE_1", "KEEP_2", "RATE_2", "EPSILON", "L2_DECAY",
-    "HEAVY", "REST", "KEY",
-)  # fmt: skip
-DECAY_BY, SIZE, ROOT, RECIPROCAL, GAIN, KEEP_1, RATE_1, KEEP_2, RATE_2, EPSILON, L2_DECAY, HEAVY, REST, KEY = map(
-    tl.constexpr, range(len(SCALARS))
-)
+# correction, and its reciprocal. GAIN: of SGD's gradient. KEY: of the dither, as bits.
+SCALARS = 6
+DECAY_BY, SIZE, ROOT, RECIPROCAL, GAIN, KEY = map(tl.constexpr, range(SCALARS))
 
 
 @dataclass(frozen=True)
@@ -76,18 +67,17 @@ class Spec:
     gradient: str  # fp32, bf16, fp16
     m: Form
     v: Form
-    group: int
-    width: int
-    count: int
-    run: int
     block: int  # weights per folded moment
-    whole: bool  # groups tile aligned memory: rows do not matter and accesses are wide
-    lr_tensor: bool
     maximize: bool
     l2: bool
     nesterov: bool
     stochastic: bool
     mean_of_squares: bool
     true_tail: bool
-    torch_bias: bool
     decay_first: bool
+    words: bool = False  # the fast step
+    whole: bool = False  # groups tile aligned memory: rows do not matter and accesses are wide
+    group: int = 0
+    width: int = 0
+    count: int = 0
+    run: int = 0

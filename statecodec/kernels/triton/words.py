@@ -17,6 +17,7 @@ import triton.language as tl
 from statecodec.kernels.triton.runtime import INTERPRETED
 
 _PLAIN = tl.constexpr(INTERPRETED)
+_PLANES = tl.constexpr((tl.float32, tl.float32, tl.float32, tl.float32))
 
 
 @triton.jit
@@ -31,39 +32,31 @@ def value(x):
     return x.to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def _assembly(x, TEXT: tl.constexpr, SOURCE: tl.constexpr):
+    """One instruction from one operand, of the register kind SOURCE, to fp32."""
+    return tl.inline_asm_elementwise(TEXT, "=f," + SOURCE, [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 # --- arithmetic
 
 
 @triton.jit
 def negated(x):
     """-x as a sign change; Triton's own is 0 - x, an addition that the compiler must keep."""
-    if _PLAIN:
-        y = -x
-    else:
-        y = tl.inline_asm_elementwise("neg.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return -x if _PLAIN else _assembly(x, "neg.f32 $0, $1;", "f")
 
 
 @triton.jit
 def reciprocal(x):
     """1 / x within 1 ulp; results below 2**-126 are 0."""
-    if _PLAIN:
-        y = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
-    else:
-        y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return y
+    return tl.div_rn(x * 0.0 + 1.0, x) if _PLAIN else _assembly(x, "rcp.approx.ftz.f32 $0, $1;", "f")
 
 
 @triton.jit
 def reciprocal_root(x):
     """1 / sqrt(x) within 1 ulp."""
-    if _PLAIN:
-        y = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
-    else:
-        y = tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
+    return reciprocal(tl.sqrt_rn(x)) if _PLAIN else _assembly(x, "rsqrt.approx.ftz.f32 $0, $1;", "f")
 
 
 @triton.jit
@@ -91,27 +84,19 @@ def root(x):
 @triton.jit
 def is_positive(x):
     """1.0 for x >= 2**-120, 0.0 for x = 0: a saturating product, not a comparison."""
-    if _PLAIN:
-        y = tl.where(x > 0, 1.0, 0.0)
-    else:
-        y = tl.inline_asm_elementwise(
-            "mul.sat.f32 $0, $1, 0f7B800000;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
+    return tl.where(x > 0, 1.0, 0.0) if _PLAIN else _assembly(x, "mul.sat.f32 $0, $1, 0f7B800000;", "f")
 
 
 @triton.jit
 def floor_in_byte_one(x, y):
     """A word whose byte 1 is floor(x * y + 0.5), for results from 0 to 255."""
     if _PLAIN:
-        z = tl.floor(x.to(tl.float64) * y.to(tl.float64) + 0.5).to(tl.int32) << 8
+        word = tl.floor(x.to(tl.float64) * y.to(tl.float64) + 0.5).to(tl.int32) << 8
     else:
-        z = bits(
-            tl.inline_asm_elementwise(
-                "fma.rz.f32 $0, $1, $2, 0f47000080;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
-            )
+        word = tl.inline_asm_elementwise(
+            "fma.rz.f32 $0, $1, $2, 0f47000080;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
         )
-    return z
+    return word
 
 
 @triton.jit
@@ -128,10 +113,7 @@ def looked_up(table_ptr, index):
     if _PLAIN:
         y = tl.load(table_ptr + index)
     else:
-        address = table_ptr.to(tl.int64) + index.to(tl.int64) * 4
-        y = tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [address], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = _assembly(table_ptr.to(tl.int64) + index.to(tl.int64) * 4, "ld.global.nc.f32 $0, [$1];", "l")
     return y
 
 
@@ -139,36 +121,26 @@ def looked_up(table_ptr, index):
 
 
 @triton.jit
-def signed_codes(word):
-    """int32 of four int8 codes -> four fp32."""
+def codes(word, SIGNED: tl.constexpr):
+    """int32 of four int8 codes, or of four uint8 codes -> four fp32."""
+    if SIGNED:  # moved up, to be unsigned
+        word = word ^ -0x7F7F7F80
+    ZERO: tl.constexpr = 128.0 if SIGNED else 0.0
     if _PLAIN:
-        a, b, c, d = _byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3)
-        a, b, c, d = _signed(a), _signed(b), _signed(c), _signed(d)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{.reg .b32 t; xor.b32 t, $4, 0x80808080; prmt.b32 $0, t, 0x4B000000, 0x7440;"
-            " prmt.b32 $1, t, 0x4B000000, 0x7441; prmt.b32 $2, t, 0x4B000000, 0x7442;"
-            " prmt.b32 $3, t, 0x4B000000, 0x7443;}",
-            "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
-        a, b, c, d = a - 8388736.0, b - 8388736.0, c - 8388736.0, d - 8388736.0
-    return a, b, c, d
-
-
-@triton.jit
-def unsigned_codes(word):
-    """int32 of four uint8 codes -> four fp32."""
-    if _PLAIN:
-        a, b, c, d = _byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3)
-        a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+        a, b, c, d = (
+            _byte(word, 0) + 2.0**23,
+            _byte(word, 1) + 2.0**23,
+            _byte(word, 2) + 2.0**23,
+            _byte(word, 3) + 2.0**23,
+        )
     else:
         a, b, c, d = tl.inline_asm_elementwise(
             "{prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;"
             " prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;}",
-            "=f,=f,=f,=f,r", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+            "=f,=f,=f,=f,r", [word], dtype=_PLANES, is_pure=True, pack=1,
         )  # fmt: skip
-        a, b, c, d = a - 8388608.0, b - 8388608.0, c - 8388608.0, d - 8388608.0
-    return a, b, c, d
+    zero = 2.0**23 + ZERO
+    return a - zero, b - zero, c - zero, d - zero
 
 
 @triton.jit
@@ -181,7 +153,7 @@ def bf16_values(word):
         a, b, c, d = tl.inline_asm_elementwise(
             "{.reg .b32 a, c; mov.b64 {a, c}, $4; shl.b32 $0, a, 16; and.b32 $1, a, 0xFFFF0000; shl.b32 $2, c, 16;"
             " and.b32 $3, c, 0xFFFF0000;}",
-            "=f,=f,=f,=f,l", [word], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+            "=f,=f,=f,=f,l", [word], dtype=_PLANES, is_pure=True, pack=1,
         )  # fmt: skip
     return a, b, c, d
 
@@ -201,8 +173,7 @@ def joined(high, low):
             " prmt.b32 p, h, a, 0x1054; prmt.b32 q, h, a, 0x3276; prmt.b32 r, i, c, 0x1054; prmt.b32 s, i, c, 0x3276;"
             " add.s32 $0, p, 0xFFFF8000; add.s32 $1, q, 0xFFFF8000; add.s32 $2, r, 0xFFFF8000;"
             " add.s32 $3, s, 0xFFFF8000;}",
-            "=f,=f,=f,=f,l,r", [high, low], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
-            pack=1,
+            "=f,=f,=f,=f,l,r", [high, low], dtype=_PLANES, is_pure=True, pack=1,
         )  # fmt: skip
     return a, b, c, d
 
@@ -230,16 +201,13 @@ def packed_bytes(a, b, c, d, BYTE: tl.constexpr):
     """Byte BYTE (0 or 1) of four words as one word."""
     if _PLAIN:
         word = _byte(a, BYTE) | (_byte(b, BYTE) << 8) | (_byte(c, BYTE) << 16) | (_byte(d, BYTE) << 24)
-    elif BYTE == 0:
-        word = tl.inline_asm_elementwise(
-            "{.reg .b32 p, q; prmt.b32 p, $1, $2, 0x0040; prmt.b32 q, $3, $4, 0x0040; prmt.b32 $0, p, q, 0x5410;}",
-            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
     else:
-        word = tl.inline_asm_elementwise(
-            "{.reg .b32 p, q; prmt.b32 p, $1, $2, 0x0051; prmt.b32 q, $3, $4, 0x0051; prmt.b32 $0, p, q, 0x5410;}",
-            "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1,
+        PAIR: tl.constexpr = "0x0051" if BYTE else "0x0040"
+        TEXT: tl.constexpr = (
+            "{.reg .b32 p, q; prmt.b32 p, $1, $2, " + PAIR + "; prmt.b32 q, $3, $4, " + PAIR + ";"
+            " prmt.b32 $0, p, q, 0x5410;}"
         )  # fmt: skip
+        word = tl.inline_asm_elementwise(TEXT, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
     return word
 
 
@@ -249,11 +217,6 @@ def packed_bytes(a, b, c, d, BYTE: tl.constexpr):
 @triton.jit
 def _byte(word, INDEX: tl.constexpr):
     return (word >> (8 * INDEX)) & 0xFF
-
-
-@triton.jit
-def _signed(byte):
-    return ((byte ^ 0x80) - 0x80).to(tl.float32)
 
 
 @triton.jit

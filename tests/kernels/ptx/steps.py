@@ -24,6 +24,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "Lion": (optim.Lion, {"lr": 1e-3, "weight_decay": 0.1}),
     "FOAM": (optim.FOAM, {"lr": 1e-2, "level": 2}),
     "FOAM 8-bit": (optim.FOAM, {"lr": 1e-2, "level": 1, "moments": "companded8"}),
+    "SGD": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "SGD dense": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 1e-2, "moments": "dense"}),
     "AdamW 4-bit": (optim.AdamW, {"lr": 1e-2, "moments": NIBBLES}),
 }
 SHAPES = [(5, 64), (3, 96), (32,)]

@@ -1,0 +1,87 @@
+"""The update rules, shared by both fused steps: those of `reference.steps`, in the order of operations of `cpu.steps`,
+every operation rounded separately. `numbers` are `scalars.own_numbers` and
+`group_numbers`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from statecodec.kernels.triton import words
+from statecodec.kernels.triton.companding import magnitude_bits
+
+LARGEST_BITS = tl.constexpr((127 + 64) << 23)  # of `kernels.fused.LARGEST`
+_LARGEST_BITS_FP16 = tl.constexpr(0x477FF000)  # of LARGEST_FP16
+# The words' step carries averaged second moments times 2**56, their square roots times 2**28: MUFU flushes what is
+# subnormal, and corrections need some bits below the result.
+UP_BITS, UP = tl.constexpr(56 << 23), tl.constexpr(2.0**56)
+_ROOT_UP, _ROOT_DOWN = tl.constexpr(2.0**28), tl.constexpr(2.0**-28)
+
+
+@triton.jit
+def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
+    """Weight and moments after one step of adam, slim (whose v is new already), lion or sgd."""
+    own, common = numbers
+    decay, size, _root, _reciprocal, gain = own
+    keep_1, rate_1, keep_2, rate_2, _eps, l2, heavy, _residual = common
+    if SPEC.l2:
+        g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs
+    if SPEC.method == "adam" or SPEC.method == "slim":
+        m = average(m, g, rate_1)
+        if SPEC.method == "adam":
+            v = v * keep_2 + rate_2 * g * g
+        w = w * decay - size * direction(m, v, numbers, SPEC.words)
+    elif SPEC.method == "lion":
+        u = average(g, m, keep_1)
+        w = w * decay - tl.where(u > 0, size, tl.where(u < 0, 0.0 - size, 0.0))
+        m = average(m, g, rate_2)
+    elif SPEC.m.kind == "absent":
+        w = tl.fma(g, 0.0 - size, w * decay)
+    else:
+        m = m * heavy + gain * g
+        if SPEC.nesterov:
+            w = w * decay - size * (g + heavy * m)
+        else:
+            w = w * decay - size * m
+    return w, m, v
+
+
+@triton.jit
+def average(m, g, rate):
+    """The exponential average: m + rate * (g - m)."""
+    return m + rate * (g - m)
+
+
+@triton.jit
+def direction(m, v, numbers, FAST: tl.constexpr):
+    """m / (sqrt(v) / root + eps). FAST: from approximations, exact where moments come from 8-bit codes."""
+    own, common = numbers
+    root, reciprocal, eps = own[2], own[3], common[4]
+    if FAST:
+        divisor = _quotient_by(words.root(v * UP), root * _ROOT_UP, reciprocal * _ROOT_DOWN) + eps
+        y = words.reciprocal(divisor)
+        y = tl.fma(tl.fma(words.negated(divisor), y, 1.0), y, y)
+        u = words.quotient(m, divisor, y)
+    else:
+        u = tl.div_rn(m, _quotient_by(tl.sqrt_rn(v), root, reciprocal) + eps)
+    return u
+
+
+@triton.jit
+def _quotient_by(x, divisor, reciprocal):
+    """x / divisor, from its correctly rounded reciprocal: by one number of many others, see `companding.ratio`."""
+    q = x * reciprocal
+    return tl.fma(tl.fma(words.negated(q), divisor, x), reciprocal, q)
+
+
+@triton.jit
+def too_large(x):
+    """Whether a new value may not be stored: NaN, infinite, or not below LARGEST."""
+    return magnitude_bits(x) >= LARGEST_BITS
+
+
+@triton.jit
+def weight_too_large(w, SPEC: tl.constexpr):
+    """Whether a new weight may not be stored; fp16 holds less."""
+    return magnitude_bits(w) >= (_LARGEST_BITS_FP16 if SPEC.weight == "fp16" else LARGEST_BITS)

@@ -165,8 +165,10 @@ class Machine:
     def put(self, register: str, value: Array, mask: Array | None) -> None:
         """Set a register, where the mask says so; bytes are held in 16 bits."""
         if value.dtype != np.bool_:
+            value = (
+                value.astype(f"{value.dtype.kind}2") if value.itemsize == 1 else value
+            )  # with its sign, if it has one
             value = np.ascontiguousarray(value).view(f"u{value.itemsize}")
-            value = value.astype(np.uint16) if value.itemsize == 1 else value
         if mask is not None:
             value = np.where(mask, value, self.registers.get(register, np.zeros_like(value)))
         self.registers[register] = value

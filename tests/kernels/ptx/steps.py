@@ -26,6 +26,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "FOAM 8-bit": (optim.FOAM, {"lr": 1e-2, "level": 1, "moments": "companded8"}),
     "SGD": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "SGD dense": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 1e-2, "moments": "dense"}),
+    "Lion stochastic": (optim.Lion, {"lr": 1e-3, "stochastic_rounding": True, "seed": 7}),
     "AdamW 4-bit": (optim.AdamW, {"lr": 1e-2, "moments": NIBBLES}),
 }
 SHAPES = [(5, 64), (3, 96), (32,)]

@@ -7,18 +7,20 @@ python benchmarks/memory.py [--bytes 4000000000] [--largest 1073741824]        -
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from common import CACHE, grown, record, trained
 
 # VmHWM and not ru_maxrss, which a child inherits from the process that forked it.
 _PEAK = r'import re; print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024)'
 _PROGRAM = f"""
-import sys, statecodec
-verb, preset, a, b = sys.argv[1:]
-getattr(statecodec, verb)(a, b, force=True, **({{"preset": preset}} if verb == "compress" else {{}}))
+import json, sys, statecodec
+verb, a, b, options = sys.argv[1:]
+getattr(statecodec, verb)(a, b, force=True, **json.loads(options))
 {_PEAK}
 """
 
@@ -33,10 +35,10 @@ def main() -> None:
     packed, back = CACHE / "memory.sc.safetensors", CACHE / "memory.back"
     peaks: dict[str, float] = {}
     for preset in ("resume", "small", "tiny", "live", "lossless"):
-        peak("compress", preset, trained(), packed)
-        peak("restore", preset, packed, back)
-        for verb, a, b in (("compress", source, packed), ("restore", packed, back)):
-            peaks[f"{preset}: {verb}"] = peak(verb, preset, a, b) / 2**20
+        peak("compress", trained(), packed, preset=preset)
+        peak("restore", packed, back)
+        for verb, a, b, options in (("compress", source, packed, {"preset": preset}), ("restore", packed, back, {})):
+            peaks[f"{preset}: {verb}"] = peak(verb, a, b, **options) / 2**20
             print(f"{preset} {verb}: {peaks[f'{preset}: {verb}']:.0f} MiB", flush=True)
     for path in (packed, back):
         path.unlink()
@@ -54,9 +56,9 @@ def main() -> None:
     )
 
 
-def peak(verb: str, preset: str, source: Path, target: Path) -> int:
+def peak(verb: str, source: Path, target: Path, **options: Any) -> int:
     """Bytes of a process that does no more than this."""
-    command = [sys.executable, "-c", _PROGRAM, verb, preset, str(source), str(target)]
+    command = [sys.executable, "-c", _PROGRAM, verb, str(source), str(target), json.dumps(options)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 

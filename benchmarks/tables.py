@@ -192,6 +192,13 @@ def chain(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def memory_layouts(r: Result) -> list[str]:
+    """Peak memory on directories of shards."""
+    sizes = " and ".join(f"{nbytes / 1e9:.1f} GB ({name})" for name, nbytes in r["bytes"].items())
+    rows = [f"| {what} | {mib:.0f} MiB |" for what, mib in r["peak RSS, MiB"].items()]
+    return [f"| {sizes}, two ranks | peak RSS |", "| --- | --- |", *rows]
+
+
 def checkpoints(r: Result) -> list[str]:
     """What frameworks write, what is seen in it, ratios, and losses after resuming."""
     presets = ("lossless", "resume", "small", "tiny")
@@ -282,7 +289,8 @@ COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
-    "memory": memory, "resume": resume, "chain": chain, "checkpoints": checkpoints, "startup": startup,
+    "memory": memory, "memory_layouts": memory_layouts, "resume": resume, "chain": chain,
+    "checkpoints": checkpoints, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,
 }  # fmt: skip

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 FILE = "checkpoint-{}.sc.safetensors"
 
 
-def trainer(folder: Path, *, steps: int, every: int, limit: int | None = None, preset: str = "lossless", **more: Any):
+def trainer(folder: Path, *, steps: int, every: int | None = None, limit: int | None = None, **more: Any):
+    """A Trainer that saves every so many steps; each checkpoint starts a process, so there are few."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2))
     data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (64, 16))]
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, save_steps=every, save_total_limit=limit, logging_steps=1,
+        output_dir=str(folder), max_steps=steps, save_strategy="steps" if every else "no", save_steps=every or 1,
+        save_total_limit=limit, logging_steps=1,
         per_device_train_batch_size=4, learning_rate=3e-4, lr_scheduler_type="constant", report_to=[],
         disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    return Trainer(model, arguments, train_dataset=data, callbacks=[CompressCheckpoints(preset)], **more)
+    return Trainer(model, arguments, train_dataset=data, callbacks=[CompressCheckpoints("lossless")], **more)
 
 
 def losses(run: Any) -> dict[int, float]:
@@ -48,53 +49,56 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
-    """A run of 12 steps with compressed checkpoints at 4, 8 and 12, and its losses."""
+    """A run of 16 steps with compressed checkpoints at 8 and 16, and its losses."""
     folder = tmp_path_factory.mktemp("straight") / "out"
-    run = trainer(folder, steps=12, every=4)
+    run = trainer(folder, steps=16, every=8)
     run.train()
     return folder, losses(run)
 
 
 @pytest.fixture(scope="module")
 def raw(straight: tuple[Path, dict[int, float]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Trainer's own folder at step 4."""
-    folder = tmp_path_factory.mktemp("raw") / "checkpoint-4"
-    statecodec.restore(straight[0] / FILE.format(4), folder)
+    """The Trainer's own folder at step 8."""
+    folder = tmp_path_factory.mktemp("raw") / "checkpoint-8"
+    statecodec.restore(straight[0] / FILE.format(8), folder)
     return folder
 
 
 def test_a_lossless_one_resumes_exactly_and_the_limit_counts_both_forms(straight: Any, tmp_path: Path) -> None:
     folder, wanted = straight
-    assert names(folder) == [FILE.format(12), FILE.format(4), FILE.format(8)]
-    (tmp_path / FILE.format(4)).hardlink_to(folder / FILE.format(4))
-    run = trainer(tmp_path, steps=12, every=4, limit=2)
+    assert names(folder) == [FILE.format(16), FILE.format(8)]
+    for step in (4, 8):
+        (tmp_path / FILE.format(step)).hardlink_to(folder / FILE.format(8))
+    run = trainer(tmp_path, steps=16, every=16, limit=2)
     with last_checkpoint(tmp_path) as checkpoint:
         assert checkpoint is not None
         run.train(resume_from_checkpoint=checkpoint)
     assert losses(run) == wanted
-    assert names(tmp_path) == [FILE.format(12), FILE.format(8)]
+    assert names(tmp_path) == [FILE.format(16), FILE.format(8)]
 
 
 def test_resume_is_as_close_as_it_promises(straight: Any, raw: Path, tmp_path: Path) -> None:
-    report = statecodec.compress(raw, tmp_path / FILE.format(4), preset="resume")
+    report = statecodec.compress(raw, tmp_path / FILE.format(8), preset="resume")
     assert report.to_json()["ratio"] > 1.5
-    run = trainer(tmp_path / "out", steps=12, every=100)
-    with last_checkpoint(tmp_path / FILE.format(4)) as checkpoint:
+    run = trainer(tmp_path / "out", steps=16)
+    with last_checkpoint(tmp_path / FILE.format(8)) as checkpoint:
         run.train(resume_from_checkpoint=checkpoint)
     found = losses(run)
-    assert max(abs(found[step] - straight[1][step]) for step in range(5, 13)) <= 1e-5
+    assert max(abs(found[step] - straight[1][step]) for step in range(9, 17)) <= 1e-5
 
 
 def test_the_live_optimizers(tmp_path: Path) -> None:
-    def live(folder: Path, every: int) -> Any:
+    def live(steps: int, every: int | None = None, resume: str | None = None) -> Any:
         own = (optim.AdamW, {"lr": 1e-3, "dense_below": 0})
-        return trainer(folder, steps=6, every=every, optimizer_cls_and_kwargs=own)
+        run = trainer(tmp_path, steps=steps, every=every, optimizer_cls_and_kwargs=own)
+        run.train(resume_from_checkpoint=resume)
+        return run
 
-    first, second = live(tmp_path / "a", 4), live(tmp_path / "b", 100)
-    first.train()
-    with last_checkpoint(tmp_path / "a" / FILE.format(4)) as checkpoint:
-        second.train(resume_from_checkpoint=checkpoint)
-    assert losses(first) == losses(second)
+    straight = live(6)
+    live(4, every=4)
+    with last_checkpoint(tmp_path / FILE.format(4)) as checkpoint:
+        second = live(6, resume=checkpoint)
+    assert losses(straight) == losses(second)
     assert type(second.optimizer.optimizer) is optim.AdamW
 
 
@@ -128,37 +132,35 @@ def test_options_are_refused_at_once(tmp_path: Path) -> None:
         assert checkpoint is None
 
 
-@pytest.fixture
-def stopped(raw: Path, tmp_path: Path) -> Iterator[Any]:
-    """stopped(where): compressing a folder is killed when it comes to `where`; gives what is there then."""
-
-    def stopped(where: str) -> Path:
-        os.mkdir(tmp_path / where)
-        folder = tmp_path / where / "checkpoint-4"
-        subprocess.run(["cp", "-r", str(raw), str(folder)], check=True)
-        code = f"""
+KILLED = ("Staging.publish", "replacing.os.rename", "replacing.shutil.rmtree")
+"""Where a process is killed that replaces a folder by a compressed file."""
+PROGRAM = """
 import os, signal, sys, shutil
 from pathlib import Path
 from statecodec.integrations import replacing
 from statecodec.staging import Staging
-def die(*a, **k): os.kill(os.getpid(), signal.SIGKILL)
-{where} = die
-replacing.replace_by_compressed(Path(sys.argv[1]), {{}})
+def die(*a, ignore_errors=False, **k):
+    if not ignore_errors:  # which is how what an earlier kill left is removed
+        os.kill(os.getpid(), signal.SIGKILL)
+for where in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        exec(f"{where} = die")
+        replacing.replace_by_compressed(Path(sys.argv[1], where, "checkpoint-8"), {})
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9, where
 """
-        assert subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True).returncode == -9
-        return folder
-
-    return stopped
 
 
-def test_a_kill_leaves_a_checkpoint_that_can_be_resumed_from(stopped: Any, raw: Path) -> None:
+def test_a_kill_leaves_a_checkpoint_that_can_be_resumed_from(raw: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / where / "checkpoint-8" for where in KILLED]
+    for folder in folders:
+        shutil.copytree(raw, folder)
+    subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path), *KILLED], check=True)
     wanted = {p.name: p.read_bytes() for p in raw.iterdir()}
-    for where in ("Staging.publish", "replacing.os.rename"):
-        folder = stopped(where)
+    for folder in folders[:2]:
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == wanted
         with last_checkpoint(folder.parent) as checkpoint:
             assert checkpoint == str(folder), "the framework's own is used as long as it is whole"
-    folder = stopped("replacing.shutil.rmtree")
-    with last_checkpoint(folder.parent) as checkpoint:
-        assert checkpoint is not None
+    with last_checkpoint(folders[2].parent) as checkpoint:
+        assert checkpoint not in (None, str(folders[2]))
         assert {p.name for p in Path(checkpoint).iterdir()} == set(wanted)

@@ -34,6 +34,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "load": lambda **safe: statecodec.load("risky.pt", **safe),
     "load compressed": lambda **safe: statecodec.load("risky.sc.safetensors", **safe),
     "compress": lambda **safe: statecodec.compress("risky.pt", "out.sc.safetensors", **safe),
+    "compress a share": lambda **safe: statecodec.compress_share("risky.pt", "out.sc.safetensors", share="1/2", **safe),
     "restore": lambda **safe: statecodec.restore("risky.sc.safetensors", "out.pt", **safe),
     "convert by rules": lambda **safe: statecodec.convert("risky.pt", "out.sc.safetensors", "weight=raw", **safe),
     "convert an optimizer": lambda **safe: statecodec.convert("risky.pt", "out.sc.safetensors", "adamw", **safe),

@@ -17,6 +17,8 @@ from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.codecs import Codec
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import FormatError, UsageError
+from statecodec.format.index import INDEX_SUFFIX
+from statecodec.format.mentions import mentions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +88,7 @@ def refuse_base(target: Path) -> None:
     if not any((path := target.with_name(name)).is_file() and is_compressed(path) for name in names):
         return
     others = [p for p in target.parent.glob("*.safetensors*") if p.is_file() and p.name not in names]
-    links = sorted(p.name for p in others if is_compressed(p) and _base_name(p) in names)
+    links = sorted(p.name for p in others if is_compressed(p) and _builds_on(p, names))
     if links:
         raise UsageError(
             f"{target} is the base of {', '.join(links[:3])}{' and others' if len(links) > 3 else ''}, unreadable "
@@ -94,9 +96,12 @@ def refuse_base(target: Path) -> None:
         )
 
 
-def _base_name(path: Path) -> str | None:
+def _builds_on(path: Path, names: tuple[str, ...]) -> bool:
+    """Whether a compressed checkpoint names one of these as its base. Most files do not mention them at all."""
     try:
+        if not path.name.endswith(INDEX_SUFFIX) and not mentions(path, names):
+            return False
         with StoredCheckpoint.open(path) as stored:
-            return stored.document.base.name if stored.document.base else None
+            return stored.document.base is not None and stored.document.base.name in names
     except FormatError:
-        return None  # damaged, or a shard: nothing that can be read now
+        return False  # damaged, or a shard: nothing that can be read now

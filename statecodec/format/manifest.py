@@ -59,7 +59,7 @@ class Manifest:
         if version[0] == 1:
             text, most = data, limits
         else:
-            text, most = _text(data, limits), limits.for_manifest(len(data))
+            text, most = manifest_text(data, limits), limits.for_manifest(len(data))
         top = Fields(parse_json(text, "manifest", most), "manifest")
         del text
         if top.take("format", str) != "statecodec" or top.take("format_version", list) != list(version):
@@ -106,7 +106,7 @@ def _may_serve(other: StoredItem, item: StoredItem) -> bool:
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(9, window_log=23)
 
 
-def _text(data: bytes, limits: Limits) -> bytes:
+def manifest_text(data: bytes, limits: Limits) -> bytes:
     """The JSON text of a manifest that may be one zstd frame. Raises LimitExceeded before it takes memory."""
     if not data.startswith(MAGIC):
         return data

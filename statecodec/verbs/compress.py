@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +196,8 @@ class Compression:
     totals: StepErrors = field(default_factory=lambda: StepErrors())
     recoded: dict[int, Codec] = field(default_factory=dict)
     """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
+    shared: SharedReads | None = None
+    """With whom reads of the source are shared, if with anybody."""
 
     def write(self, output: WriteOptions, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
@@ -212,7 +213,7 @@ class Compression:
             outcome = write(
                 output,
                 items,
-                partial(self.encode, shared=shared),
+                replace(self, shared=shared).encode,
                 document,
                 "compressing",
                 fallback=self.instead,
@@ -248,10 +249,10 @@ class Compression:
         text = item.region is None
         return ItemSpec(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
 
-    def encode(self, index: int, encoding: Encoding, chunk: Chunk, shared: SharedReads | None = None) -> EncodedChunk:
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
-        x = (shared.read if shared else self.source.chunk)(item, chunk, self.processor.scratch)
+        x = (self.shared.read if self.shared else self.source.chunk)(item, chunk, self.processor.scratch)
         if encoding.change is None:
             return self._encoded(item, codec, x, chunk)
         assert self.base is not None  # `linked` chose the change

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from statecodec.layouts import list_memory, list_path
 from statecodec.layouts.imports import FileImports, file_imports
+from statecodec.layouts.pickle import reader
 from statecodec.layouts.pickle.harmless import _HARMLESS, is_harmless
 from tests.layouts.support import pickle_of, zip_of
 from tests.layouts.test_hostile import GADGETS, Runs
@@ -99,6 +100,25 @@ def test_names_are_those_that_python_would_import(indices: list[int], protocol: 
     found = of_bytes(zip_of(data, {str(i): b"" for i in range(len(VALUES))}))
     assert found is not None
     assert (found.names, found.unread) == (asked(data), None)
+
+
+@pytest.mark.parametrize("value", [ATTACK, VALUES, {"a": 1}])
+def test_what_was_read_already_is_not_read_again(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = pickle_of([value, "x" * 70_000], 2)
+    archive, runs, run = zip_of(data, {str(i): b"" for i in range(len(VALUES))}), 0, reader._run
+
+    def counted(machine: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        return run(machine)
+
+    monkeypatch.setattr(reader, "_run", counted)
+    first = of_bytes(archive)
+    reader.read_pickle(data)
+    assert (of_bytes(archive), runs) == (first, 2)
+    longer = pickle_of([value, ATTACK, "x" * 70_000], 2)  # other bytes are other bytes
+    assert SYSTEM in dangerous(of_bytes(zip_of(longer, {str(i): b"" for i in range(len(VALUES))})))
+    assert runs == 3
 
 
 @pytest.mark.parametrize("protocol", range(6))

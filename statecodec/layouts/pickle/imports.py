@@ -7,8 +7,8 @@ from typing import Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.machine import Machine
-from statecodec.layouts.pickle.nodes import Global
 from statecodec.layouts.pickle.reader import run
+from statecodec.layouts.pickle.seen import seen
 
 _MAX_OPERAND: Final = 16
 
@@ -31,12 +31,14 @@ class Imports:
 
 def imports(data: bytes, start: int = 0) -> Imports:
     """What unpickling the stream at data[start:] would import; anything may follow it."""
+    known = seen(data) if not start else None
+    if known is not None:
+        names, stop, called = known
+        return Imports(names, stop, None, called, cut_off=False)
     machine, unread, cut_off = Machine(data, start), None, False
     try:
         run(machine, "the pickle")
     except MalformedCheckpoint as error:
         unread = str(error)
         cut_off = machine.pos + _MAX_OPERAND > len(data)
-    named = machine.globals.items()
-    names = {(node.module, node.name) if type(node) is Global else key for key, node in named}  # others: torch.dtype
-    return Imports(frozenset(names), machine.pos, unread, machine.called, cut_off)
+    return Imports(machine.names, machine.pos, unread, machine.called, cut_off)

@@ -32,6 +32,12 @@ class Machine:
         """Every global that was named, used or not, as the stream spells it."""
         self.storages: dict[str, StorageNode] = {}
 
+    @property
+    def names(self) -> frozenset[tuple[str, str]]:
+        """Module and name of every global, as Python 3 spells them."""
+        named = self.globals.items()
+        return frozenset((node.module, node.name) if type(node) is Global else key for key, node in named)
+
     def cut_off(self, why: str) -> MalformedCheckpoint:
         """The error for a stream that needs bytes beyond its end."""
         self.pos = len(self.data)

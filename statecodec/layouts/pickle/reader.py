@@ -13,6 +13,7 @@ from typing import Any, Final
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.pickle.machine import Machine
 from statecodec.layouts.pickle.opcodes import STOP, TABLE
+from statecodec.layouts.pickle.seen import remember
 
 MAX_PICKLE_BYTES: Final = 512 << 20
 
@@ -25,7 +26,10 @@ def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
     """
     if len(data) > MAX_PICKLE_BYTES:
         raise MalformedCheckpoint(f"{name} has {len(data)} bytes; more than {MAX_PICKLE_BYTES} are not read")
-    return run(Machine(data), name)
+    machine = Machine(data)
+    found = run(machine, name)
+    remember(machine)
+    return found
 
 
 def run(machine: Machine, name: str) -> Any:

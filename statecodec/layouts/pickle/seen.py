@@ -1,0 +1,35 @@
+"""What reading a stream found already, for whoever asks next what it would import: reading a long one takes a while."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from typing import Final
+
+from statecodec.layouts.pickle.machine import Machine
+
+_SHORT: Final = 1 << 16  # bytes of a stream that is as quickly read again
+_MOST_NAMES: Final = 1000
+_STREAMS: Final = 16
+
+Seen = tuple[frozenset[tuple[str, str]], int, bool]
+"""The names of its globals, where it stopped, and whether something was called."""
+
+_seen: OrderedDict[bytes, Seen] = OrderedDict()
+
+
+def remember(machine: Machine) -> None:
+    """A machine has read its stream, from the first byte to a STOP."""
+    if len(machine.data) > _SHORT and len(machine.globals) <= _MOST_NAMES:
+        _seen[_key(machine.data)] = machine.names, machine.pos, machine.called
+        while len(_seen) > _STREAMS:
+            _seen.popitem(last=False)
+
+
+def seen(data: bytes) -> Seen | None:
+    """What reading these very bytes found; None if they are not known."""
+    return _seen.get(_key(data)) if len(data) > _SHORT else None
+
+
+def _key(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

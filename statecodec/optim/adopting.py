@@ -18,7 +18,7 @@ from statecodec.codecs.base import FLOATS
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import OptimizerError
-from statecodec.optim import sharding
+from statecodec.optim import flashoptim, sharding
 from statecodec.optim.dense import (
     MOMENTS,
     decode_moments,
@@ -66,6 +66,8 @@ def adopt(
     Raises OptimizerError for states of another shape or kind; FormatError and others of `from_plain` for broken ones.
     """
     name = recipe.label
+    values = flashoptim.dense_moments(values, name)
+    low_bits = values.pop(flashoptim.LOW_BITS, None)
     found = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, LOW)}
     for k in values.keys() - found.keys() - set(COUNTERS):
         log.add(name, str(k), "dropped", "amsgrad" if k == "max_exp_avg_sq" else type(values[k]).__name__)
@@ -74,7 +76,7 @@ def adopt(
     # torch.optim.SGD counts no steps; a buffer that exists has seen one.
     step = _count(values.get("step", 1 if found else 0), name, "step")
     counted = counters(p, step, _count(values.get("skipped", 0), name, "skipped"))
-    low = _low(recipe, p, found.pop(LOW, None), log)
+    low = _low(recipe, p, found.pop(LOW, None), log) if low_bits is None else _low_bits(recipe, p, low_bits, saved, log)
     for k in found.keys() - recipe.specs.keys():
         log.add(name, k, "dropped", format_codec(found[k].codec))
     if all(k in found and fits(found[k], s) for k, s in recipe.specs.items()):
@@ -191,6 +193,22 @@ def _low(recipe: Recipe, p: Tensor, saved: EncodedTensor | None, log: ChangeLog)
     ours.copy_(wide << 8 if widening else ((wide + 128) >> 8).clamp(-128, 127))
     error = 0.0 if widening else relative_error(ours.to(torch.int32) << 8, wide)
     log.add(name, LOW, "encoded", str(low.dtype), str(ours.dtype), error)
+    return made
+
+
+def _low_bits(
+    recipe: Recipe, p: Tensor, saved: object, group: Mapping[str, Any], log: ChangeLog
+) -> dict[str, EncodedTensor]:
+    """The low part of the master weight from FlashOptim's."""
+    name, made = recipe.label, low_part(recipe, p)
+    if not isinstance(saved, Tensor):
+        raise OptimizerError(f"{name}: {flashoptim.LOW_BITS} is a tensor, found {type(saved).__name__}")
+    if recipe.split is None:
+        log.add(name, LOW, "dropped", flashoptim.LOW_BITS)
+        return made
+    ours = sharding.local(made[LOW].parts["data"])
+    ours.copy_(flashoptim.low_part(saved.to(p.device), p, recipe.split, group).view(ours.shape))
+    log.add(name, LOW, "converted", flashoptim.LOW_BITS, str(ours.dtype))
     return made
 
 

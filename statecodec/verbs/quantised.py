@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from statecodec.errors import MalformedCheckpoint, UsageError
 from statecodec.layouts.objects import OpaqueObject
 from statecodec.lazy import torch
-from statecodec.quantised import FLASH_CODES, FLASH_SCALES, TORCHAO, WRAPPED
+from statecodec.quantised import FLASH_CODES, FLASH_SCALES, TORCHAO, WRAPPED, of_flashoptim, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,6 @@ LOW_BITS_ARE_LEFT_OUT: Final = (
     "FlashOptim's error_bits (low bits of master weights) are left out: weights stay as they are"
 )
 _BLOCKS: Final = (256, 2048)  # of bitsandbytes today, and before 0.45
-_FLASH_GROUP: Final = 32
 
 
 def is_quantised(states: Mapping[Any, Any]) -> bool:
@@ -68,7 +67,7 @@ def _plain(own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in own.items():
         if key.endswith(FLASH_CODES):
             name = key.removesuffix(FLASH_CODES)
-            yield name, _of_flashoptim(name, value, own.get(name + FLASH_SCALES))
+            yield name, of_flashoptim(name, _tensor(value, name), _tensor(own.get(name + FLASH_SCALES), name))
         elif _is_torchao(value):
             yield key, _of_torchao(key, value)
         elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith(FLASH_SCALES) and key != "error_bits":
@@ -89,7 +88,7 @@ def _of_bitsandbytes(own: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         block = next((b for b in _BLOCKS if math.ceil(codes.numel() / b) == scales.numel()), None)
         if block is None:
             raise MalformedCheckpoint(f"{name}: {scales.numel()} scales for {codes.numel()} numbers of bitsandbytes")
-        yield name, _scaled(_looked_up(codes, table, name), scales, block)
+        yield name, scaled(_looked_up(codes, table, name), scales, block)
 
 
 def _of_torchao(name: str, value: OpaqueObject) -> Tensor:
@@ -108,35 +107,13 @@ def _of_torchao(name: str, value: OpaqueObject) -> Tensor:
         if value.name == "OptimStateFp8"
         else _looked_up(codes, _tensor(attributes.get("qmap"), name), name)
     )
-    return _scaled(numbers, scales, codes.numel() // scales.numel()).reshape(shape)
-
-
-def _of_flashoptim(name: str, codes: Any, scales: Any) -> Tensor:
-    codes, scales = _tensor(codes, name), _tensor(scales, name)
-    if scales.dtype is torch.bfloat16:
-        scales = scales.view(
-            torch.float16
-        )  # fp16 bits under the dtype of a bf16 parameter, so that torch casts nothing
-    if codes.dtype not in (torch.int8, torch.uint8) or scales.numel() != math.ceil(codes.numel() / _FLASH_GROUP):
-        raise MalformedCheckpoint(
-            f"{name}: {scales.numel()} scales for {codes.numel()} {codes.dtype} codes of FlashOptim"
-        )
-    if codes.dtype is torch.uint8:  # the root of a second moment
-        return _scaled(codes.float() / 255, scales, _FLASH_GROUP).square()
-    softsign = codes.float() / 127
-    return _scaled(softsign / (2 - softsign.abs()), scales, _FLASH_GROUP)
+    return scaled(numbers, scales, codes.numel() // scales.numel()).reshape(shape)
 
 
 def _looked_up(codes: Tensor, table: Tensor, name: str) -> Tensor:
     if codes.dtype is not torch.uint8 or table.dim() != 1 or (codes.numel() and int(codes.max()) >= table.numel()):
         raise MalformedCheckpoint(f"{name}: {codes.dtype} codes that are not all in their table of {table.numel()}")
     return table.float()[codes.int()]
-
-
-def _scaled(numbers: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Each block of numbers times its scale; the last one may be short."""
-    flat = numbers.reshape(-1)
-    return (flat * scales.reshape(-1).float().repeat_interleave(block)[: flat.numel()]).reshape(numbers.shape)
 
 
 def _tensor(value: Any, name: str) -> Tensor:

@@ -61,6 +61,15 @@ def flashoptim(folder: Path) -> Path:
     return write_flashoptim(folder, torch.float16).path
 
 
+def megatron(kind: str, folder: Path) -> Path:
+    """Megatron-LM needs GPUs: its structure, with random numbers."""
+    from tests.layouts import megatron_files
+
+    folder.mkdir(parents=True)
+    getattr(megatron_files, kind)(folder)
+    return folder
+
+
 def rounded(folder: Path) -> None:
     """The first moments of a DeepSpeed checkpoint through bf16, as a user would do it."""
     for path in folder.rglob("*optim_states.pt"):
@@ -86,6 +95,8 @@ CASES: dict[str, Case] = {
     "FSDP2 with DCP, 2 ranks": Case((), partial(frameworks.fsdp2, False)),
     "FSDP2 with DCP, flattened, 2 ranks": Case((), partial(frameworks.fsdp2, True)),
     **{f"DeepSpeed ZeRO-{n}, {'bf16' if b else 'fp32'}, 2 ranks": zero(n, b) for b in (1, 0) for n in (1, 2, 3)},
+    "Megatron, structure": Case((), write=partial(megatron, "legacy")),
+    "Megatron with a distributed optimizer, structure": Case((), write=partial(megatron, "distributed_optimizer")),
     **{f"{package} {name}": quantised(package, name) for package, name in QUANTISED},
     "FlashOptim, structure": Case(("bitsandbytes", "torchao"), write=flashoptim),
 }

@@ -203,9 +203,9 @@ def checkpoints(r: Result) -> list[str]:
     """What frameworks write, what is seen in it, ratios, and losses after resuming."""
     presets = ("lossless", "resume", "small", "tiny")
     lines = [
-        f"| written by | files | MB | moments named | stored once, MB | {' | '.join(f'`{p}`' for p in presets)} "
-        "| resumed from `lossless` | from `resume`: largest loss gap |",
-        "| --- " * (7 + len(presets)) + "|",
+        "| written by | recognised as | files | MB | moments named | stored once, MB "
+        f"| {' | '.join(f'`{p}`' for p in presets)} | resumed from `lossless` | from `resume`: largest loss gap |",
+        "| --- " * (8 + len(presets)) + "|",
     ]
     for name, case in r["cases"].items():
         files = [f"`{path.rpartition('/')[2]}`" for path in case["files"]]
@@ -219,7 +219,8 @@ def checkpoints(r: Result) -> list[str]:
         if "bf16 moments" in case.get("largest loss gap", ()):
             gap += f" (first moments through bf16: {case['largest loss gap']['bf16 moments']:.1e})"
         lines.append(
-            f"| {name} | {shown} | {case['bytes'] / 1e6:.1f} | {case['named']} of {case['moments']} "
+            f"| {name} | {case['framework'] or case['layout']} | {shown} "
+            f"| {case['bytes'] / 1e6:.1f} | {case['named']} of {case['moments']} "
             f"| {case['stored once'] / 1e6:.1f} | {ratios} | {exact} | {gap} |"
         )
     versions = {package: v for case in r["cases"].values() for package, v in case["versions"].items()}

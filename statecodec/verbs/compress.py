@@ -209,10 +209,9 @@ class Compression:
                 self.source.files.check_unchanged()
                 return self.document(digests, refusals)
 
-            items = [self.item(i) for i in range(len(self.source.items))]
             outcome = write(
                 output,
-                items,
+                [self.item(i) for i in range(len(self.source.items))],
                 replace(self, shared=shared).encode,
                 document,
                 "compressing",

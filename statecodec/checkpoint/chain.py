@@ -57,9 +57,9 @@ class BaseCheckpoint:
 
     def index(self, tensor: TensorInfo) -> int | None:
         """The base's item that is the same tensor, if it has one: equal name, shape and dtype."""
-        found = self.stored.tensors.get(tensor.name)
-        alike = found is not None and (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
-        return found.index if found is not None and alike else None
+        stored = self.stored.tensors.get(tensor.name)
+        alike = stored is not None and (stored.shape, stored.dtype) == (tensor.shape, tensor.dtype)
+        return stored.index if stored is not None and alike else None
 
     def parts(self, tensor: TensorInfo, codec: Codec, chunk: Chunk) -> Mapping[str, Tensor]:
         """The parts that a chunk of the base's tensor has under a codec. Raises FormatError if it has none."""

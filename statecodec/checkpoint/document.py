@@ -123,18 +123,20 @@ def _folder_fields(folders: Sequence[Folder]) -> dict[str, list[int]]:
     """Modes and times, in the order of the root and then `directories`; only what is known of all of them."""
     modes, times = [f.mode for f in folders], [f.mtime_ns for f in folders]
     fields = {"directory_modes": modes, "directory_times": times}
-    return {key: [v for v in found if v is not None] for key, found in fields.items() if found and None not in found}
+    return {
+        key: [v for v in column if v is not None] for key, column in fields.items() if column and None not in column
+    }
 
 
 def _folders(value: Mapping[str, Any]) -> tuple[Folder, ...]:
     paths = ["", *(safe_path(path_from_json(path)) for path in _list(value, "directories"))]
-    found: dict[str, list[int | None]] = {}
+    columns: dict[str, list[int | None]] = {}
     for key, high in (("directory_modes", 0o7777), ("directory_times", MAX_TIME)):
         numbers = value.get(key)
         if numbers is not None and len(_sequence(numbers)) != len(paths):
             raise FormatError(f"the document's {key!r} does not hold a number for each of {len(paths)} directories")
-        found[key] = [None] * len(paths) if numbers is None else [_integer(n, 0, high) for n in numbers]
-    return tuple(map(Folder, paths, found["directory_modes"], found["directory_times"]))
+        columns[key] = [None] * len(paths) if numbers is None else [_integer(n, 0, high) for n in numbers]
+    return tuple(map(Folder, paths, columns["directory_modes"], columns["directory_times"]))
 
 
 def _check_links(files: Sequence[StoredFile]) -> None:
@@ -173,8 +175,8 @@ def _base(value: Any) -> BaseFile:
 def _asked(value: Any) -> dict[str, float] | None:
     if value is None:
         return None
-    known = isinstance(value, dict) and value.keys() <= {"u_rms", "weight_step_error"}
-    if not known or not all(type(v) in (int, float) and 0 < v <= 1 for v in value.values()):
+    bounded = isinstance(value, dict) and value.keys() <= {"u_rms", "weight_step_error"}
+    if not bounded or not all(type(v) in (int, float) and 0 < v <= 1 for v in value.values()):
         raise FormatError(f"{str(value)[:80]!r} in the document are no errors that can be asked for")
     return {str(name): float(fraction) for name, fraction in value.items()}
 
@@ -186,10 +188,10 @@ def _integer(value: Any, low: int, high: int) -> int:
 
 
 def _get(value: Mapping[str, Any], key: str, kind: type[T]) -> T:
-    found = value.get(key)
-    if not isinstance(found, kind):
+    field = value.get(key)
+    if not isinstance(field, kind):
         raise FormatError(f"the document's {key!r} is not a {kind.__name__}")
-    return found
+    return field
 
 
 def _optional(value: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
@@ -201,10 +203,10 @@ def _list(value: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _strings(value: Mapping[str, Any], key: str) -> list[str]:
-    found = _list(value, key)
-    if not all(isinstance(s, str) for s in found):
+    strings = _list(value, key)
+    if not all(isinstance(s, str) for s in strings):
         raise FormatError(f"the document's {key!r} holds something that is not text")
-    return found
+    return strings
 
 
 def _sequence(value: Any) -> list[Any]:

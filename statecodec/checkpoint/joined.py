@@ -60,11 +60,11 @@ def from_json(value: Any, items: Sequence[Shaped]) -> tuple[NamedTensor, ...]:
     """
     if not isinstance(value, list):
         raise FormatError("the document's tensors are not a list")
-    found = tuple(_joined(row, items) for row in value)
-    used = [index for tensor in found for index, _ in tensor.pieces]
-    if len(set(used)) != len(used) or len({tensor.name for tensor in found}) != len(found):
+    tensors = tuple(_joined(row, items) for row in value)
+    used = [index for tensor in tensors for index, _ in tensor.pieces]
+    if len(set(used)) != len(used) or len({tensor.name for tensor in tensors}) != len(tensors):
         raise FormatError("the document puts an item into two tensors, or names a tensor twice")
-    return found
+    return tensors
 
 
 def _joined(row: Any, items: Sequence[Shaped]) -> NamedTensor:

@@ -45,26 +45,26 @@ class _Pruning:
         return value
 
     def _dict(self, value: dict[Any, Any], path: str, depth: int) -> dict[Any, Any]:
-        made: dict[Any, Any] = OrderedDict() if type(value) is OrderedDict else {}
-        self._made[id(value)] = value, made
+        copy: dict[Any, Any] = OrderedDict() if type(value) is OrderedDict else {}
+        self._made[id(value)] = value, copy
         for key, inner in value.items():
             where = joined(path, key)
             kept = self._gone(key, f"{where} (the key)") if isinstance(key, OpaqueObject) else None
             if kept is None and not isinstance(key, OpaqueObject):
                 kept = self.pruned(inner, where, depth + 1)
             if kept is not None or inner is None:
-                made[key] = kept
-        return made
+                copy[key] = kept
+        return copy
 
     def _sequence(self, value: list[Any] | tuple[Any, ...], path: str, depth: int) -> Any:
         if type(value) is list:
-            made: list[Any] = []
-            self._made[id(value)] = value, made
-            made += [self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value)]
-            return made
-        found = tuple(self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value))
-        self._made[id(value)] = value, found
-        return found
+            copy: list[Any] = []
+            self._made[id(value)] = value, copy
+            copy += [self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value)]
+            return copy
+        copied = tuple(self.pruned(inner, joined(path, i), depth + 1) for i, inner in enumerate(value))
+        self._made[id(value)] = value, copied
+        return copied
 
     def _gone(self, value: Any, path: str) -> Any:
         """None, which stands for what was left out."""

@@ -40,17 +40,18 @@ class CollectedItems:
     names: dict[str, int] = field(default_factory=lambda: {TREE: 1})
 
 
-def to_json(value: Any, found: CollectedItems, path: str = "", depth: int = 0) -> Any:
+def to_json(value: Any, collected: CollectedItems, path: str = "", depth: int = 0) -> Any:
     """A value as JSON, its tensors collected. Raises UsageError, with the key path, for what cannot be saved."""
     if depth > MAX_DEPTH:
         raise UsageError(f"{path[:80]}...: nested more than {MAX_DEPTH} deep")
     if isinstance(value, EncodedTensor) or is_plain(value):
-        return {"encoded": _add_encoded(value if isinstance(value, EncodedTensor) else from_plain(value), path, found)}
+        encoded = value if isinstance(value, EncodedTensor) else from_plain(value)
+        return {"encoded": _add_encoded(encoded, path, collected)}
     if isinstance(value, torch.Tensor):
-        return _add_tensor(value, path, found)
+        return _add_tensor(value, path, collected)
     if type(value) in (dict, OrderedDict):
         pairs = [
-            [to_json(k, found, f"{path} key", depth + 1), to_json(v, found, _join(path, k), depth + 1)]
+            [to_json(k, collected, f"{path} key", depth + 1), to_json(v, collected, _join(path, k), depth + 1)]
             for k, v in value.items()
         ]
         return {"odict" if type(value) is OrderedDict else "dict": pairs}
@@ -58,7 +59,7 @@ def to_json(value: Any, found: CollectedItems, path: str = "", depth: int = 0) -
         return {"size": list(value)}
     if type(value) in (list, tuple):
         kind = "list" if type(value) is list else "tuple"
-        return {kind: [to_json(v, found, _join(path, i), depth + 1) for i, v in enumerate(value)]}
+        return {kind: [to_json(v, collected, _join(path, i), depth + 1) for i, v in enumerate(value)]}
     return _scalar(value, path)
 
 
@@ -86,22 +87,22 @@ def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _add_encoded(encoded: EncodedTensor, path: str, found: CollectedItems) -> int:
+def _add_encoded(encoded: EncodedTensor, path: str, collected: CollectedItems) -> int:
     _check_tensors(encoded.parts.values(), path)
-    found.items.append(
+    collected.items.append(
         ItemSpec(
-            _name(path, found),
+            _name(path, collected),
             Encoding(encoded.codec),
             encoded.shape,
             dtypes.of(encoded.dtype),
             attributes=_attributes(path),
         )
     )
-    found.tensors.append(encoded)
-    return len(found.items) - 1
+    collected.tensors.append(encoded)
+    return len(collected.items) - 1
 
 
-def _add_tensor(tensor: Tensor, path: str, found: CollectedItems) -> Any:
+def _add_tensor(tensor: Tensor, path: str, collected: CollectedItems) -> Any:
     """One item per tensor, or per storage where several tensors look at one."""
     _check_tensors([tensor], path)
     plain = tensor.detach()
@@ -110,13 +111,13 @@ def _add_tensor(tensor: Tensor, path: str, found: CollectedItems) -> Any:
     nbytes = plain.numel() * plain.element_size()
     stored = dtypes.name_of(plain.dtype) in dtypes.STORED  # else as bytes
     whole = stored and plain.is_contiguous() and plain.storage_offset() == 0 and storage.nbytes() == nbytes
-    index = found.storages.get(key)
+    index = collected.storages.get(key)
     if index is None:
         base = plain if whole else torch.empty(0, dtype=torch.uint8, device=plain.device).set_(storage)
-        index = found.storages[key] = len(found.items)
+        index = collected.storages[key] = len(collected.items)
         raw, dtype, attributes = Encoding(codecs.Raw()), dtypes.of(base.dtype), _attributes(path)
-        found.items.append(ItemSpec(_name(path, found), raw, tuple(base.shape), dtype, attributes))
-        found.tensors.append(base)
+        collected.items.append(ItemSpec(_name(path, collected), raw, tuple(base.shape), dtype, attributes))
+        collected.tensors.append(base)
     shape, stride = list(plain.shape), list(plain.stride())
     return {"tensor": [index, dtypes.name_of(plain.dtype), shape, stride, plain.storage_offset()]}
 
@@ -124,21 +125,21 @@ def _add_tensor(tensor: Tensor, path: str, found: CollectedItems) -> Any:
 def _check_tensors(tensors: Iterable[Tensor], path: str) -> None:
     """Raise UsageError for a tensor that has no plain memory of its own."""
     for tensor in tensors:
-        what = None
+        reason = None
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-            what = f"a {_kind(tensor)}; save what it holds as plain tensors"
+            reason = f"a {_kind(tensor)}; save what it holds as plain tensors"
         elif tensor.is_nested:
-            what = "a nested tensor; save its parts (unbind) or its values and offsets"
+            reason = "a nested tensor; save its parts (unbind) or its values and offsets"
         elif tensor.layout != torch.strided or tensor.is_quantized:
-            what = f"a tensor of layout {tensor.layout}{', quantized' if tensor.is_quantized else ''}; save its parts"
+            reason = f"a tensor of layout {tensor.layout}{', quantized' if tensor.is_quantized else ''}; save its parts"
         elif tensor.is_conj() or tensor.is_neg():
-            what = "a lazily conjugated or negated tensor; resolve_conj() or resolve_neg() it first"
+            reason = "a lazily conjugated or negated tensor; resolve_conj() or resolve_neg() it first"
         elif tensor.device.type == "meta":
-            what = "a tensor on the device meta: it has a shape, but no numbers"
+            reason = "a tensor on the device meta: it has a shape, but no numbers"
         elif _reach(tensor) > tensor.untyped_storage().nbytes():
-            what = "a tensor whose memory was freed (resized to less than its shape needs)"
-        if what:
-            raise UsageError(f"{path or 'the value'} is {what}")
+            reason = "a tensor whose memory was freed (resized to less than its shape needs)"
+        if reason:
+            raise UsageError(f"{path or 'the value'} is {reason}")
 
 
 def _reach(tensor: Tensor) -> int:
@@ -219,21 +220,21 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
 
 def _attributes(path: str) -> dict[str, Any]:
     keys = path.split(".")
-    known = {**STATE_ROLES, "step": "step"}
-    role = next((known[k] for k in reversed(keys) if k in known), "other")
+    roles = {**STATE_ROLES, "step": "step"}
+    role = next((roles[k] for k in reversed(keys) if k in roles), "other")
     if role == "other" and keys[0] in ("model", "state_dict", "module"):
         role = "weight"
     return {"role": role, "param": ".".join(keys[1:]) if role == "weight" else None}
 
 
-def _name(path: str, found: CollectedItems) -> str:
+def _name(path: str, collected: CollectedItems) -> str:
     base = path.replace("/", "|") or "value"
     base = f"tensor.{base}" if base.startswith("__") else base
     name = base
-    while name in found.names:
-        found.names[base] += 1
-        name = f"{base}~{found.names[base]}"
-    found.names[name] = 1
+    while name in collected.names:
+        collected.names[base] += 1
+        name = f"{base}~{collected.names[base]}"
+    collected.names[name] = 1
     return name
 
 

@@ -29,8 +29,8 @@ def pickles(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleRepo
 
 def require_safe(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
     """The same, of a checkpoint whose unpickling runs nothing of the file's choosing. Raises UnsafeCheckpoint."""
-    found = pickles(checkpoint)
-    for report in found:
+    reports = pickles(checkpoint)
+    for report in reports:
         named, more = ", ".join(report.can_run_code[:_NAMED]), len(report.can_run_code) - _NAMED
         if named:
             raise UnsafeCheckpoint(
@@ -42,15 +42,15 @@ def require_safe(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[Pickl
                 f"{checkpoint.path}: what unpickling {report.file} would run cannot be told ({report.unread}). If you "
                 "trust it, leave safe_only out"
             )
-    return found
+    return reports
 
 
-def _report(found: FileImports) -> PickleReport:
+def _report(imports: FileImports) -> PickleReport:
     return PickleReport(
-        shown(found.path),
-        _spelled(found.names),
-        _spelled(pair for pair in found.names if not is_harmless(*pair)),
-        found.unread and shown(found.unread[:_LONGEST]),
+        shown(imports.path),
+        _spelled(imports.names),
+        _spelled(pair for pair in imports.names if not is_harmless(*pair)),
+        imports.unread and shown(imports.unread[:_LONGEST]),
     )
 
 

@@ -196,8 +196,8 @@ class DiffReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        found = {"identical": self.identical, "tensors_equal": self.tensors_equal}
-        document: dict[str, Any] = jsonable({**dataclasses.asdict(self), **found})
+        verdict = {"identical": self.identical, "tensors_equal": self.tensors_equal}
+        document: dict[str, Any] = jsonable({**dataclasses.asdict(self), **verdict})
         return document
 
 
@@ -246,8 +246,8 @@ def _diff_text(report: DiffReport) -> str:
 
 def _worst(values: Iterable[float | None]) -> str:
     """The largest of the errors that are known; NaN, should there be any, wins."""
-    known = [value for value in values if value is not None]
-    return error(max(known, key=lambda v: math.inf if math.isnan(v) else v)) if known else ""
+    errors = [value for value in values if value is not None]
+    return error(max(errors, key=lambda v: math.inf if math.isnan(v) else v)) if errors else ""
 
 
 def _joined(line: str, rows: str, report: Report | DiffReport) -> str:
@@ -259,7 +259,7 @@ def _joined(line: str, rows: str, report: Report | DiffReport) -> str:
 
 
 def _grouped(tensors: Iterable[_T], key: Callable[[_T], tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[_T]]]:
-    found: dict[tuple[str, ...], list[_T]] = {}
+    groups: dict[tuple[str, ...], list[_T]] = {}
     for tensor in tensors:
-        found.setdefault(key(tensor), []).append(tensor)
-    return sorted(found.items())
+        groups.setdefault(key(tensor), []).append(tensor)
+    return sorted(groups.items())

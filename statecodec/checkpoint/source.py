@@ -113,11 +113,11 @@ class SourceCheckpoint(Checkpoint):
     @cached_property
     def _regions(self) -> list[list[int]]:
         """For every file the indices of its regions' items."""
-        found: list[list[int]] = [[] for _ in self.located.files]
+        by_file: list[list[int]] = [[] for _ in self.located.files]
         for item in self.items:
             if item.region is not None:
-                found[item.file].append(item.index)
-        return found
+                by_file[item.file].append(item.index)
+        return by_file
 
     @cached_property
     def joined(self) -> Mapping[str, NamedTensor]:
@@ -163,12 +163,12 @@ class SourceCheckpoint(Checkpoint):
 
     @cached_property
     def windows(self) -> Mapping[str, Window]:
-        found = {}
+        windows = {}
         for file, indices in zip(self.located.files, self._regions, strict=True):
             prefix = f"{shown(file.path)}:" if self.located.is_directory else ""
             for view in file.views:
-                found[prefix + view.name] = Window(view, indices[view.region])
-        return found
+                windows[prefix + view.name] = Window(view, indices[view.region])
+        return windows
 
     def chunk(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = "") -> Tensor:
         """Elements of an item, in the chunk's shape; in the thread's scratch memory, under a name in it, if given.
@@ -305,13 +305,13 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
 
 def _owners(source: Source) -> dict[str, list[tuple[LogicalTensor, int]]]:
     """By file: for each of its regions the tensor that it holds a piece of, and the piece's number."""
-    found: dict[str, list[tuple[int, LogicalTensor, int]]] = {file.path: [] for file in source.files}
+    by_file: dict[str, list[tuple[int, LogicalTensor, int]]] = {file.path: [] for file in source.files}
     for tensor in source.tensors:
         for number, piece in enumerate(tensor.pieces):
-            found[piece.file].append((piece.region, tensor, number))
+            by_file[piece.file].append((piece.region, tensor, number))
     return {
         path: [(tensor, number) for _, tensor, number in sorted(pieces, key=itemgetter(0))]
-        for path, pieces in found.items()
+        for path, pieces in by_file.items()
     }
 
 

@@ -69,10 +69,10 @@ class SourceFiles:
         for file, identity in enumerate(self._identities):
             path = self.path(file)
             try:
-                found = Identity.of(os.stat(path))
+                identity_now = Identity.of(os.stat(path))
             except OSError:
                 raise _changed(path) from None
-            if found != identity:
+            if identity_now != identity:
                 raise _changed(path)
 
     def close(self) -> None:
@@ -125,13 +125,13 @@ class SpanCheck:
         self._sound.add((file, number))
 
 
-def check_crc(fd: int, span: Crc32, found: int, name: str) -> None:
+def check_crc(fd: int, span: Crc32, crc: int, name: str) -> None:
     """Compare the CRC-32 of a span with what the file says. Raises MalformedCheckpoint."""
     stored = bytearray(4)
     read_exactly(fd, span.at[0], memoryview(stored), name)
     (expected,) = struct.unpack("<I", stored)
-    if found != expected:
+    if crc != expected:
         raise MalformedCheckpoint(
-            f"{name} is damaged: bytes {span.offset}..{span.offset + span.nbytes} have CRC-32 {found:08x}, the file "
+            f"{name} is damaged: bytes {span.offset}..{span.offset + span.nbytes} have CRC-32 {crc:08x}, the file "
             f"says {expected:08x} (torch.load does not check this)"
         )

@@ -64,8 +64,8 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
     if specs.get(part) != PartSpec(dtype, tuple(shape)):
         return None
     split = split_state_part(name)
-    own = split[0] if split else name.removesuffix(f".parts.{part}")
-    return EncodedState(own, role, codecs.format_codec(codec), tuple(whole), of)
+    state_name = split[0] if split else name.removesuffix(f".parts.{part}")
+    return EncodedState(state_name, role, codecs.format_codec(codec), tuple(whole), of)
 
 
 def _quantised(config: Mapping[str, Any], name: str, part: EncodedState, shape: tuple[int, ...]) -> EncodedState | None:
@@ -73,5 +73,5 @@ def _quantised(config: Mapping[str, Any], name: str, part: EncodedState, shape: 
     bits, state = config.get("bits"), config.get("state")
     if bits not in (4, 8) or not isinstance(state, str) or math.prod(shape) > max(math.prod(part.shape), _TABLE):
         return None
-    own = f"{name.removesuffix(part.name)}{state}".replace(f"{WRAPPED}.", "")
-    return replace(part, name=own, codec=f"{config['name']}(bits={bits})")
+    state_name = f"{name.removesuffix(part.name)}{state}".replace(f"{WRAPPED}.", "")
+    return replace(part, name=state_name, codec=f"{config['name']}(bits={bits})")

@@ -91,12 +91,12 @@ class StoredCheckpoint(Checkpoint):
 
     @cached_property
     def windows(self) -> Mapping[str, Window]:
-        found = {}
+        windows = {}
         for file in self.document.files:
             prefix = f"{shown(file.path)}:" if self.document.is_directory else ""
             for view in file.views:
-                found[prefix + view.name] = Window(view, file.regions[view.region][1])
-        return found
+                windows[prefix + view.name] = Window(view, file.regions[view.region][1])
+        return windows
 
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
         for number in self.chunks(tensor.index):
@@ -271,9 +271,9 @@ class StoredCheckpoint(Checkpoint):
 
     def chunk_at(self, item: int, chunk: Chunk) -> int:
         """The number of the chunk that is cut like another file's. Raises FormatError."""
-        known = self.reader.items[item].chunks
-        index = bisect_left(known, chunk.start, key=lambda c: c.start)
-        if index == len(known) or (known[index].start, known[index].shape) != (chunk.start, chunk.shape):
+        chunks = self.reader.items[item].chunks
+        index = bisect_left(chunks, chunk.start, key=lambda c: c.start)
+        if index == len(chunks) or (chunks[index].start, chunks[index].shape) != (chunk.start, chunk.shape):
             raise FormatError(f"{self.path}: {self.reader.items[item].name} is cut differently from its base")
         return index
 
@@ -289,8 +289,8 @@ class StoredCheckpoint(Checkpoint):
     def _in_base(self, item: int) -> int:
         """The base's item that a link's item is a change of."""
         stored, base = self.reader.items[item], self.base.reader
-        found = base.items[base.index(stored.name)] if stored.name in base else None
-        if found is None or (found.shape, found.dtype) != (stored.shape, stored.dtype):
+        before = base.items[base.index(stored.name)] if stored.name in base else None
+        if before is None or (before.shape, before.dtype) != (stored.shape, stored.dtype):
             raise FormatError(f"{self.path}: {stored.name} is a change of a tensor that {base.path.name} does not have")
         return base.index(stored.name)
 

@@ -59,7 +59,7 @@ def file_to_json(
     file: StoredFile, items: Sequence[Named], numbers: Mapping[str, int], directory: bool
 ) -> dict[str, Any]:
     """Plain JSON values of a file; `numbers`: the items' names -> their indices."""
-    own = _Own(file.path, file.regions, items, directory)
+    whole = _Own(file.path, file.regions, items, directory)
     plain: dict[str, Any] = {
         "path": path_to_json(file.path),
         "bytes": file.nbytes,
@@ -67,11 +67,11 @@ def file_to_json(
         "layout": file.layout,
         "sha256": file.sha256,
         "regions": {
-            "gap": gaps((offset, own.nbytes(i)) for i, (offset, _) in enumerate(file.regions)),
+            "gap": gaps((offset, whole.nbytes(i)) for i, (offset, _) in enumerate(file.regions)),
             "item": differences(item for _, item in file.regions),
         },
         "skeleton": file.skeleton,
-        "views": _views_json(file.views, own),
+        "views": _views_json(file.views, whole),
         "crcs": _crcs_json(file.crcs),
         "moments": moments_to_json(file.moments, numbers),
     }
@@ -89,9 +89,9 @@ def file_from_json(value: Any, items: Sequence[Named], directory: bool) -> Store
     skeleton = _optional(fields, "skeleton", len(items) - 1)
     same_as = fields.take("same_as", (str, dict, type(None)), None)
     regions = tuple(_regions(fields, nbytes, items))
-    own = _Own(path, regions, items, directory)
+    whole = _Own(path, regions, items, directory)
     if same_as is None:
-        filled = sum(own.nbytes(i) for i in range(len(regions)))
+        filled = sum(whole.nbytes(i) for i in range(len(regions)))
         filled += 0 if skeleton is None else _nbytes(items[skeleton])
         if filled != nbytes:
             raise FormatError(f"{fields.where}: {nbytes} bytes are stated, its parts fill {filled}")
@@ -107,7 +107,7 @@ def file_from_json(value: Any, items: Sequence[Named], directory: bool) -> Store
         sha256=fields.take("sha256", (str, type(None)), None),
         regions=regions,
         skeleton=skeleton,
-        views=tuple(_views(fields, own)),
+        views=tuple(_views(fields, whole)),
         crcs=crcs,
         moments=tuple(moments_from_json(fields, items)),
         same_as=None if same_as is None else path_from_json(same_as),
@@ -158,23 +158,23 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _regions(fields: Fields, nbytes: int, items: Sequence[Named]) -> Iterator[tuple[int, int]]:
     """Disjoint, in order and inside the file."""
-    value, what = fields.take("regions", (dict, list)), f"{fields.where}: regions"
+    value, where = fields.take("regions", (dict, list)), f"{fields.where}: regions"
     if isinstance(value, dict):
-        columns = Fields(value, what)
-        numbers, gaps = summed(columns, "item", 0, len(items) - 1, what), columns.take("gap", list)
+        columns = Fields(value, where)
+        numbers, gaps = summed(columns, "item", 0, len(items) - 1, where), columns.take("gap", list)
         if len(gaps) != len(numbers) or any(type(gap) is not int for gap in gaps):
-            raise FormatError(f"{what}: not one gap for each item")
+            raise FormatError(f"{where}: not one gap for each item")
         end = 0
         rows: list[tuple[Any, Any]] = []
         for gap, number in zip(gaps, numbers, strict=True):
             rows.append((end + gap, number))
             end += gap + _nbytes(items[number])
     else:
-        rows = lists_of(value, 2, what)
+        rows = lists_of(value, 2, where)
     end = 0
     for offset, number in rows:
-        integer(number, 0, len(items) - 1, what)
-        integer(offset, end, nbytes - _nbytes(items[number]), what)
+        integer(number, 0, len(items) - 1, where)
+        integer(offset, end, nbytes - _nbytes(items[number]), where)
         end = offset + _nbytes(items[number])
         yield offset, number
 
@@ -182,48 +182,48 @@ def _regions(fields: Fields, nbytes: int, items: Sequence[Named]) -> Iterator[tu
 # Views -----------------------------------------------------------------------------------------------------------
 
 
-def _views_json(views: Sequence[View], own: _Own) -> list[Any]:
+def _views_json(views: Sequence[View], whole: _Own) -> list[Any]:
     """Runs [start, stop] of regions that are seen by default, and other views as rows."""
-    found: list[Any] = []
+    rows: list[Any] = []
     for view in views:
-        if view == own.view(view.region):
-            if found and len(found[-1]) == 2 and found[-1][1] == view.region:
-                found[-1][1] += 1
+        if view == whole.view(view.region):
+            if rows and len(rows[-1]) == 2 and rows[-1][1] == view.region:
+                rows[-1][1] += 1
             else:
-                found.append([view.region, view.region + 1])
+                rows.append([view.region, view.region + 1])
         else:
             dtype = view.dtype.name
-            found.append([view.name, view.region, dtype, list(view.shape), list(view.stride), view.offset])
-    return found
+            rows.append([view.name, view.region, dtype, list(view.shape), list(view.stride), view.offset])
+    return rows
 
 
-def _views(fields: Fields, own: _Own) -> Iterator[View]:
-    what, most = f"{fields.where}: views", len(own)
+def _views(fields: Fields, whole: _Own) -> Iterator[View]:
+    where, most = f"{fields.where}: views", len(whole)
     for row in fields.take("views", list):
         if type(row) is list and len(row) == 2:
-            start = integer(row[0], 0, len(own), what)
-            stop = integer(row[1], start, len(own), what)
+            start = integer(row[0], 0, len(whole), where)
+            stop = integer(row[1], start, len(whole), where)
             most -= stop - start
             if most < 0:
-                raise FormatError(f"{what}: a region is seen by default more than once")
+                raise FormatError(f"{where}: a region is seen by default more than once")
             for region in range(start, stop):
-                yield own.view(region)
+                yield whole.view(region)
         else:
-            yield _view(lists_of([row], 6, what)[0], own, what)
+            yield _view(lists_of([row], 6, where)[0], whole, where)
 
 
-def _view(row: Sequence[Any], own: _Own, what: str) -> View:
+def _view(row: Sequence[Any], whole: _Own, where: str) -> View:
     name, region, dtype_name, shape, stride, offset = row
     dtype = dtypes.TORCH.get(dtype_name) if isinstance(dtype_name, str) else None
     if not isinstance(name, str) or dtype is None:
-        raise FormatError(f"{what}: {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
-    integer(region, 0, len(own) - 1, what)
-    dims, steps = integers(shape, what), integers(stride, what)
-    start = integer(offset, 0, MAX_FILE, what)
+        raise FormatError(f"{where}: {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
+    integer(region, 0, len(whole) - 1, where)
+    dims, steps = integers(shape, where), integers(stride, where)
+    start = integer(offset, 0, MAX_FILE, where)
     reach = sum((n - 1) * s for n, s in zip(dims, steps, strict=False)) + 1 if 0 not in dims else 0
-    fits = start + reach <= own.nbytes(region) // dtype.itemsize
+    fits = start + reach <= whole.nbytes(region) // dtype.itemsize
     if len(dims) != len(steps) or not fits or math.prod(dims) > _MAX_NUMEL:
-        raise FormatError(f"{what}: {name!r} does not fit into its region")
+        raise FormatError(f"{where}: {name!r} does not fit into its region")
     return View(name, region, dtype, dims, steps, start)
 
 
@@ -243,22 +243,22 @@ def _crcs_json(crcs: Sequence[Crc32]) -> Any:
 
 
 def _crcs(fields: Fields, nbytes: int) -> Iterator[Crc32]:
-    value, what = fields.take("crcs", (dict, list)), f"{fields.where}: checksums"
+    value, where = fields.take("crcs", (dict, list)), f"{fields.where}: checksums"
     if isinstance(value, dict):
-        columns = Fields(value, what)
+        columns = Fields(value, where)
         gaps, sizes = columns.take("offset", list), columns.take("nbytes", list)
-        at = [summed(Fields({"at": c}, what), "at", 0, nbytes - 4, what) for c in columns.take("at", list)]
+        at = [summed(Fields({"at": c}, where), "at", 0, nbytes - 4, where) for c in columns.take("at", list)]
         if any(len(column) != len(sizes) for column in (gaps, *at)):
-            raise FormatError(f"{what}: columns of several lengths")
+            raise FormatError(f"{where}: columns of several lengths")
         end, rows = 0, []
         for i, (gap, size) in enumerate(zip(gaps, sizes, strict=True)):
             if type(gap) is not int or type(size) is not int:
-                raise FormatError(f"{what}: something that is no integer")
+                raise FormatError(f"{where}: something that is no integer")
             rows.append([end + gap, size, [column[i] for column in at]])
             end += gap + size
     else:
-        rows = lists_of(value, 3, what)
+        rows = lists_of(value, 3, where)
     for offset, size, places in rows:
-        start = integer(offset, 0, nbytes, what)
-        length = integer(size, 0, nbytes - start, what)
-        yield Crc32(start, length, tuple(integer(at, 0, nbytes - 4, what) for at in sequence(places, what)))
+        start = integer(offset, 0, nbytes, where)
+        length = integer(size, 0, nbytes - start, where)
+        yield Crc32(start, length, tuple(integer(at, 0, nbytes - 4, where) for at in sequence(places, where)))

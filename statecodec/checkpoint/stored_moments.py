@@ -42,31 +42,31 @@ def moments_to_json(moments: Sequence[Moments], numbers: Mapping[str, int]) -> A
 
 
 def moments_from_json(fields: Fields, items: Sequence[Named]) -> Iterator[Moments]:
-    value, what = fields.take("moments", (dict, list)), f"{fields.where}: moments"
+    value, where = fields.take("moments", (dict, list)), f"{fields.where}: moments"
     if isinstance(value, list):
-        yield from (_moments_of(Fields(row, what).values, what) for row in value)
+        yield from (_moments_of(Fields(row, where).values, where) for row in value)
         return
-    columns = Fields(value, what)
-    settings = lists_of(columns.take("settings", list), len(_SETTINGS), what)
+    columns = Fields(value, where)
+    settings = lists_of(columns.take("settings", list), len(_SETTINGS), where)
     params, kinds = columns.take("param", list), columns.take("kind", list)
-    first, second = (summed(columns, key, 0, len(items) - 1, what) for key in ("exp_avg", "exp_avg_sq"))
-    weights = summed(columns, "weight", -1, len(items) - 1, what)
+    first, second = (summed(columns, key, 0, len(items) - 1, where) for key in ("exp_avg", "exp_avg_sq"))
+    weights = summed(columns, "weight", -1, len(items) - 1, where)
     if len({len(column) for column in (params, kinds, first, second, weights)}) != 1:
-        raise FormatError(f"{what}: columns of several lengths")
+        raise FormatError(f"{where}: columns of several lengths")
     for param, kind, m, v, w in zip(params, kinds, first, second, weights, strict=True):
-        chosen = settings[integer(kind, 0, len(settings) - 1, what)]
+        chosen = settings[integer(kind, 0, len(settings) - 1, where)]
         weight = None if w < 0 else items[w].name
         names = {"param": param, "exp_avg": items[m].name, "exp_avg_sq": items[v].name, "weight": weight}
-        yield _moments_of({**names, **dict(zip(_SETTINGS, chosen, strict=True))}, what)
+        yield _moments_of({**names, **dict(zip(_SETTINGS, chosen, strict=True))}, where)
 
 
-def _moments_of(value: Mapping[str, Any], what: str) -> Moments:
+def _moments_of(value: Mapping[str, Any], where: str) -> Moments:
     number = {k: value.get(k) for k in _SETTINGS}
     text = {k: value.get(k) for k in ("param", "exp_avg", "exp_avg_sq", "weight")}
     optional = ("lr", "weight_decay", "step", "param", "weight")
     sound = {k: type(v) in (int, float) and abs(v) < 1e300 for k, v in number.items() if v is not None}
     if not all(sound.get(k, k in optional) for k in number):
-        raise FormatError(f"{what}: a setting is not a number")
+        raise FormatError(f"{where}: a setting is not a number")
     if not all(isinstance(v, str) or (v is None and k in optional) for k, v in text.items()):
-        raise FormatError(f"{what}: a name is not text")
+        raise FormatError(f"{where}: a name is not text")
     return Moments(**cast(Any, text), **cast(Any, number))

@@ -87,7 +87,7 @@ class Choices(Mapping[str, Choice]):
         return replace(self, by_name={**self.by_name, **open_ones}, notes=(*self.notes, *notes))
 
 
-def by_rules(source: SourceCheckpoint, own: Policy, preset: str, *, strict: bool = False) -> Choices:
+def by_rules(source: SourceCheckpoint, caller_policy: Policy, preset: str, *, strict: bool = False) -> Choices:
     """The first steps: what cannot be otherwise, your own rules, the preset.
 
     A rule that matches no tensor is a note. Raises PolicyError for an unknown preset and, if `strict`, for such a rule.
@@ -95,9 +95,9 @@ def by_rules(source: SourceCheckpoint, own: Policy, preset: str, *, strict: bool
     rules = Policy(presets.preset(preset).rules)
     companions = {m.exp_avg: {"exp_avg_sq": m.exp_avg_sq} for m in source.moments}
     tensors = (item for item in source.items if item.region is not None)
-    chosen, notes = {}, [*source.notes, *check_matched(own, tensors, strict=strict)]
+    chosen, notes = {}, [*source.notes, *check_matched(caller_policy, tensors, strict=strict)]
     for item in source.items:
-        chosen[item.name], note = _first(item, own, rules, preset, companions)
+        chosen[item.name], note = _first(item, caller_policy, rules, preset, companions)
         notes.extend(note)
     dropped = sum(isinstance(c.codec, codecs.Dropped) for c in chosen.values())
     if dropped:
@@ -110,11 +110,11 @@ Companions = Mapping[str, Mapping[str, str]]  # tensor -> role -> the tensor tha
 
 
 def _first(
-    item: SourceItem, own: Policy, preset: Policy, name: str, companions: Companions
+    item: SourceItem, caller_policy: Policy, preset: Policy, name: str, companions: Companions
 ) -> tuple[Choice, tuple[str, ...]]:
     if item.region is None:
         return Choice(codecs.Raw(), "bytes that are not tensors", settled=True), ()
-    rule = own.rule_for(item)
+    rule = caller_policy.rule_for(item)
     encoding = rule.encoding if rule is not None else preset.encoding_for(item)
     codec, change = encoding.codec, encoding.change
     if encoding == Encoding(codecs.Raw()):
@@ -124,10 +124,10 @@ def _first(
         return Choice(codecs.Raw(), reason, settled=True), (f"{item.name}: {reason}",)
     try:
         encoding.parts(item.shape, item.dtype)
-        given = {role: _companion(item, role, companions) for role in codec.needs}
+        needed = {role: _companion(item, role, companions) for role in codec.needs}
     except UnsupportedTensor as error:
         return Choice(codecs.Raw(), f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
-    return Choice(codec, _because(rule, name), settled=rule is not None, companions=given, change=change), ()
+    return Choice(codec, _because(rule, name), settled=rule is not None, companions=needed, change=change), ()
 
 
 def _companion(item: SourceItem, role: str, companions: Companions) -> str:

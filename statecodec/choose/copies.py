@@ -36,23 +36,28 @@ def repeated(
     if packing.method == "none":
         return choices
     originals: dict[str, str] = {}
-    found: dict[str, Choice] = {}
+    repeats: dict[str, Choice] = {}
     pairs = [pair for group in copies(source, only) for pair in _with_original(group, choices)]
     # What needs companions comes last: its companions' originals are known then.
     for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
-        own, first = choices[item.name], choices[other.name]
-        follows = _has_no_step(item, own) and family(other.role) == "weight" and first.unit is not None
-        if _is_alike(first if follows else own, first, tuple(item.shape), originals):
+        choice, first = choices[item.name], choices[other.name]
+        follows = _has_no_step(item, choice) and family(other.role) == "weight" and first.unit is not None
+        if _is_alike(first if follows else choice, first, tuple(item.shape), originals):
             originals[item.name] = other.name
             reason = f"it is the same as {other.name}"
-            found[item.name] = replace(own, codec=codecs.Same(), change=None, reason=reason,
-                                       companions={"original": other.name},
-                                       otherwise=codecs.Raw() if own.codec.needs else own.codec)  # fmt: skip
+            repeats[item.name] = replace(
+                choice,
+                codec=codecs.Same(),
+                change=None,
+                reason=reason,
+                companions={"original": other.name},
+                otherwise=codecs.Raw() if choice.codec.needs else choice.codec,
+            )
     for name, choice in choices.items():  # a companion has to stand on its own
-        if name not in found:
+        if name not in repeats:
             for needed in choice.companions.values():
-                found.pop(needed, None)
-    return replace(choices, by_name={**choices.by_name, **found})
+                repeats.pop(needed, None)
+    return replace(choices, by_name={**choices.by_name, **repeats})
 
 
 def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list[list[SourceItem]]:
@@ -61,15 +66,15 @@ def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list
     for item in source.items:
         if item.nbytes >= _MIN_BYTES and (only is None or item.name in only):
             alike.setdefault((item.dtype, tuple(item.shape), item.region is None), []).append(item)
-    found = []
+    groups = []
     for group in alike.values():
         by_sample: dict[bytes, list[SourceItem]] = {}
         for item in group if len(group) > 1 else ():
             sample = _sample(source, item)
             if any(sample):  # zeros pack to nothing, and need no other tensor
                 by_sample.setdefault(sample, []).append(item)
-        found += [same for same in by_sample.values() if len(same) > 1]
-    return found
+        groups += [same for same in by_sample.values() if len(same) > 1]
+    return groups
 
 
 def _with_original(group: list[SourceItem], choices: Choices) -> list[tuple[SourceItem, SourceItem]]:
@@ -95,16 +100,16 @@ def _sample(source: SourceCheckpoint, item: SourceItem) -> bytes:
     return b"".join(bytes(memory(source.chunk(item, Chunk(at, at + size, (1, size))))) for at in starts)
 
 
-def _is_alike(own: Choice, first: Choice, shape: tuple[int, ...], originals: Mapping[str, str]) -> bool:
+def _is_alike(choice: Choice, first: Choice, shape: tuple[int, ...], originals: Mapping[str, str]) -> bool:
     """Whether what the original decodes to is as near as the copy has to be."""
-    if isinstance(own.codec, codecs.Dropped) or (
+    if isinstance(choice.codec, codecs.Dropped) or (
         first.codec.align(shape) is None and math.prod(shape) > CHUNK_ELEMENTS
     ):
         return False  # the second: each of its chunks would decode all of the original
     if first.codec.exact and first.change is not Change.VALUES:
         return True
-    same_way = (own.codec, own.change) == (first.codec, first.change)
-    return same_way and not own.settled and _of_originals(own, originals) == first.companions
+    same_way = (choice.codec, choice.change) == (first.codec, first.change)
+    return same_way and not choice.settled and _of_originals(choice, originals) == first.companions
 
 
 def _of_originals(choice: Choice, originals: Mapping[str, str]) -> Mapping[str, str]:

@@ -33,7 +33,7 @@ def derived(
     Unpacked, nothing would be smaller, and a file that is mapped would not hold the weights: nothing changes.
     `only`: the names that are looked at, where not all are.
     """
-    found = {}
+    beside_masters = {}
     for item, masters in followers(source) if packing.method != "none" else ():
         if choices[item.name].settled or (only is not None and item.name not in only):
             continue
@@ -42,9 +42,9 @@ def derived(
             if choices[master.name].change is Change.VALUES:  # what it decodes to, the base decides
                 continue
             if isinstance(codec, _MASTERS) and _is_smaller(source, item, master, codec, packing):
-                found[item.name] = _beside(choices[item.name], master)
+                beside_masters[item.name] = _beside(choices[item.name], master)
                 break
-    return choices.updated(found)
+    return choices.updated(beside_masters)
 
 
 def followers(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:

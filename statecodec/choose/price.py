@@ -37,21 +37,21 @@ def update_errors(
         By the choice's name ||u' - u|| / ||u|| over all parameters, of u = m_hat / (sqrt(v_hat) + eps); u' divides by
         the mean over the shared dimensions. Nothing where the checkpoint has no pairs of moments.
     """
-    known = [m for m in checkpoint.moments if math.prod(checkpoint.tensors[m.exp_avg].shape)]
-    meter = Meter(progress, sum(checkpoint.tensors[m.exp_avg].nbytes * 2 for m in known), "measuring updates")
+    with_values = [m for m in checkpoint.moments if math.prod(checkpoint.tensors[m.exp_avg].shape)]
+    meter = Meter(progress, sum(checkpoint.tensors[m.exp_avg].nbytes * 2 for m in with_values), "measuring updates")
 
     def compare(m: Moments) -> tuple[str, dict[Dims, UpdateComparison]]:
         second = checkpoint.tensors[m.exp_avg_sq]
         name = second.param or second.name
-        found = _compared(checkpoint, m, {own.get(name, ()) for own in choices.values()})
+        comparisons = _compared(checkpoint, m, {shared_dims.get(name, ()) for shared_dims in choices.values()})
         meter.add(2 * second.nbytes)
-        return name, found
+        return name, comparisons
 
     totals = dict.fromkeys(choices, NO_UPDATE)
-    with ordered_map(compare, known, threads) as compared:
-        for name, found in compared:
-            for choice, own in choices.items():
-                totals[choice] = totals[choice].merged(found[own.get(name, ())])
+    with ordered_map(compare, with_values, threads) as compared:
+        for name, comparisons in compared:
+            for choice, shared_dims in choices.items():
+                totals[choice] = totals[choice].merged(comparisons[shared_dims.get(name, ())])
     return {name: math.sqrt(t.sum_sq_diff / t.sum_sq) for name, t in totals.items() if t.sum_sq}
 
 
@@ -72,8 +72,8 @@ def _compared(checkpoint: Checkpoint, m: Moments, every: Iterable[Dims]) -> dict
             if dims:
                 mean = means[dims] if dims in means else block.mean(dims, keepdim=True, dtype=torch.float64)
                 shared = mean.to(torch.float32).expand(block.shape).reshape(-1)
-            found = kernels.host().compare_updates(first, v, first, shared, **update_settings(m))
-            totals[dims] = total.merged(found)
+            comparison = kernels.host().compare_updates(first, v, first, shared, **update_settings(m))
+            totals[dims] = total.merged(comparison)
     return totals
 
 

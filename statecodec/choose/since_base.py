@@ -69,11 +69,11 @@ def _smallest(
     if index is None or not item.numel or packing.method == "none":
         return None
     stored = base.stored.reader.items[index]
-    own = list(chunks(codec, item.shape, item.dtype))
-    if not _can_change(codec, stored, own):
+    pieces = list(chunks(codec, item.shape, item.dtype))
+    if not _can_change(codec, stored, pieces):
         return None
     before = after = 0
-    for chunk in {0: own[0], len(own) // 2: own[len(own) // 2]}.values():
+    for chunk in {0: pieces[0], len(pieces) // 2: pieces[len(pieces) // 2]}.values():
         try:
             parts = codec.encode(source.chunk(item, chunk)).parts
             changed = subtract_parts(parts, base.parts(item, codec, chunk))
@@ -84,13 +84,13 @@ def _smallest(
     return Change.PARTS if after < _WORTH * before else None
 
 
-def _can_change(codec: Codec, stored: StoredItem, own: Sequence[Chunk]) -> bool:
+def _can_change(codec: Codec, stored: StoredItem, pieces: Sequence[Chunk]) -> bool:
     """Whether the base has parts to subtract: those of the same codec, cut alike; or, on a grid, of any codec."""
     if isinstance(codec, codecs.Uniform):
         return True  # every checkpoint has a grid of its own: the base's values are put on this one
     can = isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded | codecs.Logarithmic)
     alike = stored.encoding.standalone == codec
-    return can and alike and _cut(own) == _cut(stored.chunks)
+    return can and alike and _cut(pieces) == _cut(stored.chunks)
 
 
 def _cut(pieces: Sequence[Chunk]) -> list[tuple[int, tuple[int, ...]]]:

@@ -128,12 +128,12 @@ class _Merged:
 
 def average(measured: Iterable[Mapping[Dims, float]]) -> Ratios:
     """The mean over checkpoints of a run; a measurement without signal (nan) is left out."""
-    found: dict[Dims, list[float]] = {}
+    by_dims: dict[Dims, list[float]] = {}
     for ratios in measured:
         for dims, ratio in ratios.items():
-            found.setdefault(dims, []).append(ratio)
-    known = {dims: [r for r in values if not math.isnan(r)] for dims, values in found.items()}
-    return {dims: sum(values) / len(values) if values else math.nan for dims, values in known.items()}
+            by_dims.setdefault(dims, []).append(ratio)
+    finite = {dims: [r for r in values if not math.isnan(r)] for dims, values in by_dims.items()}
+    return {dims: sum(values) / len(values) if values else math.nan for dims, values in finite.items()}
 
 
 def choose(ratios: Mapping[Dims, float], shape: Sequence[int], cutoff: float = CUTOFF) -> Dims:

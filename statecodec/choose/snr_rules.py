@@ -40,17 +40,17 @@ def chosen(layers: Sequence[LayerSNR], cutoff: float = CUTOFF, basis: str = "lay
         by_type = {kind: _type_dims(group, cutoff) for kind, group in types(layers).items()}
         return {layer.name: by_type[_type_key(layer)] for layer in layers}
     if basis == "table":
-        known = recognise({layer.name: layer.shape for layer in layers})
-        return {layer.name: known[layer.name].recommended or () for layer in layers}
+        recognised = recognise({layer.name: layer.shape for layer in layers})
+        return {layer.name: recognised[layer.name].recommended or () for layer in layers}
     raise PolicyError(f"rules by {basis!r}: expected one of {', '.join(BASIS)}")
 
 
 def types(layers: Sequence[LayerSNR]) -> dict[str, list[LayerSNR]]:
     """Layers by type: equal names but for layer numbers, and as many dimensions."""
-    found: dict[str, list[LayerSNR]] = {}
+    by_type: dict[str, list[LayerSNR]] = {}
     for layer in layers:
-        found.setdefault(_type_key(layer), []).append(layer)
-    return found
+        by_type.setdefault(_type_key(layer), []).append(layer)
+    return by_type
 
 
 def depth_average(group: Sequence[LayerSNR]) -> Ratios:
@@ -97,7 +97,7 @@ def read_table(path: str | Path) -> list[LayerSNR]:
     per step, parameter and subset of dimensions, the last two written as tuples. Raises PolicyError.
     """
     path = Path(path)
-    found: dict[str, tuple[tuple[int, ...], dict[Dims, list[float]]]] = {}
+    rows: dict[str, tuple[tuple[int, ...], dict[Dims, list[float]]]] = {}
     try:
         if path.stat().st_size > _MAX_TABLE_BYTES:
             raise PolicyError(f"{path}: larger than {_MAX_TABLE_BYTES} bytes")
@@ -109,12 +109,12 @@ def read_table(path: str | Path) -> list[LayerSNR]:
                     f"{path}: an SNR table has the columns {', '.join(_COLUMNS)}; {', '.join(missing)} missing"
                 )
             for number, row in enumerate(table, 2):
-                _read_row(row, found, f"{path}, line {number}")
+                _read_row(row, rows, f"{path}, line {number}")
     except (OSError, UnicodeError, csv.Error) as error:
         raise PolicyError(f"{path}: {error}") from error
-    if not found:
+    if not rows:
         raise PolicyError(f"{path}: the SNR table is empty")
-    shapes = {name: shape for name, (shape, _) in found.items()}
+    shapes = {name: shape for name, (shape, _) in rows.items()}
     layers = recognise(shapes)
     return [
         LayerSNR(
@@ -123,7 +123,7 @@ def read_table(path: str | Path) -> list[LayerSNR]:
             average(dict(zip(ratios, row, strict=True)) for row in _rows(ratios)),
             shareable(layers[name]),
         )
-        for name, (shape, ratios) in found.items()
+        for name, (shape, ratios) in rows.items()
     ]
 
 
@@ -138,7 +138,7 @@ def _rows(ratios: Mapping[Dims, list[float]]) -> Iterable[list[float]]:
     return ([values[i] for values in padded] for i in range(longest))
 
 
-def _read_row(row: Mapping[str, Any], found: dict[str, Any], where: str) -> None:
+def _read_row(row: Mapping[str, Any], rows: dict[str, Any], where: str) -> None:
     try:
         name, shape, dims, ratio = (
             str(row["key"]),
@@ -150,10 +150,10 @@ def _read_row(row: Mapping[str, Any], found: dict[str, Any], where: str) -> None
         raise PolicyError(f"{where}: {error}") from error
     if not dims or dims[-1] >= len(shape) or list(dims) != sorted(set(dims)):
         raise PolicyError(f"{where}: dimensions {list(dims)} of shape {list(shape)}")
-    known = found.setdefault(name, (shape, {}))
-    if known[0] != shape:
-        raise PolicyError(f"{where}: {name} had shape {list(known[0])} before, {list(shape)} here")
-    known[1].setdefault(dims, []).append(ratio)
+    ratios_of = rows.setdefault(name, (shape, {}))
+    if ratios_of[0] != shape:
+        raise PolicyError(f"{where}: {name} had shape {list(ratios_of[0])} before, {list(shape)} here")
+    ratios_of[1].setdefault(dims, []).append(ratio)
 
 
 def _integers(text: str | None) -> tuple[int, ...]:
@@ -195,12 +195,12 @@ def _exceptions(
     layers: Sequence[LayerSNR], dims: Mapping[str, Dims], entries: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Exact rules for layers that the patterns, first match wins, would decide differently than was chosen."""
-    made = []
+    exceptions = []
     for layer in layers:
         first = next((e for e in entries if fnmatchcase(layer.name, e["pattern"])), None)
         if layer.shareable and first is not None and tuple(first["dims"]) != dims[layer.name]:
-            made.append(_entry(_escape(layer.name), dims[layer.name], layer.ratios))
-    return made
+            exceptions.append(_entry(_escape(layer.name), dims[layer.name], layer.ratios))
+    return exceptions
 
 
 def _finite(value: Any) -> Any:

@@ -92,11 +92,11 @@ class SNRTracker:
             raise UsageError(
                 "no second moment has been measured yet: call step() after optimizer.step(), from step 1 on"
             )
-        found = []
+        snrs = []
         for name, param in self._params.items():
             ratios = {dims: total / count for dims, (total, count) in self._sums.get(name, {}).items()}
-            found.append(LayerSNR(name, tuple(param.shape), ratios, self._layers[name].shareable))
-        return found
+            snrs.append(LayerSNR(name, tuple(param.shape), ratios, self._layers[name].shareable))
+        return snrs
 
     def rules(self, cutoff: float = CUTOFF, basis: str = "type") -> dict[str, Any]:
         """The content of a rules file; see `rules_document`."""

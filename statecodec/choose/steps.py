@@ -115,9 +115,11 @@ def by_steps(
     """
     _require_something(source, budget)
     chooser = _Chooser(source, choices, budget)
-    wanted = [m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight))]
-    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in wanted), "measuring the step")
-    with ordered_map(chooser.parameter, wanted, threads) as parameters:
+    measured = [
+        m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight))
+    ]
+    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in measured), "measuring the step")
+    with ordered_map(chooser.parameter, measured, threads) as parameters:
         for moments, chosen in parameters:
             chooser.chosen.update(chosen)
             meter.add(2 * source.tensors[moments.exp_avg].nbytes)
@@ -137,9 +139,9 @@ def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
     }
     roles = {family(item.role) for item in source.items if item.dtype in FLOATS}
     for name in budget.asked:
-        what, needed = bounds[name]
+        tensors, needed = bounds[name]
         if roles.isdisjoint(needed):
-            raise UsageError(f"{name}: no {what} are known in {source.path}, so there is nothing to bound")
+            raise UsageError(f"{name}: no {tensors} are known in {source.path}, so there is nothing to bound")
 
 
 class _Chooser:
@@ -214,9 +216,9 @@ class _Chooser:
     def rest(self, only: Container[str] | None) -> None:
         """Tensors that no pair of moments speaks of."""
         # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
-        known = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
+        trained = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
         alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
-        unnamed = None in known or not known or any(name not in self._momenta for name in alone)
+        unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
         for item in self.source.items:
             if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
                 continue
@@ -272,16 +274,16 @@ def _grid(most: float, item: SourceItem, rms: float) -> float:
     return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
 
 
-def finer(codec: Codec, most: float, made: Comparison, numel: int) -> Codec | None:
+def finer(codec: Codec, most: float, sums: Comparison, numel: int) -> Codec | None:
     """The codec to encode a tensor with again that came out with an rms error above `most`; None if it did not.
 
     A few tries come near; then follows a step that is certain, as no rounding error is larger than half of it.
     """
-    found = math.sqrt(made.sum_sq_diff / numel) if numel else 0.0
+    rms = math.sqrt(sums.sum_sq_diff / numel) if numel else 0.0
     certain = 2 * 0.999 * most
-    if not isinstance(codec, Uniform | Direction) or found <= most or codec.step <= certain:
+    if not isinstance(codec, Uniform | Direction) or rms <= most or codec.step <= certain:
         return None
-    near = 0.97 * codec.step * most / found
+    near = 0.97 * codec.step * most / rms
     return replace(codec, step=_legal(near if codec.step > 1.5 * certain else min(near, certain)))
 
 

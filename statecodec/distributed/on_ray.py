@@ -59,7 +59,7 @@ def compress_on_ray(
     # Rules are sent as text: a file of them need not be there on every node.
     chosen = CompressSettings.of(**settings)
     settings = {
-        **settings, "rules": [str(rule) for rule in chosen.own.rules], "rules_file": None,
+        **settings, "rules": [str(rule) for rule in chosen.caller_policy.rules], "rules_file": None,
         "max_shard_size": chosen.max_shard_size,
     }  # fmt: skip
     with open_source(src) as source:

@@ -54,8 +54,8 @@ def analyze(
         layers = _tables(tables)
     elif snr:
         layers, pieces, steps = _measure(sources, workers, progress, notes)
-    known = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
-    last = sources[max(range(len(sources)), key=lambda i: (known[i], i))]
+    orders = [step if step is not None else -math.inf for step in steps] or [0.0] * len(sources)
+    last = sources[max(range(len(sources)), key=lambda i: (orders[i], i))]
     points = measure_curve(last, threads=threads, progress=progress) if curve else ()
     errors: dict[str, float] = {}
     if layers and not tables:

@@ -116,7 +116,7 @@ def compress(
         else:
             target = output_file(dst, None, force=force)
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
-        found = require_safe(source) if safe_only else pickles(source)
+        reports = require_safe(source) if safe_only else pickles(source)
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         where = processor(device, source.nbytes, workers)  # asks torch, which refusals of the rest do without
         output = settings.output(target, force, where.workers(workers), progress)
@@ -124,7 +124,7 @@ def compress(
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
         report = work.write(output, check_of(source, output) if verify else None)
     notes = (*report.notes, *_price(report, settings))
-    return replace(report, notes=notes, pickles=found, seconds=time.perf_counter() - started)
+    return replace(report, notes=notes, pickles=reports, seconds=time.perf_counter() - started)
 
 
 def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) -> Path:
@@ -137,15 +137,15 @@ def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) 
 def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
     """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
     step_error = choose.preset(settings.preset).step_error
-    if not settings.own.rules:
+    if not settings.caller_policy.rules:
         return
-    found = (report.total or {}).get("u_rms")
-    if found is None:
+    u_rms = (report.total or {}).get("u_rms")
+    if u_rms is None:
         if any(t.role in ("exp_avg", "exp_avg_sq") and t.codec not in ("raw", "dropped") for t in report.tensors):
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
-    elif step_error is not None and found > _FAR * step_error:
+    elif step_error is not None and u_rms > _FAR * step_error:
         yield (
-            f"the rules cost {100 * found:.3g} % in the Adam update, preset {settings.preset} alone stands for "
+            f"the rules cost {100 * u_rms:.3g} % in the Adam update, preset {settings.preset} alone stands for "
             f"{100 * step_error:g} %"
         )
     errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
@@ -180,8 +180,8 @@ class StepErrors:
 
     def figures(self) -> dict[str, float] | None:
         """Relative errors by name; None if there are none."""
-        found = {name: math.sqrt(error / size) for name, (error, size) in self.sums.items() if size}
-        return found or None
+        errors = {name: math.sqrt(error / size) for name, (error, size) in self.sums.items() if size}
+        return errors or None
 
 
 @dataclass(frozen=True)
@@ -279,14 +279,14 @@ class Compression:
     def _companions(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Companions:
         """The companions' values of the same elements, as they are in the source or as they will be read back."""
         names = self.choices[item.name].companions
-        found = {}
+        values = {}
         for role in codec.needs:
             other = self.source.items[self.source.tensors[names[role]].index]
-            found[role] = self.source.chunk(other, chunk, self.processor.scratch, role)
+            values[role] = self.source.chunk(other, chunk, self.processor.scratch, role)
             if codec.needs_decoded:
                 chosen = self.recoded.get(other.index, self.choices[other.name].codec)
-                found[role] = self.processor.decoded(chosen, found[role])
-        return found
+                values[role] = self.processor.decoded(chosen, values[role])
+        return values
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
         """The error of one tensor: of its values, or (what is stored as a direction) of the update alone."""
@@ -310,10 +310,10 @@ class Compression:
         most = self.choices[item.name].most
         if most is None:
             return None
-        found = finer(codec, most, sums, item.numel)
-        if found is not None:
-            self.recoded[index] = found
-        return found
+        codec_again = finer(codec, most, sums, item.numel)
+        if codec_again is not None:
+            self.recoded[index] = codec_again
+        return codec_again
 
     def document(self, digests: Mapping[int, str], refusals: Mapping[str, str]) -> dict[str, Any]:
         """The document's JSON. `digests`: file -> SHA-256."""

@@ -50,8 +50,8 @@ def convert(
 
     Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
     """
-    wanted = [to] if isinstance(to, str | Rule) else list(to)
-    if bool(wanted) == (layout is not None):
+    codecs_or_targets = [to] if isinstance(to, str | Rule) else list(to)
+    if bool(codecs_or_targets) == (layout is not None):
         raise UsageError("convert needs to be told to what: rules or one optimizer (to), or a layout")
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r:.40}: expected {', '.join(LAYOUTS)}")
@@ -60,12 +60,12 @@ def convert(
             require_safe(checkpoint)
     if layout is not None:
         return convert_layout(Path(src), Path(dst), layout, strict=strict, force=force, progress=progress)
-    targets = [Target.parse(t) if isinstance(t, str) else None for t in wanted]
+    targets = [Target.parse(t) if isinstance(t, str) else None for t in codecs_or_targets]
     if not any(targets):
         return convert_codecs(
-            src, dst, wanted, pack=pack, strict=strict, force=force, threads=threads, progress=progress
+            src, dst, codecs_or_targets, pack=pack, strict=strict, force=force, threads=threads, progress=progress
         )
-    if len(wanted) > 1 or targets[0] is None:
+    if len(codecs_or_targets) > 1 or targets[0] is None:
         raise UsageError("convert to an optimizer, or by rules, not both at once; convert the result again")
     target = output_file(dst, None, force=force)
     from statecodec.verbs.convert_optimizers import convert_optimizers  # classes of torch's: only once there is work

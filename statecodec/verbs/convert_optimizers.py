@@ -49,23 +49,23 @@ def convert_optimizers(
         with open_checkpoint(src) as checkpoint:
             value = loaded(checkpoint, torch.device("cpu"), spill.keep)
         spill.release()
-        found = list(_optimizers(value, ()))
-        if not found:
+        paths = list(_optimizers(value, ()))
+        if not paths:
             raise UsageError(f"{src}: no optimizer state in it (a dict with `state` and `param_groups`)")
         notes: list[str] = []
         errors: list[LoadReport] = []
-        for path in found:
+        for path in paths:
             holder, saved = _at(value, path)
-            made, reports = _converted(saved, _names(src, path, saved), target, spill, progress)
+            converted, reports = _converted(saved, _names(src, path, saved), target, spill, progress)
             errors += reports
             lines = dict.fromkeys(line for report in reports for line in report.notes)
             if has_low_bits(saved["state"]):
                 lines[LOW_BITS_ARE_LEFT_OUT] = None
             notes += [f"{'.'.join(map(str, path)) or src.name}: {line}" for line in lines]
             if holder is None:
-                value = made
+                value = converted
             else:
-                holder[path[-1]] = made
+                holder[path[-1]] = converted
         _write(value, dst, spill, pack, force, progress)
     return replace(_report(dst, errors, notes), seconds=time.perf_counter() - started)
 
@@ -102,7 +102,7 @@ def _converted(
     reports: list[LoadReport] = []
     position = 0
     for group in saved["param_groups"]:
-        made: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
         for place in range(len(group["params"])):
             alone = _alone(saved, group, place)
             one, report = _converted_one(kind, alone, names, target)
@@ -112,24 +112,24 @@ def _converted(
             (options,) = one["param_groups"]
             for key, value in options.items():  # of the group's parameters all the same, but for whose they are
                 if key in ("params", "param_names"):
-                    made.setdefault(key, []).extend([position] if key == "params" else value)
+                    parameters.setdefault(key, []).extend([position] if key == "params" else value)
                 else:
-                    made[key] = value
+                    parameters[key] = value
             position += 1
             spill.used(tensor_bytes(alone["state"]))
             meter.add(tensor_bytes(alone["state"]))
-        groups.append(made or dict(group))
+        groups.append(parameters or dict(group))
     return {"state": state, "param_groups": groups}, reports
 
 
 def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int) -> dict[str, Any]:
     """The state dict of one parameter of a group."""
     index, names = group["params"][place], group.get("param_names") or []
-    own = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
+    alone = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
     state = saved["state"].get(index)
     if is_quantised({index: state}):
         state = dense(state)
-    return {"state": {} if state is None else {index: state}, "param_groups": [own]}
+    return {"state": {} if state is None else {index: state}, "param_groups": [alone]}
 
 
 def _converted_one(
@@ -154,8 +154,8 @@ def _build(
     for group in saved["param_groups"]:
         params = []
         for position, index in enumerate(group["params"]):
-            own = (group.get("param_names") or [])[position : position + 1]
-            name = own[0] if own else names.get(index, f"param.{index}")
+            named = (group.get("param_names") or [])[position : position + 1]
+            name = named[0] if named else names.get(index, f"param.{index}")
             shape = _shape(saved["state"].get(index, {}))
             weight = torch.zeros(shape, dtype=torch.float32, device="cpu")
             params.append((name, torch.nn.Parameter(weight, requires_grad=bool(saved["state"].get(index)))))

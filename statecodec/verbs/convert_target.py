@@ -32,11 +32,11 @@ class Target:
             if _OPENED.match(text):
                 raise UsageError(f"{text!r}: expected NAME(option=value,...), and nothing behind the closing bracket")
             return None
-        given, position, options = match.group(2) or "", 0, {}
-        while position < len(given):
-            option = _OPTION.match(given, position)
+        arguments, position, options = match.group(2) or "", 0, {}
+        while position < len(arguments):
+            option = _OPTION.match(arguments, position)
             if option is None:
-                raise UsageError(f"{text!r}: expected NAME(option=value,...), stuck at {given[position:][:40]!r}")
+                raise UsageError(f"{text!r}: expected NAME(option=value,...), stuck at {arguments[position:][:40]!r}")
             options[option.group(1)] = _value(option.group(2).strip())
             position = option.end()
         if match.group(1) == "torch" and options:

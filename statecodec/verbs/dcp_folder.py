@@ -33,8 +33,8 @@ def _planner(used: Callable[[int], None]) -> SavePlanner:
 
         def resolve_data(self, write_item: Any) -> Any:
             used(self.before)
-            found = super().resolve_data(write_item)
-            self.before = found.nbytes if isinstance(found, torch.Tensor) else 0
-            return found
+            data = super().resolve_data(write_item)
+            self.before = data.nbytes if isinstance(data, torch.Tensor) else 0
+            return data
 
     return Telling()

@@ -55,7 +55,7 @@ def finalize(
         settings, base = _agreed(shares, source, target)
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         joined = _Joined(source, shares)
-        choices = by_rules(source, settings.own, settings.preset, strict=settings.strict)
+        choices = by_rules(source, settings.caller_policy, settings.preset, strict=settings.strict)
         choices = standing_alone(joined.choices(choices), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, Cpu(), settings, joined.totals)
         output = settings.output(target, force, threads or default_threads(), progress)
@@ -108,8 +108,8 @@ def _agreed(shares: Sequence[Reader], source: SourceCheckpoint, target: Path) ->
     with contextlib.ExitStack() as closing:
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         for number, share in enumerate(shares, 1):
-            wanted, there = header_of(source, settings, previous, Share(number, len(shares))), share.document["share"]
-            unequal = [key for key in wanted if not isinstance(there, dict) or there.get(key) != wanted[key]]
+            expected, there = header_of(source, settings, previous, Share(number, len(shares))), share.document["share"]
+            unequal = [key for key in expected if not isinstance(there, dict) or there.get(key) != expected[key]]
             if unequal:
                 raise UsageError(
                     f"{share.path.name} was made of another source or with other settings than {source.path} and the "

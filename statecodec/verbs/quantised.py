@@ -39,11 +39,11 @@ def dense(state: Mapping[str, Any]) -> dict[str, Any]:
     Raises MalformedCheckpoint for parts that do not fit together, UsageError for what has no counterpart in Adam.
     """
     inner = state.get(WRAPPED)
-    own = {**state, **inner} if isinstance(inner, Mapping) else dict(state)
-    own.pop(WRAPPED, None)
-    decoded = dict(_plain(own))
-    if "state1" in own:
-        decoded.update(_of_bitsandbytes(own))
+    flat = {**state, **inner} if isinstance(inner, Mapping) else dict(state)
+    flat.pop(WRAPPED, None)
+    decoded = dict(_plain(flat))
+    if "state1" in flat:
+        decoded.update(_of_bitsandbytes(flat))
     if not {"exp_avg", "exp_avg_sq"} <= decoded.keys():
         raise UsageError(
             "quantised states with one moment (Lion, SGD, RMSprop ...) are not AdamW's; they stay as they are"
@@ -62,29 +62,29 @@ def _is_torchao(value: Any) -> bool:
     return isinstance(value, OpaqueObject) and value.name in TORCHAO and value.module.startswith("torchao.")
 
 
-def _plain(own: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _plain(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """All but what bitsandbytes keeps, and the low bits of weights, which no other optimizer takes."""
-    for key, value in own.items():
+    for key, value in flat.items():
         if key.endswith(FLASH_CODES):
             name = key.removesuffix(FLASH_CODES)
-            yield name, of_flashoptim(name, _tensor(value, name), _tensor(own.get(name + FLASH_SCALES), name))
+            yield name, of_flashoptim(name, _tensor(value, name), _tensor(flat.get(name + FLASH_SCALES), name))
         elif _is_torchao(value):
             yield key, _of_torchao(key, value)
         elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith(FLASH_SCALES) and key != "error_bits":
             yield key, value
 
 
-def _of_bitsandbytes(own: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    if "state2" not in own:
+def _of_bitsandbytes(flat: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    if "state2" not in flat:
         raise UsageError(
             "states of bitsandbytes with one moment (Lion, SGD, RMSprop ...) are no AdamW's; kept as they are"
         )
     for number, name in ((1, "exp_avg"), (2, "exp_avg_sq")):
-        codes = _tensor(own.get(f"state{number}"), name)
+        codes = _tensor(flat.get(f"state{number}"), name)
         if codes.dtype.is_floating_point:
             yield name, codes.float()
             continue
-        scales, table = (_tensor(own.get(f"{key}{number}"), name) for key in ("absmax", "qmap"))
+        scales, table = (_tensor(flat.get(f"{key}{number}"), name) for key in ("absmax", "qmap"))
         block = next((b for b in _BLOCKS if math.ceil(codes.numel() / b) == scales.numel()), None)
         if block is None:
             raise MalformedCheckpoint(f"{name}: {scales.numel()} scales for {codes.numel()} numbers of bitsandbytes")

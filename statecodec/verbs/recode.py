@@ -59,10 +59,12 @@ def convert_codecs(
     with open_checkpoint(src, crcs=False) as checkpoint:
 
         def check(stored: StoredCheckpoint) -> Report:
-            found, report = compare(checkpoint, stored, output.threads, progress), stored.report()
-            lost = {t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in found.tensors}
+            comparison, report = compare(checkpoint, stored, output.threads, progress), stored.report()
+            lost = {
+                t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in comparison.tensors
+            }
             tensors = tuple(_with_error(t, lost.get(t.name)) for t in report.tensors)
-            return replace(report, tensors=tensors, updates=found.updates, total=found.total)
+            return replace(report, tensors=tensors, updates=comparison.updates, total=comparison.total)
 
         if isinstance(checkpoint, StoredCheckpoint):
             report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, check)

@@ -63,7 +63,7 @@ def restore(
     started = time.perf_counter()
     with StoredCheckpoint.open(src) as stored:
         document = stored.document
-        found = require_safe(stored) if safe_only else ()
+        reports = require_safe(stored) if safe_only else ()
         target = restored_path(Path(src), document.source.get("name"))
         if not document.is_directory:
             target = output_file(dst, target, force=force)
@@ -86,31 +86,31 @@ def restore(
                 _finish_folder(target, root, times, output)
         report = stored.report()
         notes = (*report.notes, *output.notes)
-        return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=found)
+        return replace(report, seconds=time.perf_counter() - started, path=str(target), notes=notes, pickles=reports)
 
 
 def _restore_all(
     stored: StoredCheckpoint, where: Processor, threads: Workers, meter: Meter, times: bool, output: AtomicOutput
 ) -> None:
-    document, made = stored.document, output.path
+    document, restored = stored.document, output.path
     if not document.is_directory:
-        _restore_file(stored, document.files[0], made, where, threads, meter, output)
-        output.staging.set_time(made, document.files[0].mtime_ns if times else None)
+        _restore_file(stored, document.files[0], restored, where, threads, meter, output)
+        output.staging.set_time(restored, document.files[0].mtime_ns if times else None)
         return
     if document.folders[0].mode is not None:
-        output.staging.chmod(made, 0o700)  # nobody else sees what is not there yet
+        output.staging.chmod(restored, 0o700)  # nobody else sees what is not there yet
     for directory in document.directories:
-        (made / directory).mkdir(parents=True, exist_ok=True)
+        (restored / directory).mkdir(parents=True, exist_ok=True)
     for file in document.files:
-        path = made / file.path
+        path = restored / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         if file.same_as is not None:
-            os.link(made / file.same_as, path)
+            os.link(restored / file.same_as, path)
         else:
             _restore_file(stored, file, path, where, threads, meter, output)
             output.staging.set_time(path, file.mtime_ns if times else None)
     for folder in reversed(document.folders[1:]):  # what is inside first: it could not be reached any more
-        _finish_folder(made / folder.path, folder, times, output)
+        _finish_folder(restored / folder.path, folder, times, output)
 
 
 def _finish_folder(path: Path, folder: Folder, times: bool, output: AtomicOutput) -> None:
@@ -214,12 +214,12 @@ class _Writing:
         index, chunk = job
         stored, device, scratch = self.stored, self.where.device, self.where.scratch
         done: dict[_Job, _Span] = {}
-        given: dict[str, Tensor] = {}
+        companions: dict[str, Tensor] = {}
         with self.where.running():
             for role, other in self._beside.get(index, {}).items():
-                given[role] = stored.decode_chunk(other, chunk, device, scratch.beside)
-                done[other, chunk] = self._put(other, chunk, [given[role]])
-            pieces = stored.decode_pieces(index, chunk, device, scratch, given or None)
+                companions[role] = stored.decode_chunk(other, chunk, device, scratch.beside)
+                done[other, chunk] = self._put(other, chunk, [companions[role]])
+            pieces = stored.decode_pieces(index, chunk, device, scratch, companions or None)
             done[job] = self._put(index, chunk, (piece for _, piece in pieces))
         return done
 

@@ -55,19 +55,19 @@ def save(
         OutputExists: If the file is there, without `force`.
         OutputFailed: If it cannot be written.
     """
-    target, found = output_file(path, None, force=force), CollectedItems()
-    tree = nested_json(obj, found)
-    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in found.tensors)
+    target, collected = output_file(path, None, force=force), CollectedItems()
+    tree = nested_json(obj, collected)
+    size = sum(math.prod(t.shape) * t.dtype.itemsize for t in collected.tensors)
     text = torch.frombuffer(bytearray(json.dumps(tree).encode()), dtype=torch.uint8)
     skeleton: dict[str, Any] = {"role": "skeleton"}
-    found.items.append(ItemSpec(TREE, Encoding(codecs.Raw()), tuple(text.shape), UINT8, skeleton, text=True))
-    found.tensors.append(text)
+    collected.items.append(ItemSpec(TREE, Encoding(codecs.Raw()), tuple(text.shape), UINT8, skeleton, text=True))
+    collected.tensors.append(text)
     source = {"name": original_name(target), "layout": "native", "bytes": size, "sha256": None}
     document = Document(f"statecodec {__version__}", None, (), source, (), (), ())
-    meter = Meter(progress, sum(t.nbytes for t in found.tensors), "saving")
-    with Writer(target, found.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
-        for index, tensor in enumerate(found.tensors):
-            for chunk, parts in _chunks(found.items[index], tensor):
+    meter = Meter(progress, sum(t.nbytes for t in collected.tensors), "saving")
+    with Writer(target, collected.items, packing=Packing.parse(pack), max_shard_size=None, force=force) as writer:
+        for index, tensor in enumerate(collected.tensors):
+            for chunk, parts in _chunks(collected.items[index], tensor):
                 writer.append(writer.pack(index, chunk, parts))
                 meter.add(sum(part.nbytes for part in parts.values()))
         written = writer.close(to_json(document))

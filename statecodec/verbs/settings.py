@@ -27,7 +27,7 @@ class CompressSettings:
     """How to compress, whatever it is and wherever it goes."""
 
     preset: str
-    own: Policy
+    caller_policy: Policy
     """Rules of the caller's own."""
     budget: Budget
     packing: Packing
@@ -57,14 +57,14 @@ class CompressSettings:
             max_update_error=max_update_error,
             max_weight_error=max_weight_error,
         )
-        own = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
-        return cls(preset, own, budget, Packing.parse(pack), parse_size(max_shard_size), strict, sha256)
+        caller_policy = Policy((*(_rule(r) for r in rules), *(load_rules(rules_file) if rules_file else ())))
+        return cls(preset, caller_policy, budget, Packing.parse(pack), parse_size(max_shard_size), strict, sha256)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` is the inverse."""
         return {
             "preset": self.preset,
-            "rules": [str(rule) for rule in self.own.rules],
+            "rules": [str(rule) for rule in self.caller_policy.rules],
             "moments": self.budget.moments,
             "weights": self.budget.weights,
             "asked": list(self.budget.asked),
@@ -90,7 +90,7 @@ class CompressSettings:
     @property
     def policy(self) -> Policy:
         """All rules, the caller's own first."""
-        return Policy((*self.own.rules, *choose.preset(self.preset).rules))
+        return Policy((*self.caller_policy.rules, *choose.preset(self.preset).rules))
 
     @property
     def named_preset(self) -> str | None:
@@ -104,7 +104,7 @@ class CompressSettings:
         """What a check holds the result against: what a preset stands for is no promise about tensors that rules of
         the caller's own decide; what was asked for is one.
         """
-        return self.budget if self.budget.asked or not self.own.rules else Budget()
+        return self.budget if self.budget.asked or not self.caller_policy.rules else Budget()
 
     def output(self, target: Path, force: bool, threads: int, progress: Progress | None) -> WriteOptions:
         """Where and how to write."""
@@ -120,8 +120,8 @@ class CompressSettings:
     ) -> Choices:
         """A codec for every tensor, the budget and the base considered for those in `only`, or all of them."""
         if base is None:
-            self.own.refuse_changes("give one (--base)")
-        choices = by_rules(source, self.own, self.preset, strict=self.strict)
+            self.caller_policy.refuse_changes("give one (--base)")
+        choices = by_rules(source, self.caller_policy, self.preset, strict=self.strict)
         if self.budget:
             choices = by_steps(source, choices, self.budget, threads, progress, only)
         choices = linked(source, derived(source, choices, self.packing, only), base, self.packing, only)

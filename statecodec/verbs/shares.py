@@ -164,7 +164,7 @@ def _write(
     """Write a share; returns its bytes."""
     files = work.source.own_files[share.number - 1 :: share.count]  # this share's part of the hashing
     with work.hashing(files) as hashes:
-        made = appended(
+        appending = appended(
             output,
             [work.item(i) for i in indices],
             lambda index, codec, chunk: work.encode(indices[index], codec, chunk),
@@ -175,7 +175,7 @@ def _write(
                 lambda index, codec, sums: work.finer(indices[index], codec, sums),
             ),
         )
-        with made as (writer, refusals):
+        with appending as (writer, refusals):
             digests = {str(file): digest for file, digest in hashes().items()}
             work.source.files.check_unchanged()
             announced = {item.name: item.announced.config() for item in writer.items if item.announced is not None}

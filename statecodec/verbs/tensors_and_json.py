@@ -87,16 +87,16 @@ class _TakingApart:
             return None
 
     def _dict(self, value: dict[Any, Any], path: str, depth: int) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        described: dict[str, Any] = {}
         for key, inner in value.items():
-            if str(key) in made:
+            if str(key) in described:
                 raise UsageError(f"{joined(path, key):.80}: two keys of a dict are {str(key)!r:.40} in JSON")
-            made[str(key)] = self.plain(inner, joined(path, key), depth + 1)
-        return made
+            described[str(key)] = self.plain(inner, joined(path, key), depth + 1)
+        return described
 
     def _tensor(self, value: Tensor, path: str) -> Any:
-        known = dtypes.TORCH.get(dtypes.name_of(value.dtype)) in _CODES
-        if value.layout != torch.strided or value.is_meta or not known:
+        has_code = dtypes.TORCH.get(dtypes.name_of(value.dtype)) in _CODES
+        if value.layout != torch.strided or value.is_meta or not has_code:
             self.left_out.append(f"{path}: a {value.dtype} tensor that is {value.layout}, on {value.device}")
             return None
         value = value.detach().resolve_conj().resolve_neg()

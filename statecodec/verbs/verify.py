@@ -92,9 +92,9 @@ def check_against(
 
 def _check_promise(stored: StoredCheckpoint, comparison: DiffReport) -> None:
     """The Adam update is no further off than what was asked for when the file was made."""
-    promised, found = (stored.document.asked or {}).get("u_rms"), comparison.total.get("u_rms")
-    if promised is not None and found is not None and not found <= promised * _ROUNDING:
-        raise VerificationFailed(f"update error {found:.4g} of a step is above the {promised:g} that was asked for")
+    promised, error = (stored.document.asked or {}).get("u_rms"), comparison.total.get("u_rms")
+    if promised is not None and error is not None and not error <= promised * _ROUNDING:
+        raise VerificationFailed(f"update error {error:.4g} of a step is above the {promised:g} that was asked for")
 
 
 def _complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list[str]:
@@ -139,9 +139,9 @@ def _check_digest(report: Report, original: Path) -> None:
         return
     hashes = FileHashes([FileToHash(original, original.stat().st_size)])
     hashes.start()
-    (found,) = hashes.digests()
-    if found != digest:
-        _refuse([f"the original's SHA-256 is {found}, the file was made from {digest}"], original)
+    (sha256,) = hashes.digests()
+    if sha256 != digest:
+        _refuse([f"the original's SHA-256 is {sha256}, the file was made from {digest}"], original)
 
 
 def _refuse(complaints: Sequence[str], original: Path) -> None:

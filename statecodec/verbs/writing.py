@@ -139,16 +139,16 @@ def appended(
     """A writer to which all items have been appended, to be finished inside the `with`, and the refusals."""
     run = _Run(output, items, encode, stage, fallback, errors or ErrorRules(lambda index, sums: {}))
     with run.written() as writer:
-        found: dict[str, dict[str, float]] = {}
+        error_of: dict[str, dict[str, float]] = {}
         for index, sums in run.sums.items():
             figures = run.errors.figures(index, sums)
             # fp64 may overflow; its last digits depend on the order in which a machine adds up.
             error = {name: float(f"{x:.7g}") for name, x in figures.items() if math.isfinite(x)}
-            found[run.items[index].name] = error
+            error_of[run.items[index].name] = error
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})
         for index, original in run.repeated():
-            if original in found:
-                writer.set_attributes(index, {**run.items[index].attributes, "error": found[original]})
+            if original in error_of:
+                writer.set_attributes(index, {**run.items[index].attributes, "error": error_of[original]})
         yield writer, run.refusals
 
 
@@ -283,8 +283,8 @@ class _Run:
 
         done = {start: 0}
         try:
-            with ordered_map(make, self._jobs(start), workers) as made:
-                for job, packed, comparison in made:
+            with ordered_map(make, self._jobs(start), workers) as packed_chunks:
+                for job, packed, comparison in packed_chunks:
                     self._add(job, comparison)
                     writer.append(packed)
                     nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize

@@ -34,16 +34,16 @@ def zero_fp32(src: Path, spill: Spill) -> dict[str, Tensor]:
         model, prefix = files[models[0]], f"{folder}:" if folder else ""
         module, shared = _of(model, "module", dict), _of(model, "shared_params", dict)
         path = f"{folder}/{models[0]}" if folder else models[0]
-        found = {
+        weights = {
             name: checkpoint.read(f"{path}:module.{name}").float()
             for name in _of(model, "buffer_names", list)
             if name in module
         }
         for param, name in _parameters(checkpoint, prefix).items():
-            found[param] = spill.keep(checkpoint.read(name).float())
-    found.update({name: found[held] for name, held in shared.items() if held in found})
+            weights[param] = spill.keep(checkpoint.read(name).float())
+    weights.update({name: weights[held] for name, held in shared.items() if held in weights})
     order = {name: i for i, name in enumerate(module)}
-    return {name: found[name] for name in sorted(found, key=lambda name: order.get(name, len(order)))}
+    return {name: weights[name] for name in sorted(weights, key=lambda name: order.get(name, len(order)))}
 
 
 def _of(model: Any, key: str, kind: type) -> Any:
@@ -72,9 +72,9 @@ def _is_step(files: Any) -> bool:
 def _parameters(checkpoint: Checkpoint, prefix: str) -> dict[str, str]:
     """Parameter -> name of its master; of a frozen one, of its weight."""
     joined = {index: name for name, tensor in checkpoint.joined.items() for index, _ in tensor.pieces}
-    found: dict[str, dict[str, str]] = {"weight": {}, "master": {}}
+    by_role: dict[str, dict[str, str]] = {"weight": {}, "master": {}}
     for item in checkpoint.items:
         name = joined.get(item.index, item.name)
-        if item.role in found and item.param is not None and name.startswith(prefix):
-            found[item.role].setdefault(item.param, name)
-    return found["weight"] | found["master"]
+        if item.role in by_role and item.param is not None and name.startswith(prefix):
+            by_role[item.role].setdefault(item.param, name)
+    return by_role["weight"] | by_role["master"]

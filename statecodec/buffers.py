@@ -77,8 +77,8 @@ class ThreadScratch(threading.local):
             if nbytes > _SCRATCH_LIMIT:
                 return held.view(dtype).view(shape)
             self._buffers[use, name] = held
-        self._last[use, name] = made = held[:nbytes].view(dtype).view(shape)
-        return made
+        self._last[use, name] = taken = held[:nbytes].view(dtype).view(shape)
+        return taken
 
 
 def memory(tensor: Tensor) -> memoryview:

@@ -34,8 +34,8 @@ class DType:
     @property
     def torch(self) -> TorchDType:
         """torch's own."""
-        found: TorchDType = getattr(torch, self.name)
-        return found
+        dtype: TorchDType = getattr(torch, self.name)
+        return dtype
 
     def __str__(self) -> str:
         return self.name

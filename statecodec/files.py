@@ -224,5 +224,5 @@ def _fallocate() -> Callable[[int, int, int, int], int] | None:
     except (AttributeError, OSError):  # a system without it
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-    found: Callable[[int, int, int, int], int] = function
-    return found
+    fallocate: Callable[[int, int, int, int], int] = function
+    return fallocate

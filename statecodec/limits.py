@@ -50,12 +50,12 @@ class Limits:
         most = min(JSON_VALUES + JSON_VALUES_EXPANSION * stored, 8 * self.max_json_values)
         return replace(self, max_json_values=most)
 
-    def check_chunk(self, what: str, decoded: int, stored: int, whole: bool) -> None:
+    def check_chunk(self, label: str, decoded: int, stored: int, whole: bool) -> None:
         """Raise LimitExceeded if one chunk, `stored` bytes of parts, decodes to more than a reader would allocate."""
         limit = self.max_whole_bytes if whole else max(MAX_PACKED_CHUNK, MAX_EXPANSION * stored)
-        self.check(f"{what}: decoded bytes of one chunk", decoded, limit)
+        self.check(f"{label}: decoded bytes of one chunk", decoded, limit)
 
-    def check(self, what: str, found: int, limit: int) -> None:
-        """Raise LimitExceeded if `found` is above `limit`."""
-        if found > limit:
-            raise LimitExceeded(f"{what}: {found:,} is above the limit of {limit:,}")
+    def check(self, label: str, amount: int, limit: int) -> None:
+        """Raise LimitExceeded if `amount` is above `limit`."""
+        if amount > limit:
+            raise LimitExceeded(f"{label}: {amount:,} is above the limit of {limit:,}")

@@ -54,7 +54,7 @@ class Option:
     flag: str = ""
     needed: bool = False
 
-    def check(self, value: Any) -> Any:
+    def accepted(self, value: Any) -> Any:
         """The value as the function takes it. Raises UsageError with a sentence that names the option."""
         if not self._accepts(value):
             raise UsageError(f"{self.name}: {_shown(value)} is not {self._wanted()}")
@@ -65,18 +65,18 @@ class Option:
         text: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST}
         if self.pattern:
             text["pattern"] = f"^(?:{self.pattern})$"
-        found: dict[str, Any] = {"type": _TYPES[self.kind], "description": self.help}
+        schema: dict[str, Any] = {"type": _TYPES[self.kind], "description": self.help}
         if self.kind == "choice":
-            found |= {"enum": list(self.choices or {}), "x-meanings": dict(self.choices or {})}
+            schema |= {"enum": list(self.choices or {}), "x-meanings": dict(self.choices or {})}
         elif self.kind == "text":
-            found |= text
+            schema |= text
         elif self.kind == "texts":
-            found |= {"items": text, "maxItems": _MOST_TEXTS} | ({"minItems": 1} if self.needed else {})
+            schema |= {"items": text, "maxItems": _MOST_TEXTS} | ({"minItems": 1} if self.needed else {})
         elif self.kind == "number":
-            found |= {"exclusiveMinimum": self.above} if self.above is not None else {}
-            found |= {"maximum": self.at_most} if self.at_most is not None else {}
-        found |= {"default": self.default} if self.default not in (None, ()) else {}
-        return found | ({"examples": [self.example]} if self.example is not None else {})
+            schema |= {"exclusiveMinimum": self.above} if self.above is not None else {}
+            schema |= {"maximum": self.at_most} if self.at_most is not None else {}
+        schema |= {"default": self.default} if self.default not in (None, ()) else {}
+        return schema | ({"examples": [self.example]} if self.example is not None else {})
 
     def _accepts(self, value: Any) -> bool:
         if self.kind == "flag":
@@ -100,14 +100,14 @@ class Option:
     def _wanted(self) -> str:
         bounds = [f"above {self.above:g}"] if self.above is not None else []
         bounds += [f"at most {self.at_most:g}"] if self.at_most is not None else []
-        what = {
+        expected = {
             "choice": "one of " + ", ".join(self.choices or {}),
             "flag": "true or false",
             "number": " ".join(["a number", " and ".join(bounds)]),
             "text": f"a text of 1 to {_LONGEST} characters",
             "texts": f"a list of at most {_MOST_TEXTS} texts of 1 to {_LONGEST} characters",
         }[self.kind]
-        return what + (f", such as {_shown(self.example)}" if self.example is not None else "")
+        return expected + (f", such as {_shown(self.example)}" if self.example is not None else "")
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,10 @@ class Operation:
     other_needed: bool = False
     makes_files: bool = False
 
-    def check(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def accepted(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The options as the function takes them; those that are None count as not given. Raises UsageError."""
         options = {option.name: option for option in self.options}
-        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen = {name: value for name, value in values.items() if value is not None}
         for name in chosen:
             if name not in options:
                 there = f"; there are {', '.join(options)}" if options else ""
@@ -147,17 +147,17 @@ class Operation:
                 raise UsageError(f"{self.name} needs {name}: {options[name].help}")
         if self.one_of and sum(name in chosen for name in self.one_of) != 1:
             raise UsageError(f"{self.name} needs {' or '.join(self.one_of)}, one of them")
-        return {name: options[name].check(value) for name, value in chosen.items()}
+        return {name: options[name].accepted(value) for name, value in chosen.items()}
 
     def schema(self) -> dict[str, Any]:
         """JSON schema of the options as one object."""
-        found: dict[str, Any] = {
+        schema: dict[str, Any] = {
             "type": "object",
             "properties": {option.name: option.schema() for option in self.options},
             "required": self._required,
             "additionalProperties": False,
         }
-        return found | ({"oneOf": [{"required": [name]} for name in self.one_of]} if self.one_of else {})
+        return schema | ({"oneOf": [{"required": [name]} for name in self.one_of]} if self.one_of else {})
 
     @property
     def _required(self) -> list[str]:

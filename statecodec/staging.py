@@ -144,16 +144,16 @@ class Staging:
 
     def publish_folder(self, target: Path, *, force: bool) -> None:
         """The same for a directory: with `force` what is there is moved away first, and back if that fails."""
-        made, named = self.folder / target.name, False
+        folder, named = self.folder / target.name, False
         with os_errors(target):
             taken = self.take_away(target) if force else []
             try:
-                self.rename(made, target)
+                self.rename(folder, target)
                 named = True
                 self.sync_folder(target.parent)
             except BaseException:
                 if named:
-                    os.rename(target, made)
+                    os.rename(target, folder)
                 put_back(taken)
                 raise
 

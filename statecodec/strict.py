@@ -18,20 +18,20 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _REQUIRED = object()
 
 
-def parse_json(data: bytes, what: str, limits: Limits) -> Any:
+def parse_json(data: bytes, label: str, limits: Limits) -> Any:
     """The value of a JSON text. Refuses duplicate keys, NaN, infinities and, before it parses, too much of it."""
     bare = _STRING.sub(b"", data)
     brackets = np.frombuffer(bare.translate(None, _NOT_BRACKETS), np.uint8)
     opening = (brackets == ord("[")) | (brackets == ord("{"))
-    limits.check(f"{what}: number of JSON values", bare.count(b",") + int(opening.sum()), limits.max_json_values)
+    limits.check(f"{label}: number of JSON values", bare.count(b",") + int(opening.sum()), limits.max_json_values)
     if brackets.size:
         depth = int(np.where(opening, np.int32(1), np.int32(-1)).cumsum(dtype=np.int32).max())
-        limits.check(f"{what}: JSON depth", depth, limits.max_json_depth)
+        limits.check(f"{label}: JSON depth", depth, limits.max_json_depth)
     try:
         text = data.decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{what} is not valid JSON: {error}") from error
+        raise FormatError(f"{label} is not valid JSON: {error}") from error
 
 
 def dump_json(value: Any) -> bytes:
@@ -40,12 +40,12 @@ def dump_json(value: Any) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"duplicate key {twice[:80]!r}")
-    return found
+    return unique
 
 
 def _constant(word: str) -> NoReturn:

@@ -190,9 +190,9 @@ def test_the_operation_is_a_function_and_a_verb(damaged: Path) -> None:
 def test_the_service_offers_the_operation_and_carries_it_out(nonfinite: Operation, damaged: Path) -> None:
     service = pytest.importorskip("statecodec_server.operations", reason="the service's packages are not installed")
     assert service.offer(nonfinite, service.parameters("statecodec")["nonfinite"]) == nonfinite
-    options = nonfinite.check({"role": "weight"})
+    options = nonfinite.accepted({"role": "weight"})
     with pytest.raises(UsageError, match="nonfinite has no option 'rule'; there are role"):
-        nonfinite.check({"rule": "x"})
+        nonfinite.accepted({"rule": "x"})
     told: list[tuple[int, int, str]] = []
     call = service.OperationCall(damaged, None, damaged.parent, "ckpt.pt", options, 1, lambda *step: told.append(step))
     assert service.run(statecodec, nonfinite, call).to_json()["counts"] == {"w": 2}

@@ -52,7 +52,7 @@ def test_the_schema_accepts_what_the_check_accepts(name, value):
     option: Option = OPTIONS[name]
     accepted = True
     try:
-        option.check(value)
+        option.accepted(value)
     except UsageError:
         accepted = False
     if value != value:  # NaN: JSON has none
@@ -64,13 +64,13 @@ def test_the_schema_accepts_what_the_check_accepts(name, value):
 
 def test_an_unknown_or_missing_option_is_named():
     with pytest.raises(UsageError, match="compress has no option 'presets'; there are preset, rules"):
-        OPERATIONS["compress"].check({"presets": "small"})
+        OPERATIONS["compress"].accepted({"presets": "small"})
     with pytest.raises(UsageError, match="inspect has no option 'preset'"):
-        OPERATIONS["inspect"].check({"preset": "small"})
+        OPERATIONS["inspect"].accepted({"preset": "small"})
     with pytest.raises(UsageError, match="convert needs to"):
-        OPERATIONS["convert"].check({})
+        OPERATIONS["convert"].accepted({})
     with pytest.raises(UsageError, match="convert needs to or layout, one of them"):
-        OPERATIONS["convert"].check({"to": ["foam"], "layout": "dcp"})
+        OPERATIONS["convert"].accepted({"to": ["foam"], "layout": "dcp"})
     schema = jsonschema.Draft202012Validator(OPERATIONS["convert"].schema())
     for chosen, fits in (
         ({}, 0),
@@ -79,4 +79,4 @@ def test_an_unknown_or_missing_option_is_named():
         ({"to": ["foam"], "layout": "dcp"}, 0),
     ):
         assert schema.is_valid(chosen) is bool(fits)
-    assert OPERATIONS["compress"].check({"preset": None, "max_update_error": 0.5}) == {"max_update_error": 0.5}
+    assert OPERATIONS["compress"].accepted({"preset": None, "max_update_error": 0.5}) == {"max_update_error": 0.5}

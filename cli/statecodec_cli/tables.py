@@ -62,11 +62,11 @@ def compressed(document: Document, *, every: bool = False) -> list[RenderableTyp
 
 def share(document: Document) -> RenderableType:
     """What `compress --shard` did."""
-    made = "" if document["made"] else "it was there already"
+    remark = "" if document["made"] else "it was there already"
     return TextRow(
         Text.assemble(f"share {document['share']}: ", (str(document["path"]), "bold")),
         Text(f"{console.size(document['bytes'])}, {document['items']:,} items"),
-        Text(made or console.seconds(document["seconds"]), style="dim"),
+        Text(remark or console.seconds(document["seconds"]), style="dim"),
     )
 
 
@@ -123,10 +123,10 @@ def restored(document: Document) -> list[RenderableType]:
 
 def verified(document: Document, *, against: bool) -> list[RenderableType]:
     """That `verify` found nothing wrong."""
-    what = "intact, and within its stated errors of the original" if against else "intact"
+    verdict = "intact, and within its stated errors of the original" if against else "intact"
     line = TextRow(
         Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
-        what,
+        verdict,
         console.asked(document.get("preset"), document.get("asked")),
         f"{_count(document):,} tensors, {console.size(document['bytes'])} checked",
     )
@@ -195,8 +195,8 @@ def _equality(document: Document) -> list[Text]:
         lines[0].append(f"; {others:,} of them in other bits: another dtype, zeros of another sign, or other NaNs")
     rest = document["rest_differs"]
     if rest:
-        what = "what is not a tensor differs (settings, counters, metadata, other files): "
-        lines.append(Text(what + _some(rest), style="yellow"))
+        heading = "what is not a tensor differs (settings, counters, metadata, other files): "
+        lines.append(Text(heading + _some(rest), style="yellow"))
     return lines
 
 
@@ -260,15 +260,15 @@ def _asked(fraction: float | None) -> str:
 def _imports(document: Document, *, harmless: bool = True) -> list[Text]:
     """What unpickling each file would run; where that is nothing, in one line how much was looked at."""
     lines, pickles = [], document.get("pickles") or []
-    for found in pickles:
-        if found["can_run_code"]:
-            words = f"unpickling {found['file']} would import what can run code: {_some(found['can_run_code'])}"
+    for pickle in pickles:
+        if pickle["can_run_code"]:
+            words = f"unpickling {pickle['file']} would import what can run code: {_some(pickle['can_run_code'])}"
             lines.append(Text(words, style="bold red"))
-        elif found["unread"]:
-            words = f"what unpickling {found['file']} would run cannot be told: {found['unread']}"
+        elif pickle["unread"]:
+            words = f"what unpickling {pickle['file']} would run cannot be told: {pickle['unread']}"
             lines.append(Text(words, style="bold red"))
     if pickles and not lines and harmless:
-        names = {name for found in pickles for name in found["globals"]}
+        names = {name for pickle in pickles for name in pickle["globals"]}
         words = f"unpickling it would import {len(names):,} names, none of which can run code"
         return [Text(words, style="green")]
     more = f"and {len(lines) - _MANY_NOTES:,} more files; --json lists all"

@@ -42,8 +42,8 @@ class Context:
 
 def context(request: Request) -> Context:
     """The context of the application that serves this request."""
-    found: Context = request.app.state.context
-    return found
+    parts: Context = request.app.state.context
+    return parts
 
 
 bearer = HTTPBearer(auto_error=False, description="A token made by `statecodec-server token add NAME`.")
@@ -54,7 +54,7 @@ async def principal(request: Request, credentials: Credentials) -> Principal:
     """Who is asking; raises 401."""
     here = context(request)
     if credentials is not None:
-        return await run_sync(here.tokens.check, credentials.credentials)
+        return await run_sync(here.tokens.principal, credentials.credentials)
     if not here.settings.auth:
         return Principal(ANONYMOUS, ANONYMOUS)
     raise unauthorised("auth.missing", "This needs a bearer token: Authorization: Bearer sct_...")

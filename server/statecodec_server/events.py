@@ -68,11 +68,11 @@ class Watcher:
         """For ever: read, compare, tell."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
-            wanted = list(self._listeners)
-            if not wanted:
+            listened = list(self._listeners)
+            if not listened:
                 continue
             try:
-                rows = await run_sync(self._database.all, sa.select(jobs).where(jobs.c.id.in_(wanted)))
+                rows = await run_sync(self._database.all, sa.select(jobs).where(jobs.c.id.in_(listened)))
             except sa.exc.SQLAlchemyError as error:
                 log.warning("the job table could not be read", extra={"fields": {"error": str(error)}})
                 continue
@@ -82,7 +82,7 @@ class Watcher:
                     self._seen[row["id"]] = mark
                     for listener in self._listeners.get(row["id"], ()):
                         listener.tell(row)
-            for gone in set(wanted) - {row["id"] for row in rows}:
+            for gone in set(listened) - {row["id"] for row in rows}:
                 for listener in self._listeners.get(gone, ()):
                     listener.close()
 

@@ -37,7 +37,7 @@ def is_public(text: str) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def check_url(url: str, allowed: Sequence[str]) -> tuple[str, str]:
+def allowed_host_and_path(url: str, allowed: Sequence[str]) -> tuple[str, str]:
     """(host, path with query) of a URL that may be fetched; raises a 422 problem for every other."""
     try:
         parts = urllib.parse.urlsplit(url)
@@ -78,7 +78,7 @@ class _Pinned(http.client.HTTPSConnection):
 
 def download(url: str, target: Path, *, allowed: Sequence[str], limit: int, resolver: Resolve = resolve) -> None:
     """Fetch an allowed URL into a file of at most `limit` bytes; raises an HTTPProblem."""
-    host, path = check_url(url, allowed)
+    host, path = allowed_host_and_path(url, allowed)
     addresses = resolver(host)
     if not addresses or not all(is_public(address) for address in addresses):
         raise HTTPProblem(422, "job.input", f"The name {host!r} leads to an address that is not public.")

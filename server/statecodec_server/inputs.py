@@ -34,7 +34,7 @@ class Inputs:
             names = ", ".join(offers(self._settings.backend))
             raise HTTPProblem(422, "usage", f"There is no operation {request.operation!r}; there are {names}.")
         try:
-            options = operation.check(request.options)
+            options = operation.accepted(request.options)
         except UsageError as error:
             raise HTTPProblem(422, "usage", f"options: {error}") from None
         source = request.source or Source(upload=request.upload)
@@ -58,7 +58,7 @@ class Inputs:
         if source.job is not None:
             return self._result(principal, source.job)
         if source.url is not None:
-            _, path = fetch.check_url(source.url, self._settings.fetch_hosts)
+            _, path = fetch.allowed_host_and_path(source.url, self._settings.fetch_hosts)
             return _single(display_name(path.split("?")[0]), {"url": source.url, "bytes": None})
         assert source.bucket is not None
         assert source.key is not None

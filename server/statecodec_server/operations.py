@@ -54,9 +54,9 @@ def _compressed(path: Path) -> Path:
 
 def _keywords(function: Callable[..., Any], call: OperationCall) -> dict[str, Any]:
     """The job's options, and of the service's own keywords those that the function takes."""
-    own = {"progress": call.progress, "threads": call.threads, "device": "cpu"}
+    settings = {"progress": call.progress, "threads": call.threads, "device": "cpu"}
     taken = inspect.signature(function).parameters
-    return {**{name: value for name, value in own.items() if name in taken}, **call.options}
+    return {**{name: value for name, value in settings.items() if name in taken}, **call.options}
 
 
 def _compress(library: Any, call: OperationCall) -> Any:
@@ -129,24 +129,24 @@ def describe(backend: str) -> dict[str, list[str]]:
     """`parameters`, asked of a process of its own: the caller never imports torch."""
     command = [sys.executable, "-m", __name__, backend]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    found: dict[str, list[str]] = json.loads(done.stdout)
-    return found
+    parameters_of: dict[str, list[str]] = json.loads(done.stdout)
+    return parameters_of
 
 
 def offer(operation: Operation, taken: Sequence[str]) -> Operation:
     """The operation as the installed library has it: an option that its function does not take is not offered.
 
     Restoring takes no base as an argument: it lies beside the file."""
-    known = operation.other in taken or operation.name == "restore"
+    takes_other = operation.other in taken or operation.name == "restore"
     options = tuple(option for option in operation.options if option.name in taken)
     one_of = operation.one_of if set(operation.one_of) <= set(taken) else ()
-    return replace(operation, options=options, one_of=one_of, other=operation.other if known else None)
+    return replace(operation, options=options, one_of=one_of, other=operation.other if takes_other else None)
 
 
 def offers(backend: str) -> dict[str, Operation]:
     """The operations whose function the library exports."""
-    found = describe(backend)
-    return {name: offer(item, found[name]) for name, item in OPERATIONS.items() if name in found}
+    described = describe(backend)
+    return {name: offer(item, described[name]) for name, item in OPERATIONS.items() if name in described}
 
 
 if __name__ == "__main__":

@@ -210,10 +210,10 @@ class Jobs:
         self._database.execute(jobs.delete().where(jobs.c.id == job))
 
 
-def _same_request(found: Row, fingerprint: str) -> Row:
-    if found["fingerprint"] != fingerprint:
+def _same_request(row: Row, fingerprint: str) -> Row:
+    if row["fingerprint"] != fingerprint:
         raise HTTPProblem(422, "job.key_reused", "This Idempotency-Key was used for another request.")
-    return found
+    return row
 
 
 def _count_end(connection: sa.Connection, row: Row, state: str, now: float, bytes_out: int) -> None:

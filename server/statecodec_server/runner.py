@@ -157,8 +157,8 @@ class Child:
         code = self._process.wait(timeout=30)
         if code == -signal.SIGXCPU:
             return ChildFailed("job.timeout", "The conversion used up its processor time.")
-        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return ChildFailed("job.crashed", f"The conversion process ended with {what}.", again=True)
+        ending = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return ChildFailed("job.crashed", f"The conversion process ended with {ending}.", again=True)
 
     def log_tail(self) -> str:
         """The end of what the child wrote to stderr, for the service's own log."""

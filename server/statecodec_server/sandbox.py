@@ -44,7 +44,7 @@ _CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
     """Set the limits of this process: bytes of memory, seconds a thread, bytes a file. Call it before large imports."""
     cpu = int(seconds * max(threads, 1)) + 10
-    wanted = {
+    limits = {
         resource.RLIMIT_DATA: memory,
         resource.RLIMIT_AS: memory + _ADDRESS_SLACK,
         resource.RLIMIT_FSIZE: max(file_size, 1 << 20),
@@ -52,7 +52,7 @@ def limit(memory: int, seconds: float, file_size: int, threads: int) -> None:
         resource.RLIMIT_NOFILE: 1024,
         resource.RLIMIT_CORE: 0,
     }
-    for kind, value in wanted.items():
+    for kind, value in limits.items():
         _, hard = resource.getrlimit(kind)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
@@ -131,8 +131,8 @@ def lock_down(writable: Sequence[Path]) -> None:
         text = str(os.path.realpath(text))
         return text == os.devnull or any(text == root or text.startswith(root + os.sep) for root in roots)
 
-    def refuse(what: str) -> None:
-        raise PermissionError(1, f"a conversion may not do this: {what}")
+    def refuse(reason: str) -> None:
+        raise PermissionError(1, f"a conversion may not do this: {reason}")
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":

@@ -82,8 +82,8 @@ def _program(machine: _Machine, pid: int) -> bytes:
     if machine.column == 0:  # x32 calls carry other numbers
         parts += [_step(_AT_LEAST, 0x40000000, 0, 1), _step(_RETURN, _KILL)]
     for numbers in _REFUSED.values():
-        if (found := numbers[machine.column]) is not None:
-            parts += [_step(_EQUAL, found, 0, 1), _step(_RETURN, _DENY)]
+        if (call := numbers[machine.column]) is not None:
+            parts += [_step(_EQUAL, call, 0, 1), _step(_RETURN, _DENY)]
     parts += [_step(_EQUAL, machine.clone3, 0, 1), _step(_RETURN, _MISSING)]
     # A thread is allowed, a process is not.
     parts += [_step(_EQUAL, machine.clone, 0, 4), _argument(0), _step(_ANY_BIT, _CLONE_THREAD, 0, 1)]

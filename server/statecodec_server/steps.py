@@ -176,13 +176,13 @@ class JobSteps:
             "file_size": free,
         }
 
-    def publish(self, row: Row, made: Mapping[str, Any]) -> dict[str, Any]:
+    def publish(self, row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
         """Move what the conversion made into the store; converts again when a crash or a move to another machine
         has left nothing to move."""
-        folder = self.folder(row["id"]) / str(made["attempt"])
-        prefix = f"results/{row['id']}/{made['attempt']}"
-        keys = [f"{prefix}/{index}" for index in range(len(made["files"]))]
-        moves = [(folder / "output" / file["name"], key) for file, key in zip(made["files"], keys, strict=True)]
+        folder = self.folder(row["id"]) / str(result["attempt"])
+        prefix = f"results/{row['id']}/{result['attempt']}"
+        keys = [f"{prefix}/{index}" for index in range(len(result["files"]))]
+        moves = [(folder / "output" / file["name"], key) for file, key in zip(result["files"], keys, strict=True)]
         moves.append((folder / "report.json", f"{prefix}/report.json"))
         if not all(path.exists() or self.storage.exists(key) for path, key in moves):
             return self.publish(row, self.convert(row))
@@ -190,8 +190,8 @@ class JobSteps:
             self.jobs.progress(row, 0, 0, "storing", 0.0)
             if path.exists():
                 self.storage.adopt(path, key)
-        files = [{**file, "key": key} for file, key in zip(made["files"], keys, strict=True)]
-        return {"files": files, "tar_sha256": made["tar_sha256"], "report": f"{prefix}/report.json"}
+        files = [{**file, "key": key} for file, key in zip(result["files"], keys, strict=True)]
+        return {"files": files, "tar_sha256": result["tar_sha256"], "report": f"{prefix}/report.json"}
 
     def finish(self, row: Row, outcome: Mapping[str, Any]) -> None:
         """The visible end of a job, and the end of its folder. Raises Fenced when another attempt has the job."""

@@ -67,7 +67,7 @@ class Tokens:
         rows = self._database.all(sa.select(tokens.c.name).where(tokens.c.revoked.is_(None)).order_by(tokens.c.created))
         return [row["name"] for row in rows]
 
-    def check(self, text: str) -> Principal:
+    def principal(self, text: str) -> Principal:
         """Who holds this token; raises a 401 problem."""
         key = _hash(text)
         cached = self._cache.get(key)

@@ -137,8 +137,8 @@ class Uploads:
 
     async def _receive(self, row: Row, body: AsyncIterator[bytes], checksum: Checksum | None) -> None:
         identity = row["id"]
-        known, digest = self._digests.pop(identity, (0, None))
-        spool = await run_sync(Spool, self.path(identity), row["offset"], self._start_digest(row, known, digest))
+        hashed, digest = self._digests.pop(identity, (0, None))
+        spool = await run_sync(Spool, self.path(identity), row["offset"], self._start_digest(row, hashed, digest))
         receiver = Receiver(self._settings, spool, row, checksum, partial(self._record, row))
         self._receivers[identity] = receiver
         if self.draining:
@@ -155,10 +155,10 @@ class Uploads:
             await run_sync(spool.close)
 
     @staticmethod
-    def _start_digest(row: Row, known: int, digest: Any | None) -> Any | None:
+    def _start_digest(row: Row, hashed: int, digest: Any | None) -> Any | None:
         if row["offset"] == 0:
             return hashlib.sha256()
-        return digest if known == row["offset"] else None
+        return digest if hashed == row["offset"] else None
 
     def _record(self, row: Row, offset: int, *, whole: bool) -> None:
         """Write down what is durable; from here on it is acknowledged."""

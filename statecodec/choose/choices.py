@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose import presets
-from statecodec.choose.rules import Policy, Rule, check_matched
+from statecodec.choose.rules import Policy, Rule, unmatched_notes
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.errors import UnsupportedTensor
 from statecodec.roles import MOMENT_ROLES, family
@@ -95,7 +95,7 @@ def by_rules(source: SourceCheckpoint, caller_policy: Policy, preset: str, *, st
     rules = Policy(presets.preset(preset).rules)
     companions = {m.exp_avg: {"exp_avg_sq": m.exp_avg_sq} for m in source.moments}
     tensors = (item for item in source.items if item.region is not None)
-    chosen, notes = {}, [*source.notes, *check_matched(caller_policy, tensors, strict=strict)]
+    chosen, notes = {}, [*source.notes, *unmatched_notes(caller_policy, tensors, strict=strict)]
     for item in source.items:
         chosen[item.name], note = _first(item, caller_policy, rules, preset, companions)
         notes.extend(note)

@@ -129,7 +129,7 @@ def load_rules(path: str | Path) -> tuple[Rule, ...]:
     return tuple(rule for rule in rules if rule is not None)
 
 
-def check_matched(rules: Policy, tensors: Iterable[TensorInfo], *, strict: bool) -> tuple[str, ...]:
+def unmatched_notes(rules: Policy, tensors: Iterable[TensorInfo], *, strict: bool) -> tuple[str, ...]:
     """A note that names the rules which match no tensor. Raises PolicyError instead if `strict`."""
     unmatched = [str(rule) for rule in rules.unmatched(tensors)]
     if not unmatched:

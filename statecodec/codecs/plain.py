@@ -61,11 +61,11 @@ def from_plain(value: Mapping[str, Any]) -> EncodedTensor:
 def _keyed(value: Mapping[str, Any]) -> tuple[Codec, tuple[int, ...], str, dict[str, Tensor]]:
     keys, parts = set(), {}
     for path, part in _leaves(value, "", 0):
-        found = split_state_part(path)
-        if found is None or found[0] or not isinstance(part, torch.Tensor):
+        names = split_state_part(path)
+        if names is None or names[0] or not isinstance(part, torch.Tensor):
             raise FormatError(f"an encoded tensor's parts are tensors by name, found {_shown(part)} under {path[:200]}")
-        keys.add(found[1])
-        parts[found[2]] = part
+        keys.add(names[1])
+        parts[names[2]] = part
         if len(keys) > 1:
             raise FormatError(
                 f"two encodings of one tensor: {' and '.join(sorted(keys))}. torch adds what is loaded to what is "
@@ -73,10 +73,10 @@ def _keyed(value: Mapping[str, Any]) -> tuple[Codec, tuple[int, ...], str, dict[
             )
         if len(parts) > _MAX_PARTS:
             raise FormatError(f"an encoded tensor of more than {_MAX_PARTS} parts")
-    known = parsed_state_key(keys.pop()) if keys else None
-    if known is None:
+    state = parsed_state_key(keys.pop()) if keys else None
+    if state is None:
         raise FormatError(f"an encoded tensor without parts, or with a key that says no codec: {_shown(value)}")
-    dtype, shape, codec = known
+    dtype, shape, codec = state
     return parse(codec), shape, dtype, parts
 
 

@@ -77,13 +77,13 @@ def folder_at(path: StrPath, store: Any = None) -> Folder:
     if text.startswith("file://"):
         return Directory(Path(unquote(urlsplit(text).path)))
     try:
-        found, inside = fsspec.url_to_fs(text)
+        system, inside = fsspec.url_to_fs(text)
     except (ImportError, ValueError) as error:
         raise UsageError(
             f"{text} cannot be opened: {error}. Install what fsspec asks for, or give a store: "
             "store=obstore.store.S3Store(BUCKET), and the path in it"
         ) from error
-    return InStore(Fsspec(found), inside)
+    return InStore(Fsspec(system), inside)
 
 
 def _is_obstore(store: object) -> bool:
@@ -180,13 +180,13 @@ class InStore:
             self._objects.remove(self._key(name))
 
     @contextlib.contextmanager
-    def _writing(self, what: str, name: str) -> Iterator[None]:
+    def _writing(self, doing: str, name: str) -> Iterator[None]:
         try:
             with _os_errors():
                 yield
         except OSError as error:
             where = f"{self}/{name}" if name else str(self)
-            raise OutputFailed(f"cannot {what} {where}: {error.strerror or error}") from error
+            raise OutputFailed(f"cannot {doing} {where}: {error.strerror or error}") from error
 
     def __str__(self) -> str:
         return f"{self._objects}{self._path}"

@@ -42,8 +42,8 @@ class LocalState:
     def of(cls, plan: SavePlan, planner: SavePlanner) -> LocalState:
         """Of this rank's part of a plan."""
         local = cls()
-        known = getattr(planner, "state_dict", {})
-        paths = {fqn: _path(fqn, planner) for fqn in known}
+        state_dict = getattr(planner, "state_dict", {})
+        paths = {fqn: _path(fqn, planner) for fqn in state_dict}
         taken: set[str] = set()
         for item in plan.items:
             data = planner.resolve_data(item)
@@ -54,7 +54,7 @@ class LocalState:
                 continue
             assert isinstance(data, Tensor)
             local._add(item.index, data.detach(), paths.get(item.index.fqn) or _path(item.index.fqn, planner), taken)
-        for path, setting in _settings(known, paths):
+        for path, setting in _settings(state_dict, paths):
             _put(local.value, path, setting)
         _groups_as_lists(local.value)
         return local
@@ -98,9 +98,9 @@ def _flattened(key: Any) -> Path:
     return (key,)
 
 
-def _settings(known: Mapping[str, Any], paths: Mapping[str, Path]) -> Iterator[tuple[Path, Any]]:
+def _settings(state_dict: Mapping[str, Any], paths: Mapping[str, Path]) -> Iterator[tuple[Path, Any]]:
     """Plain values and single numbers of the whole state dict, which every rank has: lr, betas, step ..."""
-    for fqn, value in known.items():
+    for fqn, value in state_dict.items():
         if isinstance(value, Tensor):
             if value.numel() == 1 and not isinstance(value, DTensor):
                 yield paths[fqn], value.detach()

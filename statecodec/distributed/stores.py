@@ -58,9 +58,9 @@ class Fsspec:
 
     def replace(self, key: str, data: bytes) -> None:
         """By a move: a file system that is no object store shows what is being written."""
-        made = f"{key}.{secrets.token_hex(8)}.tmp"
-        self._system.pipe_file(made, data)
-        self._system.mv(made, key)
+        temporary = f"{key}.{secrets.token_hex(8)}.tmp"
+        self._system.pipe_file(temporary, data)
+        self._system.mv(temporary, key)
 
     def size(self, key: str) -> int:
         self._system.invalidate_cache()
@@ -106,8 +106,8 @@ class Obstore:
         return bytes(self._library.get_range(self._store, key, start=start, end=stop))
 
     def names(self, folder: str) -> list[str]:
-        found = self._library.list_with_delimiter(self._store, prefix=folder or None)["objects"]
-        return [item["path"].rpartition("/")[2] for item in found]
+        objects = self._library.list_with_delimiter(self._store, prefix=folder or None)["objects"]
+        return [item["path"].rpartition("/")[2] for item in objects]
 
     def remove(self, key: str) -> None:
         self._library.delete(self._store, key)

@@ -82,7 +82,7 @@ class StatecodecWriter(StorageWriter):
             local = LocalState.of(plan, planner)
             with self.folder.staged(name) as path:
                 compress(local.value, path, force=True, max_shard_size=None, **self._settings)
-                digest = _check(path, local)
+                digest = _verified_digest(path, local)
             results = [
                 WriteResult(index, local.pieces[index].nbytes, (ItemLocation(name, stored), digest))
                 for index, stored in local.names.items()
@@ -113,7 +113,7 @@ class StatecodecWriter(StorageWriter):
         return StorageMeta(checkpoint_id=self._path, save_id=None)
 
 
-def _check(path: Path, local: LocalState) -> str:
+def _verified_digest(path: Path, local: LocalState) -> str:
     """The digest of a file that holds every piece under its name. Raises UsageError."""
     with StoredCheckpoint.open(path) as stored:
         for index, name in local.names.items():

@@ -20,9 +20,9 @@ from statecodec.format.items import (
     DeclaredTensor,
     StoredChunk,
     StoredItem,
-    check_companions,
     packed_entry,
     parts_json,
+    read_companions,
 )
 from statecodec.format.places import ChunkedTensor, RecordTable
 from statecodec.limits import MAX_CHUNKS, Limits
@@ -151,7 +151,7 @@ def _items(
             StoredItem(
                 name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, chunks, attributes[i],
                 shard, entry, start, record,
-                check_companions(companions.get(i, {}), tensor.encoding.codec, f"manifest: item {name[:200]!r}"),
+                read_companions(companions.get(i, {}), tensor.encoding.codec, f"manifest: item {name[:200]!r}"),
             )
         )  # fmt: skip
     if next(plain, None) is not None:
@@ -230,15 +230,15 @@ def _list(fields: Fields, key: str, kind: type) -> list[Any]:
 
 def _pairs(fields: Fields, key: str, below: int, kind: type) -> list[tuple[int, Any]]:
     """Pairs (rising number below `below`, value)."""
-    found, last = [], -1
+    pairs, last = [], -1
     for row in fields.take(key, list):
         if type(row) is not list or len(row) != 2 or type(row[0]) is not int or type(row[1]) is not kind:
             raise FormatError(f"{fields.where}: {key!r} holds pairs, found {str(row)[:80]}")
         if not last < row[0] < below:
             raise FormatError(f"{fields.where}: {key!r} has {row[0]} after {last}, of {below}")
         last = row[0]
-        found.append((row[0], row[1]))
-    return found
+        pairs.append((row[0], row[1]))
+    return pairs
 
 
 def _checksums(text: str, where: str) -> list[str]:

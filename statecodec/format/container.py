@@ -93,7 +93,7 @@ def read_header(file: RandomAccess, path: str, limits: Limits) -> Header:
     values = parse_json(text, f"{path}: header", limits)
     metadata = _metadata(values.pop(METADATA, {}), path)
     version = _version(metadata, path)
-    digest = _check_digest(text, metadata, path)
+    digest = _verified_digest(text, metadata, path)
     entries = _entries(values, size - 8 - length, path)
     return Header(metadata, entries, 8 + length, version, digest)
 
@@ -123,7 +123,7 @@ def _version(metadata: Mapping[str, str], path: str) -> tuple[int, int]:
     return version
 
 
-def _check_digest(text: bytes, metadata: Mapping[str, str], path: str) -> str:
+def _verified_digest(text: bytes, metadata: Mapping[str, str], path: str) -> str:
     digest = hexadecimal(metadata.get("statecodec.header"), 16, f"{path}: statecodec.header")
     at = text.find(_DIGEST_KEY) + len(_DIGEST_KEY)
     if at < len(_DIGEST_KEY) or text[at : at + 16] != digest.encode() or text.find(_DIGEST_KEY, at) >= 0:

@@ -41,7 +41,7 @@ def expected_entries(items: Sequence[StoredItem], shards: int) -> list[Entries]:
 def index_json(items: Sequence[StoredItem], files: Sequence[str], total_size: int, digest: str) -> dict[str, Any]:
     """The whole index: it follows from the manifest, its digest and the size of all data sections."""
     entries = expected_entries(items, len(files))
-    weight_map = {name: file for file, own in zip(files, entries, strict=True) for name in own}
+    weight_map = {name: file for file, names in zip(files, entries, strict=True) for name in names}
     weight_map[MANIFEST_ENTRY] = files[-1]
     return {"metadata": {"total_size": total_size, "statecodec.manifest": digest}, "weight_map": weight_map}
 

@@ -117,7 +117,7 @@ def read_encoding(fields: Fields) -> Encoding:
         raise FormatError(f"{fields.where}: {error}") from error
 
 
-def check_companions(value: Any, codec: Codec, where: str) -> Mapping[str, str]:
+def read_companions(value: Any, codec: Codec, where: str) -> Mapping[str, str]:
     """The companions of an item, by role: exactly those that its codec needs. Raises FormatError."""
     names = value if isinstance(value, dict) else {}
     if set(names) != set(codec.needs) or not all(isinstance(name, str) for name in names.values()):
@@ -178,8 +178,8 @@ class DeclaredTensor:
             raise UnsupportedVersion(
                 f"{fields.where}: storage {storage[:40]!r}; this reader knows {' and '.join(storages)}"
             )
-        stated, parts = checked_specs(encoding, fields.where)(shape, dtype), read_parts(fields, newer)
-        if parts != stated or list(parts) != list(stated):
+        specs, parts = checked_specs(encoding, fields.where)(shape, dtype), read_parts(fields, newer)
+        if parts != specs or list(parts) != list(specs):
             raise FormatError(f"{fields.where}: its parts are not those of {encoding} for {dtype} {shape}")
         return cls(encoding, dtype, shape, storage, parts)
 

@@ -79,8 +79,8 @@ def join(payload: Bytes, out: Tensor, pool: Pool, unpack: Unpack) -> None:
     form, count = _header(payload, flat)
     buffer, parts = _take(form, flat.numel(), pool)
     room = torch.empty(count, dtype=flat.dtype, device="cpu")
-    *found, exceptions = unpack(payload[HEADER.size :], [*parts.values(), room])
-    if not cpu_kernels().widen(dict(zip(parts, found, strict=True)), exceptions, form, flat):
+    *unpacked, exceptions = unpack(payload[HEADER.size :], [*parts.values(), room])
+    if not cpu_kernels().widen(dict(zip(parts, unpacked, strict=True)), exceptions, form, flat):
         raise FormatError(f"narrowed codes: {count} exceptions are listed, the symbols say otherwise")
     pool.give(buffer)
 

@@ -154,10 +154,10 @@ def _write_narrowed(part: Tensor, form: narrowed.Narrowing, out: Bytes, packing:
     """Write the payload of a part in this form and return its length; None if it does not fit the form."""
     head = narrowed.HEADER.size
     rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in form.sizes(0).values())
-    with narrowed.split(part, form, pool, out[head + ROW.size * rows :]) as made:
-        if made is None:
+    with narrowed.split(part, form, pool, out[head + ROW.size * rows :]) as narrow:
+        if narrow is None:
             return None
-        header, parts = made
+        header, parts = narrow
         out.data[:head] = header
         return head + _write_record(parts, out[head:], packing, pool, codes=False)
 

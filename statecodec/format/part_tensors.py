@@ -19,11 +19,11 @@ def empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
     return {name: torch.empty(spec.shape, dtype=spec.dtype.torch, device="cpu") for name, spec in specs.items()}
 
 
-def matching(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], what: str) -> dict[str, Tensor]:
+def matching(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], label: str) -> dict[str, Tensor]:
     """The parts in the order of `specs`. Raises UsageError if names, shapes or dtypes are others, or the device is."""
     shapes = {name: PartSpec(dtypes.of(part.dtype), tuple(part.shape)) for name, part in parts.items()}
     if shapes != dict(specs):
-        raise UsageError(f"{what} should have parts {dict(specs)}, found {shapes}")
+        raise UsageError(f"{label} should have parts {dict(specs)}, found {shapes}")
     if any(part.device.type != "cpu" for part in parts.values()):
-        raise UsageError(f"{what} should have its parts on the CPU: move them there")
+        raise UsageError(f"{label} should have its parts on the CPU: move them there")
     return {name: parts[name] for name in specs}

@@ -195,8 +195,8 @@ class Reader:
                     specs = item.encoding.parts(chunk.shape, item.dtype)
                     fits = {n: PartSpec(dtypes.of(t.dtype), tuple(t.shape)) for n, t in out.items()} == specs
                     out = self.read_chunk(i, k, out if fits else None)
-            except FormatError as found:
-                error = found
+            except FormatError as caught:
+                error = caught
             yield ItemCheck(item.name, item.stored_nbytes, error)
 
     def read_chunk(self, item: int, chunk: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

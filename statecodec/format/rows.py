@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from statecodec.errors import FormatError
-from statecodec.format.items import PACKED, PLAIN, DeclaredTensor, StoredChunk, StoredItem, check_companions
+from statecodec.format.items import PACKED, PLAIN, DeclaredTensor, StoredChunk, StoredItem, read_companions
 from statecodec.limits import Limits
 from statecodec.strict import Fields, hexadecimal
 
@@ -46,5 +46,5 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     fields.done(newer)
     return StoredItem(
         name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, tuple(chunks), attributes,
-        shard, entry, companions=check_companions(companions, tensor.encoding.codec, fields.where),
+        shard, entry, companions=read_companions(companions, tensor.encoding.codec, fields.where),
     )  # fmt: skip

@@ -331,8 +331,8 @@ def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:
     return metadata if manifest is None else {**metadata, "statecodec.manifest": manifest}
 
 
-def _json(value: Any, what: str) -> bytes:
+def _json(value: Any, label: str) -> bytes:
     try:
         return dump_json(value)
     except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{what} cannot be written as JSON: {error}") from error
+        raise UsageError(f"{label} cannot be written as JSON: {error}") from error

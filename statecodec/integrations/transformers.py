@@ -101,23 +101,23 @@ def last_checkpoint(path: str | Path) -> Iterator[str | None]:
     """
     root = Path(path)
     steps = _steps(root) if root.is_dir() and not (root / _WRITTEN_LAST).is_file() else {0: [root]}
-    found = [form for step in sorted(steps, reverse=True) for form in steps[step] if _is_whole(form)]
-    if not found or found[0].is_dir():
-        yield str(found[0]) if found else None
+    whole = [form for step in sorted(steps, reverse=True) for form in steps[step] if _is_whole(form)]
+    if not whole or whole[0].is_dir():
+        yield str(whole[0]) if whole else None
         return
-    with tempfile.TemporaryDirectory(prefix=".resuming-", dir=found[0].parent) as folder:
-        restore(found[0], Path(folder) / "checkpoint")
+    with tempfile.TemporaryDirectory(prefix=".resuming-", dir=whole[0].parent) as folder:
+        restore(whole[0], Path(folder) / "checkpoint")
         yield str(Path(folder) / "checkpoint")
 
 
 def _steps(folder: Path) -> dict[int, list[Path]]:
     """Step -> its checkpoint as a folder, then as a file, of those that are there."""
-    found: dict[int, list[Path]] = {}
+    by_step: dict[int, list[Path]] = {}
     for path in sorted(folder.iterdir()):
         match = _NAME.fullmatch(path.name)
         if match and path.is_dir() is (match[2] is None):
-            found.setdefault(int(match[1]), []).append(path)
-    return found
+            by_step.setdefault(int(match[1]), []).append(path)
+    return by_step
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -17,7 +17,7 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Policy, Rule, parse_rule
-from statecodec.choose.rules import check_matched
+from statecodec.choose.rules import unmatched_notes
 from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UnsupportedTensor
@@ -86,7 +86,7 @@ class Recoding:
     def __init__(self, stored: StoredCheckpoint, policy: Policy, *, strict: bool = False) -> None:
         """Choose: what a rule names gets the rule's codec if that takes it, all else keeps its own."""
         self.stored, self.policy = stored, policy
-        self.notes = list(check_matched(policy, stored.items, strict=strict))
+        self.notes = list(unmatched_notes(policy, stored.items, strict=strict))
         # Changed values have no parts of their own: without the base they are the numbers that they decode to.
         self._now = [item.encoding.standalone or codecs.Raw() for item in stored.reader.items]
         self._chosen = [self._choose(tensor) for tensor in stored.items]

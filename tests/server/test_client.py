@@ -203,7 +203,7 @@ with Client("http://127.0.0.1:9", "sct_x", patience=0.2) as client:
     try:
         client.job("x")
     except ServiceError as error:
-        print(error.code, OPERATIONS["compress"].check({"preset": "small"}))
+        print(error.code, OPERATIONS["compress"].accepted({"preset": "small"}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == "unreachable {'preset': 'small'}\n", done.stderr

@@ -234,8 +234,8 @@ def test_outer_addresses_are_public(address):
 )  # fmt: skip
 def test_only_plain_https_of_allowed_hosts_is_fetched(url):
     with pytest.raises(HTTPProblem):
-        fetch.check_url(url, ["a.example"])
-    assert fetch.check_url("https://a.example/x?y=1", ["a.example"]) == ("a.example", "/x?y=1")
+        fetch.allowed_host_and_path(url, ["a.example"])
+    assert fetch.allowed_host_and_path("https://a.example/x?y=1", ["a.example"]) == ("a.example", "/x?y=1")
 
 
 def test_one_inner_address_among_outer_ones_is_enough_to_refuse(tmp_path):

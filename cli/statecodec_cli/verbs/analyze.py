@@ -62,14 +62,14 @@ def run(
 
     plots.require(plot)
     with standard.sources(src) as paths, reporting(quiet=quiet) as progress:
-        found = statecodec.analyze(
+        analysis = statecodec.analyze(
             *paths, snr=snr or not curve or output is not None, curve=curve, cutoff=cutoff, threads=threads,
             progress=progress,
         )  # fmt: skip
-    document = found.to_json()
+    document = analysis.to_json()
     document["sources"] = ["standard input" if str(path) == standard.DASH else str(path) for path in src]
     if output:
-        found.save_rules(output, basis)
+        analysis.save_rules(output, basis)
         console.say(f"rules by {basis} written to {output}")
     if plot:
         plots.save(analysis_plots.analysis(document), plot)

@@ -132,8 +132,8 @@ def run(
             "progress": progress,
         }
         if shard is not None:
-            made = statecodec.compress_share(source, target, share=shard, threads=threads, **settings).to_json()
-            console.emit(made) if as_json else console.show(tables.share(console.printable(made)))
+            share = statecodec.compress_share(source, target, share=shard, threads=threads, **settings).to_json()
+            console.emit(share) if as_json else console.show(tables.share(console.printable(share)))
             return
         if ray is not None:
             from statecodec.distributed.on_ray import compress_on_ray
@@ -154,6 +154,6 @@ def run(
 def _refuse_beside(option: str, others: dict[str, bool]) -> None:
     from statecodec.errors import UsageError
 
-    for name, given in others.items():
-        if given:
+    for name, chosen in others.items():
+        if chosen:
             raise UsageError(f"{name} does not go with {option}; see docs/cluster.md")

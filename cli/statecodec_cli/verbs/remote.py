@@ -108,7 +108,7 @@ def run(
     row = OPERATIONS.get(operation)
     if row is None:
         raise UsageError(f"there is no operation {operation!r}; there are {', '.join(OPERATIONS)}")
-    checked = row.check({name: value for name, value in chosen.items() if value != []})
+    checked = row.accepted({name: value for name, value in chosen.items() if value != []})
     if other is not None and row.other is None:
         raise UsageError(f"{operation} takes one checkpoint; --other has no meaning there")
     if other is None and row.other_needed:

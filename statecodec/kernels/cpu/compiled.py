@@ -58,10 +58,10 @@ class _Cache(_FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Compiled code from the folder; None if there is none, so that it is compiled now."""
-        found = super().load_overload(sig, target_context)
-        if found is None:
+        overload = super().load_overload(sig, target_context)
+        if overload is None:
             _announce()
-        return found
+        return overload
 
     def save_overload(self, sig: Any, data: Any) -> None:
         """Keep compiled code, if the folder takes it."""
@@ -92,5 +92,5 @@ def compiled(function: F, **options: Any) -> F:
         dispatcher._cache = _Cache(function)
     except RuntimeError:  # no folder at all: a read-only installation without a home
         dispatcher._cache = _NoCache()
-    found: F = dispatcher
-    return found
+    typed: F = dispatcher
+    return typed

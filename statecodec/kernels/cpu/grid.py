@@ -25,8 +25,8 @@ _HALF, _ZERO = np.float32(0.5), np.float32(0.0)
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
     """See `reference.grid.encode_uniform`."""
-    found = _encode_uniform(array_of(x), bits_of(x), array_of(codes), *_numbers(grid))
-    return _result(found, nonfinite_flags(bits_of(x)) if found[3] else 0)
+    sums = _encode_uniform(array_of(x), bits_of(x), array_of(codes), *_numbers(grid))
+    return _result(sums, nonfinite_flags(bits_of(x)) if sums[3] else 0)
 
 
 def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
@@ -37,14 +37,14 @@ def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
 
 def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
     """See `reference.grid.encode_direction`."""
-    found = _encode_direction(
+    sums = _encode_direction(
         array_of(m), array_of(v), bits_of(v), array_of(codes), np.float32(eps), *_numbers(grid)
     )  # fmt: skip
     flags = 0
-    if found[3]:
+    if sums[3]:
         flags = nonfinite_flags(bits_of(m)) | nonfinite_flags(bits_of(v)) | NEGATIVE * has_negative(bits_of(v))
         flags = flags or INF  # finite moments whose ratio is not
-    return _result(found, flags)
+    return _result(sums, flags)
 
 
 def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
@@ -57,10 +57,10 @@ def _numbers(grid: Grid) -> tuple[Any, Any, Any]:
     return np.float32(grid.width), np.float32(grid.per_unit), np.int32(grid.threshold)
 
 
-def _result(found: Any, flags: int) -> tuple[int, Comparison]:
+def _result(sums: Any, flags: int) -> tuple[int, Comparison]:
     if flags:
         return flags, NO_DIFFERENCE
-    sum_sq, sum_sq_diff, largest, _ = found
+    sum_sq, sum_sq_diff, largest, _ = sums
     return 0, Comparison(sum_sq, sum_sq_diff, float(np.int32(largest).view(np.float32)), 0)
 
 
@@ -194,7 +194,7 @@ def nonfinite_flags(bits: NDArray[Any]) -> int:
 @kernel
 def has_negative(bits: NDArray[Any]) -> bool:
     """Whether fp32 bits hold a number below zero."""
-    found = False
+    negative = False
     for i in range(bits.size):
-        found |= bits[i] < 0 and 0 < bits[i] & _MAGNITUDE <= _INF_BITS
-    return found
+        negative |= bits[i] < 0 and 0 < bits[i] & _MAGNITUDE <= _INF_BITS
+    return negative

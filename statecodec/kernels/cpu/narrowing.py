@@ -111,10 +111,10 @@ def _column_terms(codes: NDArray[Any], before: NDArray[Any], stored: NDArray[Any
 def _line_term(codes: NDArray[Any], terms: NDArray[Any]) -> Any:
     total, there = np.int64(0), np.int64(0)
     for start in range(0, codes.size, _SPAN):
-        some, known = codes[start : start + _SPAN], terms[start : start + _SPAN]
+        some, term = codes[start : start + _SPAN], terms[start : start + _SPAN]
         part, count = np.int32(0), np.int32(0)  # in 32 bits they vectorise
         for j in range(some.size):
-            part += np.int32(some[j]) - known[j] if some[j] != 0 else np.int32(0)
+            part += np.int32(some[j]) - term[j] if some[j] != 0 else np.int32(0)
             count += np.int32(some[j] != 0)
         total += part
         there += count

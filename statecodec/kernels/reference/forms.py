@@ -54,10 +54,10 @@ def _residuals(some: Tensor) -> Tensor:
     """Folded residuals plus 1 of a matrix, all of them 0xFFFF where one does not fit."""
     sizes = Narrowing(some.shape[1]).sizes(some.numel()).items()
     parts = {name: some.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
-    found = centred(some.to(torch.int64), parts)
-    return (torch.full(some.shape, 0xFFFF, dtype=torch.int64, device=some.device) if found is None else found).reshape(
-        -1
-    )
+    residuals = centred(some.to(torch.int64), parts)
+    if residuals is None:
+        residuals = torch.full(some.shape, 0xFFFF, dtype=torch.int64, device=some.device)
+    return residuals.reshape(-1)
 
 
 def _lengths(folded: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ def narrow(codes: Tensor, form: Narrowing, parts: Mapping[str, Tensor], exceptio
     bits = 8 * codes.element_size()
     wide = codes.to(torch.int64)
     if form.cols:
-        found = centred(wide.view(-1, form.cols), parts)
-        if found is None:
+        residuals = centred(wide.view(-1, form.cols), parts)
+        if residuals is None:
             return -1
-        folded = found.view(-1)
+        folded = residuals.view(-1)
     else:
         folded = zigzag(wide, bits)
     _put_low(folded, form.low, parts)
@@ -154,11 +154,11 @@ def _put_low(folded: Tensor, low: int, parts: Mapping[str, Tensor]) -> None:
 
 
 def _low(parts: Mapping[str, Tensor], low: int, n: int) -> Tensor:
-    found = parts["symbols"].new_zeros(n, dtype=torch.int64)
+    low_bits = parts["symbols"].new_zeros(n, dtype=torch.int64)
     if low >= 8:
-        found |= parts["bytes"].to(torch.int64)
+        low_bits |= parts["bytes"].to(torch.int64)
     width = low % 8
     if width:
-        few = parts["bits"].to(torch.int64)[:, None] >> (width * torch.arange(8 // width, device=found.device))
-        found |= (few & ((1 << width) - 1)).view(-1)[:n] << (low - width)
-    return found
+        few = parts["bits"].to(torch.int64)[:, None] >> (width * torch.arange(8 // width, device=low_bits.device))
+        low_bits |= (few & ((1 << width) - 1)).view(-1)[:n] << (low - width)
+    return low_bits

@@ -41,6 +41,8 @@ def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int6
 def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
     """The groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim. Returns how
     many units kept their old bytes."""
+    M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
+    V: tl.constexpr = SPEC.v
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
     here, begin = places(entry(mine, count, t.ROWS), entry(mine, count, t.COLS), start, SPEC)
     offset, inside = here[1], here[2]
@@ -48,9 +50,9 @@ def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SP
     g = load_gradient(gradient, offset, inside, SPEC)
     m, v = g, g
     if SPEC.m.kind != "absent":
-        m = load_state(m_data, m_scales, m_table, here, SPEC.m, SPEC)
+        m = load_state(m_data, m_scales, m_table, here, M, SPEC)
     if SPEC.method == "adam":
-        v = load_state(v_data, v_scales, v_table, here, SPEC.v, SPEC)
+        v = load_state(v_data, v_scales, v_table, here, V, SPEC)
     if SPEC.method == "slim":
         v = shared_moment(mine, count, begin, inside, SPEC)
     w, m, v = stepped(w, g, m, v, numbers, SPEC)
@@ -61,9 +63,9 @@ def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SP
         bad = bad | too_large(v)
     good, kept = judged((bad & inside).to(tl.int32), SPEC)
     if SPEC.m.kind != "absent":
-        store_state(m, m_data, m_scales, here, good, SPEC.m, SPEC)
+        store_state(m, m_data, m_scales, here, good, M, SPEC)
     if SPEC.method == "adam":
-        store_state(v, v_data, v_scales, here, good, SPEC.v, SPEC)
+        store_state(v, v_data, v_scales, here, good, V, SPEC)
     store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
     return kept
 
@@ -75,6 +77,8 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
     WIDTH: tl.constexpr = SPEC.width
     BLOCK: tl.constexpr = SPEC.block
     TALL: tl.constexpr = COUNT * WIDTH
+    M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
+    V: tl.constexpr = SPEC.v
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
     own, common = numbers
     decay, size, _root, _reciprocal, _gain = own
@@ -93,8 +97,8 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
         square = tl.div_rn(tree_sum(g * g, TALL, BLOCK), divisor)
     else:
         square = mean * mean
-    m = load_state(m_data, m_scales, m_table, here, SPEC.m, SPEC)
-    v = load_state(v_data, v_scales, v_table, here, SPEC.v, SPEC)
+    m = load_state(m_data, m_scales, m_table, here, M, SPEC)
+    v = load_state(v_data, v_scales, v_table, here, V, SPEC)
     m = average(m, tl.reshape(mean, [COUNT, WIDTH]), rate_1)
     v = v * keep_2 + rate_2 * tl.reshape(square, [COUNT, WIDTH])
     rest = residual * (g - mean[:, None])
@@ -107,8 +111,8 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
         w = (w - change) * decay
     bad = tl.reshape(tl.max((weight_too_large(w, SPEC) & inside).to(tl.int32), axis=1), [COUNT, WIDTH])
     good, kept = judged(bad | ((too_large(m) | too_large(v)) & here[2]).to(tl.int32), SPEC)
-    store_state(m, m_data, m_scales, here, good, SPEC.m, SPEC)
-    store_state(v, v_data, v_scales, here, good, SPEC.v, SPEC)
+    store_state(m, m_data, m_scales, here, good, M, SPEC)
+    store_state(v, v_data, v_scales, here, good, V, SPEC)
     good = tl.reshape(tl.broadcast_to(good, [COUNT, WIDTH]), [TALL])[:, None]
     store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
     return kept

@@ -63,6 +63,7 @@ def load_weight(param, low, offset, inside, SPEC: tl.constexpr):
     """fp32 values of a weight."""
     WIDE: tl.constexpr = SPEC.whole
     BITS: tl.constexpr = SPEC.low
+    BF16: tl.constexpr = SPEC.weight == "bf16"
     if SPEC.weight == "fp32":
         value = tl.load(pointer(param, tl.float32, WIDE) + offset, mask=inside, other=0.0)
     else:
@@ -70,7 +71,7 @@ def load_weight(param, low, offset, inside, SPEC: tl.constexpr):
         if BITS > 0:
             KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
             rest = tl.load(pointer(low, KIND, WIDE) + offset, mask=inside, other=0)
-            value = join(high.to(tl.int32), rest.to(tl.int32), BITS, SPEC.weight == "bf16")
+            value = join(high.to(tl.int32), rest.to(tl.int32), BITS, BF16)
             value = value.to(tl.float32, bitcast=True)
         elif SPEC.weight == "bf16":
             value = (high.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -84,15 +85,17 @@ def store_weight(value, param, low, offset, inside, key, SPEC: tl.constexpr):
     """The inverse of `load_weight`: rounds to nearest, or stochastically where bits are dropped."""
     WIDE: tl.constexpr = SPEC.whole
     BITS: tl.constexpr = SPEC.low
+    BF16: tl.constexpr = SPEC.weight == "bf16"
     if SPEC.weight == "fp32":
         tl.store(pointer(param, tl.float32, WIDE) + offset, value, mask=inside)
     else:
         bits = value.to(tl.int32, bitcast=True)
         if SPEC.stochastic and BITS < 16:
-            bits = dither(bits, offset, key.to(tl.uint32, bitcast=True), 16 - BITS)
+            DROP: tl.constexpr = 16 - BITS
+            bits = dither(bits, offset, key.to(tl.uint32, bitcast=True), DROP)
         if BITS > 0:
             KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
-            high, rest = split(bits, BITS, SPEC.weight == "bf16")
+            high, rest = split(bits, BITS, BF16)
             tl.store(pointer(low, KIND, WIDE) + offset, rest.to(KIND), mask=inside)
         elif SPEC.weight == "bf16":
             # To nearest even in integers, because the interpreter truncates.
@@ -123,12 +126,14 @@ def load_state(data, scales, table, places, FORM: tl.constexpr, SPEC: tl.constex
     """fp32 values [count, width] of a state; `places` is what `general.places` found."""
     index, offset, inside, packed, packed_inside, exists = places
     WIDE: tl.constexpr = SPEC.whole
+    COUNT: tl.constexpr = SPEC.count
+    WIDTH: tl.constexpr = SPEC.width
     if FORM.kind == "dense":
         value = tl.load(pointer(data, tl.float32, WIDE) + offset, mask=inside, other=0.0)
     else:
         if FORM.bits == 4:
             pairs = tl.load(pointer(data, tl.uint8, WIDE) + packed, mask=packed_inside, other=0)
-            code = unpack_nibbles(pairs.to(tl.int32), SPEC.count, SPEC.width)
+            code = unpack_nibbles(pairs.to(tl.int32), COUNT, WIDTH)
         else:
             code = tl.load(pointer(data, tl.uint8, WIDE) + offset, mask=inside, other=0).to(tl.int32)
         scale = tl.load(pointer(scales, tl.int16, WIDE) + index, mask=exists, other=0).to(tl.int32)
@@ -141,6 +146,8 @@ def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.
     """The inverse of `load_state`, for `good` groups (or, of a dense state, good elements) only."""
     index, offset, inside, packed, packed_inside, exists = places
     WIDE: tl.constexpr = SPEC.whole
+    COUNT: tl.constexpr = SPEC.count
+    WIDTH: tl.constexpr = SPEC.width
     if FORM.kind == "dense":
         tl.store(pointer(data, tl.float32, WIDE) + offset, value, mask=inside & good)
     else:
@@ -150,7 +157,7 @@ def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.
         code = quantise(value, scale[:, None], FORM)
         tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=group_good)
         if FORM.bits == 4:
-            pairs = pack_nibbles(code, SPEC.count, SPEC.width).to(tl.uint8)
+            pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
             tl.store(pointer(data, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & group_good[:, None])
         else:
             tl.store(pointer(data, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & group_good[:, None])

@@ -140,6 +140,25 @@ def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path)
     assert found[0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
 
 
+def test_an_upload_that_began_before_the_list_was_there_has_one_card(service, page, tmp_path):
+    source = tmp_path / "early.pt"
+    source.write_bytes(os.urandom(1 << 20) * 20)
+    held = []
+    page.route("**/v1/jobs", lambda route: held.append(route) if route.request.method == "GET" else route.continue_())
+    page.goto(f"{service.url}/#token={service.token}")
+    page.locator(".preset").first.wait_for(timeout=PATIENCE)
+    session = page.context.new_cdp_session(page)
+    slow = {"offline": False, "latency": 0, "downloadThroughput": 50_000_000, "uploadThroughput": 8_000_000}
+    session.send("Network.enable")
+    session.send("Network.emulateNetworkConditions", slow)
+    page.locator("#file").set_input_files(source)
+    cards = page.locator(".card", has_text="early.pt")
+    expect(cards.locator(".detail").first).to_contain_text("MB of", timeout=PATIENCE)
+    held[0].continue_()
+    expect(cards.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)
+    expect(cards).to_have_count(1)
+
+
 def test_by_keyboard_and_with_a_screen_reader_in_mind(service, page):
     page.goto(service.url)
     expect(page.locator("#token-problem")).to_have_text("This service asks for a token.", timeout=PATIENCE)

@@ -81,6 +81,9 @@ export const pending = () => Object.entries(notes()).filter(([key, value]) => ke
   .map(([key, value]) => ({ key, ...value }));
 export const discard = (key) => note(key, null);
 
+const running = new Set(); // keys of the uploads of this page
+export const isRunning = (key) => running.has(key);
+
 const encode = (bytes) => btoa(String.fromCharCode(...bytes));
 
 // One file on its way up. It may be paused, the connection may break, the page may be closed: it goes on where it was.
@@ -95,6 +98,11 @@ export class Upload {
   stop() { this.stopped = true; this.request?.abort(); this.wake?.(); }
 
   async run() {
+    running.add(this.key);
+    try { return await this.toTheEnd(); } finally { running.delete(this.key); }
+  }
+
+  async toTheEnd() {
     let wait = 500;
     while (!this.stopped) {
       if (this.paused) { await new Promise((wake) => { this.wake = wake; }); continue; }

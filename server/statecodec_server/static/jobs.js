@@ -1,6 +1,6 @@
 // Jobs: from the files that were dropped, over the upload, to the result.
 
-import { Refusal, Upload, call, discard, follow, pending } from "./api.js";
+import { Refusal, Upload, call, discard, follow, isRunning, pending } from "./api.js";
 import { action, announce, card, drop, dropLater, fold, has, meter, place, state } from "./cards.js";
 import { said } from "./form.js";
 import { outcome } from "./outcome.js";
@@ -38,6 +38,7 @@ function sending(found, title, total) {
       for (const [file, path] of files) {
         if (stopped()) return null;
         active = new Upload(file, path, show, about, resumed);
+        drop(active.key); // it goes on here
         show();
         const upload = await active.run();
         if (!upload) return null;
@@ -93,7 +94,7 @@ export async function listPending() {
   for (const { key, url, name, size: length, about } of pending()) {
     if (has(key) || about?.part) continue;
     const upload = await call("GET", url).catch((error) => (error instanceof Refusal && error.status === 404 ? null : undefined));
-    if (upload === undefined) continue;
+    if (upload === undefined || isRunning(key)) continue; // a file may be chosen before all is listed
     if (upload === null || upload.state !== "receiving") { discard(key); continue; }
     const found = card(key), file = el("input", { type: "file", class: "sr", tabindex: "-1", "aria-label": `The file ${name} again` });
     found.name.textContent = name;

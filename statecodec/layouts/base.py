@@ -114,17 +114,13 @@ class Crc32:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """What the Adam update of one parameter needs. `exp_avg`, `exp_avg_sq` and `weight` are names of tensors.
+class AdamSettings:
+    """The numbers of one parameter's Adam update.
 
-    `weight` is None where the weight is unknown (`param` may still name it). `lr`, `weight_decay` and `step` are None
-    where the file does not say.
+    `lr`, `weight_decay` and `step` are None where the file does not say.
     """
 
     param: str | None
-    exp_avg: str
-    exp_avg_sq: str
-    weight: str | None
     beta1: float
     beta2: float
     eps: float
@@ -134,19 +130,36 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Momentum:
-    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's. Both are names of tensors.
+class Moments(AdamSettings):
+    """What the Adam update of one parameter needs. `exp_avg`, `exp_avg_sq` and `weight` are names of tensors.
 
-    One step moves the weight by `lr` times an update whose rms is `update`; None: the update is the momentum itself.
+    `weight` is None where the weight is unknown (`param` may still name it).
+    """
+
+    exp_avg: str
+    exp_avg_sq: str
+    weight: str | None
+
+
+@dataclass(frozen=True)
+class MomentumSettings:
+    """One step moves a weight by `lr` times an update whose rms is `update`; None: the update is the momentum itself.
+
     `lr` is None where the file does not say.
     """
 
-    momentum: str
-    weight: str
     lr: float | None
     update: float | None
     orthogonal: bool
     """The update is the momentum with all its singular values made equal: small ones are amplified."""
+
+
+@dataclass(frozen=True)
+class Momentum(MomentumSettings):
+    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's. Both are names of tensors."""
+
+    momentum: str
+    weight: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,16 +107,20 @@ def test_from_a_dropped_file_to_a_smaller_one_that_restores(real, page, tmp_path
     expect(page.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)  # what was started survives the page
 
 
-def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path):
-    source = tmp_path / "large.pt"
-    source.write_bytes(os.urandom(1 << 20) * 60)
-    page.goto(f"{service.url}/#token={service.token}")
-    page.locator(".preset").first.wait_for(timeout=PATIENCE)
+def choose_over_a_slow_line(page, source):
     session = page.context.new_cdp_session(page)
     slow = {"offline": False, "latency": 0, "downloadThroughput": 50_000_000, "uploadThroughput": 8_000_000}
     session.send("Network.enable")
     session.send("Network.emulateNetworkConditions", slow)
     page.locator("#file").set_input_files(source)
+
+
+def test_an_upload_pauses_resumes_and_survives_a_reload(service, page, tmp_path):
+    source = tmp_path / "large.pt"
+    source.write_bytes(os.urandom(1 << 20) * 60)
+    page.goto(f"{service.url}/#token={service.token}")
+    page.locator(".preset").first.wait_for(timeout=PATIENCE)
+    choose_over_a_slow_line(page, source)
     card = page.locator(".card", has_text="large.pt").first  # not one that an earlier test left on the page
     expect(card.locator(".detail")).to_contain_text("MB of", timeout=PATIENCE)
     beyond_5_mb = re.compile(r"^(?:[5-9]|[1-6][0-9])(?:\.\d+)? MB of 62\.9 MB")
@@ -147,11 +151,7 @@ def test_an_upload_that_began_before_the_list_was_there_has_one_card(service, pa
     page.route("**/v1/jobs", lambda route: held.append(route) if route.request.method == "GET" else route.continue_())
     page.goto(f"{service.url}/#token={service.token}")
     page.locator(".preset").first.wait_for(timeout=PATIENCE)
-    session = page.context.new_cdp_session(page)
-    slow = {"offline": False, "latency": 0, "downloadThroughput": 50_000_000, "uploadThroughput": 8_000_000}
-    session.send("Network.enable")
-    session.send("Network.emulateNetworkConditions", slow)
-    page.locator("#file").set_input_files(source)
+    choose_over_a_slow_line(page, source)
     cards = page.locator(".card", has_text="early.pt")
     expect(cards.locator(".detail").first).to_contain_text("MB of", timeout=PATIENCE)
     held[0].continue_()

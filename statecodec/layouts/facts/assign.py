@@ -65,17 +65,15 @@ def _moments(file: FileRoles, adam: AdamNodes) -> Moments | None:
     if first is None or second is None:
         return None
     weight = adam.weight[0].tensors.get(adam.weight[1].index) if adam.weight else None
-    return Moments(
-        adam.param, first, second, weight, adam.beta1, adam.beta2, adam.eps, adam.lr, adam.weight_decay, adam.step
-    )
+    return Moments(**{**vars(adam), "exp_avg": first, "exp_avg_sq": second, "weight": weight})
 
 
 def _momentum(file: FileRoles, single: MomentumNodes) -> Momentum | None:
-    state = file.tensors.get(single.momentum.index)
+    momentum = file.tensors.get(single.momentum.index)
     weight = single.weight[0].tensors.get(single.weight[1].index)
-    if state is None or weight is None:
+    if momentum is None or weight is None:
         return None
-    return Momentum(state, weight, single.lr, single.update, single.orthogonal)
+    return Momentum(**{**vars(single), "momentum": momentum, "weight": weight})
 
 
 def _assign(files: list[FileRoles]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
-from statecodec.layouts.base import StatePart
+from statecodec.layouts.base import AdamSettings, MomentumSettings, StatePart
 from statecodec.layouts.pickle.nodes import TensorNode
 from statecodec.layouts.protocol import Facts
 from statecodec.roles import Role
@@ -17,30 +17,20 @@ WeightNode: TypeAlias = "tuple[FileRoles, TensorNode]"
 
 
 @dataclass(frozen=True)
-class AdamNodes:
+class AdamNodes(AdamSettings):
     """Moments, still in terms of tensor nodes: the states are of one file, the weight may be of another."""
 
-    param: str | None
     exp_avg: TensorNode
     exp_avg_sq: TensorNode
     weight: WeightNode | None
-    beta1: float
-    beta2: float
-    eps: float
-    lr: float | None
-    weight_decay: float | None
-    step: float | None
 
 
 @dataclass(frozen=True)
-class MomentumNodes:
-    """A momentum without a second moment, and its weight, as `AdamNodes` has them."""
+class MomentumNodes(MomentumSettings):
+    """A momentum and its weight, still in terms of tensor nodes."""
 
     momentum: TensorNode
     weight: WeightNode
-    lr: float | None
-    update: float | None
-    orthogonal: bool
 
 
 @dataclass

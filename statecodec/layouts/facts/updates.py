@@ -33,7 +33,7 @@ def adam_nodes(
         weight = None
     lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
     step = _number(file, state.get("step", group.get("step")))
-    return AdamNodes(name, m, v, weight, beta1, beta2, eps, lr, decay, step)
+    return AdamNodes(name, beta1, beta2, eps, lr, decay, step, m, v, weight)
 
 
 def momentum_nodes(
@@ -47,13 +47,13 @@ def momentum_nodes(
     if (weight[1].shape, weight[1].stride) != (m.shape, m.stride) or not m.dtype.is_floating_point:
         return None
     if keys[0] == "exp_avg":
-        return MomentumNodes(m, weight, lr, 1.0, False)  # Lion's update is a sign
+        return MomentumNodes(lr, 1.0, False, m, weight)  # Lion's update is a sign
     if "ns_steps" not in group or not m.shape:
-        return MomentumNodes(m, weight, lr, None, False)
+        return MomentumNodes(lr, None, False, m, weight)
     # Muon's orthogonal update, scaled for its shape, has an rms of 1 / sqrt(columns), or one like Adam's.
     like_adam = "match_rms_adamw" in (group.get("adjust_lr_fn"), group.get("adjust"))
     columns = max(math.prod(m.shape[1:]), 1)
-    return MomentumNodes(m, weight, lr, 0.2 if like_adam else 1 / math.sqrt(columns), True)
+    return MomentumNodes(lr, 0.2 if like_adam else 1 / math.sqrt(columns), True, m, weight)
 
 
 def _number(file: FileRoles, value: Any) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from zlib_ng import zlib_ng
 
 from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.source_files import check_crc
-from statecodec.files import read_exactly
+from statecodec.files import opened, read_exactly
 from statecodec.layouts import Crc32
 
 _BLOCK = 4 << 20
@@ -96,7 +95,7 @@ class FileHashes(threading.Thread):
     def _hash(self, file: FileToHash) -> str:
         sha, crcs, offset = hashlib.sha256(), _CrcCheck(file), 0
         # The very file that is encoded, whatever has its name by now.
-        with _opened(file.path) if self._shared is None else self._shared.open(file.number) as fd:
+        with self._opened(file) as fd:
             while offset < file.nbytes and not self._stopped:
                 with self._piece(file, fd, offset) as piece:
                     if self._sha256:
@@ -106,6 +105,15 @@ class FileHashes(threading.Thread):
         return sha.hexdigest()
 
     @contextmanager
+    def _opened(self, file: FileToHash) -> Iterator[int]:
+        if self._shared is not None:
+            with self._shared.open(file.number) as fd:
+                yield fd
+        else:
+            with opened(file.path) as source:
+                yield source.fd
+
+    @contextmanager
     def _piece(self, file: FileToHash, fd: int, offset: int) -> Iterator[memoryview]:
         """The next bytes of a file: lent, or read; none if the work is off."""
         found = self._shared.take(file.number, offset) if self._shared is not None else file.nbytes
@@ -113,7 +121,7 @@ class FileHashes(threading.Thread):
             try:
                 yield found.data[offset - found.start :]
             finally:
-                self._shared.give_back(file.number, found)
+                self._shared.give_back(found)
             return
         assert isinstance(found, int)
         piece = self._block[: min(_BLOCK, found - offset)]
@@ -128,15 +136,6 @@ class FileHashes(threading.Thread):
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
         return not self._stopped
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 class _CrcCheck:

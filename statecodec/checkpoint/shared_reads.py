@@ -1,8 +1,8 @@
 """One read of a source file for two: what encodes its tensors, in order, and what hashes it, from its start.
 
 Whoever encodes lends each buffer that it has read; whoever hashes takes the one that comes next, and reads by itself
-what was not lent. Neither has to wait for the other for ever: a buffer that nobody has given back is simply not lent
-again, and what lies far behind the encoder will not be lent any more.
+what was not lent. Neither has to wait for the other for ever: where all buffers of a thread are still lent, the next
+chunk is only noted, and what lies far behind the encoder will not be lent any more.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from contextlib import AbstractContextManager
+from heapq import heappop, heappush
+from itertools import count
 from typing import TYPE_CHECKING
 
 from statecodec.buffers import ThreadScratch, memory
@@ -42,7 +44,9 @@ class SharedReads:
     def __init__(self, source: SourceCheckpoint) -> None:
         self._source, self._slots = source, _Slots()
         self._changed = threading.Condition()
-        self._waiting: dict[int, dict[int, Loan]] = {}  # file -> first byte -> what nobody has taken yet
+        self._waiting: list[tuple[int, int, int, Loan]] = []
+        """A heap of what the hasher has not passed yet: file, first byte, a number, loan."""
+        self._numbers = count()
         self._furthest = (0, 0)  # file, byte
         self._closed = False
         self._regions: dict[int, tuple[list[int], list[int]]] = {}
@@ -59,21 +63,21 @@ class SharedReads:
 
     def read(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch) -> Tensor:
         """Elements of an item as `SourceCheckpoint.chunk` gives them; they must not be changed."""
+        if item.region is None:
+            return self._source.chunk(item, chunk, scratch)
         slots = self._slots.loans
         free = next((k for k, loan in enumerate(slots) if loan is None or loan.returned), None)
-        if free is None or item.region is None:
-            return self._source.chunk(item, chunk, scratch)
-        values = self._source.chunk(item, chunk, scratch, f"lent {free}")
-        loan = slots[free] = Loan(item.region.offset + chunk.start * item.dtype.itemsize, memory(values))
+        values = self._source.chunk(item, chunk, scratch, "" if free is None else f"lent {free}")
+        loan = Loan(item.region.offset + chunk.start * item.dtype.itemsize, memory(values))
+        if free is None:  # only noted: it went by, and whoever hashes reads it again
+            loan.returned, loan.data = True, memoryview(b"")
+        else:
+            slots[free] = loan
         with self._changed:
-            self._waiting.setdefault(item.file, {})[loan.start] = loan
+            heappush(self._waiting, (item.file, loan.start, next(self._numbers), loan))
             self._furthest = max(self._furthest, (item.file, loan.stop))
             self._changed.notify_all()
         return values
-
-    def lent(self) -> list[Loan]:
-        """The buffers of this thread that were lent last."""
-        return [loan for loan in self._slots.loans if loan is not None]
 
     def take(self, file: int, offset: int) -> Loan | int:
         """What was lent of a file from `offset` on, to be given back; or up to which byte it is to be read instead.
@@ -83,27 +87,21 @@ class SharedReads:
         starts, stops = self._regions.get(file, ([], []))
         with self._changed:
             while True:
-                waiting = self._waiting.setdefault(file, {})
-                for loan in [w for w in waiting.values() if w.stop <= offset]:
-                    self._give_back(file, loan)
-                found = next((loan for loan in waiting.values() if loan.start <= offset), None)
-                if found is not None:
-                    return found
+                while self._waiting and (self._waiting[0][0], self._waiting[0][3].stop) <= (file, offset):
+                    heappop(self._waiting)[3].returned = True
+                first = self._waiting[0][3] if self._waiting and self._waiting[0][0] == file else None
+                if first is not None and first.start <= offset:
+                    return first.stop if first.returned else first
                 region = bisect_right(starts, offset) - 1
                 if region < 0 or offset >= stops[region]:  # between regions
                     return starts[region + 1] if region + 1 < len(starts) else self._source.located.files[file].nbytes
                 if self._closed or self._furthest >= (file, offset + _BEHIND):
-                    return min(waiting, default=stops[region])
+                    return stops[region] if first is None else first.start
                 self._changed.wait()
 
-    def give_back(self, file: int, loan: Loan) -> None:
+    def give_back(self, loan: Loan) -> None:
         """The buffer is not looked at any more."""
-        with self._changed:
-            self._give_back(file, loan)
-
-    def _give_back(self, file: int, loan: Loan) -> None:
         loan.returned = True
-        self._waiting[file].pop(loan.start, None)
 
     def close(self) -> None:
         """Nothing will be lent any more."""

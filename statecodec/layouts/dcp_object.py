@@ -45,7 +45,9 @@ def _with_model(value: dict[str, Any]) -> dict[str, Any]:
     """Tensors that stand beside an optimizer which has states of their names (torchtitan, Megatron) are a model."""
     tensors = {key: inner for key, inner in value.items() if type(inner) is TensorNode}
     beside = [inner.get("state") for inner in value.values() if type(inner) is dict]
-    if not tensors or not any(type(states) is dict and tensors.keys() & states.keys() for states in beside):
+    if not any(type(states) is dict and tensors.keys() & states.keys() for states in beside):
+        return value
+    if "model" in value.keys() - tensors.keys():  # something else has that place
         return value
     return {"model": tensors, **{key: inner for key, inner in value.items() if key not in tensors}}
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import torch_zip
-from statecodec.layouts.listing import ListedFile, Listing
+from statecodec.layouts.listing import Listing
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.walk import walk
 
 name: Final = "megatron"
 
@@ -30,59 +30,41 @@ _FLAT: Final = "distrib_optim.pt"
 _RANK: Final = re.compile(r"(?:.*/)?mp_rank_\d+(?:_\d+)*")
 _KEYS: Final = {"param": "master_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """Of a buffer, and what they are in the states of an optimizer."""
-_MAX_DEPTH: Final = 5
 
 
 def claims(listing: Listing) -> Claim | None:
-    """One rank's folder, or one of its files."""
-    folder = listing.folder
-    if listing.only is not None:
-        folder = listing.only.path.rpartition("/")[0]
-        if not listing.is_directory:  # a file on its own has no folder; its name is Megatron's
-            folder = "mp_rank_00"
-    if not _RANK.fullmatch(folder):
+    """One of the files, in a rank's folder or on its own. Each for itself: one that lies costs no other."""
+    file = listing.only
+    if file is None or not torch_zip.is_zip(file.head):
         return None
-    mine = [p for p, f in listing.files.items() if _is_mine(p, folder, listing) and torch_zip.is_zip(f.head)]
-    return Claim(tuple(mine)) if mine else None
+    folder, _, base = file.path.rpartition("/")
+    is_mine = base in (_MODEL, _FLAT) and (not listing.is_directory or _RANK.fullmatch(folder) is not None)
+    return Claim((file.path,)) if is_mine else None
 
 
 def locate(listing: Listing) -> Located:
-    """Read the pickles. Raises LayoutError: damaged files, and buffers that do not lie beside each other."""
-    found = [_located(listing, file) for file in listing.files.values()]
-    return Located(
-        tuple(chain.from_iterable(f.files for f in found)),
-        tuple(chain.from_iterable(f.tensors for f in found)),
-        facts=tuple(chain.from_iterable(f.facts for f in found)),
-        framework="Megatron-LM",
-    )
-
-
-def tree(listing: Listing, read: Read) -> Any:
-    """What torch.load gives for each file, by the file's name; of a single file just that."""
-    if listing.only is not None:
-        return torch_zip.tree(listing, read)
-    return {path.rpartition("/")[2]: torch_zip.tree(listing.of((path,)), read) for path in sorted(listing.files)}
-
-
-def _is_mine(path: str, folder: str, listing: Listing) -> bool:
-    above, _, base = path.rpartition("/")
-    return base in (_MODEL, _FLAT) and (above == folder or not listing.is_directory)
-
-
-def _located(listing: Listing, file: ListedFile) -> Located:
+    """Read the pickle. Raises LayoutError: a damaged file, and buffers that do not lie beside each other."""
+    file = listing.only
+    assert file is not None
     with file.open() as source:
         archive, root = torch_zip.read_archive(source, file.path)
-        located = torch_zip.graph_of(archive, root).located(name, file, source, listing.prefix(file.path))
+        graph = torch_zip.graph_of(archive, root)
+        located = replace(graph.located(name, file, source, listing.prefix(file.path)), framework="Megatron-LM")
     if not file.path.endswith(_FLAT):
         return located
     (facts,) = located.facts
-    return replace(located, facts=(replace(facts, root=_optimizer(root, file.path)),))
+    return replace(located, facts=(replace(facts, root=_optimizer(root, graph.limit, file.path)),))
 
 
-def _optimizer(root: Any, path: str) -> DictNode:
-    """The flat buffers as the states of an optimizer that has no groups of its own."""
+def tree(listing: Listing, read: Read) -> Any:
+    """What torch.load gives."""
+    return torch_zip.tree(listing, read)
+
+
+def _optimizer(root: Any, limit: int, path: str) -> Any:
+    """The flat buffers as the states of an optimizer that has no groups of its own; without buffers `root` as it is."""
     state = DictNode()
-    for buffer in _buffers(root, 0):
+    for buffer in _buffers(root, limit):
         tensors = [buffer.get(key) for key in _KEYS]
         if not _beside_each_other(tensors, buffer.get("numel_unpadded")):
             raise MalformedCheckpoint(f"{path}: param, exp_avg and exp_avg_sq are not flat buffers of one size")
@@ -90,7 +72,7 @@ def _optimizer(root: Any, path: str) -> DictNode:
         own.items = list(zip(_KEYS.values(), tensors, strict=True))
         state.items.append((len(state.items), own))
     if not state.items:
-        raise MalformedCheckpoint(f"{path} holds no buffers of a distributed optimizer")
+        return root
     optimizer = DictNode()
     optimizer.items = [("state", state), ("param_groups", [])]
     return optimizer
@@ -103,22 +85,16 @@ def _beside_each_other(tensors: list[Any], numel: Any) -> bool:
     return all(size == first for size in others) and numel in (None, first)
 
 
-def _buffers(node: Any, depth: int) -> Iterator[DictNode]:
+def _buffers(root: Any, limit: int) -> Iterator[DictNode]:
     """Every dict of `_KEYS`: where they are lists, of a tensor for each bucket, one for each of those."""
-    if depth == _MAX_DEPTH:
-        return
-    if type(node) is list:
-        for each in node:
-            yield from _buffers(each, depth + 1)
-    elif type(node) is DictNode and node.strings().keys() & _KEYS.keys():
+    for _, node in walk(root, limit):
+        if type(node) is not DictNode or not node.strings().keys() & _KEYS.keys():
+            continue
         lists = [node.get(key) for key in _KEYS]
         if not all(type(values) is list for values in lists) or len({len(values) for values in lists}) != 1:
             yield node
-            return
+            continue
         for bucket in zip(*lists, strict=True):
             one = DictNode()
             one.items = list(zip(_KEYS, bucket, strict=True))
             yield one
-    elif type(node) is DictNode:
-        for _, inner in node.items:
-            yield from _buffers(inner, depth + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -41,26 +42,68 @@ def test_the_digest_is_that_of_the_file(threads: int, source: Path, tmp_path: Pa
     assert report.source["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
 
 
-def test_what_was_read_in_order_is_not_read_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone, read = 0, digests.read_exactly
+def read_alone(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the bytes that the hasher reads by itself."""
+    counts, read = Counter[str](), digests.read_exactly
 
     def counting(fd: int, offset: int, target: memoryview, name: str) -> None:
-        nonlocal alone
-        alone += len(target)
+        counts["bytes"] += len(target)
         read(fd, offset, target, name)
 
+    monkeypatch.setattr(digests, "read_exactly", counting)
+    return counts
+
+
+def test_what_was_read_in_order_is_not_read_again(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = read_alone(monkeypatch)
     with SourceCheckpoint(source) as checkpoint:
         shared, scratch = SharedReads(checkpoint), ThreadScratch()
-        monkeypatch.setattr(digests, "read_exactly", counting)
         hashes = FileHashes([FileToHash(source, source.stat().st_size)], shared=shared)
         hashes.start()
         for item in checkpoint.items:
             for chunk in iterate(Raw(), item.shape, item.dtype):
                 shared.read(item, chunk, scratch)
-                while any(not loan.returned for loan in shared.lent()):
+                while any(not loan.returned for *_, loan in list(shared._waiting)):
                     time.sleep(0.001)
         assert hashes.digests() == [hashlib.sha256(source.read_bytes()).hexdigest()]
-        assert alone == checkpoint.items[0].nbytes  # what is between the tensors
+        assert counts["bytes"] == checkpoint.items[0].nbytes  # what is between the tensors
+
+
+@pytest.mark.parametrize("ahead", [4, 8])
+def test_an_encoder_that_was_too_fast_lends_again(ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went by while all buffers were lent is read again, and nothing else."""
+    path = tmp_path / "many.pt"
+    torch.save({str(i): torch.full((4096,), float(i)) for i in range(40)}, path)
+    counts = read_alone(monkeypatch)
+    with SourceCheckpoint(path) as checkpoint:
+        shared, scratch = SharedReads(checkpoint), ThreadScratch()
+        hashes = FileHashes([FileToHash(path, path.stat().st_size)], shared=shared)
+        jobs = [(item, c) for item in checkpoint.items[1:] for c in iterate(Raw(), item.shape, item.dtype)]
+        for item, chunk in jobs[:ahead]:
+            shared.read(item, chunk, scratch)
+        hashes.start()
+        for item, chunk in jobs[ahead:]:
+            while any(not loan.returned for *_, loan in list(shared._waiting)):
+                time.sleep(0.001)
+            shared.read(item, chunk, scratch)
+        assert hashes.digests() == [hashlib.sha256(path.read_bytes()).hexdigest()]
+        assert counts["bytes"] == checkpoint.items[0].nbytes + (ahead - 3) * 4 * 4096
+
+
+def test_what_is_read_twice_or_late_is_given_back(tmp_path: Path) -> None:
+    """A tensor whose codec refused it, and a chunk of a file that is hashed already."""
+    for name in ("a", "b"):
+        torch.save({name: torch.randn(4096)}, tmp_path / f"{name}.pt")
+    with SourceCheckpoint(tmp_path) as checkpoint:
+        shared, scratch = SharedReads(checkpoint), ThreadScratch()
+        first, second = (item for item in checkpoint.items if item.shape == (4096,))
+        (chunk,) = iterate(Raw(), first.shape, first.dtype)
+        shared.read(first, chunk, scratch)
+        shared.read(first, chunk, scratch)
+        loans = [loan for *_, loan in shared._waiting]
+        assert second.region is not None
+        shared.take(second.file, second.region.offset - 1)
+        assert all(loan.returned for loan in loans)
 
 
 @settings(max_examples=20, deadline=None)

@@ -70,6 +70,20 @@ def test_weights_beside_an_optimizer_are_nobody_else_s(tmp_path: Path) -> None:
     assert weights["2"] is None
 
 
+def test_a_name_that_two_files_of_a_folder_have_is_certain_nowhere(tmp_path: Path) -> None:
+    for path in ("a/x.pt", "a/y.pt", "b/z.pt"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        torch.save({"lin.weight": torch.randn(8, 64)}, tmp_path / path)
+    state = {"lin.weight": {key: torch.rand(8, 64) for key in ("exp_avg", "exp_avg_sq")}}
+    group = {"params": ["lin.weight"], "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8}
+    (tmp_path / "o").mkdir()
+    torch.save({"state": state, "param_groups": [group]}, tmp_path / "o" / "optimizer.pt")
+    assert [m.weight for m in locate(tmp_path).moments] == [None]
+    for name in ("x", "y"):
+        (tmp_path / "a" / f"{name}.pt").unlink()
+    assert [str(m.weight).partition("/")[0] for m in locate(tmp_path).moments] == ["b"]
+
+
 def test_trainer(by_trainer: Callable[[str], Trained]) -> None:
     assert framework(by_trainer("gpt2").folder) == "transformers Trainer"
     assert framework(by_trainer("gpt2").folder / "optimizer.pt") is None

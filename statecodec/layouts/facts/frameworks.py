@@ -55,6 +55,7 @@ def frameworks(found: Iterable[Located], tensors: Iterable[LogicalTensor], listi
     for located in found:
         names |= {located.framework} if located.framework else set()
         names.update(name for facts in located.facts for name in _of_object(facts))
+    names = {name for name in names if not any(other.startswith(f"{name}, ") for other in names)}  # it says more
     first = sorted(names)[:_MOST]
     more = [f"{len(names) - _MOST} more"] if len(names) > _MOST else []
     return "; ".join(first + more) or None

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from statecodec.layouts.pickle.nodes import DictNode, Opaque, TensorNode
 
+_INSIDE: Final = frozenset({DictNode, list, Opaque})
 _MAX_DEPTH: Final = 8  # deeper than any state dict has tensors
 
 
@@ -33,7 +34,7 @@ def _replaced(node: Any, depth: int, known: dict[int, Any]) -> Any:
     if id(node) not in known:
         known[id(node)] = node  # what an object that holds itself is met with
         before = [value for _, value in node.items] if type(node) is DictNode else node
-        after = [_replaced(value, depth + 1, known) for value in before]
+        after = [_replaced(value, depth + 1, known) if type(value) in _INSIDE else value for value in before]
         if any(a is not b for a, b in zip(after, before, strict=True)):
             known[id(node)] = _copied(node, after)
     return known[id(node)]

@@ -59,26 +59,31 @@ class Scopes:
         return folders
 
     @cached_property
+    def _of_files(self) -> dict[str, list[dict[str, WeightNode]]]:
+        """For each folder the weights of each of its files."""
+        folders: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
+        for file, found in zip(self.files, self.surveys, strict=True):
+            folders[file.folder].append(_by_name(file, found.weights))
+        return folders
+
+    @cached_property
     def _beside(self) -> dict[str, dict[str, WeightNode]]:
         """For each folder the weights in its files, whose names only one of them has."""
-        found: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
-        for file, seen in zip(self.files, self.surveys, strict=True):
-            found[file.folder].append(_by_name(file, seen.weights))
-        return {folder: _unique(of_files) for folder, of_files in found.items()}
+        return {folder: _unique(of_files) for folder, of_files in self._of_files.items()}
 
     @cached_property
     def _around(self) -> dict[str, dict[str, WeightNode]]:
-        """For each folder the weights anywhere in it, whose names only one folder has.
+        """For each folder the weights anywhere in it, whose names only one file has.
 
         Weights beside an optimizer are that one's: they are nobody else's.
         """
         pairs = zip(self.files, self.surveys, strict=True)
         trained = {file.folder for file, found in pairs if found.optimizers}
         inside: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
-        for folder, weights in self._beside.items():
+        for folder, of_files in self._of_files.items():
             for above in _upwards(folder) if folder not in trained else ():
-                inside[above].append(weights)
-        return {folder: _unique(of_folders) for folder, of_folders in inside.items()}
+                inside[above] += of_files
+        return {folder: _unique(of_files) for folder, of_files in inside.items()}
 
 
 def _upwards(folder: str) -> Iterator[str]:

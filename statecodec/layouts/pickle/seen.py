@@ -10,6 +10,7 @@ from statecodec.layouts.pickle.machine import Machine
 
 _SHORT: Final = 1 << 16  # bytes of a stream that is as quickly read again
 _MOST_NAMES: Final = 1000
+_MOST_NAME_CHARS: Final = 1 << 16
 _STREAMS: Final = 16
 
 Seen = tuple[frozenset[tuple[str, str]], int, bool]
@@ -20,8 +21,11 @@ _seen: OrderedDict[bytes, Seen] = OrderedDict()
 
 def remember(machine: Machine) -> None:
     """A machine has read its stream, from the first byte to a STOP."""
-    if len(machine.data) > _SHORT and len(machine.globals) <= _MOST_NAMES:
-        _seen[_key(machine.data)] = machine.names, machine.pos, machine.called
+    if len(machine.data) <= _SHORT or len(machine.globals) > _MOST_NAMES:
+        return
+    names = machine.names
+    if sum(len(module) + len(name) for module, name in names) <= _MOST_NAME_CHARS:
+        _seen[_key(machine.data)] = names, machine.pos, machine.called
         while len(_seen) > _STREAMS:
             _seen.popitem(last=False)
 

@@ -86,3 +86,8 @@ def memory(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     return memoryview(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+
+
+def has_data(tensor: Tensor) -> bool:
+    """Whether each of a tensor's numbers lies in memory: not those of a sparse tensor, or on the device meta."""
+    return not tensor.is_meta and tensor.layout == torch.strided

@@ -17,6 +17,8 @@ WRAPPED: Final = "__bnb_optimizer_quant_state__"
 FLASH_CODES: Final = "::quantized"
 FLASH_SCALES: Final = "::scales"
 """What FlashOptim appends to a state's key."""
+FLASH_LOW_BITS: Final = "error_bits"
+"""Its key of what a master weight has beyond its parameter, as a fraction of half a unit in the last place."""
 
 TORCHAO: Final = {"OptimState8bit": 8, "OptimState4bit": 4, "OptimStateFp8": 8}
 """torchao's subclasses of Tensor -> bits a number; their module has moved between versions."""
@@ -38,9 +40,10 @@ def of_flashoptim(name: str, codes: Tensor, scales: Tensor) -> Tensor:
     """
     if scales.dtype is torch.bfloat16:
         scales = scales.view(torch.float16)  # so that torch casts nothing
-    if codes.dtype not in (torch.int8, torch.uint8) or scales.numel() != math.ceil(codes.numel() / _FLASH_GROUP):
+    fit = codes.dtype in (torch.int8, torch.uint8) and scales.dtype.is_floating_point
+    if not fit or scales.numel() != math.ceil(codes.numel() / _FLASH_GROUP):
         raise MalformedCheckpoint(
-            f"{name}: {scales.numel()} scales for {codes.numel()} {codes.dtype} codes of FlashOptim"
+            f"{name}: {scales.numel()} {scales.dtype} scales for {codes.numel()} {codes.dtype} codes of FlashOptim"
         )
     if codes.dtype is torch.uint8:  # the root of a second moment
         return scaled(codes.float() / 255, scales, _FLASH_GROUP).square()

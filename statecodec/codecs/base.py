@@ -199,8 +199,8 @@ class Codec(ABC):
         (role,) = self.needs
         values = companions.get(role)
         if values is None or values.numel() != like.numel():
-            shape = "nothing" if values is None else f"{values.numel()} elements"
-            raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {shape}")
+            there = "nothing" if values is None else f"{values.numel()} elements"
+            raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {there}")
         return values.detach().to(like.device, torch.float32).contiguous().view(-1)
 
     def require_float(self, dtype: DType) -> None:

@@ -48,9 +48,9 @@ class Same(Codec):
         """The companion's numbers as they are, not as fp32."""
         values = companions.get("original")
         if values is None or values.numel() != like.numel() or values.dtype != like.dtype:
-            shape = "nothing" if values is None else f"{values.numel()} elements of {dtypes.of(values.dtype)}"
+            there = "nothing" if values is None else f"{values.numel()} elements of {dtypes.of(values.dtype)}"
             raise FormatError(
-                f"same needs {like.numel()} elements of {dtypes.of(like.dtype)} as original, found {shape}"
+                f"same needs {like.numel()} elements of {dtypes.of(like.dtype)} as original, found {there}"
             )
         return values
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from statecodec import dtypes, kernels
+from statecodec.buffers import has_data
 from statecodec.codecs import EncodedTensor, Raw, Split, format_codec
 from statecodec.codecs.base import FLOATS
 from statecodec.codecs.plain import from_plain, is_plain
@@ -30,6 +31,7 @@ from statecodec.optim.dense import (
 from statecodec.optim.load_report import ChangeLog
 from statecodec.optim.method import LOW, Group, Recipe, StateSpec, matrix_shape
 from statecodec.optim.options import number
+from statecodec.quantised import FLASH_LOW_BITS
 
 COUNTERS = ("step", "skipped")
 
@@ -66,8 +68,8 @@ def adopt(
     Raises OptimizerError for states of another shape or kind; FormatError and others of `from_plain` for broken ones.
     """
     name = recipe.label
-    values = flashoptim.dense_moments(values, name)
-    low_bits = values.pop(flashoptim.LOW_BITS, None)
+    values = dict(flashoptim.dense_moments(values, name))
+    low_bits = values.pop(FLASH_LOW_BITS, None)
     found = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, LOW)}
     for k in values.keys() - found.keys() - set(COUNTERS):
         log.add(name, str(k), "dropped", "amsgrad" if k == "max_exp_avg_sq" else type(values[k]).__name__)
@@ -161,7 +163,7 @@ def _encoded(value: object, name: str | int, state: str, p: Tensor) -> EncodedTe
 
 def _check_kind(value: EncodedTensor, name: str | int, state: str) -> None:
     """Raise OptimizerError for tensors that hold no numbers, or not of the kind that the state is."""
-    if any(part.is_meta or part.layout != torch.strided for part in value.parts.values()):
+    if not all(map(has_data, value.parts.values())):
         raise OptimizerError(f"{name}: {state} is a sparse tensor or has no data")
     if not (value.dtype in (torch.int8, torch.int16) if state == LOW else dtypes.of(value.dtype) in FLOATS):
         kinds = "int8 or int16" if state == LOW else "a float"
@@ -201,14 +203,14 @@ def _low_bits(
 ) -> dict[str, EncodedTensor]:
     """The low part of the master weight from FlashOptim's."""
     name, made = recipe.label, low_part(recipe, p)
-    if not isinstance(saved, Tensor):
-        raise OptimizerError(f"{name}: {flashoptim.LOW_BITS} is a tensor, found {type(saved).__name__}")
+    if not isinstance(saved, Tensor) or not has_data(saved):
+        raise OptimizerError(f"{name}: {FLASH_LOW_BITS} is a tensor with data, found {type(saved).__name__}")
     if recipe.split is None:
-        log.add(name, LOW, "dropped", flashoptim.LOW_BITS)
+        log.add(name, LOW, "dropped", FLASH_LOW_BITS)
         return made
     ours = sharding.local(made[LOW].parts["data"])
     ours.copy_(flashoptim.low_part(saved.to(p.device), p, recipe.split, group).view(ours.shape))
-    log.add(name, LOW, "converted", flashoptim.LOW_BITS, str(ours.dtype))
+    log.add(name, LOW, "converted", FLASH_LOW_BITS, str(ours.dtype))
     return made
 
 

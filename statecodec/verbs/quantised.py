@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from statecodec.errors import MalformedCheckpoint, UsageError
 from statecodec.layouts.objects import OpaqueObject
 from statecodec.lazy import torch
-from statecodec.quantised import FLASH_CODES, FLASH_SCALES, TORCHAO, WRAPPED, of_flashoptim, scaled
+from statecodec.quantised import FLASH_CODES, FLASH_LOW_BITS, FLASH_SCALES, TORCHAO, WRAPPED, of_flashoptim, scaled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,14 +63,16 @@ def _is_torchao(value: Any) -> bool:
 
 
 def _plain(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All but what bitsandbytes keeps, and the low bits of weights, which no other optimizer takes."""
+    """All but what bitsandbytes keeps, and the low bits of weights, which torch's optimizers do not take."""
     for key, value in flat.items():
-        if key.endswith(FLASH_CODES):
+        if not isinstance(key, str):
+            yield key, value
+        elif key.endswith(FLASH_CODES):
             name = key.removesuffix(FLASH_CODES)
             yield name, of_flashoptim(name, _tensor(value, name), _tensor(flat.get(name + FLASH_SCALES), name))
         elif _is_torchao(value):
             yield key, _of_torchao(key, value)
-        elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith(FLASH_SCALES) and key != "error_bits":
+        elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith((FLASH_SCALES, FLASH_LOW_BITS)):
             yield key, value
 
 

@@ -99,6 +99,33 @@ def test_low_bits_of_master_weights(dtype: torch.dtype, form: str) -> None:
     assert "weight_low" in {c.state for c in optimizer.load_report.changes if c.kind == "converted"}
 
 
+@pytest.mark.parametrize("split", ["split24", "split32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_weight_stays_with_every_code(dtype: torch.dtype, split: str) -> None:
+    """Also beside powers of two, whose inner neighbours are nearer, and with codes that no master weight gives."""
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    weight = weight[weight.isfinite() & (weight.float().abs() < 3e38)]
+    codes = torch.tensor([-128, -127, -64, -1, 0, 1, 64, 126, 127], dtype=torch.int8)
+    p = nn.Parameter(weight.repeat_interleave(len(codes)))
+    optimizer = optim.AdamW([p], moments="dense", master_weights=split)
+    zeros = torch.zeros(p.shape)
+    values = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 3, "error_bits": codes.repeat(len(weight))}
+    optimizer.load_state_dict({"state": {0: values}, "param_groups": [group()]})
+    exact = optimizer.master_weight(p)
+    # A split rounds ties away from zero, torch's cast to even: a bit nearer to the weight both give the weight.
+    assert torch.equal(torch.nextafter(exact, p.detach().float()).to(dtype), p)
+
+
+def test_a_master_weight_just_below_a_power_of_two() -> None:
+    exact = torch.tensor([[1 - 2.0**-9, -1 + 2.0**-9]])
+    p = nn.Parameter(exact.to(torch.bfloat16))
+    optimizer = optim.AdamW([p], moments="dense", master_weights="split32")
+    zeros, codes = torch.zeros(p.shape), torch.tensor([[-64, 64]], dtype=torch.int8)
+    values = {"exp_avg": zeros, "exp_avg_sq": zeros, "step": 3, "error_bits": codes}
+    optimizer.load_state_dict({"state": {0: values}, "param_groups": [group()]})
+    torch.testing.assert_close(optimizer.master_weight(p), exact, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "Adam", "Lion", "SGD", "SGDW"])
 def test_what_the_package_saves_without_a_gpu(optimizer: str) -> None:
     """Plain moments: both go on alike."""
@@ -125,12 +152,18 @@ def test_what_the_package_saves_without_a_gpu(optimizer: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"exp_avg::scales": torch.ones(7)}, "7 scales for 1200"),
+        ({"exp_avg::scales": torch.ones(7)}, "7 torch.float32 scales for 1200"),
+        ({"exp_avg::scales": torch.ones(38, dtype=torch.int64)}, "38 torch.int64 scales"),
+        ({"exp_avg::scales": torch.ones(38, dtype=torch.complex64)}, "38 torch.complex64 scales"),
+        ({"exp_avg::scales": torch.ones(38, device="meta")}, "belong together"),
+        ({"exp_avg::quantized": torch.ones(SHAPE, dtype=torch.int8).to_sparse()}, "belong together"),
+        ({"error_bits": torch.ones(SHAPE, dtype=torch.int8, device="meta")}, "a tensor with data"),
+        ({"error_bits": torch.ones(SHAPE, dtype=torch.int8).to_sparse()}, "a tensor with data"),
         ({"exp_avg::scales": None}, "belong together"),
         ({"exp_avg::quantized": torch.ones(SHAPE)}, "float32 codes"),
         ({"error_bits": torch.ones(3, dtype=torch.int8)}, "error_bits of shape"),
         ({"error_bits": torch.ones(SHAPE, dtype=torch.int64)}, "int8 or int16"),
-        ({"error_bits": "x"}, "is a tensor, found str"),
+        ({"error_bits": "x"}, "a tensor with data, found str"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
@@ -141,3 +174,13 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
     with pytest.raises(OptimizerError, match=message):
         optimizer.load_state_dict({"state": {0: {**values, **change}}, "param_groups": [group()]})
     assert not optimizer.state
+
+
+def test_what_belongs_to_nothing_is_reported() -> None:
+    values, _ = quantised()
+    for key in ("exp_avg", "exp_avg_sq"):
+        values[f"{key}::quantized"] = values[f"{key}::quantized"].view(SHAPE)
+    optimizer = optim.AdamW([nn.Parameter(torch.ones(SHAPE))], lr=1e-2)
+    extra = {"foo::scales": torch.ones(3), 7: torch.ones(3)}
+    optimizer.load_state_dict({"state": {0: {**values, **extra}}, "param_groups": [group()]})
+    assert {c.state for c in optimizer.load_report.changes if c.kind == "dropped"} == {"foo::scales", "7"}

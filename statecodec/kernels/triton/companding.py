@@ -229,7 +229,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
         if not rows or not cols:
             return 0
         flags = flag_word(x)
-        shape = _shape(rows, cols, group, bits)
+        shape = _shape(rows, cols, group, curve.bits)
         _encode[_grid(rows, cols, group, shape["COUNT"])](
             x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), **shape,
             FORM=Form.of(curve), **OPTIONS,
@@ -249,10 +249,10 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
     with on(out):
         if not rows or not cols:
             return
-        shape = _shape(rows, cols, group, bits)
+        shape = _shape(rows, cols, group, curve.bits)
         _decode[_grid(rows, cols, group, shape["COUNT"])](
             codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device), out,
-            rows, cols, -(-cols // group), **shape, NIBBLES=bits == 4, **OPTIONS,
+            rows, cols, -(-cols // group), **shape, NIBBLES=curve.bits == 4, **OPTIONS,
         )  # fmt: skip
 
 

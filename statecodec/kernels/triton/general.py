@@ -27,7 +27,10 @@ def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int6
         tiles = tl.minimum(tiles.to(tl.int32) - first, SPEC.run)
         for tile in range(tiles):
             start = (first + tile).to(tl.int64) * SPEC.count
-            numbers = own_numbers(known, count), common
+            numbers = (
+                own_numbers(known, count),
+                common,
+            )  # read for each tile: kept in registers, Lion's step would spill
             if SPEC.method == "foam":
                 kept = step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC)
             else:
@@ -81,8 +84,8 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
     V: tl.constexpr = SPEC.v
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
     own, common = numbers
-    decay, size, _root, _reciprocal, _gain = own
-    _keep_1, rate_1, keep_2, rate_2, _eps, _l2, _heavy, residual = common
+    decay, size, root, reciprocal, _gain = own
+    _keep_1, rate_1, keep_2, rate_2, eps, _l2, _heavy, residual = common
     rows, cols = entry(mine, count, t.ROWS), entry(mine, count, t.COLS)
     blocks = (cols + BLOCK - 1) // BLOCK
     here, _ = places(rows, blocks, start, SPEC)
@@ -104,7 +107,7 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
     rest = residual * (g - mean[:, None])
     numerator = tl.reshape(m, [TALL])[:, None] + rest
     second = rest * rest + tl.reshape(v, [TALL])[:, None]
-    change = size * direction(numerator, second, numbers, False)
+    change = size * direction(numerator, second, root, reciprocal, eps, False)
     if SPEC.decay_first:
         w = w * decay - change
     else:

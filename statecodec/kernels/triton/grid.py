@@ -154,9 +154,10 @@ def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Compar
 
 def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
     """See `reference.grid.encode_direction`."""
-    made = _measure("direction", m, v, codes, grid, eps)
-    flags = 0 if made else flags_of(m, signed=True) | flags_of(v, signed=False)
-    return (0, made) if made else (flags or kernels.INF, NO_DIFFERENCE)  # finite moments whose ratio is not
+    if made := _measure("direction", m, v, codes, grid, eps):
+        return 0, made
+    flags = flags_of(m, signed=True) | flags_of(v, signed=False)
+    return flags or kernels.INF, NO_DIFFERENCE  # finite moments whose ratio is not
 
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:

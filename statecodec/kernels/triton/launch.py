@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -62,7 +63,7 @@ class Launch:
         self.addresses: list[int] = []
         self.numbers: tuple[float, ...] = ()
         self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
-        self.kept: dict[Any, list[tuple[Any, Spec, Tensor]]] = {}
+        self.kept: dict[tuple[Spec, bytes], list[tuple[Any, Spec, Tensor]]] = {}
 
     def __call__(self, gradients: Sequence[Tensor | None], hyper: Hyper) -> None:
         present, dtype = usable([g for g in gradients if g is not None])
@@ -124,14 +125,16 @@ class Launch:
             ]
         return self.kept[key]
 
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """The chunks of both launches that make shared second moments."""
+        squares, values = map(self._there, self.geometry.sums())
+        return squares, values
+
     def _share(self, spec: Spec) -> None:
         """The shared second moments of this step."""
-        if "sums" not in self.kept:
-            sums, values = (self._there(c) for c in self.geometry.sums())
-            self.kept["sums"] = [(sharing.squares, spec, sums), (sharing.share, spec, values)]
-        (_, _, sums), (_, _, values) = self.kept["sums"]
-        there = self.news.there
-        sharing.squares[(sums.shape[0],)](there, self.table, sums, self.count, SPEC=spec, **OPTIONS)
+        (squares, values), there = self._sums, self.news.there
+        sharing.squares[(squares.shape[0],)](there, self.table, squares, self.count, SPEC=spec, **OPTIONS)
         sharing.share[(values.shape[0],)](there, self.table, values, self.count, **OPTIONS)
 
     def _there(self, chunks: Chunks) -> Tensor:

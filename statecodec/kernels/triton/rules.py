@@ -1,6 +1,5 @@
 """The update rules, shared by both fused steps: those of `reference.steps`, in the order of operations of `cpu.steps`,
-every operation rounded separately. `numbers` are `scalars.own_numbers` and
-`group_numbers`.
+every operation rounded separately. `numbers` are `scalars.own_numbers` and `group_numbers`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ _ROOT_UP, _ROOT_DOWN = tl.constexpr(2.0**28), tl.constexpr(2.0**-28)
 def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
     """Weight and moments after one step of adam, slim (whose v is new already), lion or sgd."""
     own, common = numbers
-    decay, size, _root, _reciprocal, gain = own
-    keep_1, rate_1, keep_2, rate_2, _eps, l2, heavy, _residual = common
+    decay, size, root, reciprocal, gain = own
+    keep_1, rate_1, keep_2, rate_2, eps, l2, heavy, _residual = common
     if SPEC.l2:
         g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs
     if SPEC.method == "adam" or SPEC.method == "slim":
         m = average(m, g, rate_1)
         if SPEC.method == "adam":
             v = v * keep_2 + rate_2 * g * g
-        w = w * decay - size * direction(m, v, numbers, SPEC.words)
+        w = w * decay - size * direction(m, v, root, reciprocal, eps, SPEC.words)
     elif SPEC.method == "lion":
         u = average(g, m, keep_1)
         w = w * decay - tl.where(u > 0, size, tl.where(u < 0, 0.0 - size, 0.0))
@@ -54,10 +53,8 @@ def average(m, g, rate):
 
 
 @triton.jit
-def direction(m, v, numbers, FAST: tl.constexpr):
+def direction(m, v, root, reciprocal, eps, FAST: tl.constexpr):
     """m / (sqrt(v) / root + eps). FAST: from approximations, exact where moments come from 8-bit codes."""
-    own, common = numbers
-    root, reciprocal, eps = own[2], own[3], common[4]
     if FAST:
         divisor = _quotient_by(words.root(v * UP), root * _ROOT_UP, reciprocal * _ROOT_DOWN) + eps
         y = words.reciprocal(divisor)

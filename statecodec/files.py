@@ -122,6 +122,13 @@ class RandomAccess(Protocol):
         ...
 
 
+def read_bytes(file: RandomAccess, offset: int, nbytes: int) -> bytearray:
+    """Some bytes of a file. Raises EOFError past the end, OSError."""
+    data = bytearray(nbytes)
+    file.read_into(offset, memoryview(data))
+    return data
+
+
 class LocalFile:
     """A regular file of this machine, open for reading; never waits for a pipe or a device. Raises OSError."""
 
@@ -135,11 +142,7 @@ class LocalFile:
 
     def read_into(self, offset: int, target: memoryview) -> None:
         """Fill `target` (bytes). Raises EOFError past the end, OSError."""
-        while len(target):
-            count = os.preadv(self._fd, [target], offset)
-            if count == 0:
-                raise EOFError
-            target, offset = target[count:], offset + count
+        _fill(self._fd, offset, target)
 
     def close(self) -> None:
         """Close the file."""
@@ -188,12 +191,19 @@ def opened(
 
 def read_exactly(fd: int, offset: int, target: memoryview, name: str) -> None:
     """Fill `target` (bytes) from a file. Raises MalformedCheckpoint if the file is shorter."""
-    got = 0
-    while got < len(target):
-        count = os.preadv(fd, [target[got:]], offset + got)
+    try:
+        _fill(fd, offset, target)
+    except EOFError as error:
+        raise MalformedCheckpoint(f"{name}: ends at byte {error}; the file shrank while it was read") from None
+
+
+def _fill(fd: int, offset: int, target: memoryview) -> None:
+    """Raises EOFError with the byte at which the file ends."""
+    while len(target):
+        count = os.preadv(fd, [target], offset)
         if count == 0:
-            raise MalformedCheckpoint(f"{name}: ends at byte {offset + got}; the file shrank while it was read")
-        got += count
+            raise EOFError(offset)
+        target, offset = target[count:], offset + count
 
 
 def write_exactly(fd: int, offset: int, data: memoryview) -> None:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 from statecodec import dtypes
 from statecodec.distributed.folders import Folder
 from statecodec.errors import FormatError, UnsupportedVersion
+from statecodec.files import read_bytes
 from statecodec.limits import Limits
 from statecodec.strict import dump_json, parse_json
 
@@ -92,8 +93,7 @@ def read(folder: Folder) -> FolderIndex:
     try:
         with contextlib.closing(folder.open(NAME)) as file:
             limits.check(f"{path}: bytes", file.size, limits.max_manifest_bytes)
-            data = bytearray(file.size)
-            file.read_into(0, memoryview(data))
+            data = read_bytes(file, 0, file.size)
     except (OSError, EOFError) as error:
         why = getattr(error, "strerror", None) or error
         raise FormatError(f"{path}: {why}: no checkpoint was completed in {folder}") from error

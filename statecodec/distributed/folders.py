@@ -20,7 +20,7 @@ from statecodec.atomic import write_file
 from statecodec.distributed.stores import Fsspec, Objects, Obstore
 from statecodec.errors import OutputFailed, UsageError
 from statecodec.files import LocalFile, RandomAccess
-from statecodec.staging import remove_dead
+from statecodec.staging import os_errors, remove_dead
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 _LEAST = 1 << 20  # bytes of one request: small tensors lie beside each other
@@ -67,7 +67,7 @@ def folder_at(path: StrPath, store: Any = None) -> Folder:
 
     text = os.fspath(path)
     if isinstance(store, fsspec.AbstractFileSystem):
-        return InStore(Fsspec(store), text)
+        return InStore(Fsspec(store), store._strip_protocol(text))
     if store is not None:
         if not _is_obstore(store):
             raise UsageError(f"a store is an fsspec file system or an obstore store, found {type(store).__name__}")
@@ -102,10 +102,8 @@ class Directory:
 
     def make(self) -> None:
         """Make the directory."""
-        try:
+        with os_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputFailed(f"cannot make {self.path}: {error.strerror or error}") from error
 
     @contextlib.contextmanager
     def staged(self, name: str) -> Iterator[Path]:
@@ -127,10 +125,11 @@ class Directory:
     def remove(self, name: str) -> None:
         """Remove a file, or the folder in which a killed process was making one."""
         path = self.path / name
-        if path.is_dir():
-            remove_dead(path)
-        else:
-            path.unlink(missing_ok=True)
+        with os_errors(path):
+            if path.is_dir():
+                remove_dead(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def __str__(self) -> str:
         return str(self.path)

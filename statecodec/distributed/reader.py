@@ -62,7 +62,7 @@ class StatecodecReader(StorageReader):
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self) -> Metadata:  # with **kwargs torch would take it for one of each rank
         """What is in the checkpoint, from its index."""
         index = dcp_index.read(self.folder)
         self._digests = index.digests
@@ -70,10 +70,8 @@ class StatecodecReader(StorageReader):
         return index.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take the places of all items; a rank that did not read the index itself reads the digests now."""
+        """Take the places of all items."""
         self._places = metadata.storage_data
-        if not self._digests:
-            self._digests = dcp_index.read(self.folder).digests
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Nothing to add."""

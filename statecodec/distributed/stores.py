@@ -58,9 +58,15 @@ class Fsspec:
 
     def replace(self, key: str, data: bytes) -> None:
         """By a move: a file system that is no object store shows what is being written."""
+        from fsspec import AbstractFileSystem
+
         temporary = f"{key}.{secrets.token_hex(8)}.tmp"
         self._system.pipe_file(temporary, data)
-        self._system.mv(temporary, key)
+        if type(self._system).mv is AbstractFileSystem.mv:  # which takes a key for a pattern
+            self._system.cp_file(temporary, key)
+            self._system.rm_file(temporary)
+        else:
+            self._system.mv(temporary, key)
 
     def size(self, key: str) -> int:
         self._system.invalidate_cache()

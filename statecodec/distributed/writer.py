@@ -40,12 +40,13 @@ class StatecodecWriter(StorageWriter):
             own pieces; states of statecodec's optimizers are encoded already and are kept as they are. A rank writes
             one file, whatever its size.
 
-    Raises UsageError for `max_shard_size`; through DCP UsageError, OutputFailed, and what `compress` raises.
+    Raises UsageError for `max_shard_size` and `base`; through DCP UsageError, OutputFailed, and what `compress` raises.
     """
 
     def __init__(self, path: StrPath | None = None, *, store: Any = None, **settings: Any) -> None:
-        if "max_shard_size" in settings:
-            raise UsageError("StatecodecWriter takes no max_shard_size: every rank writes one file")
+        for name, why in (("max_shard_size", "every rank writes one file"), ("base", "a folder stands alone")):
+            if name in settings:
+                raise UsageError(f"StatecodecWriter takes no {name}: {why}")
         self._path, self._store = path, store
         self._settings = settings
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import xxhash
 
 from statecodec.errors import CorruptFile, FormatError, UnsupportedVersion
-from statecodec.files import RandomAccess
+from statecodec.files import RandomAccess, read_bytes
 from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
@@ -83,11 +83,11 @@ def read_header(file: RandomAccess, path: str, limits: Limits) -> Header:
     size = file.size
     if size < 8:
         raise FormatError(f"{path}: {size} bytes are too few for a safetensors file")
-    (length,) = struct.unpack("<Q", _read(file, 8, 0))
+    (length,) = struct.unpack("<Q", read_bytes(file, 0, 8))
     if length > size - 8:
         raise FormatError(f"{path}: the header claims {length:,} of {size:,} bytes: truncated, or not safetensors")
     limits.check(f"{path}: header bytes", length, limits.max_header_bytes)
-    text = _read(file, length, 8)
+    text = bytes(read_bytes(file, 8, length))
     if not text.startswith(b"{"):
         raise FormatError(f"{path}: the header does not start with an object: not a safetensors file")
     values = parse_json(text, f"{path}: header", limits)
@@ -96,12 +96,6 @@ def read_header(file: RandomAccess, path: str, limits: Limits) -> Header:
     digest = _verified_digest(text, metadata, path)
     entries = _entries(values, size - 8 - length, path)
     return Header(metadata, entries, 8 + length, version, digest)
-
-
-def _read(file: RandomAccess, nbytes: int, offset: int) -> bytes:
-    data = bytearray(nbytes)
-    file.read_into(offset, memoryview(data))
-    return bytes(data)
 
 
 def _metadata(value: object, path: str) -> dict[str, str]:

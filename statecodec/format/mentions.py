@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from statecodec.format.container import MANIFEST_ENTRY
 from statecodec.format.manifest import manifest_text
 from statecodec.format.open_files import OpenFiles
 from statecodec.limits import Limits
@@ -19,14 +18,10 @@ def mentions(path: Path, texts: tuple[str, ...], limits: Limits | None = None) -
     """
     limits = limits or Limits()
     with contextlib.closing(OpenFiles()) as files:
-        header = files.open_shard(path, limits)
-        entry = header.entries.get(MANIFEST_ENTRY)
-        if entry is None:
-            return False
-        limits.check(f"{path.name}: manifest bytes", entry.stop - entry.start, limits.max_manifest_bytes)
-        data = bytearray(entry.stop - entry.start)
-        files.read_into(0, header.data + entry.start, memoryview(data))
-    text = manifest_text(bytes(data), limits)
+        data = files.manifest(0, files.open_shard(path, limits), path.name, limits)
+    if data is None:
+        return False
+    text = manifest_text(data, limits)
     return any(_is_text(wanted) and dump_json(wanted) in text for wanted in texts)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from statecodec.errors import CorruptFile, FormatError
-from statecodec.files import LocalFile, RandomAccess
-from statecodec.format.container import Header, read_header
+from statecodec.files import LocalFile, RandomAccess, read_bytes
+from statecodec.format.container import MANIFEST_ENTRY, Header, read_header
 from statecodec.limits import Limits
 
 OpenFile: TypeAlias = Callable[[Path], RandomAccess]
@@ -51,9 +51,16 @@ class OpenFiles:
         """All of a small file, which stays closed."""
         with contextlib.closing(self._opened(path)) as file, _reading(f"{path.name}: "):
             limits.check(f"{path.name}: bytes", file.size, limits.max_manifest_bytes)
-            data = bytearray(file.size)
-            file.read_into(0, memoryview(data))
-            return bytes(data)
+            return bytes(read_bytes(file, 0, file.size))
+
+    def manifest(self, shard: int, header: Header, name: str, limits: Limits) -> bytes | None:
+        """The manifest's bytes, their checksum not looked at; None if the shard has none."""
+        entry = header.entries.get(MANIFEST_ENTRY)
+        if entry is None:
+            return None
+        limits.check(f"{name}: manifest bytes", entry.stop - entry.start, limits.max_manifest_bytes)
+        with _reading():
+            return bytes(read_bytes(self._files[shard], header.data + entry.start, entry.stop - entry.start))
 
     def _opened(self, path: Path) -> RandomAccess:
         try:

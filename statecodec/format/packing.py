@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import zstandard
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import PartSpec, rows_cols
+from statecodec.codecs import rows_cols
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import narrowed
 from statecodec.format.planes import (
@@ -83,11 +83,6 @@ class Packing:
                 parameters = make.from_level(self.level, window_log=min(window, MAX_WINDOW.bit_length() - 1))
             compressors[self] = zstandard.ZstdCompressor(compression_params=parameters)
         return compressors[self]
-
-
-def max_record_size(specs: Mapping[str, PartSpec]) -> int:
-    """The largest record that parts of these dtypes and shapes can give."""
-    return sum(spec.nbytes + ROW.size * plane_layout(spec.dtype)[0] for spec in specs.values())
 
 
 def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tuple[Bytes, int]:

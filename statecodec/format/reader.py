@@ -110,17 +110,14 @@ class Reader:
         return index if not os.path.lexists(self.path) and os.path.lexists(index) else None
 
     def _manifest_bytes(self, header: Header, path: Path) -> bytes:
-        entry, digest = header.entries.get(MANIFEST_ENTRY), header.metadata.get("statecodec.manifest")
-        if entry is None or digest is None:
+        data = self._files.manifest(0, header, path.name, self.limits)
+        digest = header.metadata.get("statecodec.manifest")
+        if data is None or digest is None:
             shard = header.metadata.get("statecodec.shard", "?")
             raise FormatError(f"{path.name} is shard {shard[:20]}, without manifest: open the {INDEX_SUFFIX} beside it")
-        size = entry.stop - entry.start
-        self.limits.check(f"{path.name}: manifest bytes", size, self.limits.max_manifest_bytes)
-        buffer = bytearray(size)
-        self._files.read_into(0, header.data + entry.start, memoryview(buffer))
-        if xxhash.xxh3_128_hexdigest(buffer) != digest:
+        if xxhash.xxh3_128_hexdigest(data) != digest:
             raise CorruptFile(f"{path.name}: the manifest's checksum does not match: the file is damaged")
-        return bytes(buffer)
+        return data
 
     def _read_index(self, path: Path) -> Any:
         return parse_json(self._files.content(path, self.limits), path.name, self.limits)

@@ -193,7 +193,7 @@ class Compression:
     base: BaseCheckpoint | None
     processor: Processor
     settings: CompressSettings
-    totals: StepErrors = field(default_factory=lambda: StepErrors())
+    totals: StepErrors = field(default_factory=StepErrors)
     recoded: dict[int, Codec] = field(default_factory=dict)
     """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
     shared: SharedReads | None = None
@@ -201,7 +201,8 @@ class Compression:
 
     def write(self, output: WriteOptions, check: Check | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        shared = SharedReads(self.source) if self.source.on_disk else None
+        hashed = self.settings.sha256 or any(file.crcs for file in self.source.located.files)
+        shared = SharedReads(self.source) if self.source.on_disk and hashed else None
         with self.hashing(self.source.own_files if shared else (), shared) as hashes:
 
             def document(refusals: Mapping[str, str]) -> dict[str, Any]:

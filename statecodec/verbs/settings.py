@@ -95,9 +95,8 @@ class CompressSettings:
     @property
     def named_preset(self) -> str | None:
         """The preset, if any of what it stands for was left to it."""
-        stands = choose.preset(self.preset)
-        replaced = {"max_step_error"} <= {*self.budget.asked} or len(self.budget.asked) > 1
-        return None if replaced and not stands.rules else self.preset
+        replaced = "max_step_error" in self.budget.asked or len(self.budget.asked) > 1
+        return None if replaced and not choose.preset(self.preset).rules else self.preset
 
     @property
     def promised(self) -> Budget:

@@ -24,16 +24,6 @@ def state(seed: int = 0, optimizer: str = "torch") -> dict[str, Any]:
     return {"model": net.state_dict(), "optim": get_optimizer_state_dict(net, made), "epoch": 7}
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return bool(a == b)
-
-
 def save(value: dict[str, Any], folder: Any, **options: Any) -> None:
     dcp.save(value, storage_writer=StatecodecWriter(folder, **options), no_dist=True)
 

@@ -19,7 +19,8 @@ from statecodec.distributed.folders import Directory
 from statecodec.distributed.reader import StatecodecReader
 from statecodec.errors import FormatError
 from statecodec.format import Reader
-from tests.distributed.one_process import load, rank_files, same, save, state
+from tests.contracts.layout import same
+from tests.distributed.one_process import load, rank_files, save, state
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 

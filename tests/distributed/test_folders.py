@@ -19,7 +19,8 @@ from statecodec import staging
 from statecodec.distributed import StatecodecReader, StatecodecWriter, dcp_index, stores
 from statecodec.distributed.folders import InStore, folder_at
 from statecodec.errors import OutputFailed, UsageError
-from tests.distributed.one_process import load, rank_files, same, save, state
+from tests.contracts.layout import same
+from tests.distributed.one_process import load, rank_files, save, state
 from tests.s3_server import bucket_store, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -34,8 +35,13 @@ def s3() -> Iterator[Any]:
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    """The arguments of writers and readers for a kind of store."""
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """The arguments of writers and readers for a kind of store. The memory of fsspec is all processes' one store."""
+    yield _arguments(request, tmp_path)
+    fsspec.filesystem("memory").store.clear()
+
+
+def _arguments(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
     kind = request.param
     if kind == "fsspec":
         return {"folder": str(tmp_path / "run" / "7"), "store": fsspec.filesystem("file")}
@@ -45,7 +51,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
         return {"folder": "run/7", "store": obstore.store.MemoryStore()}
     if kind == "obstore, local":
         return {"folder": "/run/7/", "store": obstore.store.LocalStore(tmp_path)}
-    return {"folder": f"{kind}{tmp_path}/run 7"}
+    return {"folder": f"{kind}{tmp_path}/run 7[1]*"}  # what is a pattern elsewhere is a name here
 
 
 @pytest.mark.parametrize("place", KINDS, indirect=True)
@@ -183,3 +189,24 @@ def test_failures_of_a_store_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         folder.write("x", b"")
     with pytest.raises(UsageError, match="every rank writes one file"):
         StatecodecWriter("x", max_shard_size="1GB")
+    with pytest.raises(UsageError, match="a folder stands alone"):
+        StatecodecWriter("x", base="rank-0.sc.safetensors")
+    assert str(folder_at("memory://a/b", system)) == str(folder_at("memory://a/b")) == "memory:///a/b"
+
+
+def test_an_index_that_cannot_be_read_once_fails_the_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would read it again, on this rank alone, which then goes on without the others."""
+    save(state(0), tmp_path)
+    read, calls = dcp_index.read, 0
+
+    def failing(folder: Any) -> dcp_index.FolderIndex:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError("the store does not answer")
+        return read(folder)
+
+    monkeypatch.setattr(dcp_index, "read", failing)
+    with pytest.raises(dcp.api.CheckpointException, match="does not answer"):
+        load(tmp_path, state(1))
+    assert calls == 1

@@ -71,9 +71,8 @@ class TestMegatron(LayoutContract):
 
     def write(self, folder: Path) -> Any:
         rank = distributed_optimizer(folder, {"a": (4, 8), "b": (8,)})
-        return {"iter_0000010/mp_rank_00": {path.name: torch.load(path) for path in sorted(rank.iterdir())}} | {
-            "latest_checkpointed_iteration.txt": b"10"
-        }
+        loaded = {str(path.relative_to(folder)): torch.load(path) for path in sorted(rank.iterdir())}
+        return {**loaded, "latest_checkpointed_iteration.txt": b"10"}
 
 
 def test_every_registered_layout_has_a_contract() -> None:

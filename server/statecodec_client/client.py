@@ -29,16 +29,16 @@ def _silent(done: int, total: int, stage: str) -> None:
 
 
 class Client:
-    """One service and one token.
+    """One service and one token. Close it, or use it as a context manager.
+
+    Its methods raise ServiceError for a refusal of the service (with its `code` and HTTP status), and when it could not
+    be reached for `patience` seconds; CorruptFile when the two ends have different bytes.
 
     Args:
-        url: where the service listens, such as `https://checkpoints.lab.example`.
-        token: what `statecodec-server token add` printed; None for a service without tokens.
-        patience: seconds without any progress after which a transfer gives up.
-        cache: the folder that remembers uploads that were begun; by default `statecodec/uploads` in the user's cache.
-
-    Its methods raise ServiceError for a refusal of the service (with its `code` and HTTP status), and when it could
-    not be reached for `patience` seconds; CorruptFile when the two ends have different bytes.
+        url: Where the service listens, such as `https://checkpoints.lab.example`.
+        token: What `statecodec-server token add` printed; None for a service without tokens.
+        patience: Seconds without any progress after which a transfer gives up.
+        cache: The folder that remembers uploads that were begun; by default `statecodec/uploads` in the user's cache.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._connection.close()
 
     # Uploads
@@ -64,21 +64,31 @@ class Client:
         """Upload a file; goes on where an earlier call that was interrupted left off.
 
         Args:
-            progress: called with bytes done, bytes in total, and "uploading" or "checking".
+            path: The file.
+            progress: Called with bytes done, bytes in total, and "uploading" or "checking".
 
         Returns:
             The upload's id, once both ends have the same SHA-256.
+
+        Raises:
+            CorruptFile: If the service received other bytes.
+            ServiceError: If the service refused, or could not be reached.
         """
         return self._connection.upload(Path(path), progress)
 
     def upload_directory(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> list[Document]:
         """Upload every file of a directory checkpoint, without following links to folders.
 
+        Args:
+            path: The directory.
+            progress: Called with bytes done, bytes in total of all files, and "uploading" or "checking".
+
         Returns:
             The `uploads` list of a job's source: for each file the upload's id, and its path with the folder's name.
 
         Raises:
-            ServiceError: with the code `usage`, where there is no file.
+            ServiceError: With the code `usage` if there is no file; else as `upload`.
+            CorruptFile: If the service received other bytes.
         """
         root = Path(path)
         files = sorted(item for item in root.rglob("*") if item.is_file())
@@ -122,7 +132,17 @@ class Client:
         return document
 
     def job(self, identity: str) -> Document:
-        """The document of a job as it is now."""
+        """Ask how a job is.
+
+        Args:
+            identity: The job's id.
+
+        Returns:
+            The job's document as it is now.
+
+        Raises:
+            ServiceError: If there is no such job.
+        """
         document: Document = self.request("GET", f"/v1/jobs/{identity}").json()
         return document
 
@@ -180,26 +200,69 @@ class Client:
         return self.wait(job, progress=progress)
 
     def source(self, path: str | os.PathLike[str], *, progress: Progress = _silent) -> Document:
-        """Upload a file or a directory checkpoint. Returns the `source` that `submit` takes."""
+        """Upload a file or a directory checkpoint.
+
+        Args:
+            path: The file or directory.
+            progress: Called with bytes done, bytes in total, and the name of the stage.
+
+        Returns:
+            The `source` that `submit` takes.
+
+        Raises:
+            ServiceError: If the service refused, or could not be reached.
+            CorruptFile: If the service received other bytes.
+        """
         if Path(path).is_dir():
             return {"uploads": self.upload_directory(path, progress=progress)}
         return {"upload": self.upload(path, progress=progress)}
 
     def report(self, job: Document) -> Document:
-        """The report of a job that succeeded: the JSON that `statecodec ... --json` prints."""
+        """Fetch the report of a job that succeeded.
+
+        Args:
+            job: The job's document.
+
+        Returns:
+            The JSON that `statecodec ... --json` prints.
+
+        Raises:
+            ServiceError: If there is none.
+        """
         document: Document = self.request("GET", job["links"]["report"]).json()
         return document
 
     def cancel(self, job: Document) -> None:
-        """Stop a job, at once or at its next report of progress. One that has ended stays as it is."""
+        """Stop a job, at once or at its next report of progress. One that has ended stays as it is.
+
+        Args:
+            job: The job's document.
+
+        Raises:
+            ServiceError: If the service refused.
+        """
         self.request("POST", f"/v1/jobs/{job['id']}/cancel")
 
     def delete(self, job: Document) -> None:
-        """Remove an ended job and its result."""
+        """Remove an ended job and its result.
+
+        Args:
+            job: The job's document.
+
+        Raises:
+            ServiceError: If the job has not ended (it is cancelled then), or the service refused.
+        """
         self.request("DELETE", f"/v1/jobs/{job['id']}")
 
     def forget(self, source: Mapping[str, Any]) -> None:
-        """Remove the uploads behind a source."""
+        """Remove the uploads behind a source.
+
+        Args:
+            source: What `source` gave.
+
+        Raises:
+            ServiceError: If the service refused.
+        """
         for member in source.get("uploads", [source]):
             if "upload" in member:
                 self.request("DELETE", f"/v1/uploads/{member['upload']}", headers=TUS)

@@ -29,7 +29,13 @@ Document = dict[str, Any]
 
 
 class ServiceError(StatecodecError):
-    """The service refused, failed, or could not be reached; `code` is the service's own, `status` that of HTTP."""
+    """The service refused, failed, or could not be reached.
+
+    Args:
+        code: The service's own code, as docs/http.md lists them.
+        message: A sentence for people.
+        status: The HTTP status; 0 if there was no answer.
+    """
 
     def __init__(self, code: str, message: str, status: int = 0) -> None:
         super().__init__(message)

@@ -37,7 +37,16 @@ def unchanged(storage: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: what is known of it, and its place among the checkpoint's tensors."""
+    """One stored tensor.
+
+    Args:
+        name: Its key path.
+        role: `weight`, `master`, `exp_avg`, `exp_avg_sq`, ... or `other`; `skeleton` for the bytes that are no tensor.
+        param: The parameter that it belongs to, if that is known.
+        shape: Its shape.
+        dtype: Its dtype before it was encoded.
+        index: Its place among the checkpoint's items.
+    """
 
     name: str
     role: str
@@ -64,10 +73,9 @@ class Window:
 
 
 class Checkpoint(ABC):
-    """An open checkpoint. Close it, or use it as a context manager.
+    """An open checkpoint, compressed or not. Close it, or use it as a context manager.
 
-    `items` are the stored tensors in order, skeletons of files included. `moments` are the pairs of Adam's moments
-    among them, by name.
+    `items` are the stored tensors in order, skeletons of files included.
     """
 
     path: Path
@@ -81,17 +89,17 @@ class Checkpoint(ABC):
     @property
     @abstractmethod
     def moments(self) -> tuple[Moments, ...]:
-        """Which moments belong together, and the settings of their optimizer."""
+        """The pairs of exp_avg and exp_avg_sq, by name, with the settings of their optimizer."""
 
     @property
     @abstractmethod
     def listing(self) -> tuple[str, ...]:
-        """Files and folders of a directory, relative to it; of a single file, nothing."""
+        """Paths of the files and folders of a directory, relative to it; empty for a single file."""
 
     @property
     @abstractmethod
     def windows(self) -> Mapping[str, Window]:
-        """The tensors under the names that the original files give them."""
+        """Where the tensors of the original files are, under the names that those files give them."""
 
     @property
     @abstractmethod
@@ -100,19 +108,59 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
-        """The tensor's elements in order, checked and decoded: one flat chunk after the other."""
+        """Read one stored tensor in order, checked and decoded.
+
+        Args:
+            tensor: One of `items`.
+
+        Returns:
+            Flat tensors of the item's dtype, one chunk after the other.
+
+        Raises:
+            FormatError: If a compressed file is damaged.
+            LayoutError: If an uncompressed one is.
+        """
 
     @abstractmethod
     def decode(self, index: int) -> Tensor:
-        """A whole stored tensor, checked and decoded."""
+        """Read one stored tensor whole, checked and decoded.
+
+        Args:
+            index: Its place in `items`.
+
+        Returns:
+            The tensor, in its own shape and dtype, on the CPU.
+
+        Raises:
+            FormatError: If a compressed file is damaged.
+            LayoutError: If an uncompressed one is.
+        """
 
     @abstractmethod
     def stored_as(self, index: int) -> Encoding:
-        """How a stored tensor is stored."""
+        """How a stored tensor is stored.
+
+        Args:
+            index: Its place in `items`.
+
+        Returns:
+            Its codec, and the change since a base, if it is stored as one.
+        """
 
     @abstractmethod
     def encoded(self, index: int) -> EncodedTensor:
-        """A stored tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint."""
+        """Read one stored tensor in its encoded form.
+
+        Args:
+            index: Its place in `items`.
+
+        Returns:
+            Its codec and parts.
+
+        Raises:
+            UsageError: If the checkpoint is not compressed.
+            FormatError: If the file is damaged.
+        """
 
     @abstractmethod
     def report(self) -> Report:
@@ -131,7 +179,17 @@ class Checkpoint(ABC):
         return [*(name for name, w in self.windows.items() if w.index not in parts), *self.joined]
 
     def info(self, name: str) -> dict[str, Any]:
-        """role, param, shape, dtype and codec config of a tensor. Raises UsageError if there is none of that name."""
+        """What is known of a tensor, from headers alone.
+
+        Args:
+            name: One of `names()`, or a name that reports use.
+
+        Returns:
+            A dict with `role`, `param`, `shape`, `dtype` (its name) and `codec` (its JSON config).
+
+        Raises:
+            UsageError: If there is no tensor of that name.
+        """
         if name in self.joined:
             whole = self.joined[name]
             index, shape, dtype = whole.pieces[0][0], whole.shape, whole.dtype
@@ -145,7 +203,19 @@ class Checkpoint(ABC):
         }  # fmt: skip
 
     def read(self, name: str) -> Tensor:
-        """One tensor, checked and decoded; touches only its bytes. Raises UsageError, FormatError, LayoutError."""
+        """Read one tensor, checked and decoded; touches only the bytes of that tensor.
+
+        Args:
+            name: One of `names()`, or a name that reports use.
+
+        Returns:
+            The tensor, in its own shape, stride and dtype, on the CPU.
+
+        Raises:
+            UsageError: If there is no tensor of that name.
+            FormatError: If a compressed file is damaged.
+            LayoutError: If an uncompressed one is.
+        """
         if name in self.joined:
             return self.joined[name].assembled(self.decode)
         w = self._window(name)
@@ -153,8 +223,18 @@ class Checkpoint(ABC):
         return window(storage, view.dtype, view.shape, view.stride, view.offset)
 
     def read_encoded(self, name: str) -> EncodedTensor:
-        """One tensor as it is stored, not decoded. Raises UsageError for an uncompressed checkpoint, and for a tensor
-        that is stored in several pieces.
+        """Read one tensor in its encoded form.
+
+        Args:
+            name: One of `names()`, or a name that reports use.
+
+        Returns:
+            Its codec and parts.
+
+        Raises:
+            UsageError: If the checkpoint is not compressed, there is no tensor of that name, or it is stored in several
+                pieces.
+            FormatError: If the file is damaged.
         """
         if name in self.joined:
             first, *others = (self.items[index].name for index, _ in self.joined[name].pieces)

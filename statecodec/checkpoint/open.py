@@ -17,22 +17,56 @@ from statecodec.lazy import torch
 
 
 def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint | StoredCheckpoint:
-    """Open a checkpoint, compressed or not, to read single tensors. Raises FormatError, LayoutError.
+    """Open a checkpoint, compressed or not, to read single tensors. It is `statecodec.open`.
 
-    `crcs`: as for SourceCheckpoint.
+    Args:
+        path: The file or directory.
+        crcs: Of an uncompressed zip, check the CRC-32 of what is read.
+
+    Returns:
+        The open checkpoint, a context manager.
+
+    Raises:
+        FormatError: If a compressed file cannot be read.
+        LayoutError: If an uncompressed one cannot.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": {"w": torch.ones(2, 2)}}, f"{folder}/ckpt.pt")
+        ...     with statecodec.open(f"{folder}/ckpt.pt") as checkpoint:
+        ...         checkpoint.names(), checkpoint.read("model.w")
+        (['model.w'], tensor([[1., 1.],
+                [1., 1.]]))
     """
     return StoredCheckpoint.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
 
 
 def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, safe_only: bool = False) -> Any:
-    """The nested object that torch.load would give (safetensors: {name: tensor}; a directory: {path: content}),
-    decoded.
+    """Load a checkpoint, compressed or not, as the nested object that torch.load would give.
 
-    Nothing the file names is imported or run: unknown classes come back as OpaqueObject with their name and contents.
-    Tensors that shared memory share it again. `map_location` is the device that they all go to, wherever they were
-    when they were saved. With `safe_only` a checkpoint whose unpickling could run code (see `inspect`) is refused.
+    Nothing that the file names is imported or run: unknown classes come back as OpaqueObject with their name and
+    contents. Tensors that shared memory share it again.
 
-    Raises FormatError, LayoutError, UsageError.
+    Args:
+        path: The file or directory.
+        map_location: The device that all tensors go to, wherever they were when they were saved.
+        safe_only: Refuse a checkpoint whose unpickling could run code (see `inspect`).
+
+    Returns:
+        What torch.load would give; of a safetensors file {name: tensor}; of a directory {path: content}.
+
+    Raises:
+        FormatError: If a compressed file cannot be read.
+        LayoutError: If an uncompressed one cannot, or is unsafe with `safe_only`.
+        UsageError: If `map_location` is no device.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"w": torch.zeros(2), "epoch": 3}, f"{folder}/ckpt.pt")
+        ...     statecodec.load(f"{folder}/ckpt.pt")
+        {'w': tensor([0., 0.]), 'epoch': 3}
     """
     device = _device(map_location)
     with open_checkpoint(path) as checkpoint:
@@ -44,8 +78,17 @@ def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, sa
 def loaded(checkpoint: Checkpoint, device: torch.device, keep: Keep = unchanged) -> Any:
     """The nested object that an open checkpoint holds; on the device `meta` without reading its tensors.
 
-    `keep` is given the bytes of every storage as they are read, and gives what the object shall have. Raises as `load`
-    does.
+    Args:
+        checkpoint: The open checkpoint.
+        device: Where the tensors go.
+        keep: Takes the bytes of every storage as they are read, and gives the bytes that the object shall have.
+
+    Returns:
+        The object, as for `load`.
+
+    Raises:
+        FormatError: If a compressed file cannot be read.
+        LayoutError: If an uncompressed one cannot.
     """
     if isinstance(checkpoint, SourceCheckpoint):
         return checkpoint.load(device, keep)

@@ -17,8 +17,20 @@ _NOTES = 10  # that are printed
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One stored tensor. `error` holds `rms`, `relative_rms` and `max_abs` of decoding where they were measured;
-    `state` is what the tensor is a part of, where a live optimizer keeps its states encoded.
+    """One stored tensor.
+
+    Args:
+        name: Its key path.
+        role: `weight`, `master`, `exp_avg`, `exp_avg_sq`, ... or `other`; `skeleton` for the bytes that are no tensor.
+        param: The parameter that it belongs to, if that is known.
+        shape: Its shape.
+        dtype: The name of its dtype before it was encoded.
+        codec: The text of its codec.
+        bytes_before: Its bytes in the source.
+        bytes_after: Its bytes in the file, packed.
+        error: `rms`, `relative_rms` and `max_abs` of decoding, where they were measured; `step_error` in optimizer
+            steps.
+        state: The state of a live optimizer that it is an encoded part of.
     """
 
     name: str
@@ -37,8 +49,14 @@ class TensorReport:
 class UpdateReport:
     """What encoding did to one parameter's Adam update direction u = m_hat / (sqrt(v_hat) + eps).
 
-    u_rms = ||u' - u|| / ||u||; max_u and max_u_exact are the largest |u'| and |u|; cosine of u' and u. `exp_avg` is the
-    name of that tensor: files of one directory may have parameters of one name.
+    Args:
+        param: The parameter, if it is known.
+        exp_avg: Name of the first moment: files of one directory may have parameters of one name.
+        numel: Number of elements.
+        u_rms: ||u' - u|| / ||u||, where u' is the update after decoding.
+        max_u: Largest |u'|.
+        max_u_exact: Largest |u|.
+        cosine: Cosine between u' and u.
     """
 
     param: str | None
@@ -52,13 +70,13 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class PickleReport:
-    """What unpickling what is in one file of the original would import; nothing here ever does.
+    """What unpickling one file of the original would import. This library never unpickles it.
 
     Args:
-        file: its path.
-        globals: module and name of each class or function.
-        can_run_code: those of them that do more than make values.
-        unread: why some of it cannot be told; None if all can be. What cannot be told can run code.
+        file: Its path.
+        globals: Module and name of each class or function.
+        can_run_code: Those of them that do more than make values.
+        unread: Why some of it cannot be told, or None. What cannot be told counts as able to run code.
     """
 
     file: str
@@ -69,7 +87,27 @@ class PickleReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What a checkpoint is made of, and what a verb did to it."""
+    """What a checkpoint is made of, and what a verb did to it.
+
+    Args:
+        path: The file that the report is of.
+        format_version: (major, minor) of a compressed file; None for another.
+        source: Of the original: `layout`, `bytes`, `sha256`, `name` and more.
+        bytes: Size of all files, in bytes.
+        tensors: The stored tensors.
+        seconds: How long the verb took.
+        preset: The preset, if there was one.
+        rules: The texts of the rules that were used.
+        updates: What encoding did to each parameter's Adam update, where that was measured.
+        total: Errors over all tensors.
+        asked: The largest errors that a preset or option asked for, in optimizer steps, under their names in `total`;
+            empty if none did, None where the file does not say.
+        notes: What was left out or done otherwise, and why.
+        files: Paths of all files of a compressed checkpoint.
+        unmet: What the preset stands for and found no tensors for.
+        pickles: What unpickling the original would import; of `inspect` and `compress`, of other verbs with
+            `safe_only`.
+    """
 
     path: str
     format_version: tuple[int, int] | None
@@ -82,20 +120,17 @@ class Report:
     updates: tuple[UpdateReport, ...] = ()
     total: dict[str, float] | None = None
     asked: Mapping[str, float] | None = None
-    """The largest errors that were asked for, in optimizer steps, under their names in `total`: by a preset or by an
-    option; empty if none was. None where the file does not say.
-    """
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()
-    """What the preset promises and found nothing to do it to."""
     pickles: tuple[PickleReport, ...] = ()
-    """Of the original, where the verb looked: `inspect` and `compress`, every other one with `safe_only`."""
 
     @property
     def num_params(self) -> int:
-        """Parameters, each counted once: elements of the weights, or else of the first of their copies or states that
-        is there; without any, of all tensors of real and complex numbers.
+        """Number of parameters, each counted once.
+
+        These are the elements of the weights; without weights, those of the first of their copies or states that are
+        there; without any of those, of all tensors of real and complex numbers.
         """
         for role in ("weight", "master", "ema", "exp_avg", "momentum"):
             states = {t.state for t in self.tensors if t.state is not None and t.state.role == role}
@@ -107,12 +142,12 @@ class Report:
 
     @property
     def ratio(self) -> float | None:
-        """Source bytes over bytes."""
+        """Bytes of the source over bytes of the files."""
         return self.source["bytes"] / self.bytes if self.bytes else None
 
     @property
     def bytes_per_param(self) -> float | None:
-        """Bytes of the whole file over `num_params`."""
+        """Bytes of the files over `num_params`."""
         return self.bytes / self.num_params if self.num_params else None
 
     def __str__(self) -> str:
@@ -129,11 +164,21 @@ class Report:
 
 @dataclass(frozen=True)
 class TensorDiff:
-    """Error of one tensor of B against A.
+    """The error of one tensor of B against A.
 
-    mismatched: elements that are NaN or infinite on one side only. differing: elements that differ, of a tensor that
-    is not compared as numbers (integers, booleans, complex numbers, 8-bit floats). identical: the same bits.
-    step_error: rms as a fraction of the optimizer step that trains it; None where that is not known.
+    Args:
+        name: Its name.
+        role: Its role in A.
+        shape: Its shape.
+        dtype: Its dtype in A.
+        rms: Root mean square of B - A.
+        relative_rms: ||B - A|| / ||A||.
+        max_abs: Largest |B - A|.
+        mismatched: Elements that are NaN or infinite on one side only.
+        differing: Elements that differ, of a tensor that is not compared as numbers (integers, booleans, complex
+            numbers, 8-bit floats).
+        identical: Whether all bits are the same.
+        step_error: `rms` as a fraction of the optimizer step that trains it; None where that is not known.
     """
 
     name: str
@@ -151,7 +196,13 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class ValueDiff:
-    """One value that is another in B, by its key path; `-` stands for one that is not there."""
+    """One value beside the tensors that differs.
+
+    Args:
+        name: Its key path.
+        a: Its text in A; `-` if it is not there.
+        b: Its text in B; `-` if it is not there.
+    """
 
     name: str
     a: str
@@ -160,11 +211,23 @@ class ValueDiff:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """B against A: every tensor, every Adam update, totals; names that stand on one side only.
+    """Checkpoint B compared with checkpoint A.
 
-    rest_differs: files in which bytes that belong to no tensor differ (settings, schedulers, metadata, files that are
-    no checkpoint), or that stand on one side only. values: the settings and counters that differ in them, at most 200;
-    none where the files cannot be read, or only differ in how they write the same.
+    Args:
+        a: Path of A.
+        b: Path of B.
+        tensors: The errors of all tensors that are on both sides.
+        updates: What differs in each parameter's Adam update.
+        total: Errors over all tensors.
+        only_in_a: Names of tensors that only A has.
+        only_in_b: Names of tensors that only B has.
+        not_comparable: Names of tensors whose shapes or kinds of dtype differ.
+        rest_differs: Files in which bytes outside tensors differ (settings, schedulers, metadata, files that are no
+            checkpoint), and files that are on one side only.
+        values: The settings and counters that differ in those files, at most 200. Empty where the files cannot be read,
+            or write the same values differently.
+        notes: What was left out, and why.
+        seconds: How long it took.
     """
 
     a: str
@@ -182,13 +245,13 @@ class DiffReport:
 
     @property
     def tensors_equal(self) -> bool:
-        """Every tensor is there on both sides, with the same numbers."""
+        """Whether every tensor is on both sides, with the same numbers."""
         one_sided = self.only_in_a or self.only_in_b or self.not_comparable
         return not one_sided and not any(t.max_abs or t.mismatched or t.differing for t in self.tensors)
 
     @property
     def identical(self) -> bool:
-        """Every byte of A, restored, is that of B: tensors bit for bit, and everything else."""
+        """Whether A and B restore to the same bytes: tensors bit for bit, and everything else."""
         return self.tensors_equal and all(t.identical for t in self.tensors) and not self.rest_differs
 
     def __str__(self) -> str:

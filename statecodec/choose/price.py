@@ -30,12 +30,14 @@ def update_errors(
 
     Args:
         checkpoint: Where both moments are read, streamed.
-        choices: By name: the dimensions that each second moment shares, by the name of its parameter (without one, its
-            own).
+        choices: Name of a choice -> parameter (without one, the second moment's own name) -> the dimensions that its
+            second moment shares.
+        threads: Number of threads.
+        progress: Called with (bytes done, bytes in all, what is being done).
 
     Returns:
         By the choice's name ||u' - u|| / ||u|| over all parameters, of u = m_hat / (sqrt(v_hat) + eps); u' divides by
-        the mean over the shared dimensions. Nothing where the checkpoint has no pairs of moments.
+        the mean over the shared dimensions. Empty where the checkpoint has no pairs of moments.
     """
     with_values = [m for m in checkpoint.moments if math.prod(checkpoint.tensors[m.exp_avg].shape)]
     meter = Meter(progress, sum(checkpoint.tensors[m.exp_avg].nbytes * 2 for m in with_values), "measuring updates")

@@ -1,6 +1,4 @@
-"""SNR during training, at the schedule of the paper (SlimAdam, section 3.1): a few dozen measurements in a whole
-run.
-"""
+"""SNR during training, at the schedule of the paper (SlimAdam, section 3.1): a few dozen measurements in a run."""
 
 from __future__ import annotations
 
@@ -31,15 +29,30 @@ def paper_schedule(step: int) -> bool:
 class SNRTracker:
     """Follows the SNR of a live optimizer's second moments.
 
-        tracker = SNRTracker(optimizer, model.named_parameters())
-        ...
-        optimizer.step()
-        tracker.step()
-        tracker.save_rules("rules.json")          feeds `compress --rules` and SlimAdam(rules="rules.json")
+    Works with torch.optim.Adam and AdamW and with the optimizers of this library. The measured run must keep whole
+    second moments: shared, folded or low-rank ones have nothing left to measure. Between measurements a step costs one
+    comparison; only sums of ratios are kept. Sharded (DTensor) states are gathered for the measurement.
 
-    Works with torch.optim.Adam and AdamW and with the optimizers of this library; the run measured must keep whole
-    second moments (shared, folded or low-rank ones have nothing left to measure: UsageError). Between measurements a
-    step costs one comparison; only sums of ratios are kept. Sharded (DTensor) states are gathered for the measurement.
+    Args:
+        optimizer: The optimizer of the run.
+        named_parameters: The model's `named_parameters()`.
+        schedule: Takes a step, counted from 1, and says whether to measure at it. By default step 1, every 100 steps
+            below 1000, and every 1000 from there on.
+
+    Source:
+        SlimAdam (arXiv 2503.01843), section 3.1.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> tracker = SNRTracker(optimizer, model.named_parameters())
+        >>> model(torch.ones(2, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> tracker.step(), tracker.steps
+        (True, (1,))
+        >>> [rule["pattern"] for rule in tracker.rules()["rules"]]
+        ['weight']
     """
 
     def __init__(
@@ -70,7 +83,11 @@ class SNRTracker:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Measure now, whatever the schedule says. Raises UsageError."""
+        """Measure now, whatever the schedule says.
+
+        Raises:
+            UsageError: If the optimizer does not keep whole second moments.
+        """
         for name, param in self._params.items():
             if not self._layers[name].shareable or not param.numel():
                 continue
@@ -85,8 +102,13 @@ class SNRTracker:
         self._steps.append(self._count)
 
     def layers(self) -> list[LayerSNR]:
-        """Averages over the measured steps, vectors and norms included as unshareable. Raises UsageError before the
-        first.
+        """The averages over the measured steps; vectors and norms are included, as not shareable.
+
+        Returns:
+            One record a parameter.
+
+        Raises:
+            UsageError: Before the first measurement.
         """
         if not self._sums:
             raise UsageError(
@@ -99,11 +121,33 @@ class SNRTracker:
         return snrs
 
     def rules(self, cutoff: float = CUTOFF, basis: str = "type") -> dict[str, Any]:
-        """The content of a rules file; see `rules_document`."""
+        """Make the content of a rules file.
+
+        Args:
+            cutoff: Share only dimensions whose SNR is above this.
+            basis: `layer`, `type` or `table`, as for `Analysis.rules`.
+
+        Returns:
+            A dict that JSON can hold, as `save_rules` writes it.
+
+        Raises:
+            UsageError: Before the first measurement.
+            PolicyError: For another basis.
+        """
         return rules_document(self.layers(), cutoff, basis)
 
     def save_rules(self, path: str | Path, cutoff: float = CUTOFF, basis: str = "type") -> None:
-        """Write a rules file."""
+        """Write a rules file for `compress(rules_file=...)` and for SlimAdam.
+
+        Args:
+            path: The file.
+            cutoff: Share only dimensions whose SNR is above this.
+            basis: `layer`, `type` or `table`, as for `Analysis.rules`.
+
+        Raises:
+            UsageError: Before the first measurement.
+            PolicyError: For another basis.
+        """
         write_rules(self.rules(cutoff, basis), path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -112,7 +156,14 @@ class SNRTracker:
         return {"count": self._count, "steps": list(self._steps), "sums": sums}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict`. Raises UsageError for parameters that are not there."""
+        """Go on from a `state_dict`.
+
+        Args:
+            state: What `state_dict` gave.
+
+        Raises:
+            UsageError: If it has parameters that this model lacks.
+        """
         unknown = [name for name in state["sums"] if name not in self._params]
         if unknown:
             raise UsageError(f"the saved SNRs are of parameters this model lacks: {', '.join(unknown[:3])}")

@@ -41,15 +41,26 @@ def compress_on_ray(
     """Compress `src` into `dst` with Ray; the file has the same bytes as that of a single process.
 
     Args:
-        src, dst: as for `compress`; absolute, or relative to the folder that this process runs in.
-        address: of a running cluster ("auto": the one that this machine belongs to); "local" starts one here. Without
+        src: As for `compress`; absolute, or relative to the folder that this process runs in.
+        dst: As for `compress`; absolute, or relative to that folder.
+        address: Of a running cluster (`auto`: the one that this machine belongs to); `local` starts one here. Without
             effect if ray is connected already.
-        shares: how many tasks; by default four for every CPU of the cluster, each of at least 64 MiB.
-        retries: how often a share is tried again whose process or node died.
-        verify, force, base, device, safe_only, settings: as for `compress`. A task takes one CPU, on "cuda" a GPU too.
-        progress: told of every share that is done.
+        shares: How many tasks; by default four for every CPU of the cluster, each of at least 64 MiB.
+        retries: How often a share is tried again whose process or node died.
+        verify: As for `compress`.
+        force: As for `compress`.
+        base: As for `compress`.
+        device: As for `compress`. A task takes one CPU, on `cuda` a GPU as well.
+        safe_only: As for `compress`.
+        progress: Called after every share that is done.
+        **settings: Settings of `compress` (preset, rules, max_step_error, pack ...).
 
-    Raises BackendUnavailable without ray, or if it cannot be reached, and what `compress` raises.
+    Returns:
+        The report of the compressed file.
+
+    Raises:
+        BackendUnavailable: If ray is not installed, or cannot be reached.
+        StatecodecError: As `compress` does.
     """
     started = time.perf_counter()
     ray = _connected(address)

@@ -38,11 +38,15 @@ _COMPOUND: Final = frozenset({DictNode, list, tuple, SetNode, Opaque, TensorNode
 
 
 class OpaqueObject:
-    """An object of a class that was not run: its global name and what it was made from.
+    """An object of a class that was not run: the name of its class, and what it was made from.
 
-    `args` and `kwargs` are what its class would be called with, or None where the file refers to the class or function
-    itself; `state` is what `__setstate__` would get (usually its attributes); `elements` and `items` are what was
-    appended or set by key.
+    `kwargs` are further arguments; `state` is what `__setstate__` would get (usually its attributes); `elements` and
+    `items` are what was appended or set by key.
+
+    Args:
+        module: The module of its class or function.
+        name: The name in that module.
+        args: What the class would be called with; None where the file refers to the class or function itself.
     """
 
     def __init__(self, module: str, name: str, args: tuple[Any, ...] | None = None) -> None:

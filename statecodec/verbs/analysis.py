@@ -19,8 +19,15 @@ from statecodec.figures import error, table
 class TensorSNR:
     """One second moment: what it is, its averaged SNRs, and what follows from them.
 
-    `dims` is what its own SNR chooses, `recommended` the paper's advice for its kind (None: no advice). `parts`: SNRs
-    of q, k and v inside a fused projection, which itself can only be shared as one.
+    Args:
+        name: The parameter's name.
+        kind: The kind of layer that its name and shape were recognised as.
+        shape: Its shape.
+        ratios: SNR by dimensions.
+        dims: The dimensions to share by its own SNRs; () for none.
+        type_dims: Those by the mean over the layers of its type.
+        recommended: The paper's advice for its kind; None for no advice.
+        parts: SNRs of q, k and v inside a fused projection, which can only be shared as one.
     """
 
     name: str
@@ -44,10 +51,19 @@ class TensorSNR:
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` found. Lists are empty where they were not asked for.
+    """What `analyze` measured. Fields are empty where they were not asked for.
 
-    `update_error`: what the second moments shared by rules by `layer`, by `type` and by the paper's `table` do to the
-    Adam update of the last checkpoint: ||u' - u|| / ||u||. Empty where there are no pairs of moments.
+    Args:
+        sources: The checkpoints or tables.
+        steps: The optimizer step of each checkpoint; None where it does not say.
+        cutoff: The SNR above which dimensions are shared.
+        tensors: The second moments, with their SNRs and what follows from them.
+        layers: The same layers as the rules take them.
+        curve: Size against error.
+        notes: What was left out, and why.
+        seconds: How long it took.
+        update_error: What sharing by the rules by `layer`, by `type` and by the paper's `table` does to the Adam update
+            of the last checkpoint: ||u' - u|| / ||u||. Empty where there are no pairs of moments.
     """
 
     sources: tuple[str, ...]
@@ -62,9 +78,7 @@ class Analysis:
 
     @property
     def saved(self) -> dict[str, float]:
-        """Share of the second moments saved at the cutoff, with rules by `layer`, by `type` and by the paper's
-        `table`.
-        """
+        """Share of the second moments saved at the cutoff, by the rules by `layer`, `type` and `table`."""
         return {basis: saved(self.layers, chosen(self.layers, self.cutoff, basis)) for basis in BASIS}
 
     @property
@@ -93,11 +107,32 @@ class Analysis:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def rules(self, basis: str = "type", cutoff: float | None = None) -> dict[str, Any]:
-        """The content of a rules file: `type` transfers to another depth or width, `layer` is for this model alone."""
+        """Make the content of a rules file.
+
+        Args:
+            basis: `layer` (each by its own SNRs, for this model alone), `type` (by the mean over layers of a type, for
+                other depths and widths as well) or `table` (the paper's advice).
+            cutoff: Another cutoff than that of the analysis.
+
+        Returns:
+            A dict that JSON can hold: `{"rules": [{"pattern", "role", "dims", "codec", "snr"}, ...]}`.
+
+        Raises:
+            PolicyError: For another basis.
+        """
         return rules_document(self.layers, self.cutoff if cutoff is None else cutoff, basis)
 
     def save_rules(self, path: str | Path, basis: str = "type") -> None:
-        """Write a rules file for `compress --rules` and for SlimAdam. Raises UsageError if no SNR was measured."""
+        """Write a rules file for `compress(rules_file=...)` and for SlimAdam.
+
+        Args:
+            path: The file.
+            basis: As for `rules`.
+
+        Raises:
+            UsageError: If no SNR was measured.
+            PolicyError: For another basis.
+        """
         if not self.layers:
             raise UsageError("there are no second moments to make rules of")
         write_rules(self.rules(basis), path)

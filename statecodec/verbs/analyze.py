@@ -30,12 +30,31 @@ def analyze(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Analysis:
-    """Measure one checkpoint or several of one run (compressed or not), or read SNR tables (`.csv`).
+    """Measure how much the second moments of a run can be shared, and size against error.
 
-    `snr`: the signal-to-noise ratio of every second moment over every subset of its dimensions (float64, streamed),
-    averaged over the checkpoints; what follows strictly above `cutoff`. `curve`: size against error of the Adam update
-    for the checkpoint of the highest step, with the presets as points. Raises UsageError, LayoutError, FormatError,
-    PolicyError.
+    The signal-to-noise ratio (SNR) of a second moment over some of its dimensions is mean squared over variance along
+    them, averaged over the rest. Where it is high, one value along those dimensions does as well as all of them.
+
+    Args:
+        *sources: One checkpoint or several of one run, compressed or not; or SNR tables (`.csv`).
+        snr: Measure the SNR of every second moment over every subset of its dimensions (float64, streamed), averaged
+            over the checkpoints.
+        curve: Measure size against error, in optimizer steps, for the checkpoint of the highest step.
+        cutoff: Share only dimensions whose SNR is above this.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
+
+    Returns:
+        What was measured, and the rules that follow from it.
+
+    Raises:
+        UsageError: If there is nothing to measure, or checkpoints and tables are mixed.
+        PolicyError: For a table that cannot be read.
+        FormatError: If a compressed checkpoint cannot be read.
+        LayoutError: If an uncompressed one cannot.
+
+    Source:
+        SlimAdam (arXiv 2503.01843), section 3.
     """
     started = time.perf_counter()
     if not sources:

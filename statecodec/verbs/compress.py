@@ -71,29 +71,59 @@ def compress(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compress a checkpoint file or directory into `dst` (by default SRC's name with `.sc.safetensors`, beside it).
+    """Compress a checkpoint file, a checkpoint directory, or an object in memory.
 
-    `src` may be an object instead, whatever torch.save takes: `dst` becomes what compressing its torch.save file would
-    give, and that file is not written first. Its tensors are read from where they are and must not change meanwhile.
+    The first rule that matches a tensor decides its codec: `rules` come before those of `rules_file`, both before the
+    preset's. Tensors that a codec would falsify (NaN, infinities, negative second moments) are kept exact and named in
+    the notes. Memory is bounded whatever the size of the checkpoint, except for codecs that need a whole tensor.
+    Nothing of the source is executed.
 
-    `rules` ("PATTERN=CODEC") go before those of `rules_file`, and both before the preset's; the first that matches a
-    tensor decides. A rule that matches no tensor is named in the report's notes, or refused with `strict`. Tensors that
-    a codec would falsify (NaN, infinities, negative second moments) are kept exact and named in the notes. `verify`
-    reads the result back and compares it with the source before returning. Memory is bounded whatever the size of the
-    checkpoint (codecs that need a whole tensor excepted). Nothing of the source is ever executed.
+    Args:
+        src: The checkpoint's path; or an object that torch.save takes. Of an object, `dst` becomes what compressing its
+            torch.save file would give, but that file is never written. Its tensors are read where they are and must not
+            change meanwhile.
+        dst: The file to write. By default the source's name with `.sc.safetensors`, beside it; an object needs one.
+        preset: `lossless`, `resume`, `small`, `tiny`, `live` or `weights`.
+        rules: Rules `PATTERN=CODEC`, or Rule objects.
+        rules_file: A JSON file of rules, as `analyze` writes them.
+        strict: Refuse a rule that matches no tensor. Otherwise the notes name it.
+        pack: `none`, `zstd` or `zstd:LEVEL`.
+        device: `cpu`, `cuda`, or `auto`: the CPU unless a card is there and was measured to be faster.
+        max_shard_size: Largest size of one output file, in bytes or as text such as `5GB`; None for a single file.
+        verify: Read the result back and compare it with the source before it gets its name.
+        force: Replace a file that is there.
+        max_step_error: Largest error of weights and of moments, as a fraction of one optimizer step, in place of the
+            preset's: 0.01 is 1 % of how far a step moves the weights.
+        max_update_error: The same for the moments alone.
+        max_weight_error: The same for the weights alone. With `base`, `residual(...)` codecs are tried as well.
+        base: An earlier compressed checkpoint in the folder of `dst`. Only what changed since is stored, where that is
+            smaller. The result can be restored as long as its base lies beside it.
+        sha256: Compute the SHA-256 of the source's files and store it.
+        safe_only: Refuse a source whose unpickling could run code.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
 
-    `max_step_error` bounds the error of every tensor by a fraction of one optimizer step, in place of the preset's:
-    0.01 is 1 % of how far a step moves the weights. `max_update_error` is its half for the moments, `max_weight_error`
-    that for the weights. Your own rules go before.
+    Returns:
+        The report: sizes, errors, notes, and in `pickles` what unpickling the source would import.
 
-    `base`, an earlier compressed checkpoint in the folder of `dst`, makes this one a link of a chain: it stores what
-    changed, where that is smaller, and restores to what it would without, as long as its base lies beside it. Only with
-    a base are `residual(...)` codecs possible; `max_weight_error` considers them by itself.
+    Raises:
+        UsageError: If options contradict each other, or the source is compressed already.
+        PolicyError: For a preset or a rule that cannot be read.
+        CodecError: For a rule's codec that does not exist or has wrong fields.
+        LayoutError: If the source cannot be read as a checkpoint, or is unsafe with `safe_only`.
+        FormatError: If the base cannot be read.
+        OutputExists: If `dst` is there, without `force`.
+        OutputFailed: If `dst` cannot be written.
+        VerificationFailed: If `verify` finds a difference.
 
-    The report's `pickles` say what unpickling the source would import, and what of that can run code; with `safe_only`
-    a source with such a file is refused.
-
-    Raises UsageError, PolicyError, CodecError, LayoutError, OutputExists, FormatError, OSError.
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> checkpoint = {"model": {"w": torch.ones(256, 64)}, "step": 7}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = statecodec.compress(checkpoint, f"{folder}/ckpt.sc.safetensors", preset="lossless")
+        ...     loaded = statecodec.load(f"{folder}/ckpt.sc.safetensors")
+        >>> report.ratio > 1, loaded["step"], torch.equal(loaded["model"]["w"], checkpoint["model"]["w"])
+        (True, 7, True)
     """
     started = time.perf_counter()
     settings = CompressSettings.of(

@@ -33,22 +33,52 @@ def convert(
 ) -> Report:
     """Convert a checkpoint, compressed or not, and report what that lost.
 
-    `to` is one or more rules (`exp_avg_sq=shared(dims=[1])`): the tensors they name get that codec, all others stay as
-    they are; `dst` is a compressed file. A rule that matches no tensor is noted, or refused with `strict`.
+    There are three kinds of conversion. Rules (`exp_avg_sq=shared(dims=[1])`) give the tensors that they name another
+    codec; all others stay as they are, and `dst` is a compressed file. One optimizer (`foam(level=2)`,
+    `slimadam(rules=rules.json)`, `torch`) turns the optimizer's state into one from which that class resumes; `dst` is
+    a compressed file if it ends in .safetensors, else a torch.save file. A layout writes the same values as files of
+    another framework.
 
-    Or it is one optimizer (`foam(level=2)`, see Target): the optimizer's state becomes one that this class resumes
-    from, `torch` the dense state of torch.optim. Then `dst` ending in .safetensors is a compressed file, anything else
-    a torch.save file. Large tensors wait on disk in its folder, so that the memory it takes is that of a few tensors.
+    Large tensors of a conversion to an optimizer or a layout wait on disk in the folder of `dst`, so memory is that of
+    a few tensors.
 
-    Or, with `layout` instead of `to`, the same values go into the files of another framework: `torch` one torch.save
-    file, `safetensors` a safetensors file of all tensors and beside it a JSON file of all other values, `dcp` a folder
-    of torch.distributed.checkpoint, `zero-fp32` one torch.save file of what DeepSpeed's zero_to_fp32.py makes of a
-    ZeRO directory: the fp32 parameters by name. What such files cannot hold (objects of unknown classes) is left out
-    and named in the notes, or refused with `strict`.
+    Args:
+        src: The checkpoint, compressed or not.
+        dst: The file or folder to write.
+        to: One or more rules `PATTERN=CODEC`, or one optimizer: `torch`, `adamw`, `foam`, `slimadam` or `lorapre`, with
+            constructor options in parentheses.
+        layout: In place of `to`: `torch` (one torch.save file), `safetensors` (a safetensors file of all tensors, and
+            beside it a JSON file of all other values), `dcp` (a folder of torch.distributed.checkpoint), or `zero-fp32`
+            (one torch.save file of the fp32 parameters by name of a DeepSpeed ZeRO directory, as its zero_to_fp32.py
+            makes it).
+        pack: `none`, `zstd` or `zstd:LEVEL`, of a compressed `dst`.
+        strict: Refuse a rule that matches no tensor, and values that the layout cannot hold, such as objects of unknown
+            classes. Otherwise the notes name them.
+        force: Replace a file that is there.
+        safe_only: Refuse a checkpoint whose unpickling could run code.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
 
-    With `safe_only` a checkpoint whose unpickling could run code is refused.
+    Returns:
+        The report of the written file, with the errors made.
 
-    Raises UsageError, PolicyError, CodecError, OptimizerError, OutputExists, LayoutError, FormatError.
+    Raises:
+        UsageError: Unless exactly one of `to` and `layout` is given, or if the checkpoint has nothing to convert.
+        PolicyError: For a rule that cannot be read.
+        CodecError: For a codec that does not exist or has wrong fields.
+        OptimizerError: For options or states that the optimizer does not take.
+        LayoutError: If an uncompressed source cannot be read, or is unsafe with `safe_only`.
+        FormatError: If a compressed source cannot be read.
+        OutputExists: If `dst` is there, without `force`.
+        OutputFailed: If `dst` cannot be written.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"w": torch.arange(6.0), "step": 7}, f"{folder}/ckpt.pt")
+        ...     _ = statecodec.convert(f"{folder}/ckpt.pt", f"{folder}/ckpt.safetensors", layout="safetensors")
+        ...     statecodec.load(f"{folder}/ckpt.safetensors")["w"].tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
     codecs_or_targets = [to] if isinstance(to, str | Rule) else list(to)
     if bool(codecs_or_targets) == (layout is not None):

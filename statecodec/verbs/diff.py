@@ -30,11 +30,33 @@ _PIECE = 1 << 18  # elements compared at a time: four such pieces stay in a core
 
 
 def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> DiffReport:
-    """Compare checkpoint B with A; either may be compressed or not.
+    """Compare checkpoint B with checkpoint A; either may be compressed or not.
 
     Tensors are matched by name. For each parameter whose exp_avg and exp_avg_sq are in both, the Adam update direction
     u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. What is not a tensor is compared
-    byte by byte, file by file. Raises FormatError, LayoutError.
+    byte by byte, file by file.
+
+    Args:
+        a: The checkpoint that errors are measured against.
+        b: The other checkpoint.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
+
+    Returns:
+        The report. `identical` says whether every byte is the same.
+
+    Raises:
+        FormatError: If a compressed checkpoint cannot be read.
+        LayoutError: If an uncompressed one cannot.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, value in (("a", 1.0), ("b", 1.5)):
+        ...         torch.save({"w": torch.full((8, 8), value)}, f"{folder}/{name}.pt")
+        ...     report = statecodec.diff(f"{folder}/a.pt", f"{folder}/b.pt")
+        >>> report.identical, report.tensors[0].relative_rms
+        (False, 0.5)
     """
     with open_checkpoint(a) as first, open_checkpoint(b) as second:
         return compare(first, second, threads or default_threads(), progress)

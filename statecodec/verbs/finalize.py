@@ -40,12 +40,29 @@ def finalize(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Join the shares that `compress_share` made of `src` beside `dst`, and remove them.
+    """Join the shares that `compress_share` made, and remove them.
 
-    All shares must be there, of the source as it is now and of equal settings. The file gets its name once it is whole
-    and on the disk; the shares are removed after that.
+    All shares must be there, made of the source as it is now and with equal settings. The file gets its name once it is
+    whole and on the disk; the shares are removed after that.
 
-    Raises UsageError for missing or unequal shares, CorruptFile for a damaged one, and what `compress` raises.
+    Args:
+        src: The source of the shares.
+        dst: Where the compressed file goes, as it was told to `compress_share`; the shares lie beside it.
+        verify: Read the result back and compare it with the source before it gets its name.
+        force: Replace a file that is there.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
+
+    Returns:
+        The report of the compressed file.
+
+    Raises:
+        UsageError: If shares are missing, or were made with different settings.
+        CorruptFile: If a share is damaged.
+        LayoutError: If the source cannot be read as a checkpoint.
+        OutputExists: If `dst` is there, without `force`.
+        OutputFailed: If `dst` cannot be written.
+        VerificationFailed: If `verify` finds a difference.
     """
     started = time.perf_counter()
     with contextlib.ExitStack() as closing:

@@ -13,12 +13,31 @@ from statecodec.checkpoint.source import SourceCheckpoint
 
 
 def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
-    """The tensors of a checkpoint with their roles, shapes, codecs and bytes; reads headers and pickles only.
+    """Say what is in a checkpoint, compressed or not: tensors with roles, shapes, codecs and bytes.
 
-    `pickles` says what unpickling the files would import, and what of that can run code; with `safe_only` a checkpoint
-    with such a file is refused. Pickles inside of a compressed checkpoint have to be unpacked for that, so they are
-    looked at with `safe_only` only. Of an uncompressed checkpoint every codec is `raw` and `source.sha256` is None, as
-    that would need all of it read. Raises FormatError or LayoutError.
+    Reads headers and pickles only. Of an uncompressed checkpoint every codec is `raw`, and `source.sha256` is None
+    because all of it would have to be read.
+
+    Args:
+        src: The checkpoint.
+        safe_only: Refuse a checkpoint whose unpickling could run code. Pickles inside a compressed checkpoint are
+            looked at only then, because they have to be unpacked for it.
+
+    Returns:
+        The report. Its `pickles` say what unpickling the files would import, and what of that can run code.
+
+    Raises:
+        FormatError: If a compressed checkpoint cannot be read.
+        LayoutError: If an uncompressed one cannot.
+        UnsafeCheckpoint: With `safe_only`, if unpickling it could run code.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": {"w": torch.ones(8, 4)}}, f"{folder}/ckpt.pt")
+        ...     report = statecodec.inspect(f"{folder}/ckpt.pt")
+        >>> [(tensor.name, tensor.shape, tensor.codec) for tensor in report.tensors if tensor.role != "skeleton"]
+        [('model.w', (8, 4), 'raw')]
     """
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:

@@ -48,17 +48,43 @@ def restore(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Put a compressed checkpoint back as the original file or directory (by default its own name, beside SRC).
+    """Put a compressed checkpoint back as the original file or directory.
 
     What was stored losslessly comes back bit for bit; if everything was, the SHA-256 is compared with the source's.
     Lossy tensors come back as other numbers in the same file, with the zip's CRCs recomputed. Nothing is visible under
-    the destination's name before it is complete. Files and directories have the source's permission bits, and with
-    `times` its modification times.
+    the destination's name before it is complete. Files and directories get the source's permission bits.
 
-    With `force` an existing file is replaced by a file, a directory by a directory. With `safe_only` nothing is written
-    whose unpickling could run code.
+    Args:
+        src: The compressed checkpoint.
+        dst: The file or directory to write. By default the original's name, beside `src`.
+        device: `cpu`, `cuda`, or `auto`, which is the CPU: it decodes about as fast as it copies.
+        force: Replace a file by a file, a directory by a directory.
+        times: Also give the files the source's modification times.
+        safe_only: Write nothing whose unpickling could run code.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
 
-    Raises FormatError and its subclasses, UnsafeCheckpoint, OutputExists, OutputFailed, UsageError.
+    Returns:
+        The report of the compressed checkpoint.
+
+    Raises:
+        FormatError: If the compressed file, or its base, cannot be read.
+        CorruptFile: If a checksum or the SHA-256 does not match.
+        UnsafeCheckpoint: With `safe_only`, if unpickling the original could run code.
+        UsageError: For a directory `dst` that is not there, or an unknown device.
+        BackendUnavailable: For `cuda` without a card.
+        OutputExists: If the destination is there, without `force`.
+        OutputFailed: If it cannot be written.
+
+    Example:
+        >>> import pathlib, tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as name:
+        ...     folder = pathlib.Path(name)
+        ...     torch.save({"w": torch.arange(6.0)}, folder / "ckpt.pt")
+        ...     _ = statecodec.compress(folder / "ckpt.pt", preset="lossless")
+        ...     _ = statecodec.restore(folder / "ckpt.sc.safetensors", folder / "again.pt")
+        ...     (folder / "again.pt").read_bytes() == (folder / "ckpt.pt").read_bytes()
+        True
     """
     started = time.perf_counter()
     with StoredCheckpoint.open(src) as stored:

@@ -45,7 +45,7 @@ def save(
         path: The file to write.
         pack: How to pack: `none`, `zstd` or `zstd:LEVEL`.
         force: Replace a file that is there.
-        progress: Told how far it is.
+        progress: Called with (bytes done, bytes in all, what is being done).
 
     Returns:
         The report of the file.
@@ -54,6 +54,13 @@ def save(
         UsageError: For a value that cannot be saved, or a path that is no file's.
         OutputExists: If the file is there, without `force`.
         OutputFailed: If it cannot be written.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = statecodec.save({"w": torch.arange(3), "step": 7}, f"{folder}/state.safetensors")
+        ...     statecodec.load(f"{folder}/state.safetensors")
+        {'w': tensor([0, 1, 2]), 'step': 7}
     """
     target, collected = output_file(path, None, force=force), CollectedItems()
     tree = nested_json(obj, collected)

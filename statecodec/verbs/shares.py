@@ -90,12 +90,33 @@ def compress_share(
     progress: Progress | None = None,
     **settings: Any,
 ) -> ShareReport:
-    """Make one share of a compression of `src` into `dst`, beside it; `finalize` joins them when all are there.
+    """Make one share of a compression; `finalize` joins the shares when all are there.
 
-    `settings` are those of `compress` (preset, rules, max_step_error, pack, ...) and must be the same for all shares. A
-    share that is there already is kept, if it was made of the same source with the same settings.
+    A share that is there already is kept, if it was made of the same source with the same settings.
 
-    Raises what `compress` raises.
+    Args:
+        src: The checkpoint's path.
+        dst: Where the compressed file will go; the share is written beside it.
+        share: Which share this is: `2/16` is the second of sixteen.
+        base: As for `compress`; the same for all shares.
+        device: As for `compress`.
+        force: Do not refuse a `dst` that is there; `finalize` must then be told to replace it.
+        safe_only: Refuse a source whose unpickling could run code.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
+        **settings: Settings of `compress` (preset, rules, max_step_error, pack ...); the same for all shares.
+
+    Returns:
+        Which share was made, with its file and size. `made` is false if it was there already.
+
+    Raises:
+        UsageError: For a text that is no share, or options that contradict each other.
+        PolicyError: For a preset or a rule that cannot be read.
+        CodecError: For a rule's codec that does not exist or has wrong fields.
+        LayoutError: If the source cannot be read as a checkpoint, or is unsafe with `safe_only`.
+        FormatError: If the base cannot be read.
+        OutputExists: If `dst` is there, without `force`.
+        OutputFailed: If the share cannot be written.
     """
     started = time.perf_counter()
     chosen, which = CompressSettings.of(**settings), Share.parse(share) if isinstance(share, str) else share

@@ -30,15 +30,36 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Check every checksum of a compressed checkpoint; with `against`, also that it is a compression of that original.
+    """Check every checksum of a compressed checkpoint, and optionally compare it with its original.
 
-    Of a link of a chain, every earlier file is checked as well.
+    Of a link of a chain, every earlier file is checked as well. With an original, names, shapes and all bytes outside
+    tensors must be the same, tensors that were stored losslessly must be equal, the error of every lossy tensor must be
+    what the file states, the error of the Adam update no larger than what was asked for, and the SHA-256 of a single
+    file must match.
 
-    Against an original: the names, shapes and non-tensor bytes must be the same, everything stored losslessly must be
-    equal, every lossy tensor's error must be what the file says it is, that of the Adam update no larger than what was
-    asked for, and for a single file the SHA-256 must match.
-    The returned report then carries the errors of the Adam updates and the totals. Raises CorruptFile,
-    VerificationFailed, FormatError.
+    Args:
+        src: The compressed checkpoint.
+        against: The original.
+        threads: Number of threads; by default the CPUs that this process may use.
+        progress: Called with (bytes done, bytes in all, what is being done).
+
+    Returns:
+        The report of the checkpoint; with an original, also the errors of the Adam updates and the totals.
+
+    Raises:
+        CorruptFile: If a checksum does not match.
+        VerificationFailed: If the file is intact, but no such compression of the original.
+        FormatError: If the file cannot be read.
+        LayoutError: If the original cannot be read.
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"w": torch.ones(8, 4)}, f"{folder}/ckpt.pt")
+        ...     _ = statecodec.compress(f"{folder}/ckpt.pt")
+        ...     report = statecodec.verify(f"{folder}/ckpt.sc.safetensors", against=f"{folder}/ckpt.pt")
+        >>> report.total
+        {'weight_relative_rms': 0.0}
     """
     started = time.perf_counter()
     workers = threads or default_threads()

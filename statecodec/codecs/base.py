@@ -47,17 +47,24 @@ FLOATS = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
 
 @dataclass(frozen=True)
 class PartSpec:
-    """dtype and shape of one stored part."""
+    """Dtype and shape of one stored part.
+
+    Args:
+        dtype: Its dtype.
+        shape: Its shape.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Number of bytes, before packing."""
         return self.numel * self.dtype.itemsize
 
 
@@ -68,7 +75,18 @@ def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Codec(ABC):
-    """A number representation for one tensor. Subclasses are frozen dataclasses; their fields are the config."""
+    """A number representation for one tensor.
+
+    Subclasses are frozen dataclasses; their fields are the config. They raise InvalidCodec for a field out of its
+    range.
+
+    Example:
+        >>> import torch
+        >>> from statecodec.codecs import parse
+        >>> encoded = parse("uniform(step=0.5)").encode(torch.tensor([0.1, 0.9, -2.0]))
+        >>> encoded.parts["codes"], encoded.decode()
+        (tensor([ 0,  2, -4], dtype=torch.int32), tensor([ 0.,  1., -2.]))
+    """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -85,41 +103,69 @@ class Codec(ABC):
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         """Every stored part of a tensor of this shape and dtype, in storage order.
 
-        Raises UnsupportedTensor if the codec does not take such a tensor.
+        Args:
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
+
+        Returns:
+            The parts by name.
+
+        Raises:
+            UnsupportedTensor: If the codec does not take such a tensor.
         """
 
     @abstractmethod
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
-        """Encode `x` (contiguous, any shape) into preallocated parts. Raises UnencodableValues.
+        """Encode a tensor into preallocated parts.
 
-        `companions`: the values of the tensors that `needs` names, by role (see `needs_decoded`). Returns the sums of
-        the error made where the codec knows them without decoding, else None.
+        Args:
+            x: The tensor: contiguous, of any shape.
+            parts: What `parts` says, allocated on x's device; overwritten.
+            backend: The kernels to encode with.
+            companions: The values of the tensors that `needs` names, by role, with as many elements as x (see
+                `needs_decoded`).
+
+        Returns:
+            The sums of the error made, where the codec knows them without decoding; else None.
+
+        Raises:
+            UnencodableValues: If x holds values that the codec would falsify.
+            UsageError: If a companion is missing.
         """
 
     @property
     def portable(self) -> bool:
-        """Whether its parts and values have the same bits on every device: not where torch sums or multiplies."""
+        """Whether parts and decoded values have the same bits on every device.
+
+        Not so where torch sums or multiplies.
+        """
         fields = (getattr(self, f.name) for f in dataclasses.fields(self))
         return all(value.portable for value in fields if isinstance(value, Codec))
 
     @property
     def in_pieces(self) -> bool:
-        """Whether `decode_piece` is there: of codecs that need the whole tensor to encode it, but not to decode it."""
+        """Whether `decode_piece` works.
+
+        Only codecs that need the whole tensor to encode, but not to decode, have it.
+        """
         return False
 
     def decode_piece(
         self, parts: Mapping[str, Tensor], shape: tuple[int, ...], start: int, out: Tensor, backend: kernels.Backend
     ) -> None:
-        """Decode a piece of a tensor of that shape, in memory for the piece only.
+        """Decode a piece of a tensor, in memory for that piece only.
 
         Args:
-            parts: Those of the whole tensor.
-            shape: The whole tensor's.
+            parts: The parts of the whole tensor.
+            shape: The whole tensor's shape.
             start: The piece's first element in the flattened tensor.
-            out: The piece as (rows, columns): whole rows (see `rows_cols`), or within one row.
-            backend: As for `decode_into`.
+            out: The piece as (rows, columns), contiguous: whole rows (see `rows_cols`), or within one row. Overwritten.
+            backend: The kernels to decode with.
+
+        Raises:
+            NotImplementedError: Unless `in_pieces`.
         """
         raise NotImplementedError(self.name)
 
@@ -127,24 +173,50 @@ class Codec(ABC):
     def decode_into(
         self, parts: Mapping[str, Tensor], out: Tensor, backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
-        """Decode parts into `out` (contiguous; the tensor's own shape and dtype).
+        """Decode parts into a tensor.
 
-        `companions`: the values of the tensors that `needs` names, by role, as the reader has them: decoded.
+        Args:
+            parts: As `encode_into` wrote them.
+            out: The tensor: contiguous, in its own shape and dtype, on the device of the parts. Overwritten.
+            backend: The kernels to decode with.
+            companions: The decoded values of the tensors that `needs` names, by role.
+
+        Raises:
+            UsageError: If a companion is missing.
         """
 
     @abstractmethod
     def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
-        """Elementwise bound on |decode(encode(x)) - x|, float64, same shape as `x`; 0 where the codec is exact.
+        """Elementwise bound on |decode(encode(x)) - x|.
 
-        Of a codec with companions: where they are decoded to exactly what they were.
+        Args:
+            x: The tensor before encoding.
+            companions: Those of `needs`. The bound holds where they decode to exactly what they were.
+
+        Returns:
+            float64, in the shape of x; 0 where the codec is exact.
         """
 
     def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """How this codec sees a tensor of this shape as rows."""
+        """How this codec sees a tensor as a matrix of rows.
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            (rows, columns).
+        """
         return rows_cols(shape)
 
     def settled(self, shape: tuple[int, ...]) -> Codec:
-        """This codec without what makes no difference for the shape: `rows=last` up to two dimensions."""
+        """This codec without settings that make no difference for a shape, such as `rows=last` up to two dimensions.
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            A codec that makes the same parts of such a tensor.
+        """
         if len(shape) > 2:
             return self
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -155,15 +227,45 @@ class Codec(ABC):
 
     @classmethod
     def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The fields that mean what those of an earlier version meant; None if there was no such version."""
+        """Translate the config of an earlier version of this codec.
+
+        Args:
+            version: The config's version.
+            fields: Its fields.
+
+        Returns:
+            The fields with which this version means the same; None if there was no such version.
+        """
         return None
 
     def align(self, shape: tuple[int, ...]) -> int | None:
-        """Cut points inside a row must be multiples of this; None if the tensor cannot be cut at all."""
+        """Where a row may be cut.
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            Cut points inside a row must be multiples of this many elements; None if the tensor cannot be cut at all.
+        """
         return 1
 
     def encode(self, x: Tensor, backend: str | None = None, companions: Companions = NO_COMPANIONS) -> EncodedTensor:
-        """Encode a whole tensor. `backend` is `reference`, `cpu` or `triton`; by default the one for x's device."""
+        """Encode a whole tensor.
+
+        Args:
+            x: The tensor, of any shape and device.
+            backend: `reference`, `cpu` or `triton`; by default the one for x's device.
+            companions: The values of the tensors that `needs` names, by role.
+
+        Returns:
+            The encoded tensor, on x's device.
+
+        Raises:
+            UnsupportedTensor: If the codec does not take such a tensor.
+            UnencodableValues: If x holds values that the codec would falsify.
+            BackendUnavailable: If the named backend is not there.
+            UsageError: If a companion is missing.
+        """
         shape, x = tuple(x.shape), x.detach().contiguous()
         chosen = kernels.resolve(backend, x.device)
         specs = self.parts(shape, dtypes.of(x.dtype))
@@ -172,14 +274,37 @@ class Codec(ABC):
         return EncodedTensor(self, shape, x.dtype, parts)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> EncodedTensor:
-        """The encoding of an all-zero tensor (all parts zero), without encoding one."""
+        """Encode an all-zero tensor without making one: all parts are zero.
+
+        Args:
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
+            device: Where the parts go.
+
+        Returns:
+            The encoded tensor.
+
+        Raises:
+            UnsupportedTensor: If the codec does not take such a tensor.
+        """
         specs = self.parts(shape, dtypes.of(dtype))
         return EncodedTensor(
             self, shape, dtype, {k: torch.zeros(s.shape, dtype=s.dtype.torch, device=device) for k, s in specs.items()}
         )
 
     def nbytes(self, shape: tuple[int, ...], dtype: DType) -> int:
-        """Bytes of all parts before packing."""
+        """Bytes of all parts of a tensor, before packing.
+
+        Args:
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
+
+        Returns:
+            The number of bytes.
+
+        Raises:
+            UnsupportedTensor: If the codec does not take such a tensor.
+        """
         return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
 
     def stored(self) -> StateStorage | None:
@@ -195,7 +320,18 @@ class Codec(ABC):
         return {"name": self.name, "version": self.version, **plain}
 
     def companion(self, companions: Companions, like: Tensor) -> Tensor:
-        """The one companion that this codec needs, as flat fp32 values on the device of `like`. Raises UsageError."""
+        """The values of the one companion that this codec needs.
+
+        Args:
+            companions: Values by role.
+            like: The tensor to be encoded or decoded.
+
+        Returns:
+            Flat fp32 values on the device of `like`.
+
+        Raises:
+            UsageError: If the companion is missing or has another number of elements.
+        """
         (role,) = self.needs
         values = companions.get(role)
         if values is None or values.numel() != like.numel():
@@ -204,21 +340,50 @@ class Codec(ABC):
         return values.detach().to(like.device, torch.float32).contiguous().view(-1)
 
     def require_float(self, dtype: DType) -> None:
-        """Raise UnsupportedTensor unless dtype is one of fp32, fp16, bf16, fp64."""
+        """Refuse a dtype other than fp32, fp16, bf16 and fp64.
+
+        Args:
+            dtype: The tensor's dtype.
+
+        Raises:
+            UnsupportedTensor: For another dtype.
+        """
         if dtype not in FLOATS:
             raise UnsupportedTensor(f"{self.name} takes fp32, fp16, bf16 or fp64 tensors, not {dtype}; use raw")
 
     def require(self, condition: bool, message: str) -> None:
-        """Raise InvalidCodec with this codec's name unless the condition holds."""
+        """Refuse a field that is out of its range.
+
+        Args:
+            condition: Whether it is within.
+            message: What was found and what is expected.
+
+        Raises:
+            InvalidCodec: If the condition does not hold, with the codec's name and the message.
+        """
         if not condition:
             raise InvalidCodec(f"{self.name}: {message}")
 
     def require_inner(self, inner: Codec) -> None:
-        """Raise InvalidCodec unless `inner` can encode what this codec makes of a tensor: from its values alone."""
+        """Refuse an inner codec that cannot encode a tensor from its values alone.
+
+        Args:
+            inner: The codec for what this one makes of a tensor.
+
+        Raises:
+            InvalidCodec: If it needs companions.
+        """
         self.require(not inner.needs, f"inner={inner.name} needs companions, which means do not have")
 
     def refuse(self, flags: int) -> None:
-        """Raise UnencodableValues for the flags an encoding kernel returned (0: nothing)."""
+        """Refuse the values that an encoding kernel complained about.
+
+        Args:
+            flags: What the kernel returned: bits of `kernels.NAN`, `INF`, `NEGATIVE` and `OUT_OF_RANGE`; 0 for nothing.
+
+        Raises:
+            UnencodableValues: If any bit is set, with what it means.
+        """
         if flags:
             kinds = ", ".join(text for bit, text in _FLAG_TEXTS.items() if flags & bit)
             raise UnencodableValues(
@@ -228,7 +393,17 @@ class Codec(ABC):
 
 @dataclass(frozen=True)
 class EncodedTensor:
-    """A tensor in encoded form: the codec, the decoded tensor's shape and dtype, and the named parts."""
+    """A tensor in encoded form.
+
+    Args:
+        codec: How it is encoded.
+        shape: The decoded tensor's shape.
+        dtype: The decoded tensor's dtype.
+        parts: The encoded parts by name, in the dtypes and shapes that `codec.parts` says.
+
+    Raises:
+        FormatError: If the parts do not fit the codec, shape and dtype.
+    """
 
     codec: Codec
     shape: tuple[int, ...]
@@ -243,10 +418,12 @@ class EncodedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all parts."""
         return sum(t.numel() * t.element_size() for t in self.parts.values())
 
     @property
     def device(self) -> torch.device:
+        """The device of the parts; the CPU if there are none."""
         for part in self.parts.values():
             return part.device
         return torch.device("cpu")
@@ -254,9 +431,19 @@ class EncodedTensor:
     def decode(
         self, out: Tensor | None = None, backend: str | None = None, companions: Companions = NO_COMPANIONS
     ) -> Tensor:
-        """The decoded tensor, into `out` if there is one (contiguous, same shape and dtype).
+        """Decode the tensor.
 
-        `companions` are the decoded companions that the codec needs.
+        Args:
+            out: Where to, contiguous, of the same shape and dtype; by default a new tensor.
+            backend: `reference`, `cpu` or `triton`; by default the one for the parts' device.
+            companions: The decoded values of the tensors that the codec needs, by role.
+
+        Returns:
+            The decoded tensor: `out`, if there is one.
+
+        Raises:
+            BackendUnavailable: If the named backend is not there.
+            UsageError: If a companion is missing.
         """
         if out is None:
             out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -264,5 +451,12 @@ class EncodedTensor:
         return out
 
     def to(self, device: torch.device | str) -> EncodedTensor:
-        """The same encoding with its parts on another device."""
+        """Move or copy the parts to a device.
+
+        Args:
+            device: The device.
+
+        Returns:
+            The same encoding with its parts there.
+        """
         return EncodedTensor(self.codec, self.shape, self.dtype, {k: t.to(device) for k, t in self.parts.items()})

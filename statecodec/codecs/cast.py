@@ -20,11 +20,18 @@ _UNITS = {"bf16": (2.0**-8, 2.0**-134), "fp16": (2.0**-11, 2.0**-25), "fp32": (2
 
 @dataclass(frozen=True)
 class Cast(Codec):
-    """Round to nearest even into `to` (bf16, fp16, fp32): part `data`.
+    """Round to nearest even into a narrower float: part `data`.
 
-    NaN stays NaN, infinities and -0.0 stay. A finite value that would become infinite (65504 of
-    fp16 does by way of bf16) is refused.
-    Error: half a unit in the last place of the target.
+    NaN stays NaN; infinities and -0.0 stay. A finite value that would become infinite is refused (65504 of fp16 does in
+    bf16, which rounds it up to 65536). The error is half a unit in the last place of the target.
+
+    Args:
+        to: `bf16`, `fp16` or `fp32`.
+
+    Example:
+        >>> import torch
+        >>> Cast("bf16").encode(torch.tensor([1.001])).decode()
+        tensor([1.])
     """
 
     name: ClassVar[str] = "cast"

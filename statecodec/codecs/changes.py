@@ -23,7 +23,7 @@ _INTEGERS = {1: UINT8, 2: INT16, 4: INT32, 8: INT64}
 
 
 class Change(Enum):
-    """What a stored item holds, if not the tensor's own parts. The value is the change's name in files and rules."""
+    """How a stored item relates to the base's tensor. The value is the change's name in files and rules."""
 
     PARTS = "delta"
     """The bits of the codec's parts as integers, minus those of the base's parts: nothing is lost."""
@@ -35,14 +35,14 @@ class Change(Enum):
 
     @property
     def summary(self) -> str:
-        """What it is, in one line."""
+        """One sentence for people."""
         if self is Change.PARTS:
             return "With a base: the codec's parts minus the base's parts, as integers; nothing is lost."
         return "With a base: the codec's parts of the values minus the base's values."
 
 
 def changed_specs(specs: Mapping[str, PartSpec]) -> dict[str, PartSpec]:
-    """What `subtract_parts` makes of parts of these dtypes and shapes."""
+    """The dtypes and shapes that `subtract_parts` makes of parts."""
     # Elements wider than eight bytes (complex) are taken apart into integers of eight.
     prefix = Change.PARTS.value
     return {f"{prefix}.{k}": PartSpec(_INTEGERS[min(s.dtype.itemsize, 8)], _integer_shape(s)) for k, s in specs.items()}
@@ -60,16 +60,25 @@ def subtract_parts(parts: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> d
 
 
 def add_parts(stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensor's parts again, of what `subtract_parts` made and the base's parts."""
+    """The inverse of `subtract_parts`: the tensor's parts from the stored differences and the base's parts."""
     changes = inner_parts(stored, Change.PARTS.value)
     sums = {name: _integers(part) + _unfold(changes[name]) for name, part in base.items()}
     return {name: whole.view(base[name].dtype).view(base[name].shape) for name, whole in sums.items()}
 
 
 def subtract_values(codec: Codec, x: Tensor, base: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The parts of `x` (floats) minus the base's values, named `residual.*`, and the values that they decode to.
+    """Encode the difference between a tensor and the base's values.
 
-    Raises UnencodableValues.
+    Args:
+        codec: The codec of the difference.
+        x: The tensor, of any float dtype.
+        base: The base's values, of as many elements.
+
+    Returns:
+        The parts, named `residual.*`, and the values that they decode to.
+
+    Raises:
+        UnencodableValues: If the difference holds NaN or infinities.
     """
     encoded = codec.encode(x.to(torch.float32) - base.to(torch.float32).view(x.shape))
     parts = {f"{Change.VALUES.value}.{k}": part for k, part in encoded.parts.items()}
@@ -77,7 +86,7 @@ def subtract_values(codec: Codec, x: Tensor, base: Tensor) -> tuple[dict[str, Te
 
 
 def add_values(codec: Codec, stored: Mapping[str, Tensor], base: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values again, in the base's shape: one fp32 addition per element."""
+    """The inverse of `subtract_values`: the tensor in the base's shape, with one fp32 addition per element."""
     moved = torch.empty(base.shape, dtype=torch.float32, device=base.device)
     codec.decode_into(inner_parts(stored, Change.VALUES.value), moved, kernels.resolve(None, base.device))
     out = torch.empty(base.shape, dtype=dtype, device=base.device)

@@ -15,8 +15,12 @@ PIECE_ELEMENTS = 1 << 22  # of a tensor that is one chunk, but decoded in pieces
 
 @dataclass(frozen=True)
 class Chunk:
-    """Elements start..stop of the flattened tensor, seen as `shape` (rows, cols), or the tensor's own shape if it is
-    whole.
+    """A range of elements of a flattened tensor, and the shape that it is encoded in.
+
+    Args:
+        start: The first element.
+        stop: One past the last element.
+        shape: (rows, cols); of a whole tensor its own shape.
     """
 
     start: int
@@ -25,16 +29,25 @@ class Chunk:
 
 
 def chunks(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHUNK_ELEMENTS) -> list[Chunk]:
-    """The pieces, in order, about `target` elements each; one piece if the codec cannot be cut.
+    """Cut a tensor into pieces that are encoded one by one.
 
     Every piece's parts, concatenated byte by byte, are the parts of the whole tensor. A tensor without elements is one
     chunk.
+
+    Args:
+        codec: How it will be encoded.
+        shape: The tensor's shape.
+        dtype: The tensor's dtype.
+        target: About how many elements a piece has.
+
+    Returns:
+        The pieces in order; one piece if the codec cannot be cut.
     """
     return list(iterate(codec, shape, dtype, target))
 
 
 def iterate(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
-    """`chunks`, lazily."""
+    """Like `chunks`, one after the other."""
     total = math.prod(shape)
     align = codec.align(shape)
     if align is None or total <= target:

@@ -25,19 +25,34 @@ _MAX_OCTAVES = 100  # keeps every level a normal fp32 number
 
 @dataclass(frozen=True)
 class Companded(Codec):
-    """Parts `codes` (int8 / uint8; 4-bit codes two a byte along the row, low nibble first) and `scales` (bf16 per
-    group).
+    """Codes of 8 or 4 bits and one bf16 scale per group: parts `codes` and `scales`.
 
-    `softsign` and `linear` are signed (first moments), `sqrt` and `log` unsigned (second moments). Groups of `group`
-    values run along a row, all dimensions but the first, and restart at each row (`rows=last`: along the last
-    dimension, as in version 1). The scale is the group's largest magnitude in bf16,
-    rounded before encoding, so it has fp32's range and is what decoding will use. `steps` (log only): codes per octave;
-    0 means 16 for 8 bits, 2 for 4 bits. `top`: the largest code, 0 for as many as the bits allow; fewer levels cost
-    the same unpacked, and packing turns them into fewer bits (8-bit codes with top=15 pack into about 4.5).
+    Groups run along a row and restart at each row. The scale is the group's largest magnitude, rounded to bf16 before
+    encoding, so it has fp32's range and is what decoding uses. `codes` is int8 for signed curves, uint8 for others;
+    codes of 4 bits lie two a byte along the row, low nibble first.
 
-    Zeros decode to exact zeros and, for unsigned curves, nothing else does: a positive value gets at least code 1 (a
-    second moment that decodes to 0 would divide its update by eps). -0.0 becomes 0.0. NaN, infinities and, for unsigned
-    curves, negative values are refused. Error: half a code step in the curve's own domain.
+    Zeros decode to exact zeros, and for unsigned curves nothing else does: a positive value gets at least code 1,
+    because a second moment that decodes to 0 would divide its update by eps. -0.0 becomes 0.0. NaN, infinities and, for
+    unsigned curves, negative values are refused. The error is half a code in the curve's own domain.
+
+    Args:
+        curve: `softsign` or `linear`, signed, for first moments; `sqrt` or `log`, unsigned, for second moments.
+        bits: 8 or 4.
+        group: Values per scale, an even number from 2 to 65536.
+        steps: Codes per octave of `log`; 0 means 16 for 8 bits, 2 for 4 bits.
+        top: The largest code; 0 for as many as the bits allow. Fewer codes take the same bytes unpacked and fewer
+            packed: 8-bit codes with top=15 pack into about 4.5 bits.
+        rows: `first`: a row is everything but the first dimension. `last`: a row is the last dimension, as in version
+            1.
+
+    Source:
+        FlashOptim (arXiv 2602.23349), section 3.2. docs/codecs.md lists the deviations.
+
+    Example:
+        >>> import torch
+        >>> encoded = Companded(curve="log", bits=8, group=2).encode(torch.tensor([[1.0, 0.5, 1e-30, 0.0]]))
+        >>> encoded.parts["codes"].tolist(), encoded.parts["scales"].shape
+        ([[255, 239, 255, 0]], torch.Size([1, 2]))
     """
 
     name: ClassVar[str] = "companded"
@@ -67,6 +82,7 @@ class Companded(Codec):
 
     @property
     def signed(self) -> bool:
+        """Whether the curve has negative codes."""
         return self.curve in ("softsign", "linear")
 
     @cached_property

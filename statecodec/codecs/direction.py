@@ -23,17 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Direction(Codec):
-    """Part `codes` (int32): how many times `step` u = exp_avg / (sqrt(exp_avg_sq) + eps) is, rounded to nearest.
+    """The direction u = exp_avg / (sqrt(exp_avg_sq) + eps) on a uniform grid: part `codes` (int32).
 
     Encoding divides by the true root, decoding multiplies by the root of the exp_avg_sq that the reader has. So the
     error of u is that of rounding, rms step / sqrt(12), whatever exp_avg_sq was stored with; the decoded exp_avg is off
-    by the root's own relative error besides.
+    by the relative error of the root as well.
 
-    Adam's bias corrections are folded into the fields. With c1 = 1 - beta1**t and c2 = 1 - beta2**t, a fraction f of an
-    update whose rms is U is step = f * U * sqrt(12) * c1 / sqrt(c2), and eps = Adam's eps * sqrt(c2). Directions from
-    2**22 steps on are exact, as in `uniform`: where exp_avg_sq is 0 and exp_avg is not, eps alone is the divisor.
+    Adam's bias corrections are part of the fields. With c1 = 1 - beta1**t and c2 = 1 - beta2**t, the fields for an
+    error of a fraction f of an update whose rms is U are step = f * U * sqrt(12) * c1 / sqrt(c2) and eps = Adam's eps *
+    sqrt(c2). Directions of 2**22 steps and more are exact, as in `uniform`: where exp_avg_sq is 0 and exp_avg is not,
+    eps alone is the divisor.
 
-    NaN, infinities and negative second moments are refused. The error sums are those of u.
+    NaN, infinities and negative second moments are refused. The error sums that encoding returns are those of u.
+
+    Args:
+        step: Width of the grid, in units of u.
+        eps: What is added to the root.
+
+    Example:
+        >>> import torch
+        >>> m, v = torch.tensor([0.1, -0.2]), torch.tensor([0.01, 0.04])
+        >>> encoded = Direction(step=0.01).encode(m, companions={"exp_avg_sq": v})
+        >>> encoded.parts["codes"], encoded.decode(companions={"exp_avg_sq": v})
+        (tensor([ 100, -100], dtype=torch.int32), tensor([ 0.1000, -0.2000]))
     """
 
     name: ClassVar[str] = "direction"

@@ -1,4 +1,4 @@
-"""Nothing at all: the tensor is gone, and decodes to zeros."""
+"""Nothing is stored; the tensor decodes to zeros."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dropped(Codec):
-    """No parts. For moments that inference does not need; training cannot resume from zeros as if nothing had
-    happened.
+    """No parts: the tensor is not stored, and decodes to zeros.
+
+    For moments that inference does not need. Training cannot resume from zeros as if nothing had happened.
     """
 
     name: ClassVar[str] = "dropped"

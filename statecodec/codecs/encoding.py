@@ -34,14 +34,19 @@ _WITH_INNER = re.compile(r"\s*(?:\(\s*(?:inner\s*=(?P<inner>.*?),?\s*)?\))?\s*",
 
 @dataclass(frozen=True)
 class Encoding:
-    """What an item stores of its tensor.
+    """How a stored item holds its tensor: by a codec's parts, or by what changed of them since a base.
 
     Args:
-        codec: Whose parts it has: the tensor's own, or (VALUES) those of its difference from the base's tensor.
-        change: What is stored minus the base's; None where the item needs no base.
+        codec: The codec of the stored parts: of the tensor itself, or (VALUES) of its difference from the base's
+            tensor.
+        change: How what is stored relates to the base; None where the item needs no base.
 
     Raises:
         InvalidCodec: If there is no such change of that codec.
+
+    Example:
+        >>> str(Encoding.parse("delta(inner=split)")), Encoding.parse("raw").exact
+        ('delta(inner=split)', True)
     """
 
     codec: Codec
@@ -64,14 +69,22 @@ class Encoding:
 
     @property
     def standalone(self) -> Codec | None:
-        """The codec under which the tensor has parts of its own, once the base has been added.
-
-        None of a change of values: such a tensor has only values.
-        """
+        """The codec of the tensor's own parts, once the base has been added; None of a change of values."""
         return None if self.change is Change.VALUES else self.codec
 
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
-        """Every stored part of a tensor of this shape and dtype, in storage order. Raises UnsupportedTensor."""
+        """Every stored part of a tensor of this shape and dtype, in storage order.
+
+        Args:
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
+
+        Returns:
+            The parts by name.
+
+        Raises:
+            UnsupportedTensor: If the codec, or the change, does not take such a tensor.
+        """
         if self.change is None:
             return self.codec.parts(shape, dtype)
         if self.change is Change.PARTS:
@@ -81,22 +94,52 @@ class Encoding:
         return {f"{self.change.value}.{k}": s for k, s in self.codec.parts(shape, FLOAT32).items()}
 
     def nbytes(self, shape: tuple[int, ...], dtype: DType) -> int:
-        """Bytes of all parts before packing."""
+        """Bytes of all parts of a tensor, before packing.
+
+        Args:
+            shape: The tensor's shape.
+            dtype: The tensor's dtype.
+
+        Returns:
+            The number of bytes.
+
+        Raises:
+            UnsupportedTensor: If the codec, or the change, does not take such a tensor.
+        """
         return sum(spec.nbytes for spec in self.parts(shape, dtype).values())
 
     def settled(self, shape: tuple[int, ...]) -> Encoding:
-        """The same without what makes no difference for the shape (see `Codec.settled`)."""
+        """This encoding without settings that make no difference for a shape (see `Codec.settled`).
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            An encoding that makes the same parts of such a tensor.
+        """
         return Encoding(self.codec.settled(shape), self.change)
 
     def config(self) -> dict[str, Any]:
-        """The JSON that manifests have."""
+        """JSON config, as manifests have it."""
         if self.change is None:
             return self.codec.config()
         return {"name": self.change.value, "version": _VERSION, "inner": self.codec.config()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Encoding:
-        """An encoding from its JSON (untrusted). Raises UnknownCodec, InvalidCodec or UnsupportedVersion."""
+        """Make an encoding from its JSON config, which is not trusted.
+
+        Args:
+            config: What `config` gave.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            UnknownCodec: If there is no codec of that name.
+            InvalidCodec: If a field is unknown or out of its range.
+            UnsupportedVersion: If the codec or the change is of a version that is not known here.
+        """
         change = _named(config.get("name"))
         if change is None:
             return cls(from_config(config))
@@ -110,7 +153,19 @@ class Encoding:
 
     @classmethod
     def parse(cls, text: str) -> Encoding:
-        """An encoding from its text. Raises UnknownCodec or InvalidCodec."""
+        """Make an encoding from its text.
+
+        Args:
+            text: A codec's text, or `delta`, `delta(inner=CODEC)`, `residual` or `residual(inner=CODEC)`.
+
+        Returns:
+            The encoding.
+
+        Raises:
+            UnknownCodec: If there is no codec of that name.
+            InvalidCodec: If the text cannot be read, or a field is unknown or out of its range.
+            UnsupportedVersion: If the text states a version that is not known here.
+        """
         word = re.match(r"\s*(\w*)", text)
         change = _named(word.group(1)) if word is not None else None
         if word is None or change is None:

@@ -1,4 +1,4 @@
-"""Block means along rows (FOAM, arXiv 2512.07112, section 1)."""
+"""Block means along rows (FOAM, arXiv 2512.07112)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Folded(Codec):
-    """One fp32 mean per block of 2**level neighbours in a row, encoded by `inner`: parts `mean.*`.
+    """One fp32 mean per block of neighbours in a row: parts `mean.*`, as `inner` encodes the means.
 
-    A row's short tail block is the mean of the entries it has (the published code divides by the full block). Decoding
-    repeats the mean: what varies within a block is lost, so the error is the distance to the block's mean plus the
-    inner codec's. NaN and infinities are refused: they would spread over their block.
+    A row's short tail block is the mean of the entries that it has (the published code divides by the full block).
+    Decoding repeats the mean: what varies within a block is lost, so the error is the distance to the block's mean plus
+    that of the inner codec. NaN and infinities are refused: they would spread over their block.
+
+    Args:
+        level: A block has 2**level entries; 0 to 16.
+        inner: The codec of the means.
+        rows: `first`: a row is everything but the first dimension. `last`: a row is the last dimension, as in version
+            1.
+
+    Source:
+        FOAM (arXiv 2512.07112).
+
+    Example:
+        >>> import torch
+        >>> Folded(level=1).encode(torch.tensor([[1.0, 3.0, 5.0]])).decode()
+        tensor([[2., 2., 5.]])
     """
 
     name: ClassVar[str] = "folded"
@@ -42,10 +56,18 @@ class Folded(Codec):
 
     @property
     def block(self) -> int:
+        """Entries of a block."""
         return 1 << self.level
 
     def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the means of a tensor of this shape: each row's length over the block, rounded up."""
+        """Shape of the means of a tensor.
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            The shape with each row's length divided by the block and rounded up.
+        """
         return in_rows(shape, -(-self.rows_cols(shape)[1] // self.block), self.rows)
 
     def rows_cols(self, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""From the fp32 values that kernels decode to the dtype of the tensor, and what that adds to the error."""
+"""Between fp32, in which kernels decode, and the dtype of the tensor; and what that rounding adds to the error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def fp32_like(out: Tensor) -> Tensor:
-    """What a kernel decodes into: `out` itself if it is fp32, else an uninitialised fp32 tensor of its shape."""
+    """Where a kernel decodes to: `out` itself if it is fp32, else an uninitialised fp32 tensor of its shape."""
     return out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32, device=out.device)
 
 
@@ -31,9 +31,7 @@ def store(values: Tensor, out: Tensor) -> None:
 
 
 def rounding(bound: Tensor, x: Tensor) -> Tensor:
-    """An error bound (float64) widened by the rounding of the decoded fp32 value to x's dtype, and of the fp32
-    product.
-    """
+    """An error bound (float64) widened by the rounding to x's dtype and by that of the fp32 product."""
     unit = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 2.0**-134)}.get(x.dtype, (0.0, 0.0))
     size = x.to(torch.float64).abs() + bound
     return bound + size * (unit[0] + 2.0**-22) + unit[1] + 2.0**-149

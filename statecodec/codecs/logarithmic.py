@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Logarithmic(Codec):
-    """Part `codes` (int16): `steps` codes per octave, from fp32's smallest number on; no groups and no scales.
+    """The logarithm on one grid for all of fp32: part `codes` (int16).
 
-    Code 0 means exactly 0, and nothing positive gets it. So rows of any range and dead units need no special case. The
-    root, by which Adam divides, has an rms relative error of 0.1 / steps. Packing takes the means of rows and
-    columns out of the codes. -0.0 becomes 0.0. NaN, infinities and negative values are refused.
+    Codes start at fp32's smallest number; there are no groups and no scales. Code 0 means exactly 0, and nothing
+    positive gets it. So rows of any range and dead units need no special case. The root, by which Adam divides, has an
+    rms relative error of 0.1 / steps. Packing takes the means of rows and columns out of the codes. -0.0 becomes 0.0.
+    NaN, infinities and negative values are refused.
+
+    Args:
+        steps: Codes per octave, 1 to 64.
+
+    Example:
+        >>> import torch
+        >>> Logarithmic(steps=8).encode(torch.tensor([0.0, 2.0**-149, 1.0])).parts["codes"]
+        tensor([   0,    1, 1193], dtype=torch.int16)
     """
 
     name: ClassVar[str] = "logarithmic"

@@ -25,13 +25,29 @@ _EXACT_SVD = 1024  # up to this smaller side; beyond, seeded subspace iteration
 
 @dataclass(frozen=True)
 class LowRank(Codec):
-    """A matrix (rows x cols) by fp32 factors `left` (rows x rank) and `right` (rank x cols).
+    """Two fp32 factors of a matrix (rows x cols): parts `left` (rows x rank) and `right` (rank x cols).
 
-    `form=product`: x = left @ right, the best approximation of that rank. `form=square`: x = (left @ right)**2
-    elementwise, factors of sqrt(x), for second moments. `form=rank_one` (rank 1): x = row mean * column mean / mean,
-    for second moments: never negative, and zero where x is not only if the product underflows. A rank above the smaller
-    side is lowered to it. NaN and values beyond 1e38 are refused, and negative values by `square` and `rank_one`.
-    Error: the first left-out singular value (`product`). Needs the whole tensor at once.
+    A rank above the smaller side is lowered to it. NaN and values beyond 1e38 are refused; `square` and `rank_one` also
+    refuse negative values. The error of `product` is the first singular value that is left out. Needs the whole tensor
+    at once.
+
+    Args:
+        rank: 1 to 65536.
+        form: `product`: x = left @ right, the best approximation of that rank. `square`, for second moments: x = (left
+            @ right)**2 elementwise, so these are factors of sqrt(x). `rank_one`, for second moments and rank 1: x = row
+            mean * column mean / mean; never negative, and 0 where x is not only if the product underflows.
+        rows: `first`: a row is everything but the first dimension. `last`: a row is the last dimension, as in version
+            1.
+
+    Source:
+        LoRA-Pre (arXiv 2602.24283) for `product` and `square`; Adafactor (arXiv 1804.04235) for `rank_one`.
+
+    Example:
+        >>> import torch
+        >>> encoded = LowRank(rank=1, form="rank_one").encode(torch.tensor([[1.0, 2.0], [2.0, 4.0]]))
+        >>> encoded.parts["left"].shape, encoded.decode().round(decimals=4)
+        (torch.Size([2, 1]), tensor([[1., 2.],
+                [2., 4.]]))
     """
 
     name: ClassVar[str] = "lowrank"
@@ -141,9 +157,7 @@ class LowRank(Codec):
 
 
 def _subspace_svd(matrix: Tensor, rank: int, iterations: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Leading singular triplets by subspace iteration with oversampling, from a fixed seed: the same bits every
-    time.
-    """
+    """Leading singular triplets by subspace iteration with oversampling; the seed is fixed, so bits repeat."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     width = min(rank + max(8, rank // 4), *matrix.shape)
     start = torch.randn(matrix.shape[1], width, dtype=matrix.dtype, device="cpu", generator=generator).to(matrix.device)

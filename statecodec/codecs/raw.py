@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Raw(Codec):
-    """Part `data`: the tensor itself. NaN payloads, -0.0 and subnormals survive; packing may still make it smaller."""
+    """The tensor itself, of any dtype: part `data`.
+
+    NaN payloads, -0.0 and subnormals survive. Packing may still make it smaller.
+
+    Example:
+        >>> import torch
+        >>> Raw().encode(torch.tensor([1, 2])).parts["data"]
+        tensor([1, 2])
+    """
 
     name: ClassVar[str] = "raw"
     exact: ClassVar[bool] = True

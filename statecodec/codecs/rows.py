@@ -15,9 +15,18 @@ FIRST, LAST = "first", "last"
 
 
 def rows_cols(shape: tuple[int, ...], rows: str = FIRST) -> tuple[int, int]:
-    """The two-dimensional view of a shape: `()` -> (1, 1), `(n,)` -> (1, n), `(n, ...)` -> (n, product of the rest).
+    """See a shape as a matrix of rows.
 
-    With rows along the last dimension, as files of format 1.0 have them, `(..., q)` -> (product of the rest, q).
+    Args:
+        shape: The tensor's shape.
+        rows: `first`: `(n, ...)` is n x the rest. `last`: `(..., q)` is the rest x q, as files of format 1.0 have it.
+
+    Returns:
+        (rows, columns); `()` is (1, 1) and `(n,)` is (1, n).
+
+    Example:
+        >>> rows_cols((64, 32, 3, 3)), rows_cols((64, 32, 3, 3), "last")
+        ((64, 288), (6144, 3))
     """
     if len(shape) < 2:
         return 1, math.prod(shape)
@@ -27,12 +36,12 @@ def rows_cols(shape: tuple[int, ...], rows: str = FIRST) -> tuple[int, int]:
 
 
 def along_the_last(version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The fields of a codec whose version 1 had rows along the last dimension only."""
+    """The fields of version 1 of a codec, whose rows ran along the last dimension only."""
     return {**fields, "rows": LAST} if version == 1 and "rows" not in fields else None
 
 
 def in_rows(shape: tuple[int, ...], cols: int, rows: str = FIRST) -> tuple[int, ...]:
-    """The shape of what has `cols` numbers for every row of a tensor of this shape."""
+    """The shape of `cols` numbers for every row of a tensor of this shape."""
     if len(shape) < 2:
         return (cols,)
     return (*(shape[:-1] if rows == LAST else shape[:1]), cols)

@@ -1,4 +1,4 @@
-"""A tensor that is another one of the same file."""
+"""A tensor that equals another one of the same file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,12 @@ class Same(Codec):
     """No parts: the tensor is what its companion `original`, of the same dtype, decodes to.
 
     Takes every dtype. Refuses a tensor that differs from its original in a single bit, as both were before encoding.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 2.0])
+        >>> Same().encode(x, companions={"original": x}).decode(companions={"original": x})
+        tensor([1., 2.])
     """
 
     name: ClassVar[str] = "same"

@@ -22,11 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared(Codec):
-    """The fp32 mean over the dimensions `dims` (kept as size 1), encoded by `inner`: parts `mean.*`.
+    """The fp32 mean over whole dimensions: parts `mean.*`, as `inner` encodes the mean.
 
-    Dimensions count from 0; a matrix (fan_out, fan_in) shared over 1 keeps one value per row. Decoding broadcasts, so
-    the error is the distance to the mean plus the inner codec's. NaN and infinities are refused: they would spread.
-    Needs the whole tensor at once.
+    Decoding broadcasts the mean, so the error is the distance to it plus that of the inner codec. NaN and infinities
+    are refused: they would spread. Needs the whole tensor at once.
+
+    Args:
+        dims: The dimensions that share one value, from 0, in rising order. A matrix (fan_out, fan_in) shared over 1
+            keeps one value per row.
+        inner: The codec of the mean.
+
+    Source:
+        SlimAdam (arXiv 2503.01843), section 3.
+
+    Example:
+        >>> import torch
+        >>> Shared(dims=(1,)).encode(torch.tensor([[1.0, 3.0], [4.0, 4.0]])).decode()
+        tensor([[2., 2.],
+                [4., 4.]])
     """
 
     name: ClassVar[str] = "shared"
@@ -40,7 +53,17 @@ class Shared(Codec):
         self.require(bool(legal), f"dims={list(self.dims)}, expected distinct dimensions in rising order, from 0")
 
     def mean_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape with the shared dimensions of size 1."""
+        """Shape of the mean of a tensor.
+
+        Args:
+            shape: The tensor's shape.
+
+        Returns:
+            The shape with the shared dimensions of size 1.
+
+        Raises:
+            UnsupportedTensor: If the tensor does not have all of `dims`.
+        """
         if self.dims[-1] >= len(shape):
             raise UnsupportedTensor(
                 f"shared over dimensions {list(self.dims)} needs more dimensions than shape {list(shape)}"

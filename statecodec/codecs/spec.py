@@ -48,7 +48,18 @@ def names() -> list[str]:
 
 
 def get(name: str) -> type[Codec]:
-    """The codec class of that name. Raises UnknownCodec, and InvalidCodec for the name of a change."""
+    """Look up a codec class.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The class.
+
+    Raises:
+        UnknownCodec: If there is none of that name.
+        InvalidCodec: For the name of a change, such as `delta`.
+    """
     if name in _CHANGES:
         raise InvalidCodec(
             f"{name} is no codec: it says what changed of a whole tensor since a base checkpoint, in a rule of "
@@ -60,7 +71,23 @@ def get(name: str) -> type[Codec]:
 
 
 def parse(text: str) -> Codec:
-    """A codec from its text. Raises UnknownCodec or InvalidCodec."""
+    """Make a codec from its text.
+
+    Args:
+        text: `NAME` or `NAME(key=value,...)`, nested where a field is a codec.
+
+    Returns:
+        The codec.
+
+    Raises:
+        UnknownCodec: If there is no codec of that name.
+        InvalidCodec: If the text cannot be read, or a field is unknown or out of its range.
+        UnsupportedVersion: If the text states a version that is not known here.
+
+    Example:
+        >>> parse("folded(level=2,inner=companded(bits=4))").inner.bits
+        4
+    """
     tokens, position = [], 0
     while position < len(text.rstrip()):
         match = _TOKEN.match(text, position)
@@ -75,7 +102,18 @@ def parse(text: str) -> Codec:
 
 
 def format_codec(codec: Codec) -> str:
-    """The shortest text that `parse` turns into this codec: fields at their defaults are left out."""
+    """Write a codec as text.
+
+    Args:
+        codec: The codec.
+
+    Returns:
+        The shortest text that `parse` turns into this codec: fields at their defaults are left out.
+
+    Example:
+        >>> format_codec(parse("companded(curve=log,bits=8)"))
+        'companded(curve=log)'
+    """
     shown = []
     for f in dataclasses.fields(codec):
         value = getattr(codec, f.name)
@@ -85,8 +123,10 @@ def format_codec(codec: Codec) -> str:
 
 
 def described(codec: Codec) -> str:
-    """The text of a codec with its version and every field, for what is kept: `parse` reads it as long as it knows the
-    version, whatever the defaults are by then."""
+    """The text of a codec with its version and every field, for files that are kept.
+
+    `parse` reads it as long as it knows the version, whatever the defaults are by then.
+    """
     fields = {f.name: getattr(codec, f.name) for f in dataclasses.fields(codec)}
     values = {k: described(v) if isinstance(v, Codec) else _format_value(v) for k, v in fields.items()}
     return f"{codec.name}({','.join(f'{k}={v}' for k, v in {'version': str(codec.version), **values}.items())})"
@@ -99,7 +139,19 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def from_config(config: Mapping[str, Any]) -> Codec:
-    """A codec from its JSON config (untrusted). Raises UnknownCodec, InvalidCodec or UnsupportedVersion."""
+    """Make a codec from its JSON config, which is not trusted.
+
+    Args:
+        config: What `Codec.config` gave.
+
+    Returns:
+        The codec.
+
+    Raises:
+        UnknownCodec: If there is no codec of that name.
+        InvalidCodec: If a field is unknown or out of its range.
+        UnsupportedVersion: If it is of a version that is not known here.
+    """
     return _from_config(config, 0)
 
 

@@ -22,12 +22,26 @@ _LOW = {8: INT8, 16: INT16}
 
 @dataclass(frozen=True)
 class Split(Codec):
-    """Parts `high` (bf16 or fp16) and `low` (int8 or int16), split in integer arithmetic on the bits.
+    """An fp32 value as a 16-bit float and what it lacks: parts `high` (bf16 or fp16) and `low` (int8 or int16).
 
-    `high=bf16`: 16 low bits keep every fp32 bit; 8 keep 24 bits of the value: error at most 2**-16 relative, 1/512 of a
-    bf16 unit in the last place. `high=fp16`: 16 low bits are exact for 2**-14 <= |x| < 65520 and within 2**-41 below; 8
-    are within 2**-19 relative, 2**-33 below; finite values from 65520 on are refused. Encoding a decoded tensor changes
-    nothing. Infinities, subnormals and -0.0 stay; NaN stays NaN without its payload. fp64 is rounded to fp32 first.
+    The split is integer arithmetic on the bits. `high=bf16`: 16 low bits keep every fp32 bit; 8 keep 24 bits of the
+    value, with an error of at most 2**-16 relative, 1/512 of a bf16 unit in the last place. `high=fp16`: 16 low bits
+    are exact for 2**-14 <= |x| < 65520 and within 2**-41 below; 8 are within 2**-19 relative, 2**-33 below; finite
+    values from 65520 on are refused. Encoding a decoded tensor changes nothing. Infinities, subnormals and -0.0 stay;
+    NaN stays NaN without its payload. fp64 is rounded to fp32 first.
+
+    Args:
+        high: `bf16` or `fp16`: the dtype of the model's own parameter.
+        low_bits: 8 or 16.
+
+    Source:
+        FlashOptim (arXiv 2602.23349), section 3.1; in integers in place of its floating-point form.
+
+    Example:
+        >>> import torch
+        >>> encoded = Split(low_bits=16).encode(torch.tensor([0.1]))
+        >>> encoded.parts, encoded.decode()
+        ({'high': tensor([0.1001], dtype=torch.bfloat16), 'low': tensor([-13107], dtype=torch.int16)}, tensor([0.1000]))
     """
 
     name: ClassVar[str] = "split"

@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ulps(Codec):
-    """Part `ulps` (int16): how many of its dtype's numbers an element is from the companion, rounded to that dtype.
+    """The distance of 16-bit weights from their rounded master, in numbers of their dtype: part `ulps` (int16).
 
-    Exact: the element is that many numbers above the rounded companion, modulo 2**16, in the order -inf ... -0.0,
-    0.0 ... inf. The companion is what the reader decodes, so weights come back bit for bit from a master that was
-    stored lossily: where its error crossed a rounding boundary the entry is not 0, and all others pack to nothing.
+    Exact: the element is that many numbers above the rounded companion, modulo 2**16, in the order -inf ... -0.0, 0.0
+    ... inf. The companion is what the reader decodes, so weights come back bit for bit from a master that was stored
+    lossily. Where the master's error crossed a rounding boundary the entry is not 0; all others pack to nothing.
 
     Takes bf16 and fp16. NaN is refused, in the tensor and in the companion.
+
+    Example:
+        >>> import torch
+        >>> master = torch.tensor([0.1, 0.3])
+        >>> Ulps().encode(master.bfloat16(), companions={"master": master}).parts["ulps"]
+        tensor([0, 0], dtype=torch.int16)
     """
 
     name: ClassVar[str] = "ulps"

@@ -22,12 +22,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Uniform(Codec):
-    """Part `codes` (int32): how many times `step` each value is, rounded to nearest.
+    """How many times `step` each value is, rounded to nearest: part `codes` (int32).
 
-    The step is absolute and whoever chooses it decides how fine it is; the rms error is step / sqrt(12). From 2**22
-    steps on a value is exact: the codes go on with fp32's own numbers (`statecodec.kernels.grids`). Zeros decode to
-    zeros, -0.0 to 0.0. NaN and infinities are refused. Small codes pack: a byte plane of noise, one that packs and two
-    of almost nothing, or less (docs/format.md, section 5.1).
+    The rms error is step / sqrt(12). Values of 2**22 steps and more are exact: there the codes go on with fp32's own
+    numbers (`statecodec.kernels.grids`). Zeros decode to zeros, -0.0 to 0.0. NaN and infinities are refused. Small
+    codes pack: of their four bytes one is noise, one packs, and two are almost all equal (docs/format.md, section 5.1).
+
+    Args:
+        step: The width of the grid, in units of the values, from 2**-126 to 2**100.
+
+    Example:
+        >>> import torch
+        >>> Uniform(step=0.5).encode(torch.tensor([0.1, 0.9, -2.0])).parts["codes"]
+        tensor([ 0,  2, -4], dtype=torch.int32)
     """
 
     name: ClassVar[str] = "uniform"

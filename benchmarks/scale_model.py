@@ -86,8 +86,8 @@ def planning(items: int, scaling: Result) -> dict[str, float]:
     """CPU seconds and bytes for so many stored tensors, from the largest number that was measured."""
     largest = max(scaling["items"], key=int)
     measured, n = scaling["items"][largest], int(largest)
-    seconds = {name: step["cpu"] * items / n for name, step in measured["steps"].items()}
-    return {**seconds, "peak": max(s["peak"] for s in measured["steps"].values()) * items / n}
+    seconds = {name: stage["cpu"] * items / n for name, stage in measured["stages"].items()}
+    return {**seconds, "peak": max(s["peak"] for s in measured["stages"].values()) * items / n}
 
 
 def seconds(value: float) -> str:
@@ -139,18 +139,18 @@ def offline_table(preset: str, quality: Result, speed: Result) -> list[str]:
 
 def planning_table(scaling: Result) -> list[str]:
     """What was measured, by number of tensors."""
-    names = list(next(iter(scaling["items"].values()))["steps"])
+    names = list(next(iter(scaling["items"].values()))["stages"])
     lines = [
         "| stored tensors | " + " | ".join(f"{name}, CPU s" for name in names) + " | bytes a tensor beyond its own "
         "| peak memory |",
         "| --- " * (len(names) + 3) + "|",
     ]
     for items, measured in scaling["items"].items():
-        steps = measured["steps"]
+        stages = measured["stages"]
         beyond = (measured["compressed"] - measured["tensor_bytes"]) / int(items)
-        peak = max(step["peak"] for step in steps.values()) / 2**20
+        peak = max(stage["peak"] for stage in stages.values()) / 2**20
         lines.append(
-            f"| {int(items):,} | " + " | ".join(f"{steps[name]['cpu']:.1f}" for name in names)
+            f"| {int(items):,} | " + " | ".join(f"{stages[name]['cpu']:.1f}" for name in names)
             + f" | {beyond:.0f} | {peak:,.0f} MiB |"
         )  # fmt: skip
     return lines

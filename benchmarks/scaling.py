@@ -52,7 +52,7 @@ def main() -> None:
     measured: dict[str, Any] = {}
     for items in arguments.items:
         source, packed, back = made(items), CACHE / "scaling.sc.safetensors", CACHE / "scaling.back.pt"
-        steps = {
+        stages = {
             "open the original": ("open", source, packed),
             "divide into 64 shares": ("deal", source, packed),
             "compress": ("compress", source, packed),
@@ -60,14 +60,14 @@ def main() -> None:
             "restore": ("restore", packed, back),
         }
         found = {}
-        for name, step in steps.items():
-            found[name] = one = run(*step)
+        for name, stage in stages.items():
+            found[name] = one = run(*stage)
             print(f"{items:>9,} {name}: {one['cpu']:.1f} CPU s, {one['peak'] / 2**20:.0f} MiB", flush=True)
         measured[str(items)] = {
             "bytes": source.stat().st_size,
             "compressed": packed.stat().st_size,
             "tensor_bytes": items * _NUMEL * 4,
-            "steps": found,
+            "stages": found,
         }
         keep("scaling", {"items": measured})
         for path in (source, packed, back):

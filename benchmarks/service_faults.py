@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "server")]
 from service import Service, put, submit, wait  # noqa: E402
 from service_upload_kills import TUS, Wrong, require, upload_kills  # noqa: E402
 
-STEPS = ("stage", "convert", "publish", "finish")
+PHASES = ("stage", "convert", "publish", "finish")
 RESULTS = ROOT / "benchmarks" / "results" / "service_faults.json"
 DOCUMENT = ROOT / "docs" / "service.md"
 MARKS = ("<!-- faults: begin -->", "<!-- faults: end -->")
@@ -231,7 +231,7 @@ def timed(fault: str, expected: str, times: int, run: Callable[[], int]) -> Faul
 def campaign(folder: Path, *, short: bool, seed: int) -> list[Fault]:
     """Every fault; raises Wrong at the first that goes wrong."""
     kills, size = (6, 6_000_000) if short else (200, 64_000_000)
-    places = [f"{when}:{step}" for step in STEPS for when in ("before", "after")] + ["during:convert"]
+    places = [f"{when}:{phase}" for phase in PHASES for when in ("before", "after")] + ["during:convert"]
     places = ["after:convert", "after:publish"] if short else places
     restarts = 2 if short else 20
     same = "results byte-equal to an undisturbed run"
@@ -242,7 +242,7 @@ def campaign(folder: Path, *, short: bool, seed: int) -> list[Fault]:
             kills,
             lambda: upload_kills(folder, kills, size, seed),
         ),
-        timed("kill -9 of a worker at the steps of a job", same, len(places), lambda: worker_kills(folder, places)),
+        timed("kill -9 of a worker in every phase of a job", same, len(places), lambda: worker_kills(folder, places)),
         timed(
             "kill -9 of the whole service during jobs", same, restarts, lambda: service_kills(folder, restarts, seed)
         ),

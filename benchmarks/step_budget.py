@@ -1,7 +1,7 @@
 """What a stated fraction of one optimizer step costs: bits per value of each part, errors, and the codecs' own rate.
 
 Weights and moments of matrices and kernels (4096 values and more) are encoded on the grids of
-`statecodec.choose.steps` and packed as in a file, memory to memory. Beside each part stands the order-0 entropy of its
+`statecodec.choose.budget` and packed as in a file, memory to memory. Beside each part stands the order-0 entropy of its
 codes, each tensor by itself. Rates are CPU nanoseconds per parameter (weight, exp_avg and exp_avg_sq), encoding and
 packing, unpacking and decoding, the best of `--runs`; the 24-bit split with 8-bit companded moments takes its turns in
 the same run.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from statecodec import kernels
 from statecodec.buffers import Pool, ThreadScratch
+from statecodec.choose.budget import codes_per_octave
 from statecodec.choose.step_size import correction
-from statecodec.choose.steps import codes_per_octave
 from statecodec.codecs import Codec, Direction, Logarithmic, Uniform, parse
 from statecodec.codecs.chunking import chunks
 from statecodec.dtypes import of

@@ -1,7 +1,7 @@
 """Every use of the job engine (DBOS): submit and cancel from the HTTP process, run and recover in the workers.
 
-A job is one durable workflow whose id is the job's id. Its four steps are recorded as they finish, so a worker that
-dies is continued at the step it died in. Arguments and results are JSON (never the engine's default pickle), the
+A job is one durable workflow whose id is the job's id. Its four phases are recorded as they finish, so a worker that
+dies is continued in the phase it died in. Arguments and results are JSON (never the engine's default pickle), the
 application version is ours and changes only when running jobs of an older service could not be continued.
 """
 
@@ -16,10 +16,10 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, run_dbos_database
 from sqlalchemy.exc import DBAPIError
 
 from . import logs
+from .phases import JobPhases
 from .problems import HTTPProblem
 from .records import Fenced, Row
 from .settings import Settings
-from .steps import JobSteps
 
 log = logging.getLogger("statecodec.server.jobs")
 APPLICATION = "statecodec"
@@ -98,7 +98,7 @@ class JobQueue:
 class JobWorker:
     """A worker process's side: takes one job at a time until told to stop."""
 
-    def __init__(self, settings: Settings, work: JobSteps) -> None:
+    def __init__(self, settings: Settings, work: JobPhases) -> None:
         self._settings = settings
         DBOS(
             config={
@@ -130,17 +130,17 @@ class JobWorker:
         DBOS.destroy(workflow_completion_timeout_sec=int(self._settings.drain_seconds))
 
 
-def _register(work: JobSteps) -> None:
+def _register(work: JobPhases) -> None:
     claims: dict[str, Row] = {}
 
-    def step(name: str, function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
+    def phase(name: str, function: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
         def call(job: str, *arguments: Any) -> dict[str, Any]:
             return _outcome(work, function, claims[job], *arguments)
 
         return DBOS.step(name=name)(call)
 
-    stage, convert = step("stage", work.stage), step("convert", work.convert)
-    publish, finish = step("publish", work.publish), step("finish", work.finish)
+    stage, convert = phase("stage", work.stage), phase("convert", work.convert)
+    publish, finish = phase("publish", work.publish), phase("finish", work.finish)
 
     @DBOS.workflow(name=WORKFLOW, max_recovery_attempts=None)
     def run(job: str) -> None:
@@ -160,8 +160,8 @@ def _register(work: JobSteps) -> None:
         del claims[job]
 
 
-def _outcome(work: JobSteps, function: Callable[..., Any], row: Row, *arguments: Any) -> dict[str, Any]:
-    """Run a step; failures become values, because the engine would keep a raised error for ever.
+def _outcome(work: JobPhases, function: Callable[..., Any], row: Row, *arguments: Any) -> dict[str, Any]:
+    """Run a phase; failures become values, because the engine would keep a raised error for ever.
 
     An overtaken worker, or one without its database, must leave no trace in the job it no longer owns: the process
     ends on the spot. Its supervisor starts it again, and what it still owns is resumed then.

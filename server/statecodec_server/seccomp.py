@@ -67,41 +67,46 @@ _MACHINES = {
 }
 
 
-def _step(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
+def _instruction(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("=HBBI", code, yes, no, value & 0xFFFFFFFF)
 
 
 def _argument(index: int, *, high: bool = False) -> bytes:
-    return _step(_LOAD, 16 + 8 * index + (4 if high else 0))
+    return _instruction(_LOAD, 16 + 8 * index + (4 if high else 0))
 
 
 def _program(machine: _Machine, pid: int) -> bytes:
     """The filter as the kernel takes it; every block tests one number and falls through to the next when it differs."""
-    number = _step(_LOAD, 0)
-    parts = [_step(_LOAD, 4), _step(_EQUAL, machine.audit, 1, 0), _step(_RETURN, _KILL), number]
+    number = _instruction(_LOAD, 0)
+    parts = [_instruction(_LOAD, 4), _instruction(_EQUAL, machine.audit, 1, 0), _instruction(_RETURN, _KILL), number]
     if machine.column == 0:  # x32 calls carry other numbers
-        parts += [_step(_AT_LEAST, 0x40000000, 0, 1), _step(_RETURN, _KILL)]
+        parts += [_instruction(_AT_LEAST, 0x40000000, 0, 1), _instruction(_RETURN, _KILL)]
     for numbers in _REFUSED.values():
         if (call := numbers[machine.column]) is not None:
-            parts += [_step(_EQUAL, call, 0, 1), _step(_RETURN, _DENY)]
-    parts += [_step(_EQUAL, machine.clone3, 0, 1), _step(_RETURN, _MISSING)]
+            parts += [_instruction(_EQUAL, call, 0, 1), _instruction(_RETURN, _DENY)]
+    parts += [_instruction(_EQUAL, machine.clone3, 0, 1), _instruction(_RETURN, _MISSING)]
     # A thread is allowed, a process is not.
-    parts += [_step(_EQUAL, machine.clone, 0, 4), _argument(0), _step(_ANY_BIT, _CLONE_THREAD, 0, 1)]
-    parts += [_step(_RETURN, _ALLOW), _step(_RETURN, _DENY)]
+    parts += [_instruction(_EQUAL, machine.clone, 0, 4), _argument(0), _instruction(_ANY_BIT, _CLONE_THREAD, 0, 1)]
+    parts += [_instruction(_RETURN, _ALLOW), _instruction(_RETURN, _DENY)]
     for call in (machine.kill, machine.tgkill):  # abort() and raise() are signals to oneself
-        parts += [_step(_EQUAL, call, 0, 4), _argument(0), _step(_EQUAL, pid, 0, 1)]
-        parts += [_step(_RETURN, _ALLOW), _step(_RETURN, _DENY)]
+        parts += [_instruction(_EQUAL, call, 0, 4), _argument(0), _instruction(_EQUAL, pid, 0, 1)]
+        parts += [_instruction(_RETURN, _ALLOW), _instruction(_RETURN, _DENY)]
     # It must die with its worker.
-    parts += [_step(_EQUAL, machine.prctl, 0, 4), _argument(0), _step(_EQUAL, _PR_SET_PDEATHSIG, 1, 0)]
-    parts += [_step(_RETURN, _ALLOW), _step(_RETURN, _DENY)]
+    parts += [_instruction(_EQUAL, machine.prctl, 0, 4), _argument(0), _instruction(_EQUAL, _PR_SET_PDEATHSIG, 1, 0)]
+    parts += [_instruction(_RETURN, _ALLOW), _instruction(_RETURN, _DENY)]
     # Limits may be read (no new ones given), not set.
-    parts += [_step(_EQUAL, machine.prlimit, 0, 6), _argument(2), _step(_EQUAL, 0, 0, 3)]
-    parts += [_argument(2, high=True), _step(_EQUAL, 0, 0, 1), _step(_RETURN, _ALLOW), _step(_RETURN, _DENY)]
-    return b"".join([*parts, _step(_RETURN, _ALLOW)])
+    parts += [_instruction(_EQUAL, machine.prlimit, 0, 6), _argument(2), _instruction(_EQUAL, 0, 0, 3)]
+    parts += [
+        _argument(2, high=True),
+        _instruction(_EQUAL, 0, 0, 1),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_RETURN, _DENY),
+    ]
+    return b"".join([*parts, _instruction(_RETURN, _ALLOW)])
 
 
 class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_char_p))
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
 def confine() -> bool:
@@ -111,7 +116,7 @@ def confine() -> bool:
         return False
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    steps = _program(machine, os.getpid())
-    program = _Program(len(steps) // 8, steps)
+    instructions = _program(machine, os.getpid())
+    program = _Program(len(instructions) // 8, instructions)
     seccomp = 317 if machine.column == 0 else 277
     return bool(libc.syscall(ctypes.c_long(seccomp), _SET_FILTER, _ALL_THREADS, ctypes.byref(program)) == 0)

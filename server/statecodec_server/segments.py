@@ -49,13 +49,13 @@ async def stream(storage: Storage, segments: Sequence[Segment], start: int, leng
         if start >= segment.length:
             start -= segment.length
             continue
-        step = min(length, segment.length - start)
+        size = min(length, segment.length - start)
         if segment.literal is not None:
-            yield segment.literal[start : start + step]
+            yield segment.literal[start : start + size]
         else:
-            async for block in storage.stream(segment.key, segment.start + start, step):
+            async for block in storage.stream(segment.key, segment.start + start, size):
                 yield block
-        start, length = 0, length - step
+        start, length = 0, length - size
 
 
 def _header(name: str, nbytes: int) -> bytes:

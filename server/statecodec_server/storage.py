@@ -119,9 +119,9 @@ class Storage:
     async def stream(self, key: str, start: int, length: int) -> AsyncIterator[bytes]:
         """`length` bytes of an object from `start`, block by block, never more than one block in memory."""
         while length:
-            step = min(length, BLOCK)
-            yield bytes(await obstore.get_range_async(self.store, key, start=start, length=step))
-            start, length = start + step, length - step
+            size = min(length, BLOCK)
+            yield bytes(await obstore.get_range_async(self.store, key, start=start, length=size))
+            start, length = start + size, length - size
 
     def delete(self, prefix: str) -> None:
         """Remove every object under a prefix, and the space it takes."""

@@ -16,14 +16,14 @@ import time
 from . import kernels, logs
 from .database import Database
 from .jobs import JobWorker
+from .phases import JobPhases
 from .settings import Settings
-from .steps import JobSteps
 from .storage import Storage
 
 log = logging.getLogger("statecodec.server.worker")
 
 
-def _beat(work: JobSteps, settings: Settings, done: threading.Event) -> None:
+def _beat(work: JobPhases, settings: Settings, done: threading.Event) -> None:
     started = time.time()
     while True:
         try:
@@ -46,7 +46,7 @@ def run(settings: Settings, index: int, *, supervised: bool) -> None:
     logs.configure(settings.log_level)
     settings.data.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database, pool_size=3)
-    work = JobSteps(settings, database, Storage(settings), f"{settings.worker_name}-{index}")
+    work = JobPhases(settings, database, Storage(settings), f"{settings.worker_name}-{index}")
     done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())

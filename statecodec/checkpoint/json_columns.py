@@ -12,11 +12,11 @@ MAX_FILE = 1 << 50  # bytes
 
 def differences(values: Any) -> list[int]:
     """Each value less the one before it: of numbers that rise evenly, the same number again and again."""
-    steps, last = [], 0
+    gained, last = [], 0
     for value in values:
-        steps.append(value - last)
+        gained.append(value - last)
         last = value
-    return steps
+    return gained
 
 
 def summed(fields: Fields, key: str, low: int, high: int, where: str) -> list[int]:

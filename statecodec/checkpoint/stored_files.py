@@ -218,13 +218,13 @@ def _view(row: Sequence[Any], whole: _Own, where: str) -> View:
     if not isinstance(name, str) or dtype is None:
         raise FormatError(f"{where}: {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
     integer(region, 0, len(whole) - 1, where)
-    dims, steps = integers(shape, where), integers(stride, where)
+    dims, strides = integers(shape, where), integers(stride, where)
     start = integer(offset, 0, MAX_FILE, where)
-    reach = sum((n - 1) * s for n, s in zip(dims, steps, strict=False)) + 1 if 0 not in dims else 0
+    reach = sum((n - 1) * s for n, s in zip(dims, strides, strict=False)) + 1 if 0 not in dims else 0
     fits = start + reach <= whole.nbytes(region) // dtype.itemsize
-    if len(dims) != len(steps) or not fits or math.prod(dims) > _MAX_NUMEL:
+    if len(dims) != len(strides) or not fits or math.prod(dims) > _MAX_NUMEL:
         raise FormatError(f"{where}: {name!r} does not fit into its region")
-    return View(name, region, dtype, dims, steps, start)
+    return View(name, region, dtype, dims, strides, start)
 
 
 # Checksums of the source -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Which codec each tensor of a checkpoint gets, and why: a chain of steps that refine choices and never replace them.
+"""Which codec each tensor of a checkpoint gets, and why: a chain of stages that refine choices and never replace them.
 
 what cannot be otherwise    bytes that are no tensor, storage that several views share: bit for bit
-your rules                  the first that matches decides, and no later step touches it
+your rules                  the first that matches decides, and no later stage touches it
 the preset                  the first of its rules that matches
 fitting                     where the preset's codes do not suit a moment
 budgets                     the tensors that a budget is about
@@ -17,34 +17,35 @@ from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, unmatched_notes
-from statecodec.codecs import Change, Codec, Encoding
+from statecodec.codecs import Codec, Encoding
 from statecodec.errors import UnsupportedTensor
 from statecodec.roles import MOMENT_ROLES, family
+
+_RAW = Encoding(codecs.Raw())
 
 
 @dataclass(frozen=True)
 class Choice:
     """How one tensor is stored, and why.
 
-    `settled`: later steps leave it alone. `unit`: one optimizer step in the unit of the codec's error sums, where that
-    is known. `most`: the largest rms error in that unit's own, where one is promised. `companions`: the tensors that
-    the codec needs, role -> name. `change`: what is stored minus the base's. `otherwise`: the codec if this one refuses
-    the values; and raw if that does.
+    `encoding`: the codec, and whether its parts are stored or what changed of them since a base. `settled`: later
+    stages leave it alone. `unit`: one optimizer step in the unit of the codec's error sums, where that is known.
+    `most`: the largest rms error in that unit's own, where one is promised. `companions`: the tensors that the codec
+    needs, role -> name. `otherwise`: the codec if this one refuses the values; and raw if that does.
     """
 
-    codec: Codec
+    encoding: Encoding
     reason: str
     settled: bool = False
     unit: float | None = None
     most: float | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
-    change: Change | None = None
     otherwise: Codec = field(default_factory=codecs.Raw)
 
     @property
-    def encoding(self) -> Encoding:
-        """How the tensor is stored."""
-        return Encoding(self.codec, self.change)
+    def codec(self) -> Codec:
+        """The codec whose parts are stored, or what changed of them."""
+        return self.encoding.codec
 
     @property
     def exact(self) -> bool:
@@ -75,7 +76,7 @@ class Choices(Mapping[str, Choice]):
     @property
     def uses_base(self) -> bool:
         """Whether any tensor is stored as what changed since a base."""
-        return any(choice.change for choice in self.by_name.values())
+        return any(choice.encoding.change for choice in self.by_name.values())
 
     def noted(self, *notes: str) -> Choices:
         """The same choices with more notes."""
@@ -88,7 +89,7 @@ class Choices(Mapping[str, Choice]):
 
 
 def by_rules(source: SourceCheckpoint, caller_policy: Policy, preset: str, *, strict: bool = False) -> Choices:
-    """The first steps: what cannot be otherwise, your own rules, the preset.
+    """The first stages: what cannot be otherwise, your own rules, the preset.
 
     A rule that matches no tensor is a note. Raises PolicyError for an unknown preset and, if `strict`, for such a rule.
     """
@@ -113,21 +114,20 @@ def _first(
     item: SourceItem, caller_policy: Policy, preset: Policy, name: str, companions: Companions
 ) -> tuple[Choice, tuple[str, ...]]:
     if item.region is None:
-        return Choice(codecs.Raw(), "bytes that are not tensors", settled=True), ()
+        return Choice(_RAW, "bytes that are not tensors", settled=True), ()
     rule = caller_policy.rule_for(item)
     encoding = rule.encoding if rule is not None else preset.encoding_for(item)
-    codec, change = encoding.codec, encoding.change
-    if encoding == Encoding(codecs.Raw()):
-        return Choice(codec, _because(rule, name), settled=rule is not None or item.bytes_only), ()
+    if encoding == _RAW:
+        return Choice(encoding, _because(rule, name), settled=rule is not None or item.bytes_only), ()
     if item.region.lossless:
         reason = "kept exact, because several different views share its storage"
-        return Choice(codecs.Raw(), reason, settled=True), (f"{item.name}: {reason}",)
+        return Choice(_RAW, reason, settled=True), (f"{item.name}: {reason}",)
     try:
         encoding.parts(item.shape, item.dtype)
-        needed = {role: _companion(item, role, companions) for role in codec.needs}
+        needed = {role: _companion(item, role, companions) for role in encoding.codec.needs}
     except UnsupportedTensor as error:
-        return Choice(codecs.Raw(), f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
-    return Choice(codec, _because(rule, name), settled=rule is not None, companions=needed, change=change), ()
+        return Choice(_RAW, f"kept exact: {error}", settled=True), (f"{item.name}: kept exact: {error}",)
+    return Choice(encoding, _because(rule, name), settled=rule is not None, companions=needed), ()
 
 
 def _companion(item: SourceItem, role: str, companions: Companions) -> str:

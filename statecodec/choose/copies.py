@@ -15,7 +15,7 @@ from statecodec import codecs
 from statecodec.buffers import memory
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
-from statecodec.codecs import Change
+from statecodec.codecs import Change, Encoding
 from statecodec.codecs.chunking import CHUNK_ELEMENTS, Chunk
 from statecodec.format import Packing
 from statecodec.roles import family
@@ -47,8 +47,7 @@ def repeated(
             reason = f"it is the same as {other.name}"
             repeats[item.name] = replace(
                 choice,
-                codec=codecs.Same(),
-                change=None,
+                encoding=Encoding(codecs.Same()),
                 reason=reason,
                 companions={"original": other.name},
                 otherwise=codecs.Raw() if choice.codec.needs else choice.codec,
@@ -87,7 +86,7 @@ def _with_original(group: list[SourceItem], choices: Choices) -> list[tuple[Sour
 
 def _has_no_step(item: SourceItem, choice: Choice) -> bool:
     """Whether a weight is exact only because no step is known that trains it: a tied one under its second name, or the
-    fp32 weights beside their masters. As near as its twin is then near enough. An average goes in smaller steps.
+    fp32 weights beside their masters. As near as its twin is then near enough. An average moves less than its weights.
     """
     is_copy = family(item.role) == "weight" and item.role != "ema"
     return is_copy and choice.exact and not choice.settled and choice.unit is None and not choice.companions
@@ -106,10 +105,13 @@ def _is_alike(choice: Choice, first: Choice, shape: tuple[int, ...], originals: 
         first.codec.align(shape) is None and math.prod(shape) > CHUNK_ELEMENTS
     ):
         return False  # the second: each of its chunks would decode all of the original
-    if first.codec.exact and first.change is not Change.VALUES:
+    if first.codec.exact and first.encoding.change is not Change.VALUES:
         return True
-    same_way = (choice.codec, choice.change) == (first.codec, first.change)
-    return same_way and not choice.settled and _of_originals(choice, originals) == first.companions
+    return (
+        choice.encoding == first.encoding
+        and not choice.settled
+        and _of_originals(choice, originals) == first.companions
+    )
 
 
 def _of_originals(choice: Choice, originals: Mapping[str, str]) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """Size against step error, in closed form: the entropy of the codes that a fraction of a step would give.
 
-Samples of every tensor are rounded to the grids that `by_steps` would choose, and their order-0 entropy is what an
+Samples of every tensor are rounded to the grids that `by_budget` would choose, and their order-0 entropy is what an
 entropy coder needs. `benchmarks/step_budget.py` holds it against real files.
 """
 
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.budget import Budget, by_budget
 from statecodec.choose.choices import Choice, by_rules
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
-from statecodec.choose.steps import Budget, by_steps
 from statecodec.codecs import Direction, Logarithmic, Uniform
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
@@ -80,7 +80,7 @@ def measure_curve(src: str | Path, *, threads: int | None = None, progress: Prog
 
 
 def _point(source: SourceCheckpoint, fraction: float, threads: int) -> CurvePoint:
-    choices = by_steps(source, by_rules(source, Policy(()), "lossless"), Budget(fraction, fraction), threads)
+    choices = by_budget(source, by_rules(source, Policy(()), "lossless"), Budget(fraction, fraction), threads)
     bits = sum(_bits(source, item, choices[item.name]) for item in source.items)
     numel = sum(source.tensors[m.exp_avg].numel for m in source.moments)
     return CurvePoint(round(bits / 8), bits / 8 / max(numel, 1), fraction)
@@ -103,7 +103,7 @@ def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values
         turned: Values = np.rint(_sampled(source, item) / (root + codec.eps) / codec.step)
         return turned
     if isinstance(codec, Logarithmic):
-        codes = np.rint(np.log2(np.maximum(_sampled(source, item), 2.0**-149)) * codec.steps)
+        codes = np.rint(np.log2(np.maximum(_sampled(source, item), 2.0**-149)) * codec.per_octave)
         return _centred(codes, item.numel // max(item.shape[0], 1) if item.shape else 1)
     return None
 

@@ -13,7 +13,7 @@ from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.since_base import packed_size
-from statecodec.codecs import Change, Codec
+from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from statecodec.errors import UnencodableValues
@@ -39,7 +39,7 @@ def derived(
             continue
         for master in masters:
             codec = choices[master.name].codec
-            if choices[master.name].change is Change.VALUES:  # what it decodes to, the base decides
+            if choices[master.name].encoding.change is Change.VALUES:  # what it decodes to, the base decides
                 continue
             if isinstance(codec, _MASTERS) and _is_smaller(source, item, master, codec, packing):
                 beside_masters[item.name] = _beside(choices[item.name], master)
@@ -66,7 +66,7 @@ def _folder(source: SourceCheckpoint, item: SourceItem) -> str:
 
 def _beside(choice: Choice, master: SourceItem) -> Choice:
     reason = f"it follows from {master.name}"
-    return replace(choice, codec=codecs.Ulps(), reason=reason, companions={"master": master.name},
+    return replace(choice, encoding=Encoding(codecs.Ulps()), reason=reason, companions={"master": master.name},
                    otherwise=choice.codec)  # fmt: skip
 
 

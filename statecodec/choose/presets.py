@@ -19,15 +19,15 @@ _LIVE = (
     f"weight:fp32,{_BIG}=split(high=bf16,low_bits=8)",
     f"exp_avg:{_BIG}=companded(curve=softsign,bits=8,group=64)",
     f"momentum:{_BIG}=companded(curve=softsign,bits=8,group=64)",
-    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
-    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,steps=18)",
+    f"exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,per_octave=18)",
+    f"max_exp_avg_sq:{_BIG}=companded(curve=log,bits=8,group=128,per_octave=18)",
 )
 _MOMENTS_GONE = ("exp_avg=dropped", "momentum=dropped", "exp_avg_sq=dropped", "max_exp_avg_sq=dropped")
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`step_error`: the error of weights and moments, as a fraction of one optimizer step (None: not by steps).
+    """`step_error`: the error of weights and moments, as a fraction of one optimizer step (None: by rules alone).
 
     `rules` go before it.
     """

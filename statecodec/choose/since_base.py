@@ -11,7 +11,7 @@ from statecodec.buffers import Pool
 from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choices
-from statecodec.codecs import Change, Codec
+from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.changes import subtract_parts
 from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.errors import FormatError, UnencodableValues, UsageError
@@ -42,10 +42,11 @@ def linked(
     changed = {}
     for item in source.items:
         choice = choices[item.name]
-        if choice.change is not None:
+        if choice.encoding.change is not None:
             _require(item, base)
         elif only is None or item.name in only:
-            changed[item.name] = replace(choice, change=_smallest(source, item, choice.codec, base, packing))
+            change = _smallest(source, item, choice.codec, base, packing)
+            changed[item.name] = replace(choice, encoding=Encoding(choice.codec, change))
     return replace(choices, by_name={**choices.by_name, **changed})
 
 

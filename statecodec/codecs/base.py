@@ -73,6 +73,11 @@ def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix + "."): t for k, t in parts.items() if k.startswith(prefix + ".")}
 
 
+def renamed(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The fields of a config with one of them under its new name."""
+    return {new if key == old else key: value for key, value in fields.items()}
+
+
 @dataclass(frozen=True)
 class Codec(ABC):
     """A number representation for one tensor.

@@ -9,11 +9,11 @@ from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, renamed
 from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.rows import FIRST, LAST, along_the_last, as_rows, in_rows, rows_cols
 from statecodec.dtypes import BFLOAT16, INT8, UINT8, DType
-from statecodec.kernels.curves import DEFAULT_STEPS, KINDS, LINEAR, LOG, SOFTSIGN, Curve
+from statecodec.kernels.curves import DEFAULT_PER_OCTAVE, KINDS, LINEAR, LOG, SOFTSIGN, Curve
 from statecodec.kernels.fused import StateStorage
 from statecodec.lazy import torch
 
@@ -39,7 +39,7 @@ class Companded(Codec):
         curve: `softsign` or `linear`, signed, for first moments; `sqrt` or `log`, unsigned, for second moments.
         bits: 8 or 4.
         group: Values per scale, an even number from 2 to 65536.
-        steps: Codes per octave of `log`; 0 means 16 for 8 bits, 2 for 4 bits.
+        per_octave: Codes per octave of `log`; 0 means 16 for 8 bits, 2 for 4 bits. Versions 1 and 2 called it `steps`.
         top: The largest code; 0 for as many as the bits allow. Fewer codes take the same bytes unpacked and fewer
             packed: 8-bit codes with top=15 pack into about 4.5 bits.
         rows: `first`: a row is everything but the first dimension. `last`: a row is the last dimension, as in version
@@ -56,12 +56,12 @@ class Companded(Codec):
     """
 
     name: ClassVar[str] = "companded"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     curve: str = "softsign"
     bits: int = 8
     group: int = 128
-    steps: int = 0
+    per_octave: int = 0
     top: int = 0
     rows: str = FIRST
 
@@ -69,16 +69,16 @@ class Companded(Codec):
         self.require(self.curve in KINDS, f"curve={self.curve!r}, expected one of {', '.join(KINDS)}")
         self.require(self.bits in (8, 4), f"bits={self.bits}, expected 8 or 4")
         self.require(2 <= self.group <= 65536 and self.group % 2 == 0, f"group={self.group}, expected even, 2 to 65536")
-        self.require(self.steps == 0 or self.curve == "log", "steps is for curve=log only")
+        self.require(self.per_octave == 0 or self.curve == "log", "per_octave is for curve=log only")
         self.require(self.rows in (FIRST, LAST), f"rows={self.rows!r}, expected first or last")
         most = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
         self.require(0 <= self.top <= most, f"top={self.top}, expected 0 to {most}")
-        octaves = ((self.top or most) + 1) / (self.steps or DEFAULT_STEPS[self.bits])
+        octaves = ((self.top or most) + 1) / (self.per_octave or DEFAULT_PER_OCTAVE[self.bits])
         self.require(
-            self.steps >= 0 and octaves <= _MAX_OCTAVES,
-            f"steps={self.steps}: the codes span over {_MAX_OCTAVES} octaves",
+            self.per_octave >= 0 and octaves <= _MAX_OCTAVES,
+            f"per_octave={self.per_octave}: the codes span over {_MAX_OCTAVES} octaves",
         )
-        self.require(self.steps <= 64, f"steps={self.steps}, expected at most 64")
+        self.require(self.per_octave <= 64, f"per_octave={self.per_octave}, expected at most 64")
 
     @property
     def signed(self) -> bool:
@@ -88,7 +88,7 @@ class Companded(Codec):
     @cached_property
     def levels(self) -> Curve:
         """The curve with its decode table."""
-        return Curve(self.curve, self.bits, self.signed, self.steps or DEFAULT_STEPS[self.bits], self.top)
+        return Curve(self.curve, self.bits, self.signed, self.per_octave or DEFAULT_PER_OCTAVE[self.bits], self.top)
 
     def config(self) -> dict[str, Any]:
         """As for every codec; `top` only where it is set, so that files without it stay what they were."""
@@ -109,7 +109,10 @@ class Companded(Codec):
 
     @classmethod
     def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return along_the_last(version, fields)
+        if version not in (1, 2) or "per_octave" in fields:
+            return None
+        fields = renamed(fields, "steps", "per_octave")
+        return fields if version == 2 else along_the_last(version, fields)
 
     def align(self, shape: tuple[int, ...]) -> int | None:
         return lcm(self.group, 2)
@@ -159,7 +162,7 @@ class Companded(Codec):
         if self.levels.kind == SOFTSIGN:
             return 2 * r / (1 + r)
         if self.levels.kind == LOG:
-            return (1 + r.clamp(min=1e-300).log2() * self.levels.steps / self.levels.top).clamp(min=0)
+            return (1 + r.clamp(min=1e-300).log2() * self.levels.per_octave / self.levels.top).clamp(min=0)
         return r.sqrt()
 
     def _inverse(self, y: Tensor) -> Tensor:
@@ -168,5 +171,5 @@ class Companded(Codec):
         if self.levels.kind == SOFTSIGN:
             return y / (2 - y)
         if self.levels.kind == LOG:
-            return torch.exp2((y - 1) * self.levels.top / self.levels.steps)
+            return torch.exp2((y - 1) * self.levels.top / self.levels.per_octave)
         return y.clamp(min=0).square()

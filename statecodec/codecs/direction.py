@@ -31,7 +31,7 @@ class Direction(Codec):
 
     Adam's bias corrections are part of the fields. With c1 = 1 - beta1**t and c2 = 1 - beta2**t, the fields for an
     error of a fraction f of an update whose rms is U are step = f * U * sqrt(12) * c1 / sqrt(c2) and eps = Adam's eps *
-    sqrt(c2). Directions of 2**22 steps and more are exact, as in `uniform`: where exp_avg_sq is 0 and exp_avg is not,
+    sqrt(c2). Directions of 2**22 cells and more are exact, as in `uniform`: where exp_avg_sq is 0 and exp_avg is not,
     eps alone is the divisor.
 
     NaN, infinities and negative second moments are refused. The error sums that encoding returns are those of u.

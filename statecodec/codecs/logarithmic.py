@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, renamed
 from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import INT16, DType
@@ -26,29 +26,37 @@ class Logarithmic(Codec):
 
     Codes start at fp32's smallest number; there are no groups and no scales. Code 0 means exactly 0, and nothing
     positive gets it. So rows of any range and dead units need no special case. The root, by which Adam divides, has an
-    rms relative error of 0.1 / steps. Packing takes the means of rows and columns out of the codes. -0.0 becomes 0.0.
-    NaN, infinities and negative values are refused.
+    rms relative error of 0.1 / per_octave. Packing takes the means of rows and columns out of the codes. -0.0 becomes
+    0.0. NaN, infinities and negative values are refused.
 
     Args:
-        steps: Codes per octave, 1 to 64.
+        per_octave: Codes per octave, 1 to 64. Version 1 called it `steps`.
 
     Example:
         >>> import torch
-        >>> Logarithmic(steps=8).encode(torch.tensor([0.0, 2.0**-149, 1.0])).parts["codes"]
+        >>> Logarithmic(per_octave=8).encode(torch.tensor([0.0, 2.0**-149, 1.0])).parts["codes"]
         tensor([   0,    1, 1193], dtype=torch.int16)
     """
 
     name: ClassVar[str] = "logarithmic"
+    version: ClassVar[int] = 2
 
-    steps: int = 8
+    per_octave: int = 8
 
     def __post_init__(self) -> None:
-        self.require(1 <= self.steps <= MAX_PER_OCTAVE, f"steps={self.steps}, expected 1 to {MAX_PER_OCTAVE}")
+        self.require(
+            1 <= self.per_octave <= MAX_PER_OCTAVE, f"per_octave={self.per_octave}, expected 1 to {MAX_PER_OCTAVE}"
+        )
 
     @cached_property
     def grid(self) -> LogGrid:
         """The grid with its table of values."""
-        return LogGrid(self.steps)
+        return LogGrid(self.per_octave)
+
+    @classmethod
+    def upgraded(cls, version: int, fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        known = version == 1 and "per_octave" not in fields
+        return renamed(fields, "steps", "per_octave") if known else None
 
     def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
         self.require_float(dtype)
@@ -74,5 +82,5 @@ class Logarithmic(Codec):
     def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         size = x.to(torch.float64).abs()
         # Half a code, and the polynomial's own error of 1.2e-4 octaves.
-        relative = 2.0 ** (0.5 / self.steps + 1.3e-4) - 1.0
+        relative = 2.0 ** (0.5 / self.per_octave + 1.3e-4) - 1.0
         return rounding(torch.where(size > 0, size * relative + 2.0**-149, torch.zeros_like(size)), x)

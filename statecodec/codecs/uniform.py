@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Uniform(Codec):
     """How many times `step` each value is, rounded to nearest: part `codes` (int32).
 
-    The rms error is step / sqrt(12). Values of 2**22 steps and more are exact: there the codes go on with fp32's own
+    The rms error is step / sqrt(12). Values of 2**22 cells and more are exact: there the codes go on with fp32's own
     numbers (`statecodec.kernels.grids`). Zeros decode to zeros, -0.0 to 0.0. NaN and infinities are refused. Small
     codes pack: of their four bytes one is noise, one packs, and two are almost all equal (docs/format.md, section 5.1).
 

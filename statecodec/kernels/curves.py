@@ -4,7 +4,7 @@ A curve maps a magnitude r in [0, 1] (the value over its group's scale) to a cod
 look-up and one fp32 multiplication, so it is bit-exact everywhere; the table is computed once, in float64.
 
     linear    y = r                      softsign  y = 2r / (1 + r)        (FlashOptim section 3.2, first moment)
-    sqrt      y = sqrt(r)                log       y = 1 + log2(r) * steps / top, `steps` codes per octave
+    sqrt      y = sqrt(r)                log       y = 1 + log2(r) * per_octave / top
 
 Encoding rounds y * top half up. For `log` it takes the octave from the exponent bits and log2 of the mantissa from
 LOG2, a polynomial in separately rounded fp32 operations: backends agree to the bit although their log2 do not.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 LINEAR, SOFTSIGN, SQRT, LOG = range(4)
 # Codes per octave of a logarithmic curve, by its bits: 16 and 8 octaves below the largest value.
-DEFAULT_STEPS = {8: 16, 4: 2}
+DEFAULT_PER_OCTAVE = {8: 16, 4: 2}
 KINDS = {"linear": LINEAR, "softsign": SOFTSIGN, "sqrt": SQRT, "log": LOG}
 
 # log2(1 + f) = f * (c0 + f * (c1 + f * (c2 + f * c3))) for f in [0, 1), within 1.2e-4 octaves (Horner, no fused
@@ -33,13 +33,14 @@ class Curve:
     """One companding curve at one code width.
 
     `bits` is 8 or 4; a signed curve has codes -top..top, an unsigned one 0..top and code 0 only for an exact zero.
-    `limit` lowers the top code (0: as many as the bits allow): fewer levels, which packing turns into fewer bits.
+    `per_octave` (log only): codes per octave. `limit` lowers the top code (0: as many as the bits allow): fewer levels,
+    which packing turns into fewer bits.
     """
 
     name: str
     bits: int
     signed: bool
-    steps: int = 16
+    per_octave: int = 16
     limit: int = 0
 
     @property
@@ -63,7 +64,7 @@ class Curve:
         elif self.kind == SQRT:
             r = y * y
         else:
-            r = np.where(code == 0, 0.0, np.exp2((code - self.top) / self.steps))
+            r = np.where(code == 0, 0.0, np.exp2((code - self.top) / self.per_octave))
         return r.astype(np.float32)
 
     @cached_property

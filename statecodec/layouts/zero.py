@@ -196,9 +196,9 @@ def _object(index: ZeroIndex, model: DictNode, states: dict[str, DictNode], numb
             (k, number(v)) for k, v in (settings.items if settings else ()) if k not in ("params", "param_names")
         ]
         groups.append(own)
-        steps = [] if step is None else [("step", number(step))]
+        counter = [] if step is None else [("step", number(step))]
         for each in states.keys() & set(names):
-            states[each].items += steps
+            states[each].items += counter
     state = DictNode()
     state.items = list(states.items())
     return _dict(model=model, optimizer=_dict(state=state, param_groups=groups))

@@ -159,7 +159,7 @@ class StateOptimizer(StateKeeper):
         job = ParameterStep(
             recipe=recipe, weight=self._weight(p, work, recipe, group, t), grad=grad.detach().contiguous(),
             states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
-            backend=kernels.resolve(self._backend, work.device), steps=self._arithmetic(work), pooled=pooled,
+            backend=kernels.resolve(self._backend, work.device), arithmetic=self._arithmetic(work), pooled=pooled,
         )  # fmt: skip
         state["skipped"] += cast(PerParameter, recipe.method).step(job)
         if work.data_ptr() != own.data_ptr():

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_map_only
 from statecodec.errors import OptimizerError
 from statecodec.names import bare_name
 
-# Running statistics are small steps added to a large sum: bf16 would round them away. (LayerNorm and RMSNorm have none,
-# and torch computes them in fp32 whatever their weights are.)
+# Running statistics are small changes added to a large sum: bf16 would round them away. (LayerNorm and RMSNorm have
+# none, and torch computes them in fp32 whatever their weights are.)
 _RUNNING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 _HALF = (torch.bfloat16, torch.float16)
 

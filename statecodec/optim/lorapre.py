@@ -1,4 +1,4 @@
-"""LoRA-Pre: moments as products of two thin factors, which follow the moving average by Newton steps.
+"""LoRA-Pre: moments as products of two thin factors, which follow the moving average by Newton iterations.
 
 Source: arXiv 2602.24283, theorem 3.1.
 """

@@ -120,7 +120,7 @@ class ParameterStep:
     t: int
     scratch: tiles.TileBuffers
     backend: kernels.Backend
-    steps: ModuleType
+    arithmetic: ModuleType
     pooled: Tensor | None = None  # the method's `partial` of all ranks, if any other rank has a part in it
 
     @property
@@ -226,7 +226,7 @@ class Elementwise(PerParameter):
     def arithmetic(self, job: ParameterStep) -> Callable[..., None]:
         """The update of one tile in place: a function of weight, gradient, the states in order, and the scalars. By
         default the function of this method's name in `kernels.*.steps`."""
-        update: Callable[..., None] = getattr(job.steps, self.name)
+        update: Callable[..., None] = getattr(job.arithmetic, self.name)
         return update
 
     def l2(self, group: Group) -> float:

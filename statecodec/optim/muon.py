@@ -23,12 +23,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADJUSTMENTS = ("match_rms_adamw", "original")
 
 
-def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+def newton_schulz(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """A matrix with the singular vectors of `matrix`, and singular values between 0.7 and 1.2.
 
     Args:
         matrix: (..., rows, cols), of any float dtype, which the result has too.
-        steps: iterations.
+        iterations: how many; torch.optim.Muon calls them `ns_steps`.
         dtype: what is computed in; None is bf16 on a GPU, and fp32 elsewhere (fp64 for fp64 input), because CPUs have
             no fast bf16 matrix product.
     """
@@ -40,7 +40,7 @@ def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype | None = No
     x = x / x.abs().amax((-2, -1), keepdim=True).clamp(min=1e-37)  # tiny gradients: their squares would underflow
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     x = x.reshape(-1, *x.shape[-2:])
-    for _ in range(steps):
+    for _ in range(iterations):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     result: Tensor = x.mT if tall else x

@@ -107,7 +107,7 @@ class SlimMethod(PerParameter):
             part = job.part(at, tile)
             g = job.gradient(tile, part.weight)
             v = moved if 0 in self._dims else moved[tile.start // max(slab, 1) :][: full[0]]
-            job.steps.shared_adam(part.weight.view(full), g.view(full), part.values[0].view(full), v, **s)
+            job.arithmetic.shared_adam(part.weight.view(full), g.view(full), part.values[0].view(full), v, **s)
             kept += part.store()
         second.copy_(torch.where(fits, moved, second))
         return kept

@@ -53,7 +53,7 @@ class StoredWeight:
     dither: Dither | None
     scratch: TileBuffers
     backend: kernels.Backend
-    steps: ModuleType
+    arithmetic: ModuleType
 
     def parts(self, tile: Tile) -> list[Tensor]:
         """What is stored of a tile: the parameter, and the low part if there is one."""
@@ -81,7 +81,9 @@ class StoredWeight:
         drop = 16 if self.low is None else 16 - 8 * self.low.element_size()
         if self.dither is not None and drop:
             d = self.dither
-            self.steps.dither(values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=d.start + tile.start)
+            self.arithmetic.dither(
+                values, drop=drop, seed=d.seed, index=d.index, step=d.step, start=d.start + tile.start
+            )
         if self.low is None or self.codec is None:
             high.copy_(values)
         else:

@@ -24,9 +24,9 @@ from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Rule
+from statecodec.choose.budget import codes_per_octave, finer
 from statecodec.choose.choices import Choices
 from statecodec.choose.since_base import standing_alone
-from statecodec.choose.steps import codes_per_octave, finer
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values

@@ -45,7 +45,7 @@ class ConversionRun:
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """How one layout is made of a checkpoint, in three steps."""
+    """How one layout is made of a checkpoint: read, fit, write."""
 
     read: Callable[[Path, Spill], Any]
     """The values of a checkpoint, large tensors in the spill."""

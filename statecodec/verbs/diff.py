@@ -123,21 +123,21 @@ class _Units:
 
     def __init__(self, moments: Iterable[Moments]) -> None:
         self._rate = max((m.lr for m in moments if m.lr is not None), default=0.0)
-        self._steps: dict[str, float] = {}
+        self._step_sizes: dict[str, float] = {}
         self._error = self._numel = 0.0
 
     def add(self, m: Moments, c: UpdateComparison, numel: int) -> None:
         """Take one parameter's update; where its learning rate is 0 or not known, the file's largest counts."""
         step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
         if m.weight is not None and step > 0:
-            self._steps[m.weight] = step
+            self._step_sizes[m.weight] = step
 
     def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
-        """The same tensors, with the errors of weights counted in steps."""
+        """The same tensors, with the errors of weights counted in optimizer steps."""
         return tuple(self._counted(tensor) for tensor in tensors)
 
     def _counted(self, tensor: TensorDiff) -> TensorDiff:
-        step = self._steps.get(tensor.name)
+        step = self._step_sizes.get(tensor.name)
         if step is None:
             return tensor
         numel = math.prod(tensor.shape)
@@ -145,7 +145,7 @@ class _Units:
         return replace(tensor, step_error=tensor.rms / step)
 
     def total(self) -> dict[str, float]:
-        """The error of all weights that have a step, in steps."""
+        """The error of all weights that have a step, in optimizer steps."""
         return {"weight_step_error": math.sqrt(self._error / self._numel)} if self._numel else {}
 
 

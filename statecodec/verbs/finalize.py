@@ -170,8 +170,7 @@ class _Joined:
         by_name = dict(choices.by_name)
         for item, place in zip(self.source.items, self._places, strict=True):
             stored = place.share.items[place.index]
-            codec, change = stored.encoding.codec, stored.encoding.change
-            by_name[item.name] = Choice(codec, "as its share has it", companions=stored.companions, change=change)
+            by_name[item.name] = Choice(stored.encoding, "as its share has it", companions=stored.companions)
         return replace(choices, by_name=by_name)
 
     def items(self, work: Compression) -> list[ItemSpec]:

@@ -11,11 +11,11 @@ from statecodec import choose
 from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Policy, Rule, load_rules, parse_rule
+from statecodec.choose.budget import Budget, by_budget
 from statecodec.choose.choices import Choices, by_rules
 from statecodec.choose.copies import repeated
 from statecodec.choose.derived import derived
 from statecodec.choose.since_base import linked
-from statecodec.choose.steps import Budget, by_steps
 from statecodec.format import Packing
 from statecodec.progress import Progress
 from statecodec.verbs.paths import parse_size
@@ -122,7 +122,7 @@ class CompressSettings:
             self.caller_policy.refuse_changes("give one (--base)")
         choices = by_rules(source, self.caller_policy, self.preset, strict=self.strict)
         if self.budget:
-            choices = by_steps(source, choices, self.budget, threads, progress, only)
+            choices = by_budget(source, choices, self.budget, threads, progress, only)
         choices = linked(source, derived(source, choices, self.packing, only), base, self.packing, only)
         return repeated(source, choices, self.packing, only)
 

@@ -56,13 +56,15 @@ def _step(src: Path, tree: Any) -> tuple[str, dict[str, Any]]:
     """The folder of one step and its files' contents."""
     if _is_step(tree):
         return "", tree
-    steps = {name: files for name, files in tree.items() if _is_step(files)} if isinstance(tree, dict) else {}
+    by_step = {name: files for name, files in tree.items() if _is_step(files)} if isinstance(tree, dict) else {}
     latest = _of(tree, "latest", bytes)
     named = latest.decode(errors="replace").strip()
-    if named not in steps and len(steps) != 1:
-        raise UsageError(f"{src} holds {len(steps)} checkpoints, none of which `latest` names; give one of its folders")
-    folder = named if named in steps else next(iter(steps))
-    return folder, steps[folder]
+    if named not in by_step and len(by_step) != 1:
+        raise UsageError(
+            f"{src} holds {len(by_step)} checkpoints, none of which `latest` names; give one of its folders"
+        )
+    folder = named if named in by_step else next(iter(by_step))
+    return folder, by_step[folder]
 
 
 def _is_step(files: Any) -> bool:

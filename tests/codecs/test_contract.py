@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from statecodec import codecs
 from statecodec.codecs import Codec
 from statecodec.dtypes import of
-from statecodec.errors import UnencodableValues, UnsupportedVersion
+from statecodec.errors import InvalidCodec, UnencodableValues, UnsupportedVersion
 from tests.contracts.codec import CodecContract, companions, sample
 
 SPECS = [
@@ -24,8 +24,8 @@ SPECS = [
     "direction",
     "direction(step=0.0003,eps=1e-20)",
     "logarithmic",
-    "logarithmic(steps=1)",
-    "logarithmic(steps=64)",
+    "logarithmic(per_octave=1)",
+    "logarithmic(per_octave=64)",
     "cast(to=bf16)",
     "cast(to=fp16)",
     "cast(to=fp32)",
@@ -43,8 +43,8 @@ SPECS = [
     "companded(curve=sqrt,bits=4,group=16)",
     "companded(curve=log)",
     "companded(curve=log,bits=4)",
-    "companded(curve=log,steps=15,group=256)",
-    "companded(curve=log,steps=2,top=31)",
+    "companded(curve=log,per_octave=15,group=256)",
+    "companded(curve=log,per_octave=2,top=31)",
     "folded(level=0)",
     "folded(level=3,rows=last,inner=companded(rows=last,bits=4))",
     "folded(level=2)",
@@ -180,7 +180,7 @@ def test_rows_are_all_dimensions_but_the_first() -> None:
         codec = codecs.parse(text)
         flat = codec.encode(x.view(8, 144))
         assert all(torch.equal(p.reshape(-1), flat.parts[k].reshape(-1)) for k, p in codec.encode(x).parts.items())
-        config = {k: v for k, v in codec.config().items() if k != "rows"}
+        config = {("steps" if k == "per_octave" else k): v for k, v in codec.config().items() if k != "rows"}
         old = codecs.from_config({**config, "version": 1})
         assert old == dataclasses.replace(codec, rows="last")
         lines = codec.encode(x.view(8 * 16 * 3, 3))
@@ -190,11 +190,31 @@ def test_rows_are_all_dimensions_but_the_first() -> None:
         assert all(torch.equal(p.reshape(-1), lines.parts[k].reshape(-1)) for k, p in found.parts.items())
         assert torch.equal(found.decode().view(-1), lines.decode().view(-1))
     assert codecs.parse("companded").nbytes(x.shape, of(x.dtype)) < 1.05 * x.numel()
-    for wrong in (0, 3, "1", True, None):
+    for wrong in (0, 4, "1", True, None):
         with pytest.raises(UnsupportedVersion):
             codecs.from_config({"name": "companded", "version": wrong})
     with pytest.raises(UnsupportedVersion):  # version 1 had no such field
         codecs.from_config({"name": "companded", "version": 1, "rows": "last"})
+
+
+def test_codes_per_octave_under_their_old_name_are_read() -> None:
+    """Versions of codecs that called them `steps`, in manifests and in the keys of state dicts."""
+    for text, old in (
+        ("companded(curve=log,per_octave=18)", {"name": "companded", "version": 2, "curve": "log", "steps": 18}),
+        (
+            "companded(curve=log,per_octave=18,rows=last)",
+            {"name": "companded", "version": 1, "curve": "log", "steps": 18},
+        ),
+        ("logarithmic(per_octave=3)", {"name": "logarithmic", "version": 1, "steps": 3}),
+        ("logarithmic", {"name": "logarithmic", "version": 1}),
+    ):
+        assert codecs.from_config(old) == codecs.parse(text)
+        fields = ",".join(f"{k}={v}" for k, v in old.items() if k != "name")
+        assert codecs.parse(f"{old['name']}({fields})") == codecs.parse(text)
+        with pytest.raises(UnsupportedVersion):
+            codecs.from_config({**old, "per_octave": 2})
+        with pytest.raises(InvalidCodec):
+            codecs.parse(f"{old['name']}(steps=3)")
 
 
 def test_shared_and_folded_against_numpy() -> None:

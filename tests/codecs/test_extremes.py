@@ -16,7 +16,7 @@ CODECS = (
     "folded(level=1)", "folded(level=1,inner=companded)", "folded(inner=cast)", "shared(dims=[0])",
     "shared(dims=[1],inner=companded)", "lowrank(rank=1)", "lowrank(rank=1,form=square)",
     "lowrank(rank=1,form=rank_one)", "uniform", "uniform(step=1e-37)", "uniform(step=1e30)", "direction",
-    "direction(step=1e-37,eps=1e-37)", "logarithmic", "logarithmic(steps=64)",
+    "direction(step=1e-37,eps=1e-37)", "logarithmic", "logarithmic(per_octave=64)",
 )  # fmt: skip
 
 

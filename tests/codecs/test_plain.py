@@ -19,7 +19,7 @@ CODECS: list[Codec] = [
     Raw(), Split(), Companded(bits=4), Companded("sqrt", group=32), Folded(2, Companded(group=32)), Shared((0,)),
     LowRank(3), Uniform(2.0**-10),
 ]  # fmt: skip
-KEY = "float32[4,40] companded(version=2,curve=softsign,bits=8,group=32,steps=0,top=0,rows=first)"
+KEY = "float32[4,40] companded(version=3,curve=softsign,bits=8,group=32,per_octave=0,top=0,rows=first)"
 
 
 def first_form(encoded: EncodedTensor) -> dict[str, Any]:
@@ -98,9 +98,9 @@ HOSTILE: dict[str, Any] = {
     "an unknown dtype": rename("float32", "float8"),
     "an unknown codec": rename("companded", "nope"),
     "a codec without fields": rename(
-        "companded(version=2,curve=softsign,bits=8,group=32,steps=0,top=0,rows=first)", "x"
+        "companded(version=3,curve=softsign,bits=8,group=32,per_octave=0,top=0,rows=first)", "x"
     ),
-    "a codec version": rename("version=2", "version=99"),
+    "a codec version": rename("version=3", "version=99"),
     "a codec field": rename("group=32", "group=many"),
     "a codec field twice": rename("group=32", "group=32,name=raw"),
     "an integer tensor companded": rename("float32", "int64"),

@@ -23,7 +23,7 @@ from statecodec.kernels.grids import MAX_STEP, MIN_STEP
         ("companded(bits=8.5)", InvalidCodec),
         ("companded(bits=eight)", InvalidCodec),
         ("companded(level=2)", InvalidCodec),
-        ("companded(curve=log,steps=1)", InvalidCodec),
+        ("companded(curve=log,per_octave=1)", InvalidCodec),
         ("companded(steps=4)", InvalidCodec),
         ("companded(group=3)", InvalidCodec),
         ("raw raw", InvalidCodec),
@@ -48,9 +48,9 @@ from statecodec.kernels.grids import MAX_STEP, MIN_STEP
         ("uniform(step=99999999999999999999)", InvalidCodec),
         (f"uniform(step=1.{'0' * 100})", InvalidCodec),
         ("direction(eps=0)", InvalidCodec),
-        ("logarithmic(steps=0)", InvalidCodec),
-        ("logarithmic(steps=65)", InvalidCodec),
-        ("logarithmic(steps=2.5)", InvalidCodec),
+        ("logarithmic(per_octave=0)", InvalidCodec),
+        ("logarithmic(per_octave=65)", InvalidCodec),
+        ("logarithmic(per_octave=2.5)", InvalidCodec),
     ],
 )
 def test_refused(text: str, error: type[CodecError]) -> None:

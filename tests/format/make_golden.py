@@ -115,11 +115,11 @@ def codes() -> dict[str, tuple[Tensor, Codec]]:
         "folded.conv": (kernel, parse("folded(level=1)")),
         "lowrank.conv": (kernel, parse("lowrank(rank=2)")),
         "logarithmic": (second, parse("logarithmic")),
-        "logarithmic.nibbles": (second, parse("logarithmic(steps=1)")),
+        "logarithmic.nibbles": (second, parse("logarithmic(per_octave=1)")),
         "direction": (tall, parse("direction(step=0.0625)")),
         "direction.float16": (tall.half(), parse("direction(step=0.5,eps=1e-6)")),
         "raw.int16.terms": (parse("logarithmic").encode(second).parts["codes"], parse("raw")),
-        "raw.int16.nibbles": (parse("logarithmic(steps=1)").encode(second).parts["codes"], parse("raw")),
+        "raw.int16.nibbles": (parse("logarithmic(per_octave=1)").encode(second).parts["codes"], parse("raw")),
         **{f"raw.int32.{k}": (x, parse("raw")) for k, x in enumerate(narrow)},
     }
 

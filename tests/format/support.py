@@ -48,7 +48,7 @@ def sample(seed: int = 0) -> dict[str, tuple[Tensor, Codec]]:
         "s": (normal(64, 33), parse("split")),
         "gone": (normal(10, 10), parse("dropped")),
         "u": (normal(70, 90), parse("uniform(step=0.0001)")),
-        "l": (normal(130, 40).square(), parse("logarithmic(steps=2)")),
+        "l": (normal(130, 40).square(), parse("logarithmic(per_octave=2)")),
         'a/very long name \u00e9\u4e2d with "quotes" and \n': (normal(5), raw),
     }
 

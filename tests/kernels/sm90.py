@@ -225,9 +225,9 @@ def on_grids() -> None:
     backend.encode_direction(x, v, codes, grid=Grid(1e-2), eps=1e-8)
     backend.decode_direction(codes, v, x, grid=Grid(1e-2), eps=1e-8)
     backend.compare(x, v)
-    for steps in (8, 10):
-        backend.encode_logarithmic(v, short, grid=LogGrid(steps))
-        backend.decode_logarithmic(short, v, grid=LogGrid(steps))
+    for per_octave in (8, 10):
+        backend.encode_logarithmic(v, short, grid=LogGrid(per_octave))
+        backend.decode_logarithmic(short, v, grid=LogGrid(per_octave))
 
 
 def few() -> None:

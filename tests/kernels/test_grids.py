@@ -95,9 +95,9 @@ def test_direction_backends_agree(step: float, eps: float, device, same_bits) ->
 
 
 @pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("steps", [1, 3, 8, 64])
-def test_logarithmic_backends_agree(steps: int, n: int, device, same_bits) -> None:
-    x, grid = hard(n).abs(), LogGrid(steps)
+@pytest.mark.parametrize("per_octave", [1, 3, 8, 64])
+def test_logarithmic_backends_agree(per_octave: int, n: int, device, same_bits) -> None:
+    x, grid = hard(n).abs(), LogGrid(per_octave)
     x[0] = -0.0
     codes, made = run("reference", "encode_logarithmic", x, out=torch.int16, device=device, grid=grid)
     values, _ = run("reference", "decode_logarithmic", codes, out=torch.float32, device=device, grid=grid)
@@ -112,9 +112,11 @@ def test_logarithmic_backends_agree(steps: int, n: int, device, same_bits) -> No
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(few=st.lists(FINITE, min_size=1, max_size=20), step=st.floats(MIN_STEP, MAX_STEP), steps=st.integers(1, 64))
-def test_any_values_are_numbered_to_the_nearest(few: list[float], step: float, steps: int, device, same_bits) -> None:
-    x, grid, log = torch.tensor(few), Grid(step), LogGrid(steps)
+@given(few=st.lists(FINITE, min_size=1, max_size=20), step=st.floats(MIN_STEP, MAX_STEP), per_octave=st.integers(1, 64))
+def test_any_values_are_numbered_to_the_nearest(
+    few: list[float], step: float, per_octave: int, device, same_bits
+) -> None:
+    x, grid, log = torch.tensor(few), Grid(step), LogGrid(per_octave)
     exact = x.double()
     for name in NAMES:
         codes, _ = run(name, "encode_uniform", x, out=torch.int32, device=device, grid=grid)
@@ -126,9 +128,9 @@ def test_any_values_are_numbered_to_the_nearest(few: list[float], step: float, s
         assert bool((values[x == 0] == 0).all())
 
         codes, _ = run(name, "encode_logarithmic", x.abs(), out=torch.int16, device=device, grid=log)
-        ideal = 1 + (exact.abs().log2() + 149) * steps
+        ideal = 1 + (exact.abs().log2() + 149) * per_octave
         off = torch.where(x == 0, codes.double(), codes.double() - ideal)
-        assert bool((off.abs() <= 0.5 + 2e-4 * steps).all())
+        assert bool((off.abs() <= 0.5 + 2e-4 * per_octave).all())
         assert bool(((codes > 0) == (x != 0)).all())
 
 

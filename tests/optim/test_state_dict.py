@@ -30,7 +30,8 @@ def before(value: Any) -> Any:
 
 
 def first_version(config: dict[str, Any]) -> dict[str, Any]:
-    fields = {k: first_version(v) if isinstance(v, dict) else v for k, v in config.items() if k != "rows"}
+    config = {("steps" if k == "per_octave" else k): v for k, v in config.items() if k != "rows"}
+    fields = {k: first_version(v) if isinstance(v, dict) else v for k, v in config.items()}
     return {**fields, "version": 1}
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from statecodec_server import steps, worker
+from statecodec_server import phases, worker
 from statecodec_server.settings import Settings
 
 
@@ -26,7 +26,7 @@ def die_once(settings, place):
 def arm(settings, place):
     """Put the trap at the place."""
     when, name = place.split(":")
-    original = getattr(steps.JobSteps, name)
+    original = getattr(phases.JobPhases, name)
 
     def trapped(self, *arguments):
         if when == "before":
@@ -38,7 +38,7 @@ def arm(settings, place):
             die_once(settings, place)
         return result
 
-    setattr(steps.JobSteps, name, trapped)
+    setattr(phases.JobPhases, name, trapped)
 
 
 if __name__ == "__main__":

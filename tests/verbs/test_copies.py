@@ -181,8 +181,8 @@ def test_a_second_moment_that_another_tensor_is_decoded_beside_stands_by_itself(
 
 
 def test_what_is_decoded_beside_other_tensors_is_no_copy() -> None:
-    own = Choice(codecs.Direction(step=0.01), "", companions={"exp_avg_sq": "b"})
-    first = Choice(codecs.Direction(step=0.01), "", companions={"exp_avg_sq": "a"})
+    own = Choice(codecs.Encoding(codecs.Direction(step=0.01)), "", companions={"exp_avg_sq": "b"})
+    first = Choice(codecs.Encoding(codecs.Direction(step=0.01)), "", companions={"exp_avg_sq": "a"})
     assert not _is_alike(own, first, (96, 80), {})
     assert _is_alike(own, first, (96, 80), {"b": "a"})
 

@@ -372,7 +372,7 @@ def test_moments_that_span_many_octaves_keep_their_update(tmp_path: Path) -> Non
     chosen = {t.role: t.codec.split("(")[0] for t in report.tensors}
     assert (chosen["exp_avg"], chosen["exp_avg_sq"]) == ("direction", "logarithmic")
     assert not report.notes
-    rules = ["exp_avg=companded(group=64)", "exp_avg_sq=companded(curve=log,steps=18)"]
+    rules = ["exp_avg=companded(group=64)", "exp_avg_sq=companded(curve=log,per_octave=18)"]
     report, back = there_and_back(path, rules=rules)
     assert statecodec.diff(path, back).total["u_rms"] > 0.1, "the preset's own codes would have done"
     assert not any("kept exact" in note for note in report.notes)

@@ -32,9 +32,9 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_rules_may_name_grids(checkpoint: Path, tmp_path: Path) -> None:
-    rules = ["weight:numel>=1000=uniform(step=1e-5)", "exp_avg_sq:numel>=1000=logarithmic(steps=6)"]
+    rules = ["weight:numel>=1000=uniform(step=1e-5)", "exp_avg_sq:numel>=1000=logarithmic(per_octave=6)"]
     report = statecodec.compress(checkpoint, tmp_path / "x.sc.safetensors", rules=rules, preset="lossless", verify=True)
-    assert {t.codec for t in report.tensors} >= {"uniform(step=1e-05)", "logarithmic(steps=6)"}
+    assert {t.codec for t in report.tensors} >= {"uniform(step=1e-05)", "logarithmic(per_octave=6)"}
     statecodec.restore(tmp_path / "x.sc.safetensors", tmp_path / "back.pt")
     a, b = (torch.load(p, weights_only=True) for p in (checkpoint, tmp_path / "back.pt"))
     for name, w in a["model"].items():

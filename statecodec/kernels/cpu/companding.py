@@ -28,7 +28,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     scratch = packed if bits == 8 else np.empty((1, group + group % 2), np.uint8)
     flags = _encode(
         array_of(x), bits_of(x), packed, scratch, bits_of(scales).reshape(rows, -1), group, curve.kind, curve.top,
-        curve.signed, curve.min_scale, curve.steps, float(curve.levels[1]), bits == 4,
+        curve.signed, curve.min_scale, curve.per_octave, float(curve.levels[1]), bits == 4,
     )  # fmt: skip
     return int(flags)
 
@@ -46,7 +46,7 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
 @kernel
 def _encode(
     x: NDArray[Any], x_bits: NDArray[Any], packed: NDArray[Any], scratch: NDArray[Any], scales: NDArray[Any],
-    group: int, kind: int, top: Any, signed: bool, min_scale: int, steps: int, lowest: Any, nibbles: bool,
+    group: int, kind: int, top: Any, signed: bool, min_scale: int, codes_per_octave: int, lowest: Any, nibbles: bool,
 ) -> int:  # fmt: skip
     rows, cols = x.shape
     flags = 0
@@ -71,7 +71,7 @@ def _encode(
             elif kind == SOFTSIGN:
                 _softsign(values, codes, scale, np.float32(top), signed)
             elif kind == LOG:
-                _log(values, codes, scale, top, steps, half_lowest, signed)
+                _log(values, codes, scale, top, codes_per_octave, half_lowest, signed)
             elif kind == LINEAR:
                 _linear(values, codes, scale, np.float32(top), signed)
             else:
@@ -150,9 +150,15 @@ def _sqrt(values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, signe
 
 @kernel
 def _log(
-    values: NDArray[Any], codes: NDArray[Any], scale: Any, top: Any, steps: int, half_lowest: Any, signed: bool
+    values: NDArray[Any],
+    codes: NDArray[Any],
+    scale: Any,
+    top: Any,
+    codes_per_octave: int,
+    half_lowest: Any,
+    signed: bool,
 ) -> None:
-    highest, per_octave, per_octave_float = np.int32(top), np.int32(steps), np.float32(steps)
+    highest, per_octave, per_octave_float = np.int32(top), np.int32(codes_per_octave), np.float32(codes_per_octave)
     for i in range(values.size):
         r = min(abs(values[i]) / scale, _ONE)
         bits = np.float32(r).view(np.int32)

@@ -24,7 +24,7 @@ _FIRST = np.int32(127 + LOWEST)
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
     """See `reference.logarithm.encode_logarithmic`."""
     bits = bits_of(x)
-    sum_sq, sum_sq_diff, largest, bad = _encode(array_of(x), bits, _unsigned(codes), grid.every_code, grid.steps)
+    sum_sq, sum_sq_diff, largest, bad = _encode(array_of(x), bits, _unsigned(codes), grid.every_code, grid.per_octave)
     flags = nonfinite_flags(bits) | NEGATIVE * has_negative(bits) if bad else 0
     if flags:
         return flags, NO_DIFFERENCE
@@ -41,7 +41,9 @@ def _unsigned(codes: Tensor) -> NDArray[np.uint16]:
 
 
 @kernel
-def _encode(x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], table: NDArray[Any], steps: int) -> Any:
+def _encode(
+    x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], table: NDArray[Any], codes_per_octave: int
+) -> Any:
     value = np.empty(SPAN, np.float32)
     sum_sq, sum_sq_diff, largest = 0.0, 0.0, np.int32(0)
     for start in range(0, x.size, SPAN):
@@ -51,7 +53,7 @@ def _encode(x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], table: NDA
         # A set sign may be that of -0.0, which is a zero.
         if (lowest < 0 or highest >= _INF_BITS) and _refused(bits[start : start + n]):
             return sum_sq, sum_sq_diff, largest, True
-        _number(source, bits[start : start + n], target, steps)
+        _number(source, bits[start : start + n], target, codes_per_octave)
         _values(target, table, value[:n])
         part, part_diff = sums(source, value[:n])
         sum_sq += part
@@ -76,8 +78,8 @@ def _ends(bits: NDArray[Any]) -> Any:
 
 
 @kernel
-def _number(x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], steps: int) -> None:
-    per_octave, per_octave_float = np.int32(steps), np.float32(steps)
+def _number(x: NDArray[Any], bits: NDArray[Any], codes: NDArray[Any], codes_per_octave: int) -> None:
+    per_octave, per_octave_float = np.int32(codes_per_octave), np.float32(codes_per_octave)
     for i in range(x.size):
         subnormal = bits[i] < _NORMAL_BITS
         lifted = np.float32(x[i] * _RAISE).view(np.int32) if subnormal else bits[i]  # exact

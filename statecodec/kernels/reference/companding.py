@@ -90,7 +90,7 @@ def _log_codes(r: Tensor, curve: Curve) -> Tensor:
     fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
     c0, c1, c2, c3 = LOG2
     log2 = fraction * (c0 + fraction * (c1 + fraction * (c2 + fraction * c3)))
-    within = (log2 * float(curve.steps) + 0.5).floor().to(torch.int64)
-    code = curve.top + ((bits >> 23).to(torch.int64) - 127) * curve.steps + within
+    within = (log2 * float(curve.per_octave) + 0.5).floor().to(torch.int64)
+    code = curve.top + ((bits >> 23).to(torch.int64) - 127) * curve.per_octave + within
     code = code.clamp(1, curve.top)
     return torch.where(r >= float(curve.levels[1]) * 0.5, code, torch.zeros_like(code))

@@ -29,8 +29,8 @@ def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int,
     fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32) - 1.0
     c0, c1, c2, c3 = LOG2
     log2 = fraction * (c0 + fraction * (c1 + fraction * (c2 + fraction * c3)))
-    within = (log2 * float(grid.steps) + 0.5).floor().to(torch.int64)
-    code = 1 + (exponent - LOWEST) * grid.steps + within
+    within = (log2 * float(grid.per_octave) + 0.5).floor().to(torch.int64)
+    code = 1 + (exponent - LOWEST) * grid.per_octave + within
     codes.copy_(torch.where(x > 0, code, torch.zeros_like(code)).to(torch.int16))
     return 0, compare(x, _values(codes, grid))
 

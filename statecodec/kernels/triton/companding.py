@@ -88,8 +88,8 @@ def codes_of(r, FORM: tl.constexpr):
     """Codes 0..top (int32) of magnitudes r in [0, 1]."""
     if FORM.curve == _LOG:
         bits = r.to(tl.int32, bitcast=True)
-        within = (log2_of_mantissa(bits) * FORM.steps + 0.5).to(tl.int32)
-        code = FORM.top + ((bits >> 23) - 127) * FORM.steps + within
+        within = (log2_of_mantissa(bits) * FORM.per_octave + 0.5).to(tl.int32)
+        code = FORM.top + ((bits >> 23) - 127) * FORM.per_octave + within
         code = tl.minimum(tl.maximum(code, 1), FORM.top)
         if FORM.signed:  # without a sign nothing but 0 becomes 0, so there is no half of the lowest level
             code = tl.where(r >= FORM.half_lowest, code, 0)

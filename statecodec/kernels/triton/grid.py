@@ -51,13 +51,13 @@ def value(codes, width, threshold):
 
 
 @triton.jit
-def log_number(x, STEPS: tl.constexpr):
+def log_number(x, PER_OCTAVE: tl.constexpr):
     """Codes (int32) of fp32 `x` from 0 on, on a logarithmic grid."""
     bits = x.to(tl.int32, bitcast=True)
     subnormal = bits < _NORMAL_BITS
     lifted = tl.where(subnormal, (x * _RAISE).to(tl.int32, bitcast=True), bits)
     octave = (lifted >> 23) - _FIRST - tl.where(subnormal, 32, 0)
-    code = 1 + octave * STEPS + (log2_of_mantissa(lifted) * STEPS + 0.5).to(tl.int32)
+    code = 1 + octave * PER_OCTAVE + (log2_of_mantissa(lifted) * PER_OCTAVE + 0.5).to(tl.int32)
     return tl.where(x > 0, code, 0)
 
 
@@ -82,7 +82,7 @@ def _total(x, SIDE: tl.constexpr):
 @triton.jit
 def _encode(
     x_ptr, other_ptr, codes_ptr, table_ptr, sums_ptr, n: tl.int64, width, per_unit, threshold: tl.int64, eps,
-    KIND: tl.constexpr, STEPS: tl.constexpr, TOP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
+    KIND: tl.constexpr, PER_OCTAVE: tl.constexpr, TOP: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes, and sums over x**2 and (decoded - x)**2; KIND `compare` has no codes, and `other` for what is decoded."""
     limit = threshold.to(tl.int32)
@@ -99,7 +99,7 @@ def _encode(
         if KIND == "compare":
             decoded = other
         elif KIND == "logarithmic":
-            code = log_number(x, STEPS)
+            code = log_number(x, PER_OCTAVE)
             decoded = log_value(code, table_ptr, TOP)
         else:
             if KIND == "direction":
@@ -196,10 +196,10 @@ def _measure(
         if not n:
             return NO_DIFFERENCE
         sums = torch.empty(min(PROGRAMS, -(-n // TILE)), 4, dtype=torch.float64, device=x.device)
-        steps, top = (grid.steps, grid.top) if isinstance(grid, LogGrid) else (0, 0)
+        per_octave, top = (grid.per_octave, grid.top) if isinstance(grid, LogGrid) else (0, 0)
         table, width, per_unit, threshold = _numbers(grid, x)
         _encode[(len(sums),)](
-            x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind, STEPS=steps, TOP=top,
+            x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind, PER_OCTAVE=per_octave, TOP=top,
             TILE=TILE, SIDE=16 // codes.element_size(), **OPTIONS,
         )  # fmt: skip
         found = to_host(sums)

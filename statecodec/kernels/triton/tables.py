@@ -43,7 +43,7 @@ class Form:
     top: int = 0
     signed: bool = False
     min_scale: int = 0
-    steps: int = 0
+    per_octave: int = 0
     half_lowest: float = 0.0
 
     @staticmethod
@@ -52,7 +52,7 @@ class Form:
         if curve is None:
             return Form("dense")
         return Form(
-            "companded", curve.bits, curve.kind, curve.top, curve.signed, curve.min_scale, curve.steps,
+            "companded", curve.bits, curve.kind, curve.top, curve.signed, curve.min_scale, curve.per_octave,
             float(curve.levels[1]) * 0.5,
         )  # fmt: skip
 

@@ -1,6 +1,6 @@
-"""The steps of a job: stage its inputs, convert them in a child process, publish the files, end the job.
+"""The phases of a job: stage its inputs, convert them in a child process, publish the files, end the job.
 
-Each step may run again after a crash, on this machine or another, and must then either find its work done or do it
+Each phase may run again after a crash, on this machine or another, and must then either find its work done or do it
 over. A job's folder is `work/<job>`: `input/` and `other/` are shared by its attempts, `<attempt>/` belongs to one.
 """
 
@@ -31,8 +31,8 @@ Row = Mapping[str, Any]
 UPLOAD_PATIENCE = 3600.0
 
 
-class JobSteps:
-    """Everything a worker needs to carry a job through its steps."""
+class JobPhases:
+    """Everything a worker needs to carry a job through its phases."""
 
     def __init__(self, settings: Settings, database: Database, storage: Storage, owner: str) -> None:
         self.settings, self.database, self.storage, self.owner = settings, database, storage, owner
@@ -208,7 +208,7 @@ class JobSteps:
         self.clean(row["id"])
 
     def outcome_of(self, error: Exception) -> dict[str, Any]:
-        """How a step's failure is recorded: with a code and a sentence, or as the client's own wish."""
+        """How a phase's failure is recorded: with a code and a sentence, or as the client's own wish."""
         if isinstance(error, Cancelled):
             return {"cancelled": True}
         if isinstance(error, ChildFailed):

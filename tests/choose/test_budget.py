@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import statecodec
+from statecodec.choose import budget as choosing
 from statecodec.choose import step_size
-from statecodec.choose import steps as choosing
-from statecodec.choose.steps import Budget, codes_per_octave
+from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.codecs import Codec, Uniform, chunking
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.reference.statistics import Comparison

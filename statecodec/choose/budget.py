@@ -25,7 +25,7 @@ from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.step_size import StepSize, size
-from statecodec.codecs import Codec, Direction, Dropped, Logarithmic, Split, Uniform
+from statecodec.codecs import Codec, Direction, Dropped, Encoding, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError
@@ -99,7 +99,7 @@ def codes_per_octave(fraction: float) -> int:
     return max(1, math.ceil(0.8 / math.sqrt(fraction) - 1e-9))
 
 
-def by_steps(
+def by_budget(
     source: SourceCheckpoint,
     choices: Choices,
     budget: Budget,
@@ -192,11 +192,11 @@ class _Chooser:
         codec = Direction(_grid(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
         companions = {"exp_avg_sq": second.name}
-        return Choice(codec, reason, unit=unit.update / unit.direction, most=most, companions=companions)
+        return Choice(Encoding(codec), reason, unit=unit.update / unit.direction, most=most, companions=companions)
 
     def _second_moment(self, fraction: float) -> Choice:
-        steps = codes_per_octave(fraction)
-        return Choice(Logarithmic(steps), f"{steps} codes an octave, for {fraction:.4g} of a step")
+        per_octave = codes_per_octave(fraction)
+        return Choice(Encoding(Logarithmic(per_octave)), f"{per_octave} codes an octave, for {fraction:.4g} of a step")
 
     def _weight(self, item: SourceItem, one_step: float, fraction: float) -> Choice | None:
         """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
@@ -209,9 +209,9 @@ class _Chooser:
         most = fraction * one_step
         step = min(max(_grid(most, item, rms), finest), coarsest)
         if step == finest:
-            return Choice(Uniform(step), "24 bits", unit=one_step or None)
+            return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
         reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
-        return Choice(Uniform(step), reason, unit=one_step, most=most)
+        return Choice(Encoding(Uniform(step)), reason, unit=one_step, most=most)
 
     def rest(self, only: Container[str] | None) -> None:
         """Tensors that no pair of moments speaks of."""
@@ -229,8 +229,8 @@ class _Chooser:
     def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
         if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
             if not unnamed or item.role == "ema":
-                return Choice(self.choices[item.name].codec, "exact: it has no moments, so no step trains it")
-            return Choice(Split(high="bf16", low_bits=8), "24 bits: the step that trains it is not known")
+                return Choice(self.choices[item.name].encoding, "exact: it has no moments, so no step trains it")
+            return Choice(Encoding(Split(high="bf16", low_bits=8)), "24 bits: the step that trains it is not known")
         fraction = self.budget.moments
         if fraction is None:
             return None
@@ -242,7 +242,8 @@ class _Chooser:
                 fraction *= _ORTHOGONAL
             rms, _ = size(self.source, item)
             most = fraction * rms
-            return Choice(Uniform(_grid(most, item, rms)), f"{fraction:.4g} of its rms", unit=rms, most=most)
+            encoding = Encoding(Uniform(_grid(most, item, rms)))
+            return Choice(encoding, f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
 
     def _item(self, name: str) -> SourceItem:

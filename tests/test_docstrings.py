@@ -25,7 +25,7 @@ from statecodec import errors
 from statecodec.errors import UsageError
 
 ROOT = Path(statecodec.__file__).parent
-PUBLIC = ("statecodec", "statecodec.codecs", "statecodec.errors", "statecodec_client")
+PUBLIC = ("statecodec", "statecodec.codecs", "statecodec.errors", "statecodec.optim", "statecodec_client")
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
 NOTHING = (None, "None", inspect.Signature.empty)
 

@@ -1,5 +1,4 @@
-"""Optimizers that keep their states in the format: train with compressed states, save without re-encoding, resume from
-any checkpoint.
+"""Optimizers with encoded states: train, save without re-encoding, and resume from any checkpoint.
 
     from statecodec.optim import AdamW
     opt = AdamW(model.named_parameters(), lr=3e-4, moments="companded8", master_weights="split24")

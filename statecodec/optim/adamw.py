@@ -75,7 +75,22 @@ def takes_torch_adam(group: Mapping[str, Any], l2: bool) -> bool:
 
 
 class Adam(StateOptimizer):
-    """Adam; weight decay is L2 (through the gradient), as in torch.optim.Adam. Options: see StateOptimizer."""
+    """Adam with L2 weight decay (through the gradient), as torch.optim.Adam, over encoded moments.
+
+    Args:
+        params: Parameters, groups of them, or `model.named_parameters()`.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: Decay rates of the averages of the gradient and of its square, per step.
+        eps: What is added to the root of the second moment.
+        weight_decay: What is added to the gradient, per unit of weight.
+        **options: Options that every optimizer takes; see StateOptimizer.
+
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        Kingma and Ba (arXiv 1412.6980); encoded moments: FlashOptim (arXiv 2602.23349), section 3.
+    """
 
     algorithm: ClassVar[str] = "adam"
     torch_options: ClassVar[dict[str, Any]] = {**TORCH_ADAM, "decoupled_weight_decay": False}
@@ -110,8 +125,33 @@ class AdamW(Adam):
     """Adam with decoupled weight decay, as torch.optim.AdamW, over encoded moments and split master weights.
 
     FlashOptim's optimizer with these deviations: groups of 32 run inside a row, scales are bf16 and used as stored, a
-    positive second moment never gets code 0, and the split is integer arithmetic. bf16 parameters: 2 (weight) + 1 (low)
-    + 2.125 (moments) bytes a parameter, and 2 for the gradient until gradient release. Options: see StateOptimizer.
+    positive second moment never gets code 0, and the split is integer arithmetic. A bf16 parameter takes 2 (weight) + 1
+    (low part) + 2.125 (moments) bytes, and 2 for the gradient until gradient release.
+
+    Args:
+        params: Parameters, groups of them, or `model.named_parameters()`.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: Decay rates of the averages of the gradient and of its square, per step.
+        eps: What is added to the root of the second moment.
+        weight_decay: Weight decay per unit of lr.
+        **options: Options that every optimizer takes; see StateOptimizer.
+
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        Loshchilov and Hutter (arXiv 1711.05101); encoded moments: FlashOptim (arXiv 2602.23349), section 3.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["exp_avg"].codec.name
+        'companded'
+        >>> optimizer.state_nbytes() < 2.2 * 128 * 64 + 9 * 64  # bytes: 8-bit matrix moments, an exact bias
+        True
     """
 
     algorithm: ClassVar[str] = "adamw"

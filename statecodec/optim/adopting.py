@@ -112,11 +112,19 @@ def in_place(state: Mapping[str, Any], recipe: Recipe, p: Tensor) -> bool:
 
 @torch.no_grad()
 def recast(p: Tensor, split: Split, low: EncodedTensor, recipe: Recipe) -> dict[str, EncodedTensor] | None:
-    """Bring a weight whose parameter was cast to another dtype (`model.to(...)`) over: the part that was below the old
-    dtype goes into the new one, and what that cannot hold into a new low part.
+    """Bring a weight over whose parameter was cast to another dtype (`model.to(...)`).
 
-    Returns the new low part, if there is one; None if the parameter has changed by more than a cast, so that the low
-    part says nothing about it.
+    The part that was below the old dtype goes into the new one, and what that cannot hold into a new low part.
+
+    Args:
+        p: The parameter, cast already.
+        split: How it and its low part made up a master weight before.
+        low: The low part from before.
+        recipe: What the parameter's states are now.
+
+    Returns:
+        The new low part, if there is one; None if the parameter has changed by more than a cast, so that the low part
+        says nothing about it.
     """
     own = sharding.local(p)
     high = own.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()

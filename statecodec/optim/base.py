@@ -1,7 +1,7 @@
-"""The optimizer that every class here is: torch's interface over states kept in encoded form.
+"""torch's optimizer interface over states that are kept in encoded form; the base of every optimizer here.
 
 Where a step would not be finite, the smallest unit that shares a stored number keeps its old bytes and is counted in
-`skipped` (see `units`): it would otherwise spread over a group, a block, a row or a whole matrix.
+`skipped` (see `units`). Otherwise the value would spread over a group, a block, a row or a whole matrix.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from statecodec.optim.weights import MASTER_WEIGHTS, Dither, StoredWeight, whole
 
 
 class Options(TypedDict, total=False):
-    """What every optimizer takes by keyword; the meanings are in StateOptimizer."""
+    """Keyword options that every optimizer takes. StateOptimizer says what they mean."""
 
     moments: object
     master_weights: str | None
@@ -55,26 +55,32 @@ COMMON: dict[str, Any] = {
 
 
 class StateOptimizer(StateKeeper):
-    """Base of all optimizers; the options that they share.
+    """Base of all optimizers.
+
+    All of the options can be set per param group, except `backend` and `fused`:
+
+    - `moments`: how full-size moments are stored: `companded8`, `dense`, a codec, or {state: codec}.
+    - `master_weights`: what bf16 and fp16 parameters are extended with: `split24`, `split32` or None. fp32 parameters
+    need nothing.
+    - `stochastic_rounding`: round stochastically what the stored weight drops (split24 and plain bf16), reproducibly
+    from `seed`.
+    - `decouple_lr`: `weight_decay` is per step at the initial lr, and only follows the shape of the schedule.
+    - `maximize`: ascend instead of descend.
+    - `dense_below`: parameters with fewer elements keep exact moments.
+    - `seed`: of stochastic rounding, and of LoRAPre's factors.
+    - `matrix`: True or False overrides the choice by name of what is a hidden matrix (FOAM, LoRAPre, Muon).
+    - `backend`: the codec kernels to use: `reference`, `cpu` or `triton`; by default those of the parameter's device.
+    - `fused`: True demands fused steps (parameters must be on a GPU by then), False forbids them, None uses them on
+    GPUs where there is one.
 
     Args:
-        params: parameters, groups, or `model.named_parameters()` (FOAM, SlimAdam, LoRAPre and Muon choose by name).
-        lr: learning rate, a float or a 0-d tensor.
-        weight_decay: per unit of lr; with `decouple_lr` it is per step at the initial lr and only follows the
-            schedule's shape.
-        moments: `companded8`, `dense`, a codec, or {state: codec}: how full-size moments are stored.
-        master_weights: `split24`, `split32` or None: what bf16 and fp16 parameters are extended with. fp32 ones need
-            nothing.
-        stochastic_rounding: round what the stored weight drops stochastically (split24 and plain bf16), reproducibly
-            from `seed`.
-        maximize: ascend instead of descend.
-        dense_below: parameters with fewer elements keep exact moments.
-        matrix: True or False overrides the choice by name of what is a hidden matrix (FOAM, LoRAPre, Muon).
-        backend: codec kernels to use (`reference`, `cpu`, `triton`); by default those of the parameter's device.
-        fused: True demands fused steps (parameters must be on a GPU by then), False forbids them, None uses them on
-            GPUs where there is one.
+        params: Parameters, groups, or `model.named_parameters()` (FOAM, SlimAdam, LoRAPre and Muon choose by name).
+        defaults: The subclass's own options, with lr (a float or a 0-d tensor) and weight_decay (per unit of lr).
+        options: The options above.
 
-    All options but `backend` and `fused` may be set per param group.
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+        BackendUnavailable: For a backend that is not there.
     """
 
     load_report: LoadReport
@@ -116,7 +122,17 @@ class StateOptimizer(StateKeeper):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One optimization step; `closure` re-evaluates the model and returns the loss."""
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            OptimizerError: For a sparse gradient, or states that do not fit their parameter.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -127,7 +143,14 @@ class StateOptimizer(StateKeeper):
 
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:
-        """Step one parameter from its `.grad`; gradient release calls it during the backward pass."""
+        """Step one parameter from its `.grad`; gradient release calls it during the backward pass.
+
+        Args:
+            param: A parameter of this optimizer.
+
+        Raises:
+            OptimizerError: If it belongs to no group, or as `step` does.
+        """
         self._step_params([param], self.group_of(param), param)
 
     def _step_params(self, params: Sequence[Tensor], group: Group, key: Any) -> None:
@@ -182,8 +205,13 @@ class StateOptimizer(StateKeeper):
         return reference_steps
 
     def skipped(self) -> dict[str | int, int]:
-        """How many units kept their old bytes because their step was not finite, by parameter name (or position); only
-        parameters with any. A unit is an element, a group, a block of a folded moment or a matrix (see `units`)."""
+        """How many units kept their old bytes because their step was not finite.
+
+        A unit is an element, a group, a block of a folded moment or a matrix (see `units`).
+
+        Returns:
+            Counts by parameter name (or position), of the parameters that have any.
+        """
         counts = {self.label(p): int(self.state[p]["skipped"]) for p in self.parameters() if self.state.get(p)}
         return {k: n for k, n in counts.items() if n}
 
@@ -191,8 +219,18 @@ class StateOptimizer(StateKeeper):
 
     @torch.no_grad()
     def master_weight(self, p: Tensor) -> Tensor:
-        """A copy of the weight as the optimizer sees it: fp32 (fp64 for fp64 parameters), the parameter's shape and
-        place."""
+        """A copy of a weight as the optimizer sees it.
+
+        Args:
+            p: A parameter of this optimizer.
+
+        Returns:
+            fp32 (fp64 for fp64 parameters), of the parameter's shape, on its device; a DTensor where the parameter is
+            one.
+
+        Raises:
+            OptimizerError: If it belongs to no group.
+        """
         group = self.group_of(p)
         if self.state.get(p):
             self.ensure_state(p, group)
@@ -202,9 +240,18 @@ class StateOptimizer(StateKeeper):
 
     @torch.no_grad()
     def set_master_weight(self, p: Tensor, value: Tensor) -> None:
-        """Set parameter and low part from a full-precision weight (rounded to nearest): an fp32 checkpoint loses
-        nothing that the split can hold. Of a sharded parameter it may be whole or a DTensor. Raises OptimizerError for
-        another shape."""
+        """Set a parameter and its low part from a full-precision weight, rounded to nearest.
+
+        An fp32 checkpoint loses nothing that the split can hold.
+
+        Args:
+            p: A parameter of this optimizer.
+            value: The weight, of any float dtype, of the parameter's shape. Of a sharded parameter it may be whole or a
+                DTensor.
+
+        Raises:
+            OptimizerError: If the shape is another, or the parameter belongs to no group.
+        """
         if value.shape != p.shape:
             raise OptimizerError(f"a master weight of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
         group = self.group_of(p)
@@ -222,7 +269,14 @@ class StateOptimizer(StateKeeper):
     # --- torch's interface
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; raises OptimizerError for parameters or options that cannot be taken."""
+        """Add a param group, as in torch.
+
+        Args:
+            param_group: `params`, and options in place of the defaults.
+
+        Raises:
+            OptimizerError: For an option or a parameter that cannot be taken; the group is not added then.
+        """
         super().add_param_group(param_group)
         try:
             self.accept_group(self.param_groups[-1])
@@ -231,13 +285,18 @@ class StateOptimizer(StateKeeper):
             raise
 
     def state_dict(self, dense: bool = False) -> dict[str, Any]:
-        """The state as plain values: every encoded state in the form of `codecs.plain`, sharing memory with the live
-        one.
+        """The state as plain values that torch.save and `statecodec.save` take.
 
-        `dense=True`: decoded to fp32 under torch.optim's names, with torch.optim's group options, for the torch class
-        of the same name (FOAM, SlimAdam and LoRAPre: AdamW). Master weights are not part of it; see `master_weight`.
-        Nothing of the optimizer changes meanwhile, so another thread may step it: what is saved then is some mixture of
+        Nothing of the optimizer changes meanwhile, so another thread may step it; what is saved then is a mixture of
         before and after.
+
+        Args:
+            dense: False: every encoded state in the form of `codecs.plain`, sharing memory with the live one. True:
+                decoded to fp32 under torch.optim's names, with torch.optim's group options, for the torch class of the
+                same name (FOAM, SlimAdam and LoRAPre: AdamW).
+
+        Returns:
+            A dict with `state` and `param_groups`. Master weights are not part of it; see `master_weight`.
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
@@ -250,9 +309,15 @@ class StateOptimizer(StateKeeper):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load our own state (bit for bit), a torch.optim state (encoded on the way in), or another optimizer's.
 
-        The storage options (`moments`, `master_weights`, levels, ranks, rules) stay as constructed, the others are
-        taken over if they mean the same here. `load_report` then says what was converted and what that lost. Raises
-        OptimizerError.
+        The storage options (`moments`, `master_weights`, levels, ranks, rules) stay as constructed; the others are
+        taken over if they mean the same here. `load_report` then says what was converted and what that lost.
+
+        Args:
+            state_dict: What `state_dict` gave, here, in torch.optim or in FlashOptim.
+
+        Raises:
+            OptimizerError: If it does not fit the parameters; nothing is changed then.
+            FormatError: If an encoded state in it is broken.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

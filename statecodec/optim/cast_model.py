@@ -41,23 +41,25 @@ def cast_model(
         load_fp32_state_dict(model, optimizer, exact)
 
     Args:
-        model: the model.
+        model: The model.
         dtype: torch.bfloat16 or torch.float16.
-        selective: leave batch and instance norms in fp32, whose running statistics need it; their output is cast back.
-        full_precision_layers: layers to leave in fp32 with fp32 output, such as a head: the modules themselves, or
+        selective: Leave batch and instance norms in fp32, whose running statistics need it; their output is cast back.
+        full_precision_layers: Layers to leave in fp32 with fp32 output, such as a head: the modules themselves, or
             shell patterns on their full names (`lm_head`, `*.head`).
-        full_precision_recast_layers: the same, with output cast back to `dtype`, for layers in the middle.
+        full_precision_recast_layers: The same, with output cast back to `dtype`, for layers in the middle.
 
     Returns:
         The names of the parameters and buffers that are fp32.
 
-    Raises OptimizerError for another dtype, and for a layer that the model does not have; the model is then unchanged.
+    Raises:
+        OptimizerError: For another dtype, and for a layer that the model does not have; the model is then unchanged.
 
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    >>> cast_model(model, full_precision_layers=["2"])
-    ['1.weight', '1.bias', '1.running_mean', '1.running_var', '2.weight', '2.bias']
-    >>> model(torch.ones(3, 4, dtype=torch.bfloat16)).dtype
-    torch.float32
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> cast_model(model, full_precision_layers=["2"])
+        ['1.weight', '1.bias', '1.running_mean', '1.running_var', '2.weight', '2.bias']
+        >>> model(torch.ones(3, 4, dtype=torch.bfloat16)).dtype
+        torch.float32
     """
     if dtype not in _HALF:
         raise OptimizerError(f"cast_model casts to bf16 or fp16, found {dtype}")
@@ -101,7 +103,7 @@ def _tensors(module: nn.Module, recurse: bool = True) -> Iterator[Tensor]:
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
-    """The module, or what it contains if it only contains: nobody calls a ModuleDict."""
+    """The module, or the modules inside one that only contains others: a ModuleDict is never called itself."""
     if type(module).forward is not nn.Module.forward:
         yield module
     else:

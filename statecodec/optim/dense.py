@@ -1,8 +1,7 @@
-"""The dense form of a state: what torch.optim.AdamW or SGD would keep, `exp_avg`, `exp_avg_sq`, `momentum_buffer`, full
-size.
+"""The dense form of a state: what torch.optim.AdamW or SGD would keep, in full size.
 
-Folded states repeat, shared ones broadcast, low-rank ones multiply out. It is the common ground on which one
-optimizer's state becomes another's.
+Folded states repeat, shared ones broadcast, low-rank ones multiply out. One optimizer's state becomes another's by way
+of it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 def decode_moments(
     moments: Mapping[str, EncodedTensor], p: Tensor, step: int, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Dense moments of what this rank holds of a parameter. `group`: the options that the moments were made with."""
+    """Dense moments of what this rank holds of a parameter.
+
+    `group` are the options that the moments were made with.
+    """
     dense = {}
     for name, encoded in moments.items():
         x = sharding.decode(encoded, p)
@@ -45,9 +47,9 @@ def low_rank_gain(codec: Codec, step: int, group: Mapping[str, Any]) -> float:
 def every_moment(
     dense: dict[str, Tensor], saved: Mapping[str, Any], group: Group
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Dense moments with the average and the momentum buffer derived from each other; and how each was come by.
+    """Dense moments, with the average and the momentum buffer derived from each other, and where each is from.
 
-    `saved` and `group` are the options that the moments were made with, and those that they will be used with.
+    `saved` are the options that the moments were made with, `group` those that they will be used with.
     """
     kinds = dict.fromkeys(dense, "encoded")
     theirs, ours = _buffer_gain(saved), _buffer_gain(group)

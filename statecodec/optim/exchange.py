@@ -1,7 +1,7 @@
-"""Tensors of which every rank holds a piece: put together by one rank each, their owner, and sent back in pieces.
+"""Puts tensors that are cut among ranks together on one rank each, their owner, and sends them back in pieces.
 
-All tensors of a round travel in one message (`all_to_all`), as bytes: nothing is rounded, and integers of 16 bits go
-through. Messages are on their way while the ranks compute.
+All tensors of a round travel in one message (`all_to_all`), as bytes: nothing is rounded, and 16-bit integers are
+allowed. Messages are on their way while the ranks compute.
 """
 
 from __future__ import annotations

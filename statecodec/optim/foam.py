@@ -30,8 +30,10 @@ VARIANTS = {
 
 
 class FoamMethod(Elementwise):
-    """Folded moments; the arithmetic is `kernels.reference.steps.foam`. A convolution kernel is seen as a matrix of one
-    row per output."""
+    """Folded moments; the arithmetic is `kernels.reference.steps.foam`.
+
+    A convolution kernel is seen as a matrix of one row per output.
+    """
 
     name: ClassVar[str] = "foam"
 
@@ -77,25 +79,43 @@ class FoamMethod(Elementwise):
 
 
 class FOAM(StateOptimizer):
-    """FOAM: one moment for 2**level neighbours in a row of a hidden matrix; everything else gets plain Adam.
+    """One moment for 2**level neighbours in a row of a hidden matrix; everything else gets plain Adam.
 
     The moments m and v average the mean gradient of each block. The difference d of an element's gradient from that
     mean is used as it is now: the step goes along (m + d) / sqrt(v + d**2). Such directions are not Adam's.
 
-    Args (further options: StateOptimizer):
-        level: blocks have 2**level elements, and are never wider than a row. 0 folds nothing.
-        scale: alpha in the paper; the step of folded matrices is multiplied by it.
-        residual_scale: rho_r in the paper; the difference from the block's mean is multiplied by it.
+    Args:
+        params: `model.named_parameters()`, so that embeddings and heads are known by name and get plain Adam; or
+            parameters or groups, with `matrix` set per group.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: Decay rates of the averages of the gradient and of its square, per step.
+        eps: What is added to the root of the second moment.
+        weight_decay: Weight decay per unit of lr.
+        level: Blocks have 2**level elements, and are never wider than a row. 0 folds nothing.
+        scale: Factor of the step of folded matrices; alpha in the paper.
+        residual_scale: Factor of the difference from the block's mean; rho_r in the paper.
         variant: `safe`: a short block at the end of a row is averaged over its own length, eps is added to the
             corrected root, and decay comes before the step, as in torch.optim.AdamW. `official`, the published code:
             the short block is divided by the full length, eps is in effect eps / sqrt(1 - beta2**t), decay follows the
             step. `paper`: as `official`, but the second moment averages the square of the block's mean gradient, not
             the mean of the squares.
-        moments: how the folded moments, and those of the other parameters, are stored: `dense` (fp32), `companded8`, or
-            a codec.
+        **options: Options that every optimizer takes; see StateOptimizer. `moments` says how the folded moments, and
+            those of other parameters, are stored; by default `dense` (fp32).
 
-    Give `model.named_parameters()`, so that embeddings and heads are known and get plain Adam, or set `matrix` per
-    group.
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        FOAM (arXiv 2512.07112), algorithm 1, and its published code.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = FOAM(model.named_parameters(), lr=1e-2, level=3)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["exp_avg"].parts["mean.data"].shape
+        torch.Size([64, 16])
     """
 
     algorithm: ClassVar[str] = "foam"

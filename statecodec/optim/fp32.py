@@ -13,8 +13,22 @@ from statecodec.optim.base import StateOptimizer
 
 
 def fp32_state_dict(model: nn.Module, optimizer: StateOptimizer) -> dict[str, Tensor]:
-    """The model's state_dict with the master weights of every parameter that the optimizer owns, in fp32, under the
-    same names."""
+    """The model's state dict with master weights in place of the parameters that the optimizer owns.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its parameters.
+
+    Returns:
+        The names of `model.state_dict()`; owned parameters in fp32 (fp64 for fp64 parameters), everything else as it
+        is.
+
+    Example:
+        >>> from statecodec.optim import AdamW
+        >>> model = nn.Linear(4, 2).bfloat16()
+        >>> {name: value.dtype for name, value in fp32_state_dict(model, AdamW(model.parameters())).items()}
+        {'weight': torch.float32, 'bias': torch.float32}
+    """
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     masters: dict[Tensor, Tensor] = {}
     state = {name: value.detach() for name, value in model.state_dict().items()}
@@ -25,10 +39,17 @@ def fp32_state_dict(model: nn.Module, optimizer: StateOptimizer) -> dict[str, Te
 
 
 def load_fp32_state_dict(model: nn.Module, optimizer: StateOptimizer, state: Mapping[str, Tensor]) -> None:
-    """Load full-precision weights into model and master weights: unlike a cast to bf16, no bit that the split can hold
-    is lost.
+    """Load full-precision weights into a model and into the master weights of its optimizer.
 
-    Raises OptimizerError for missing or unexpected names and for other shapes (before anything is changed).
+    Unlike a cast to bf16 it loses no bit that the split can hold.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer of its parameters.
+        state: Weights of any float dtype under the names of `model.state_dict()`, whole or DTensors.
+
+    Raises:
+        OptimizerError: For missing or unexpected names and for other shapes; nothing is changed then.
     """
     expected = model.state_dict()
     if state.keys() != expected.keys():

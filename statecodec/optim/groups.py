@@ -20,8 +20,8 @@ def decay_groups(model: nn.Module, weight_decay: float, like: str = "transformer
     States without names go by position, so a state saved by the framework loads into an optimizer made on these groups.
 
     Args:
-        model: its parameters that require gradients are grouped.
-        weight_decay: of the group that has any.
+        model: Its parameters that require gradients are grouped.
+        weight_decay: The weight decay of the group that has any.
         like: `transformers` (Trainer since 4.46: not biases, not what is called a norm, not inside nn.LayerNorm),
             `nanogpt` (by dimensions: matrices decay, vectors do not), or `timm` (as nanogpt, but matrices called bias
             do not decay either, and the group without decay comes first).
@@ -29,11 +29,13 @@ def decay_groups(model: nn.Module, weight_decay: float, like: str = "transformer
     Returns:
         Groups for any optimizer's constructor: `params` is a list of (name, parameter).
 
-    Raises OptimizerError for another `like`.
+    Raises:
+        OptimizerError: For another `like`.
 
-    >>> groups = decay_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
-    >>> [[name for name, _ in group["params"]] for group in groups]
-    [['0.weight'], ['0.bias', '1.weight', '1.bias']]
+    Example:
+        >>> groups = decay_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+        >>> [[name for name, _ in group["params"]] for group in groups]
+        [['0.weight'], ['0.bias', '1.weight', '1.bias']]
     """
     if like not in _DECAYS:
         raise OptimizerError(f"like={like!r}, expected one of {', '.join(_DECAYS)}")
@@ -50,10 +52,14 @@ def with_names(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
     """An optimizer's state dict with the names of its parameters, so that it loads into groups of any other kind.
 
     Args:
-        state_dict: of torch.optim or of this library; not changed, its tensors are shared.
-        groups: the groups it was saved from, in order, with named parameters, for instance those of `decay_groups`.
+        state_dict: Of torch.optim or of this library; not changed, its tensors are shared.
+        groups: The groups it was saved from, in order, with named parameters, for instance those of `decay_groups`.
 
-    Raises OptimizerError if it was saved from groups of other sizes.
+    Returns:
+        The state dict with `param_names` in its groups.
+
+    Raises:
+        OptimizerError: If it was saved from groups of other sizes.
     """
     saved = state_dict["param_groups"]
     sizes, given = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]

@@ -1,4 +1,4 @@
-"""Which parameters are hidden matrices: FOAM, SlimAdam, LoRAPre and Muon treat those, and leave the rest to Adam."""
+"""Which parameters are hidden matrices: FOAM, LoRAPre and Muon treat those, and leave the rest to Adam."""
 
 from __future__ import annotations
 

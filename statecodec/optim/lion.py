@@ -35,7 +35,30 @@ class LionMethod(Elementwise):
 
 
 class Lion(StateOptimizer):
-    """Lion: sign of an interpolated momentum, decoupled decay. Options: see StateOptimizer."""
+    """The sign of an interpolated momentum, with decoupled weight decay, over an encoded momentum.
+
+    Args:
+        params: Parameters, groups of them, or `model.named_parameters()`.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: How much of the momentum the interpolation has, and how much of it stays, per step.
+        weight_decay: Weight decay per unit of lr.
+        **options: Options that every optimizer takes; see StateOptimizer.
+
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        Chen et al. 2023 (arXiv 2302.06675).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = Lion(model.named_parameters(), lr=1e-4)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> list(optimizer.state[model.weight])
+        ['step', 'skipped', 'exp_avg']
+    """
 
     algorithm: ClassVar[str] = "lion"
 

@@ -10,9 +10,15 @@ from dataclasses import dataclass, field
 class StateChange:
     """What became of one state while loading.
 
-    `kind` is `encoded` (into the form it is kept in), `converted` (from another state), `reset` (starts afresh),
-    `dropped` (saved, but not kept here), `missing` (a parameter of which nothing was saved: it starts afresh) or
-    `unused` (saved, but for no parameter here).
+    Args:
+        param: The parameter's name, or its position.
+        state: The state's name.
+        kind: `encoded` (into the form it is kept in), `converted` (from another state), `reset` (starts afresh),
+            `dropped` (saved, but not kept here), `missing` (nothing was saved of this parameter: it starts afresh) or
+            `unused` (saved, but for no parameter here).
+        source: The form in which it was saved.
+        stored_as: The codec in which it is kept.
+        relative_rms: ||loaded - saved|| / ||saved||; None where there is nothing to compare.
     """
 
     param: str | int
@@ -25,7 +31,13 @@ class StateChange:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What load_state_dict changed; empty if every state went in bit for bit."""
+    """What `load_state_dict` changed; empty if every state went in bit for bit.
+
+    Args:
+        changes: The states that are not the same numbers.
+        notes: What else was done otherwise, and why.
+        update_rms: Relative error of the Adam direction m / sqrt(v), by parameter.
+    """
 
     changes: tuple[StateChange, ...] = ()
     notes: tuple[str, ...] = ()
@@ -61,4 +73,5 @@ class ChangeLog:
         self.changes.append(StateChange(param, state, kind, source, stored_as, rms))
 
     def report(self) -> LoadReport:
+        """What was collected, without repeated notes."""
         return LoadReport(tuple(self.changes), tuple(dict.fromkeys(self.notes)), dict(self.update_rms))

@@ -1,4 +1,4 @@
-"""A state dict into an optimizer: which saved parameter is whose, which options are taken over, and the report.
+"""Loads a state dict into an optimizer: which saved state belongs to which parameter, which options are taken over.
 
 What becomes of one parameter's states is in `adopting.py`.
 """
@@ -187,8 +187,10 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 
 
 def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -> Group:
-    """The options to use from now on: saved ones where they mean the same here, and whatever schedulers and users put
-    into the group. Nothing of them is shared with what was saved."""
+    """The options to use from now on: saved ones where they mean the same here, and what schedulers and users added.
+
+    Nothing of them is shared with what was saved.
+    """
     saved, split = match.options()
     if split:
         log.notes.append(f"saved groups with different {', '.join(split)} are one group here: it stays as it was made")

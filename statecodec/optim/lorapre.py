@@ -111,8 +111,10 @@ class _LowRankMethod(WholeMatrix):
         self._rank = rank
 
     def init(self, param: Tensor, recipe: Recipe, group: Group) -> dict[str, EncodedTensor]:
-        """B = 0 and A ~ N(0, 0.02**2), drawn from (seed, parameter, state): the first gradient is projected onto A's
-        rows."""
+        """Factors B = 0 and A ~ N(0, 0.02**2), drawn from (seed, parameter, state).
+
+        The first gradient is projected onto A's rows.
+        """
         states = super().init(param, recipe, group)
         for k, (name, state) in enumerate(states.items()):
             generator = torch.Generator("cpu").manual_seed(mix(int(group["seed"]) + mix(2 * recipe.index + k)))
@@ -185,24 +187,45 @@ class LowRankMuonMethod(_LowRankMethod):
 
 
 class LoRAPre(StateOptimizer):
-    """LoRA-Pre for hidden matrices whose smaller side exceeds the rank; AdamW for everything else.
+    """Low-rank moments for hidden matrices whose smaller side exceeds the rank; AdamW for everything else.
 
-    Args (further options: StateOptimizer):
-        rank: of the factors. An Adam matrix of (p, q) takes 8 (p + q) rank bytes, a Muon matrix half of that.
+    Args:
+        params: `model.named_parameters()`, so that embeddings and heads are known by name and get AdamW; or parameters
+            or groups, with `matrix` set per group.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: Decay rates of the averages of the gradient and of its square, per step.
+        eps: What is added to the root of the second moment.
+        weight_decay: Weight decay per unit of lr.
+        rank: Rank of the factors. An Adam matrix of (p, q) takes 8 (p + q) rank bytes, a Muon matrix half of that.
         base: `adam` or `muon`, the rule that the low-rank moments are used by.
-        scale: the step of low-rank Adam matrices is multiplied by it (0.25 in the paper); Muon has `adjust` instead.
+        scale: Factor of the step of low-rank Adam matrices (0.25 in the paper); Muon has `adjust` instead.
         variant: `safe`: the second factor is computed from the new first one, damping is 1e-4 of the mean eigenvalue,
             and the product's norm is capped. `paper`, as printed: both factors are computed from the old ones, which
             overshoots when gradients grow; damping is 1e-6, which loses small gradients; no cap.
-        factor_update: `gauss_seidel` or `jacobi` instead of the variant's.
-        damping: a number instead of the variant's.
+        factor_update: `gauss_seidel` or `jacobi`, in place of the variant's.
+        damping: A number in place of the variant's.
         bias_correction: `paper` divides the second moment by 1 - beta2**t; `matched` by what the squared low-rank
             average amounts to after t steps. The paper's makes early steps larger, so `matched` needs another lr.
-        momentum, ns_steps, adjust: Muon's, where `base` is `muon`.
-        moments: how the other parameters' moments are stored. Factors are always fp32: inverting A A^T would amplify
-            their rounding.
+        momentum: Muon's, where `base` is `muon`.
+        ns_steps: Muon's, where `base` is `muon`.
+        adjust: Muon's, where `base` is `muon`.
+        **options: Options that every optimizer takes; see StateOptimizer. `moments` says how the moments of other
+            parameters are stored. Factors are always fp32: inverting A A^T would amplify their rounding.
 
-    Give `model.named_parameters()`, so that embeddings and heads are known and get AdamW, or set `matrix` per group.
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        LoRA-Pre (arXiv 2602.24283), algorithms 1 and 2, theorem 3.1.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = LoRAPre(model.named_parameters(), lr=1e-3, rank=4)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {name: tuple(part.shape) for name, part in optimizer.state[model.weight]["exp_avg"].parts.items()}
+        {'left': (64, 4), 'right': (4, 128)}
     """
 
     algorithm: ClassVar[str] = "lorapre"

@@ -47,7 +47,8 @@ class StateSpec:
 class Recipe:
     """What is fixed for a parameter while its dtype, shape and place stay: method, states, and how to walk them.
 
-    `specs` are those of the whole parameter; steps see `own_specs` and `shape`, which are this rank's part of them."""
+    `specs` are those of the whole parameter; steps see `own_specs` and `shape`, which are this rank's part of them.
+    """
 
     name: str | None  # as the bare model has it; None if parameters were given without names
     index: int  # position among all parameters
@@ -88,6 +89,7 @@ class Recipe:
 
     @cached_property
     def walk(self) -> tuple[tiles.Tile, ...]:
+        """The tiles of this rank's part."""
         codecs = {k: s.codec for k, s in self.own_specs.items()}
         return self.method.walk(self.shape, tiles.common_align(codecs, self.shape))
 
@@ -99,6 +101,7 @@ class Recipe:
 
     @cached_property
     def accesses(self) -> dict[str, tiles.Access]:
+        """How each state is decoded in these tiles."""
         cut = {k: s for k, s in self.own_specs.items() if s.codec.align(self.shape) is not None}
         return {k: tiles.access(s.codec, self.walk, s.dtype) for k, s in cut.items()}
 
@@ -141,8 +144,10 @@ class ParameterStep:
         return units.TileStep(self.weight, states, tile, self.recipe.unit)
 
     def gradient(self, tile: tiles.Tile, w: Tensor, l2: float = 0.0) -> Tensor:
-        """The gradient of a tile in the weight's dtype, with `maximize` and L2 decay applied; may be a view: read
-        only."""
+        """The gradient of a tile in the weight's dtype, with `maximize` and L2 decay applied.
+
+        It may be a view of the gradient: read only.
+        """
         g = self.grad.view(-1)[tile.start : tile.stop].view(tile.rows, tile.cols)
         if g.dtype == w.dtype and not l2 and not self.group["maximize"]:
             return g
@@ -224,8 +229,10 @@ class Elementwise(PerParameter):
         """Keyword arguments of the arithmetic, computed once per parameter."""
 
     def arithmetic(self, job: ParameterStep) -> Callable[..., None]:
-        """The update of one tile in place: a function of weight, gradient, the states in order, and the scalars. By
-        default the function of this method's name in `kernels.*.steps`."""
+        """The update of one tile in place: a function of weight, gradient, the states in order, and the scalars.
+
+        By default it is the function of this method's name in `kernels.*.steps`.
+        """
         update: Callable[..., None] = getattr(job.arithmetic, self.name)
         return update
 

@@ -28,8 +28,8 @@ def newton_schulz(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None
 
     Args:
         matrix: (..., rows, cols), of any float dtype, which the result has too.
-        iterations: how many; torch.optim.Muon calls them `ns_steps`.
-        dtype: what is computed in; None is bf16 on a GPU, and fp32 elsewhere (fp64 for fp64 input), because CPUs have
+        iterations: How many; torch.optim.Muon calls them `ns_steps`.
+        dtype: What is computed in; None is bf16 on a GPU, and fp32 elsewhere (fp64 for fp64 input), because CPUs have
             no fast bf16 matrix product.
     """
     if dtype is None:
@@ -48,15 +48,17 @@ def newton_schulz(matrix: Tensor, iterations: int = 5, dtype: torch.dtype | None
 
 
 def step_size(group: Group, rows: int, cols: int) -> float:
-    """The factor of lr for a matrix of this shape, as in torch.optim.Muon's `adjust_lr_fn`."""
+    """The factor of lr for a matrix of rows x cols, as in torch.optim.Muon's `adjust_lr_fn`."""
     if group["adjust"] == "original":
         return float(max(1.0, rows / cols) ** 0.5)
     return float(0.2 * max(rows, cols) ** 0.5)
 
 
 class MuonMethod(WholeMatrix):
-    """buffer = lerp(buffer, g, 1 - momentum); the step is Newton-Schulz of it, or of lerp(g, buffer, momentum) with
-    Nesterov's momentum."""
+    """The buffer is lerp(buffer, g, 1 - momentum); the step is Newton-Schulz of it.
+
+    With Nesterov's momentum it is Newton-Schulz of lerp(g, buffer, momentum).
+    """
 
     name: ClassVar[str] = "muon"
 
@@ -82,17 +84,38 @@ def check_muon_group(group: Group) -> None:
 
 
 class Muon(StateOptimizer):
-    """Muon for hidden matrices, AdamW for embeddings, heads and vectors, in one optimizer.
+    """Orthogonalised momentum for hidden matrices, AdamW for embeddings, heads and vectors, in one optimizer.
 
-    Args (further options: StateOptimizer):
-        momentum, nesterov, ns_steps: as in torch.optim.Muon.
+    Args:
+        params: `model.named_parameters()`, so that embeddings and heads are known by name and get AdamW; or parameters
+            or groups, with `matrix` set per group.
+        lr: Learning rate, a float or a 0-d tensor.
+        momentum: As in torch.optim.Muon.
+        nesterov: As in torch.optim.Muon.
+        weight_decay: Weight decay per unit of lr.
+        ns_steps: Number of Newton-Schulz iterations, as in torch.optim.Muon.
         adjust: `match_rms_adamw` scales updates by 0.2 sqrt(max(rows, cols)), so that lr and weight_decay of AdamW fit
             both kinds; `original` by sqrt(max(1, rows / cols)).
-        betas, eps: AdamW's.
+        betas: AdamW's.
+        eps: AdamW's.
         adam_lr_ratio: AdamW's learning rate is lr times this.
-        moments: how the momentum buffer, and AdamW's moments, are stored.
+        **options: Options that every optimizer takes; see StateOptimizer. `moments` says how the momentum buffer, and
+            AdamW's moments, are stored.
 
-    Give `model.named_parameters()`, so that embeddings and heads are known and get AdamW, or set `matrix` per group.
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        Jordan et al. 2024 (kellerjordan.github.io/posts/muon), and torch.optim.Muon.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = Muon(model.named_parameters(), lr=1e-3)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> list(optimizer.state[model.weight]), list(optimizer.state[model.bias])
+        (['step', 'skipped', 'momentum_buffer'], ['step', 'skipped', 'exp_avg', 'exp_avg_sq'])
     """
 
     algorithm: ClassVar[str] = "muon"

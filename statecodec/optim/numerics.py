@@ -18,9 +18,13 @@ _MANTISSA = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.floa
 
 @dataclass(frozen=True)
 class InvisibleStep:
-    """One parameter whose `what` (`step` or `decay`) is smaller than half the spacing of its stored weights.
+    """One parameter whose step or decay is smaller than half the spacing of its stored weights.
 
-    `change` is the relative change asked for, `needed` the smallest that is sure to be stored.
+    Args:
+        param: Its name, or its position.
+        what: `step` or `decay`.
+        change: The relative change that is asked for.
+        needed: The smallest relative change that is sure to be stored.
     """
 
     param: str | int
@@ -45,11 +49,21 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
     the schedule has made the learning rate small.
 
     Args:
-        optimizer: any of this package.
-        typical_update: size of an update before lr: 0.1 to 1 for Adam, 1 for Lion.
+        optimizer: Any optimizer of this package.
+        typical_update: Size of an update before lr: 0.1 to 1 for Adam, 1 for Lion.
 
     Returns:
         One entry for each parameter and kind of change; empty if nothing is lost.
+
+    Source:
+        FlashOptim's `check_numerics`, with decay in addition.
+
+    Example:
+        >>> from statecodec.optim import AdamW
+        >>> model = torch.nn.Linear(4, 2).bfloat16()
+        >>> optimizer = AdamW(model.named_parameters(), lr=1e-5, weight_decay=0.1, master_weights=None)
+        >>> sorted({entry.what for entry in check_numerics(optimizer)})
+        ['decay', 'step']
     """
     found = []
     for group in optimizer.param_groups:

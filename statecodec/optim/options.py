@@ -62,8 +62,10 @@ def plain_moments(moments: object) -> str | dict[str, str]:
 
 
 def stored_codec(param: Tensor, group: Group, state: str) -> Codec:
-    """The codec of one full-size state of this parameter: small and fp64 ones stay exact, and shards that end inside a
-    group."""
+    """The codec of one full-size state of this parameter.
+
+    Small and fp64 states stay exact, and those whose shards end inside a group.
+    """
     codec = moment_codec(group["moments"], state)
     exact = param.numel() < group["dense_below"] or param.dtype == torch.float64
     return Raw() if exact or not sharding.fits_between_cuts(codec, param, tuple(param.shape)) else codec
@@ -76,8 +78,10 @@ def number(value: object) -> object:
 
 
 def without_numpy(value: Any) -> Any:
-    """A group's option with Python numbers for numpy's, which torch.load(weights_only=True) would refuse. Tensors stay:
-    a learning rate may be one."""
+    """A group's option with Python numbers for numpy's, which torch.load(weights_only=True) would refuse.
+
+    Tensors stay: a learning rate may be one.
+    """
     if isinstance(value, list | tuple):
         return type(value)(map(without_numpy, value)) if type(value) in (list, tuple) else value
     return number(value) if isinstance(value, np.generic | np.ndarray) else value

@@ -1,9 +1,8 @@
-"""Matrices that are cut, for methods that need all of one: each has an owner among the ranks that hold its pieces, who
-steps it as one process would.
+"""Steps matrices that are cut among ranks, for methods that need all of one: each matrix has an owner, which steps it.
 
 Gradient, weight and states are put together on the owner as they are stored, and what it has stored goes back in
-pieces: so the result is that of one process, and a state stays where its parameter is. The factors of LoRA-Pre, which
-are small, every rank keeps whole. Owners take turns, and have about as many elements each. The matrices of the next
+pieces. So the result is that of one process, and a state stays where its parameter is. The factors of LoRA-Pre are
+small: every rank keeps them whole. Owners take turns, and have about as many elements each. The matrices of the next
 round are on their way while those of this one are stepped.
 """
 

@@ -47,8 +47,10 @@ def dense(optimizer: StateKeeper) -> dict[str, Any]:
 def _packed(
     optimizer: StateKeeper, pack: Callable[[Any, dict[str, Any]], dict[str, Any]], convert: Callable[[Group], Group]
 ) -> dict[str, Any]:
-    """A state dict as torch packs one: parameters by position. What `state` holds of parameters that belong to no group
-    any more is left out."""
+    """A state dict as torch packs one: parameters by position.
+
+    What `state` holds of parameters that belong to no group any more is left out.
+    """
     positions: dict[Any, int] = {}
     groups = []
     for group in list(optimizer.param_groups):

@@ -48,7 +48,29 @@ class SGDMethod(Elementwise):
 
 
 class SGD(StateOptimizer):
-    """SGD as torch.optim.SGD: the first gradient enters the momentum buffer undampened. Options: see StateOptimizer."""
+    """SGD as torch.optim.SGD, over an encoded momentum buffer: the first gradient enters the buffer undampened.
+
+    Args:
+        params: Parameters, groups of them, or `model.named_parameters()`.
+        lr: Learning rate, a float or a 0-d tensor.
+        momentum: How much of the buffer stays, per step; 0 keeps no state.
+        dampening: How much of the gradient does not enter the buffer.
+        weight_decay: What is added to the gradient, per unit of weight.
+        nesterov: Use Nesterov's momentum.
+        **options: Options that every optimizer takes; see StateOptimizer.
+
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> list(optimizer.state[model.weight])
+        ['step', 'skipped', 'momentum_buffer']
+    """
 
     algorithm: ClassVar[str] = "sgd"
     torch_options: ClassVar[dict[str, Any]] = {
@@ -91,7 +113,10 @@ class SGD(StateOptimizer):
 class SGDW(SGD):
     """SGD with decoupled weight decay: each step first multiplies the weight by 1 - lr * weight_decay.
 
-    Source: Loshchilov and Hutter, algorithm 1. Options: see SGD and StateOptimizer.
+    The other arguments are those of SGD.
+
+    Source:
+        Loshchilov and Hutter (arXiv 1711.05101), algorithm 1.
     """
 
     algorithm: ClassVar[str] = "sgdw"

@@ -1,9 +1,9 @@
-"""Parameters that are DTensors (FSDP2, tensor parallelism): every part of a state is placed as the parameter is, and a
-rank steps what it holds.
+"""Parameters that are DTensors (FSDP2, tensor parallelism): a rank keeps and steps its own part of every state.
 
-Groups and blocks of a state lie within rows, and rows are what dimension 0 cuts between: the parts of all ranks
-together are the parts of the whole. Where a cut falls inside a row it must fall between groups, or the state stays
-exact (`fits_between_cuts`). This is the one module that knows DTensors; everything else works on `local` tensors.
+Every part of a state is placed as the parameter is. Groups and blocks of a state lie within rows, and dimension 0 is
+cut between rows, so the parts of all ranks together are the parts of the whole. Where a cut falls inside a row it must
+fall between groups, or the state stays exact (`fits_between_cuts`). Only this module knows DTensors; everything else
+works on `local` tensors.
 """
 
 from __future__ import annotations
@@ -146,8 +146,10 @@ def groups_across(p: Tensor, dims: Sequence[int]) -> tuple[ProcessGroup, ...]:
 
 
 def first_element(p: Tensor) -> int:
-    """The position of this rank's first element in the flattened parameter; where rows are cut, a number that no other
-    shard's elements reach."""
+    """The position of this rank's first element in the flattened parameter.
+
+    Where rows are cut, it is a number that no other shard's elements reach.
+    """
     if not is_dtensor(p) or p.ndim == 0:
         return 0
     (chunk,) = cast(Any, p).__create_chunk_list__()
@@ -219,8 +221,10 @@ def placed(codec: Codec, part: Tensor, p: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor, p: Tensor) -> Tensor:
-    """What this rank holds of a whole tensor (or DTensor) of a parameter's size, in the shape of what it holds of the
-    parameter; a view if it can be."""
+    """What this rank holds of a whole tensor (or DTensor) of a parameter's size; a view if it can be.
+
+    It has the shape of what this rank holds of the parameter.
+    """
     if not is_dtensor(p):
         return whole(x)
     if place_of(x) == place_of(p):

@@ -37,11 +37,15 @@ STATIC_RULES: tuple[tuple[str, tuple[int, ...]], ...] = tuple(
 
 
 def read_rules(rules: object) -> list[list[Any]]:
-    """Rules as they stand in a param group: [[pattern, [dims]], ...], first match wins; [] shares nothing.
+    """Rules in the form that a param group keeps: [[pattern, [dims]], ...]; the first match wins, [] shares nothing.
 
-    Takes "static" (STATIC_RULES), None, a mapping from name or pattern to dims (None or []: not shared), a sequence of
-    (pattern, dims), or the path of a JSON file {"rules": [{"pattern": ..., "dims": [...]}, ...]}. Patterns are shell
-    patterns on parameter names. Raises OptimizerError.
+    Args:
+        rules: `static` (STATIC_RULES), None, a mapping from name or pattern to dims (None or []: not shared), a
+            sequence of (pattern, dims), or the path of a JSON file {"rules": [{"pattern": ..., "dims": [...]}, ...]}.
+            Patterns are shell patterns on parameter names.
+
+    Raises:
+        OptimizerError: For rules that cannot be read.
     """
     if rules is None:
         return []
@@ -73,8 +77,10 @@ def _read_file(path: Path) -> list[tuple[object, object]]:
 
 
 class SlimMethod(PerParameter):
-    """Adam with a second moment that has the shared dimensions of size 1; arithmetic:
-    `kernels.reference.steps.shared_adam`."""
+    """Adam with a second moment whose shared dimensions have size 1.
+
+    The arithmetic is `kernels.reference.steps.shared_adam`.
+    """
 
     name: ClassVar[str] = "slim"
 
@@ -130,16 +136,36 @@ class SlimMethod(PerParameter):
 
 
 class SlimAdam(StateOptimizer):
-    """SlimAdam: AdamW in which second moments are shared along a matrix's inputs or outputs, as rules say.
+    """AdamW whose second moments are shared along a matrix's inputs or outputs, as rules say.
 
-    Args (further options: StateOptimizer):
-        rules: which dimensions to share, by name: `static` (the paper's table 3), None, a mapping or pairs, or a rules
-            file, such as the one that `statecodec analyze -o` writes. The first match wins; vectors are never shared.
+    Args:
+        params: `model.named_parameters()`, because rules go by name; or groups with names. A rule that matches no
+            parameter is a warning.
+        lr: Learning rate, a float or a 0-d tensor.
+        betas: Decay rates of the averages of the gradient and of its square, per step.
+        eps: What is added to the root of the second moment.
+        weight_decay: Weight decay per unit of lr.
+        rules: Which dimensions to share, by name: `static` (the paper's table 3), None, a mapping or pairs, or a rules
+            file such as `statecodec analyze -o` writes. The first match wins; vectors are never shared.
         decay_vectors: False, as in the published code, applies no weight decay to parameters of fewer than two
             dimensions.
-        moments: how first moments, and second moments that are not shared, are stored; the published code has `dense`.
+        **options: Options that every optimizer takes; see StateOptimizer. `moments` says how first moments, and second
+            moments that are not shared, are stored; by default `dense`, as in the published code.
 
-    Rules need names: give `model.named_parameters()`. A rule that matches no parameter is a warning.
+    Raises:
+        OptimizerError: For an option or a parameter that cannot be taken.
+
+    Source:
+        SlimAdam (arXiv 2503.01843), section 5 and table 3.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(128, 64)
+        >>> optimizer = SlimAdam(model.named_parameters(), lr=1e-3, rules={"weight": [1]})
+        >>> model(torch.ones(2, 128)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["exp_avg_sq"].parts["mean.data"].shape
+        torch.Size([64, 1])
     """
 
     algorithm: ClassVar[str] = "slimadam"

@@ -29,7 +29,7 @@ from statecodec.optim.weights import split_codec
 
 
 class StateKeeper(torch.optim.Optimizer):
-    """Parameters, their groups, recipes and states; what an update needs, and nothing of how it is called."""
+    """The parameters of an optimizer, their groups, recipes and states, without the steps."""
 
     algorithm: ClassVar[str]
     # Options of the torch.optim class whose state `state_dict(dense=True)` gives, with their defaults.
@@ -41,14 +41,40 @@ class StateKeeper(torch.optim.Optimizer):
 
     @abstractmethod
     def method(self, param: Tensor, name: str | None, group: Group) -> Method:
-        """The update rule for one parameter."""
+        """The update rule for one parameter.
+
+        Args:
+            param: The parameter.
+            name: Its name as the bare model has it; None if it was given without one.
+            group: The group that it belongs to.
+
+        Returns:
+            The rule.
+
+        Raises:
+            OptimizerError: If this optimizer cannot step such a parameter.
+        """
 
     @abstractmethod
     def check_group(self, group: Group) -> None:
-        """Raise OptimizerError for options that this class cannot take. Extended by subclasses."""
+        """Refuse options and parameters that this class cannot take. Subclasses extend it.
+
+        Args:
+            group: A param group with all options set; options may be brought into the form that is kept.
+
+        Raises:
+            OptimizerError: For the first of them that is wrong.
+        """
 
     def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
-        """Whether the options of a torch.optim group mean the same here."""
+        """Whether the options of a torch.optim group mean the same here.
+
+        Args:
+            group: A saved param group of a torch.optim class.
+
+        Returns:
+            True if they do.
+        """
         return False
 
     def accept_group(self, group: Group) -> None:
@@ -59,8 +85,10 @@ class StateKeeper(torch.optim.Optimizer):
         self.check_group(group)
 
     def recipe(self, p: Tensor, group: Group) -> Recipe:
-        """Method, codecs and tiles of one parameter: made before its first step, and again when its dtype, shape or
-        device has changed."""
+        """Method, codecs and tiles of one parameter.
+
+        They are made before its first step, and again when its dtype, shape or device has changed.
+        """
         kept = self._recipes.get(p)
         if kept is not None and kept.suits(p):
             return kept
@@ -132,8 +160,10 @@ class StateKeeper(torch.optim.Optimizer):
         return sum(sharding.local(t).nbytes for t in held if isinstance(t, Tensor))
 
     def _brought_over(self, p: Tensor, group: Group, recipe: Recipe, before: Recipe | None) -> dict[str, Any]:
-        """States that do not fit the recipe, made to fit; `before` is the one that they fitted until the parameter was
-        cast to another dtype."""
+        """States that do not fit the recipe, made to fit.
+
+        `before` is the recipe that they fitted until the parameter was cast to another dtype.
+        """
         log, values = ChangeLog(), dict(self.state[p])
         if before is not None:
             values |= self._low_after_cast(p, recipe, before, values.pop(LOW, None))

@@ -1,8 +1,7 @@
 """Walking a parameter and its encoded states together, a cache-sized tile at a time.
 
 A tile is a range of rows (or, in a very long row, a range of columns cut where every codec can be cut). The parts of a
-tile are views
-into the parts of the whole: encoding tile by tile writes the same bytes as encoding the whole tensor.
+tile are views into the parts of the whole: encoding tile by tile writes the same bytes as encoding the whole tensor.
 """
 
 from __future__ import annotations
@@ -39,8 +38,14 @@ PartSlice: TypeAlias = tuple[int, int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Access:
-    """How one state is decoded within tiles: its codec (a folded state's inner one), over blocks of how many elements
-    (0: it is not folded), and where its parts lie per tile."""
+    """How one state is decoded within tiles.
+
+    Args:
+        codec: Its codec; of a folded state the inner one.
+        block: How many elements a value stands for; 0 if it is not folded.
+        slices: Where its parts lie, for every tile.
+        shapes: The shape of its values in every tile.
+    """
 
     codec: Codec
     block: int
@@ -89,8 +94,10 @@ def common_align(codecs: Mapping[str, Codec], shape: tuple[int, ...]) -> int:
 
 
 class TileBuffers:
-    """Buffers by name, grown on demand and used again for every tile: page faults would cost more than the
-    arithmetic."""
+    """Buffers by name, grown on demand and used again for every tile.
+
+    New ones each time would cost more in page faults than the arithmetic takes.
+    """
 
     def __init__(self) -> None:
         self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}

@@ -1,8 +1,8 @@
-"""What becomes of numbers that are not finite: the smallest unit that shares a stored number keeps its old bytes.
+"""Keeps numbers that are not finite local: the smallest unit that shares a stored number keeps its old bytes.
 
 A step computes a tile of new weights and states. Where any of them is NaN, infinite or too large to be stored, the unit
-keeps what it had, in weight and states alike, and is counted. A unit is what the codecs cannot cut: an element, a
-group of a companded state, a block of a folded one. Fused steps do the same (see `kernels.fused`).
+keeps what it had, in weight and states alike, and is counted. A unit is what the codecs cannot cut: an element, a group
+of a companded state, a block of a folded one. Fused steps do the same (see `kernels.fused`).
 """
 
 from __future__ import annotations

@@ -34,8 +34,16 @@ def split_codec(dtype: torch.dtype, master_weights: str | None) -> Split | None:
 
 @dataclass(frozen=True)
 class Dither:
-    """Stochastic rounding of the bits that the stored weight drops; the draw depends on nothing but seed, index of the
-    parameter, step and element. `start` is the position of a shard's first element."""
+    """Stochastic rounding of the bits that the stored weight drops.
+
+    The draw depends on nothing but the fields and the element.
+
+    Args:
+        seed: The group's seed.
+        index: Position of the parameter among all.
+        step: The step.
+        start: Position of a shard's first element.
+    """
 
     seed: int
     index: int

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Final
 
 from statecodec.errors import MalformedCheckpoint
+from statecodec.flash_groups import FlashGroups, are_quantised, fp32_scales
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -25,30 +25,29 @@ TORCHAO: Final = {"OptimState8bit": 8, "OptimState4bit": 4, "OptimStateFp8": 8}
 
 PACKAGES: Final = ("bitsandbytes", "torchao", "flashoptim")
 
-_FLASH_GROUP: Final = 32
 
-
-def of_flashoptim(name: str, codes: Tensor, scales: Tensor) -> Tensor:
-    """A moment of FlashOptim in fp32, of the shape of its codes.
+def of_flashoptim(name: str, codes: Tensor, places: Tensor, scales: Tensor, groups: FlashGroups) -> Tensor:
+    """Numbers of a moment of FlashOptim in fp32, of the shape of its codes.
 
     Args:
         name: what messages call it.
-        codes: int8 of a first moment, uint8 of a second one.
-        scales: fp16, one for 32 codes in flat order; or their bits under the dtype bf16, where parameters are bf16.
+        codes: int8 of a first moment, uint8 of a second one; all of them, or some.
+        places: int64, where in the flattened moment each of them is.
+        scales: fp16, one for each group; or their bits under the dtype bf16, where parameters are bf16.
+        groups: which codes share a scale.
 
     Raises MalformedCheckpoint for parts that do not fit together.
     """
-    if scales.dtype is torch.bfloat16:
-        scales = scales.view(torch.float16)  # so that torch casts nothing
-    fit = codes.dtype in (torch.int8, torch.uint8) and scales.dtype.is_floating_point
-    if not fit or scales.numel() != math.ceil(codes.numel() / _FLASH_GROUP):
+    if not are_quantised(codes, scales) or scales.numel() != groups.count:
         raise MalformedCheckpoint(
-            f"{name}: {scales.numel()} {scales.dtype} scales for {codes.numel()} {codes.dtype} codes of FlashOptim"
+            f"{name}: {scales.numel()} {scales.dtype} scales for {groups.numel} {codes.dtype} codes of FlashOptim"
+            + (f", saved by {groups.shards} ranks" if groups.shards > 1 else "")
         )
+    own = fp32_scales(scales).reshape(-1)[groups.of(places)]
     if codes.dtype is torch.uint8:  # the root of a second moment
-        return scaled(codes.float() / 255, scales, _FLASH_GROUP).square()
+        return (codes.float() / 255 * own).square()
     softsign = codes.float() / 127
-    return scaled(softsign / (2 - softsign.abs()), scales, _FLASH_GROUP)
+    return softsign / (2 - softsign.abs()) * own
 
 
 def scaled(numbers: Tensor, scales: Tensor, block: int) -> Tensor:

@@ -68,7 +68,7 @@ def adopt(
     Raises OptimizerError for states of another shape or kind; FormatError and others of `from_plain` for broken ones.
     """
     name = recipe.label
-    values = dict(flashoptim.dense_moments(values, name))
+    values = dict(values)
     low_bits = values.pop(FLASH_LOW_BITS, None)
     found = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, LOW)}
     for k in values.keys() - found.keys() - set(COUNTERS):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,32 +13,75 @@ from torch import Tensor
 from statecodec.buffers import has_data
 from statecodec.codecs import Split
 from statecodec.errors import MalformedCheckpoint, OptimizerError
+from statecodec.flash_groups import FlashGroups, FlashMoment, are_quantised, flash_shards
 from statecodec.optim import sharding
+from statecodec.optim.agreement import all_say_yes
 from statecodec.quantised import FLASH_CODES, FLASH_LOW_BITS, FLASH_SCALES, of_flashoptim
 
 _MANTISSA = {torch.bfloat16: 7, torch.float16: 10}
 
 
-def dense_moments(values: Mapping[str, Any], name: str | int) -> Iterator[tuple[str, Any]]:
-    """The states of one parameter with fp32 moments in place of quantised ones, placed as they are.
+def saved_shards(saved: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> int:
+    """In how many shards each parameter was when the quantised moments of a state dict were saved; all ranks must ask.
+
+    Args:
+        saved: parameters, and what was saved of each.
+
+    Raises OptimizerError if no number fits all of them.
+    """
+    found = ((p, codes, scales) for p, values in saved for codes, scales in _quantised(values).values())
+    fitting = [(p, *parts) for p, *parts in found if _have_data(*parts) and are_quantised(*parts)]
+    fitting = [(p, codes, scales) for p, codes, scales in fitting if codes.shape == p.shape]
+    moments = [
+        FlashMoment(tuple(p.shape), scales.numel(), partial(_held, p, codes, scales)) for p, codes, scales in fitting
+    ]
+    try:
+        return flash_shards(moments, partial(all_say_yes, [p for p, *_ in fitting]))
+    except MalformedCheckpoint as error:
+        raise OptimizerError(str(error)) from error
+
+
+def dense_moments(values: Mapping[str, Any], name: str | int, p: Tensor, shards: int) -> Iterator[tuple[str, Any]]:
+    """The states of one parameter with fp32 moments in place of quantised ones, placed as the parameter is.
+
+    Args:
+        values: what was saved of it.
+        name: what messages call it.
+        p: the parameter.
+        shards: in how many it was then.
 
     Raises OptimizerError for codes and scales that do not belong together.
     """
-    for key, value in values.items():
-        if not isinstance(key, str):
-            yield key, value
-        elif key.endswith(FLASH_CODES):
-            state = key.removesuffix(FLASH_CODES)
-            scales = values.get(state + FLASH_SCALES)
-            if not (isinstance(value, Tensor) and isinstance(scales, Tensor) and has_data(value) and has_data(scales)):
-                raise OptimizerError(f"{name}: {key} and {state + FLASH_SCALES} are tensors that belong together")
-            try:  # groups of a shard are its own
-                own = of_flashoptim(state, sharding.local(value), sharding.local(scales))
-            except MalformedCheckpoint as error:
-                raise OptimizerError(f"{name}: {error}") from error
-            yield state, sharding.joined(own, value)
-        elif not key.endswith(FLASH_SCALES) or key.removesuffix(FLASH_SCALES) + FLASH_CODES not in values:
-            yield key, value
+    quantised = _quantised(values)
+    for state, (codes, scales) in quantised.items():
+        if not _have_data(codes, scales):
+            raise OptimizerError(
+                f"{name}: {state}{FLASH_CODES} and {state}{FLASH_SCALES} are tensors that belong together"
+            )
+        if codes.shape != p.shape:
+            raise OptimizerError(f"{name}: {state} has shape {tuple(codes.shape)}, the parameter {tuple(p.shape)}")
+        try:
+            own = of_flashoptim(state, *_held(p, codes, scales), FlashGroups(p.numel(), shards))
+        except MalformedCheckpoint as error:
+            raise OptimizerError(f"{name}: {error}") from error
+        yield state, sharding.joined(own, p)
+    parts = {state + part for state in quantised for part in (FLASH_CODES, FLASH_SCALES)}
+    yield from ((key, value) for key, value in values.items() if key not in parts)
+
+
+def _quantised(values: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Codes and scales, as they are found, of every quantised moment of a parameter."""
+    states = [key.removesuffix(FLASH_CODES) for key in values if isinstance(key, str) and key.endswith(FLASH_CODES)]
+    return {state: (values[state + FLASH_CODES], values.get(state + FLASH_SCALES)) for state in states}
+
+
+def _have_data(*parts: object) -> bool:
+    return all(isinstance(part, Tensor) and has_data(part) for part in parts)
+
+
+def _held(p: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The codes that this rank holds of a parameter, their places, and all scales."""
+    return sharding.sliced(codes, p).to(p.device), sharding.places(p), sharding.whole(scales).to(p.device)
 
 
 @torch.no_grad()

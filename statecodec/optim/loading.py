@@ -19,8 +19,9 @@ from torch import Tensor
 
 from statecodec.errors import OptimizerError
 from statecodec.names import bare_name
-from statecodec.optim import sharding
+from statecodec.optim import flashoptim, sharding
 from statecodec.optim.adopting import adopt
+from statecodec.optim.agreement import ranks_agree
 from statecodec.optim.load_report import ChangeLog, LoadReport
 from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
@@ -58,6 +59,12 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     groups, log = optimizer.param_groups, ChangeLog()
     matches = _matched(groups, saved_groups, log)
     _check_ranks(groups, matches, saved_state)
+    shards = flashoptim.saved_shards(
+        (p, saved_state[entry[0]])
+        for group, match in zip(groups, matches, strict=True)
+        for p, entry in zip(group["params"], match.params, strict=True)
+        if entry is not None and saved_state.get(entry[0])
+    )
     merged = [_merge(optimizer, g, m, log) for g, m in zip(groups, matches, strict=True)]
     states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     used = set()
@@ -70,6 +77,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
                 continue
             used.add(entry[0])
             recipe = optimizer.recipe(p, group)
+            values = dict(flashoptim.dense_moments(values, recipe.label, p, shards))
             states[p] = adopt(recipe, p, {**group, **new}, values, entry[1], log)
     names = dict(zip((k for g in saved_groups for k in g["params"]), _names(saved_groups) or (), strict=False))
     for key in saved_state.keys() - used:
@@ -112,7 +120,7 @@ def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mappi
             mesh = sharding.mesh_of(p)
             asked.setdefault(mesh, p)
             given[mesh].append(" ".join(sorted(f"{k}={_form(v)}" for k, v in values.items())))
-    agreed = [sharding.ranks_agree(p, "; ".join(given[mesh])) for mesh, p in asked.items()]
+    agreed = [ranks_agree(p, "; ".join(given[mesh])) for mesh, p in asked.items()]
     if not all(agreed):
         raise OptimizerError(
             "the ranks were given different states. A state that only rank 0 has, of another optimizer or with other "

@@ -8,7 +8,6 @@ works on `local` tensors.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import sys
 from collections.abc import Hashable, Sequence
@@ -64,20 +63,6 @@ def gradient(p: Tensor, grad: Tensor) -> Tensor:
     if is_dtensor(grad) and cast("DTensor", grad).placements != cast("DTensor", p).placements:
         grad = cast("DTensor", grad).redistribute(placements=cast("DTensor", p).placements)
     return local(grad)
-
-
-def ranks_agree(p: Tensor, text: str) -> bool:
-    """Whether every rank that holds a part of a parameter says the same; all of them must ask."""
-    if not is_dtensor(p):
-        return True
-    import torch.distributed as dist
-
-    mesh = cast("DTensor", p).device_mesh
-    digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-    both = torch.tensor([digest, -digest], dtype=torch.int64, device=mesh.device_type)
-    for i in range(mesh.ndim):
-        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=mesh.get_group(i))
-    return int(both[0]) == -int(both[1])
 
 
 # --- where parameters are cut
@@ -160,6 +145,19 @@ def first_element(p: Tensor) -> int:
         return int(chunk.offsets[0]) * math.prod(p.shape[1:])
     before = sum(chunk.offsets[d] * math.prod(p.shape[:d]) * math.prod(p.shape[d + 1 :]) for d in cut)
     return int(before + chunk.offsets[0] * math.prod(chunk.sizes[1:]))
+
+
+def places(p: Tensor) -> Tensor:
+    """int64, where in the flattened parameter each element is that this rank holds, in the shape of what it holds."""
+    own, begins = local(p), (0,) * p.ndim
+    if is_dtensor(p):
+        (chunk,) = cast(Any, p).__create_chunk_list__()
+        begins = tuple(chunk.offsets)
+    found = torch.zeros((1,) * p.ndim, dtype=torch.int64, device=own.device)
+    for d, (begin, n) in enumerate(zip(begins, own.shape, strict=True)):
+        along = torch.arange(begin, begin + n, device=own.device) * math.prod(p.shape[d + 1 :])
+        found = found + along.view(-1, *(1,) * (p.ndim - d - 1))
+    return found
 
 
 # --- states

@@ -27,7 +27,7 @@ from statecodec.optim.adamw import Adam
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.convert_target import Target
 from statecodec.verbs.inspect import inspect
-from statecodec.verbs.quantised import LOW_BITS_ARE_LEFT_OUT, dense, has_low_bits, is_quantised
+from statecodec.verbs.quantised import LOW_BITS_ARE_LEFT_OUT, dense, has_low_bits, is_quantised, saved_shards
 from statecodec.verbs.save import save
 
 _OPTIMIZERS: dict[str, type[StateOptimizer]] = {"adamw": AdamW, "foam": FOAM, "slimadam": SlimAdam, "lorapre": LoRAPre}
@@ -91,6 +91,7 @@ def _converted(
     """A state dict in the target's form, one parameter after the other, and what loading each lost."""
     algorithm = next((g.get("algorithm") for g in saved["param_groups"]), None)
     foreign = is_quantised(saved["state"])
+    shards = saved_shards(saved["state"])
     kind = _OPTIMIZERS.get(target.name) or _CLASSES.get("adamw" if foreign else str(algorithm))
     if foreign and target.name == "torch":  # no encoding of ours on the way
         target = replace(target, options={"moments": "dense"})
@@ -104,7 +105,7 @@ def _converted(
     for group in saved["param_groups"]:
         parameters: dict[str, Any] = {}
         for place in range(len(group["params"])):
-            alone = _alone(saved, group, place)
+            alone = _alone(saved, group, place, shards)
             one, report = _converted_one(kind, alone, names, target)
             reports.append(report)
             for values in one["state"].values():
@@ -122,13 +123,13 @@ def _converted(
     return {"state": state, "param_groups": groups}, reports
 
 
-def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int) -> dict[str, Any]:
-    """The state dict of one parameter of a group."""
+def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int, shards: int) -> dict[str, Any]:
+    """The state dict of one parameter of a group, FlashOptim's being of as many shards."""
     index, names = group["params"][place], group.get("param_names") or []
     alone = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
     state = saved["state"].get(index)
     if is_quantised({index: state}):
-        state = dense(state)
+        state = dense(state, shards)
     return {"state": {} if state is None else {index: state}, "param_groups": [alone]}
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from statecodec.errors import MalformedCheckpoint, UsageError
+from statecodec.flash_groups import FlashGroups, FlashMoment, are_quantised, flash_shards
 from statecodec.layouts.objects import OpaqueObject
 from statecodec.lazy import torch
 from statecodec.quantised import FLASH_CODES, FLASH_LOW_BITS, FLASH_SCALES, TORCHAO, WRAPPED, of_flashoptim, scaled
@@ -30,18 +32,42 @@ def has_low_bits(states: Mapping[Any, Any]) -> bool:
     return any(isinstance(state, Mapping) and "error_bits" in state for state in states.values())
 
 
-def dense(state: Mapping[str, Any]) -> dict[str, Any]:
+def saved_shards(states: Mapping[Any, Any]) -> int:
+    """In how many shards the parameters were, each with groups of its own, if FlashOptim's moments are among these.
+
+    Raises MalformedCheckpoint if no number fits all of them.
+    """
+
+    def found() -> Iterator[FlashMoment]:
+        for state in states.values():
+            for key, codes in state.items() if isinstance(state, Mapping) else ():
+                name = key.removesuffix(FLASH_CODES) if isinstance(key, str) else key
+                scales = state.get(f"{name}{FLASH_SCALES}")
+                both = isinstance(codes, torch.Tensor) and isinstance(scales, torch.Tensor)
+                if name != key and both and are_quantised(codes, scales):
+                    yield FlashMoment(tuple(codes.shape), scales.numel(), partial(_all, codes, scales))
+
+    return flash_shards(found())
+
+
+def _all(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, where they are, and their scales."""
+    return codes, torch.arange(codes.numel()).view(codes.shape), scales
+
+
+def dense(state: Mapping[str, Any], shards: int = 1) -> dict[str, Any]:
     """The state of one parameter with fp32 tensors under torch's names.
 
     Args:
         state: As `load` gives it, not trusted: of bitsandbytes, torchao or FlashOptim, or any other, which stays.
+        shards: in how many shards it was, if it is FlashOptim's.
 
     Raises MalformedCheckpoint for parts that do not fit together, UsageError for what has no counterpart in Adam.
     """
     inner = state.get(WRAPPED)
     flat = {**state, **inner} if isinstance(inner, Mapping) else dict(state)
     flat.pop(WRAPPED, None)
-    decoded = dict(_plain(flat))
+    decoded = dict(_plain(flat, shards))
     if "state1" in flat:
         decoded.update(_of_bitsandbytes(flat))
     if not {"exp_avg", "exp_avg_sq"} <= decoded.keys():
@@ -62,14 +88,15 @@ def _is_torchao(value: Any) -> bool:
     return isinstance(value, OpaqueObject) and value.name in TORCHAO and value.module.startswith("torchao.")
 
 
-def _plain(flat: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _plain(flat: Mapping[str, Any], shards: int) -> Iterator[tuple[str, Any]]:
     """All but what bitsandbytes keeps, and the low bits of weights, which torch's optimizers do not take."""
     for key, value in flat.items():
         if not isinstance(key, str):
             yield key, value
         elif key.endswith(FLASH_CODES):
             name = key.removesuffix(FLASH_CODES)
-            yield name, of_flashoptim(name, _tensor(value, name), _tensor(flat.get(name + FLASH_SCALES), name))
+            parts = _all(_tensor(value, name), _tensor(flat.get(name + FLASH_SCALES), name))
+            yield name, of_flashoptim(name, *parts, FlashGroups(value.numel(), shards))
         elif _is_torchao(value):
             yield key, _of_torchao(key, value)
         elif not key.startswith(("state", "qmap", "absmax")) and not key.endswith((FLASH_SCALES, FLASH_LOW_BITS)):

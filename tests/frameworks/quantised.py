@@ -104,6 +104,7 @@ def write_flashoptim(folder: Path, scales: torch.dtype) -> Quantised:
         groups = math.ceil(numbers / 32)
         m = generator.integers(-127, 128, numbers, dtype=np.int8)
         v = generator.integers(0, 256, numbers, dtype=np.uint8)
+        m[::32], v[::32] = -127, 255  # a group is divided by its largest number
         sizes = {k: generator.uniform(1e-4, 1e-2, groups).astype(np.float16) for k in ("exp_avg", "exp_avg_sq")}
         spread = {k: np.repeat(s.astype(np.float32), 32)[:numbers] for k, s in sizes.items()}
         signed = m.astype(np.float32) / np.float32(127)

@@ -26,6 +26,7 @@ def quantised(numel: int = SHAPE[0] * SHAPE[1], seed: int = 0) -> tuple[dict[str
     groups = -(-numel // 32)
     scales = {k: random.uniform(1e-4, 1e-2, groups).astype(np.float16) for k in ("exp_avg", "exp_avg_sq")}
     m, v = random.integers(-127, 128, numel, np.int8), random.integers(1, 256, numel, np.uint8)
+    m[::32], v[::32] = -127, 255  # a group is divided by its largest number
     wide = {k: s.astype(np.float64).repeat(32)[:numel] for k, s in scales.items()}
     softsign = m / 127.0
     exact = {
@@ -174,6 +175,21 @@ def test_parts_that_do_not_fit_are_refused(change: dict[str, Any], message: str)
     with pytest.raises(OptimizerError, match=message):
         optimizer.load_state_dict({"state": {0: {**values, **change}}, "param_groups": [group()]})
     assert not optimizer.state
+
+
+def test_scales_tell_how_many_ranks_saved() -> None:
+    """One rank or two have 38 for 1200 numbers, three have 39: no run gives both, and codes tell 1 from 2."""
+    params = [nn.Parameter(torch.ones(SHAPE)) for _ in range(2)]
+    optimizer = optim.AdamW(params, lr=1e-2)
+    values = {k: v.view(SHAPE) if k.endswith("quantized") else v for k, v in quantised()[0].items()}
+    broken = [{"exp_avg_sq::scales": torch.ones(39)}, {"exp_avg::quantized": torch.ones(SHAPE, dtype=torch.int8)}]
+    for change in broken:
+        state = {0: values, 1: {**values, **change}}
+        with pytest.raises(OptimizerError, match="fit no number of ranks"):
+            optimizer.load_state_dict({"state": state, "param_groups": [group(params=[0, 1])]})
+    assert not optimizer.state
+    nothing = {"exp_avg::quantized": torch.zeros(SHAPE, dtype=torch.int8), "exp_avg::scales": torch.zeros(38)}
+    optimizer.load_state_dict({"state": {0: values, 1: {**values, **nothing}}, "param_groups": [group(params=[0, 1])]})
 
 
 def test_what_belongs_to_nothing_is_reported() -> None:

@@ -11,6 +11,7 @@ from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
 from statecodec.codecs.encoding import INNER, Encoding
 from statecodec.codecs.folded import Folded
+from statecodec.codecs.following import Following
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
@@ -24,6 +25,6 @@ from statecodec.codecs.uniform import Uniform
 
 __all__ = [
     "INNER", "NO_COMPANIONS", "Cast", "Change", "Codec", "Companded", "Companions", "Direction", "Dropped",
-    "EncodedTensor", "Encoding", "Folded", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared", "Split",
-    "Ulps", "Uniform", "format_codec", "from_config", "get", "names", "parse", "rows_cols",
+    "EncodedTensor", "Encoding", "Folded", "Following", "Logarithmic", "LowRank", "PartSpec", "Raw", "Same", "Shared",
+    "Split", "Ulps", "Uniform", "format_codec", "from_config", "get", "names", "parse", "rows_cols",
 ]  # fmt: skip

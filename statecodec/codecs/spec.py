@@ -19,6 +19,7 @@ from statecodec.codecs.companded import Companded
 from statecodec.codecs.direction import Direction
 from statecodec.codecs.dropped import Dropped
 from statecodec.codecs.folded import Folded
+from statecodec.codecs.following import Following
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
 from statecodec.codecs.raw import Raw
@@ -32,7 +33,8 @@ from statecodec.errors import InvalidCodec, UnknownCodec, UnsupportedVersion
 CODECS: dict[str, type[Codec]] = {
     c.name: c
     for c in (
-        Raw, Uniform, Direction, Logarithmic, Split, Ulps, Same, Cast, Companded, Folded, Shared, LowRank, Dropped,
+        Raw, Uniform, Direction, Logarithmic, Following, Split, Ulps, Same, Cast, Companded, Folded, Shared, LowRank,
+        Dropped,
     )
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ SPECS = [
     "lowrank(rank=3,form=square)",
     "lowrank(rank=1,form=rank_one)",
 ]
-ELSEWHERE = ("ulps", "same")  # need a master or an original: test_ulps.py, test_same.py
+ELSEWHERE = ("following", "ulps", "same")  # have a test_NAME.py each: their companions are no second moments
 
 
 class TestEveryCodec(CodecContract):

@@ -127,5 +127,6 @@ def test_docs_name_every_codec() -> None:
         "dropped",
         "ulps",
         "same",
+        "following",
     ]
     assert sorted(codecs.names()) == sorted(named)

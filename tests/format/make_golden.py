@@ -43,8 +43,10 @@ FILES = {
     "example-2.0.safetensors": ("zstd", None),
     "ulps-2.0.safetensors": ("zstd", None),
     "same-2.0.safetensors": ("zstd", None),
+    "example-2.1.safetensors": ("zstd", None),
+    "following-2.1.safetensors": ("zstd", None),
 }
-EXAMPLE = "example-2.0.safetensors"  # on the page
+EXAMPLE = "example-2.1.safetensors"  # on the page
 
 
 def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
@@ -143,7 +145,24 @@ def copies() -> dict[str, tuple[Tensor, Codec]]:
     return content | {"same": (w.clone(), parse("same")), "same.uniform": (w.clone(), parse("same"))}
 
 
+def averages() -> dict[str, tuple[Tensor, Codec]]:
+    """Running averages of weights on a grid: near, far beyond the grid, equal."""
+    weight = values(90, 64)
+    weight[3, :5] = torch.tensor([0.0, -0.0, 1e-30, -1e-42, 3e37])
+    average = weight + values(90, 64, scale=0.001, seed=2)
+    average[7, :3] = torch.tensor([0.0, 1e4, -3e37])
+    return {
+        "raw": (weight, parse("raw")),
+        "weight": (weight, parse("uniform(step=0.0001220703125)")),
+        "following": (average, parse("following(step=0.0001220703125)")),
+        "following.float16": (average.clamp(-6e4, 6e4).half(), parse("following(step=0.0009765625)")),
+        "following.equal": (weight.clone(), parse("following(step=0.0001220703125)")),
+    }
+
+
 COMPANIONS = {
+    **{name: {"weight": "weight"} for name in ("following", "following.float16")},
+    "following.equal": {"weight": "raw"},
     **{name: {"master": "master"} for name in ("ulps", "ulps.float16")},
     **{name: {"exp_avg_sq": "logarithmic"} for name in ("direction", "direction.float16")},
     "same": {"original": "raw"},
@@ -197,7 +216,7 @@ def main(renew: bool) -> None:
         if "-" not in name:
             raise SystemExit(f"{name} is of version 1.0, which this writer no longer writes: it is in the history")
         kind = name.partition("-")[0]
-        content = {"example": example, "ulps": mixed_precision, "same": copies}.get(kind, tensors)()
+        content = {"example": example, "ulps": mixed_precision, "same": copies, "following": averages}.get(kind, tensors)()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
         written = write(

@@ -51,8 +51,8 @@ def test_golden_files_are_complete() -> None:
     assert {p.name for p in GOLDEN.iterdir()} == listed | {EXPECTED.name}
     assert KNOWN.keys() == FILES.keys()
     found = set[str]()
-    for name in ("packed", "ulps", "same"):
-        with Reader(GOLDEN / f"{name}-2.0.safetensors") as reader:
+    for name in ("packed-2.0", "ulps-2.0", "same-2.0", "following-2.1"):
+        with Reader(GOLDEN / f"{name}.safetensors") as reader:
             found |= {item.encoding.codec.name for item in reader.items}
     assert found == set(codecs.names()), "every codec has a golden"  # changes have theirs in tests/analysis
     with Reader(GOLDEN / "packed-2.0.safetensors") as reader:

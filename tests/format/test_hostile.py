@@ -371,23 +371,25 @@ def test_damaged_narrowed_codes_are_errors_or_codes(data: st.DataObject) -> None
     assert len(codes) == 640
 
 
-def test_companions_that_lie(tmp_path: Path) -> None:
-    v, direction = torch.rand(80, 60) + 0.1, parse("direction")
+@pytest.mark.parametrize(("kind", "role"), [("direction", "exp_avg_sq"), ("following", "weight")])
+def test_companions_that_lie(kind: str, role: str, tmp_path: Path) -> None:
+    """Of another shape or dtype, of each other, of themselves, of what is not there."""
+    x, codec = torch.rand(80, 60) + 0.1, parse(kind)
     tensors: dict[str, tuple[torch.Tensor, Codec]] = {
-        "m": (torch.randn(80, 60), direction), "n": (torch.randn(80, 60), direction), "v": (v, parse("logarithmic")),
+        "m": (torch.randn(80, 60), codec), "n": (torch.randn(80, 60), codec), "v": (x, parse("logarithmic")),
         "other": (torch.rand(60, 80), Raw()), "ids": (torch.ones(80, 60, dtype=torch.int32), Raw()),
     }  # fmt: skip
-    named = {name: {"exp_avg_sq": "v"} for name in ("m", "n")}
+    named = {name: {role: "v"} for name in ("m", "n")}
     data = write_old(tmp_path / "x", tensors, companions=named).read_bytes()
     read_all(tmp_path / "x")
     lies: list[Any] = [
-        {}, None, "v", {"exp_avg_sq": 3}, {"exp_avg_sq": "gone"}, {"exp_avg_sq": "other"}, {"exp_avg_sq": "ids"},
-        {"exp_avg_sq": "m"}, {"exp_avg_sq": "n"}, {"exp_avg_sq": "v", "more": "v"}, {"more": "v"},
+        {}, None, "v", {role: 3}, {role: "gone"}, {role: "other"}, {role: "ids"}, {role: "m"}, {role: "n"},
+        {role: "v", "more": "v"}, {"more": "v"},
     ]  # fmt: skip
     for lie in lies:
         refused(tmp_path / "y", forge(data, lambda m, lie=lie: m["items"][0].update(companions=lie)))  # type: ignore[misc]
     refused(tmp_path / "y", forge(data, lambda m: m["items"][0].pop("companions") and None))
-    refused(tmp_path / "y", forge(data, lambda m: m["items"][2].update(companions={"exp_avg_sq": "m"})))
+    refused(tmp_path / "y", forge(data, lambda m: m["items"][2].update(companions={role: "m"})))
 
 
 def test_repetitions_that_lie(tmp_path: Path) -> None:

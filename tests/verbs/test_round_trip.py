@@ -345,7 +345,7 @@ def test_unknown_preset_and_sizes(checkpoint: Path) -> None:
 def test_a_newer_format_is_refused(checkpoint: Path) -> None:
     statecodec.compress(checkpoint)
     packed = checkpoint.parent / "ckpt.sc.safetensors"
-    data = packed.read_bytes().replace(b'"statecodec.version":"2.0"', b'"statecodec.version":"3.0"')
+    data = packed.read_bytes().replace(b'"statecodec.version":"2.1"', b'"statecodec.version":"3.0"')
     packed.write_bytes(data)
     with pytest.raises(UnsupportedVersion):
         statecodec.load(packed)

@@ -6,6 +6,7 @@ tensor, U, is the unit of that tensor:
     exp_avg      `direction`, a grid of fraction * U * sqrt(12) in u: the error of u is the fraction, by construction
     exp_avg_sq   `logarithmic`: decoding exp_avg multiplies by the decoded root, so its error is not in u at all
     weights      `uniform`, a grid of fraction * lr * U * sqrt(12)
+    averages     the same grid as the weights that they go after
     momenta      `uniform`, without second moments: a fraction of their own rms, which is what SGD's step multiplies by
                  lr; Lion's steps are lr, Muon's lr times its orthogonal update
 
@@ -22,10 +23,11 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.step_size import StepSize, size
-from statecodec.codecs import Codec, Direction, Dropped, Encoding, Logarithmic, Split, Uniform
+from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import UsageError
@@ -154,6 +156,9 @@ class _Chooser:
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
         self._momenta = {m.momentum: m for m in source.momenta}
         self._largest_rate = _largest(source.moments)
+        self._followed = followed(source)
+        self._one_step: dict[str, float] = {}
+        """Of weights, by name."""
 
     def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
         """The choices for one parameter's moments and its weight."""
@@ -171,6 +176,7 @@ class _Chooser:
         weight = self.source.tensors.get(moments.weight) if moments.weight else None
         if weight is not None and unit is not None and self.budget.weights is not None:
             one_step = _rate(moments.lr, self._largest_rate) * unit.update
+            self._one_step[weight.name] = one_step
             choice = self._weight(self._item(weight.name), one_step, self.budget.weights)
             if choice is not None:
                 chosen[weight.name] = choice
@@ -184,7 +190,9 @@ class _Chooser:
         update = single.update
         if update is None:
             update, _ = size(self.source, self._item(single.momentum))
-        choice = self._weight(item, _rate(single.lr, largest_rate) * update, self.budget.weights)
+        one_step = _rate(single.lr, largest_rate) * update
+        self._one_step[item.name] = one_step
+        choice = self._weight(item, one_step, self.budget.weights)
         return {} if choice is None else {item.name: choice}
 
     def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
@@ -228,6 +236,9 @@ class _Chooser:
 
     def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
         if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
+            weight = self._followed.get(item.name)
+            if weight is not None and weight.name in self._one_step:
+                return self._weight(item, self._one_step[weight.name], self.budget.weights)
             if not unnamed or item.role == "ema":
                 return Choice(self.choices[item.name].encoding, "exact: it has no moments, so no step trains it")
             return Choice(Encoding(Split(high="bf16", low_bits=8)), "24 bits: the step that trains it is not known")
@@ -282,7 +293,7 @@ def finer(codec: Codec, most: float, sums: Comparison, numel: int) -> Codec | No
     """
     rms = math.sqrt(sums.sum_sq_diff / numel) if numel else 0.0
     certain = 2 * 0.999 * most
-    if not isinstance(codec, Uniform | Direction) or rms <= most or codec.step <= certain:
+    if not isinstance(codec, Uniform | Following | Direction) or rms <= most or codec.step <= certain:
         return None
     near = 0.97 * codec.step * most / rms
     return replace(codec, step=_legal(near if codec.step > 1.5 * certain else min(near, certain)))

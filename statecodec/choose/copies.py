@@ -15,13 +15,13 @@ from statecodec import codecs
 from statecodec.buffers import memory
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
 from statecodec.choose.choices import Choice, Choices
+from statecodec.choose.samples import sample
 from statecodec.codecs import Change, Encoding
-from statecodec.codecs.chunking import CHUNK_ELEMENTS, Chunk
+from statecodec.codecs.chunking import CHUNK_ELEMENTS
 from statecodec.format import Packing
 from statecodec.roles import family
 
 _MIN_BYTES: Final = 4096
-_SAMPLE: Final = 64  # elements
 
 
 def repeated(
@@ -69,9 +69,9 @@ def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list
     for group in alike.values():
         by_sample: dict[bytes, list[SourceItem]] = {}
         for item in group if len(group) > 1 else ():
-            sample = _sample(source, item)
-            if any(sample):  # zeros pack to nothing, and need no other tensor
-                by_sample.setdefault(sample, []).append(item)
+            values = bytes(memory(sample(source, item)))
+            if any(values):  # zeros pack to nothing, and need no other tensor
+                by_sample.setdefault(values, []).append(item)
         groups += [same for same in by_sample.values() if len(same) > 1]
     return groups
 
@@ -90,13 +90,6 @@ def _has_no_step(item: SourceItem, choice: Choice) -> bool:
     """
     is_copy = family(item.role) == "weight" and item.role != "ema"
     return is_copy and choice.exact and not choice.settled and choice.unit is None and not choice.companions
-
-
-def _sample(source: SourceCheckpoint, item: SourceItem) -> bytes:
-    numel = math.prod(item.shape)
-    size = min(numel, _SAMPLE)
-    starts = (0, (numel - size) // 2, numel - size)
-    return b"".join(bytes(memory(source.chunk(item, Chunk(at, at + size, (1, size))))) for at in starts)
 
 
 def _is_alike(choice: Choice, first: Choice, shape: tuple[int, ...], originals: Mapping[str, str]) -> bool:

@@ -1,15 +1,18 @@
-"""Which tensors need not be stored again: bf16 and fp16 weights whose fp32 master is in the same checkpoint."""
+"""Which tensors are stored beside others that they are near: 16-bit weights beside their fp32 masters, and running
+averages beside the weights that they go after.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Final
 
 from statecodec import codecs
 from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.since_base import packed_size
@@ -20,34 +23,43 @@ from statecodec.errors import UnencodableValues
 from statecodec.format import Packing
 
 _NARROW: Final = (BFLOAT16, FLOAT16)
-_MASTERS: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)  # element by element
+_ELEMENTWISE: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)
 _SAMPLE: Final = 1 << 14
-_WORTH: Final = 0.9  # of what a weight takes on its own: above that it is not worth depending on another tensor
+_WORTH: Final = {codecs.Ulps: 0.9, codecs.Following: 0.98}
+"""Of what a tensor takes on its own: above that it is not worth depending on another one. An average that is off by a
+fraction of a step is of little use without its weight anyhow."""
 
 
 def derived(
     source: SourceCheckpoint, choices: Choices, packing: Packing, only: Container[str] | None = None
 ) -> Choices:
-    """The same choices, with weights stored beside their masters where samples of both pack smaller that way.
+    """The same choices, with tensors stored beside others where samples of both pack smaller that way.
 
-    Unpacked, nothing would be smaller, and a file that is mapped would not hold the weights: nothing changes.
+    Unpacked, nothing would be smaller, and a file that is mapped would not hold the tensor: nothing changes.
     `only`: the names that are looked at, where not all are.
     """
-    beside_masters = {}
-    for item, masters in followers(source) if packing.method != "none" else ():
+    beside: dict[str, Choice] = {}
+    for item, others in followers(source) if packing.method != "none" else ():
         if choices[item.name].settled or (only is not None and item.name not in only):
             continue
-        for master in masters:
-            codec = choices[master.name].codec
-            if choices[master.name].encoding.change is Change.VALUES:  # what it decodes to, the base decides
+        for other in others:
+            chosen = _beside(choices[item.name], item, other)
+            if chosen is None or other.name in beside or not _is_elementwise(choices[other.name]):
                 continue
-            if isinstance(codec, _MASTERS) and _is_smaller(source, item, master, codec, packing):
-                beside_masters[item.name] = _beside(choices[item.name], master)
+            if _is_smaller(source, item, other, choices, chosen.codec, packing):
+                beside[item.name] = chosen
                 break
-    return choices.updated(beside_masters)
+    return choices.updated(beside)
 
 
 def followers(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:
+    """Tensors with those that each may be stored beside."""
+    yield from _rounded(source)
+    weights = followed(source)
+    yield from ((item, [weights[item.name]]) for item in source.items if item.name in weights)
+
+
+def _rounded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:
     """16-bit weights, and the masters that each may be a copy of: of the same folder, parameter and shape."""
     masters: dict[tuple[str, str, tuple[int, ...]], list[SourceItem]] = defaultdict(list)
     for item in source.items:
@@ -64,24 +76,44 @@ def _folder(source: SourceCheckpoint, item: SourceItem) -> str:
     return str(PurePosixPath(source.located.files[item.file].path).parent)
 
 
-def _beside(choice: Choice, master: SourceItem) -> Choice:
-    reason = f"it follows from {master.name}"
-    return replace(choice, encoding=Encoding(codecs.Ulps()), reason=reason, companions={"master": master.name},
+def _is_elementwise(choice: Choice) -> bool:
+    """Whether what a piece of the tensor decodes to depends on nothing but itself: not on a base."""
+    return isinstance(choice.codec, _ELEMENTWISE) and choice.encoding.change is not Change.VALUES
+
+
+def _beside(choice: Choice, item: SourceItem, other: SourceItem) -> Choice | None:
+    """The choice that takes the other tensor; None if there is none that is as near as this one."""
+    codec: Codec
+    if isinstance(choice.codec, codecs.Uniform):
+        codec = codecs.Following(choice.codec.step)
+    elif item.dtype in _NARROW and choice.exact:
+        codec = codecs.Ulps()
+    else:
+        return None
+    (role,) = codec.needs
+    verb = "goes after" if item.role == "ema" else "follows from"
+    return replace(choice, encoding=Encoding(codec), reason=f"it {verb} {other.name}", companions={role: other.name},
                    otherwise=choice.codec)  # fmt: skip
 
 
-def _is_smaller(source: SourceCheckpoint, item: SourceItem, master: SourceItem, codec: Codec, packing: Packing) -> bool:
-    """Whether two samples of a weight pack smaller beside the master, as the reader will have it."""
+def _is_smaller(
+    source: SourceCheckpoint, item: SourceItem, other: SourceItem, choices: Mapping[str, Choice], codec: Codec,
+    packing: Packing,
+) -> bool:  # fmt: skip
+    """Whether two samples of a tensor pack smaller beside the other, as the reader will have it."""
+    (role,) = codec.needs
+    now, before = choices[item.name].codec, choices[other.name].codec
     alone = beside = 0
     for chunk in _samples(item.numel):
         x = source.chunk(item, chunk)
         try:
-            decoded = codec.encode(source.chunk(master, chunk)).decode()
-            parts = codecs.Ulps().encode(x, companions={"master": decoded}).parts
+            decoded = before.encode(source.chunk(other, chunk)).decode()
+            parts = codec.encode(x, companions={role: decoded}).parts
+            alone += packed_size(now.encode(x).parts, packing)
         except UnencodableValues:
             return False
-        alone, beside = alone + packed_size({"data": x}, packing), beside + packed_size(parts, packing)
-    return beside < _WORTH * alone
+        beside += packed_size(parts, packing)
+    return beside < _WORTH[type(codec)] * alone
 
 
 def _samples(numel: int) -> Iterator[Chunk]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,12 @@ def example() -> dict[str, tuple[Tensor, Codec]]:
     return {"step": (torch.tensor(3.0), parse("raw")), "exp_avg": (torch.zeros(32, 32), parse("raw"))}
 
 
+CONTENTS: dict[str, Callable[[], dict[str, tuple[Tensor, Codec]]]] = {
+    "example": example, "ulps": mixed_precision, "same": copies, "following": averages,
+}  # fmt: skip
+"""By the first word of a file's name; all others hold `tensors`."""
+
+
 def expected(path: Path) -> dict[str, Any]:
     """Digests of a golden: of its file or files, and of every item decoded by the reference kernels."""
     with Reader(path) as reader:
@@ -216,7 +222,7 @@ def main(renew: bool) -> None:
         if "-" not in name:
             raise SystemExit(f"{name} is of version 1.0, which this writer no longer writes: it is in the history")
         kind = name.partition("-")[0]
-        content = {"example": example, "ulps": mixed_precision, "same": copies, "following": averages}.get(kind, tensors)()
+        content = CONTENTS.get(kind, tensors)()
         if name.startswith("packed"):  # of several chunks, and constant, or it would be large
             content["raw.chunks"] = (torch.zeros(3, 700_000, dtype=torch.int8), parse("raw"))
         written = write(

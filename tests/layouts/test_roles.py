@@ -393,6 +393,35 @@ def test_averages_are_told_by_the_folder_they_are_in(tmp_path: Path) -> None:
     assert roles == {"unet/model.safetensors": {"weight"}, "unet_ema/model.safetensors": {"ema"}}
 
 
+@pytest.mark.parametrize("kind", ["AveragedModel", "shadow_params", "Lightning"])
+def test_averages_are_told_by_what_stands_beside_them(kind: str, tmp_path: Path) -> None:
+    """torch's own; and files in the structure of diffusers' and of Lightning's, where the trained weights come last."""
+    model, optimizer, _ = three_layers()
+    weights = model.state_dict()
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    contents: dict[str, dict[str, Any]] = {
+        "AveragedModel": {"other.pt": averaged.state_dict(), "m.pt": {"model": weights}},
+        "shadow_params": {"other.pt": {"decay": 0.9, "shadow_params": list(model.parameters())}, "m.pt": weights},
+        "Lightning": {
+            "m.pt": {
+                "state_dict": weights, "current_model_state": {k: w.clone() for k, w in weights.items()},
+                "averaging_state": {"n_averaged": torch.tensor(3)},
+            }
+        },
+    }  # fmt: skip
+    for name, content in contents[kind].items():
+        torch.save(content, tmp_path / name)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    source = locate(tmp_path)
+    roles = {t.name: t.role for t in source.tensors if t.role in ("weight", "ema")}
+    assert Counter(roles.values()) == {"weight": 6, "ema": 6}
+    assert {m.weight for m in source.moments} == {name for name, role in roles.items() if role == "weight"}
+    (tmp_path / "m.pt").unlink()
+    if kind != "Lightning":
+        roles = {t.name: t.role for t in locate(tmp_path).tensors if t.name.startswith("other") and len(t.shape)}
+        assert set(roles.values()) == {"weight"}, "where nothing else is"
+
+
 def test_words_that_only_contain_ema_are_no_averages(saved: Any) -> None:
     _, file = saved({"model": {"schema.weight": torch.ones(4, 4), "cinema.weight": torch.ones(2, 4)}})
     assert {r.role for r in file.regions} == {"weight"}

@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 from statecodec.layouts.base import LogicalTensor, Moments, Momentum
+from statecodec.layouts.facts.averages import is_average
 from statecodec.layouts.facts.file_roles import AdamNodes, FileRoles, MomentumNodes, WeightNode, Weights
 from statecodec.layouts.facts.local_shards import with_local_shards
 from statecodec.layouts.facts.names import name_all
 from statecodec.layouts.facts.quantised import is_shared
 from statecodec.layouts.facts.scopes import Scopes
-from statecodec.layouts.facts.survey import Optimizer, Survey, encoded_parts, is_average, parameter_name, survey
+from statecodec.layouts.facts.survey import Optimizer, Survey, encoded_parts, parameter_name, survey
 from statecodec.layouts.facts.updates import adam_nodes, common_settings, momentum_nodes
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Located
@@ -95,12 +96,13 @@ def _assign(files: list[FileRoles]) -> None:
 
 
 def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
-    """Weights that their path or file calls a running average are that, if there are others that they follow."""
-    weights = [(s, w, w.average or is_average(f.path)) for f, s in zip(files, surveys, strict=True) for w in s.weights]
-    if any(not average for _, _, average in weights):
-        for found, weight, average in weights:
-            if average:
-                found.roles[weight.node.index] = "ema"
+    """Weights of which anything says that they are running averages are that, if there are others that they follow."""
+    pairs = list(zip(files, surveys, strict=True))
+    weights = [(found, w.node, w.average or is_average(f.path)) for f, found in pairs for w in found.weights]
+    followed = any(not average for _, _, average in weights)
+    averages = [(found, node) for found, node, average in weights if average]
+    for of_file, node in [*averages, *((found, node) for _, found in pairs for node in found.nameless)]:
+        of_file.roles[node.index] = "ema" if followed else "weight"
 
 
 def _describe(

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from statecodec.dtypes import DType
 from statecodec.layouts.base import StatePart
+from statecodec.layouts.facts.averages import averages_in, is_average
 from statecodec.layouts.facts.encoded import state_parts
 from statecodec.layouts.facts.quantised import quantised_parts, unwrapped
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
@@ -32,7 +33,7 @@ _BUFFER: Final = re.compile(
     r"|(attn_|causal_|tril_)?mask|tril|cos_cached|sin_cached|freqs_cis|freqs_cos|freqs_sin|relative_position_index|n_averaged"
     r"|amax_history|amax)$"
 )
-_AVERAGE: Final = re.compile(r"(^|[._/-])(ema|swa|shadow|averaged?)([._/-]|$)", re.IGNORECASE)
+_STATE_DICTS: Final = ("state dict", "averages")
 _SCALE: Final = re.compile(r"_scale(_inv)?$")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,8}")
 _PICKLED: Final = re.compile(r"(?<![^.])(_modules|_parameters)\.")  # a model saved as an object, not as a state dict
@@ -85,7 +86,7 @@ class ModelTensor:
     top: str
     node: TensorNode
     average: bool
-    """Its path says that it is a running average."""
+    """It is a running average."""
 
 
 @dataclass
@@ -99,16 +100,13 @@ class Survey:
     roles: dict[int, Role] = field(default_factory=dict)
     encoded: dict[int, StatePart] = field(default_factory=dict)
     """Parts of encoded states, by the index of their tensors."""
+    nameless: list[TensorNode] = field(default_factory=list)
+    """Running averages in a list."""
 
 
 def parameter_name(name: str) -> str:
     """The name that the bare model gives a parameter: without what compile, DDP, FSDP or pickling wrap around it."""
     return bare_name(_PICKLED.sub("", shown(name)))
-
-
-def is_average(path: str) -> bool:
-    """Whether a key path or file name says that what is there is a running average of weights."""
-    return _AVERAGE.search(path) is not None
 
 
 def survey(root: Any, limit: int) -> Survey:
@@ -117,6 +115,7 @@ def survey(root: Any, limit: int) -> Survey:
     bare = _is_state_dict(root)
     parents: dict[int, DictNode] = {}
     companions: set[int] = set()
+    averages: set[int] = set()
     for place, node in walk(root, limit):
         if type(node) is TensorNode:
             if node.index not in companions:
@@ -125,7 +124,10 @@ def survey(root: Any, limit: int) -> Survey:
         if type(node) is not DictNode:
             if place.key in _MASTER_KEYS and not place.inside:
                 place.inside = "master"
+            elif id(node) in averages and not place.inside:
+                place.inside = "list of averages"
             continue
+        averages.update(averages_in(node))
         optimizer = _optimizer(place, node, parents)
         if optimizer is not None:
             place.inside = "optimizer"
@@ -134,8 +136,8 @@ def survey(root: Any, limit: int) -> Survey:
             continue
         found.settings += _settings_alone(node)
         if not place.inside or place.inside == "state dict":
-            place.inside = _inside(place, node)
-            if place.inside == "state dict":
+            place.inside = "averages" if id(node) in averages else _inside(place, node)
+            if place.inside in _STATE_DICTS:
                 companions.update(_companions(node))
             for _, child in node.items:
                 if type(child) is DictNode:
@@ -183,13 +185,16 @@ def _tensor(found: Survey, place: KeyPath, node: TensorNode, bare: bool) -> None
     if place.inside == "master":
         found.roles[node.index] = "master"
         return
+    if place.inside == "list of averages":
+        found.nameless += [node] if _has_fractions(node.dtype) else []
+        return
     leaf = place.key.rpartition(".")[2] if type(place.key) is str else ""
     if leaf in STATE_ROLES:
         if node.dtype.is_floating_point:
             found.roles[node.index] = STATE_ROLES[leaf]
         return
     if (
-        (place.inside != "state dict" and not node.is_parameter)
+        (place.inside not in _STATE_DICTS and not node.is_parameter)
         or not _has_fractions(node.dtype)
         or _is_buffer(place, node)
     ):
@@ -198,7 +203,7 @@ def _tensor(found: Survey, place: KeyPath, node: TensorNode, bare: bool) -> None
     top = "" if bare or place.parent is None or place.parent.parent is None else spell(place.top)
     name = parameter_name(path[len(top) + 1 :] if top and path.startswith(top + ".") else path)
     found.roles[node.index] = "weight"
-    found.weights.append(ModelTensor(name, top, node, is_average(path)))
+    found.weights.append(ModelTensor(name, top, node, place.inside == "averages" or is_average(path)))
 
 
 def _has_fractions(dtype: DType) -> bool:

@@ -25,9 +25,7 @@ from statecodec.format import Packing
 _NARROW: Final = (BFLOAT16, FLOAT16)
 _ELEMENTWISE: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)
 _SAMPLE: Final = 1 << 14
-_WORTH: Final = {codecs.Ulps: 0.9, codecs.Following: 0.98}
-"""Of what a tensor takes on its own: above that it is not worth depending on another one. An average that is off by a
-fraction of a step is of little use without its weight anyhow."""
+_WORTH: Final = 0.97  # of what a tensor takes on its own: above that it is not worth depending on another one
 
 
 def derived(
@@ -113,7 +111,7 @@ def _is_smaller(
         except UnencodableValues:
             return False
         beside += packed_size(parts, packing)
-    return beside < _WORTH[type(codec)] * alone
+    return beside < _WORTH * alone
 
 
 def _samples(numel: int) -> Iterator[Chunk]:

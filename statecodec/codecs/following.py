@@ -23,14 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Following(Codec):
-    """Part `codes` (int32): how many times `step` each value is away from the companion's, rounded to nearest.
+    """How many times `step` each value is away from its companion's, rounded to nearest: part `codes` (int32).
 
-    The companion is what the reader decodes, so the error is that of rounding alone, rms step / sqrt(12), whatever the
-    companion was stored with. An average is a few dozen steps of the optimizer away from its weights, which themselves
-    are thousands of them: its codes take one to three bits less than those of `uniform` with the same step.
+    The companion `weight` is what the reader decodes, so the error is that of rounding alone, rms step / sqrt(12),
+    whatever the weight is stored as. Running averages are nearer to their weights than those to 0: the codes are smaller
+    than those of `uniform` with the same step.
 
-    Where both are equal the code is 0, and a 0 decodes to the companion. From 2**22 steps on the distance is exact, as
-    in `uniform`. NaN and infinities are refused, in the tensor and in the companion.
+    Where both are equal the code is 0, and a 0 decodes to the weight. From 2**22 cells on the distance is exact, as in
+    `uniform`. NaN and infinities are refused, in the tensor and in the weight.
+
+    Args:
+        step: The width of the grid, in units of the values, from 2**-126 to 2**100.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.tensor([7.0, -1.0])
+        >>> Following(step=0.5).encode(weight + 1.1, companions={"weight": weight}).parts["codes"]
+        tensor([2, 2], dtype=torch.int32)
     """
 
     name: ClassVar[str] = "following"

@@ -26,8 +26,8 @@ class Following(Codec):
     """How many times `step` each value is away from its companion's, rounded to nearest: part `codes` (int32).
 
     The companion `weight` is what the reader decodes, so the error is that of rounding alone, rms step / sqrt(12),
-    whatever the weight is stored as. Running averages are nearer to their weights than those to 0: the codes are smaller
-    than those of `uniform` with the same step.
+    whatever the weight is stored as. Running averages are nearer to their weights than to 0: the codes are smaller than
+    those of `uniform` with the same step.
 
     Where both are equal the code is 0, and a 0 decodes to the weight. From 2**22 cells on the distance is exact, as in
     `uniform`. NaN and infinities are refused, in the tensor and in the weight.

@@ -25,7 +25,12 @@ from statecodec import errors
 from statecodec.errors import UsageError
 
 ROOT = Path(statecodec.__file__).parent
-PUBLIC = ("statecodec", "statecodec.codecs", "statecodec.errors", "statecodec.optim", "statecodec_client")
+PUBLIC = (
+    "statecodec", "statecodec.choose", "statecodec.codecs", "statecodec.distributed", "statecodec.distributed.on_ray",
+    "statecodec.errors", "statecodec.format", "statecodec.integrations.accelerate", "statecodec.integrations.lightning",
+    "statecodec.integrations.transformers", "statecodec.kernels", "statecodec.layouts", "statecodec.optim",
+    "statecodec_client",
+)  # fmt: skip
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
 NOTHING = (None, "None", inspect.Signature.empty)
 

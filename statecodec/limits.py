@@ -26,10 +26,18 @@ JSON_VALUES, JSON_VALUES_EXPANSION = 500_000, 12
 class Limits:
     """Upper bounds for an untrusted file; a reader raises LimitExceeded at the first one passed.
 
-    `max_decoded_bytes` counts all items decoded: folded, low-rank and dropped items may be far smaller on disk.
-    `max_whole_bytes` is for one item of a codec that cannot be cut, but decodes in pieces (shared, low-rank).
     A compressed manifest may have a text of eight times `max_manifest_bytes` and eight times `max_json_values`, but
     only in proportion to its size.
+
+    Args:
+        max_header_bytes: Size of a file's header.
+        max_manifest_bytes: Size of the manifest, as it is stored.
+        max_json_values: Values in one JSON text.
+        max_json_depth: Nesting of one JSON text.
+        max_items: Items of a file.
+        max_shards: Files of an output.
+        max_decoded_bytes: Bytes of all items decoded: folded, low-rank and dropped items may be far smaller on disk.
+        max_whole_bytes: Bytes of one item of a codec that cannot be cut, but decodes in pieces (shared, low-rank).
     """
 
     max_header_bytes: int = 64 << 20
@@ -42,20 +50,53 @@ class Limits:
     max_whole_bytes: int = 1 << 33
 
     def manifest_text(self, stored: int) -> int:
-        """Bytes that the text of a manifest of so many stored bytes may have."""
+        """How long the text of a manifest may be.
+
+        Args:
+            stored: Its stored bytes.
+
+        Returns:
+            The number of bytes.
+        """
         return min(TEXT_BYTES + TEXT_EXPANSION * stored, 8 * self.max_manifest_bytes)
 
     def for_manifest(self, stored: int) -> Limits:
-        """The same limits, with as many JSON values as a manifest of so many stored bytes may have."""
+        """The same limits, with as many JSON values as a manifest of a certain size may have.
+
+        Args:
+            stored: Its stored bytes.
+
+        Returns:
+            The limits.
+        """
         most = min(JSON_VALUES + JSON_VALUES_EXPANSION * stored, 8 * self.max_json_values)
         return replace(self, max_json_values=most)
 
     def check_chunk(self, label: str, decoded: int, stored: int, whole: bool) -> None:
-        """Raise LimitExceeded if one chunk, `stored` bytes of parts, decodes to more than a reader would allocate."""
+        """Refuse a chunk that decodes to more than a reader would allocate.
+
+        Args:
+            label: What it is, for the message.
+            decoded: Its bytes when decoded.
+            stored: Bytes of its parts.
+            whole: Whether it is an item that cannot be cut.
+
+        Raises:
+            LimitExceeded: If it is too large.
+        """
         limit = self.max_whole_bytes if whole else max(MAX_PACKED_CHUNK, MAX_EXPANSION * stored)
         self.check(f"{label}: decoded bytes of one chunk", decoded, limit)
 
     def check(self, label: str, amount: int, limit: int) -> None:
-        """Raise LimitExceeded if `amount` is above `limit`."""
+        """Refuse an amount above a limit.
+
+        Args:
+            label: What it is, for the message.
+            amount: What was found.
+            limit: The largest that is accepted.
+
+        Raises:
+            LimitExceeded: If it is above.
+        """
         if amount > limit:
             raise LimitExceeded(f"{label}: {amount:,} is above the limit of {limit:,}")

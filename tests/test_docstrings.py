@@ -76,12 +76,15 @@ def raised(function: Any) -> set[str]:
 
 def function_gaps(function: Any, bases: tuple[type, ...] = ()) -> Iterator[str]:
     """What the docstring of a function lacks. A method may leave to the class above what is said there."""
-    overridden = [vars(base)[function.__name__] for base in bases if function.__name__ in vars(base)]
+    overridden = [base for base in bases if function.__name__ in vars(base)]
+    above = [inspect.unwrap(vars(base)[function.__name__]) for base in overridden]
     function = inspect.unwrap(function)
-    texts = [inspect.cleandoc(f.__doc__) for f in (function, *map(inspect.unwrap, overridden)) if f.__doc__]
+    texts = [inspect.cleandoc(f.__doc__) for f in (function, *above) if f.__doc__]
     if not texts:
         yield "no docstring"
         return
+    if any(not base.__module__.startswith("statecodec") for base in overridden):
+        return  # another package says what goes in and what comes out
     signature = inspect.signature(function)
     parameters = [name for name in signature.parameters if name not in ("self", "cls")]
     if missing := min((undocumented(parameters, text) for text in texts), key=len):
@@ -126,7 +129,7 @@ def gaps(name: str, value: Any) -> Iterator[str]:
 def test_everything_public_is_documented(package: str) -> None:
     try:
         module = importlib.import_module(package)
-    except ImportError as error:
+    except (ImportError, errors.BackendUnavailable) as error:
         pytest.skip(f"{package}: {error}")
     found = [gap for name, value in exported(module).items() for gap in gaps(name, value)]
     assert not found, "\n".join([f"{len(found)} gaps in {package}", *found])

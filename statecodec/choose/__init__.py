@@ -1,4 +1,4 @@
-"""Policies: ordered rules that say which codec each tensor gets."""
+"""Which codec each tensor gets: ordered rules, and the presets."""
 
 from statecodec.choose.presets import PRESETS, Preset, preset
 from statecodec.choose.rules import Policy, Rule, load_rules, parse_rule

@@ -1,4 +1,4 @@
-"""The presets: named fractions of one optimizer step, and the forms that are none.
+"""The presets: named fractions of one optimizer step, and two that are rules instead.
 
 Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most
 sensitive. docs/codecs.md says what each preset costs and where that was measured.
@@ -27,9 +27,13 @@ _MOMENTS_GONE = ("exp_avg=dropped", "momentum=dropped", "exp_avg_sq=dropped", "m
 
 @dataclass(frozen=True)
 class Preset:
-    """`step_error`: the error of weights and moments, as a fraction of one optimizer step (None: by rules alone).
+    """A named choice of how small, and at what error.
 
-    `rules` go before it.
+    Args:
+        about: One sentence for people.
+        step_error: The error of weights and moments, as a fraction of one optimizer step; None if the preset is its
+            rules alone.
+        rules: Rules that go before it.
     """
 
     about: str
@@ -49,7 +53,17 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """A preset by name. Raises PolicyError for an unknown one."""
+    """Look up a preset.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The preset.
+
+    Raises:
+        PolicyError: If there is none of that name.
+    """
     if name not in PRESETS:
         raise PolicyError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]

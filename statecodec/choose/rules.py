@@ -30,14 +30,27 @@ _MAX_RULES_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` (name pattern or role), `conditions` (all must hold) and how what matches is stored."""
+    """How tensors that match a pattern and conditions are stored.
+
+    Args:
+        pattern: A shell pattern over the tensor's name or its parameter's name, or a role.
+        encoding: How what matches is stored.
+        conditions: All must hold: a dtype, a role, or a comparison such as `numel>=4096`.
+    """
 
     pattern: str
     encoding: Encoding
     conditions: tuple[str, ...] = ()
 
     def matches(self, tensor: TensorInfo) -> bool:
-        """Whether this rule speaks of that tensor."""
+        """Whether this rule is for a tensor.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            True if pattern and conditions match.
+        """
         if self.pattern in ROLES:
             named = self.pattern in (tensor.role, family(tensor.role))
         else:
@@ -53,16 +66,41 @@ class Rule:
 
 @dataclass(frozen=True)
 class Policy:
-    """Ordered rules; a tensor that no rule matches is kept `raw`."""
+    """Ordered rules; a tensor that no rule matches is kept `raw`.
+
+    Args:
+        rules: The rules; the first that matches decides.
+
+    Example:
+        >>> from statecodec.dtypes import FLOAT32
+        >>> policy = Policy((parse_rule("*.wte.*=raw"), parse_rule("weight:ndim>=2=split")))
+        >>> tensor = TensorInfo("model.h.0.weight", "weight", "h.0.weight", (64, 64), FLOAT32)
+        >>> str(policy.encoding_for(tensor))
+        'split'
+    """
 
     rules: tuple[Rule, ...]
 
     def rule_for(self, tensor: TensorInfo) -> Rule | None:
-        """The first rule that matches, if any."""
+        """The first rule that matches a tensor.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            The rule; None if none matches.
+        """
         return next((rule for rule in self.rules if rule.matches(tensor)), None)
 
     def unmatched(self, tensors: Iterable[TensorInfo]) -> tuple[Rule, ...]:
-        """The rules that match none of these tensors, in order: misspelt, or made for another model."""
+        """The rules that match no tensor: misspelt, or made for another model.
+
+        Args:
+            tensors: All tensors of a checkpoint.
+
+        Returns:
+            These rules, in order.
+        """
         left = list(self.rules)
         for tensor in tensors:
             if not left:
@@ -71,19 +109,47 @@ class Policy:
         return tuple(left)
 
     def refuse_changes(self, hint: str) -> None:
-        """Raise UsageError, with a hint what to do, if a rule stores what changed since a base: there is none."""
+        """Refuse rules that store what changed since a base, where there is no base.
+
+        Args:
+            hint: What to do, for the message.
+
+        Raises:
+            UsageError: If there is such a rule.
+        """
         for rule in self.rules:
             if rule.encoding.change is not None:
                 raise UsageError(f"rule {rule}: it stores what changed since a base checkpoint; {hint}")
 
     def encoding_for(self, tensor: TensorInfo) -> Encoding:
-        """How the first rule that matches stores it; `raw` if none does."""
+        """How a tensor is stored by the first rule that matches it.
+
+        Args:
+            tensor: The tensor.
+
+        Returns:
+            The rule's encoding; `raw` if none matches.
+        """
         rule = self.rule_for(tensor)
         return rule.encoding if rule else Encoding(Raw())
 
 
 def parse_rule(text: str) -> Rule:
-    """A rule from `PATTERN[:CONDITION,...]=CODEC`. Raises PolicyError."""
+    """Make a rule from its text.
+
+    Args:
+        text: `PATTERN[:CONDITION,...]=CODEC`.
+
+    Returns:
+        The rule.
+
+    Raises:
+        PolicyError: If it cannot be read.
+
+    Example:
+        >>> parse_rule("weight:fp32,numel>=4096=split(low_bits=16)").conditions
+        ('fp32', 'numel>=4096')
+    """
     depth, equals = 0, -1
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
@@ -109,11 +175,19 @@ def parse_rule(text: str) -> Rule:
 
 
 def load_rules(path: str | Path) -> tuple[Rule, ...]:
-    """Rules from a JSON file: a list of rule texts, or {"rules": [text or {"pattern", "codec", "role"}, ...]}. Raises
-    PolicyError.
+    """Read rules from a JSON file.
 
-    `role` may be left out. An entry whose codec is null (an SNR rule that shares nothing) leaves its tensors to later
-    rules.
+    An entry whose codec is null (an SNR rule that shares nothing) leaves its tensors to later rules.
+
+    Args:
+        path: The file: a list of rule texts, or {"rules": [text or {"pattern", "codec", "role"}, ...]}; `role` may be
+            left out.
+
+    Returns:
+        The rules, in order.
+
+    Raises:
+        PolicyError: If the file or a rule in it cannot be read.
     """
     path = Path(path)
     try:

@@ -1,5 +1,6 @@
-"""The index of a checkpoint that StatecodecWriter wrote: what torch.distributed.checkpoint (DCP) needs to know of it,
-as JSON. Nothing in it is ever run, unlike DCP's own `.metadata`, which is a pickle.
+"""The index of a checkpoint that StatecodecWriter wrote, as JSON: what torch.distributed.checkpoint (DCP) reads of it.
+
+Nothing in it is ever run, unlike DCP's own `.metadata`, which is a pickle.
 """
 
 from __future__ import annotations
@@ -48,9 +49,7 @@ def rank_file(rank: int, save: str) -> str:
 
 
 def leftovers(folder: Folder, kept: Container[str]) -> list[str]:
-    """What other saves left in a folder: files of ranks that are not kept, and what killed writers had begun. Raises
-    OSError.
-    """
+    """Files that other saves left in a folder, of ranks that are not kept or of killed writers. Raises OSError."""
     return [name for name in folder.names() if _BEGUN.fullmatch(name) or (_FILE.fullmatch(name) and name not in kept)]
 
 

@@ -1,7 +1,7 @@
 """Where a saved checkpoint lies: a directory, or a folder of an fsspec file system or of an obstore store.
 
-The files of ranks have names that no other save uses, and the index comes last and at once. So all that is asked of a
-store is that an object is there whole or not at all.
+The files of ranks have names that no other save uses, and the index comes last and at once. So the only thing asked of
+a store is that an object is there whole or not at all.
 """
 
 from __future__ import annotations

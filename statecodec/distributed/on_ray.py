@@ -60,7 +60,8 @@ def compress_on_ray(
 
     Raises:
         BackendUnavailable: If ray is not installed, or cannot be reached.
-        StatecodecError: As `compress` does.
+        OutputFailed: If a share could not be made, because its node died too often for instance.
+        StatecodecError: Others as `compress` does.
     """
     started = time.perf_counter()
     ray = _connected(address)

@@ -33,16 +33,17 @@ _OPEN = 8  # files of other ranks that are kept open
 
 
 class StatecodecReader(StorageReader):
-    """Reads a compressed checkpoint from a folder.
+    """Reads a compressed checkpoint from a folder, for `torch.distributed.checkpoint` (DCP).
+
+    Values that are not tensors were pickled by DCP's planner when they were saved, and the planner unpickles them:
+    torch does that itself, in both directions. Nothing else of the checkpoint is ever unpickled.
 
     Args:
-        path: the folder, as StatecodecWriter takes it. dcp.load's `checkpoint_id` goes before.
-        store: the fsspec file system or obstore store that `path` is in.
+        path: The folder, as StatecodecWriter takes it. A `checkpoint_id` of dcp.load goes before it.
+        store: The fsspec file system or obstore store that `path` is in.
 
-    Values that are not tensors were pickled by DCP's planner when they were saved, and the planner unpickles them: that
-    is torch's own doing, in both directions. Nothing else of the checkpoint is ever unpickled.
-
-    Raises (through DCP): FormatError; CorruptFile names the file and the tensor.
+    Raises:
+        FormatError: Through DCP, if the checkpoint cannot be read. CorruptFile names the file and the tensor.
     """
 
     def __init__(self, path: StrPath | None = None, *, store: Any = None) -> None:
@@ -52,37 +53,41 @@ class StatecodecReader(StorageReader):
 
     @property
     def folder(self) -> Folder:
-        """The folder. Raises UsageError if there is none."""
+        """The folder. Raises UsageError if none was given."""
         if self._path is None:
             raise UsageError("StatecodecReader needs a folder, or dcp.load a checkpoint_id")
         return folder_at(self._path, self._store)
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
-        """A load begins."""
+        """Begin a load, of another folder if there is a `checkpoint_id`."""
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
     def read_metadata(self) -> Metadata:  # with **kwargs torch would take it for one of each rank
-        """What is in the checkpoint, from its index."""
+        """Read what is in the checkpoint from its index."""
         index = dcp_index.read(self.folder)
         self._digests = index.digests
         index.metadata.storage_meta = StorageMeta(checkpoint_id=self._path)
         return index.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take the places of all items."""
+        """Take over where every item is."""
         self._places = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing to add."""
+        """Leave the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Nothing to add."""
+        """Leave the plans as they are."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Decode what this rank asks for, file by file."""
+        """Decode what this rank asks for, file by file.
+
+        Raises:
+            FormatError: If a file is missing, damaged, or of another save.
+        """
         items = sorted(plan.items, key=lambda item: self._places[item.storage_index].file)
         folder = self.folder
         with _files(folder, self._digests) as opened:

@@ -45,7 +45,7 @@ class Objects(Protocol):
 
 
 class Fsspec:
-    """A file system of fsspec. Its listings are read anew: other ranks write, too."""
+    """A file system of fsspec. Its listings are never taken from a cache, because other ranks write as well."""
 
     def __init__(self, system: AbstractFileSystem) -> None:
         self._system: Any = system
@@ -57,7 +57,7 @@ class Fsspec:
         self._system.put_file(str(path), key)
 
     def replace(self, key: str, data: bytes) -> None:
-        """By a move: a file system that is no object store shows what is being written."""
+        """Write an object by a move: a file system that is no object store would show it half-written."""
         from fsspec import AbstractFileSystem
 
         temporary = f"{key}.{secrets.token_hex(8)}.tmp"

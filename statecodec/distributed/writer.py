@@ -29,18 +29,21 @@ from statecodec.verbs.compress import compress
 
 
 class StatecodecWriter(StorageWriter):
-    """Writes a compressed checkpoint into a folder that all ranks see.
+    """Writes a compressed checkpoint into a folder that all ranks see, for `torch.distributed.checkpoint` (DCP).
+
+    Weights and moments of torch optimizers are stored within the preset's fraction of an optimizer step, measured on
+    each rank's own pieces; states of statecodec's optimizers are encoded already and are kept as they are. A rank
+    writes one file, whatever its size.
 
     Args:
-        path: the folder, made if it is not there: a directory, or a URL that fsspec knows. dcp.save's `checkpoint_id`
-            goes before.
-        store: an fsspec file system or an obstore store; `path` is then one in it.
-        settings: those of `statecodec.compress`: preset, rules, max_step_error, pack, threads ... Weights and moments
-            of torch optimizers are stored within the preset's fraction of an optimizer step, measured on each rank's
-            own pieces; states of statecodec's optimizers are encoded already and are kept as they are. A rank writes
-            one file, whatever its size.
+        path: The folder, made if it is not there: a directory, or a URL that fsspec knows. A `checkpoint_id` of
+            dcp.save goes before it.
+        store: An fsspec file system or an obstore store; `path` is then one in it.
+        **settings: Settings of `statecodec.compress`: preset, rules, max_step_error, pack, threads ...
 
-    Raises UsageError for `max_shard_size` and `base`; through DCP UsageError, OutputFailed, and what `compress` raises.
+    Raises:
+        UsageError: For `max_shard_size` and `base`; through DCP for settings that contradict each other.
+        OutputFailed: Through DCP, if the folder cannot be written.
     """
 
     def __init__(self, path: StrPath | None = None, *, store: Any = None, **settings: Any) -> None:
@@ -52,13 +55,13 @@ class StatecodecWriter(StorageWriter):
 
     @property
     def folder(self) -> Folder:
-        """The folder. Raises UsageError if there is none."""
+        """The folder. Raises UsageError if none was given."""
         if self._path is None:
             raise UsageError("StatecodecWriter needs a folder, or dcp.save a checkpoint_id")
         return folder_at(self._path, self._store)
 
     def reset(self, checkpoint_id: StrPath | None = None) -> None:
-        """A save begins."""
+        """Begin a save, to another folder if there is a `checkpoint_id`."""
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
@@ -67,7 +70,7 @@ class StatecodecWriter(StorageWriter):
         self.folder.make()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing to add."""
+        """Leave the plan as it is."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -106,7 +109,7 @@ class StatecodecWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
-        """Whether it can be a folder: anything can."""
+        """Accept every path and URL: whether it can be a folder shows when it is made."""
         return True
 
     def storage_meta(self) -> StorageMeta:

@@ -1,4 +1,4 @@
-"""What a writer has made: an output that is whole and on the disk, first under a temporary name, then under its own."""
+"""What a writer has made: a whole output on the disk, first under a temporary name, then under its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from statecodec.format.reader import Reader
 
 @dataclass(frozen=True)
 class Written:
-    """An output. `path` is what a Reader opens: the file, or the index of a sharded output. `notes`: what the file
-    system could not do for durability or permissions, in words.
+    """A published output.
+
+    Args:
+        path: What a Reader opens: the file, or the index of a sharded output.
+        files: All files.
+        nbytes: Their size, in bytes.
+        items: What they hold.
+        version: (major, minor) of the format.
+        notes: What the file system could not do for durability or permissions, in words.
     """
 
     path: Path
@@ -28,9 +35,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Finished:
-    """An output that is whole and on the disk, but has not its name yet: `reader` reads it, as any reader will.
+    """An output that is whole and on the disk, but under a temporary name. Leaving the writer removes it.
 
-    `path` and `files` lie in the writer's temporary folder. Leaving the writer removes that and closes `reader`.
+    Args:
+        path: What `reader` has opened, in the writer's temporary folder.
+        files: All files, there.
+        nbytes: Their size, in bytes.
+        items: What they hold.
+        reader: Reads it, as any reader will. Leaving the writer closes it.
     """
 
     path: Path
@@ -41,7 +53,15 @@ class Finished:
     _destination: Destination
 
     def publish(self) -> Written:
-        """Make it visible under its name, all files or none. Raises OutputExists, OutputFailed."""
+        """Give the output its name, all files or none.
+
+        Returns:
+            What is there now.
+
+        Raises:
+            OutputExists: If the name is taken, without `force`.
+            OutputFailed: If the files cannot be renamed.
+        """
         place = self._destination
         place.publish()
         return Written(place.opened, tuple(place.files), self.nbytes, self.items, notes=place.staging.notes)

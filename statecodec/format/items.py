@@ -22,8 +22,14 @@ Specs = Callable[[tuple[int, ...], DType], dict[str, PartSpec]]
 
 @dataclass(frozen=True)
 class StoredChunk(Chunk):
-    """A chunk in a file. `nbytes`: of its record (packed), its parts (plain) or its share of a record (shared).
-    `checksums`: one (packed), one per part (plain), none (shared).
+    """A chunk in a file.
+
+    Args:
+        start: The first element.
+        stop: One past the last element.
+        shape: The shape in which it is encoded.
+        nbytes: Bytes of its record (packed), its parts (plain) or its share of a record (shared).
+        checksums: One (packed), one per part (plain), none (shared).
     """
 
     nbytes: int
@@ -43,10 +49,23 @@ class StoredRecord:
 
 @dataclass(frozen=True)
 class StoredItem:
-    """One encoded tensor in a file; `parts` are the whole tensor's.
+    """One encoded tensor in a file.
 
-    `entry` is the base of its entries' names (plain), or the entry in which its records lie one after the other, from
-    byte `start` on (packed); `record` is the one it shares (shared).
+    Args:
+        name: Its name.
+        encoding: Its codec, and the change since a base, if it is one.
+        shape: Shape of the decoded tensor.
+        dtype: Dtype of the decoded tensor.
+        storage: `packed`, `plain` or `shared`.
+        parts: Dtype and shape of the whole tensor's parts.
+        chunks: Its chunks, in order.
+        attributes: JSON that the writer's caller gave.
+        shard: The file that it is in, from 0.
+        entry: What the names of its entries begin with (plain), or the entry in which its records lie one after the
+            other (packed).
+        start: First byte of its records in that entry (packed).
+        record: The record that it shares (shared).
+        companions: Role -> name of the item that decoding needs.
     """
 
     name: str
@@ -75,6 +94,7 @@ class StoredItem:
 
     @property
     def decoded_nbytes(self) -> int:
+        """Bytes of the decoded tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def plain_entries(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -184,8 +204,9 @@ class DeclaredTensor:
         return cls(encoding, dtype, shape, storage, parts)
 
     def cut(self, shapes: Iterable[tuple[int, ...]], count: int, where: str, limits: Limits) -> list[Chunk]:
-        """The chunks of these shapes, `count` in all: they tile the tensor in order, stay within rows or take whole
-        rows, and their parts add up to its own. Raises FormatError.
+        """The chunks of these shapes, `count` in all. Raises FormatError.
+
+        They must tile the tensor in order, stay within rows or take whole rows, and their parts must add up to its own.
         """
         specs, whole = checked_specs(self.encoding, where), self.encoding.codec.in_pieces
         if not count:

@@ -46,7 +46,15 @@ _local = threading.local()
 
 @dataclass(frozen=True)
 class Packing:
-    """What is done at rest: `none`, or `zstd` with the measured parameters, or with those of a zstd level."""
+    """How parts are compressed at rest.
+
+    Args:
+        method: `none` or `zstd`.
+        level: The zstd level; None for the measured parameters.
+
+    Raises:
+        UsageError: For another method, or a level that zstd does not have.
+    """
 
     method: str = "zstd"
     level: int | None = None
@@ -59,7 +67,17 @@ class Packing:
 
     @classmethod
     def parse(cls, text: str) -> Packing:
-        """`none`, `zstd` or `zstd:LEVEL`. Raises UsageError."""
+        """Make a packing from its text.
+
+        Args:
+            text: `none`, `zstd` or `zstd:LEVEL`.
+
+        Returns:
+            The packing.
+
+        Raises:
+            UsageError: If it cannot be read.
+        """
         method, colon, level = text.partition(":")
         if colon and not level.removeprefix("-").isdecimal():
             raise UsageError(f"packing {text!r}: expected none, zstd or zstd:LEVEL")
@@ -170,10 +188,7 @@ def _matrix(part: Tensor, n: int) -> tuple[int, int]:
 
 
 def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
-    """Unpack a record into contiguous CPU tensors, in no more memory than a few times what they take.
-
-    Raises FormatError.
-    """
+    """Unpack a record into contiguous CPU tensors, in a few times the memory that they take. Raises FormatError."""
     for out, rows, payload in _split(record, outs, codes=True):
         if rows[0][0] == NARROWED:
             narrowed.join(payload, out, pool, lambda rest, parts: _unpack_narrowed(rest, parts, pool))

@@ -1,4 +1,4 @@
-"""Where everything goes, decided before the first byte is written: chunks, storage, shards, entry names, plain offsets.
+"""Where everything goes, decided before the first byte is written: chunks, storage, shards, entry names, offsets.
 
 A shard's data section is: the plain parts, widest dtype first (so that each is naturally aligned); the records of
 packed and small items, whose sizes are known only once they are written; in the last shard, the manifest.
@@ -30,11 +30,17 @@ MANY_ITEMS = (
 
 @dataclass(frozen=True)
 class ItemSpec:
-    """A tensor to be written: name, encoding, decoded shape and dtype, and attributes (JSON, carried verbatim).
+    """A tensor to be written.
 
-    `companions`: by role, the names of the items whose tensors the codec needs. `text`: bytes that repeat each other,
-    as those of headers and pickles do, unlike numbers: packed accordingly. `announced`: the encoding that an item had
-    when the files were divided, where it has got another one since.
+    Args:
+        name: Its name, unique in the file.
+        encoding: How it will be stored.
+        shape: Shape of the decoded tensor.
+        dtype: Dtype of the decoded tensor.
+        attributes: JSON that is carried verbatim.
+        companions: Role -> name of the item whose tensor the codec needs.
+        text: Its bytes repeat each other, as those of headers and pickles do: they are packed accordingly.
+        announced: The encoding that it had when the files were divided, where it has got another one since.
     """
 
     name: str
@@ -47,7 +53,14 @@ class ItemSpec:
     announced: Encoding | None = None
 
     def recoded(self, encoding: Encoding) -> ItemSpec:
-        """The same tensor in another encoding, in the file where it was to be."""
+        """The same tensor in another encoding, in the file where it was to be.
+
+        Args:
+            encoding: The other encoding.
+
+        Returns:
+            The new specification.
+        """
         return replace(self, encoding=encoding, announced=self.announced or self.encoding)
 
 
@@ -94,6 +107,8 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class FilePlan:
+    """Where all items of an output go, and its files."""
+
     items: list[PlannedItem]
     shards: Sequence[ShardPlan]
 

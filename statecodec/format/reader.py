@@ -1,4 +1,4 @@
-"""Reading a file: its structure is checked when it is opened, every chunk when it is read; nothing is trusted."""
+"""Reading a file: its structure is checked when it is opened, every chunk when it is read; no byte is trusted."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ _UNPACKED = 8  # shared records that are kept: neighbours are read together
 
 @dataclass(frozen=True)
 class ItemCheck:
-    """The result of verifying one item: its stored bytes, and what is wrong with it, if anything."""
+    """The result of verifying one item.
+
+    Args:
+        name: Its name.
+        nbytes: Its stored bytes.
+        error: What is wrong with it; None if it is intact.
+    """
 
     name: str
     nbytes: int
@@ -48,17 +54,37 @@ class ItemCheck:
 
 @dataclass(frozen=True)
 class VerifiedRecord:
-    """A packed chunk as it lies in the file: verified bytes, and their XXH3-64."""
+    """A packed chunk as it lies in the file, verified.
+
+    Args:
+        data: Its bytes.
+        checksum: Their XXH3-64, in hexadecimal.
+    """
 
     data: Bytes
     checksum: str
 
 
 class Reader:
-    """An open file. `path` is a file, or the index of a sharded output (or the name the output was written under).
+    """An open file of this format. Close it, or use it as a context manager.
 
-    `open_file` opens it where it is not on this machine, by `path`. Raises FormatError and its subclasses only.
     `read_chunk` and `read` are thread-safe and touch only the item's bytes.
+
+    Args:
+        path: A file, or the index of a sharded output, or the name that the output was written under.
+        limits: What is accepted before anything is allocated.
+        open_file: Opens a file by its path, where it is not on this machine.
+
+    Raises:
+        FormatError: If it is no such file, or damaged, or beyond the limits (its subclasses say which).
+
+    Example:
+        >>> import tempfile, torch, statecodec
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = statecodec.save({"w": torch.arange(3)}, f"{folder}/state.safetensors")
+        ...     with Reader(f"{folder}/state.safetensors") as reader:
+        ...         reader.read("w").decode(), all(item.error is None for item in reader.verify())
+        (tensor([0, 1, 2]), True)
     """
 
     def __init__(
@@ -145,20 +171,41 @@ class Reader:
 
     @property
     def digest(self) -> str:
-        """XXH3-128 of the manifest, which holds every checksum: what this file is, to whoever refers to it."""
+        """XXH3-128 of the manifest, which holds every checksum: it identifies the file for whoever refers to it."""
         return self._headers[-1].metadata["statecodec.manifest"]
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
 
     def index(self, name: str) -> int:
-        """The position of an item in `items`. Raises UsageError."""
+        """Look up an item.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            Its position in `items`.
+
+        Raises:
+            UsageError: If there is none of that name.
+        """
         if name not in self._by_name:
             raise UsageError(f"{self.path} has no item {name!r}")
         return self._by_name[name]
 
     def read(self, name: str) -> EncodedTensor:
-        """One whole item, verified. Raises FormatError for what changed since a base, which is no tensor without it."""
+        """Read one whole item, verified.
+
+        Args:
+            name: Its name.
+
+        Returns:
+            The encoded tensor, on the CPU.
+
+        Raises:
+            UsageError: If there is none of that name.
+            FormatError: For damage, and for a change since a base, which alone is no tensor.
+        """
         i = self.index(name)
         item = self.items[i]
         if item.encoding.change is not None:
@@ -179,7 +226,14 @@ class Reader:
         return EncodedTensor(item.encoding.codec, item.shape, item.dtype.torch, parts)
 
     def stored_nbytes(self, item: int) -> int:
-        """Bytes of an item in the file."""
+        """Bytes of an item in the file.
+
+        Args:
+            item: Its position in `items`.
+
+        Returns:
+            The number of bytes.
+        """
         return self.items[item].stored_nbytes
 
     def verify(self) -> Iterator[ItemCheck]:
@@ -197,7 +251,21 @@ class Reader:
             yield ItemCheck(item.name, item.stored_nbytes, error)
 
     def read_chunk(self, item: int, chunk: int, out: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The parts of one chunk, verified; into `out` if given (contiguous CPU tensors of the chunk's parts)."""
+        """Read the parts of one chunk, verified.
+
+        Args:
+            item: The item's position in `items`.
+            chunk: The chunk's position in the item's `chunks`.
+            out: Contiguous CPU tensors of the chunk's parts to read into; by default new ones.
+
+        Returns:
+            The parts by name.
+
+        Raises:
+            CorruptFile: If a checksum does not match.
+            FormatError: If a record is not what it must be.
+            UsageError: If `out` does not fit.
+        """
         stored = self.items[item]
         specs = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype)
         parts = part_tensors.empty(specs) if out is None else part_tensors.matching(_contiguous(out), specs, "out")
@@ -214,7 +282,19 @@ class Reader:
         return parts
 
     def record(self, item: int, chunk: int) -> VerifiedRecord:
-        """A chunk of a packed item as it is stored, to be written elsewhere. Raises FormatError."""
+        """Read a chunk of a packed item as it is stored, to be written elsewhere.
+
+        Args:
+            item: The item's position in `items`.
+            chunk: The chunk's position in the item's `chunks`.
+
+        Returns:
+            The record, verified.
+
+        Raises:
+            CorruptFile: If its checksum does not match.
+            UsageError: If the item is not packed.
+        """
         stored = self.items[item]
         if stored.storage != PACKED:
             raise UsageError(f"item {stored.name!r} is {stored.storage}: its chunks have no records of their own")
@@ -273,7 +353,7 @@ class Reader:
         return self._known_offsets[i]
 
     def close(self) -> None:
-        """Close the files. The reader is of no use after that."""
+        """Close the files. The reader cannot be used after that."""
         self._files.close()
 
     def __enter__(self) -> Reader:

@@ -40,7 +40,15 @@ _TEXT_PACKING = Packing("zstd", 3)  # looks for matches; of text, and of small t
 
 @dataclass(frozen=True)
 class PackedChunk:
-    """One chunk ready to be appended; owns its bytes."""
+    """One chunk ready to be appended; owns its bytes.
+
+    Args:
+        item: The item's position.
+        index: The chunk's position in the item.
+        buffer: The bytes.
+        lengths: Of the record, or of each plain part, in bytes.
+        checksums: XXH3-64 of each of them, in hexadecimal.
+    """
 
     item: int
     index: int
@@ -58,8 +66,19 @@ class Writer:
             ...                                     # look at it through finished.reader
             written = finished.publish()            # `writer.close(document)` does both
 
-    Leaving the block without publishing, by an exception or not, removes everything it wrote. Raises OutputExists,
-    OutputFailed (disk full, I/O errors) and UsageError (wrong order or parts, not JSON).
+    Leaving the block without publishing, by an exception or not, removes everything it wrote.
+
+    Args:
+        path: The file to write.
+        items: What to write, in order.
+        packing: How to pack: a Packing or its text.
+        max_shard_size: Largest size of one file, in bytes; None for a single file.
+        force: Replace a file that is there.
+
+    Raises:
+        UsageError: For items that contradict each other, or that no reader would accept.
+        OutputExists: If `path` is there, without `force`.
+        OutputFailed: If it cannot be written: disk full, I/O errors.
     """
 
     def __init__(
@@ -99,11 +118,30 @@ class Writer:
         return tuple(planned.item for planned in self._plan.items)
 
     def chunks(self, item: int) -> Sequence[Chunk]:
-        """The chunks of an item, in the order in which they must be appended."""
+        """The chunks of an item.
+
+        Args:
+            item: The item's position.
+
+        Returns:
+            The chunks, in the order in which they must be appended.
+        """
         return self._plan.items[item].chunks
 
     def pack(self, item: int, chunk: Chunk, parts: Mapping[str, Tensor]) -> PackedChunk:
-        """Pack one chunk: copies what it needs of `parts` (CPU tensors), which may be reused at once. Thread-safe."""
+        """Pack one chunk. Thread-safe.
+
+        Args:
+            item: The item's position.
+            chunk: One of its chunks.
+            parts: Its parts by name, on the CPU. What is needed of them is copied, so they may be used again at once.
+
+        Returns:
+            The packed chunk.
+
+        Raises:
+            UsageError: If the chunk or the parts are not those of the item.
+        """
         planned = self._plan.items[item]
         specs = planned.item.encoding.parts(chunk.shape, planned.item.dtype)
         named = part_tensors.matching(parts, specs, f"item {planned.item.name!r}: its chunk")
@@ -125,7 +163,19 @@ class Writer:
         return PackedChunk(item, index, buffer, lengths, tuple(checksums))
 
     def repacked(self, item: int, chunk: Chunk, record: VerifiedRecord) -> PackedChunk:
-        """A chunk that was packed before, as `Reader.record` gives it. Thread-safe. Raises UsageError."""
+        """Make a packed chunk of a record from another file. Thread-safe.
+
+        Args:
+            item: The item's position.
+            chunk: One of its chunks.
+            record: What `Reader.record` gave.
+
+        Returns:
+            The packed chunk.
+
+        Raises:
+            UsageError: If the item is not packed.
+        """
         planned = self._plan.items[item]
         if planned.storage != PACKED:
             raise UsageError(f"item {planned.item.name!r} is {planned.storage} here: pack its parts")
@@ -141,7 +191,15 @@ class Writer:
         return index
 
     def append(self, packed: PackedChunk) -> None:
-        """Write a packed chunk; they come strictly in the order of items and their chunks. One thread at a time."""
+        """Write a packed chunk. One thread at a time.
+
+        Args:
+            packed: The next chunk; chunks come strictly in the order of items and their chunks.
+
+        Raises:
+            UsageError: If it is another chunk.
+            OutputFailed: If it cannot be written.
+        """
         if not self._files:
             raise UsageError("this writer is closed")
         if (packed.item, packed.index) != self._next:
@@ -208,9 +266,14 @@ class Writer:
             self._pool.give(packed.buffer)
 
     def restart(self, item: int, encoding: Encoding) -> None:
-        """Store the item that is being appended in another way: what was appended of it is taken back.
+        """Store the item that is being appended in another way; what was appended of it is taken back.
 
-        Raises UsageError for an item with plain parts, whose place was fixed beforehand.
+        Args:
+            item: The item's position.
+            encoding: How it is stored now.
+
+        Raises:
+            UsageError: For an item with plain parts, whose place was fixed beforehand.
         """
         planned = self._plan.items[item]
         if item != self._next[0]:
@@ -221,13 +284,26 @@ class Writer:
         self._chunks[item], self._next = [], (item, 0)
 
     def set_attributes(self, item: int, attributes: Mapping[str, Any]) -> None:
-        """Replace an item's attributes, any time before `close`."""
+        """Replace an item's attributes, any time before `close`.
+
+        Args:
+            item: The item's position.
+            attributes: JSON values.
+        """
         self._attributes[item] = dict(attributes)
 
     def finish(self, document: Mapping[str, Any] | None = None) -> Finished:
-        """Write manifest and headers, wait for the disk and open the output; nothing is visible yet.
+        """Write manifest and headers, wait for the disk and open the output. It is not visible yet.
 
-        Raises UsageError if no reader would open it.
+        Args:
+            document: JSON values that the file carries.
+
+        Returns:
+            The output, under a temporary name.
+
+        Raises:
+            UsageError: If chunks are missing, the document is not JSON, or no reader would open the file.
+            OutputFailed: If it cannot be written.
         """
         self._check_complete()
         try:
@@ -237,7 +313,19 @@ class Writer:
             raise
 
     def close(self, document: Mapping[str, Any] | None = None) -> Written:
-        """Finish and publish at once."""
+        """Finish and publish at once.
+
+        Args:
+            document: JSON values that the file carries.
+
+        Returns:
+            What is there now.
+
+        Raises:
+            UsageError: As for `finish`.
+            OutputExists: If the name is taken, without `force`.
+            OutputFailed: If it cannot be written.
+        """
         self._check_complete()
         try:
             return self.finish(document).publish()

@@ -1,6 +1,6 @@
-"""Compressed checkpoints inside of other frameworks, one module each: transformers, lightning, accelerate.
+"""Compressed checkpoints inside other frameworks, one module each: transformers, lightning, accelerate.
 
-None of them is imported before it is asked for; each needs its framework (`pip install 'statecodec[transformers]'`).
+Each module needs its framework (`pip install 'statecodec[transformers]'`), and is imported only by name.
 """
 
 from __future__ import annotations
@@ -9,5 +9,5 @@ from statecodec.errors import BackendUnavailable
 
 
 def not_installed(framework: str) -> BackendUnavailable:
-    """The error of an integration whose framework is not there."""
+    """The error of an integration whose framework is not installed."""
     return BackendUnavailable(f"{framework} is not installed: pip install 'statecodec[{framework}]'")

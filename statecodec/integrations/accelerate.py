@@ -26,22 +26,22 @@ except ImportError as error:
 
 
 def save_state(accelerator: Accelerator, output_dir: str | Path, preset: str = "resume", **options: Any) -> Path:
-    """`accelerator.save_state(output_dir)`, whose folder is then replaced by a compressed file beside it.
+    """Call `accelerator.save_state(output_dir)`, then replace that folder by a compressed file beside it.
 
     Call it in every process. If it is killed meanwhile, the folder is what accelerate wrote.
 
     Args:
         accelerator: Whose state to save.
-        output_dir: The folder; the file is called like it, with `.sc.safetensors`.
-        preset: As of `statecodec.compress`.
-        options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+        output_dir: The folder; the file gets its name, with `.sc.safetensors`.
+        preset: As for `statecodec.compress`.
+        **options: Others of `statecodec.compress`: rules, max_step_error, pack ...
 
     Returns:
         The file.
 
     Raises:
-        UsageError, PolicyError: For options that `compress` does not take, and under automatic checkpoint naming,
-            which counts folders.
+        UsageError: For options that contradict each other, and under automatic checkpoint naming, which counts folders.
+        PolicyError: For a preset or a rule that cannot be read.
         OutputFailed: If it cannot be written.
     """
     chosen = checked(preset, options)
@@ -57,10 +57,18 @@ def save_state(accelerator: Accelerator, output_dir: str | Path, preset: str = "
 
 
 def load_state(accelerator: Accelerator, path: str | Path, **keywords: Any) -> None:
-    """`accelerator.load_state` from a compressed checkpoint, or from a folder.
+    """Call `accelerator.load_state` on a compressed checkpoint, or on a folder.
 
-    Call it in every process; each restores a copy of its own beside the file, and removes it. `keywords` go to
-    `accelerator.load_state`. Raises FormatError, OutputFailed.
+    Call it in every process; each restores a copy of its own beside the file, and removes it.
+
+    Args:
+        accelerator: Whose state to load.
+        path: The compressed file, or the folder.
+        **keywords: Passed to `accelerator.load_state`.
+
+    Raises:
+        FormatError: If the compressed file cannot be read.
+        OutputFailed: If the copy cannot be written.
     """
     source = Path(path)
     if not is_compressed(source):

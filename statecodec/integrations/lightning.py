@@ -5,7 +5,7 @@
     trainer = Trainer(..., plugins=[CompressedCheckpointIO()])
     trainer.fit(model, ckpt_path="last.ckpt")
 
-It may stand inside of Lightning's AsyncCheckpointIO.
+Lightning's AsyncCheckpointIO can wrap it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,33 @@ except ImportError as error:
 
 
 class CompressedCheckpointIO(CheckpointIO):
-    """Writes checkpoints compressed, under the names that Lightning gives them; reads them, and plain ones."""
+    """Writes checkpoints compressed, under the names that Lightning gives them; reads them, and plain ones.
+
+    Args:
+        preset: As for `statecodec.compress`.
+        **options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+
+    Raises:
+        UsageError: For options that contradict each other.
+        PolicyError: For a preset or a rule that cannot be read.
+    """
 
     def __init__(self, preset: str = "resume", **options: Any) -> None:
-        """Args:
-            preset: As of `statecodec.compress`.
-            options: Others of `statecodec.compress`: rules, max_step_error, pack ...
-
-        Raises:
-            UsageError, PolicyError: For options that `compress` does not take.
-        """
         self._options = checked(preset, options)
         self._plain = TorchCheckpointIO()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Compress a checkpoint from memory. Raises UsageError, OutputFailed."""
+        """Compress a checkpoint from memory.
+
+        Args:
+            checkpoint: The object to save.
+            path: The local file to write; one that is there is replaced.
+            storage_options: Must be None.
+
+        Raises:
+            UsageError: For storage_options, or a URL.
+            OutputFailed: If it cannot be written.
+        """
         if storage_options is not None:
             raise UsageError("compressed checkpoints take no storage_options")
         target = _local(path)
@@ -50,7 +62,20 @@ class CompressedCheckpointIO(CheckpointIO):
         compress(checkpoint, target, force=True, **self._options)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """What Lightning's own CheckpointIO loads from the restored file. Raises FormatError."""
+        """Load what Lightning's own CheckpointIO loads from the restored file.
+
+        Args:
+            path: The local file, compressed or not.
+            map_location: As for torch.load.
+            weights_only: As for torch.load.
+
+        Returns:
+            The object.
+
+        Raises:
+            FormatError: If a compressed file cannot be read.
+            UsageError: For a URL.
+        """
         source = _local(path)
         if not is_compressed(source):
             return self._plain.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
@@ -60,7 +85,11 @@ class CompressedCheckpointIO(CheckpointIO):
             return self._plain.load_checkpoint(restored, map_location=map_location, weights_only=weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint, compressed or not."""
+        """Remove a checkpoint, compressed or not.
+
+        Args:
+            path: The file.
+        """
         self._plain.remove_checkpoint(path)
 
 

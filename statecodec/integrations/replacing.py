@@ -1,4 +1,4 @@
-"""A checkpoint folder is replaced by a compressed file beside it, here or in a process of its own.
+"""Replaces a checkpoint folder by a compressed file beside it, here or in another process.
 
 The folder disappears by one rename, once the file is complete, read back and compared with it. Whenever the process is
 killed, what has the folder's name is what the framework wrote, and what has the file's name is whole.
@@ -22,13 +22,16 @@ from statecodec.verbs.settings import CompressSettings
 
 
 def checked(preset: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `compress` for one file, refused now if at all. Raises UsageError, PolicyError."""
+    """The options of `compress` for one file, checked before anything is written. Raises UsageError, PolicyError."""
     CompressSettings.of(preset=preset, **options)
     return {"preset": preset, "max_shard_size": None, **options}
 
 
 def replace_by_compressed(folder: Path, options: Mapping[str, Any]) -> Report:
-    """Compress a folder into `compressed_path(folder)`, verify that, and remove the folder. Raises as `compress`."""
+    """Compress a folder into `compressed_path(folder)`, verify the file, and remove the folder.
+
+    Raises as `compress`.
+    """
     report = compress(folder, compressed_path(folder), force=True, verify=True, device="cpu", **options)
     gone = folder.with_name(f".{folder.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)  # of one who was killed here
@@ -38,7 +41,7 @@ def replace_by_compressed(folder: Path, options: Mapping[str, Any]) -> Report:
 
 
 class Replacing:
-    """The same in a process of its own, which yields to whoever else wants the CPU and sees no GPU."""
+    """`replace_by_compressed` in another process, with a low priority and without a GPU."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         self.folder = folder

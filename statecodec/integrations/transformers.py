@@ -36,40 +36,41 @@ _WRITTEN_LAST = "trainer_state.json"
 
 
 class CompressCheckpoints(TrainerCallback):
-    """Replaces every `checkpoint-N` of a Trainer by `checkpoint-N.sc.safetensors`, one after the other, in a process
-    of its own: training does not wait, but for what is left when it ends.
+    """Replaces every `checkpoint-N` of a Trainer by `checkpoint-N.sc.safetensors`, while training goes on.
 
+    A process of its own compresses one checkpoint after the other; training waits for what is left only at its end.
     `save_total_limit` counts both forms. The checkpoint that the Trainer calls the best stays a folder, for
     `load_best_model_at_end`. What cannot be compressed stays a folder, and is logged as a warning.
+
+    Args:
+        preset: As for `statecodec.compress`.
+        threads: Number of threads of that process.
+        **options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+
+    Raises:
+        UsageError: For options that contradict each other.
+        PolicyError: For a preset or a rule that cannot be read.
     """
 
     def __init__(self, preset: str = "resume", *, threads: int = 1, **options: Any) -> None:
-        """Args:
-            preset: As of `statecodec.compress`.
-            threads: How many the process uses.
-            options: Others of `statecodec.compress`: rules, max_step_error, pack ...
-
-        Raises:
-            UsageError, PolicyError: For options that `compress` does not take.
-        """
         self._options = {**checked(preset, options), "threads": threads}
         self._waiting: list[Path] = []
         self._running: Replacing | None = None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint was written."""
+        """Note that a checkpoint was written, and remove the oldest ones."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             self._waiting.append(folder / f"checkpoint-{state.global_step}")
             _rotate(folder, args.save_total_limit, state.best_model_checkpoint)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """By now every rank has written its part of the last checkpoint."""
+        """Compress the next checkpoint: by now every rank has written its part of it."""
         if self._running is None or self._running.done:
             self._next(state.best_model_checkpoint)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait for what is left."""
+        """Wait until every checkpoint is compressed."""
         args.distributed_state.wait_for_everyone()
         while self._next(state.best_model_checkpoint):
             pass
@@ -93,11 +94,20 @@ class CompressCheckpoints(TrainerCallback):
 
 @contextmanager
 def last_checkpoint(path: str | Path) -> Iterator[str | None]:
-    """A folder to resume from: the newest checkpoint in the Trainer's `output_dir`, or one checkpoint, compressed or
-    not. None if there is none.
+    """Find a folder to resume from, for a `with` block.
 
-    A compressed one is restored into a folder beside it, which is removed when the block ends; each process has its
-    own. Raises FormatError, OutputFailed.
+    A compressed checkpoint is restored into a folder beside it, which is removed when the block ends; each process has
+    its own.
+
+    Args:
+        path: The Trainer's `output_dir`, of which the newest checkpoint is taken; or one checkpoint, compressed or not.
+
+    Yields:
+        The folder; None if there is no checkpoint.
+
+    Raises:
+        FormatError: If a compressed checkpoint cannot be read.
+        OutputFailed: If the folder cannot be written.
     """
     root = Path(path)
     steps = _steps(root) if root.is_dir() and not (root / _WRITTEN_LAST).is_file() else {0: [root]}

@@ -34,7 +34,7 @@ _TRUSTING: ContextVar[bool] = ContextVar("trusting", default=False)
 
 @contextmanager
 def trusting() -> Iterator[None]:
-    """Within it, values are known to be encodable: nobody waits for a GPU to say what an encoder found."""
+    """Within the block, values are known to be encodable, so no encoder waits for a GPU to report its flags."""
     token = _TRUSTING.set(True)
     try:
         yield
@@ -48,43 +48,168 @@ def trusted() -> bool:
 
 
 class Backend(Protocol):
-    """The functions every backend module has. `x` and `out` are contiguous; 2-D is rows x cols; floats are fp32."""
+    """The functions that every backend has.
 
-    def encode_companded(
-        self, x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int
-    ) -> int: ...
+    All tensors are contiguous and on the backend's device; those that are written are allocated by the caller. Floats
+    are fp32 unless stated. An encoder returns flags of what it could not encode: bits of NAN, INF, NEGATIVE and
+    OUT_OF_RANGE, 0 for nothing. The specification is `statecodec.kernels.reference`.
+    """
+
+    def encode_companded(self, x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+        """Quantise groups of values along each row.
+
+        Args:
+            x: fp32, rows x cols.
+            codes: Written: int8 (signed curves of 8 bits) or uint8; rows x cols, or rows x ceil(cols / 2) with two
+                4-bit codes a byte, low nibble first.
+            scales: Written: bf16, rows x ceil(cols / group).
+            curve: The companding curve.
+            bits: 8 or 4.
+            group: Values per scale.
+
+        Returns:
+            The flags.
+        """
 
     def decode_companded(
         self, codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int
-    ) -> None: ...
+    ) -> None:
+        """The inverse of `encode_companded`: one table look-up and one fp32 multiplication per element.
 
-    def encode_split(self, x: Tensor, high: Tensor, low: Tensor) -> int: ...
+        Args:
+            codes: As written.
+            scales: As written.
+            out: Written: fp32, rows x cols.
+            curve: The companding curve.
+            bits: 8 or 4.
+            group: Values per scale.
+        """
 
-    def decode_split(self, high: Tensor, low: Tensor, out: Tensor) -> None: ...
+    def encode_split(self, x: Tensor, high: Tensor, low: Tensor) -> int:
+        """Split values into a 16-bit float and what it lacks, in integer arithmetic.
 
-    def encode_uniform(self, x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]: ...
+        Args:
+            x: fp32, flat.
+            high: Written: bf16 or fp16, of the same shape.
+            low: Written: int8 or int16, of the same shape.
 
-    def decode_uniform(self, codes: Tensor, out: Tensor, *, grid: Grid) -> None: ...
+        Returns:
+            The flags.
+        """
+
+    def decode_split(self, high: Tensor, low: Tensor, out: Tensor) -> None:
+        """The inverse of `encode_split`.
+
+        Args:
+            high: As written.
+            low: As written.
+            out: Written: fp32, flat.
+        """
+
+    def encode_uniform(self, x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
+        """Number values on a uniform grid.
+
+        Args:
+            x: fp32, flat.
+            codes: Written: int32, flat.
+            grid: The grid.
+
+        Returns:
+            The flags, and the sums of x against what its codes decode to.
+        """
+
+    def decode_uniform(self, codes: Tensor, out: Tensor, *, grid: Grid) -> None:
+        """The inverse of `encode_uniform`. Any codes give finite values.
+
+        Args:
+            codes: int32, flat.
+            out: Written: fp32, flat.
+            grid: The grid.
+        """
 
     def encode_direction(
         self, m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float
-    ) -> tuple[int, Comparison]: ...
+    ) -> tuple[int, Comparison]:
+        """Number u = m / (sqrt(v) + eps) on a uniform grid.
 
-    def decode_direction(self, codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None: ...
+        Args:
+            m: First moment: fp32, flat.
+            v: Second moment of the same elements: fp32, flat.
+            codes: Written: int32, flat.
+            grid: The grid, in units of u.
+            eps: What is added to the root, rounded to fp32.
 
-    def encode_logarithmic(self, x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]: ...
+        Returns:
+            The flags, and the sums of u against what its codes decode to.
+        """
 
-    def decode_logarithmic(self, codes: Tensor, out: Tensor, *, grid: LogGrid) -> None: ...
+    def decode_direction(self, codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
+        """The inverse of `encode_direction`, with the second moment that the reader has.
 
-    def fold_mean(self, x: Tensor, out: Tensor, *, block: int) -> int: ...
+        Args:
+            codes: int32, flat.
+            v: Second moment: fp32, flat.
+            out: Written: the first moment, fp32, flat, finite.
+            grid: The grid, in units of u.
+            eps: As when encoding.
+        """
 
-    def unfold(self, mean: Tensor, out: Tensor, *, block: int) -> None: ...
+    def encode_logarithmic(self, x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
+        """Number values that are not negative on a logarithmic grid.
 
-    def compare(self, a: Tensor, b: Tensor) -> Comparison: ...
+        Args:
+            x: fp32, flat.
+            codes: Written: int16, flat; 0 for zeros, at least 1 for anything positive.
+            grid: The grid.
+
+        Returns:
+            The flags, and the sums of x against what its codes decode to.
+        """
+
+    def decode_logarithmic(self, codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
+        """The inverse of `encode_logarithmic`: one table look-up per element.
+
+        Args:
+            codes: int16, flat; those outside the grid decode as its ends.
+            out: Written: fp32, flat.
+            grid: The grid.
+        """
+
+    def fold_mean(self, x: Tensor, out: Tensor, *, block: int) -> int:
+        """Means of neighbours in a row.
+
+        Args:
+            x: fp32, rows x cols.
+            out: Written: fp32, rows x ceil(cols / block).
+            block: Values per mean, a power of two; a short tail is divided by its own length.
+
+        Returns:
+            The flags.
+        """
+
+    def unfold(self, mean: Tensor, out: Tensor, *, block: int) -> None:
+        """Repeat every mean over its block.
+
+        Args:
+            mean: fp32, rows x ceil(cols / block).
+            out: Written: fp32, rows x cols.
+            block: Values per mean.
+        """
+
+    def compare(self, a: Tensor, b: Tensor) -> Comparison:
+        """Sum up how two tensors differ.
+
+        Args:
+            a: The original, flat: fp32 or fp64.
+            b: The other, of the same dtype and size.
+
+        Returns:
+            Sums in fp64.
+        """
 
 
 class HostBackend(Backend, Protocol):
-    """What the backends for CPU tensors have besides: the sums that whole checkpoints are compared by."""
+    """What the backends for CPU tensors have in addition: the sums by which whole checkpoints are compared."""
 
     def compare_updates(
         self,
@@ -96,11 +221,43 @@ class HostBackend(Backend, Protocol):
         correction1: float,
         correction2: float,
         eps: float,
-    ) -> UpdateComparison: ...
+    ) -> UpdateComparison:
+        """Sum up how two Adam updates u = (m / correction1) / (sqrt(v / correction2) + eps) differ.
 
-    def size(self, x: Tensor) -> Size: ...
+        Args:
+            m: First moment of the original: fp32, flat.
+            v: Second moment of the original: fp32, flat.
+            m_other: First moment of the other.
+            v_other: Second moment of the other.
+            correction1: 1 - beta1**t.
+            correction2: 1 - beta2**t.
+            eps: What is added to the root.
 
-    def update_size(self, m: Tensor, v: Tensor, *, eps: float) -> UpdateSize: ...
+        Returns:
+            Sums in fp64.
+        """
+
+    def size(self, x: Tensor) -> Size:
+        """Sum up how large the finite values of a tensor are.
+
+        Args:
+            x: fp32, flat.
+
+        Returns:
+            Sums in fp64.
+        """
+
+    def update_size(self, m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
+        """Sum up how large u = m / (sqrt(v) + eps) is.
+
+        Args:
+            m: First moment: fp32, flat.
+            v: Second moment: fp32, flat.
+            eps: What is added to the root.
+
+        Returns:
+            The number of elements that have an update, and their sum of squares, in fp64.
+        """
 
 
 BACKENDS = {"reference": (), "cpu": ("numba",), "triton": ("triton",)}
@@ -113,7 +270,17 @@ def available() -> list[str]:
 
 @cache
 def get(name: str) -> Backend:
-    """The backend of that name. Raises BackendUnavailable."""
+    """Look up a backend.
+
+    Args:
+        name: `reference`, `cpu` or `triton`.
+
+    Returns:
+        The backend's module.
+
+    Raises:
+        BackendUnavailable: If there is none of that name, or its packages are not installed.
+    """
     if name not in BACKENDS:
         raise BackendUnavailable(f"no kernel backend {name!r}; there are {', '.join(BACKENDS)}")
     if name not in available():
@@ -125,10 +292,28 @@ def get(name: str) -> Backend:
 
 
 def host() -> HostBackend:
-    """The fast backend for CPU tensors."""
+    """The fast backend for CPU tensors.
+
+    Returns:
+        The backend's module.
+
+    Raises:
+        BackendUnavailable: If numba is not installed.
+    """
     return cast(HostBackend, get("cpu"))
 
 
 def resolve(name: str | None, device: torch.device) -> Backend:
-    """The named backend, or the fast one for a device: `triton` on cuda, `cpu` otherwise."""
+    """The named backend, or the fast one for a device.
+
+    Args:
+        name: `reference`, `cpu`, `triton`, or None: `triton` on cuda, `cpu` otherwise.
+        device: The device of the tensors.
+
+    Returns:
+        The backend's module.
+
+    Raises:
+        BackendUnavailable: If it is not there.
+    """
     return get(name or ("triton" if device.type == "cuda" else "cpu"))

@@ -45,6 +45,7 @@ class Curve:
 
     @property
     def kind(self) -> int:
+        """The curve's number in kernels: LINEAR, SOFTSIGN, SQRT or LOG."""
         return KINDS[self.name]
 
     @property

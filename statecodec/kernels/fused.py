@@ -111,6 +111,27 @@ class FusedBackend(Protocol):
 
     def supports(
         self, method: str, formats: Mapping[str, StateStorage | None], param: torch.dtype, low: torch.dtype | None
-    ) -> bool: ...
+    ) -> bool:
+        """Whether steps of this kind can be fused. No tensor is looked at.
 
-    def prepare(self, method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> Launch: ...
+        Args:
+            method: The method's name.
+            formats: How each state is stored, by its name.
+            param: The parameter's dtype.
+            low: The dtype of the low part of the master weight; None without one.
+
+        Returns:
+            True if `prepare` takes them.
+        """
+
+    def prepare(self, method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> Launch:
+        """Prepare a launch of one step of these parameters.
+
+        Args:
+            method: The method's name.
+            slots: The parameters with their states.
+            formats: How each state is stored, by its name.
+
+        Returns:
+            What is called with gradients at every step.
+        """

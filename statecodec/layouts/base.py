@@ -1,4 +1,4 @@
-"""What locating a checkpoint yields: regions, which are what is stored, and tensors, which are what people mean.
+"""What locating a checkpoint yields: regions, which are stored, and tensors, which people mean.
 
 A file is *skeleton* plus *regions*. A region is a byte range that holds numbers and may be encoded as one tensor;
 everything else (headers, pickles, padding) is skeleton and is kept byte for byte. A logical tensor has a name, a role
@@ -20,20 +20,32 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A byte range that can be encoded as one tensor, in physical (contiguous) order."""
+    """A byte range that can be encoded as one tensor, in physical (contiguous) order.
+
+    Args:
+        offset: First byte in the file.
+        nbytes: Number of bytes.
+        dtype: How the bytes are read.
+        shape: The shape in which they are encoded.
+        lossless: Only a lossless byte codec may be used, because several different, overlapping or strided windows look
+            at it.
+    """
 
     offset: int
-    """First byte in the file."""
     nbytes: int
     dtype: DType
     shape: Shape
     lossless: bool = False
-    """Several different, overlapping or strided windows look at it: only a lossless byte codec may be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A part of a tensor: first index and size along every dimension."""
+    """A rectangular part of a tensor.
+
+    Args:
+        offset: First index along every dimension.
+        shape: Size along every dimension.
+    """
 
     offset: Shape
     shape: Shape
@@ -41,7 +53,12 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A part of a tensor: elements `start` to `stop` of it, flattened."""
+    """A part of a flattened tensor.
+
+    Args:
+        start: First element.
+        stop: One past the last element.
+    """
 
     start: int
     stop: int
@@ -49,64 +66,91 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of a logical tensor that a region holds, in row-major order. No region holds parts of two tensors."""
+    """The part of a logical tensor that a region holds, in row-major order. No region holds parts of two tensors.
+
+    Args:
+        file: Path of the SourceFile.
+        region: Index into its regions.
+        part: Which part of the tensor it is; None for all of it.
+    """
 
     file: str
-    """SourceFile.path."""
     region: int
-    """Index into SourceFile.regions."""
     part: Box | Run | None = None
-    """None: all of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class StatePart:
-    """A part of a state that a live optimizer keeps encoded. `shape` and `dtype` are those of the decoded state."""
+    """One part of a state that a live optimizer keeps encoded.
+
+    Args:
+        part: Its name in the codec.
+        role: The role of the state.
+        codec: The codec's text, or its config as JSON. Not checked.
+        shape: Shape of the decoded state.
+        dtype: Name of the dtype of the decoded state.
+    """
 
     part: str
     role: Role
     codec: str
-    """The codec's text, or its config, as JSON. Not checked."""
     shape: Shape
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """A tensor as rules, reports and budgets see it."""
+    """A tensor as rules, reports and budgets see it.
+
+    Args:
+        name: Unique in the checkpoint; in a directory it begins with the file's or folder's path and a colon.
+        dtype: The file's own; a region of a dtype that cannot be encoded is one of bytes.
+        shape: Its shape.
+        pieces: Where it lies; the pieces are disjoint and together the whole tensor.
+        role: What it is to the optimizer.
+        param: Name of the weight that this tensor is, or is the optimizer state of, where that is certain.
+        state: The encoded state that it is a part of.
+    """
 
     name: str
-    """Unique in the checkpoint; in a directory it begins with the file's or folder's path and a colon."""
     dtype: DType
-    """The file's own: a region of a dtype that cannot be encoded is one of bytes."""
     shape: Shape
     pieces: tuple[Piece, ...]
-    """Disjoint; together they are the whole tensor."""
     role: Role = "other"
     param: str | None = None
-    """Name of the weight that this tensor is, or is the optimizer state of, where that is certain."""
     state: StatePart | None = None
-    """The encoded state that it is a part of."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A named tensor of a file: a strided window into one region."""
+    """A named tensor of a file: a strided window into one region.
+
+    Args:
+        name: Its name in the file.
+        region: Index into SourceFile.regions.
+        dtype: Its dtype.
+        shape: Its shape.
+        stride: In elements of dtype.
+        offset: In elements of dtype, from the region's first byte.
+    """
 
     name: str
     region: int
-    """Index into SourceFile.regions."""
     dtype: DType
     shape: Shape
     stride: Shape
-    """In elements of dtype."""
     offset: int
-    """In elements of dtype, from the region's first byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crc32:
-    """A CRC-32 of file[offset:offset+nbytes] that stands, little-endian, at each file offset of `at`."""
+    """A CRC-32 of file[offset:offset+nbytes], and where the file holds it.
+
+    Args:
+        offset: First byte that it is of.
+        nbytes: Number of bytes that it is of.
+        at: File offsets at which it stands, little-endian.
+    """
 
     offset: int
     nbytes: int
@@ -117,7 +161,14 @@ class Crc32:
 class AdamSettings:
     """The numbers of one parameter's Adam update.
 
-    `lr`, `weight_decay` and `step` are None where the file does not say.
+    Args:
+        param: Name of the parameter, if it is known.
+        beta1: Decay rate of exp_avg.
+        beta2: Decay rate of exp_avg_sq.
+        eps: What is added to the root.
+        lr: Learning rate; None where the file does not say.
+        weight_decay: Per unit of lr; None where the file does not say.
+        step: Number of steps done; None where the file does not say.
     """
 
     param: str | None
@@ -131,9 +182,19 @@ class AdamSettings:
 
 @dataclass(frozen=True)
 class Moments(AdamSettings):
-    """What the Adam update of one parameter needs. `exp_avg`, `exp_avg_sq` and `weight` are names of tensors.
+    """What the Adam update of one parameter needs.
 
-    `weight` is None where the weight is unknown (`param` may still name it).
+    Args:
+        param: Name of the parameter, if it is known.
+        beta1: Decay rate of exp_avg.
+        beta2: Decay rate of exp_avg_sq.
+        eps: What is added to the root.
+        lr: Learning rate; None where the file does not say.
+        weight_decay: Per unit of lr; None where the file does not say.
+        step: Number of steps done; None where the file does not say.
+        exp_avg: Name of the first moment.
+        exp_avg_sq: Name of the second moment.
+        weight: Name of the weight; None where it is not among the tensors.
     """
 
     exp_avg: str
@@ -143,20 +204,31 @@ class Moments(AdamSettings):
 
 @dataclass(frozen=True)
 class MomentumSettings:
-    """One step moves a weight by `lr` times an update whose rms is `update`; None: the update is the momentum itself.
+    """How one step moves a weight that is trained by a momentum alone.
 
-    `lr` is None where the file does not say.
+    Args:
+        lr: Learning rate; None where the file does not say.
+        update: The rms of the update, of which lr times as much is added to the weight; None if the update is the
+            momentum itself.
+        orthogonal: The update is the momentum with all its singular values made equal: small ones are amplified.
     """
 
     lr: float | None
     update: float | None
     orthogonal: bool
-    """The update is the momentum with all its singular values made equal: small ones are amplified."""
 
 
 @dataclass(frozen=True)
 class Momentum(MomentumSettings):
-    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's. Both are names of tensors."""
+    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's.
+
+    Args:
+        lr: Learning rate; None where the file does not say.
+        update: The rms of the update; None if the update is the momentum itself.
+        orthogonal: The update is the momentum with all its singular values made equal.
+        momentum: Name of the momentum.
+        weight: Name of the weight.
+    """
 
     momentum: str
     weight: str
@@ -164,54 +236,73 @@ class Momentum(MomentumSettings):
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a checkpoint, located."""
+    """One file of a checkpoint, located.
+
+    Args:
+        path: Relative posix path; for a single-file source its base name.
+        nbytes: Its size.
+        mode: Its permission bits.
+        layout: Name of the layout that located it; `opaque`: carried as bytes.
+        regions: Sorted by offset, disjoint.
+        views: The names that its own objects have.
+        crcs: The CRCs that a restored file with other numbers needs anew.
+        same_as: Path of an earlier file of the directory that this one is a hard link to; regions are then given only
+            there.
+        note: Why a file of a directory that looked like a checkpoint is carried as opaque bytes.
+        identity: What the file was when it was located, for whoever reads it later.
+    """
 
     path: str
-    """Relative posix path; for a single-file source its base name."""
     nbytes: int
     mode: int
-    """Permission bits."""
     layout: str
-    """Name of the layout that located it; "opaque": carried as bytes."""
     regions: tuple[Region, ...] = ()
-    """Sorted by offset, disjoint."""
     views: tuple[View, ...] = ()
     crcs: tuple[Crc32, ...] = ()
     same_as: str | None = None
-    """Path of an earlier file of the directory that this one is a hard link to; regions are then given only there."""
     note: str | None = None
-    """Why a file of a directory that looked like a checkpoint is carried as opaque bytes."""
     identity: Identity = IN_MEMORY
-    """Of the file when it was located, for whoever reads it later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A directory of a checkpoint."""
+    """A directory of a checkpoint.
+
+    Args:
+        path: Relative posix path; "" for the checkpoint's own directory.
+        mode: Its permission bits; None where a compressed checkpoint does not say.
+        mtime_ns: Time of its last change, in nanoseconds; None where a compressed checkpoint does not say.
+    """
 
     path: str
-    """Relative posix path; "" for the checkpoint's own directory."""
     mode: int | None
-    """Permission bits."""
     mtime_ns: int | None
-    """Both are None where nobody noted them (a compressed checkpoint made without)."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: one file, or a directory of files."""
+    """A located checkpoint: one file, or a directory of files.
+
+    Args:
+        root: Its path.
+        is_directory: Whether it is a directory.
+        files: Sorted by path.
+        tensors: Sorted by file and offset of their first piece. Every region belongs to exactly one of them.
+        moments: The pairs of Adam's moments.
+        momenta: The momenta without a second moment.
+        folders: The directory itself and all subdirectories, sorted by path, empty ones included; empty for a single
+            file.
+        framework: What wrote it, as far as a layout can tell.
+    """
 
     root: Path
     is_directory: bool
     files: tuple[SourceFile, ...]
     tensors: tuple[LogicalTensor, ...] = ()
-    """By file and offset of their first piece. Every region belongs to exactly one of them."""
     moments: tuple[Moments, ...] = ()
     momenta: tuple[Momentum, ...] = ()
     folders: tuple[Folder, ...] = ()
-    """The directory itself and all subdirectories, sorted by path, empty ones included; nothing for a single file."""
     framework: str | None = None
-    """What wrote it, as far as a layout can tell."""
 
     @property
     def directories(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The files that a checkpoint consists of, before anybody knows what is in them: names, sizes, modes, and heads."""
+"""The files that a checkpoint consists of, before anybody looks into them: names, sizes, modes, and first bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,16 @@ _MAX_DEPTH: Final = 64
 
 
 class ListedFile:
-    """One file of a listing. Opened when it is read; `open` inside `open` uses the same descriptor."""
+    """One file of a listing. It is opened when it is read; `open` inside `open` uses the same descriptor.
+
+    Args:
+        path: Relative posix path.
+        nbytes: Its size.
+        open_bytes: Opens its bytes.
+        mode: Its permission bits.
+        identity: What the file was when it was listed.
+        layout: `opaque` for a file that was carried as bytes before, and is not to be looked into.
+    """
 
     def __init__(
         self,
@@ -41,7 +50,14 @@ class ListedFile:
 
     @contextmanager
     def open(self) -> Iterator[ByteSource]:
-        """The file's bytes. Raises LayoutError if it is not the file any more that was listed."""
+        """Open the file's bytes for a `with` block.
+
+        Yields:
+            The bytes.
+
+        Raises:
+            LayoutError: If it is not the file any more that was listed.
+        """
         if self._held is not None:
             yield self._held
             return
@@ -61,13 +77,20 @@ class ListedFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files by path, sorted; `folder` is the one that is looked at, "" for the checkpoint's own."""
+    """Files by path, sorted, and the folder that is looked at.
+
+    Args:
+        files: Path -> file, without hard links to others.
+        is_directory: Whether the checkpoint is a directory.
+        folders: The directory itself and all subdirectories.
+        same_as: Hard links: path -> path of the file that it is the same as.
+        folder: The folder that is looked at; "" for the checkpoint's own.
+    """
 
     files: Mapping[str, ListedFile]
     is_directory: bool
     folders: tuple[Folder, ...] = ()
     same_as: Mapping[str, str] | None = None
-    """Hard links: path -> path of the file that it is the same as. They are not among `files`."""
     folder: str = ""
 
     @property
@@ -76,21 +99,55 @@ class Listing:
         return next(iter(self.files.values())) if len(self.files) == 1 else None
 
     def get(self, name: str) -> ListedFile | None:
-        """A file by its path inside the folder."""
+        """Look up a file in the folder.
+
+        Args:
+            name: Its path inside the folder.
+
+        Returns:
+            The file; None if there is none.
+        """
         return self.files.get(f"{self.folder}/{name}" if self.folder else name)
 
     def prefix(self, path: str) -> str:
-        """What names of tensors begin with: in a directory the path of their file (or subfolder) and a colon."""
+        """What the names of a file's tensors begin with.
+
+        Args:
+            path: The path of the file, or of the subfolder.
+
+        Returns:
+            In a directory the path and a colon; else "".
+        """
         return f"{shown(path)}:" if self.is_directory and path else ""
 
     def of(self, paths: Iterable[str], folder: str | None = None) -> Listing:
-        """Only these files (by path, sorted); `folder` is then the one that is looked at."""
+        """Narrow the listing to some of its files.
+
+        Args:
+            paths: Their paths, sorted.
+            folder: The folder that is then looked at; by default the same.
+
+        Returns:
+            A listing of these files.
+        """
         files = {path: self.files[path] for path in paths}
         return replace(self, files=files, folder=self.folder if folder is None else folder)
 
 
 def list_path(path: str | os.PathLike[str]) -> Listing:
-    """List a file or a directory. Raises UnknownLayout for what is neither, or cannot be carried; OSError."""
+    """List a file or a directory.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        The listing; files are opened when they are read.
+
+    Raises:
+        UnknownLayout: If it is neither a file nor a directory, or holds what cannot be carried: symbolic links,
+            devices, too many files.
+        OSError: If it cannot be read.
+    """
     root = Path(path)
     status = root.stat()  # the path that the user gave may itself be a symbolic link
     if stat.S_ISDIR(status.st_mode):
@@ -101,7 +158,15 @@ def list_path(path: str | os.PathLike[str]) -> Listing:
 
 
 def list_memory(files: Mapping[str, bytes], *, is_directory: bool = False) -> Listing:
-    """List bytes in memory as if they were files."""
+    """List bytes in memory as if they were files.
+
+    Args:
+        files: Path -> content.
+        is_directory: Whether they stand for a directory.
+
+    Returns:
+        The listing.
+    """
     listed = {
         path: ListedFile(path, len(data), partial(_in_memory, MemoryBytes(data, path)))
         for path, data in sorted(files.items())
@@ -122,7 +187,7 @@ def _listed(where: Path, path: str, status: os.stat_result, *, follow: bool) -> 
 
 
 def _list_directory(root: Path) -> Listing:
-    """Iterative; never follows a link."""
+    """List a directory without recursion. No link is followed."""
     files: list[ListedFile] = []
     folders: list[Folder] = []
     pending = [""]

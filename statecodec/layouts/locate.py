@@ -26,10 +26,28 @@ from statecodec.layouts.registry import claimed
 
 @collector_paused()
 def locate(path: str | os.PathLike[str]) -> Source:
-    """Locate the tensors of a checkpoint file or directory, reading headers, directories and pickles but no payload.
+    """Locate the tensors of a checkpoint file or directory.
 
-    Raises UnknownLayout (a single file that is nothing we know; a path that is neither file nor directory),
-    LegacyTorchFile (a torch file from before 1.6) and MalformedCheckpoint (truncated, lying or hostile).
+    Headers, directories and pickles are read, but no payload.
+
+    Args:
+        path: The file or directory.
+
+    Returns:
+        Its files, regions and tensors.
+
+    Raises:
+        UnknownLayout: For a single file that is no known checkpoint, and a path that is neither file nor directory.
+        LegacyTorchFile: For a torch file from before 1.6.
+        MalformedCheckpoint: For a truncated, lying or hostile file.
+
+    Example:
+        >>> import tempfile, torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"model": {"w": torch.ones(8, 4)}}, f"{folder}/ckpt.pt")
+        ...     source = locate(f"{folder}/ckpt.pt")
+        >>> [(tensor.name, tensor.shape) for tensor in source.tensors], source.files[0].layout
+        ([('model.w', (8, 4))], 'torch_zip')
     """
     root = Path(path)
     try:
@@ -42,7 +60,18 @@ def locate(path: str | os.PathLike[str]) -> Source:
 
 @collector_paused()
 def locate_listing(listing: Listing, root: Path) -> Source:
-    """The same for files that are listed already. Raises LayoutError."""
+    """Like `locate`, for files that are listed already.
+
+    Args:
+        listing: The files.
+        root: The path that the result and messages name.
+
+    Returns:
+        Its files, regions and tensors.
+
+    Raises:
+        LayoutError: As for `locate`.
+    """
     found = [_located(layout, part) for layout, part in claimed(listing)]
     tensors, moments, momenta = named(found)
     tensors.sort(key=_place)

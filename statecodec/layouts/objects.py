@@ -64,7 +64,18 @@ class OpaqueObject:
 
 
 def window(storage: Tensor, dtype: DType, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
-    """A strided tensor onto the memory of `storage` (1-D uint8, from its storage's first byte); nothing is copied."""
+    """View a strided tensor in the memory of a storage; nothing is copied.
+
+    Args:
+        storage: 1-D uint8, from its storage's first byte.
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
+        stride: In elements of dtype.
+        offset: In elements of dtype, from the storage's first byte.
+
+    Returns:
+        The tensor.
+    """
     empty = torch.empty(0, dtype=dtype.torch, device=storage.device)
     return empty.set_(storage.untyped_storage(), offset, shape, stride)
 

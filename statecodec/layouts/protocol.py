@@ -24,82 +24,123 @@ Read: TypeAlias = "Callable[[str, int, int], Tensor]"
 
 @dataclass(frozen=True)
 class KeptRead:
-    """A Read whose caller says where tensors that a layout puts together shall be, too."""
+    """A Read whose caller also says where tensors that a layout puts together shall be.
+
+    Args:
+        read: Supplies bytes.
+        keep: Takes a tensor and gives the same values where they shall be.
+    """
 
     read: Read
     keep: Callable[[Tensor], Tensor]
-    """A tensor -> the same values where they shall be."""
 
     def __call__(self, path: str, offset: int, nbytes: int) -> Tensor:
         return self.read(path, offset, nbytes)
 
 
 def kept(read: Read, tensor: Tensor) -> Tensor:
-    """A tensor that was put together from what `read` gave, where it shall be."""
+    """A tensor that was put together from what `read` gave, moved to where the caller of `read` wants it."""
     return read.keep(tensor) if isinstance(read, KeptRead) else tensor
 
 
 @dataclass(frozen=True)
 class Claim:
-    """The files of a listing that a layout will locate, by path."""
+    """What a layout answers when it recognises files.
+
+    Args:
+        files: Paths of the files of the listing that it will locate.
+    """
 
     files: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What roles, names and moments of one file's tensors can be guessed from (see facts/), where files do not say."""
+    """What roles, names and moments of one file's tensors can be guessed from (see facts/), where files do not say.
+
+    Args:
+        path: Path of the file, or of the one that says what is in the others.
+        root: The object graph (pickle/nodes.py).
+        limit: How many tensors it may name.
+        ordered: Its tensors are in the model's order (torch files; safetensors are sorted by name).
+        scalars: Index of a one-element tensor -> its bytes: steps and learning rates are saved in such tensors.
+        windows: For each tensor the nodes that look at it; every node has an index.
+        shared: Positions of the tensors that several different windows look at: they are no weight and no moment as a
+            whole.
+    """
 
     path: str
-    """Of the file, or of the one that says what is in the others."""
     root: Any
-    """The object graph (pickle/nodes.py)."""
     limit: int
-    """How many tensors it may name."""
     ordered: bool
-    """Its tensors stand in the model's order (torch files; safetensors are sorted by name)."""
     scalars: dict[int, bytes]
-    """Tensor's index -> bytes, of the one-element tensors: steps and learning rates are kept as such."""
     windows: tuple[tuple[TensorNode, ...], ...]
-    """For each tensor the nodes that look at it; every node has an index."""
     shared: frozenset[int] = frozenset()
-    """Positions of the tensors that several different windows look at: they are no weight and no moment as a whole."""
 
 
 @dataclass(frozen=True)
 class Located:
-    """What a layout found in the files that it claimed."""
+    """What a layout found in the files that it claimed.
+
+    Args:
+        files: One for each claimed file.
+        tensors: Every region belongs to exactly one of them.
+        moments: The pairs of Adam's moments that the files name for certain.
+        facts: Of files whose tensors are to be named by guessing; `tensors` then begins with theirs, file by file.
+        framework: What wrote the files, and how, as reports say it: "DeepSpeed ZeRO-2, 2 ranks".
+    """
 
     files: tuple[SourceFile, ...]
-    """One for each claimed file."""
     tensors: tuple[LogicalTensor, ...] = ()
-    """Every region belongs to exactly one."""
     moments: tuple[Moments, ...] = ()
     facts: tuple[Facts, ...] = ()
-    """Of files whose tensors are to be named by guessing; `tensors` then begins with theirs, file by file."""
     framework: str | None = None
-    """What wrote the files, and how, as reports say it: "DeepSpeed ZeRO-2, 2 ranks"."""
 
 
 class Layout(Protocol):
-    """What the registry's rows provide."""
+    """How one framework or file format lays tensors out in files: what the registry's rows provide."""
 
     @property
     def name(self) -> str:
-        """As in SourceFile.layout and in reports."""
+        """Its name in SourceFile.layout and in reports."""
         ...
 
     def claims(self, listing: Listing) -> Claim | None:
-        """The files that are of this layout, judged by names and heads; None if there are none."""
+        """Recognise files, by their names and first bytes.
+
+        Args:
+            listing: The files that no layout has claimed yet.
+
+        Returns:
+            The files that are of this layout; None if there are none.
+        """
         ...
 
     def locate(self, listing: Listing) -> Located:
-        """Locate the tensors of the claimed files. Raises LayoutError: truncated, lying or hostile."""
+        """Locate the tensors of the claimed files.
+
+        Args:
+            listing: The claimed files.
+
+        Returns:
+            Files, tensors, moments, and what names can be guessed from.
+
+        Raises:
+            LayoutError: If a file is truncated, lying or hostile.
+        """
         ...
 
     def tree(self, listing: Listing, read: Read) -> Any:
         """The nested object that a user would have loaded from the claimed files.
 
-        The listing's files may be the skeletons of compressed ones; payload comes from `read`. Raises LayoutError.
+        Args:
+            listing: The claimed files; they may be the skeletons of compressed ones.
+            read: Supplies the payload: (path, offset, nbytes) -> uint8 tensor.
+
+        Returns:
+            The object.
+
+        Raises:
+            LayoutError: If a file is truncated, lying or hostile.
         """
         ...

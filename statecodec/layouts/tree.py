@@ -24,9 +24,17 @@ _PIECE: Final = 16 << 20
 
 @collector_paused()
 def tree_from_pickle(data: bytes, tensor: TensorSource) -> Any:
-    """The object that `data` (a torch file's data.pkl) describes, its tensors supplied by `tensor`.
+    """The object that a pickle of a torch file describes.
 
-    Raises MalformedCheckpoint.
+    Args:
+        data: The content of the file's data.pkl.
+        tensor: Supplies each tensor: (storage key, dtype, shape, stride, offset in elements) -> that window.
+
+    Returns:
+        The object; unknown classes come back as OpaqueObject.
+
+    Raises:
+        MalformedCheckpoint: If the pickle is damaged, or holds what a torch file does not.
     """
     return build(read_pickle(data), tensor)
 
@@ -41,12 +49,11 @@ def tree(source: str | os.PathLike[str] | Listing, read: Read | None = None) -> 
 
     Returns:
         Of a single file its content. Of a directory {relative path: content}, with the bytes of files that are not
-        understood or damaged (of a listing, damaged ones are errors);
-        files that make up one checkpoint together stand under their folder's path. Of a directory that is one such
-        checkpoint, its content.
+        understood or damaged (in a listing, damaged ones are errors); files that make up one checkpoint together are
+        given under their folder's path. Of a directory that is one such checkpoint, its content.
 
     Raises:
-        LayoutError: A file is damaged, or (a single one) not understood.
+        LayoutError: If a file is damaged, or a single one is not understood.
     """
     listing = source if isinstance(source, Listing) else list_path(Path(source))
     payload = read or (lambda path, offset, nbytes: _read_tensor(listing, path, offset, nbytes))

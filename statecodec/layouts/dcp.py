@@ -54,19 +54,19 @@ def locate(listing: Listing) -> Located:
     """Read `.metadata` and the headers of every item. Raises LayoutError."""
     with ExitStack() as stack:
         reading = _Reading(listing, stack)
-        found = [reading.item(item) for item in reading.index.items]
-        return _located(listing, reading.index, found)
+        items = [reading.item(item) for item in reading.index.items]
+        return _located(listing, reading.index, items)
 
 
 def tree(listing: Listing, read: Read) -> Any:
     """The nested dict that was saved, as torch.distributed.checkpoint.format_utils.dcp_to_torch_save gives it."""
     with ExitStack() as stack:
         reading = _Reading(listing, stack)
-        index, found = reading.index, [reading.item(item) for item in reading.index.items]
-    chunks: dict[str, list[_Found]] = {key: [] for key in index.tensors}
-    inner: dict[str, tuple[_Found, str]] = {}
+        index, items = reading.index, [reading.item(item) for item in reading.index.items]
+    chunks: dict[str, list[_OpenItem]] = {key: [] for key in index.tensors}
+    inner: dict[str, tuple[_OpenItem, str]] = {}
     loaded: dict[str, Tensor] = {}
-    for number, each in enumerate(found):
+    for number, each in enumerate(items):
         if each.item.box is not None:
             chunks[each.item.key].append(each)
         for key in each.archive.storages if each.archive else ():
@@ -84,7 +84,7 @@ def tree(listing: Listing, read: Read) -> Any:
 
     nodes = _nodes(index)
     values: dict[str, Any] = {key: nodes.get(key) for key in index.keys}
-    for each in found:
+    for each in items:
         if each.item.box is None:
             values[each.item.key] = _bytes(each.item, read) if each.archive is None else each.root
     return build(graph(nested(index, values)), tensor)
@@ -98,7 +98,7 @@ def _bytes(item: DcpItem, read: Read) -> bytes:
 
 
 @dataclass(slots=True)
-class _Found:
+class _OpenItem:
     """An item, and what torch.save wrote there; `archive` is None where it is something else."""
 
     item: DcpItem
@@ -120,35 +120,35 @@ class _Reading:
         self._open: tuple[str, ByteSource] | None = None
         self._count = 0
 
-    def item(self, item: DcpItem) -> _Found:
+    def item(self, item: DcpItem) -> _OpenItem:
         """Raises MalformedCheckpoint for a chunk that is not the tensor that it should be."""
         if self._open is None or self._open[0] != item.file:
             self._stack.close()
             self._open = item.file, self._stack.enter_context(self._listing.files[item.file].open())
         source = PartOfBytes(self._open[1], item.offset, item.nbytes, item.file)
         number, self._count = self._count, self._count + 1
-        found = _Found(item)
+        opened = _OpenItem(item)
         if item.plain and (item.box is not None or is_zip(source.read(0, min(4, item.nbytes)))):
-            self._unpack(found, source, number)
-        return found
+            self._unpack(opened, source, number)
+        return opened
 
-    def _unpack(self, found: _Found, source: ByteSource, number: int) -> None:
-        item = found.item
+    def _unpack(self, opened: _OpenItem, source: ByteSource, number: int) -> None:
+        item = opened.item
         try:
-            found.archive = open_archive(source, item.file)
-            found.root = read_pickle(found.archive.pickle)
-            check_storages(found.root, found.archive)
+            opened.archive = open_archive(source, item.file)
+            opened.root = read_pickle(opened.archive.pickle)
+            check_storages(opened.root, opened.archive)
         except LayoutError as error:
             if item.box is not None:
                 raise MalformedCheckpoint(f"{item.file}, {shown(item.key)!r:.80}: {error}") from None
-            found.archive, found.root = None, None  # a value that only its own program understands
+            opened.archive, opened.root = None, None  # a value that only its own program understands
             return
-        own = {id(s): s for s in storages(found.root, most_tensors(len(found.archive.pickle)))}
-        for storage in own.values():  # one archive's keys are not another's
+        inside = {id(s): s for s in storages(opened.root, most_tensors(len(opened.archive.pickle)))}
+        for storage in inside.values():  # one archive's keys are not another's
             storage.key = f"{number}/{storage.key}"
         if item.box is None:
             return
-        node, about = found.chunk(), self.index.tensors[item.key]
+        node, about = opened.chunk(), self.index.tensors[item.key]
         if (
             node is None
             or (node.dtype, node.shape) != (about.dtype, item.box.shape)
@@ -157,18 +157,18 @@ class _Reading:
         ):
             raise MalformedCheckpoint(f"{item.file}: {shown(item.key)!r:.80} is not the chunk that {INDEX} says")
         if math.prod(about.size) == 1:
-            entry = found.archive.storages[_storage_key(node)]
-            found.value = source.read(entry.offset + node.offset * node.dtype.itemsize, node.dtype.itemsize)
+            entry = opened.archive.storages[_storage_key(node)]
+            opened.value = source.read(entry.offset + node.offset * node.dtype.itemsize, node.dtype.itemsize)
 
 
-def _storage(each: _Found, key: str, read: Read) -> Tensor:
+def _storage(each: _OpenItem, key: str, read: Read) -> Tensor:
     """The bytes of a storage in an item's archive."""
     assert each.archive is not None
     entry = each.archive.storages[key]
     return read(each.item.file, each.item.offset + entry.offset, entry.nbytes)
 
 
-def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
+def _whole(about: TensorAbout, chunks: list[_OpenItem], read: Read) -> Tensor:
     """A tensor put together from its chunks."""
     pieces = []
     for each in chunks:
@@ -194,22 +194,22 @@ def _whole(about: TensorAbout, chunks: list[_Found], read: Read) -> Tensor:
 
 def _nodes(index: DcpIndex) -> dict[str, TensorNode]:
     """Every tensor as a node, on a storage of its own."""
-    found = {}
+    nodes = {}
     for number, (key, about) in enumerate(index.tensors.items()):
         storage = StorageNode(f"{_WHOLE}{key}", about.dtype, "cpu", math.prod(about.size), untyped=False)
-        found[key] = TensorNode(storage, about.dtype, about.size, contiguous(about.size), 0)
-        found[key].index = number
-    return found
+        nodes[key] = TensorNode(storage, about.dtype, about.size, contiguous(about.size), 0)
+        nodes[key].index = number
+    return nodes
 
 
 # ---- putting it together
 
 
-def _located(listing: Listing, index: DcpIndex, found: list[_Found]) -> Located:
-    regions: dict[str, list[tuple[Region, _Found]]] = {path: [] for path in listing.files}
+def _located(listing: Listing, index: DcpIndex, items: list[_OpenItem]) -> Located:
+    regions: dict[str, list[tuple[Region, _OpenItem]]] = {path: [] for path in listing.files}
     crcs: dict[str, list[Crc32]] = {path: [] for path in listing.files}
-    strange = {each.item.key for each in found if each.item.box is not None and _region(each) is None}
-    for each in found:
+    strange = {each.item.key for each in items if each.item.box is not None and _region(each) is None}
+    for each in items:
         region = None if each.item.box is None or each.item.key in strange else _region(each)
         if region is not None:
             regions[each.item.file].append((region, each))
@@ -244,18 +244,18 @@ def _located(listing: Listing, index: DcpIndex, found: list[_Found]) -> Located:
         for key, about in index.tensors.items()
         if key in pieces
     )
-    values = {key: nodes.get(key) for key in index.keys} | {f.item.key: f.root for f in found if f.item.box is None}
-    scalars = {nodes[f.item.key].index: f.value for f in found if f.value}
+    values = {key: nodes.get(key) for key in index.keys} | {f.item.key: f.root for f in items if f.item.box is None}
+    scalars = {nodes[f.item.key].index: f.value for f in items if f.value}
     root = as_torch_saves(nested(index, values))
     windows = tuple((nodes[key],) for key in pieces)
     path = f"{listing.folder}/{INDEX}" if listing.folder else INDEX
-    facts = Facts(path, root, index.limit + len(found), True, scalars, windows)
+    facts = Facts(path, root, index.limit + len(items), True, scalars, windows)
     count = len({item.file for item in index.items})
     made_by = f"torch.distributed.checkpoint, {count} file{'s' * (count > 1)}"
     return Located(tuple(files), tensors, facts=(facts,), framework=made_by)
 
 
-def _region(each: _Found) -> Region | None:
+def _region(each: _OpenItem) -> Region | None:
     """Where a chunk's numbers are; None if they are not one row-major run."""
     node = each.chunk()
     if node is None or each.archive is None or physical_shape(node.shape, node.stride) != node.shape:

@@ -81,8 +81,8 @@ def read_index(listing: Listing) -> DcpIndex:
             boxes[key, None] = None
             continue
         about = _fields(value, "TensorStorageMetadata")
-        tensors[key], found = _tensor(key, about)
-        boxes.update(((key, box.offset), box) for box in found)
+        tensors[key], tensor_boxes = _tensor(key, about)
+        boxes.update(((key, box.offset), box) for box in tensor_boxes)
     items = [_stored(pair, boxes, listing) for pair in _pairs(fields.get("storage_data"))]
     if boxes:
         key, offset = next(iter(boxes))

@@ -60,7 +60,7 @@ class Graph:
             for index, piece in enumerate(cuts)
             for name, node, offset in piece.windows
         }
-        found = SourceFile(
+        source_file = SourceFile(
             file.path, file.nbytes, file.mode, layout, tuple(piece.region for piece in cuts),
             tuple(views[name] for name in order), self.crcs, identity=file.identity,
         )  # fmt: skip
@@ -69,9 +69,9 @@ class Graph:
             for index, piece in enumerate(cuts)
         )
         windows = tuple(tuple(node for _, node, _ in piece.windows) for piece in cuts)
-        shared = frozenset(i for i, region in enumerate(found.regions) if region.lossless)
+        shared = frozenset(i for i, region in enumerate(source_file.regions) if region.lossless)
         facts = Facts(file.path, self.root, self.limit, self.ordered, dict(_scalars(source, cuts)), windows, shared)
-        return Located((found,), tensors, facts=(facts,))
+        return Located((source_file,), tensors, facts=(facts,))
 
 
 def storages(root: Any, limit: int) -> Iterator[StorageNode]:
@@ -117,20 +117,20 @@ def _cut_all(root: Any, spans: dict[str, Span], limit: int) -> tuple[list[NamedR
     """
     unique, order, count = Names(), [], 0
     windows: dict[str, list[tuple[str, TensorNode]]] = {}
-    known: dict[str, StorageNode] = {}
-    for place, node in walk(root, limit):
+    storages: dict[str, StorageNode] = {}
+    for path, node in walk(root, limit):
         if type(node) is TensorNode and node.index < 0:
             node.index, count = count, count + 1
         storage = node.storage if type(node) is TensorNode else node if type(node) is StorageNode else None
         if storage is None or storage.key not in spans:
             continue
-        known.setdefault(storage.key, storage)
+        storages.setdefault(storage.key, storage)
         if type(node) is TensorNode:
-            order.append(unique.unique(str(place)))
+            order.append(unique.unique(str(path)))
             windows.setdefault(storage.key, []).append((order[-1], node))
     cuts: list[NamedRegion] = []
     for key, span in spans.items():
-        storage = known.get(key) or StorageNode(key, _BYTES, "cpu", span.nbytes, untyped=True)
+        storage = storages.get(key) or StorageNode(key, _BYTES, "cpu", span.nbytes, untyped=True)
         seen = windows.get(key, [])
         cuts += cut(storage, span.offset, span.nbytes, seen, "" if seen else unique.unique(f"storage:{key}"[:200]))
     cuts.sort(key=lambda c: (c.region.offset, c.region.nbytes))

@@ -52,28 +52,28 @@ class FileImports:
 @collector_paused()
 def file_imports(listing: Listing) -> Iterator[FileImports]:
     """For every file that holds a pickle, by path; nothing is run. Raises OSError."""
-    found: dict[str, FileImports] = {}
+    by_path: dict[str, FileImports] = {}
     for layout, part in claimed(listing):
         for path, file in part.files.items():
             # A shard of DCP is a row of items; it begins as one of them does.
             if layout is not dcp or not path.endswith(dcp.SHARD):
-                _add(found, _of_file(file))
+                _add(by_path, _of_file(file))
         if layout is dcp:
-            _add_shards(found, part)
-    for path in sorted(found):
-        yield _bounded(found[path])
+            _add_shards(by_path, part)
+    for path in sorted(by_path):
+        yield _bounded(by_path[path])
 
 
-def _add(found: dict[str, FileImports], more: FileImports | None) -> None:
+def _add(by_path: dict[str, FileImports], more: FileImports | None) -> None:
     if more is not None:
-        found[more.path] = more | found.get(more.path)
+        by_path[more.path] = more | by_path.get(more.path)
 
 
-def _bounded(found: FileImports) -> FileImports:
-    if len(found.names) <= _MAX_NAMES:
-        return found
-    first = frozenset(sorted(found.names)[:_MAX_NAMES])
-    return replace(found, names=first, unread=f"names {len(found.names)} globals; no checkpoint does")
+def _bounded(imported: FileImports) -> FileImports:
+    if len(imported.names) <= _MAX_NAMES:
+        return imported
+    first = frozenset(sorted(imported.names)[:_MAX_NAMES])
+    return replace(imported, names=first, unread=f"names {len(imported.names)} globals; no checkpoint does")
 
 
 def _of_file(file: ListedFile) -> FileImports | None:
@@ -86,18 +86,18 @@ def _of_file(file: ListedFile) -> FileImports | None:
         return FileImports(file.path, unread=str(error))
 
 
-def _add_shards(found: dict[str, FileImports], part: Listing) -> None:
+def _add_shards(by_path: dict[str, FileImports], part: Listing) -> None:
     """What lies in the shards that `.metadata` speaks of."""
     try:
         items = read_index(part).items
     except (LayoutError, FormatError) as error:
         for path in part.files:
-            _add(found, FileImports(path, unread=f"where its items lie cannot be told: {error}"))
+            _add(by_path, FileImports(path, unread=f"where its items lie cannot be told: {error}"))
         return
     for path, inside in groupby(items, attrgetter("file")):
         with part.files[path].open() as source:
             for item in inside:
-                _add(found, _of_item(item, source))
+                _add(by_path, _of_item(item, source))
 
 
 def _of_item(item: DcpItem, source: ByteSource) -> FileImports | None:
@@ -120,22 +120,22 @@ def _of_bytes(source: ByteSource, path: str, *, sure: bool = True, old: bool = F
     """
     if is_zip(source.read(0, min(4, source.size))):
         return _of_zip(source, path)
-    found = _of_stream(source, path, sure=sure)
-    if found is None and old:
+    imported = _of_stream(source, path, sure=sure)
+    if imported is None and old:
         return FileImports(path, unread="a torch file from before torch 1.6, which cannot be read as a whole")
-    return found
+    return imported
 
 
 def _of_zip(source: ByteSource, path: str) -> FileImports | None:
     """torch.load reads `data.pkl`, whatever its case, and runs the program in a TorchScript or torch.export archive."""
-    found = None
+    imported = None
     for entry in read_entries(source):
         if any(mark in f"/{entry.name}".lower() for mark in _PROGRAMS):
-            found = FileImports(path, unread="it holds a program (torch.jit or torch.export)") | found
+            imported = FileImports(path, unread="it holds a program (torch.jit or torch.export)") | imported
         elif entry.name.lower().endswith(".pkl"):
             read = imports(read_checked(source, entry, MAX_PICKLE_BYTES))
-            found = FileImports(path, read.names, read.unread) | found
-    return found
+            imported = FileImports(path, read.names, read.unread) | imported
+    return imported
 
 
 def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | None:
@@ -150,12 +150,12 @@ def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | No
     begins = sure and _begins(data, 0)
     if not (begins or (read.names and (read.called or not read.unread))):
         return None
-    found = FileImports(path, read.names, _why(read, len(data) < source.size))
+    imported = FileImports(path, read.names, _why(read, len(data) < source.size))
     while read.unread is None and _begins(data, read.stop):
         read = imports(data, read.stop)
         if read.called or read.cut_off or not read.unread:  # else it is what storages begin with there, their size
-            found |= FileImports(path, read.names, _why(read, len(data) < source.size))
-    return found
+            imported |= FileImports(path, read.names, _why(read, len(data) < source.size))
+    return imported
 
 
 def _begins(data: bytes, start: int) -> bool:

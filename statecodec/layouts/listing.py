@@ -213,12 +213,12 @@ def _list_directory(root: Path) -> Listing:
     if not files:
         raise UnknownLayout("the directory holds no file")
     first: dict[tuple[int, int], str] = {}
-    own: dict[str, ListedFile] = {}
+    by_path: dict[str, ListedFile] = {}
     same_as: dict[str, str] = {}
     for file in sorted(files, key=lambda f: f.path):
         original = first.setdefault((file.identity.device, file.identity.inode), file.path)
         if original == file.path:
-            own[file.path] = file
+            by_path[file.path] = file
         else:
             same_as[file.path] = original
-    return Listing(own, True, tuple(sorted(folders, key=lambda f: f.path)), same_as)
+    return Listing(by_path, True, tuple(sorted(folders, key=lambda f: f.path)), same_as)

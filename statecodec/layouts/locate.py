@@ -72,18 +72,18 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     Raises:
         LayoutError: As for `locate`.
     """
-    found = [_located(layout, part) for layout, part in claimed(listing)]
-    tensors, moments, momenta = named(found)
-    tensors.sort(key=_place)
-    files = {file.path: file for located in found for file in located.files}
+    parts = [_located(layout, part) for layout, part in claimed(listing)]
+    tensors, moments, momenta = named(parts)
+    tensors.sort(key=_position)
+    files = {file.path: file for located in parts for file in located.files}
     files.update(_links(listing, files))
     return Source(
         root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        tuple(momenta), listing.folders, frameworks(found, tensors, listing),
+        tuple(momenta), listing.folders, frameworks(parts, tensors, listing),
     )  # fmt: skip
 
 
-def _place(tensor: LogicalTensor) -> tuple[str, int]:
+def _position(tensor: LogicalTensor) -> tuple[str, int]:
     return tensor.pieces[0].file, tensor.pieces[0].region
 
 

@@ -68,9 +68,9 @@ def _optimizer(root: Any, limit: int, path: str) -> Any:
         tensors = [buffer.get(key) for key in _KEYS]
         if not _beside_each_other(tensors, buffer.get("numel_unpadded")):
             raise MalformedCheckpoint(f"{path}: param, exp_avg and exp_avg_sq are not flat buffers of one size")
-        own = DictNode()
-        own.items = list(zip(_KEYS.values(), tensors, strict=True))
-        state.items.append((len(state.items), own))
+        moments = DictNode()
+        moments.items = list(zip(_KEYS.values(), tensors, strict=True))
+        state.items.append((len(state.items), moments))
     if not state.items:
         return root
     optimizer = DictNode()
@@ -95,6 +95,6 @@ def _buffers(root: Any, limit: int) -> Iterator[DictNode]:
             yield node
             continue
         for bucket in zip(*lists, strict=True):
-            one = DictNode()
-            one.items = list(zip(_KEYS, bucket, strict=True))
-            yield one
+            of_bucket = DictNode()
+            of_bucket.items = list(zip(_KEYS, bucket, strict=True))
+            yield of_bucket

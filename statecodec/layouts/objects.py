@@ -90,7 +90,7 @@ class _Builder:
 
     def __init__(self, tensor: TensorSource) -> None:
         self.tensor = tensor
-        self.made: dict[int, Any] = {}
+        self.built: dict[int, Any] = {}
 
     def build(self, root: Any) -> Any:
         pending = [(root, False)]
@@ -100,7 +100,7 @@ class _Builder:
                 continue
             if children_made:
                 self.fill(node)
-            elif id(node) not in self.made:
+            elif id(node) not in self.built:
                 self.start(node)
                 pending.append((node, True))
                 for key, child in children(node):
@@ -112,82 +112,82 @@ class _Builder:
     def value(self, node: Any) -> Any:
         kind = type(node)
         if kind in _COMPOUND:
-            return self.made[id(node)]
+            return self.built[id(node)]
         return _OF_TORCH[kind](node) if kind in _OF_TORCH else node
 
     def start(self, node: Any) -> None:
         """Make what can exist before its contents do."""
-        made: Any = None
+        value: Any = None
         if type(node) is list:
-            made = []
+            value = []
         elif type(node) is DictNode:
-            made = _empty_dict(node)
+            value = _empty_dict(node)
         elif type(node) is SetNode and not node.frozen:
-            made = set()
+            value = set()
         elif type(node) is Global:
-            made = OpaqueObject(node.module, node.name)
+            value = OpaqueObject(node.module, node.name)
         elif type(node) is TensorNode:
-            made = self.make_tensor(node)
+            value = self.make_tensor(node)
         elif type(node) is StorageNode:
-            made = self.tensor(node.key, node.dtype, (node.numel or 0,), (1,), 0)
-            made = made.untyped_storage() if node.untyped else made
+            value = self.tensor(node.key, node.dtype, (node.numel or 0,), (1,), 0)
+            value = value.untyped_storage() if node.untyped else value
         elif type(node) is Opaque and node.name != "_rebuild_sparse_tensor":
-            made = plain(node)
-            made = OpaqueObject(node.module, node.name) if made is None else made
-        if made is not None:
-            self.made[id(node)] = made
+            value = plain(node)
+            value = OpaqueObject(node.module, node.name) if value is None else value
+        if value is not None:
+            self.built[id(node)] = value
 
     def make_tensor(self, node: TensorNode) -> Tensor:
-        made = self.tensor(node.storage.key, node.dtype, node.shape, node.stride, node.offset)
-        if "conj" in node.bits and made.is_complex():
-            made = made.conj()
+        tensor = self.tensor(node.storage.key, node.dtype, node.shape, node.stride, node.offset)
+        if "conj" in node.bits and tensor.is_complex():
+            tensor = tensor.conj()
         if "neg" in node.bits:
-            made = torch._neg_view(made)
-        grad = node.requires_grad and (made.is_floating_point() or made.is_complex())
+            tensor = torch._neg_view(tensor)
+        grad = node.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
         if node.is_parameter:
-            return torch.nn.Parameter(made, requires_grad=grad)
-        return made.requires_grad_() if grad else made
+            return torch.nn.Parameter(tensor, requires_grad=grad)
+        return tensor.requires_grad_() if grad else tensor
 
     def fill(self, node: Any) -> None:
         """Put contents into what `start` made, and make what could not exist without its contents."""
-        made: Any = self.made.get(id(node))
-        if type(node) is tuple and made is None:
-            self.made[id(node)] = tuple(map(self.value, node))
+        value: Any = self.built.get(id(node))
+        if type(node) is tuple and value is None:
+            self.built[id(node)] = tuple(map(self.value, node))
         elif type(node) is list:
-            made[:] = map(self.value, node)
+            value[:] = map(self.value, node)
         elif type(node) is SetNode:
             items = self.hashable(list(map(self.value, node.items)))
             if node.frozen:
-                self.made.setdefault(id(node), frozenset(items))
+                self.built.setdefault(id(node), frozenset(items))
             else:
-                made.update(items)
+                value.update(items)
         elif type(node) is DictNode:
             keys = self.hashable([self.value(k) for k, _ in node.items])
             # Counter.update would add; dict.update on an OrderedDict would bypass its order.
-            update = OrderedDict.update if type(made) is OrderedDict else dict.update
-            update(made, zip(keys, (self.value(v) for _, v in node.items), strict=True))
-            self.attributes(node, made)
+            update = OrderedDict.update if type(value) is OrderedDict else dict.update
+            update(value, zip(keys, (self.value(v) for _, v in node.items), strict=True))
+            self.attributes(node, value)
         elif type(node) is TensorNode:
-            self.attributes(node, made)
+            self.attributes(node, value)
         elif type(node) is Opaque:
-            self.fill_opaque(node, made)
+            self.fill_opaque(node, value)
 
-    def fill_opaque(self, node: Opaque, made: Any) -> None:
+    def fill_opaque(self, node: Opaque, value: Any) -> None:
         args = self.value(node.args) if node.args else ()
-        if made is None:
-            made = self.made[id(node)] = sparse(node, args) if node.module == "torch._utils" else None
-            if made is None:
-                made = self.made[id(node)] = OpaqueObject(node.module, node.name)
-        if type(made) is OpaqueObject:
-            made.args, made.state = args, self.value(node.state)
-            made.kwargs = {} if node.kwargs is None else self.value(node.kwargs)
-            made.elements = list(map(self.value, node.elements))
-            made.items = [(self.value(k), self.value(v)) for k, v in node.items]
+        if value is None:
+            value = self.built[id(node)] = sparse(node, args) if node.module == "torch._utils" else None
+            if value is None:
+                value = self.built[id(node)] = OpaqueObject(node.module, node.name)
+        if type(value) is OpaqueObject:
+            value.args, value.state = args, self.value(node.state)
+            value.kwargs = {} if node.kwargs is None else self.value(node.kwargs)
+            value.elements = list(map(self.value, node.elements))
+            value.items = [(self.value(k), self.value(v)) for k, v in node.items]
 
-    def attributes(self, node: DictNode | TensorNode, made: Any) -> None:
+    def attributes(self, node: DictNode | TensorNode, value: Any) -> None:
         """Set attributes such as `_metadata` of a state_dict in the instance's own dict: no descriptor ever runs."""
-        if type(node.state) is DictNode and hasattr(made, "__dict__"):
-            made.__dict__.update({k: self.value(v) for k, v in node.state.items if type(k) is str})
+        if type(node.state) is DictNode and hasattr(value, "__dict__"):
+            value.__dict__.update({k: self.value(v) for k, v in node.state.items if type(k) is str})
 
     def hashable(self, keys: list[Any]) -> list[Any]:
         """The keys, if they can be keys; refuses sets of them that were made to collide."""

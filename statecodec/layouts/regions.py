@@ -73,9 +73,9 @@ def cut(
             NamedRegion(stored_region(offset, 0, first.dtype, first.shape), first_name, [(n, t, 0) for n, t in empty])
         ]
     if not solid:
-        found = windows[0][0] if windows else name
+        region_name = windows[0][0] if windows else name
         whole = stored_region(offset, nbytes, *_flat(storage.dtype, nbytes), lossless=True)
-        return [NamedRegion(whole, found, [(n, t, 0) for n, t in empty])]
+        return [NamedRegion(whole, region_name, [(n, t, 0) for n, t in empty])]
     cuts = [_cut(cluster, offset) for cluster in _clusters(solid, nbytes)]
     cuts[0].windows += [(n, t, 0) for n, t in empty]
     return cuts

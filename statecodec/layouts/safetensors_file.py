@@ -101,10 +101,10 @@ def read_tensors(source: ByteSource) -> tuple[DictNode, dict[str, Span]]:
     """The file as a dict of tensor nodes, in file order, and where each lies. Raises MalformedCheckpoint."""
     header, start = read_header(source)
     buffer = source.size - start
-    found = [(*_tensor(name, entry, buffer), name) for name, entry in header.items()]
-    found.sort(key=lambda t: (t[1], t[2]))
+    entries = [(*_tensor(name, entry, buffer), name) for name, entry in header.items()]
+    entries.sort(key=lambda t: (t[1], t[2]))
     root, spans, at = DictNode(), {}, 0
-    for node, begin, end, name in found:
+    for node, begin, end, name in entries:
         if begin != at:
             problem = "overlaps the tensor before it" if begin < at else f"leaves {begin - at} bytes unused before it"
             raise MalformedCheckpoint(f"safetensors entry {name!r:.80} {problem}")

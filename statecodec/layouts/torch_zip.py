@@ -104,14 +104,14 @@ def open_archive(source: ByteSource, path: str) -> Archive:
     entries = {entry.name: entry for entry in read_entries(source)}
     prefixes = {entry_name.partition("/")[0] for entry_name in entries}
     prefix = next(iter(prefixes)) + "/" if len(prefixes) == 1 else ""
-    for marker, what in (
+    for marker, kind in (
         ("constants.pkl", "a TorchScript archive (torch.jit.save)"),
         ("code/", "a TorchScript archive (torch.jit.save)"),
         ("archive_format", "a torch.export archive"),
     ):
         if any(entry_name.startswith(prefix + marker) for entry_name in entries):
             raise UnknownLayout(
-                f"{path} is {what}, which holds a program, not a checkpoint; save its state_dict() instead"
+                f"{path} is {kind}, which holds a program, not a checkpoint; save its state_dict() instead"
             )
     pickle = entries.get(prefix + "data.pkl") if prefix else None
     if pickle is None:

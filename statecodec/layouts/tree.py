@@ -63,15 +63,15 @@ def tree(source: str | os.PathLike[str] | Listing, read: Read | None = None) -> 
         if layout is opaque and only is not None and not listing.is_directory:
             raise opaque.refusal(only)
         try:
-            found = layout.tree(part, payload)
+            value = layout.tree(part, payload)
         except LayoutError:
             if not listing.is_directory or isinstance(source, Listing):
                 raise
             content.update({path: opaque.tree(part.of((path,)), payload) for path in part.files})
             continue
         if only is None and len(part.files) == len(listing.files):
-            return found
-        content[part.folder or "." if only is None else only.path] = found
+            return value
+        content[part.folder or "." if only is None else only.path] = value
     if not listing.is_directory:
         return next(iter(content.values()))
     for path, original in (listing.same_as or {}).items():

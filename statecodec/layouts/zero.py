@@ -57,10 +57,10 @@ def locate(listing: Listing) -> Located:
         return _together([torch_zip.locate(listing.of((path,))) for path in listing.files])
     names = Names()
     several = len(indices) > 1
-    found = [_located(listing, index, f"mp_rank_{i:02d}." if several else "", names) for i, index in indices.items()]
+    parts = [_located(listing, index, f"mp_rank_{i:02d}." if several else "", names) for i, index in indices.items()]
     first = next(iter(indices.values()))
     ranks = f"{first.ranks} x {len(indices)} ranks" if several else f"{first.ranks} rank{'s' * (first.ranks > 1)}"
-    return replace(_together(found), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
+    return replace(_together(parts), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
 
 
 def tree(listing: Listing, read: Read) -> Any:
@@ -72,29 +72,29 @@ def _indices(listing: Listing) -> dict[int, ZeroIndex]:
     """What each model-parallel rank's files say, by that rank."""
     kinds: tuple[dict[int, dict[int, ListedFile]], ...] = (defaultdict(dict), defaultdict(dict))
     for path, file in listing.files.items():
-        for found, pattern in zip(kinds, (_MODEL, _STATES), strict=True):
+        for kind, pattern in zip(kinds, (_MODEL, _STATES), strict=True):
             match = pattern.fullmatch(path.rpartition("/")[2])
             if match is None:
                 continue
-            own, rank = found[int(match[2])], int(match[1] or 0)
-            if rank in own:
-                raise MalformedCheckpoint(f"{path} and {own[rank].path} are the same rank's: of two checkpoints?")
-            own[rank] = file
+            by_rank, rank = kind[int(match[2])], int(match[1] or 0)
+            if rank in by_rank:
+                raise MalformedCheckpoint(f"{path} and {by_rank[rank].path} are the same rank's: of two checkpoints?")
+            by_rank[rank] = file
     models, states = kinds
     folder = listing.folder or "the folder"
     return {rank: read_index(models[rank], states[rank], folder) for rank in sorted({*models, *states})}
 
 
-def _together(found: Sequence[Located]) -> Located:
+def _together(parts: Sequence[Located]) -> Located:
     """Tensors that facts speak of come first, in the order of the facts."""
-    described = [sum(len(facts.windows) for facts in f.facts) for f in found]
+    described = [sum(len(facts.windows) for facts in f.facts) for f in parts]
     return Located(
-        tuple(chain.from_iterable(f.files for f in found)),
+        tuple(chain.from_iterable(f.files for f in parts)),
         (
-            *chain.from_iterable(f.tensors[:n] for f, n in zip(found, described, strict=True)),
-            *chain.from_iterable(f.tensors[n:] for f, n in zip(found, described, strict=True)),
+            *chain.from_iterable(f.tensors[:n] for f, n in zip(parts, described, strict=True)),
+            *chain.from_iterable(f.tensors[n:] for f, n in zip(parts, described, strict=True)),
         ),
-        facts=tuple(chain.from_iterable(f.facts for f in found)),
+        facts=tuple(chain.from_iterable(f.facts for f in parts)),
     )
 
 
@@ -142,16 +142,18 @@ class _Placed:
     def add(self, shard: ZeroFile, prefix: str) -> None:
         """Cut one file. Raises MalformedCheckpoint where parts and other tensors overlap."""
         with shard.file.open() as source:
-            found = torch_zip.graph_of(shard.archive, shard.root, shard.added).located(name, shard.file, source, prefix)
-        (facts,) = found.facts
-        self.files += found.files
-        for number, (tensor, nodes) in enumerate(zip(found.tensors, facts.windows, strict=True)):
-            own = [node for node in nodes if id(node) in self._parts]
-            if own and (number in facts.shared or len(own) > 1):
+            located = torch_zip.graph_of(shard.archive, shard.root, shard.added).located(
+                name, shard.file, source, prefix
+            )
+        (facts,) = located.facts
+        self.files += located.files
+        for number, (tensor, nodes) in enumerate(zip(located.tensors, facts.windows, strict=True)):
+            cut = [node for node in nodes if id(node) in self._parts]
+            if cut and (number in facts.shared or len(cut) > 1):
                 raise MalformedCheckpoint(f"{shard.path}: other tensors overlap {tensor.name!r:.80}")
-            self._places.update((id(node), number) for node in own)
+            self._places.update((id(node), number) for node in cut)
             self.scalars.update((id(n), facts.scalars[n.index]) for n in nodes if n.index in facts.scalars)
-            if not own:
+            if not cut:
                 is_step = any(id(node) in self._steps for node in nodes)
                 self.others.append(replace(tensor, role="step") if is_step else tensor)
 
@@ -175,27 +177,27 @@ class _Placed:
 class _Numbering:
     """Gives the tensors of one element that settings refer to numbers behind those of the tensors."""
 
-    known: dict[int, bytes]
+    scalars: dict[int, bytes]
     count: int
-    found: dict[int, bytes]
+    numbered: dict[int, bytes]
 
     def __call__(self, value: Any) -> Any:
-        if type(value) is not TensorNode or id(value) not in self.known:
+        if type(value) is not TensorNode or id(value) not in self.scalars:
             return value
         node = TensorNode(value.storage, value.dtype, value.shape, value.stride, value.offset)
         node.index, self.count = self.count, self.count + 1
-        self.found[node.index] = self.known[id(value)]
+        self.numbered[node.index] = self.scalars[id(value)]
         return node
 
 
 def _object(index: ZeroIndex, model: DictNode, states: dict[str, DictNode], number: _Numbering) -> DictNode:
     groups = []
     for names, settings, step in index.settings:
-        own = _dict(params=names)
-        own.items += [
+        group = _dict(params=names)
+        group.items += [
             (k, number(v)) for k, v in (settings.items if settings else ()) if k not in ("params", "param_names")
         ]
-        groups.append(own)
+        groups.append(group)
         counter = [] if step is None else [("step", number(step))]
         for each in states.keys() & set(names):
             states[each].items += counter

@@ -86,16 +86,16 @@ def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, Listed
 
 def _groups(described: Sequence[ZeroFile]) -> list[list[Param]]:
     """Names and shapes of the parameters of each group, the same in every file."""
-    found: list[list[Param]] | None = None
+    agreed: list[list[Param]] | None = None
     for shard in described:
         shapes = shard.root.get("param_shapes")
         if type(shapes) is not list:
             raise UnknownForm
         groups = [read_params(group, f"{shard.path}, param_shapes") for group in shapes]
-        if found is not None and found != groups:
+        if agreed is not None and agreed != groups:
             raise MalformedCheckpoint(f"{shard.path}: param_shapes are not those of {described[0].path}")
-        found = groups
-    return found or []
+        agreed = groups
+    return agreed or []
 
 
 def _count(partition: Partition) -> int:
@@ -153,19 +153,19 @@ def _cut_group(
             index.parts[kind, fragment.param.name].append(part)
 
 
-def _check_size(node: TensorNode, plan: PartitionedGroup | PartitionedParams, rank: int, what: str) -> None:
+def _check_size(node: TensorNode, plan: PartitionedGroup | PartitionedParams, rank: int, where: str) -> None:
     if node.stride != (1,) or node.shape[0] not in plan.sizes(rank):
         raise MalformedCheckpoint(
-            f"{what} has the shape {list(node.shape)[:8]}; {plan.sizes(rank)[1]} elements, with padding, were expected"
+            f"{where} has the shape {list(node.shape)[:8]}; {plan.sizes(rank)[1]} elements, with padding, were expected"
         )
 
 
 def _check_mapping(partition: Partition, number: int, fragments: Sequence[Fragment]) -> None:
     """Hold fragments against the file's own list of them, if it has one."""
     stated = partition.mapping(number)
-    found = {f.param.name: (f.at, f.run.stop - f.run.start) for f in fragments}
-    if stated is not None and stated != found:
-        wrong = next(name for name in (*found, *stated) if found.get(name) != stated.get(name))
+    computed = {f.param.name: (f.at, f.run.stop - f.run.start) for f in fragments}
+    if stated is not None and stated != computed:
+        wrong = next(name for name in (*computed, *stated) if computed.get(name) != stated.get(name))
         raise MalformedCheckpoint(
             f"{partition.path}: param_slice_mappings and param_shapes do not agree where {shown(wrong)!r:.80} lies"
         )
@@ -179,12 +179,12 @@ def _cut_weights(index: ZeroIndex, shard: ZeroFile) -> None:
     buffers = shard.root.get("buffer_names")
     if type(buffers) is not list:
         raise UnknownForm
-    known = {*index.params, *(name for name in buffers if type(name) is str)}
+    listed = {*index.params, *(name for name in buffers if type(name) is str)}
     named = [(k, v) for k, v in module.items if type(k) is str and type(v) is TensorNode]
     tied: dict[tuple[Any, ...], Param] = {}
     # Stage 1 does not list the frozen ones; of several names of one weight the one that has a master counts.
-    for name, node in sorted(named, key=lambda pair: pair[0] not in known):
-        if name not in known:
+    for name, node in sorted(named, key=lambda pair: pair[0] not in listed):
+        if name not in listed:
             index.params[name] = Param(name, node.shape, math.prod(node.shape))
         param = index.params.get(name)
         if param is not None and node.shape != param.shape:
@@ -213,8 +213,8 @@ def _cut_frozen(index: ZeroIndex, described: Sequence[ZeroFile], frozen: Sequenc
         for rank, shard in enumerate(described):
             held = shard.root.get(kind)
             node = held.get(param.name) if type(held) is DictNode else None
-            what = f"{shard.path}: its part of {shown(param.name)!r:.80}"
+            where = f"{shard.path}: its part of {shown(param.name)!r:.80}"
             if type(node) is not TensorNode:
-                raise MalformedCheckpoint(f"{what} is missing")
-            _check_size(node, plan, rank, what)
+                raise MalformedCheckpoint(f"{where} is missing")
+            _check_size(node, plan, rank, where)
             index.parts[kind, param.name] += shard.cut(held, param.name, node, list(plan.fragments(rank)))

@@ -103,12 +103,12 @@ class PartitionedParams:
 
 def read_params(node: Any, where: str) -> list[Param]:
     """The parameters of one dict of names and shapes, in order. Raises MalformedCheckpoint."""
-    found = []
+    params = []
     for name, shape in node.items if type(node) is DictNode else ():
         sizes = tuple(shape) if isinstance(shape, tuple) else None
         if type(name) is not str or sizes is None or len(sizes) > _MAX_RANK:
             raise MalformedCheckpoint(f"{where}: names and shapes were expected where {name!r:.40} stands")
         if not all(type(n) is int and 0 <= n < 1 << 48 for n in sizes):
             raise MalformedCheckpoint(f"{where}: the shape of {shown(name)!r:.80} is no shape")
-        found.append(Param(name, sizes, math.prod(sizes)))
-    return found
+        params.append(Param(name, sizes, math.prod(sizes)))
+    return params

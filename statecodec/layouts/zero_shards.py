@@ -114,12 +114,12 @@ class Partition:
         stated = self.mappings[group] if type(self.mappings) is list and group < len(self.mappings) else None
         if type(stated) is not DictNode:
             return None
-        found = {}
+        addresses = {}
         for name, address in stated.items:
             about = address.state if type(address) is Opaque else None
             if type(name) is str and type(about) is DictNode:
-                found[name] = about.get("start"), about.get("numel")
-        return found
+                addresses[name] = about.get("start"), about.get("numel")
+        return addresses
 
 
 def _masters(about: DictNode) -> tuple[int, list[Any]]:

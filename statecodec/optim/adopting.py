@@ -43,8 +43,8 @@ def fresh(recipe: Recipe, p: Tensor, group: Group) -> dict[str, Any]:
 
 def counters(p: Tensor, step: float = 0, skipped: float = 0) -> dict[str, Tensor]:
     """`step` and `skipped`, beside the parameter. fp32 counts to 2**24, whatever torch's default dtype is."""
-    made = {"step": step, "skipped": skipped}
-    return {k: torch.full((), n, dtype=torch.float32, device=p.device) for k, n in made.items()}
+    numbers = {"step": step, "skipped": skipped}
+    return {k: torch.full((), n, dtype=torch.float32, device=p.device) for k, n in numbers.items()}
 
 
 def low_part(recipe: Recipe, p: Tensor) -> dict[str, EncodedTensor]:
@@ -70,22 +70,24 @@ def adopt(
     name = recipe.label
     values = dict(values)
     low_bits = values.pop(FLASH_LOW_BITS, None)
-    found = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, LOW)}
-    for k in values.keys() - found.keys() - set(COUNTERS):
+    encoded = {k: _encoded(v, name, k, p) for k, v in values.items() if k in (*MOMENTS, LOW)}
+    for k in values.keys() - encoded.keys() - set(COUNTERS):
         log.add(name, str(k), "dropped", "amsgrad" if k == "max_exp_avg_sq" else type(values[k]).__name__)
-    if "step" not in values and found.keys() - {LOW, "momentum_buffer"}:
+    if "step" not in values and encoded.keys() - {LOW, "momentum_buffer"}:
         log.add(name, "step", "reset", "nothing", "1")
     # torch.optim.SGD counts no steps; a buffer that exists has seen one.
-    step = _count(values.get("step", 1 if found else 0), name, "step")
+    step = _count(values.get("step", 1 if encoded else 0), name, "step")
     counted = counters(p, step, _count(values.get("skipped", 0), name, "skipped"))
-    low = _low(recipe, p, found.pop(LOW, None), log) if low_bits is None else _low_bits(recipe, p, low_bits, saved, log)
-    for k in found.keys() - recipe.specs.keys():
-        log.add(name, k, "dropped", format_codec(found[k].codec))
-    if all(k in found and fits(found[k], s) for k, s in recipe.specs.items()):
-        return {**counted, **low, **{k: _copy(found[k], s, p) for k, s in recipe.specs.items()}}
-    moments = _through_dense(recipe, found, p, int(step), group, saved, log)
+    low = (
+        _low(recipe, p, encoded.pop(LOW, None), log) if low_bits is None else _low_bits(recipe, p, low_bits, saved, log)
+    )
+    for k in encoded.keys() - recipe.specs.keys():
+        log.add(name, k, "dropped", format_codec(encoded[k].codec))
+    if all(k in encoded and fits(encoded[k], s) for k, s in recipe.specs.items()):
+        return {**counted, **low, **{k: _copy(encoded[k], s, p) for k, s in recipe.specs.items()}}
+    moments = _through_dense(recipe, encoded, p, int(step), group, saved, log)
     if moments is None:
-        source = ", ".join(found) or "nothing"
+        source = ", ".join(encoded) or "nothing"
         for k, s in recipe.specs.items():
             log.add(name, k, "reset", source, format_codec(s.codec))
         return {**counted, "step": counters(p)["step"], **low, **recipe.method.init(p, recipe, group)}
@@ -126,22 +128,22 @@ def recast(p: Tensor, split: Split, low: EncodedTensor, recipe: Recipe) -> dict[
         The new low part, if there is one; None if the parameter has changed by more than a cast, so that the low part
         says nothing about it.
     """
-    own = sharding.local(p)
-    high = own.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()
-    old = sharding.local(low.parts["data"]).to(own.device)
-    if not torch.equal(high.to(p.dtype), own) or old.shape != own.shape:
+    shard = sharding.local(p)
+    high = shard.detach().to(split.parts((1,), FLOAT32)["high"].dtype.torch).contiguous()
+    old = sharding.local(low.parts["data"]).to(shard.device)
+    if not torch.equal(high.to(p.dtype), shard) or old.shape != shard.shape:
         return None
-    backend = kernels.resolve(None, own.device)
-    exact = torch.empty(own.shape, dtype=torch.float32, device=own.device)
+    backend = kernels.resolve(None, shard.device)
+    exact = torch.empty(shard.shape, dtype=torch.float32, device=shard.device)
     split.decode_into({"high": high, "low": old}, exact, backend)
-    made = low_part(recipe, p)
+    new_low = low_part(recipe, p)
     if recipe.split is None:
-        own.copy_(exact)
+        shard.copy_(exact)
     else:
-        high = torch.empty(own.shape, dtype=p.dtype, device=own.device)
-        recipe.split.encode_into(exact, {"high": high, "low": sharding.local(made[LOW].parts["data"])}, backend)
-        own.copy_(high)
-    return made
+        high = torch.empty(shard.shape, dtype=p.dtype, device=shard.device)
+        recipe.split.encode_into(exact, {"high": high, "low": sharding.local(new_low[LOW].parts["data"])}, backend)
+        shard.copy_(high)
+    return new_low
 
 
 def _count(value: object, name: str | int, key: str) -> float:
@@ -185,50 +187,50 @@ def _copy(encoded: EncodedTensor, spec: StateSpec, p: Tensor) -> EncodedTensor:
 
 def _low(recipe: Recipe, p: Tensor, saved: EncodedTensor | None, log: ChangeLog) -> dict[str, EncodedTensor]:
     """The low part of the master weight; widths convert, 16 to 8 bits by rounding."""
-    name, made = recipe.label, low_part(recipe, p)
-    if not made:
+    name, part = recipe.label, low_part(recipe, p)
+    if not part:
         if saved is not None:
             log.add(name, LOW, "dropped", str(saved.dtype))
-        return made
-    ours = sharding.local(made[LOW].parts["data"])
+        return part
+    ours = sharding.local(part[LOW].parts["data"])
     if saved is None:
         log.add(name, LOW, "reset", "nothing", str(ours.dtype))
-        return made
+        return part
     low = sharding.decode(saved, p).view(ours.shape).to(ours.device)
     if low.dtype == ours.dtype:
         ours.copy_(low)
-        return made
+        return part
     widening = ours.dtype == torch.int16
     wide = low.to(torch.int32)
     ours.copy_(wide << 8 if widening else ((wide + 128) >> 8).clamp(-128, 127))
     error = 0.0 if widening else relative_error(ours.to(torch.int32) << 8, wide)
     log.add(name, LOW, "encoded", str(low.dtype), str(ours.dtype), error)
-    return made
+    return part
 
 
 def _low_bits(
     recipe: Recipe, p: Tensor, saved: object, group: Mapping[str, Any], log: ChangeLog
 ) -> dict[str, EncodedTensor]:
     """The low part of the master weight from FlashOptim's."""
-    name, made = recipe.label, low_part(recipe, p)
+    name, part = recipe.label, low_part(recipe, p)
     if not isinstance(saved, Tensor) or not has_data(saved):
         raise OptimizerError(f"{name}: {FLASH_LOW_BITS} is a tensor with data, found {type(saved).__name__}")
     if recipe.split is None:
         log.add(name, LOW, "dropped", FLASH_LOW_BITS)
-        return made
-    ours = sharding.local(made[LOW].parts["data"])
+        return part
+    ours = sharding.local(part[LOW].parts["data"])
     ours.copy_(flashoptim.low_part(saved.to(p.device), p, recipe.split, group).view(ours.shape))
     log.add(name, LOW, "converted", FLASH_LOW_BITS, str(ours.dtype))
-    return made
+    return part
 
 
 def _through_dense(
-    recipe: Recipe, found: Mapping[str, EncodedTensor], p: Tensor, step: int, group: Group, saved: Mapping[str, Any],
+    recipe: Recipe, encoded: Mapping[str, EncodedTensor], p: Tensor, step: int, group: Group, saved: Mapping[str, Any],
     log: ChangeLog,
 ) -> dict[str, EncodedTensor] | None:  # fmt: skip
     """The method's states, encoded from dense ones; None if what is there does not suffice (then all start again)."""
     name = recipe.label
-    dense, kinds = every_moment(decode_moments(found, p, step, saved), saved, group)
+    dense, kinds = every_moment(decode_moments(encoded, p, step, saved), saved, group)
     if not dense.keys() >= recipe.specs.keys():
         return None
     moments, decoded = {}, {}
@@ -237,7 +239,7 @@ def _through_dense(
         x = (dense[k] / gain).to(device=sharding.local(p).device, dtype=spec.dtype)
         moments[k] = sharding.encode(spec.codec, x, spec.shape, p)
         decoded[k] = sharding.decode(moments[k], p) * gain
-        source = format_codec(found[k].codec) if k in found else "momentum_buffer" if k == "exp_avg" else "exp_avg"
+        source = format_codec(encoded[k].codec) if k in encoded else "momentum_buffer" if k == "exp_avg" else "exp_avg"
         log.add(name, k, kinds[k], source, format_codec(spec.codec), relative_error(decoded[k], dense[k].to(p.device)))
     if {"exp_avg", "exp_avg_sq"} <= recipe.specs.keys():
         directions = (update_direction(d["exp_avg"], d["exp_avg_sq"]) for d in (decoded, dense))

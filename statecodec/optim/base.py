@@ -86,15 +86,17 @@ class StateOptimizer(StateKeeper):
     load_report: LoadReport
 
     def __init__(self, params: Any, defaults: Mapping[str, Any], options: Options) -> None:
-        given = {**COMMON, **options}
-        if given.keys() != COMMON.keys():
-            raise OptimizerError(f"no option {sorted(given.keys() - COMMON)}; the common ones are {', '.join(COMMON)}")
-        self._backend, self._fused = cast(str | None, given.pop("backend")), cast(bool | None, given.pop("fused"))
+        settings = {**COMMON, **options}
+        if settings.keys() != COMMON.keys():
+            raise OptimizerError(
+                f"no option {sorted(settings.keys() - COMMON)}; the common ones are {', '.join(COMMON)}"
+            )
+        self._backend, self._fused = cast(str | None, settings.pop("backend")), cast(bool | None, settings.pop("fused"))
         if self._backend is not None:
             kernels.get(self._backend)
         self.load_report = LoadReport()
         self._reset_runtime()
-        super().__init__(params, {**defaults, **given, "algorithm": self.algorithm})
+        super().__init__(params, {**defaults, **settings, "algorithm": self.algorithm})
         if self.sees_shapes:
             check_whole(self.parameters())
 
@@ -177,16 +179,16 @@ class StateOptimizer(StateKeeper):
         recipe, state = self.recipe(p, group), self.ensure_state(p, group)
         state["step"] += 1
         t = int(state["step"])
-        own = sharding.local(p)
-        work = own.detach().contiguous()
+        shard = sharding.local(p)
+        work = shard.detach().contiguous()
         job = ParameterStep(
             recipe=recipe, weight=self._weight(p, work, recipe, group, t), grad=grad.detach().contiguous(),
             states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
             backend=kernels.resolve(self._backend, work.device), arithmetic=self._arithmetic(work), pooled=pooled,
         )  # fmt: skip
         state["skipped"] += cast(PerParameter, recipe.method).step(job)
-        if work.data_ptr() != own.data_ptr():
-            own.copy_(work)
+        if work.data_ptr() != shard.data_ptr():
+            shard.copy_(work)
 
     def _weight(self, p: Tensor, work: Tensor, recipe: Recipe, group: Group, t: int) -> StoredWeight:
         low = self.state[p].get(LOW) if p in self.state else None
@@ -256,15 +258,15 @@ class StateOptimizer(StateKeeper):
             raise OptimizerError(f"a master weight of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
         group = self.group_of(p)
         self.ensure_state(p, group)
-        own, value = sharding.local(p), sharding.sliced(value.detach(), p)
-        work = own.detach().contiguous()
+        shard, value = sharding.local(p), sharding.sliced(value.detach(), p)
+        work = shard.detach().contiguous()
         if work.dtype in (torch.float32, torch.float64):
             work.copy_(value)
         else:
             weight = self._weight(p, work, self.recipe(p, group), {**group, "stochastic_rounding": False}, 0)
             weight.store(whole(work), value.to(device=work.device, dtype=torch.float32).contiguous())
-        if work.data_ptr() != own.data_ptr():
-            own.copy_(work)
+        if work.data_ptr() != shard.data_ptr():
+            shard.copy_(work)
 
     # --- torch's interface
 
@@ -328,8 +330,8 @@ class StateOptimizer(StateKeeper):
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_backend": self._backend, "_fused": self._fused, "load_report": self.load_report}
-        return {**super().__getstate__(), **own}
+        extra = {"_backend": self._backend, "_fused": self._fused, "load_report": self.load_report}
+        return {**super().__getstate__(), **extra}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

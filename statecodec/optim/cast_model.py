@@ -63,10 +63,10 @@ def cast_model(
     """
     if dtype not in _HALF:
         raise OptimizerError(f"cast_model casts to bf16 or fp16, found {dtype}")
-    kept = dict.fromkeys(_found(model, full_precision_recast_layers), True)
+    kept = dict.fromkeys(_selected(model, full_precision_recast_layers), True)
     if selective:
         kept |= {m: True for m in model.modules() if isinstance(m, _RUNNING)}
-    kept |= dict.fromkeys(_found(model, full_precision_layers), False)
+    kept |= dict.fromkeys(_selected(model, full_precision_layers), False)
     exact = {id(t) for module in kept for t in _tensors(module)}
     inside = {id(inner) for outer in kept for inner in outer.modules()}
     for module in model.modules():  # whoever shares one of those tensors, such as the embedding of a tied head
@@ -82,7 +82,7 @@ def cast_model(
     return [name for name in model.state_dict(keep_vars=True) if name in fp32]
 
 
-def _found(model: nn.Module, layers: Sequence[str | nn.Module]) -> Iterator[nn.Module]:
+def _selected(model: nn.Module, layers: Sequence[str | nn.Module]) -> Iterator[nn.Module]:
     """The modules that are meant. Raises OptimizerError for one that is not there."""
     modules = {bare_name(f"{name}.").removesuffix("."): module for name, module in model.named_modules()}
     for layer in layers:
@@ -91,9 +91,9 @@ def _found(model: nn.Module, layers: Sequence[str | nn.Module]) -> Iterator[nn.M
         else:
             hits = [module for name, module in modules.items() if fnmatchcase(name, layer)]
         if not hits:
-            what = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
+            wanted = repr(layer) if isinstance(layer, str) else f"a {type(layer).__name__}"
             names = ", ".join(name for name in list(modules)[:6] if name)
-            raise OptimizerError(f"no layer of the model is {what}; patterns match full names, such as {names}")
+            raise OptimizerError(f"no layer of the model is {wanted}; patterns match full names, such as {names}")
         yield from hits
 
 

@@ -69,10 +69,10 @@ def update_direction(m: Tensor, v: Tensor) -> Tensor:
     return m.to(torch.float64) / (v.to(torch.float64).sqrt() + 1e-30)
 
 
-def relative_error(found: Tensor, exact: Tensor) -> float:
+def relative_error(approximate: Tensor, exact: Tensor) -> float:
     """||found - exact|| / ||exact||, in fp64; 0 for empty tensors."""
-    exact = exact.to(device=found.device, dtype=torch.float64)
-    difference = torch.linalg.vector_norm(found.to(torch.float64) - exact)
+    exact = exact.to(device=approximate.device, dtype=torch.float64)
+    difference = torch.linalg.vector_norm(approximate.to(torch.float64) - exact)
     return float(difference / torch.linalg.vector_norm(exact).clamp(min=1e-300)) if exact.numel() else 0.0
 
 

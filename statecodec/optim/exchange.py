@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LocalPiece:
     """What this rank holds of a tensor of `shape`: a piece along dimension `dim`, or all of it (None)."""
 
-    own: Tensor
+    local: Tensor
     shape: tuple[int, ...]
     dim: int | None
 
@@ -53,18 +53,18 @@ def gather(
     not sent, and given as it is. Every rank must call both with the same shapes.
     """
     rank, world = group.rank(), group.size()
-    sent = [[c.own for some, o in zip(cuts, owners, strict=True) if o == to for c in some if c.dim is not None]
+    sent = [[c.local for cut, o in zip(cuts, owners, strict=True) if o == to for c in cut if c.dim is not None]
             for to in range(world)]  # fmt: skip
-    mine = [some for some, o in zip(cuts, owners, strict=True) if o == rank]
+    owned = [cut for cut, o in zip(cuts, owners, strict=True) if o == rank]
     message = _Message(
-        group, sent, [[(c.piece_shape(r, world), c.own.dtype) for some in mine for c in some if c.dim is not None]
-                      for r in range(world)], cuts[0][0].own.device,
+        group, sent, [[(c.piece_shape(r, world), c.local.dtype) for cut in owned for c in cut if c.dim is not None]
+                      for r in range(world)], cuts[0][0].local.device,
     )  # fmt: skip
 
     def wait() -> list[list[Tensor]]:
-        pieces = [iter(some) for some in message.wait()]
+        pieces = [iter(cut) for cut in message.wait()]
         return [
-            [c.own if c.dim is None else torch.cat([next(p) for p in pieces], c.dim) for c in some] for some in mine
+            [c.local if c.dim is None else torch.cat([next(p) for p in pieces], c.dim) for c in cut] for cut in owned
         ]
 
     return wait
@@ -75,21 +75,21 @@ def scatter(
 ) -> Callable[[], None]:
     """Begin to send tensors back: `full` are this rank's own, as `gather` gave them.
 
-    Returns a function that waits, and writes what arrived into `LocalPiece.own`. Every rank must call both.
+    Returns a function that waits, and writes what arrived into `LocalPiece.local`. Every rank must call both.
     """
     rank, world = group.rank(), group.size()
-    mine = [some for some, o in zip(cuts, owners, strict=True) if o == rank]
-    pairs = [pair for some, new in zip(mine, full, strict=True) for pair in zip(some, new, strict=True)]
-    theirs = [[c for some, o in zip(cuts, owners, strict=True) if o == r for c in some] for r in range(world)]
+    owned = [cut for cut, o in zip(cuts, owners, strict=True) if o == rank]
+    pairs = [pair for cut, values in zip(owned, full, strict=True) for pair in zip(cut, values, strict=True)]
+    by_owner = [[c for cut, o in zip(cuts, owners, strict=True) if o == r for c in cut] for r in range(world)]
     message = _Message(
         group, [[c.piece(x, to, world) for c, x in pairs] for to in range(world)],
-        [[(c.piece_shape(rank, world), c.own.dtype) for c in some] for some in theirs], cuts[0][0].own.device,
+        [[(c.piece_shape(rank, world), c.local.dtype) for c in cut] for cut in by_owner], cuts[0][0].local.device,
     )  # fmt: skip
 
     def wait() -> None:
-        for some, pieces in zip(theirs, message.wait(), strict=True):
-            for c, piece in zip(some, pieces, strict=True):
-                c.own.copy_(piece.view(c.own.shape))
+        for cut, pieces in zip(by_owner, message.wait(), strict=True):
+            for c, piece in zip(cut, pieces, strict=True):
+                c.local.copy_(piece.view(c.local.shape))
 
     return wait
 
@@ -104,12 +104,13 @@ class _Message:
         import torch.distributed as dist
 
         nothing = torch.empty(0, dtype=torch.uint8, device=device)
-        outgoing = [torch.cat([nothing, *map(_bytes, some)]) for some in sent]
+        outgoing = [torch.cat([nothing, *map(_bytes, tensors)]) for tensors in sent]
         self._expected = expected
-        self._sizes = [sum(_nbytes(*one) for one in some) for some in expected]
-        self._sent, self._got = torch.cat(outgoing), torch.empty(sum(self._sizes), dtype=torch.uint8, device=device)
+        self._sizes = [sum(_nbytes(*spec) for spec in specs) for specs in expected]
+        self._sent = torch.cat(outgoing)
+        self._received = torch.empty(sum(self._sizes), dtype=torch.uint8, device=device)
         self._work = dist.all_to_all_single(
-            self._got, self._sent, self._sizes, [len(x) for x in outgoing], group=group, async_op=True
+            self._received, self._sent, self._sizes, [len(x) for x in outgoing], group=group, async_op=True
         )
 
     def wait(self) -> list[list[Tensor]]:
@@ -120,10 +121,10 @@ class _Message:
             [
                 piece.clone().view(dtype).view(shape)  # a clone, because bytes start anywhere
                 for piece, (shape, dtype) in zip(
-                    torch.split(got, [_nbytes(*one) for one in some]) if some else (), some, strict=True
+                    torch.split(received, [_nbytes(*spec) for spec in specs]) if specs else (), specs, strict=True
                 )
             ]
-            for got, some in zip(torch.split(self._got, self._sizes), self._expected, strict=True)
+            for received, specs in zip(torch.split(self._received, self._sizes), self._expected, strict=True)
         ]
 
 

@@ -61,10 +61,10 @@ def dense_moments(values: Mapping[str, Any], name: str | int, p: Tensor, shards:
         if codes.shape != p.shape:
             raise OptimizerError(f"{name}: {state} has shape {tuple(codes.shape)}, the parameter {tuple(p.shape)}")
         try:
-            own = of_flashoptim(state, *_held(p, codes, scales), FlashGroups(p.numel(), shards))
+            moment = of_flashoptim(state, *_held(p, codes, scales), FlashGroups(p.numel(), shards))
         except MalformedCheckpoint as error:
             raise OptimizerError(f"{name}: {error}") from error
-        yield state, sharding.joined(own, p)
+        yield state, sharding.joined(moment, p)
     parts = {state + part for state in quantised for part in (FLASH_CODES, FLASH_SCALES)}
     yield from ((key, value) for key, value in values.items() if key not in parts)
 
@@ -96,40 +96,40 @@ def low_part(saved: Tensor, p: Tensor, split: Split, group: Mapping[str, Any]) -
 
     Raises OptimizerError for low bits of another dtype or shape.
     """
-    own, bits = sharding.local(p).detach(), sharding.sliced(saved.detach(), p)
-    fraction = _rounding_to(own, _fractions(bits, own, group), split)
-    exact = torch.copysign(own.float().abs() + fraction * _half_unit(own), own)
+    shard, bits = sharding.local(p).detach(), sharding.sliced(saved.detach(), p)
+    fraction = _rounding_to(shard, _fractions(bits, shard, group), split)
+    exact = torch.copysign(shard.float().abs() + fraction * _half_unit(shard), shard)
     return split.encode(exact).parts["low"]
 
 
-def _rounding_to(own: Tensor, fraction: Tensor, split: Split) -> Tensor:
+def _rounding_to(shard: Tensor, fraction: Tensor, split: Split) -> Tensor:
     """Fractions of half a unit, away from zero, by which a split of the sum still has the weight as its high part.
 
     Outward the furthest is just below a tie, which FlashOptim rounds to even and a split away from zero. Inward of a
     power of two the unit is half as large, and there is nothing inward of zero.
     """
-    outward = 1 - 2.0 ** (1 - min(split.low_bits, 23 - _MANTISSA[own.dtype]))
-    size = own.float().abs()
-    is_power = (torch.frexp(size).mantissa == 0.5) & (size > torch.finfo(own.dtype).smallest_normal)
-    inward = torch.where(is_power, 0.5, 1.0).masked_fill(own == 0, 0.0)
-    return torch.where(own.signbit(), -fraction, fraction).clamp(max=outward).maximum(-inward)
+    outward = 1 - 2.0 ** (1 - min(split.low_bits, 23 - _MANTISSA[shard.dtype]))
+    size = shard.float().abs()
+    is_power = (torch.frexp(size).mantissa == 0.5) & (size > torch.finfo(shard.dtype).smallest_normal)
+    inward = torch.where(is_power, 0.5, 1.0).masked_fill(shard == 0, 0.0)
+    return torch.where(shard.signbit(), -fraction, fraction).clamp(max=outward).maximum(-inward)
 
 
-def _half_unit(own: Tensor) -> Tensor:
+def _half_unit(shard: Tensor) -> Tensor:
     """Half of the unit in the last place of every element."""
-    info = torch.finfo(own.dtype)
-    exponent = torch.frexp(own.float().abs().clamp(min=info.smallest_normal)).exponent
+    info = torch.finfo(shard.dtype)
+    exponent = torch.frexp(shard.float().abs().clamp(min=info.smallest_normal)).exponent
     return torch.exp2(exponent + math.log2(info.eps / 4))
 
 
-def _fractions(bits: Tensor, own: Tensor, group: Mapping[str, Any]) -> Tensor:
+def _fractions(bits: Tensor, shard: Tensor, group: Mapping[str, Any]) -> Tensor:
     """The saved integers, over the largest that they can be."""
-    if bits.shape != own.shape:
-        raise OptimizerError(f"{FLASH_LOW_BITS} of shape {tuple(bits.shape)} for a parameter of {tuple(own.shape)}")
+    if bits.shape != shard.shape:
+        raise OptimizerError(f"{FLASH_LOW_BITS} of shape {tuple(bits.shape)} for a parameter of {tuple(shard.shape)}")
     if bits.dtype in (torch.int8, torch.int16):
         return bits.float() / torch.iinfo(bits.dtype).max
-    if bits.dtype != own.dtype:
-        raise OptimizerError(f"{FLASH_LOW_BITS} are int8 or int16, or stand under {own.dtype}; found {bits.dtype}")
-    if group.get("master_bytewidth") == 2 * own.element_size():  # their bits stand there
+    if bits.dtype != shard.dtype:
+        raise OptimizerError(f"{FLASH_LOW_BITS} are int8 or int16, or stand under {shard.dtype}; found {bits.dtype}")
+    if group.get("master_bytewidth") == 2 * shard.element_size():  # their bits stand there
         return bits.contiguous().view(torch.int16).float() / 32767
     return bits.float() / 127

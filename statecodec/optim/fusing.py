@@ -35,13 +35,13 @@ def step_group(optimizer: StateKeeper, group: Group, params: Sequence[Tensor], k
     wanted = demanded or (optimizer._fused is None and any(p.is_cuda for p in params))
     if not wanted or not any(g is not None for g in gradients):
         return [p for p, g in zip(params, gradients, strict=True) if g is not None]
-    known: GroupLaunches | None = optimizer._launches.get(key)
-    if known is None or not known.suits(optimizer, group, params, gradients):
+    launches: GroupLaunches | None = optimizer._launches.get(key)
+    if launches is None or not launches.suits(optimizer, group, params, gradients):
         backend = _fused_backend(demanded)
         if backend is None:
             return [p for p, g in zip(params, gradients, strict=True) if g is not None]
-        known = optimizer._launches[key] = GroupLaunches(optimizer, group, params, gradients, backend)
-    return known.step(gradients)
+        launches = optimizer._launches[key] = GroupLaunches(optimizer, group, params, gradients, backend)
+    return launches.step(gradients)
 
 
 class GroupLaunches:
@@ -61,10 +61,10 @@ class GroupLaunches:
                 continue
             recipe, state = optimizer.recipe(p, group), optimizer.ensure_state(p, group)
             method, formats = recipe.method, recipe.formats
-            own, sharded = sharding.local(p), sharding.is_dtensor(p)
+            shard, sharded = sharding.local(p), sharding.is_dtensor(p)
             low = sharding.local(state[LOW].parts["data"]) if LOW in state else None
-            fits = method.hyper(group) is not None and own.is_contiguous() and not grad.is_sparse
-            fits = fits and (optimizer._fused is True or own.is_cuda)
+            fits = method.hyper(group) is not None and shard.is_contiguous() and not grad.is_sparse
+            fits = fits and (optimizer._fused is True or shard.is_cuda)
             # A kernel sees this rank's elements only: not what other ranks pool with them, nor where they begin.
             fits = fits and not recipe.across and not (sharded and group["stochastic_rounding"])
             if not (fits and backend.supports(method.name, formats, p.dtype, None if low is None else low.dtype)):
@@ -76,16 +76,16 @@ class GroupLaunches:
                 self._rest.append(at)
                 continue
             states = {k: sharding.own_part(state[k], p).parts for k in recipe.specs}
-            slots[at] = Slot(own.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
+            slots[at] = Slot(shard.detach(), state["step"], state["skipped"], low, states, recipe.index, recipe.shape)
             low_dtype = None if low is None else low.dtype
-            alike[method.kind, tuple(formats.items()), p.dtype, own.device, low_dtype].append(at)
+            alike[method.kind, tuple(formats.items()), p.dtype, shard.device, low_dtype].append(at)
         # States are made on the first gradient: a parameter that gets one later makes these launches anew.
         self._absent = [at for at, grad in enumerate(gradients) if grad is None]
         self._launches: list[tuple[Method, Launch, list[int]]] = []
-        for some in alike.values():
-            recipe = optimizer.recipe(params[some[0]], group)
-            launch = backend.prepare(recipe.method.name, [slots[at] for at in some], recipe.formats)
-            self._launches.append((recipe.method, launch, some))
+        for positions in alike.values():
+            recipe = optimizer.recipe(params[positions[0]], group)
+            launch = backend.prepare(recipe.method.name, [slots[at] for at in positions], recipe.formats)
+            self._launches.append((recipe.method, launch, positions))
         self._addresses = self._where(params)
         self._states = [optimizer.state.get(p) for p in params]
         self._kept = [state for state in self._states if state]
@@ -116,14 +116,14 @@ class GroupLaunches:
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Launch; returns the parameters that are left."""
-        own = gradients
+        local_gradients = gradients
         if self._sharded:
             pairs = zip(self._params, gradients, strict=True)
-            own = [None if g is None else sharding.gradient(p, g) for p, g in pairs]
-        for method, launch, some in self._launches:
+            local_gradients = [None if g is None else sharding.gradient(p, g) for p, g in pairs]
+        for method, launch, positions in self._launches:
             hyper = method.hyper(self._group)
             assert hyper is not None
-            launch([own[at] for at in some], hyper)
+            launch([local_gradients[at] for at in positions], hyper)
         return [self._params[at] for at in self._rest if gradients[at] is not None]
 
 

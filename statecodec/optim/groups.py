@@ -62,11 +62,13 @@ def with_names(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
         OptimizerError: If it was saved from groups of other sizes.
     """
     saved = state_dict["param_groups"]
-    sizes, given = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
-    if sizes != given:
-        raise OptimizerError(f"the state was saved from groups of {sizes} parameters, names are given for {given}")
+    sizes, named_sizes = [len(g["params"]) for g in saved], [len(g["params"]) for g in groups]
+    if sizes != named_sizes:
+        raise OptimizerError(
+            f"the state was saved from groups of {sizes} parameters, names are given for {named_sizes}"
+        )
     named = [
-        {**old, "param_names": [name for name, _ in new["params"]]} for old, new in zip(saved, groups, strict=True)
+        {**old, "param_names": [name for name, _ in group["params"]]} for old, group in zip(saved, groups, strict=True)
     ]
     return {**state_dict, "param_groups": named}
 
@@ -74,8 +76,8 @@ def with_names(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]
 def _outside_norms(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         inside = isinstance(module, nn.LayerNorm)
-        for own, _ in module.named_parameters(recurse=False):
-            full = bare_name(f"{name}.{own}" if name else own)
+        for leaf, _ in module.named_parameters(recurse=False):
+            full = bare_name(f"{name}.{leaf}" if name else leaf)
             if not inside and not _UNDECAYED.search(full.lower()):
                 yield full
 

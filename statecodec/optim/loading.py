@@ -68,7 +68,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     merged = [_merge(optimizer, g, m, log) for g, m in zip(groups, matches, strict=True)]
     states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
     used = set()
-    for group, new, match in zip(groups, merged, matches, strict=True):
+    for group, options, match in zip(groups, merged, matches, strict=True):
         for p, entry in zip(group["params"], match.params, strict=True):
             values = None if entry is None else saved_state.get(entry[0])
             if entry is None or not values:
@@ -78,7 +78,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
             used.add(entry[0])
             recipe = optimizer.recipe(p, group)
             values = dict(flashoptim.dense_moments(values, recipe.label, p, shards))
-            states[p] = adopt(recipe, p, {**group, **new}, values, entry[1], log)
+            states[p] = adopt(recipe, p, {**group, **options}, values, entry[1], log)
     names = dict(zip((k for g in saved_groups for k in g["params"]), _names(saved_groups) or (), strict=False))
     for key in saved_state.keys() - used:
         if saved_state[key]:
@@ -88,8 +88,8 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
             f"none of the state's {len(saved_state)} entries is listed in its own groups: "
             f"it has {_few(saved_state)}, the groups {_few(k for g in saved_groups for k in g['params'])}"
         )
-    for group, new in zip(groups, merged, strict=True):
-        group.update(new)
+    for group, options in zip(groups, merged, strict=True):
+        group.update(options)
     optimizer.state = states
     return log.report()
 
@@ -112,15 +112,15 @@ def _checked(state_dict: Mapping[str, Any]) -> tuple[list[Any], Mapping[Any, Any
 def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mapping[Any, Any]) -> None:
     """Raise OptimizerError, on all ranks, if ranks that share parameters are given different states."""
     pairs = [(p, e) for g, m in zip(groups, matches, strict=True) for p, e in zip(g["params"], m.params, strict=True)]
-    given: dict[Any, list[str]] = defaultdict(list)
+    states: dict[Any, list[str]] = defaultdict(list)
     asked: dict[Any, Tensor] = {}
     for p, entry in pairs:
         if sharding.is_dtensor(p):
             values = {} if entry is None else state.get(entry[0]) or {}
             mesh = sharding.mesh_of(p)
             asked.setdefault(mesh, p)
-            given[mesh].append(" ".join(sorted(f"{k}={_form(v)}" for k, v in values.items())))
-    agreed = [ranks_agree(p, "; ".join(given[mesh])) for mesh, p in asked.items()]
+            states[mesh].append(" ".join(sorted(f"{k}={_kind(v)}" for k, v in values.items())))
+    agreed = [ranks_agree(p, "; ".join(states[mesh])) for mesh, p in asked.items()]
     if not all(agreed):
         raise OptimizerError(
             "the ranks were given different states. A state that only rank 0 has, of another optimizer or with other "
@@ -128,7 +128,7 @@ def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mappi
         )
 
 
-def _form(value: Any) -> str:
+def _kind(value: Any) -> str:
     """What a saved state is, in words that are the same on every rank."""
     if isinstance(value, Tensor):
         return (
@@ -154,24 +154,24 @@ def _check_group(group: Mapping[str, Any]) -> None:
 def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: ChangeLog) -> list[Match]:
     """By position, as torch does; by name where both sides have names and they say that positions have changed."""
     ours, theirs = _names(groups), _names(saved)
-    sizes, found = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
+    sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
     flat = [(key, g) for g in saved for key in g["params"]]
     places = dict(zip(theirs, flat, strict=True)) if theirs else {}
     shared = {name for name in ours or () if name in places}
-    moved = sizes != found or any(
+    moved = sizes != saved_sizes or any(
         a != b for a, b in zip(ours or (), theirs or (), strict=False) if a in places or b in shared
     )
     if shared and moved:
         names = iter(ours or ())
         entries = [[places.get(name) for name in islice(names, n)] for n in sizes]
-        return [Match(tuple(some), tuple({id(e[1]): e[1] for e in some if e}.values())) for some in entries]
-    if sizes != found:
+        return [Match(tuple(params), tuple({id(e[1]): e[1] for e in params if e}.values())) for params in entries]
+    if sizes != saved_sizes:
         unnamed = "the optimizer's" if ours is None else "the state's" if theirs is None else "none of the"
         raise OptimizerError(
-            f"the state has groups of {found} parameters, the optimizer of {sizes}, and {unnamed} parameters have "
-            "names to go by. Make the groups as they were when the state was saved (`optim.decay_groups` makes those "
-            "of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds them to a "
-            "state)"
+            f"the state has groups of {saved_sizes} parameters, the optimizer of {sizes}, and {unnamed} parameters "
+            "have names to go by. Make the groups as they were when the state was saved (`optim.decay_groups` makes "
+            "those of Hugging Face's Trainer), or give `named_parameters()` on both sides (`optim.with_names` adds "
+            "them to a state)"
         )
     if ours and theirs and ours != theirs:
         renamed = [f"{b} into {a}" for a, b in zip(ours, theirs, strict=True) if a != b]
@@ -184,10 +184,10 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
     names: list[str] = []
     for group in groups:
         params = group["params"]
-        given = group.get("param_names") or (params if all(isinstance(p, str) for p in params) else ())
-        if len(given) != len(params) or not all(isinstance(n, str) for n in given):
+        param_names = group.get("param_names") or (params if all(isinstance(p, str) for p in params) else ())
+        if len(param_names) != len(params) or not all(isinstance(n, str) for n in param_names):
             return None
-        names += map(bare_name, given)
+        names += map(bare_name, param_names)
     return names if len(set(names)) == len(names) else None
 
 
@@ -211,13 +211,14 @@ def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -
     else:
         foreign = set(optimizer.torch_options) - set(optimizer.defaults)
     kept = foreign | (STORAGE & {*optimizer.defaults, "algorithm"})
-    new = {k: _own(v, optimizer.defaults.get(k)) for k, v in saved.items() if k not in kept}
-    merged = {**group, **new}
+    taken = {k: _copied(v, optimizer.defaults.get(k)) for k, v in saved.items() if k not in kept}
+    merged = {**group, **taken}
     optimizer.accept_group(merged)
-    return {k: v for k, v in merged.items() if k in new or k not in group}
+    return {k: v for k, v in merged.items() if k in taken or k not in group}
 
 
-def _own(value: Any, default: Any) -> Any:
+def _copied(value: Any, default: Any) -> Any:
+    """A copy of an option, of the kind that its default is."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     try:

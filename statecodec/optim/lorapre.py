@@ -132,14 +132,14 @@ class _LowRankMethod(WholeMatrix):
         update, relative, damping, cap = VARIANTS[group["variant"]]
         update = group["factor_update"] or update
         damping = damping if group["damping"] is None else float(group["damping"])
-        new = {k: x.clone() for k, x in state.parts.items()}
+        factors = {k: x.clone() for k, x in state.parts.items()}
         track(
-            new["left"], new["right"], target, keep,
+            factors["left"], factors["right"], target, keep,
             jacobi=update == "jacobi", relative=relative, damping=damping, cap=cap,
         )  # fmt: skip
-        for factor in new.values():
+        for factor in factors.values():
             batch.require(factor, LARGEST)
-        state.replace(new)
+        state.replace(factors)
 
 
 class LowRankAdamMethod(_LowRankMethod):

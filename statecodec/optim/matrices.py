@@ -63,7 +63,7 @@ class Stacked:
         self._codec, self._dtype, self._members = codec, dtype, members
         self._tall = (len(members) * shape[0], *shape[1:])
         self.parts = {k: torch.stack([parts[k] for parts in members]) for k in members[0]}
-        self._new: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}
 
     def decode(self, backend: kernels.Backend) -> Tensor:
         """The values, as (count, rows, cols)."""
@@ -76,20 +76,20 @@ class Stacked:
     def encode(self, values: Tensor, backend: kernels.Backend) -> None:
         """What `store` will write, from finite values as (count, rows, cols)."""
         shapes = self._codec.parts(self._tall, dtypes.of(self._dtype))
-        new = {k: torch.empty(s.shape, dtype=s.dtype.torch, device=values.device) for k, s in shapes.items()}
+        parts = {k: torch.empty(s.shape, dtype=s.dtype.torch, device=values.device) for k, s in shapes.items()}
         with kernels.trusting():
-            self._codec.encode_into(values.view(self._tall), new, backend)
-        self.replace(new)
+            self._codec.encode_into(values.view(self._tall), parts, backend)
+        self.replace(parts)
 
-    def replace(self, new: Mapping[str, Tensor]) -> None:
+    def replace(self, parts: Mapping[str, Tensor]) -> None:
         """What `store` will write, as parts of all matrices."""
-        self._new = {k: x.view(self.parts[k].shape) for k, x in new.items()}
+        self._pending = {k: x.view(self.parts[k].shape) for k, x in parts.items()}
 
     def store(self, fits: Tensor) -> None:
         """Write what is new to those that fit (count); the others get their old bytes."""
-        for k, new in self._new.items():
+        for k, part in self._pending.items():
             old = self.parts[k]
-            kept = torch.where(fits.view(-1, *(1,) * (old.ndim - 1)), new, old)
+            kept = torch.where(fits.view(-1, *(1,) * (old.ndim - 1)), part, old)
             torch._foreach_copy_([parts[k] for parts in self._members], list(kept.unbind(0)))
 
 
@@ -208,8 +208,8 @@ def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[StoredMat
     if group["stochastic_rounding"] and dropped:
         batch.round_weight(dropped)
     stored.encode(weight, backend)
-    for one in (stored, *batch.states.values()):
-        one.store(batch.fits)
+    for stacked in (stored, *batch.states.values()):
+        stacked.store(batch.fits)
     torch._foreach_add_([m.skipped for m in members], list((~batch.fits).to(torch.float32).unbind(0)))
 
 

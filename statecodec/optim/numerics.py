@@ -22,19 +22,19 @@ class InvisibleStep:
 
     Args:
         param: Its name, or its position.
-        what: `step` or `decay`.
+        kind: `step` or `decay`.
         change: The relative change that is asked for.
         needed: The smallest relative change that is sure to be stored.
     """
 
     param: str | int
-    what: str
+    kind: str
     change: float
     needed: float
 
     def __str__(self) -> str:
         return (
-            f"{self.param}: a {self.what} of {self.change:.2e} relative rounds away (needed: {self.needed:.2e}); "
+            f"{self.param}: a {self.kind} of {self.change:.2e} relative rounds away (needed: {self.needed:.2e}); "
             "use stochastic_rounding=True, master_weights='split32', or a larger lr"
         )
 
@@ -62,30 +62,30 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
         >>> from statecodec.optim import AdamW
         >>> model = torch.nn.Linear(4, 2).bfloat16()
         >>> optimizer = AdamW(model.named_parameters(), lr=1e-5, weight_decay=0.1, master_weights=None)
-        >>> sorted({entry.what for entry in check_numerics(optimizer)})
+        >>> sorted({entry.kind for entry in check_numerics(optimizer)})
         ['decay', 'step']
     """
-    found = []
+    invisible = []
     for group in optimizer.param_groups:
         lr = float(group["lr"])
         for p in group["params"]:
             recipe = optimizer.recipe(p, group)
             bits = _mantissa_bits(p, group)
-            own = sharding.local(p)
-            if lr == 0 or bits is None or not own.numel():
+            shard = sharding.local(p)
+            if lr == 0 or bits is None or not shard.numel():
                 continue
             name = recipe.label
             decay = lr * decay_per_lr(group)
             # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
             if 0 < decay <= 2.0 ** -(bits + 2):
-                found.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
-            largest = float(own.abs().amax())
+                invisible.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
+            largest = float(shard.abs().amax())
             if not (0 < largest < math.inf):
                 continue
             spacing = 2.0 ** (math.floor(math.log2(largest)) - bits)
             if lr * typical_update < spacing / 2:
-                found.append(InvisibleStep(name, "step", lr * typical_update / largest, spacing / 2 / largest))
-    return found
+                invisible.append(InvisibleStep(name, "step", lr * typical_update / largest, spacing / 2 / largest))
+    return invisible
 
 
 def _mantissa_bits(p: Tensor, group: Group) -> int | None:

@@ -73,8 +73,10 @@ def stored_codec(param: Tensor, group: Group, state: str) -> Codec:
 
 def number(value: object) -> object:
     """The Python number in a numpy number or in a tensor or array of one element; anything else as it is."""
-    one = isinstance(value, np.generic) or (isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1)
-    return value.item() if one else value  # type: ignore[attr-defined]
+    is_single = isinstance(value, np.generic) or (
+        isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1
+    )
+    return value.item() if is_single else value  # type: ignore[attr-defined]
 
 
 def without_numpy(value: Any) -> Any:
@@ -89,8 +91,8 @@ def without_numpy(value: Any) -> Any:
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf, *, open_top: bool = False) -> None:
     """Raise OptimizerError unless low <= value <= high (< high if `open_top`)."""
-    found = number(value)
-    ok = isinstance(found, int | float) and low <= found <= high and not (open_top and found == high)
+    plain = number(value)
+    ok = isinstance(plain, int | float) and low <= plain <= high and not (open_top and plain == high)
     if not ok:
         top = "" if high == math.inf else f" and {'<' if open_top else '<='} {high}"
         raise OptimizerError(f"{name}={_shown(value)}, expected a number >= {low}{top}")

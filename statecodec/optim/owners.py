@@ -32,8 +32,8 @@ def step_matrices(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]
         else:
             rest.append(p)
     for same in alike.values():
-        for some in () if sharding.is_cut(same[0]) else batches(same):
-            step_batch(optimizer, group, [m.local() for m in members(optimizer, group, some)])
+        for batch in () if sharding.is_cut(same[0]) else batches(same):
+            step_batch(optimizer, group, [m.local() for m in members(optimizer, group, batch)])
     cut = [same for same in alike.values() if sharding.is_cut(same[0])]
     if cut:
         step_cut(optimizer, group, cut)
@@ -61,21 +61,21 @@ def step_cut(optimizer: StateKeeper, group: Group, alike: Sequence[Sequence[Tens
 
 def rounds(optimizer: StateKeeper, alike: Sequence[Sequence[Tensor]]) -> list[tuple[Sequence[Tensor], list[int]]]:
     """Batches of matrices with the rank of each one's owner: the largest first, each to who has the fewest elements."""
-    made = []
+    dealt = []
     held: dict[Any, list[int]] = defaultdict(list)
-    for same in sorted(alike, key=lambda some: -some[0].numel()):
+    for same in sorted(alike, key=lambda batch: -batch[0].numel()):
         ranks = sharding.cut_group(same[0])
         world = ranks.size()
         loads = held[ranks] = held[ranks] or [0] * world
-        for some in batches(same, world):
+        for batch in batches(same, world):
             owners = []
-            for p in some:
-                first = optimizer.place(p)  # whoever is stepped alone has another owner than its neighbour
+            for p in batch:
+                first = optimizer.position(p)  # whoever is stepped alone has another owner than its neighbour
                 owner = min(range(world), key=lambda r: (loads[r], (r - first) % world))
                 loads[owner] += p.numel()
                 owners.append(owner)
-            made.append((some, owners))
-    return made
+            dealt.append((batch, owners))
+    return dealt
 
 
 class _Round:
@@ -91,14 +91,14 @@ class _Round:
     def step(self) -> Callable[[], None]:
         """Step this rank's own and begin to send them back; returns what waits for those of the others."""
         full = self._whole()
-        mine = [m for m, owner in zip(self._members, self._owners, strict=True) if owner == self._ranks.rank()]
-        if mine:
-            own = [
+        owned = [m for m, owner in zip(self._members, self._owners, strict=True) if owner == self._ranks.rank()]
+        if owned:
+            gathered = [
                 replace(m, gradient=grad, skipped=skipped, stored=dict(zip(m.stored, stored, strict=True)))
-                for m, (grad, skipped, *stored) in zip(mine, full, strict=True)
+                for m, (grad, skipped, *stored) in zip(owned, full, strict=True)
             ]
-            step_batch(self._optimizer, self._group, own)
-        return scatter(self._ranks, [some[1:] for some in self._cuts], self._owners, [x[1:] for x in full])
+            step_batch(self._optimizer, self._group, gathered)
+        return scatter(self._ranks, [cut[1:] for cut in self._cuts], self._owners, [x[1:] for x in full])
 
 
 def _cuts(m: StoredMatrix, p: Tensor) -> list[LocalPiece]:

@@ -21,11 +21,11 @@ def start(recipes: Sequence[Recipe], gradients: Sequence[Tensor]) -> Callable[[]
     alike: dict[Any, list[int]] = defaultdict(list)
     for at, (recipe, partial) in enumerate(zip(recipes, partials, strict=True)):
         alike[recipe.across, partial.device].append(at)
-    sums = [_Sum(across, [partials[at] for at in some]) for (across, _), some in alike.items()]
+    sums = [_Sum(across, [partials[at] for at in positions]) for (across, _), positions in alike.items()]
 
     def wait() -> list[Tensor]:
-        for total, some in zip(sums, alike.values(), strict=True):
-            for at, value in zip(some, total.wait(), strict=True):
+        for total, positions in zip(sums, alike.values(), strict=True):
+            for at, value in zip(positions, total.wait(), strict=True):
                 partials[at] = value
         return partials
 

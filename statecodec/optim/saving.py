@@ -33,8 +33,8 @@ def dense(optimizer: StateKeeper) -> dict[str, Any]:
     def pack(p: Tensor, values: dict[str, Any]) -> dict[str, Any]:
         state = optimizer.ensure_state(p, group_of[p])
         moments = {k: v for k, v in state.items() if k in MOMENTS}
-        own = decode_moments(moments, p, int(state["step"]), group_of[p])
-        decoded = {k: sharding.joined(x, p) for k, x in own.items()}
+        local_moments = decode_moments(moments, p, int(state["step"]), group_of[p])
+        decoded = {k: sharding.joined(x, p) for k, x in local_moments.items()}
         return {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu"), **decoded}
 
     def torch_group(group: Group) -> Group:

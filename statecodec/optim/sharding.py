@@ -165,20 +165,20 @@ def places(p: Tensor) -> Tensor:
 
 def local_shape(p: Tensor, shape: Shape) -> Shape:
     """The shape of this rank's part of a state, which has the parameter's shape or that of its matrix."""
-    own = tuple(local(p).shape)
-    return own if shape == tuple(p.shape) else (own[0], math.prod(own[1:]))
+    shard = tuple(local(p).shape)
+    return shard if shape == tuple(p.shape) else (shard[0], math.prod(shard[1:]))
 
 
 def zeros(codec: Codec, shape: Shape, dtype: torch.dtype, p: Tensor) -> EncodedTensor:
     """A state of zeros of a parameter, placed as the parameter is."""
     if not is_dtensor(p):
         return codec.zeros(shape, dtype, p.device)
-    own = codec.parts(local_shape(p, shape), dtypes.of(dtype))
+    local_parts = codec.parts(local_shape(p, shape), dtypes.of(dtype))
     parts, device = {}, local(p).device
     for k, spec in codec.parts(shape, dtypes.of(dtype)).items():
         placements = _placements(codec, spec.shape, p)
         cut = {s.dim for s in placements if not s.is_replicate()}
-        size = tuple(own[k].shape[d] if d in cut else n for d, n in enumerate(spec.shape))
+        size = tuple(local_parts[k].shape[d] if d in cut else n for d, n in enumerate(spec.shape))
         parts[k] = _wrap(torch.zeros(size, dtype=spec.dtype.torch, device=device), spec.shape, p, placements)
     return EncodedTensor(codec, shape, dtype, parts)
 
@@ -211,11 +211,11 @@ def placed(codec: Codec, part: Tensor, p: Tensor) -> Tensor:
     shape = tuple(part.shape)
     placements, device = _placements(codec, shape, p), local(p).device
     if place_of(part) == (cast("DTensor", p).device_mesh, placements):
-        own = local(part)
+        shard = local(part)
     else:
         target = _wrap(torch.empty(0, dtype=torch.float32, device="meta"), shape, p, placements)
-        own = _slice(whole(part).detach(), target)
-    return _wrap(own.to(device, copy=True).contiguous(), shape, p, placements)
+        shard = _slice(whole(part).detach(), target)
+    return _wrap(shard.to(device, copy=True).contiguous(), shape, p, placements)
 
 
 def sliced(x: Tensor, p: Tensor) -> Tensor:
@@ -230,11 +230,11 @@ def sliced(x: Tensor, p: Tensor) -> Tensor:
     return _slice(whole(x).view(p.shape), p)
 
 
-def joined(own: Tensor, p: Tensor) -> Tensor:
+def joined(shard: Tensor, p: Tensor) -> Tensor:
     """The tensor of the parameter's shape of which every rank holds `own`, placed as the parameter is."""
     if not is_dtensor(p):
-        return own
-    return _wrap(own.view(local(p).shape), tuple(p.shape), p, cast("DTensor", p).placements)
+        return shard
+    return _wrap(shard.view(local(p).shape), tuple(p.shape), p, cast("DTensor", p).placements)
 
 
 def whole(x: Tensor) -> Tensor:
@@ -243,21 +243,21 @@ def whole(x: Tensor) -> Tensor:
         return x
     if x.dtype != torch.int16:
         return cast("DTensor", x).full_tensor()
-    own = local(x).contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL moves 16-bit integers
-    return whole(_wrap(own, (*x.shape, 2), x, cast("DTensor", x).placements)).view(torch.int16).squeeze(-1)
+    shard = local(x).contiguous().unsqueeze(-1).view(torch.uint8)  # neither gloo nor NCCL moves 16-bit integers
+    return whole(_wrap(shard, (*x.shape, 2), x, cast("DTensor", x).placements)).view(torch.int16).squeeze(-1)
 
 
-def encode(codec: Codec, own: Tensor, shape: Shape, p: Tensor) -> EncodedTensor:
+def encode(codec: Codec, shard: Tensor, shape: Shape, p: Tensor) -> EncodedTensor:
     """Encode a state of which every rank holds `own`. Codecs that see the whole tensor gather it first."""
     if not is_dtensor(p):
-        return codec.encode(own.reshape(shape))
+        return codec.encode(shard.reshape(shape))
     if codec.align(shape) is None:
-        made = codec.encode(whole(joined(own.contiguous(), p)).reshape(shape))
-        return EncodedTensor(codec, shape, own.dtype, {k: placed(codec, t, p) for k, t in made.parts.items()})
-    mine = codec.encode(own.reshape(local_shape(p, shape)))
-    specs = codec.parts(shape, dtypes.of(own.dtype))
-    parts = {k: _wrap(t, specs[k].shape, p, _placements(codec, specs[k].shape, p)) for k, t in mine.parts.items()}
-    return EncodedTensor(codec, shape, own.dtype, parts)
+        gathered = codec.encode(whole(joined(shard.contiguous(), p)).reshape(shape))
+        return EncodedTensor(codec, shape, shard.dtype, {k: placed(codec, t, p) for k, t in gathered.parts.items()})
+    encoded = codec.encode(shard.reshape(local_shape(p, shape)))
+    specs = codec.parts(shape, dtypes.of(shard.dtype))
+    parts = {k: _wrap(t, specs[k].shape, p, _placements(codec, specs[k].shape, p)) for k, t in encoded.parts.items()}
+    return EncodedTensor(codec, shape, shard.dtype, parts)
 
 
 def decode(state: EncodedTensor, p: Tensor) -> Tensor:
@@ -265,9 +265,9 @@ def decode(state: EncodedTensor, p: Tensor) -> Tensor:
     if not is_dtensor(p):
         parts = {k: whole(t) for k, t in state.parts.items()}
         return EncodedTensor(state.codec, state.shape, state.dtype, parts).decode().view(p.shape)
-    own = local(p)
+    shard = local(p)
     if state.codec.align(state.shape) is not None and is_placed(state, p):
-        return own_part(state, p).decode().view(own.shape)
+        return own_part(state, p).decode().view(shard.shape)
     parts = {k: whole(t) for k, t in state.parts.items()}
     full = EncodedTensor(state.codec, state.shape, state.dtype, parts).decode()
     return sliced(full, p).contiguous()
@@ -285,12 +285,12 @@ def _placements(codec: Codec, part: Shape, p: Tensor) -> tuple[Any, ...]:
     return tuple(s if s.is_replicate() or follows(s) else Replicate() for s in placements)
 
 
-def _wrap(own: Tensor, shape: Shape, p: Tensor, placements: Sequence[Any]) -> Tensor:
+def _wrap(shard: Tensor, shape: Shape, p: Tensor, placements: Sequence[Any]) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     stride = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
     mesh = cast("DTensor", p).device_mesh
-    return DTensor.from_local(own, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _slice(full: Tensor, like: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class StateKeeper(torch.optim.Optimizer):
         kept = self._recipes.get(p)
         if kept is not None and kept.suits(p):
             return kept
-        index, name = self._place(p)
+        index, name = self._position(p)
         method = self.method(p, name, group)
         specs = method.specs(p, group)
         if method.whole and sharding.cut_times(p) > 1:
@@ -101,12 +101,12 @@ class StateKeeper(torch.optim.Optimizer):
                 f"is cut along {sharding.cut_times(p)} dimensions of the mesh, where one is supported; use another "
                 "optimizer, or matrix=False for a group of such parameters"
             )
-        own = {k: StateSpec(s.codec, sharding.local_shape(p, s.shape), s.dtype) for k, s in specs.items()}
-        self._recipes[p] = made = Recipe(
-            name, index, method, specs, own, method.view_shape(sharding.local(p)),
+        own_specs = {k: StateSpec(s.codec, sharding.local_shape(p, s.shape), s.dtype) for k, s in specs.items()}
+        self._recipes[p] = recipe = Recipe(
+            name, index, method, specs, own_specs, method.view_shape(sharding.local(p)),
             split_codec(p.dtype, group["master_weights"]), made_for(p), sharding.groups_across(p, method.pools),
         )  # fmt: skip
-        return made
+        return recipe
 
     def ensure_state(self, p: Tensor, group: Group) -> dict[str, Any]:
         """The states of one parameter as its recipe has them.
@@ -131,7 +131,7 @@ class StateKeeper(torch.optim.Optimizer):
     def group_of(self, p: Tensor) -> Group:
         """The group that a parameter belongs to. Raises OptimizerError if it belongs to none."""
         if p not in self._groups:
-            self._find_places()
+            self._find_positions()
         if p not in self._groups:
             raise OptimizerError("this parameter belongs to none of the optimizer's groups")
         return self._groups[p]
@@ -142,15 +142,15 @@ class StateKeeper(torch.optim.Optimizer):
 
     def name(self, p: Tensor) -> str | None:
         """A parameter's name as the bare model has it; None if it was given without one."""
-        return self._place(p)[1]
+        return self._position(p)[1]
 
-    def place(self, p: Tensor) -> int:
+    def position(self, p: Tensor) -> int:
         """A parameter's position among all."""
-        return self._place(p)[0]
+        return self._position(p)[0]
 
     def label(self, p: Tensor) -> str | int:
         """What to call a parameter: its name, or its position among all."""
-        index, name = self._place(p)
+        index, name = self._position(p)
         return index if name is None else name
 
     def state_nbytes(self) -> int:
@@ -167,10 +167,10 @@ class StateKeeper(torch.optim.Optimizer):
         log, values = ChangeLog(), dict(self.state[p])
         if before is not None:
             values |= self._low_after_cast(p, recipe, before, values.pop(LOW, None))
-        made = adopt(recipe, p, group, values, group, log)
+        states = adopt(recipe, p, group, values, group, log)
         if not log.report().exact:
             warnings.warn(f"states that did not fit were converted: {log.report()}", stacklevel=2)
-        return made
+        return states
 
     def _low_after_cast(
         self, p: Tensor, recipe: Recipe, before: Recipe, low: EncodedTensor | None
@@ -194,17 +194,17 @@ class StateKeeper(torch.optim.Optimizer):
         self._seen: dict[Tensor, tuple[Recipe, tuple[tuple[str, Any], ...]]] = {}
         self._scratch = TileBuffers()
         self._launches: dict[Any, Any] = {}  # prepared fused steps, which `fusing` keeps here
-        self._places: dict[Tensor, tuple[int, str | None]] = {}
+        self._positions: dict[Tensor, tuple[int, str | None]] = {}
         self._groups: dict[Tensor, Group] = {}
 
-    def _place(self, p: Tensor) -> tuple[int, str | None]:
-        if p not in self._places:
-            self._find_places()
-        return self._places[p]
+    def _position(self, p: Tensor) -> tuple[int, str | None]:
+        if p not in self._positions:
+            self._find_positions()
+        return self._positions[p]
 
-    def _find_places(self) -> None:
+    def _find_positions(self) -> None:
         """Number and name the parameters of all groups, also of those that were put in by hand."""
-        places: dict[Tensor, tuple[int, str | None]] = {}
+        positions: dict[Tensor, tuple[int, str | None]] = {}
         groups: dict[Tensor, Group] = {}
         for group in self.param_groups:
             for key, value in self.defaults.items():
@@ -212,8 +212,8 @@ class StateKeeper(torch.optim.Optimizer):
             self.accept_group(group)
             for p, name in zip_longest(group["params"], group.get("param_names", ())):
                 if p is not None:
-                    places[p] = len(places), None if name is None else bare_name(name)
+                    positions[p] = len(positions), None if name is None else bare_name(name)
                     groups[p] = group
-        self._places, self._groups, self._launches = places, groups, {}
-        self._recipes = {p: r for p, r in self._recipes.items() if places.get(p) == (r.index, r.name)}
-        self._seen = {p: s for p, s in self._seen.items() if p in places}
+        self._positions, self._groups, self._launches = positions, groups, {}
+        self._recipes = {p: r for p, r in self._recipes.items() if positions.get(p) == (r.index, r.name)}
+        self._seen = {p: s for p, s in self._seen.items() if p in positions}

@@ -29,7 +29,7 @@ CASES = [(torch.bfloat16, None), (torch.bfloat16, "split24"), (torch.bfloat16, "
 def test_a_step_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | None, exponent: int) -> None:
     p = weights(dtype)
     optimizer = optim.SGD([p], lr=2.0**exponent, master_weights=master)
-    found = [f for f in optim.check_numerics(optimizer, typical_update=1.0) if f.what == "step"]
+    found = [f for f in optim.check_numerics(optimizer, typical_update=1.0) if f.kind == "step"]
     assert bool(found) == (seen(p, optimizer, 1.0) < 0.5)
     if found:
         assert found[0].change < found[0].needed
@@ -41,7 +41,7 @@ def test_a_step_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | 
 def test_decay_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | None, exponent: int) -> None:
     p = weights(dtype)
     optimizer = optim.SGDW([p], lr=0.5, weight_decay=2.0**exponent * 2, master_weights=master)
-    found = [f for f in optim.check_numerics(optimizer) if f.what == "decay"]
+    found = [f for f in optim.check_numerics(optimizer) if f.kind == "decay"]
     changed = seen(p, optimizer, 0.0)
     if found:
         assert changed < 0.5

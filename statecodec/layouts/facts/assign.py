@@ -26,18 +26,18 @@ from statecodec.layouts.protocol import Located
 from statecodec.roles import STATE_ROLES, family
 
 
-def named(found: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments], list[Momentum]]:
+def named(parts: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments], list[Momentum]]:
     """All tensors, with roles and parameter names where facts tell them; moments and weights that belong together."""
-    files = [[FileRoles(facts) for facts in located.facts] for located in found]
+    files = [[FileRoles(facts) for facts in located.facts] for located in parts]
     _assign([file for group in files for file in group])
     tensors: list[LogicalTensor] = []
-    moments = [m for located in found for m in located.moments]
-    for located, group in zip(found, files, strict=True):
+    moments = [m for located in parts for m in located.moments]
+    for located, group in zip(parts, files, strict=True):
         at = 0
         for file in group:
-            own = located.tensors[at : at + len(file.facts.windows)]
-            tensors += map(partial(_tensor, file), own, range(len(own)))
-            at += len(own)
+            described = located.tensors[at : at + len(file.facts.windows)]
+            tensors += map(partial(_tensor, file), described, range(len(described)))
+            at += len(described)
         tensors += located.tensors[at:]
     flat = [file for group in files for file in group]
     for file in flat:
@@ -81,27 +81,27 @@ def _assign(files: list[FileRoles]) -> None:
     """Fill in `roles`, `params` and `adam` of every file."""
     surveys = [survey(with_local_shards(file.facts.root), file.facts.limit) for file in files]
     _averages(files, surveys)
-    for file, found in zip(files, surveys, strict=True):
-        file.roles, file.encoded = found.roles, found.encoded
-        file.params.update({w.node.index: w.name for w in found.weights})
+    for file, surveyed in zip(files, surveys, strict=True):
+        file.roles, file.encoded = surveyed.roles, surveyed.encoded
+        file.params.update({w.node.index: w.name for w in surveyed.weights})
     scopes = Scopes(files, surveys)
-    for file, found in zip(files, surveys, strict=True):
-        if not found.optimizers:
+    for file, surveyed in zip(files, surveys, strict=True):
+        if not surveyed.optimizers:
             continue
-        names = name_all(found.optimizers, scopes.candidates(file))
-        weights = scopes.weights(file, found)
+        names = name_all(surveyed.optimizers, scopes.candidates(file))
+        weights = scopes.weights(file, surveyed)
         settings = [g for f, s in zip(files, surveys, strict=True) if f.folder == file.folder for g in s.settings]
-        for optimizer, of_groups in zip(found.optimizers, names, strict=True):
+        for optimizer, of_groups in zip(surveyed.optimizers, names, strict=True):
             _describe(file, optimizer, of_groups, weights, settings)
 
 
 def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
     """Weights of which anything says that they are running averages are that, if there are others that they follow."""
     pairs = list(zip(files, surveys, strict=True))
-    weights = [(found, w.node, w.average or is_average(f.path)) for f, found in pairs for w in found.weights]
+    weights = [(surveyed, w.node, w.average or is_average(f.path)) for f, surveyed in pairs for w in surveyed.weights]
     followed = any(not average for _, _, average in weights)
-    averages = [(found, node) for found, node, average in weights if average]
-    for of_file, node in [*averages, *((found, node) for _, found in pairs for node in found.nameless)]:
+    averages = [(surveyed, node) for surveyed, node, average in weights if average]
+    for of_file, node in [*averages, *((surveyed, node) for _, surveyed in pairs for node in surveyed.nameless)]:
         of_file.roles[node.index] = "ema" if followed else "weight"
 
 

@@ -19,9 +19,9 @@ _MAX_DEPTH: Final = 4
 def state_parts(key: str, node: Any) -> Iterator[tuple[TensorNode, StatePart]]:
     """The parts of the state of that key, if it is an encoded one. What its codec says is not checked here."""
     values = node.strings() if type(node) is DictNode else {}
-    if len(values) == 1 and (known := parsed_state_key(*values)) is not None:
+    if len(values) == 1 and (parsed := parsed_state_key(*values)) is not None:
         (parts,) = values.values()
-        dtype, shape, text = known
+        dtype, shape, text = parsed
         yield from _parts(parts, StatePart("", STATE_ROLES.get(key, "other"), json.dumps(text), shape, dtype))
         return
     if values.keys() != _FIRST_KEYS or type(values["codec"]) is not DictNode:

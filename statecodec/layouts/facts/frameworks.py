@@ -43,16 +43,16 @@ _FOLDERS: Final[dict[str, Sequence[tuple[str, bytes]]]] = {
 """Files that stand together in one folder: what their names match, and what is among their first bytes."""
 
 
-def frameworks(found: Iterable[Located], tensors: Iterable[LogicalTensor], listing: Listing) -> str | None:
+def frameworks(parts: Iterable[Located], tensors: Iterable[LogicalTensor], listing: Listing) -> str | None:
     """What wrote a checkpoint and its optimizer states, as reports say it; None where nothing tells.
 
     Args:
-        found: What the layouts found in its files.
+        parts: What the layouts located in its files.
         tensors: The same tensors, with their states.
         listing: The files.
     """
     names = set(_of_folders(listing)) | set(_of_states(tensors))
-    for located in found:
+    for located in parts:
         names |= {located.framework} if located.framework else set()
         names.update(name for facts in located.facts for name in _of_object(facts))
     names = {name for name in names if not any(other.startswith(f"{name}, ") for other in names)}  # it says more

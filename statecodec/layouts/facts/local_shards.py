@@ -26,18 +26,18 @@ def local_shard(node: Any) -> TensorNode | None:
     return tensor if type(tensor) is TensorNode else None
 
 
-def _replaced(node: Any, depth: int, known: dict[int, Any]) -> Any:
+def _replaced(node: Any, depth: int, done: dict[int, Any]) -> Any:
     if type(node) is Opaque:
         return local_shard(node) or node
     if type(node) not in (DictNode, list) or depth == _MAX_DEPTH:
         return node
-    if id(node) not in known:
-        known[id(node)] = node  # what an object that holds itself is met with
+    if id(node) not in done:
+        done[id(node)] = node  # what an object that holds itself is met with
         before = [value for _, value in node.items] if type(node) is DictNode else node
-        after = [_replaced(value, depth + 1, known) if type(value) in _INSIDE else value for value in before]
+        after = [_replaced(value, depth + 1, done) if type(value) in _INSIDE else value for value in before]
         if any(a is not b for a, b in zip(after, before, strict=True)):
-            known[id(node)] = _copied(node, after)
-    return known[id(node)]
+            done[id(node)] = _copied(node, after)
+    return done[id(node)]
 
 
 def _copied(node: Any, values: list[Any]) -> Any:

@@ -54,7 +54,7 @@ def deal(weights: Sequence[Shape], groups: Sequence[Sequence[Shape | None]]) -> 
         _, at, g = layers[i + 1][at]
         if g >= 0:
             dealt[g].append(i)
-    return [found[::-1] for found in dealt]
+    return [indices[::-1] for indices in dealt]
 
 
 def deal_by_shape(

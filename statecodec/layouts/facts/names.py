@@ -29,7 +29,7 @@ class Candidate:
     ordered: bool
     """They stand in the model's order."""
 
-    known: bool = False
+    well_known: bool = False
     """The order is that of a well-known architecture."""
 
     @cached_property
@@ -38,10 +38,10 @@ class Candidate:
         names = self.names()
         if self.ordered and names != sorted(names):
             return [self]
-        known = known_orders(names)
-        if self.ordered and not known and not _biases_come_first(names):
+        orders = known_orders(names)
+        if self.ordered and not orders and not _biases_come_first(names):
             return [self]
-        return [Candidate([self.weights[i] for i in order], True, True) for order in known]
+        return [Candidate([self.weights[i] for i in order], True, True) for order in orders]
 
     def names(self) -> list[str]:
         return [w.name for w in self.weights]
@@ -90,12 +90,12 @@ def _given_names(optimizer: Optimizer) -> Dealt | None:
 
 def _agreed(answers: Iterable[Dealt | None]) -> Dealt | None:
     """The names that all answers give, if there are any (a model and its EMA agree; two orders agree in part)."""
-    given = [a for a in answers if a is not None]
-    if not given:
+    named = [a for a in answers if a is not None]
+    if not named:
         return None
     agreed = [
         [names[0] if names.count(names[0]) == len(names) else None for names in zip(*groups, strict=True)]
-        for groups in zip(*given, strict=True)
+        for groups in zip(*named, strict=True)
     ]
     return agreed if any(map(any, agreed)) else None
 
@@ -116,7 +116,7 @@ def _match_order(
 ) -> Dealt | None:
     names, shapes = candidate.names(), candidate.shapes()
     dealt = deal(shapes, groups)
-    if dealt is None and exact and candidate.known:
+    if dealt is None and exact and candidate.well_known:
         dealt = usual_division(names, shapes, groups, decays)
     if dealt is not None:
         return [[names[w] for w in group] for group in dealt]
@@ -130,19 +130,19 @@ def _biases_come_first(names: list[str]) -> bool:
 
 def _without_strangers(candidate: Candidate, groups: list[list[Shape | None]]) -> Dealt | None:
     """The same without the few parameters that have no state, or a shape that no weight has: they stay anonymous."""
-    known = set(candidate.shapes())
-    fitting = [[i for i, shape in enumerate(group) if shape in known] for group in groups]
+    shapes = set(candidate.shapes())
+    fitting = [[i for i, shape in enumerate(group) if shape in shapes] for group in groups]
     count, total = sum(map(len, fitting)), sum(map(len, groups))
     if count == total or (total - count) * _STRANGERS > count:
         return None
     dealt = deal(candidate.shapes(), [[g[i] for i in kept] for g, kept in zip(groups, fitting, strict=True)])
     if dealt is None:
         return None
-    found: list[list[str | None]] = [[None] * len(group) for group in groups]
-    for names, kept, weights in zip(found, fitting, dealt, strict=True):
+    dealt_names: list[list[str | None]] = [[None] * len(group) for group in groups]
+    for names, kept, weights in zip(dealt_names, fitting, dealt, strict=True):
         for i, w in zip(kept, weights, strict=True):
             names[i] = candidate.weights[w].name
-    return found
+    return dealt_names
 
 
 def _match_shapes(candidate: Candidate, optimizer: Optimizer) -> Dealt | None:
@@ -151,10 +151,10 @@ def _match_shapes(candidate: Candidate, optimizer: Optimizer) -> Dealt | None:
         return None
     pairs = list(zip(candidate.names(), candidate.shapes(), strict=True))
     # Where the order is known and did not fit, it cannot be leant on.
-    found = deal_by_shape(pairs, groups, layers=not candidate.orders)
-    if not found:
+    matched = deal_by_shape(pairs, groups, layers=not candidate.orders)
+    if not matched:
         return None
     return [
-        [pairs[found[g, i]][0] if (g, i) in found else None for i in range(len(group))]
+        [pairs[matched[g, i]][0] if (g, i) in matched else None for i in range(len(group))]
         for g, group in enumerate(groups)
     ]

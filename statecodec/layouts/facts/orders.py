@@ -83,10 +83,10 @@ def known_orders(names: Sequence[str]) -> list[list[int]]:
 
     Empty for a model that is not known.
     """
-    found: list[list[int]] = []
+    orders: list[list[int]] = []
     for architecture in ARCHITECTURES.values():
-        found += [order for order in architecture.orders(names) if order not in found]
-    return found
+        orders += [order for order in architecture.orders(names) if order not in orders]
+    return orders
 
 
 def _without_common_words(paths: list[list[str]]) -> list[list[str]]:

@@ -30,9 +30,9 @@ def unwrapped(state: DictNode) -> DictNode:
         values = {{"state1": "exp_avg", "state2": "exp_avg_sq"}.get(key, key): value for key, value in values.items()}
     if values is state.strings():
         return state
-    made = DictNode()
-    made.items = list(values.items())
-    return made
+    bare = DictNode()
+    bare.items = list(values.items())
+    return bare
 
 
 def quantised_parts(state: DictNode, settings: Mapping[str, Any]) -> Iterator[tuple[TensorNode, StatePart]]:
@@ -48,8 +48,8 @@ def quantised_parts(state: DictNode, settings: Mapping[str, Any]) -> Iterator[tu
         if type(codes) is TensorNode and codes.dtype.itemsize == 1 and type(scales) is TensorNode:
             name = _of_bitsandbytes(number, "state2" in values, settings)
             parts = {key: values.get(f"{key}{number}") for key in ("state", "absmax", "qmap")}
-            found = {f"{key}{number}": part for key, part in parts.items()}
-            yield from _parts("bitsandbytes", 8, name, codes.shape, found)
+            numbered = {f"{key}{number}": part for key, part in parts.items()}
+            yield from _parts("bitsandbytes", 8, name, codes.shape, numbered)
 
 
 def _of_bitsandbytes(number: int, two: bool, settings: Mapping[str, Any]) -> str:
@@ -65,8 +65,8 @@ def _of_bitsandbytes(number: int, two: bool, settings: Mapping[str, Any]) -> str
 def _flash(name: str, values: dict[str, Any]) -> Iterator[tuple[TensorNode, StatePart]]:
     codes, scales = values[name + FLASH_CODES], values.get(name + FLASH_SCALES)
     if type(codes) is TensorNode and type(scales) is TensorNode:
-        found = {name + FLASH_CODES: codes, name + FLASH_SCALES: scales}
-        yield from _parts("flashoptim", 8, name, codes.shape, found)
+        parts = {name + FLASH_CODES: codes, name + FLASH_SCALES: scales}
+        yield from _parts("flashoptim", 8, name, codes.shape, parts)
 
 
 def _torchao(name: str, value: Opaque) -> Iterator[tuple[TensorNode, StatePart]]:
@@ -76,8 +76,8 @@ def _torchao(name: str, value: Opaque) -> Iterator[tuple[TensorNode, StatePart]]
         return
     whole = tuple(shape) if isinstance(shape, (tuple, list)) else codes.shape
     if len(whole) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in whole):
-        found = {f"{name}.{key}": attributes.get(key) for key in ("codes", "scale", "qmap")}
-        yield from _parts("torchao", TORCHAO[value.name], name, whole, found)
+        parts = {f"{name}.{key}": attributes.get(key) for key in ("codes", "scale", "qmap")}
+        yield from _parts("torchao", TORCHAO[value.name], name, whole, parts)
 
 
 def is_shared(part: StatePart) -> bool:
@@ -86,11 +86,11 @@ def is_shared(part: StatePart) -> bool:
 
 
 def _parts(
-    package: str, bits: int, name: str, shape: tuple[int, ...], found: Mapping[str, Any]
+    package: str, bits: int, name: str, shape: tuple[int, ...], parts: Mapping[str, Any]
 ) -> Iterator[tuple[TensorNode, StatePart]]:
     config = json.dumps({"name": package, "bits": bits, "state": name})
     role = STATE_ROLES.get(name, "other")
-    for part, node in found.items():
+    for part, node in parts.items():
         if type(node) is TensorNode:
             yield node, StatePart(part, role, config, shape, "float32")
 

@@ -28,18 +28,18 @@ class Scopes:
         """The models that a file's optimizers may be about, nearest first."""
         beside = self._folders[file.folder]
         elsewhere = [c for folder in self._folders.values() if folder is not beside for c in folder]
-        return [self._own[file.path], beside, elsewhere if len(elsewhere) <= _MAX_ELSEWHERE else []]
+        return [self._models[file.path], beside, elsewhere if len(elsewhere) <= _MAX_ELSEWHERE else []]
 
-    def weights(self, file: FileRoles, found: Survey) -> Weights:
+    def weights(self, file: FileRoles, surveyed: Survey) -> Weights:
         """The weights that names of a file's parameters may mean: of several of one name the nearest."""
         around = (self._around.get(folder, {}) for folder in _upwards(file.folder))
-        return ChainMap(_by_name(file, found.weights), self._beside.get(file.folder, {}), *around)
+        return ChainMap(_by_name(file, surveyed.weights), self._beside.get(file.folder, {}), *around)
 
     @cached_property
-    def _own(self) -> dict[str, list[Candidate]]:
+    def _models(self) -> dict[str, list[Candidate]]:
         """Each file's models."""
         pairs = zip(self.files, self.surveys, strict=True)
-        return {file.path: models(found.weights, file.facts.ordered) for file, found in pairs}
+        return {file.path: models(surveyed.weights, file.facts.ordered) for file, surveyed in pairs}
 
     @cached_property
     def _folders(self) -> dict[str, list[Candidate]]:
@@ -48,7 +48,7 @@ class Scopes:
         for ordered in (True, False):
             shards: dict[str, list[ModelTensor]] = defaultdict(list)
             for file in self.files:
-                candidates = self._own[file.path]
+                candidates = self._models[file.path]
                 folders[file.folder] += []
                 if file.facts.ordered is ordered and candidates:
                     folders[file.folder] += candidates
@@ -62,8 +62,8 @@ class Scopes:
     def _of_files(self) -> dict[str, list[dict[str, WeightNode]]]:
         """For each folder the weights of each of its files."""
         folders: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
-        for file, found in zip(self.files, self.surveys, strict=True):
-            folders[file.folder].append(_by_name(file, found.weights))
+        for file, surveyed in zip(self.files, self.surveys, strict=True):
+            folders[file.folder].append(_by_name(file, surveyed.weights))
         return folders
 
     @cached_property
@@ -78,7 +78,7 @@ class Scopes:
         Weights beside an optimizer are that one's: they are nobody else's.
         """
         pairs = zip(self.files, self.surveys, strict=True)
-        trained = {file.folder for file, found in pairs if found.optimizers}
+        trained = {file.folder for file, surveyed in pairs if surveyed.optimizers}
         inside: dict[str, list[dict[str, WeightNode]]] = defaultdict(list)
         for folder, of_files in self._of_files.items():
             for above in _upwards(folder) if folder not in trained else ():
@@ -96,18 +96,18 @@ def _upwards(folder: str) -> Iterator[str]:
 
 def _unique(several: Iterable[dict[str, WeightNode]]) -> dict[str, WeightNode]:
     """The weights whose names only one of several has."""
-    found: dict[str, WeightNode] = {}
+    union: dict[str, WeightNode] = {}
     twice: set[str] = set()
     for weights in several:
-        twice |= weights.keys() & found.keys()
-        found |= weights
-    return {name: weight for name, weight in found.items() if name not in twice}
+        twice |= weights.keys() & union.keys()
+        union |= weights
+    return {name: weight for name, weight in union.items() if name not in twice}
 
 
 def _by_name(file: FileRoles, weights: Iterable[ModelTensor]) -> dict[str, WeightNode]:
     """A file's weights, no copies of them; of several models the first."""
-    found: dict[str, WeightNode] = {}
+    by_name: dict[str, WeightNode] = {}
     for weight in weights:
         if file.roles[weight.node.index] == "weight":
-            found.setdefault(weight.name, (file, weight.node))
-    return found
+            by_name.setdefault(weight.name, (file, weight.node))
+    return by_name

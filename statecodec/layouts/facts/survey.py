@@ -59,7 +59,7 @@ class Group:
 class Optimizer:
     """One optimizer's state_dict."""
 
-    place: KeyPath
+    path: KeyPath
     groups: list[Group]
     states: dict[Key, DictNode]
     parent: DictNode | None
@@ -74,8 +74,8 @@ class Optimizer:
 
     def of_no_group(self) -> dict[Key, DictNode]:
         """The states that no group refers to."""
-        known = {key for group in self.groups for key in group.ids}
-        return {key: state for key, state in self.states.items() if key not in known}
+        referred = {key for group in self.groups for key in group.ids}
+        return {key: state for key, state in self.states.items() if key not in referred}
 
 
 @dataclass
@@ -111,42 +111,42 @@ def parameter_name(name: str) -> str:
 
 def survey(root: Any, limit: int) -> Survey:
     """Look through a description (of a torch file, or of a safetensors file as one dict)."""
-    found = Survey()
+    surveyed = Survey()
     bare = _is_state_dict(root)
     parents: dict[int, DictNode] = {}
     companions: set[int] = set()
     averages: set[int] = set()
-    for place, node in walk(root, limit):
+    for path, node in walk(root, limit):
         if type(node) is TensorNode:
             if node.index not in companions:
-                _tensor(found, place, node, bare)
+                _tensor(surveyed, path, node, bare)
             continue
         if type(node) is not DictNode:
-            if place.key in _MASTER_KEYS and not place.inside:
-                place.inside = "master"
-            elif id(node) in averages and not place.inside:
-                place.inside = "list of averages"
+            if path.key in _MASTER_KEYS and not path.inside:
+                path.inside = "master"
+            elif id(node) in averages and not path.inside:
+                path.inside = "list of averages"
             continue
         averages.update(averages_in(node))
-        optimizer = _optimizer(place, node, parents)
+        optimizer = _optimizer(path, node, parents)
         if optimizer is not None:
-            place.inside = "optimizer"
-            found.optimizers.append(optimizer)
-            _state_roles(found, optimizer)
+            path.inside = "optimizer"
+            surveyed.optimizers.append(optimizer)
+            _state_roles(surveyed, optimizer)
             continue
-        found.settings += _settings_alone(node)
-        if not place.inside or place.inside == "state dict":
-            place.inside = "averages" if id(node) in averages else _inside(place, node)
-            if place.inside in _STATE_DICTS:
+        surveyed.settings += _settings_alone(node)
+        if not path.inside or path.inside == "state dict":
+            path.inside = "averages" if id(node) in averages else _inside(path, node)
+            if path.inside in _STATE_DICTS:
                 companions.update(_companions(node))
             for _, child in node.items:
                 if type(child) is DictNode:
                     parents.setdefault(id(child), node)
-    return found
+    return surveyed
 
 
-def _inside(place: KeyPath, node: DictNode) -> str:
-    key = place.key.lower() if type(place.key) is str and place.parent is not None else ""
+def _inside(path: KeyPath, node: DictNode) -> str:
+    key = path.key.lower() if type(path.key) is str and path.parent is not None else ""
     if key == "_buffers" or any(word in key for word in _OTHER_WORDS):
         return "other"
     return "state dict" if _is_state_dict(node) else ""
@@ -179,48 +179,48 @@ def _companions(state_dict: DictNode) -> Iterator[int]:
             yield tensor.index
 
 
-def _tensor(found: Survey, place: KeyPath, node: TensorNode, bare: bool) -> None:
-    if place.inside in ("optimizer", "other") or node.index in found.roles:
+def _tensor(surveyed: Survey, path: KeyPath, node: TensorNode, bare: bool) -> None:
+    if path.inside in ("optimizer", "other") or node.index in surveyed.roles:
         return
-    if place.inside == "master":
-        found.roles[node.index] = "master"
+    if path.inside == "master":
+        surveyed.roles[node.index] = "master"
         return
-    if place.inside == "list of averages":
-        found.nameless += [node] if _has_fractions(node.dtype) else []
+    if path.inside == "list of averages":
+        surveyed.nameless += [node] if _has_fractions(node.dtype) else []
         return
-    leaf = place.key.rpartition(".")[2] if type(place.key) is str else ""
+    leaf = path.key.rpartition(".")[2] if type(path.key) is str else ""
     if leaf in STATE_ROLES:
         if node.dtype.is_floating_point:
-            found.roles[node.index] = STATE_ROLES[leaf]
+            surveyed.roles[node.index] = STATE_ROLES[leaf]
         return
     if (
-        (place.inside not in _STATE_DICTS and not node.is_parameter)
+        (path.inside not in _STATE_DICTS and not node.is_parameter)
         or not _has_fractions(node.dtype)
-        or _is_buffer(place, node)
+        or _is_buffer(path, node)
     ):
         return
-    path = str(place)
-    top = "" if bare or place.parent is None or place.parent.parent is None else spell(place.top)
-    name = parameter_name(path[len(top) + 1 :] if top and path.startswith(top + ".") else path)
-    found.roles[node.index] = "weight"
-    found.weights.append(ModelTensor(name, top, node, place.inside == "averages" or is_average(path)))
+    text = str(path)
+    top = "" if bare or path.parent is None or path.parent.parent is None else spell(path.top)
+    name = parameter_name(text[len(top) + 1 :] if top and text.startswith(top + ".") else text)
+    surveyed.roles[node.index] = "weight"
+    surveyed.weights.append(ModelTensor(name, top, node, path.inside == "averages" or is_average(text)))
 
 
 def _has_fractions(dtype: DType) -> bool:
     return dtype.is_floating_point or dtype.is_complex
 
 
-def _is_buffer(place: KeyPath, node: TensorNode) -> bool:
-    if type(place.key) is not str or node.is_parameter:
+def _is_buffer(path: KeyPath, node: TensorNode) -> bool:
+    if type(path.key) is not str or node.is_parameter:
         return False
     shape = node.shape
-    causal_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] and place.key.endswith(".bias")
-    return causal_mask or _BUFFER.search(place.key) is not None
+    causal_mask = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3] and path.key.endswith(".bias")
+    return causal_mask or _BUFFER.search(path.key) is not None
 
 
-def _optimizer(place: KeyPath, node: DictNode, parents: dict[int, DictNode]) -> Optimizer | None:
+def _optimizer(path: KeyPath, node: DictNode, parents: dict[int, DictNode]) -> Optimizer | None:
     """The optimizer that a dict with `state` and `param_groups` is, if its contents fit."""
-    if len(node.items) > 64 or place.inside == "optimizer":
+    if len(node.items) > 64 or path.inside == "optimizer":
         return None
     state, groups = node.get("state"), node.get("param_groups")
     if type(state) is not DictNode or type(groups) not in (list, tuple):
@@ -230,9 +230,11 @@ def _optimizer(place: KeyPath, node: DictNode, parents: dict[int, DictNode]) -> 
     states: dict[Key, DictNode] = {}
     for position, (key, value) in enumerate(state.items):
         if type(value) is DictNode:
-            known = _key(key)
-            states[-1 - position if known is None else known] = unwrapped(value)  # no group refers to a negative number
-    return Optimizer(place, [_group(g) for g in groups if type(g) is DictNode], states, parents.get(id(node)))
+            number = _key(key)
+            states[-1 - position if number is None else number] = unwrapped(
+                value
+            )  # no group refers to a negative number
+    return Optimizer(path, [_group(g) for g in groups if type(g) is DictNode], states, parents.get(id(node)))
 
 
 def _settings_alone(node: DictNode) -> list[DictNode]:
@@ -250,30 +252,30 @@ def _key(value: Any) -> Key | None:
 
 
 def _group(node: DictNode) -> Group:
-    params, given = node.get("params"), node.get("param_names")
+    params, names = node.get("params"), node.get("param_names")
     ids = [_key(p) for p in params] if type(params) in (list, tuple) else []
-    if type(given) not in (list, tuple) or len(given) != len(ids):
-        given = ids
-    return Group(node, ids, [parameter_name(name) if type(name) is str else None for name in given])
+    if type(names) not in (list, tuple) or len(names) != len(ids):
+        names = ids
+    return Group(node, ids, [parameter_name(name) if type(name) is str else None for name in names])
 
 
-def _state_roles(found: Survey, optimizer: Optimizer) -> None:
+def _state_roles(surveyed: Survey, optimizer: Optimizer) -> None:
     settings = {key: group.node.strings() for group in optimizer.groups for key in group.ids}
     for number, state in optimizer.states.items():
-        found.encoded.update((t.index, part) for t, part in encoded_parts(state, settings.get(number, {})))
+        surveyed.encoded.update((t.index, part) for t, part in encoded_parts(state, settings.get(number, {})))
         for key, value in state.items:
             if type(key) is not str or type(value) is not TensorNode:
                 continue
             if key == "step" and math.prod(value.shape) == 1:
-                found.roles[value.index] = "step"
+                surveyed.roles[value.index] = "step"
             elif key in STATE_ROLES and value.dtype.is_floating_point:
-                found.roles[value.index] = STATE_ROLES[key]
+                surveyed.roles[value.index] = STATE_ROLES[key]
 
 
 def encoded_parts(state: DictNode, settings: Mapping[str, Any]) -> list[tuple[TensorNode, StatePart]]:
     """The tensors of one parameter's state that are parts of encoded ones, ours or others'."""
-    own = [found for key, value in state.strings().items() for found in state_parts(key, value)]
-    return own + list(quantised_parts(state, settings))
+    ours = [part for key, value in state.strings().items() for part in state_parts(key, value)]
+    return ours + list(quantised_parts(state, settings))
 
 
 def _param_shape(state: DictNode | None) -> tuple[int, ...] | None:

@@ -27,9 +27,9 @@ def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
     if len(data) > MAX_PICKLE_BYTES:
         raise MalformedCheckpoint(f"{name} has {len(data)} bytes; more than {MAX_PICKLE_BYTES} are not read")
     machine = Machine(data)
-    found = run(machine, name)
+    root = run(machine, name)
     remember(machine)
-    return found
+    return root
 
 
 def run(machine: Machine, name: str) -> Any:

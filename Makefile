@@ -7,6 +7,7 @@
 #   make format   let ruff rewrite the sources
 #   make campaign the long versions of the tests that damage files and kill writers, and all tests with new examples
 #   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
+#   make torchtitan  fetch torchtitan into .torchtitan, 300 MB, and train with it on CPUs (examples/torchtitan_train.py)
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks, in
 #                 less than eight minutes; make gpu-rehearsal does the same in small without a GPU, and make gpu-packages
 #                 fetches into .gpu-packages what a GPU machine without a network may lack (for Python $(GPU_VERSION))
@@ -33,7 +34,7 @@ GPU_EXTRAS ?= flashoptim
 OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
+.PHONY: help venv demo test lint check format campaign sm90 torchtitan gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -78,6 +79,15 @@ sm90: $(STAMP) $(OLDEST_TRITON)
 # The triton that the oldest supported torch (2.10) brings; alone it is enough to compile.
 $(OLDEST_TRITON):
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(notdir $@)
+
+torchtitan: $(STAMP) .torchtitan
+	PYTHONPATH=$(CURDIR)/.torchtitan $(BIN)/python -m pytest tests/frameworks/test_torchtitan.py
+
+# Beside the environment, and without what it asks for: the versions that it wants of some packages are not those of the tests.
+.torchtitan:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchtitan==0.3.0 torchdata==0.11.0 datasets==4.7.0 \
+	    torch_checkpointing==0.1.1 spmd_types==0.2.3 tyro==1.0.17 typeguard==4.6.1 docstring_parser==0.18.0 einops==0.8.2 \
+	    tensorboard==2.21.0 absl-py==2.5.1 dill==0.4.1 multiprocess==0.70.19 pandas==3.1.1 pyarrow==26.0.1
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py

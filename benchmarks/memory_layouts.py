@@ -97,7 +97,7 @@ def save_zero(folder: Path, nbytes: int) -> None:
 
 def shapes(numel: int) -> dict[str, tuple[int, int]]:
     """About so many parameters: an embedding of a quarter of them, at most, and layers."""
-    rows = min(3 * WIDTH, numel // (4 * WIDTH)) // RANKS * RANKS
+    rows = max(1, min(3 * WIDTH, numel // (4 * WIDTH)) // RANKS) * RANKS
     found, left = {"embedding": (rows, WIDTH)}, numel - rows * WIDTH
     while left > 0:
         found[f"layers.{len(found)}"] = (min(WIDTH, rows), WIDTH)

@@ -22,8 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from statecodec.distributed import StatecodecReader, StatecodecWriter
-from statecodec.distributed.dcp_index import NAME as INDEX
+from statecodec.distributed import INDEX, StatecodecReader, StatecodecWriter
 from statecodec.optim import AdamW
 
 WIDTH, BATCH = 96, 32

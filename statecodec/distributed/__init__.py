@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from statecodec.distributed.reader import StatecodecReader
     from statecodec.distributed.writer import StatecodecWriter
 
-__all__ = ["StatecodecReader", "StatecodecWriter"]
+__all__ = ["INDEX", "StatecodecReader", "StatecodecWriter"]
+
+INDEX = "statecodec.json"
+"""The file of a folder that is written last: where it is, the checkpoint is whole."""
 
 
 def __getattr__(name: str) -> Any:

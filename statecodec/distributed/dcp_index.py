@@ -23,16 +23,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from statecodec import dtypes
+from statecodec.distributed import INDEX
 from statecodec.distributed.folders import Folder
 from statecodec.errors import FormatError, UnsupportedVersion
 from statecodec.files import read_bytes
 from statecodec.limits import Limits
 from statecodec.strict import dump_json, parse_json
 
-NAME = "statecodec.json"
 _VERSION = 1
 _FILE = re.compile(r"rank-\d{1,6}-[0-9a-f]{16}\.sc\.safetensors")
-_BEGUN = re.compile(rf"\.?({_FILE.pattern}|{re.escape(NAME)})\.[0-9a-f]{{16}}\.tmp")
+_BEGUN = re.compile(rf"\.?({_FILE.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{16}}\.tmp")
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class FolderIndex:
 
 def read(folder: Folder) -> FolderIndex:
     """Read and check the index of a checkpoint. Raises FormatError and its subclasses."""
-    path, limits = f"{folder}/{NAME}", Limits()
+    path, limits = f"{folder}/{INDEX}", Limits()
     try:
-        with contextlib.closing(folder.open(NAME)) as file:
+        with contextlib.closing(folder.open(INDEX)) as file:
             limits.check(f"{path}: bytes", file.size, limits.max_manifest_bytes)
             data = read_bytes(file, 0, file.size)
     except (OSError, EOFError) as error:
         why = getattr(error, "strerror", None) or error
         raise FormatError(f"{path}: {why}: no checkpoint was completed in {folder}") from error
-    value = parse_json(bytes(data), NAME, limits)
+    value = parse_json(bytes(data), INDEX, limits)
     if not isinstance(value, dict) or "statecodec_dcp" not in value:
         raise FormatError(f"{path} is no index of a checkpoint")
     if value["statecodec_dcp"] != _VERSION:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from statecodec.checkpoint.stored import StoredCheckpoint
-from statecodec.distributed import dcp_index
+from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
 from statecodec.distributed.folders import Folder, StrPath, folder_at
 from statecodec.errors import CorruptFile, FormatError, UsageError
@@ -121,7 +121,7 @@ class StatecodecReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
         """Whether it is a directory with an index; a URL may be."""
-        return "://" in str(checkpoint_id) or (Path(checkpoint_id) / dcp_index.NAME).is_file()
+        return "://" in str(checkpoint_id) or (Path(checkpoint_id) / INDEX).is_file()
 
 
 def _decoded(

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from statecodec.checkpoint.stored import StoredCheckpoint
-from statecodec.distributed import dcp_index
+from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
 from statecodec.distributed.folders import Folder, StrPath, folder_at
 from statecodec.distributed.local_state import LocalState
@@ -103,7 +103,7 @@ class StatecodecWriter(StorageWriter):
             place, digest = result.storage_data
             places[result.index], digests[place.file] = place, digest
         folder = self.folder
-        folder.write(dcp_index.NAME, dcp_index.to_bytes(metadata, places, digests))
+        folder.write(INDEX, dcp_index.to_bytes(metadata, places, digests))
         for name in dcp_index.leftovers(folder, digests):
             folder.remove(name)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import statecodec
 from statecodec.codecs import chunking
-from statecodec.distributed import dcp_index
+from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.folders import Directory
 from statecodec.distributed.reader import StatecodecReader
 from statecodec.errors import FormatError
@@ -132,7 +132,7 @@ JSON = st.recursive(
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("index")
     save(state(), folder)
-    return folder / dcp_index.NAME
+    return folder / INDEX
 
 
 @settings(max_examples=200)
@@ -146,7 +146,7 @@ def test_a_lying_index_is_an_error_of_ours(index: Path, tmp_path_factory: pytest
     parent[path[-1]] = data.draw(JSON)
     folder = tmp_path_factory.getbasetemp() / "lying"
     folder.mkdir(exist_ok=True)
-    (folder / dcp_index.NAME).write_text(json.dumps(value))
+    (folder / INDEX).write_text(json.dumps(value))
     try:
         dcp_index.read(Directory(folder))
     except FormatError:

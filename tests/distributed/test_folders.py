@@ -16,7 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from statecodec import staging
-from statecodec.distributed import StatecodecReader, StatecodecWriter, dcp_index, stores
+from statecodec.distributed import INDEX, StatecodecReader, StatecodecWriter, dcp_index, stores
 from statecodec.distributed.folders import InStore, folder_at
 from statecodec.errors import OutputFailed, UsageError
 from tests.contracts.layout import same
@@ -71,7 +71,7 @@ def test_a_store_keeps_what_a_directory_keeps(place: dict[str, Any], monkeypatch
     assert same(load(like=state(9), **place), first)
     save(second, **place, preset="lossless")
     file, index = sorted(where.names())
-    assert index == dcp_index.NAME
+    assert index == INDEX
     assert same(load(like=state(9), **place), second)
     where.remove(file)
     with pytest.raises(dcp.api.CheckpointException, match=file):
@@ -88,7 +88,7 @@ def test_a_rank_reads_the_ranges_that_it_needs(place: dict[str, Any], monkeypatc
     real = type(where._objects).read
 
     def counted(self: Any, key: str, start: int, stop: int) -> bytes:
-        if not key.endswith(dcp_index.NAME):
+        if not key.endswith(INDEX):
             read.append(stop - start)
         return real(self, key, start, stop)
 
@@ -165,7 +165,7 @@ def test_a_killed_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         assert len(list(folder.iterdir())) == 3 + (kill is killed_while_it_writes_the_index), kill.__name__
         assert same(load(folder, state(9)), first), kill.__name__
         save(state(2), folder, preset="lossless")
-        assert sorted(folder.iterdir()) == [*rank_files(folder), folder / dcp_index.NAME]
+        assert sorted(folder.iterdir()) == [*rank_files(folder), folder / INDEX]
         assert same(load(folder, state(9)), state(2)), kill.__name__
 
 

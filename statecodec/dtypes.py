@@ -25,10 +25,12 @@ class DType:
 
     @property
     def is_floating_point(self) -> bool:
+        """Whether it is a real floating-point dtype."""
         return self.kind == "float"
 
     @property
     def is_complex(self) -> bool:
+        """Whether it is a complex dtype."""
         return self.kind == "complex"
 
     @property

@@ -52,7 +52,7 @@ def error(value: Any) -> str:
 
 
 def asked(preset: str | None, errors: Mapping[str, float] | None) -> str:
-    """What a file was made to keep to (see `Report.asked`), in words; nothing where that is not known.
+    """The errors that a file was made to keep to (see `Report.asked`), in words; "" where they are not known.
 
     >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.01})
     'preset resume, errors up to 1 % of a step'

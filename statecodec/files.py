@@ -34,7 +34,7 @@ class Identity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
     def check(self, status: os.stat_result, name: str) -> None:
-        """Raise LayoutError if a stat result is not of this file in this state."""
+        """Raise LayoutError if a stat result is of another file, or of this file in another state."""
         if Identity.of(status) != self:
             raise LayoutError(f"{name} was changed or replaced while it was read; try again once it is complete")
 
@@ -214,8 +214,9 @@ def write_exactly(fd: int, offset: int, data: memoryview) -> None:
 
 
 def reserve(fd: int, nbytes: int) -> None:
-    """Give a new file its size, and the room for it on the disk where the file system can: writing it costs less then,
-    and a full disk shows before the work is done. Raises OSError.
+    """Give a new file its size, and room on the disk where the file system can. Raises OSError.
+
+    Writing then costs less, and a full disk shows before the work is done.
     """
     os.ftruncate(fd, nbytes)
     fallocate = _fallocate()
@@ -228,7 +229,10 @@ def reserve(fd: int, nbytes: int) -> None:
 
 @cache
 def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """The system call; Python's own os.posix_fallocate writes to every block where a file system does not have it."""
+    """The system call `fallocate`.
+
+    Python's os.posix_fallocate writes to every block where a file system does not have it.
+    """
     try:
         function: Any = ctypes.CDLL(None, use_errno=True).fallocate
     except (AttributeError, OSError):  # a system without it

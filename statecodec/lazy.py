@@ -1,10 +1,10 @@
-"""torch, imported when it is first used: what only reads headers does without the second that importing it takes.
+"""torch, imported when it is first used, so that what only reads headers does not wait a second for the import.
 
 `layouts`, `format`, `codecs` and `checkpoint` describe tensors by `statecodec.dtypes`, and take torch from here:
 
     from statecodec.lazy import torch
 
-Type checkers see torch itself. An import contract keeps direct imports of torch out of those packages.
+Type checkers see torch itself. An import contract forbids these packages to import torch directly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Lazy:
-    """Stands for a module until something of it is asked for."""
+    """Stands for a module, which is imported when an attribute is first used."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Names: of parameters, as the bare model has them; of encoded states; of anything, as they can be shown."""
+"""Names of parameters without what wrappers add, keys of encoded states, and text that can always be shown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bare_name(name: str) -> str:
 
 
 def state_key(dtype: str, shape: Sequence[int], codec: str) -> str:
-    """What the parts of an encoded state stand under in a state dict.
+    """The key under which a state dict holds the parts of an encoded state.
 
     >>> state_key("float32", (24, 70), "companded(version=2,bits=8)")
     'float32[24,70] companded(version=2,bits=8)'

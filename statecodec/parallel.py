@@ -22,13 +22,13 @@ def default_threads() -> int:
 
 
 class Workers:
-    """Threads for one `ordered_map` after the other: what each keeps for itself, such as scratch memory, is made once.
+    """Threads that serve one `ordered_map` after the other, so that their scratch memory is allocated once.
 
     A context manager; the threads end with the block.
     """
 
     def __init__(self, threads: int) -> None:
-        """With one thread the work is done by whoever asks for its results."""
+        """With one thread no thread is started: the caller does the work when it asks for results."""
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="statecodec") if threads > 1 else None
 

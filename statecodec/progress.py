@@ -1,4 +1,4 @@
-"""How far a verb is: bytes done of bytes in all, told to a callback."""
+"""Tells a callback how far a verb is: bytes done, bytes in all."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ Keep: TypeAlias = "Callable[[Tensor], Tensor]"
 
 
 def unchanged(storage: Tensor) -> Tensor:
-    """Where it is."""
+    """Leave a storage where it is."""
     return storage
 
 
@@ -57,16 +57,23 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Number of bytes before it was encoded."""
         return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where a tensor of the original files is: a window into the tensor of that index."""
+    """A tensor of the original files, as a window into a stored tensor.
+
+    Args:
+        view: The window.
+        index: The stored tensor's place among the items.
+    """
 
     view: View
     index: int
@@ -242,7 +249,7 @@ class Checkpoint(ABC):
         return self.encoded(self._window(name).index)
 
     def _window(self, name: str) -> Window:
-        """By the name in the original file, or by the name that reports use."""
+        """Look a tensor up by its name in the original file, or by the name that reports use."""
         if name in self.windows:
             return self.windows[name]
         if name in self.tensors:
@@ -255,7 +262,7 @@ class Checkpoint(ABC):
 
     @cached_property
     def _first_windows(self) -> Mapping[int, Window]:
-        """Of every item that a tensor of the original is in, the first such tensor."""
+        """For every item with tensors of the original in it, the first of them."""
         return {w.index: w for w in reversed(list(self.windows.values()))}
 
     def __enter__(self) -> Self:

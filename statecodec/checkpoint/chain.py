@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class BaseCheckpoint:
-    """An open base checkpoint, and what a link takes from it. Thread-safe, as readers are."""
+    """An open base checkpoint, from which a link takes parts and values. Thread-safe, as readers are."""
 
     def __init__(self, path: str | Path, target: Path) -> None:
         """Open the base of a link that will be written to `target`. Raises UsageError, FormatError."""
@@ -56,7 +56,7 @@ class BaseCheckpoint:
         self.stored.close()
 
     def index(self, tensor: TensorInfo) -> int | None:
-        """The base's item that is the same tensor, if it has one: equal name, shape and dtype."""
+        """The index of the base's item of equal name, shape and dtype; None if there is none."""
         stored = self.stored.tensors.get(tensor.name)
         alike = stored is not None and (stored.shape, stored.dtype) == (tensor.shape, tensor.dtype)
         return stored.index if stored is not None and alike else None
@@ -83,7 +83,7 @@ def _chain(stored: StoredCheckpoint) -> Iterator[StoredCheckpoint]:
 
 
 def refuse_base(target: Path) -> None:
-    """Raise UsageError if another file in the folder stores what changed since the file `target`, by its name."""
+    """Refuse to replace a file that is the base of another file in its folder. Raises UsageError."""
     names = (target.name, target.name + ".index.json")
     if not any((path := target.with_name(name)).is_file() and is_compressed(path) for name in names):
         return
@@ -97,7 +97,10 @@ def refuse_base(target: Path) -> None:
 
 
 def _builds_on(path: Path, names: tuple[str, ...]) -> bool:
-    """Whether a compressed checkpoint names one of these as its base. Most files do not mention them at all."""
+    """Whether a compressed checkpoint names one of these files as its base.
+
+    Most files do not contain the names at all, which is found out first, because it is cheap.
+    """
     try:
         if not path.name.endswith(INDEX_SUFFIX) and not mentions(path, names):
             return False

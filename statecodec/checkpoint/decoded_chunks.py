@@ -1,4 +1,4 @@
-"""Chunks that were decoded as companions of others, kept for their own turn: the two lie near each other in a file."""
+"""Keeps chunks that were decoded as companions of others until it is their own turn, which comes soon in a file."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Key = tuple[int, int]  # item, chunk
 
 
 class DecodedChunks:
-    """The last few decoded chunks, whole. Thread-safe; nobody may change what it holds."""
+    """The last few decoded chunks, whole. Thread-safe; what it holds must not be changed."""
 
     def __init__(self, keep: int = 24 << 20) -> None:
-        """`keep`: bytes held at most."""
+        """Hold at most `keep` bytes."""
         self._keep = keep
         self._lock = threading.Lock()
         self._held: OrderedDict[Key, Tensor] = OrderedDict()
         self._nbytes = 0
 
     def put(self, key: Key, chunk: Tensor) -> None:
-        """Hold a chunk; the oldest ones go where there is no room."""
+        """Hold a chunk; the oldest ones are dropped where there is no room."""
         with self._lock:
             if key in self._held or chunk.nbytes > self._keep:
                 return
@@ -34,7 +34,7 @@ class DecodedChunks:
                 self._nbytes -= self._held.popitem(last=False)[1].nbytes
 
     def take(self, key: Key) -> Tensor | None:
-        """The chunk, which is held no longer; None if it is not there."""
+        """Take a chunk out; None if it is not there."""
         with self._lock:
             chunk = self._held.pop(key, None)
             if chunk is not None:

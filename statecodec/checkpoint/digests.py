@@ -1,4 +1,4 @@
-"""SHA-256 and zip CRCs of whole files, on a thread beside the conversion."""
+"""SHA-256 and zip CRCs of whole files, computed on a thread while the conversion runs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _BLOCK = 4 << 20
 
 @dataclass(frozen=True)
 class FileToHash:
-    """A file to read once, from its start. `crcs`: zip CRCs that must hold (torch.load itself never checks them).
+    """A file to read once, from its start.
 
-    `number`: of the file in the source whose reads are shared.
+    `crcs` are zip CRCs that must hold (torch.load itself never checks them); `number` is that of the file in the source
+    whose reads are shared.
     """
 
     path: Path
@@ -35,8 +36,8 @@ class FileToHash:
 class FileHashes(threading.Thread):
     """Hashes files, one after the other, and checks their CRCs, holding no more than one block.
 
-    Where the reads of a conversion are `shared` it follows their buffers, and reads only what is in none. A file that
-    is still being written is followed up to where `advance` says it is complete.
+    Where a conversion's reads are shared, it hashes the buffers that it is lent, and reads only what is in none of
+    them. A file that is still being written is hashed up to where `advance` says that it is complete.
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class FileHashes(threading.Thread):
             self._error = error
 
     def advance(self, nbytes: int) -> None:
-        """The first `nbytes` bytes of the (growing) file will not change any more."""
+        """The first `nbytes` bytes of the growing file will not change any more."""
         with self._changed:
             self._readable = max(self._readable, nbytes)
             self._changed.notify()
 
     def cancel(self) -> None:
-        """Stop at the next block; `digests` must not be asked for any more."""
+        """Stop at the next block. `digests` must not be called after that."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -83,8 +84,11 @@ class FileHashes(threading.Thread):
             self._shared.close()
 
     def digests(self) -> list[str]:
-        """Hex SHA-256 of each file (none without `sha256`), once the thread is done. Raises MalformedCheckpoint,
-        OSError.
+        """SHA-256 of each file in hexadecimal (none without `sha256`), once the thread is done.
+
+        Raises:
+            MalformedCheckpoint: If a CRC does not hold.
+            OSError: If a file cannot be read.
         """
         self._nothing_more()
         self.join()
@@ -115,7 +119,7 @@ class FileHashes(threading.Thread):
 
     @contextmanager
     def _piece(self, file: FileToHash, fd: int, offset: int) -> Iterator[memoryview]:
-        """The next bytes of a file: lent, or read; none if the work is off."""
+        """The next bytes of a file, lent or read; none after `cancel`."""
         found = self._shared.take(file.number, offset) if self._shared is not None else file.nbytes
         if self._shared is not None and not isinstance(found, int):
             try:
@@ -132,14 +136,14 @@ class FileHashes(threading.Thread):
         yield piece
 
     def _wait_until(self, readable: int) -> bool:
-        """Block until so many bytes may be read; False if the work is off."""
+        """Block until so many bytes may be read; False after `cancel`."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
         return not self._stopped
 
 
 class _CrcCheck:
-    """Compares the CRCs of a file's spans (disjoint) with what the file says, while it is read from start to end."""
+    """Compares the CRCs of a file's disjoint spans with what the file says, while it is read from start to end."""
 
     def __init__(self, file: FileToHash) -> None:
         self._path = file.path

@@ -30,8 +30,13 @@ MAX_LINKS = 16  # a reader opens every file of a chain
 
 @dataclass(frozen=True)
 class BaseFile:
-    """The compressed checkpoint that this one stores the changes since: its file name, beside this one, its manifest's
-    XXH3-128, and how many files the chain has before this one."""
+    """The compressed checkpoint that this one builds on: only what changed since is stored.
+
+    Args:
+        name: Its file name, in the same folder.
+        digest: XXH3-128 of its manifest.
+        length: How many files the chain has before this one.
+    """
 
     name: str
     digest: str
@@ -58,6 +63,7 @@ class Document:
 
     @property
     def is_directory(self) -> bool:
+        """Whether the source was a directory."""
         return self.source.get("layout") == "directory"
 
     @property
@@ -120,7 +126,7 @@ def from_json(value: Mapping[str, Any], items: Sequence[Named]) -> Document:
 
 
 def _folder_fields(folders: Sequence[Folder]) -> dict[str, list[int]]:
-    """Modes and times, in the order of the root and then `directories`; only what is known of all of them."""
+    """Modes and times, in the order of the root and then `directories`; only what is known of all folders."""
     modes, times = [f.mode for f in folders], [f.mtime_ns for f in folders]
     fields = {"directory_modes": modes, "directory_times": times}
     return {
@@ -140,7 +146,7 @@ def _folders(value: Mapping[str, Any]) -> tuple[Folder, ...]:
 
 
 def _check_links(files: Sequence[StoredFile]) -> None:
-    """A hard link is to an earlier file of the same size that is none itself, and has no bytes of its own."""
+    """Refuse hard links, unless each is to an earlier file of the same size that is no link, and has no own bytes."""
     earlier: dict[str, StoredFile] = {}
     for file in files:
         if file.same_as is not None:
@@ -154,7 +160,7 @@ def _check_links(files: Sequence[StoredFile]) -> None:
 
 
 def _check_items_used_once(files: Sequence[StoredFile]) -> None:
-    """Otherwise a small file could restore to any number of copies of one item."""
+    """Refuse items that fill several regions: a small file could restore to any number of copies of one item."""
     used = [item for file in files for _, item in file.regions]
     used += [file.skeleton for file in files if file.skeleton is not None]
     if len(set(used)) != len(used):

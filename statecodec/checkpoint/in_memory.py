@@ -1,5 +1,6 @@
-"""A checkpoint that is still in memory, as the torch.save file that it would be: what is not a tensor goes to a small
-sparse file, the tensors stay where they are.
+"""A checkpoint in memory, seen as the torch.save file that it would become.
+
+What is not a tensor goes to a small sparse file; the tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _PIECE = 1 << 24
 
 
 class MemoryCheckpoint(SourceCheckpoint):
-    """The torch.save file of an object, whose tensors are read from the object's memory; it must not change meanwhile.
+    """The torch.save file of an object. Its tensors are read from the object's memory and must not change meanwhile.
 
-    Restoring it gives what torch.save would have written, with every checksum; only the random-looking text in
-    `.data/serialization_id`, which torch makes from the checksums that it computes, is another.
+    Restoring it gives what torch.save would have written, with every checksum. One thing differs: the random-looking
+    text in `.data/serialization_id`, which torch derives from the checksums that it computes.
     """
 
     on_disk = False
@@ -69,8 +70,9 @@ class MemoryCheckpoint(SourceCheckpoint):
 
 
 def _written(value: Any, path: Path) -> list[tuple[int, Tensor]]:
-    """Write the torch.save file without the bytes of large tensors; returns every storage's place in it, and the
-    storage as bytes.
+    """Write the torch.save file without the bytes of large tensors.
+
+    Returns every storage's place in the file, and the storage as bytes.
     """
     finder = _Storages()
     try:
@@ -139,7 +141,7 @@ class _Storages(pickle.Pickler):
         return "storage"
 
     def reducer_override(self, obj: Any) -> Any:
-        """Called for every object that is reduced, as it is then anyway."""
+        """Called for every object that pickle reduces; leaves it to do so."""
         if isinstance(obj, torch.Tensor) and obj.numel() == 1 and obj.layout == torch.strided and not obj.is_meta:
             size = obj.element_size()
             self.scalars.append((obj.untyped_storage()._cdata, int(obj.storage_offset()) * size, size))
@@ -147,7 +149,7 @@ class _Storages(pickle.Pickler):
 
 
 class _Nowhere:
-    """A file that keeps nothing."""
+    """A file that discards what is written."""
 
     def write(self, data: Any) -> int:
         return len(data)

@@ -1,4 +1,4 @@
-"""Tensors of the original that are stored in several items: chunks of a sharded checkpoint, put together again."""
+"""Tensors of the original that are stored in several items, such as the chunks of a sharded checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Shaped(Protocol):
-    """What is needed to know of a stored item."""
+    """An item with a shape and a dtype."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -28,7 +28,7 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A tensor by the name that rules and reports give it, and the items that its parts are stored as."""
+    """A tensor that is stored in several items, under the name that rules and reports give it."""
 
     name: str
     dtype: DType
@@ -37,7 +37,7 @@ class NamedTensor:
     """Index of the item, and the part of the tensor that it holds."""
 
     def assembled(self, decode: Callable[[int], Tensor]) -> Tensor:
-        """The tensor; `decode` gives an item by its index."""
+        """Put the tensor together; `decode` gives an item by its index."""
         whole = torch.empty(self.shape, dtype=self.dtype.torch, device="cpu")
         for index, part in self.pieces:
             values = decode(index).reshape(-1).view(torch.uint8).view(self.dtype.torch)
@@ -55,8 +55,10 @@ def to_json(joined: Sequence[NamedTensor]) -> list[list[Any]]:
 
 
 def from_json(value: Any, items: Sequence[Shaped]) -> tuple[NamedTensor, ...]:
-    """The inverse, checked: the parts are all of the tensor, once, and each is as large as its item. So no tensor is
-    larger than what is stored, and no item is in two. Raises FormatError.
+    """The inverse of `to_json`, checked. Raises FormatError.
+
+    The parts must be all of the tensor, once, and each as large as its item. So no tensor is larger than what is
+    stored, and no item is in two.
     """
     if not isinstance(value, list):
         raise FormatError("the document's tensors are not a list")

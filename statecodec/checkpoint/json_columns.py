@@ -1,4 +1,4 @@
-"""Numbers of an untrusted document: columns of differences, and values held to a range."""
+"""Numbers of an untrusted document: columns of differences, and values that must lie in a range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_FILE = 1 << 50  # bytes
 
 
 def differences(values: Any) -> list[int]:
-    """Each value less the one before it: of numbers that rise evenly, the same number again and again."""
+    """Each value minus the one before it. Numbers that rise evenly give one number again and again, which packs."""
     gained, last = [], 0
     for value in values:
         gained.append(value - last)
@@ -20,7 +20,7 @@ def differences(values: Any) -> list[int]:
 
 
 def summed(fields: Fields, key: str, low: int, high: int, where: str) -> list[int]:
-    """The values that a column of differences stands for, each in its range."""
+    """The inverse of `differences`, each value checked against its range. Raises FormatError."""
     sums, value = [], 0
     for difference in fields.take(key, list):
         if type(difference) is not int:
@@ -33,7 +33,7 @@ def summed(fields: Fields, key: str, low: int, high: int, where: str) -> list[in
 
 
 def gaps(spans: Any) -> list[int]:
-    """The bytes between each span (offset, nbytes) and the end of the one before it."""
+    """The bytes between each span (offset, nbytes) and the end of the span before it."""
     sizes, end = [], 0
     for offset, nbytes in spans:
         sizes.append(offset - end)

@@ -1,4 +1,4 @@
-"""A loaded object without what no other program can load: objects of classes that were not run."""
+"""Takes out of a loaded object what no other program can load: objects of classes that were not run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MAX_DEPTH = 100
 def without_opaque(value: Any) -> tuple[Any, list[str]]:
     """The same object without its OpaqueObjects, and what was left out: key paths, with what was there.
 
-    In dicts their keys are missing, in lists and tuples None stands for them. What was shared is still shared. Raises
-    UsageError for what is nested too deeply.
+    In dicts their keys are missing, in lists and tuples they are replaced by None. What was shared is still shared.
+    Raises UsageError for values that are nested too deeply.
     """
     pruning = _Pruning()
     return pruning.pruned(value, "", 0), pruning.left_out
@@ -67,7 +67,7 @@ class _Pruning:
         return copied
 
     def _gone(self, value: Any, path: str) -> Any:
-        """None, which stands for what was left out."""
+        """Note what was left out; returns the None that replaces it."""
         self.left_out.append(f"{path or 'all of it'}: {value!r:.120}")
         return None
 

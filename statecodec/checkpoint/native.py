@@ -1,4 +1,4 @@
-"""What `save` wrote, read back: the value itself, or the torch.save file that it would have been."""
+"""Reads what `save` wrote: the value itself, or the torch.save file that it would have been."""
 
 from __future__ import annotations
 

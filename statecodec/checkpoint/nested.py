@@ -32,7 +32,7 @@ _TAKEN = "save takes nested dicts, lists and tuples of tensors and plain values"
 
 @dataclass
 class CollectedItems:
-    """What walking a value finds: items to store, and the tensors or encoded tensors behind them."""
+    """What walking a value collects: items to store, and the tensors or encoded tensors behind them."""
 
     items: list[ItemSpec] = field(default_factory=list)
     tensors: list[Tensor | EncodedTensor] = field(default_factory=list)
@@ -143,7 +143,7 @@ def _check_tensors(tensors: Iterable[Tensor], path: str) -> None:
 
 
 def _reach(tensor: Tensor) -> int:
-    """Bytes of its storage, from the first, that a tensor looks at."""
+    """Bytes of a tensor's storage, from the first, up to the last that the tensor uses."""
     if not tensor.numel():
         return 0
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
@@ -153,7 +153,7 @@ def _reach(tensor: Tensor) -> int:
 def from_json(
     value: Any, stored: StoredCheckpoint, storages: dict[int, Tensor], device: torch.device | str, depth: int = 0
 ) -> Any:
-    """The value again; nothing in the JSON is trusted. Raises FormatError."""
+    """The inverse of `to_json`; nothing in the JSON is trusted. Raises FormatError."""
     if value is None or type(value) in (bool, str, int):
         return value
     if not isinstance(value, dict) or len(value) != 1 or depth > MAX_DEPTH + 2:

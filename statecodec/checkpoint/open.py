@@ -1,4 +1,4 @@
-"""Opening a checkpoint, compressed or not: the one place where a path is looked at to see which."""
+"""Opening a checkpoint, compressed or not. Only here is a path looked at to see which it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths in JSON: as text, or as bytes where they are no Unicode; and which of them are safe to make."""
+"""Paths in JSON: as text, or as bytes where they are no Unicode; and which of them are safe to create."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def path_to_json(path: str) -> str | dict[str, str]:
 
 
 def path_from_json(value: Any) -> str:
+    """The inverse of `path_to_json`. Raises FormatError."""
     if isinstance(value, dict) and set(value) == {"bytes"} and isinstance(value["bytes"], str):
         try:
             return os.fsdecode(bytes.fromhex(value["bytes"]))
@@ -30,6 +31,7 @@ def path_from_json(value: Any) -> str:
 
 
 def safe_path(path: str) -> str:
+    """A relative path that stays inside its folder; raises FormatError for any other."""
     parts = PurePosixPath(path).parts
     if (
         not path

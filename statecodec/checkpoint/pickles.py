@@ -1,4 +1,4 @@
-"""What unpickling a checkpoint would import: compressed or not, found without unpickling it."""
+"""Finds out what unpickling a checkpoint would import, compressed or not, without unpickling it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pickles(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleRepo
 
 
 def require_safe(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
-    """The same, of a checkpoint whose unpickling runs nothing of the file's choosing. Raises UnsafeCheckpoint."""
+    """Like `pickles`, but refuses a checkpoint whose unpickling could run code. Raises UnsafeCheckpoint."""
     reports = pickles(checkpoint)
     for report in reports:
         named, more = ", ".join(report.can_run_code[:_NAMED]), len(report.can_run_code) - _NAMED

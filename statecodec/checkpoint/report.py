@@ -265,6 +265,7 @@ class DiffReport:
 
 
 def jsonable(value: Any) -> Any:
+    """The same value as JSON has it: text keys, lists, and text for NaN and infinities."""
     if isinstance(value, dict):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

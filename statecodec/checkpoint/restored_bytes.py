@@ -26,7 +26,7 @@ _HELD = 4  # chunks
 
 
 def original_listing(stored: StoredCheckpoint) -> Listing:
-    """The files of the original, whose bytes are decoded when they are read. Of what `save` wrote there are none."""
+    """The files of the original, whose bytes are decoded when they are read; empty for what `save` wrote."""
     document = stored.document
     files = {f.path: ListedFile(f.path, f.nbytes, partial(_opened, stored, f), layout=f.layout)
              for f in document.files if f.same_as is None}  # fmt: skip
@@ -112,7 +112,7 @@ class _RestoredBytes:
             out[low - start : high - start] = self._skeleton_chunk(number)[low - chunk.start : high - chunk.start]
 
     def _skeleton_chunk(self, number: int) -> Tensor:
-        """One chunk of the skeleton; the last few are kept, as headers are read piece by piece."""
+        """One chunk of the skeleton. The last few are kept, because headers are read piece by piece."""
         assert self.file.skeleton is not None
         if number not in self._held:
             self._held[number] = self.stored.decode_chunk(self.file.skeleton, number).reshape(-1)

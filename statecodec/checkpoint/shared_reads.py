@@ -1,8 +1,8 @@
-"""One read of a source file for two: what encodes its tensors, in order, and what hashes it, from its start.
+"""Reads a source file once for two consumers: the encoder, which goes in order, and the hasher, which starts at byte 0.
 
-Whoever encodes lends each buffer that it has read; whoever hashes takes the one that comes next, and reads by itself
-what was not lent. Neither has to wait for the other for ever: where all buffers of a thread are still lent, the next
-chunk is only noted, and what lies far behind the encoder will not be lent any more.
+The encoder lends each buffer that it has read. The hasher takes the buffer that comes next, and reads by itself what
+was not lent. Neither can wait for the other for ever: where all buffers of a thread are still lent, the next chunk is
+not lent but only noted, and what lies far behind the encoder will not be lent any more.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BEHIND = 64 << 20  # bytes behind the furthest read from which on nothing is wa
 
 
 class Loan:
-    """Bytes of a file in a buffer that is somebody else's: good until they are given back."""
+    """Bytes of a file in a buffer of the encoder, valid until they are given back."""
 
     def __init__(self, start: int, data: memoryview) -> None:
         self.start, self.stop, self.data = start, start + len(data), data
@@ -80,9 +80,10 @@ class SharedReads:
         return values
 
     def take(self, file: int, offset: int) -> Loan | int:
-        """What was lent of a file from `offset` on, to be given back; or up to which byte it is to be read instead.
+        """What was lent of a file from `offset` on; or, where nothing was, the byte up to which the caller must read
+        itself.
 
-        Waits for what is still to come.
+        Waits for what is still to come. A loan has to be given back.
         """
         starts, stops = self._regions.get(file, ([], []))
         with self._changed:
@@ -100,11 +101,11 @@ class SharedReads:
                 self._changed.wait()
 
     def give_back(self, loan: Loan) -> None:
-        """The buffer is not looked at any more."""
+        """The caller does not use the buffer any more."""
         loan.returned = True
 
     def close(self) -> None:
-        """Nothing will be lent any more."""
+        """Lend nothing any more."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""The bytes of a file that no region covers, seen as one string."""
+"""The skeleton of a file: the bytes that no region covers, seen as one string."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Skeleton:
 
     @property
     def nbytes(self) -> int:
+        """Number of skeleton bytes."""
         return self._starts[-1]
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -39,7 +40,7 @@ class Skeleton:
             index += 1
 
     def position(self, offset: int) -> int:
-        """Where the skeleton byte at a file offset (inside a gap) stands in the joined gaps."""
+        """The position in the joined gaps of the skeleton byte at a file offset inside a gap."""
         index = bisect_right(self.gaps, (offset, 1 << 62)) - 1
         return self._starts[index] + offset - self.gaps[index][0]
 

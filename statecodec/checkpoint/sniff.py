@@ -1,4 +1,4 @@
-"""Whether a path is a compressed checkpoint: the one place where that is looked at."""
+"""Tells whether a path is a compressed checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def is_compressed(path: str | Path) -> bool:
 
 
 def not_compressed(path: Path) -> FormatError | None:
-    """What to say of a checkpoint that is not a compressed one; None of a damaged one, or anything else."""
+    """The error for a checkpoint that is not a compressed one; None for a damaged one, or anything else."""
     if path.is_dir():
         kind = "directory"
     elif not path.is_file():
@@ -40,7 +40,7 @@ def not_compressed(path: Path) -> FormatError | None:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a regular file; nothing of anything else, which might have no end, or never begin."""
+    """The first bytes of a regular file; none of a pipe or device, which might have no end, or never begin."""
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             return file.read(_HEAD) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""

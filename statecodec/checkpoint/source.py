@@ -1,4 +1,4 @@
-"""An uncompressed checkpoint, open: located once, read chunk by chunk, and watched for changes."""
+"""An open uncompressed checkpoint: located once, read chunk by chunk, and watched for changes."""
 
 from __future__ import annotations
 
@@ -56,15 +56,20 @@ class SourceItem(TensorInfo):
 
     @property
     def bytes_only(self) -> bool:
-        """It may only be stored bit for bit: no tensor, or several different windows look at it."""
+        """Whether it may only be stored bit for bit: it is no tensor, or several different windows look at it."""
         return self.region is None or self.region.lossless
 
 
 class SourceCheckpoint(Checkpoint):
     """An uncompressed checkpoint. Files are opened when first read, and must be those that were located.
 
-    `crcs`: whether a zip record's CRC-32 is checked before numbers are taken from it. Turn it off only where the whole
-    file is checked anyway.
+    Args:
+        path: The file or directory.
+        crcs: Check a zip record's CRC-32 before numbers are taken from it. Turn it off only where the whole file is
+            checked anyway.
+
+    Raises:
+        LayoutError: If the tensors cannot be located.
     """
 
     on_disk = True
@@ -87,7 +92,7 @@ class SourceCheckpoint(Checkpoint):
 
     @property
     def own_files(self) -> list[int]:
-        """The files that are stored, by number: those that are not other names of another one."""
+        """The numbers of the files that are stored: those that are not hard links to another one."""
         return [i for i, f in enumerate(self.located.files) if f.same_as is None]
 
     @property
@@ -103,7 +108,7 @@ class SourceCheckpoint(Checkpoint):
 
     @cached_property
     def _stored(self) -> Mapping[str, list[tuple[Box | Run | None, str]]]:
-        """By the name of a located tensor: its parts, and the names of the items that they are stored as."""
+        """Name of a located tensor -> its parts, and the names of the items that they are stored as."""
         numbers = {file.path: i for i, file in enumerate(self.located.files)}
         return {
             tensor.name: [(p.part, self.items[self._regions[numbers[p.file]][p.region]].name) for p in tensor.pieces]
@@ -137,7 +142,7 @@ class SourceCheckpoint(Checkpoint):
         return tuple(m for located in self.located.moments for m in self._by_piece(located))
 
     def _by_piece(self, moments: Moments) -> Iterator[Moments]:
-        """The same moments with the names of items: once for each piece, where all are cut alike."""
+        """The same moments with the names of items: once for each piece, where all of them are cut alike."""
         first, second = self._stored[moments.exp_avg], self._stored[moments.exp_avg_sq]
         weight = self._stored[moments.weight] if moments.weight else []
         if [part for part, _ in first] != [part for part, _ in second]:
@@ -171,9 +176,16 @@ class SourceCheckpoint(Checkpoint):
         return windows
 
     def chunk(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = "") -> Tensor:
-        """Elements of an item, in the chunk's shape; in the thread's scratch memory, under a name in it, if given.
+        """Read elements of an item. Thread-safe.
 
-        Thread-safe.
+        Args:
+            item: The item.
+            chunk: Which elements, and their shape.
+            scratch: The thread's scratch memory, for the result to lie in.
+            name: The name of the buffer in it.
+
+        Returns:
+            The elements in the chunk's shape, in scratch memory if there is any.
         """
         if self._check is not None and item.region is not None:
             self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
@@ -304,7 +316,7 @@ def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem
 
 
 def _owners(source: Source) -> dict[str, list[tuple[LogicalTensor, int]]]:
-    """By file: for each of its regions the tensor that it holds a piece of, and the piece's number."""
+    """For each file and each of its regions the tensor that the region holds a piece of, and that piece's number."""
     by_file: dict[str, list[tuple[int, LogicalTensor, int]]] = {file.path: [] for file in source.files}
     for tensor in source.tensors:
         for number, piece in enumerate(tensor.pieces):
@@ -316,7 +328,7 @@ def _owners(source: Source) -> dict[str, list[tuple[LogicalTensor, int]]]:
 
 
 def _unique(name: str, taken: dict[str, int]) -> str:
-    """A stored name that nobody has: tensors may be called anything, and part names append `/part`."""
+    """A stored name that is still free: tensors may be called anything, and names of parts append `/part`."""
     base = name.replace("/", "|") or "tensor"
     base = f"tensor.{base}" if base.startswith("__") else base
     candidate = base

@@ -1,4 +1,4 @@
-"""The files of an uncompressed checkpoint: opened when needed, the same files all along, records checked once."""
+"""The files of an uncompressed checkpoint: opened when needed, checked to be the same files, records checked once."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class SourceFiles:
         self._lock = threading.Lock()
 
     def path(self, file: int) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self._paths[file]
 
     @contextmanager
     def open(self, file: int) -> Iterator[int]:
-        """A descriptor of a file, good inside the `with`. Raises LayoutError if it is not the file that was located."""
+        """A descriptor of a file for a `with` block. Raises LayoutError if it is not the file that was located."""
         with self._lock:
             held = self._fds.get(file)
             if held is None:
@@ -92,7 +92,7 @@ def _changed(path: Path) -> LayoutError:
 
 
 class SpanCheck:
-    """Holds zip records against their CRC-32 before anybody takes numbers from them: each once. Thread-safe."""
+    """Compares each zip record with its CRC-32 once, before numbers are taken from it. Thread-safe."""
 
     def __init__(self, source: Source, files: SourceFiles) -> None:
         self._files = files

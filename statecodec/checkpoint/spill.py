@@ -1,4 +1,4 @@
-"""Tensors on disk that are used as if they were in memory: work on one at a time takes the memory of one."""
+"""Tensors on disk that are used as if they were in memory: working on one at a time takes the memory of one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BETWEEN = 32 << 20  # bytes read or written between two releases
 
 
 class Spill:
-    """A file without a name, in the folder of an output; its tensors are good as long as it is open."""
+    """A file without a name, in the folder of an output. Its tensors are valid as long as it is open."""
 
     def __init__(self, folder: Path) -> None:
         """Raises OutputFailed."""
@@ -37,7 +37,7 @@ class Spill:
         self._size = self._since = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor, which is in the file from now on if it is large, contiguous and on the CPU."""
+        """Move a tensor into the file, if it is large, contiguous and on the CPU; returns it."""
         if tensor.nbytes < _LARGE or not tensor.is_contiguous() or tensor.device.type != "cpu":
             return tensor
         nbytes, offset, fd = tensor.nbytes, self._size, self._file.fileno()
@@ -59,7 +59,7 @@ class Spill:
         return self.keep(value) if isinstance(value, torch.Tensor) else value
 
     def used(self, nbytes: int) -> None:
-        """So many bytes of tensors were read or written: what that took is given back now and then."""
+        """Count bytes of tensors that were read or written; now and then their memory is given back."""
         self._since += nbytes
         if self._since >= _BETWEEN:
             self.release()
@@ -87,7 +87,7 @@ class _Told(Protocol):
 
 
 class Releasing:
-    """A file to write tensors of a spill to: the spill, or who passes it on, is told what was written."""
+    """A file to which tensors of a spill are written; the spill is told how many bytes were written."""
 
     def __init__(self, file: IO[bytes], spill: _Told) -> None:
         self._file, self._spill = file, spill

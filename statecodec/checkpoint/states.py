@@ -1,4 +1,4 @@
-"""States that a live optimizer keeps encoded: known by what their parts say of them, for reports."""
+"""States that a live optimizer keeps encoded, recognised by the attributes of their parts, for reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _TABLE: Final = 256
 
 @dataclass(frozen=True)
 class EncodedState:
-    """A state of an optimizer, of which a stored tensor is one part: `shape` and `dtype` are the decoded state's."""
+    """A state of an optimizer, of which a stored tensor is one part.
+
+    `shape` and `dtype` are those of the decoded state.
+    """
 
     name: str
     role: str
@@ -34,7 +37,7 @@ class EncodedState:
 
 
 def to_json(part: StatePart) -> dict[str, Any]:
-    """The attribute of an item."""
+    """The attribute of an item that is a part of a state."""
     return {
         "part": part.part, "role": part.role, "codec": json.loads(part.codec), "shape": list(part.shape),
         "dtype": part.dtype,
@@ -69,7 +72,7 @@ def encoded_state(value: Any, name: str, shape: tuple[int, ...], dtype: DType) -
 
 
 def _quantised(config: Mapping[str, Any], name: str, part: EncodedState, shape: tuple[int, ...]) -> EncodedState | None:
-    """A state that another package quantised; no part of it is larger than the state, but for a short table."""
+    """A state that another package quantised. No part of it may be larger than the state, except for a short table."""
     bits, state = config.get("bits"), config.get("state")
     if bits not in (4, 8) or not isinstance(state, str) or math.prod(shape) > max(math.prod(part.shape), _TABLE):
         return None

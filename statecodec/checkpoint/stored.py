@@ -1,4 +1,4 @@
-"""A compressed checkpoint, opened: the Reader's items together with the document that says what they are."""
+"""An open compressed checkpoint: the Reader's items, and the document that says what they are."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class StoredCheckpoint(Checkpoint):
 
     @classmethod
     def of(cls, reader: Reader, *, beside: Path | None = None) -> StoredCheckpoint:
-        """The checkpoint in an open file, which closing it closes. Raises FormatError."""
+        """The checkpoint in an open file; closing the checkpoint closes the file. Raises FormatError."""
         try:
             stored = cls(reader.path, reader, documents.from_json(reader.document, reader.items), beside)
             if stored.document.base is None and any(item.encoding.change for item in reader.items):
@@ -122,7 +122,7 @@ class StoredCheckpoint(Checkpoint):
 
     @property
     def base(self) -> StoredCheckpoint:
-        """The checkpoint that this one stores the changes since. Raises FormatError: missing, or another file."""
+        """The checkpoint that this one builds on. Raises FormatError if it is missing, or another file."""
         with self._lock:
             if not self._bases:
                 self._bases.append(_open_base(self))
@@ -140,9 +140,12 @@ class StoredCheckpoint(Checkpoint):
         scratch: ThreadScratch | None = None,
         companions: codecs.Companions | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """A chunk in pieces that are good until the next: (first element in the item, decoded elements).
+        """Decode a chunk piece by piece: (first element in the item, decoded elements).
 
-        One piece, unless the chunk is a large tensor of a codec that takes it whole: a small file may hold a large one.
+        A piece is valid until the next one.
+
+        There is one piece, unless the chunk is a large tensor of a codec that takes it whole: a small file may hold a
+        large one.
         """
         stored = self.reader.items[item]
         place, codec = stored.chunks[chunk], stored.encoding.codec
@@ -200,7 +203,7 @@ class StoredCheckpoint(Checkpoint):
         return {role: self._companion(self.reader.index(name), chunk) for role, name in named.items()}
 
     def _companion(self, item: int, chunk: Chunk) -> Tensor:
-        """Elements of an item, decoded; a chunk that is cut alike is kept, because its own turn comes soon."""
+        """Elements of an item, decoded. A chunk that is cut alike is kept, because its own turn comes soon."""
         chunks = self.reader.items[item].chunks
         number = bisect_left(chunks, chunk.start, key=lambda c: c.start)
         if number == len(chunks) or (chunks[number].start, chunks[number].stop) != (chunk.start, chunk.stop):
@@ -233,9 +236,9 @@ class StoredCheckpoint(Checkpoint):
         return self.reader.read_chunk(item, chunk, out)
 
     def parts_under(self, codec: Codec, item: int, place: Chunk) -> Mapping[str, Tensor]:
-        """The parts that elements of an item have under a codec: its own, or its decoded values encoded anew.
+        """The parts that elements of an item have under a codec: its own parts, or its decoded values encoded anew.
 
-        Raises FormatError if its values do not go into that codec.
+        Raises FormatError if the codec refuses its values.
         """
         stored = self.reader.items[item]
         if stored.encoding.standalone == codec:
@@ -246,8 +249,9 @@ class StoredCheckpoint(Checkpoint):
             raise FormatError(f"{self.path}: {stored.name} is no base for {codec}: {error}") from error
 
     def encoded(self, item: int) -> EncodedTensor:
-        """A whole item as it would stand in a file of its own; decoded if it has no such form: a change of values, or
-        an item that needs companions.
+        """A whole item in its encoded form.
+
+        It is decoded if it has no such form: a change of values, or an item that needs companions.
         """
         stored = self.reader.items[item]
         codec = stored.encoding.standalone
@@ -270,7 +274,10 @@ class StoredCheckpoint(Checkpoint):
             raise LimitExceeded(f"{self.path}: no memory for {size:,} bytes of {stored.name}") from error
 
     def chunk_at(self, item: int, chunk: Chunk) -> int:
-        """The number of the chunk that is cut like another file's. Raises FormatError."""
+        """The number of the chunk with the same elements as one of another file.
+
+        Raises FormatError if there is none.
+        """
         chunks = self.reader.items[item].chunks
         index = bisect_left(chunks, chunk.start, key=lambda c: c.start)
         if index == len(chunks) or (chunks[index].start, chunks[index].shape) != (chunk.start, chunk.shape):
@@ -295,7 +302,7 @@ class StoredCheckpoint(Checkpoint):
         return base.index(stored.name)
 
     def report_of(self, name: str) -> TensorReport:
-        """What the manifest says of one stored tensor."""
+        """The report of one stored tensor, from the manifest."""
         return tensor_report(self.reader.items[self.tensors[name].index])
 
     def report(self) -> Report:

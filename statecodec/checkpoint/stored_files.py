@@ -36,8 +36,9 @@ _MAX_NUMEL = 1 << 62  # of a view, which may repeat its elements (expand)
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One source file as a compressed checkpoint describes it. `regions`: (offset in the file, item index), by
-    offset.
+    """One source file as a compressed checkpoint describes it.
+
+    `regions` are (offset in the file, item index), sorted by offset.
     """
 
     path: str
@@ -121,7 +122,7 @@ def _optional(fields: Fields, key: str, high: int) -> int | None:
 
 
 class _Own:
-    """The items of a file's regions, and the view that each is by default: the whole of it, under its own name."""
+    """The items of a file's regions, and the default view of each: the whole region, under the item's name."""
 
     def __init__(self, path: str, regions: Sequence[tuple[int, int]], items: Sequence[Named], directory: bool) -> None:
         self._prefix = f"{shown(path)}:" if directory else ""
@@ -183,7 +184,7 @@ def _regions(fields: Fields, nbytes: int, items: Sequence[Named]) -> Iterator[tu
 
 
 def _views_json(views: Sequence[View], whole: _Own) -> list[Any]:
-    """Runs [start, stop] of regions that are seen by default, and other views as rows."""
+    """Runs [start, stop] of regions with the default view, and rows for other views."""
     rows: list[Any] = []
     for view in views:
         if view == whole.view(view.region):
@@ -231,7 +232,7 @@ def _view(row: Sequence[Any], whole: _Own, where: str) -> View:
 
 
 def _crcs_json(crcs: Sequence[Crc32]) -> Any:
-    """Columns, if every checksum stands at as many places."""
+    """Columns, if every checksum is written at as many places as the others."""
     places = {len(c.at) for c in crcs}
     if len(places) != 1:
         return [[c.offset, c.nbytes, list(c.at)] for c in crcs]

@@ -1,4 +1,4 @@
-"""Which stored moments belong together, as the document says it: columns, or rows in documents of format 1.x."""
+"""Which stored moments belong together, in the document: columns, or rows in documents of format 1.x."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SETTINGS = ("beta1", "beta2", "eps", "lr", "weight_decay", "step")
 
 
 class Named(Protocol):
-    """What a document needs to know of a stored item."""
+    """An item with a name, a shape and a dtype."""
 
     @property
     def name(self) -> str: ...
@@ -42,6 +42,7 @@ def moments_to_json(moments: Sequence[Moments], numbers: Mapping[str, int]) -> A
 
 
 def moments_from_json(fields: Fields, items: Sequence[Named]) -> Iterator[Moments]:
+    """The inverse of `moments_to_json`, from untrusted JSON; rows are read as well. Raises FormatError."""
     value, where = fields.take("moments", (dict, list)), f"{fields.where}: moments"
     if isinstance(value, list):
         yield from (_moments_of(Fields(row, where).values, where) for row in value)

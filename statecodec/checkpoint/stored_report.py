@@ -1,4 +1,4 @@
-"""What the manifest and the document of a compressed checkpoint say of it, as a report."""
+"""The report of a compressed checkpoint, from its manifest and its document."""
 
 from __future__ import annotations
 

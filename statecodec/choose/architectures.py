@@ -1,9 +1,9 @@
-"""What a parameter is, from its name and shape: SlimAdam's recommended dimensions (arXiv 2503.01843, table 3) for known
-models.
+"""The kind of a parameter, from its name and shape, and what SlimAdam recommends for it.
 
-A weight of torch.nn.Linear is (fan_out, fan_in): dimension 0 is fan_out, 1 is fan_in. Transformers' GPT-2 stores them
-the other way round (Conv1D), which is told from the shape of its fused projection. Names decide by whole words, so that
-`c_attn` is no `attn` and `v_proj.bias` is no matrix. What matches nothing is `unknown` and gets no recommendation.
+The recommended dimensions are those of arXiv 2503.01843, table 3. A weight of torch.nn.Linear is (fan_out, fan_in):
+dimension 0 is fan_out, 1 is fan_in. Transformers' GPT-2 stores them the other way round (Conv1D), which the shape of
+its fused projection shows. Names decide by whole words, so that `c_attn` is no `attn` and `v_proj.bias` is no matrix.
+What matches nothing is `unknown` and gets no recommendation.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ _INTERLEAVED = re.compile(r"(?:^|\.)query_key_value$")
 
 @dataclass(frozen=True)
 class Layer:
-    """A recognised parameter. `recommended`: dimensions to share, None if the paper has no advice for it; () for
-    "keep".
+    """A recognised parameter.
+
+    `recommended` are the dimensions to share: None if the paper has no advice for it, () for "keep".
     """
 
     name: str
@@ -101,8 +102,8 @@ def uses_conv1d(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 def parts(layer: Layer, shape: tuple[int, ...]) -> tuple[FusedPart, ...]:
     """The rows of q, k and v in a fused projection; () if it is not one or cannot be taken apart.
 
-    With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads:
-    () .
+    With grouped queries q is square and k and v share the rest. `query_key_value` (NeoX, BLOOM) interleaves its heads,
+    so it gives ().
     """
     if layer.kind != FUSED or len(shape) != 2 or _INTERLEAVED.search(_module(layer.name)):
         return ()

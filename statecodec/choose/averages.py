@@ -1,8 +1,8 @@
-"""Which weight each running average goes after: the trained one of its name, or else the nearest of its shape.
+"""Finds the weight that each running average (EMA) follows: the trained one of its name, or the nearest of its shape.
 
 EMA objects keep their tensors under names of the model's (timm, AveragedModel, Lightning) or in a bare list (diffusers'
-`shadow_params`). An average is near its own weight and near no other, so three short samples tell. Nothing depends on
-their being right but sizes, and the step that the average's error is counted in.
+`shadow_params`). An average is near its own weight and near no other, so three short samples tell them apart. A wrong
+answer costs size, and the average's error is then counted in another weight's steps; nothing else depends on it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Place = tuple[str | None, tuple[int, ...]]
 
 
 def followed(source: SourceCheckpoint) -> Mapping[str, SourceItem]:
-    """The weight that each running average follows, by the average's name; none where it is not certain."""
+    """Name of each running average -> the weight that it follows; averages without a certain weight are left out."""
     averages = [item for item in source.items if item.role == "ema" and _is_large(item)]
     if not averages:
         return {}
@@ -38,7 +38,7 @@ def followed(source: SourceCheckpoint) -> Mapping[str, SourceItem]:
 
 
 class _Weights:
-    """The weights that may be followed: those that are trained where there are any, by shape and by name."""
+    """The weights that an average may follow, by shape and by name: the trained ones, where there are any."""
 
     def __init__(self, source: SourceCheckpoint) -> None:
         self.source = source
@@ -53,7 +53,7 @@ class _Weights:
             items[:] = [item for item in items if item.name in trained] or items
 
     def nearest(self, average: SourceItem) -> SourceItem | None:
-        """The nearest one of its name; of any, if none has it and that one is near."""
+        """The nearest weight of the average's name; if no weight has it, the nearest of any name, if it is near."""
         named = (average.param, average.shape)
         place = named if average.param is not None and named in self._at else (None, average.shape)
         candidates = self._at.get(place, [])[:_MOST]

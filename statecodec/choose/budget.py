@@ -52,7 +52,7 @@ _COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
 class Budget:
     """The error of moments and of weights, as fractions of one optimizer step; None leaves them as they are.
 
-    `asked` names the options that were given: something must be there for each of them to bound.
+    `asked` names the options that were given: each of them must find a tensor to bound.
     """
 
     moments: float | None = None
@@ -68,7 +68,10 @@ class Budget:
         max_update_error: float | None = None,
         max_weight_error: float | None = None,
     ) -> Budget:
-        """The preset's fraction, or that of `max_step_error`, unless a half has its own. Raises UsageError."""
+        """The preset's fraction or that of `max_step_error` for both halves, unless another option sets one.
+
+        Raises UsageError.
+        """
         options = {
             "max_step_error": max_step_error,
             "max_update_error": max_update_error,
@@ -109,11 +112,11 @@ def by_budget(
     progress: Progress | None = None,
     only: Container[str] | None = None,
 ) -> Choices:
-    """The same choices, with the tensors that no rule of yours settled as fine as the budget asks.
+    """The same choices, with tensors that no rule of the caller settled stored as finely as the budget asks.
 
     `only`: the names that are looked at, where not all are.
 
-    Raises UsageError if there is nothing that a half of the budget, asked for, could bound.
+    Raises UsageError if an option of the budget finds no tensor to bound.
     """
     _require_something(source, budget)
     chooser = _Chooser(source, choices, budget)
@@ -147,7 +150,7 @@ def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
 
 
 class _Chooser:
-    """Chooses for one checkpoint: pairs of moments with their weights first, then what is left."""
+    """Chooses for one checkpoint: pairs of moments with their weights first, then the rest."""
 
     def __init__(self, source: SourceCheckpoint, choices: Choices, budget: Budget) -> None:
         self.source, self.choices, self.budget = source, choices, budget
@@ -183,7 +186,7 @@ class _Chooser:
         return moments, chosen
 
     def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
-        """The choice for a weight that a momentum trains by itself."""
+        """The choice for a weight that is trained by a momentum without a second moment."""
         item = self._item(single.weight)
         if self.budget.weights is None or item.dtype != FLOAT32 or not self._open(item):
             return {}
@@ -207,7 +210,7 @@ class _Chooser:
         return Choice(Encoding(Logarithmic(per_octave)), f"{per_octave} codes an octave, for {fraction:.4g} of a step")
 
     def _weight(self, item: SourceItem, one_step: float, fraction: float) -> Choice | None:
-        """A grid as fine as a fraction of the step that trains it; 24 bits where that is finer, or not known."""
+        """A grid as fine as a fraction of the step that trains the weight; 24 bits where that is finer, or unknown."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
         rms, largest = size(self.source, item, _SOME)  # only for bounds: the step is of the moments
@@ -222,7 +225,7 @@ class _Chooser:
         return Choice(Encoding(Uniform(step)), reason, unit=one_step, most=most)
 
     def rest(self, only: Container[str] | None) -> None:
-        """Tensors that no pair of moments speaks of."""
+        """The choices for tensors that belong to no pair of moments."""
         # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
         trained = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
         alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
@@ -280,7 +283,9 @@ def _rate(lr: float | None, largest: float) -> float:
 
 
 def _grid(most: float, item: SourceItem, rms: float) -> float:
-    """The step of a grid that rounds a tensor of that rms with at most that rms error, if it spreads over the cells."""
+    """The step of a grid that rounds a tensor of that rms with at most that rms error, if its values spread over the
+    cells.
+    """
     narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # values are rounded to the tensor's own dtype besides
     error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
     return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))

@@ -1,7 +1,7 @@
 """Which codec each tensor of a checkpoint gets, and why: a chain of stages that refine choices and never replace them.
 
-what cannot be otherwise    bytes that are no tensor, storage that several views share: bit for bit
-your rules                  the first that matches decides, and no later stage touches it
+forced                      bytes that are no tensor, and storage that several views share: bit for bit
+the caller's rules          the first that matches decides, and no later stage touches the tensor
 the preset                  the first of its rules that matches
 fitting                     where the preset's codes do not suit a moment
 budgets                     the tensors that a budget is about
@@ -30,8 +30,8 @@ class Choice:
 
     `encoding`: the codec, and whether its parts are stored or what changed of them since a base. `settled`: later
     stages leave it alone. `unit`: one optimizer step in the unit of the codec's error sums, where that is known.
-    `most`: the largest rms error in that unit's own, where one is promised. `companions`: the tensors that the codec
-    needs, role -> name. `otherwise`: the codec if this one refuses the values; and raw if that does.
+    `most`: the largest rms error in that unit, where one is promised. `companions`: role -> name of the tensor that the
+    codec needs. `otherwise`: the codec for values that this one refuses; raw for those that it refuses too.
     """
 
     encoding: Encoding
@@ -57,7 +57,7 @@ class Choice:
 class Choices(Mapping[str, Choice]):
     """A choice for every item of a checkpoint, by name; `notes` are for the report.
 
-    `unmet` says what a preset promises and could not do here.
+    `unmet` says what a preset stands for and could not do here.
     """
 
     by_name: Mapping[str, Choice]
@@ -83,13 +83,13 @@ class Choices(Mapping[str, Choice]):
         return replace(self, notes=(*self.notes, *notes))
 
     def updated(self, choices: Mapping[str, Choice], notes: tuple[str, ...] = ()) -> Choices:
-        """The same choices but for some tensors; those that are settled stay as they are."""
+        """The same choices with those of some tensors replaced; tensors that are settled stay as they are."""
         open_ones = {name: c for name, c in choices.items() if not self.by_name[name].settled}
         return replace(self, by_name={**self.by_name, **open_ones}, notes=(*self.notes, *notes))
 
 
 def by_rules(source: SourceCheckpoint, caller_policy: Policy, preset: str, *, strict: bool = False) -> Choices:
-    """The first stages: what cannot be otherwise, your own rules, the preset.
+    """The first stages: forced choices, the caller's rules, the preset.
 
     A rule that matches no tensor is a note. Raises PolicyError for an unknown preset and, if `strict`, for such a rule.
     """
@@ -142,7 +142,7 @@ def _because(rule: Rule | None, preset: str) -> str:
 
 
 def _unmet(source: SourceCheckpoint, chosen: Mapping[str, Choice], preset: str) -> Iterator[str]:
-    """What the preset is for and found nothing to do it to."""
+    """What the preset stands for and found no tensors for."""
     roles = Counter(family(item.role) for item in source.items if item.region is not None)
     if preset == "lossless" or not any(roles[role] for role in roles if role not in ("step",)):
         return

@@ -1,7 +1,7 @@
-"""Which tensors are copies of others of the same checkpoint: they are stored once.
+"""Finds tensors that are copies of others of the same checkpoint, so that they are stored once.
 
-An average that has not moved yet, a model saved both alone and with its optimizer, two checkpoints of one step: samples
-find candidates, and whether every bit is equal is proven while encoding.
+Examples are an average that has not moved yet, a model saved both alone and with its optimizer, and two checkpoints of
+one step. Samples find candidates; encoding proves that every bit is equal.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def repeated(
 ) -> Choices:
     """The same choices, with tensors that seem to repeat another stored as that one, where both are stored alike.
 
-    Unpacked, a file that is mapped has to hold every tensor: nothing changes.
+    With packing `none` nothing changes, because a file that is mapped has to hold every tensor.
 
-    `only`: the names that are looked at, with a tensor all of its copies.
+    `only`: the names that are looked at; a tensor with all of its copies.
     """
     if packing.method == "none":
         return choices
@@ -60,7 +60,7 @@ def repeated(
 
 
 def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list[list[SourceItem]]:
-    """Of `only`, tensors whose dtype, shape and samples are the same: two or more a group, in the source's order."""
+    """Tensors in `only` whose dtype, shape and samples are the same: groups of two or more, in the source's order."""
     alike: dict[tuple[object, ...], list[SourceItem]] = {}
     for item in source.items:
         if item.nbytes >= _MIN_BYTES and (only is None or item.name in only):
@@ -77,7 +77,7 @@ def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list
 
 
 def _with_original(group: list[SourceItem], choices: Choices) -> list[tuple[SourceItem, SourceItem]]:
-    """Each tensor with the one that it may repeat: the first, but rather one whose step is known."""
+    """Each tensor with the one that it may repeat: the first one whose step is known, or else the first."""
     original = group[0]
     if _has_no_step(original, choices[original.name]):
         original = next((item for item in group if choices[item.name].unit is not None), original)
@@ -85,8 +85,10 @@ def _with_original(group: list[SourceItem], choices: Choices) -> list[tuple[Sour
 
 
 def _has_no_step(item: SourceItem, choice: Choice) -> bool:
-    """Whether a weight is exact only because no step is known that trains it: a tied one under its second name, or the
-    fp32 weights beside their masters. As near as its twin is then near enough. An average moves less than its weights.
+    """Whether a weight is stored exactly only because no step is known that trains it.
+
+    Such are a tied weight under its second name, and fp32 weights that have masters. As near as the twin is then near
+    enough. An average is left out, because it moves less than its weights.
     """
     is_copy = family(item.role) == "weight" and item.role != "ema"
     return is_copy and choice.exact and not choice.settled and choice.unit is None and not choice.companions

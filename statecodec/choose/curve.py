@@ -1,7 +1,7 @@
-"""Size against step error, in closed form: the entropy of the codes that a fraction of a step would give.
+"""Size against step error, estimated from the entropy of the codes that a fraction of a step would give.
 
 Samples of every tensor are rounded to the grids that `by_budget` would choose, and their order-0 entropy is what an
-entropy coder needs. `benchmarks/step_budget.py` holds it against real files.
+entropy coder needs. `benchmarks/step_budget.py` compares it with real files.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _entropy(codes: Values) -> float:
 def _sampled(source: SourceCheckpoint, item: SourceItem) -> Values:
     """All elements of a small tensor, 32 pieces of a large one: flat, float64.
 
-    In numpy: arrays of this size are not worth torch's threads.
+    In numpy, because starting torch's threads costs more than arrays of this size.
     """
     if item.numel <= _SAMPLE:
         return _flat(source.chunk(item, Chunk(0, item.numel, item.shape)))

@@ -1,6 +1,4 @@
-"""Which tensors are stored beside others that they are near: 16-bit weights beside their fp32 masters, and running
-averages beside the weights that they go after.
-"""
+"""Stores tensors beside others that they are near: 16-bit weights beside masters, averages beside their weights."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ def derived(
 ) -> Choices:
     """The same choices, with tensors stored beside others where samples of both pack smaller that way.
 
-    Unpacked, nothing would be smaller, and a file that is mapped would not hold the tensor: nothing changes.
+    With packing `none` nothing changes: nothing would be smaller, and a file that is mapped would not hold the tensor.
     `only`: the names that are looked at, where not all are.
     """
     beside: dict[str, Choice] = {}
@@ -51,7 +49,7 @@ def derived(
 
 
 def followers(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:
-    """Tensors with those that each may be stored beside."""
+    """Each tensor that may be stored beside another one, and that other one."""
     yield from _rounded(source)
     weights = followed(source)
     yield from ((item, [weights[item.name]]) for item in source.items if item.name in weights)
@@ -75,12 +73,12 @@ def _folder(source: SourceCheckpoint, item: SourceItem) -> str:
 
 
 def _is_elementwise(choice: Choice) -> bool:
-    """Whether what a piece of the tensor decodes to depends on nothing but itself: not on a base."""
+    """Whether a piece of the tensor is decoded from nothing but its own codes: not from a base."""
     return isinstance(choice.codec, _ELEMENTWISE) and choice.encoding.change is not Change.VALUES
 
 
 def _beside(choice: Choice, item: SourceItem, other: SourceItem) -> Choice | None:
-    """The choice that takes the other tensor; None if there is none that is as near as this one."""
+    """The choice that stores a tensor beside the other; None if there is none that is as near as this one."""
     codec: Codec
     if isinstance(choice.codec, codecs.Uniform):
         codec = codecs.Following(choice.codec.step)

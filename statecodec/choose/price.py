@@ -1,4 +1,4 @@
-"""What sharing second moments does to the Adam update: the price of what the SNR says can be saved."""
+"""What sharing second moments does to the Adam update."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def linked(
     packing: Packing,
     only: Container[str] | None = None,
 ) -> Choices:
-    """The same choices, stored as a change whatever that makes smaller: judged on each item's first and middle chunk.
+    """The same choices, with tensors stored as a change where that is smaller, judged on each item's first and middle
+    chunk.
 
     `only`: the names that are looked at, where not all are.
 
@@ -86,7 +87,7 @@ def _smallest(
 
 
 def _can_change(codec: Codec, stored: StoredItem, pieces: Sequence[Chunk]) -> bool:
-    """Whether the base has parts to subtract: those of the same codec, cut alike; or, on a grid, of any codec."""
+    """Whether the base has parts to subtract: those of the same codec, cut alike; for a grid, those of any codec."""
     if isinstance(codec, codecs.Uniform):
         return True  # every checkpoint has a grid of its own: the base's values are put on this one
     can = isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded | codecs.Logarithmic)

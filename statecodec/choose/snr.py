@@ -1,11 +1,10 @@
-"""The signal-to-noise ratio of second moments (SlimAdam, arXiv 2503.01843, section 3): which dimensions may share one
-value.
+"""The signal-to-noise ratio of second moments, which tells which dimensions may share one value.
 
     SNR_K(V) = mean over the remaining dimensions of (mean_K V)**2 / var_K V        (population variance)
 
-Everything is float64 and streamed over the first dimension. A slice of one value (zero variance) counts as +inf; a
-slice without signal - all zero, or decayed below fp32's smallest normal number, as the rows of tokens no longer seen
-are - is skipped.
+Everything is float64 and streamed over the first dimension. A slice of one value (zero variance) counts as +inf. A
+slice without signal is skipped: all zero, or decayed below fp32's smallest normal number, as the rows of tokens that
+are no longer seen are. Source: SlimAdam, arXiv 2503.01843, section 3.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ def kept(shape: Sequence[int], dims: Dims) -> int:
 
 
 def snr(v: Tensor) -> Ratios:
-    """SNR of a second moment (any float dtype, not negative) for every subset of its dimensions; nan without any
-    signal.
+    """SNR of a second moment (any float dtype, not negative) for every subset of its dimensions.
+
+    It is nan for a subset without any signal.
     """
     measured = Measurement(tuple(v.shape))
     for slab in slabs(v.shape):
@@ -92,7 +92,7 @@ class Measurement:
 
 
 class _Sums:
-    """Adds the ratios of complete slices up."""
+    """Adds up the ratios of complete slices."""
 
     def __init__(self) -> None:
         self.total, self.slices = 0.0, 0
@@ -137,8 +137,9 @@ def average(measured: Iterable[Mapping[Dims, float]]) -> Ratios:
 
 
 def choose(ratios: Mapping[Dims, float], shape: Sequence[int], cutoff: float = CUTOFF) -> Dims:
-    """The dimensions with the highest SNR strictly above the cutoff, () if there are none; of equals, those that save
-    most.
+    """The dimensions with the highest SNR strictly above the cutoff; () if there are none.
+
+    Of equals, those that save most.
     """
     above = [(ratio, -kept(shape, dims), dims) for dims, ratio in ratios.items() if ratio > cutoff]
     return max(above, key=lambda entry: entry[:2])[2] if above else ()
@@ -146,7 +147,10 @@ def choose(ratios: Mapping[Dims, float], shape: Sequence[int], cutoff: float = C
 
 @dataclass(frozen=True)
 class LayerSNR:
-    """The averaged SNRs of one second moment. `shareable` False: vectors, norms and whatever rules must leave alone."""
+    """The averaged SNRs of one second moment.
+
+    `shareable` is False for vectors, norms and what else rules must leave alone.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -155,6 +159,7 @@ class LayerSNR:
 
     @property
     def numel(self) -> int:
+        """Number of elements."""
         return math.prod(self.shape)
 
     def dims(self, cutoff: float = CUTOFF) -> Dims:

@@ -1,4 +1,4 @@
-"""From SNRs to rules: per layer, or depth-averaged per layer type so that they transfer to another depth and width.
+"""From SNRs to rules: per layer, or averaged over depth per layer type, so that they fit another depth and width.
 
 One rules file serves `compress --rules` (through `role` and `codec`) and `statecodec.optim.SlimAdam` (through `dims`):
 
@@ -66,8 +66,9 @@ def saved_curve(layers: Sequence[LayerSNR], basis: str = "layer", points: int = 
 
 
 def rules_document(layers: Sequence[LayerSNR], cutoff: float = CUTOFF, basis: str = "type") -> dict[str, Any]:
-    """The content of a rules file. Layers left alone are listed with no dims, so that the file says what was
-    decided.
+    """The content of a rules file.
+
+    Layers that share nothing are listed with no dims, so that the file says what was decided.
     """
     dims = chosen(layers, cutoff, basis)
     if basis == "layer":
@@ -90,11 +91,11 @@ def write_rules(document: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_table(path: str | Path) -> list[LayerSNR]:
-    """SNRs from a CSV table with the columns key, shape, compress_dims and snr, averaged over its other columns (step
-    ...).
+    """SNRs from a CSV table with the columns key, shape, compress_dims and snr. Raises PolicyError.
 
-    That is the form of the SNR data published with SlimAdam (github.com/dayal-kalra/low-memory-adam, snr_data): one row
-    per step, parameter and subset of dimensions, the last two written as tuples. Raises PolicyError.
+    They are averaged over the table's other columns, such as step. The SNR data published with SlimAdam has that form
+    (github.com/dayal-kalra/low-memory-adam, snr_data): one row per step, parameter and subset of dimensions, the last
+    two written as tuples.
     """
     path = Path(path)
     rows: dict[str, tuple[tuple[int, ...], dict[Dims, list[float]]]] = {}
@@ -194,7 +195,7 @@ def _entry(pattern: str, dims: Dims, ratios: Mapping[Dims, float]) -> dict[str, 
 def _exceptions(
     layers: Sequence[LayerSNR], dims: Mapping[str, Dims], entries: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Exact rules for layers that the patterns, first match wins, would decide differently than was chosen."""
+    """Rules for single layers that the patterns, first match wins, would decide differently than was chosen."""
     exceptions = []
     for layer in layers:
         first = next((e for e in entries if fnmatchcase(layer.name, e["pattern"])), None)

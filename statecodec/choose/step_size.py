@@ -1,4 +1,4 @@
-"""How large one optimizer step of a parameter is, measured on its moments."""
+"""The size of one optimizer step of a parameter, measured on its moments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class StepSize:
     def measured(
         cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
     ) -> StepSize | None:
-        """From all of the numbers: rows that are trained rarely make a sample lie. None where nothing moves."""
+        """Measure it on all elements, because rows that are rarely trained make a sample misleading; None where nothing
+        moves.
+        """
         correction1, correction2 = corrections(moments)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
         measured = _update_size(source, first, second, eps)
@@ -80,5 +82,5 @@ def corrections(moments: Moments) -> tuple[float, float]:
 
 
 def correction(beta: float, step: float) -> float:
-    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or the beta is none."""
+    """Adam's bias correction 1 - beta**step; 1 where the step is unknown or beta is not within [0, 1)."""
     return (1.0 - beta**step if step < math.inf and 0.0 <= beta < 1.0 else 1.0) or 1.0

@@ -1,7 +1,7 @@
-"""The items of a manifest since format 2.0: what many have in common once, the rest in columns.
+"""The items of a manifest since format 2.0: what many have in common is written once, the rest in columns.
 
 `forms` say what items are like, `items` name them and the form of each, `records` list all packed records in file
-order. What lies where follows from the order alone.
+order. Where everything lies follows from the order alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a plain part stands in a safetensors header: its dtype's name there, and its shape."""
+"""The dtype name and shape of a plain part in a safetensors header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items as they stand in a file, and the checks that all versions of the manifest share. What is read is untrusted."""
+"""The items of a file, and the checks that all versions of the manifest share. What is read is untrusted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,15 @@ class StoredChunk(Chunk):
 
 @dataclass(frozen=True)
 class StoredRecord:
-    """A record that several small items share: where it lies in its shard's packed entry, and whose it is, by index."""
+    """A record that several small items share.
+
+    Args:
+        shard: The file that it is in.
+        start: Its first byte in that file's entry of packed records.
+        nbytes: Its length.
+        checksum: Its XXH3-64, in hexadecimal.
+        items: Indices of the items that it holds.
+    """
 
     shard: int
     start: int
@@ -108,7 +116,7 @@ def packed_entry(shard: int) -> str:
 
 
 def shares(record: int, sizes: Iterable[int]) -> list[int]:
-    """A record's bytes, dealt out to the items that share it in proportion to theirs; they add up."""
+    """A record's bytes, divided among the items that share it in proportion to theirs; they add up."""
     weights = [size + 1 for size in sizes]  # an item may have no bytes at all
     total, dealt, sofar, parts = sum(weights), 0, 0, []
     for weight in weights:
@@ -161,7 +169,7 @@ def parts_json(parts: Mapping[str, PartSpec]) -> dict[str, Any]:
 
 
 def checked_specs(encoding: Encoding, where: str) -> Specs:
-    """`encoding.parts` with errors of this file's kind, remembering what it said: most chunks of an item are alike."""
+    """A cached `encoding.parts` that raises FormatError: most chunks of an item are alike."""
     by_shape: dict[tuple[int, ...], dict[str, PartSpec]] = {}
 
     def specs(shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
@@ -177,7 +185,7 @@ def checked_specs(encoding: Encoding, where: str) -> Specs:
 
 @dataclass(frozen=True)
 class DeclaredTensor:
-    """What the manifest says of a tensor before it says how it is cut: checked."""
+    """What the manifest says of a tensor before it says how it is cut, checked."""
 
     encoding: Encoding
     dtype: DType

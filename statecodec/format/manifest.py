@@ -40,7 +40,10 @@ class Manifest:
     document: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """The manifest as it stands in a file. Raises ValueError or TypeError for what is no JSON."""
+        """The manifest as it is written to a file.
+
+        Raises ValueError or TypeError for values that JSON does not have.
+        """
         value = {
             "format": "statecodec",
             "format_version": list(self.version),
@@ -79,9 +82,9 @@ class Manifest:
 
 
 def _check_companions(items: Sequence[StoredItem]) -> None:
-    """Names are unique, and every item that needs others has them: of its shape, and not in need themselves.
+    """Refuse names that are not unique, and items whose companions are missing, of another shape, or need companions.
 
-    Of an item that is another one again that one may need others, but is no such repetition.
+    The item that another one repeats may need companions, but may not itself be such a repetition.
     """
     named = {item.name: item for item in items}
     if len(named) != len(items):

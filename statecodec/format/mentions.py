@@ -1,4 +1,4 @@
-"""Whether a file's manifest holds some text, told without building what the manifest describes, which takes longest."""
+"""Tells whether a file's manifest contains some text, without building what the manifest describes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of integer codes in their narrowed form: what goes in front of its record, and back.
+"""Parts of integer codes in their narrowed form: the header in front of the record, writing and reading.
 
     payload = flags u8 (1: nibbles), low u8, columns u32, exceptions u32, then a record of the narrowed parts
 

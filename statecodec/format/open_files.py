@@ -1,4 +1,4 @@
-"""The files of an output, open for reading: what they raise becomes FormatError."""
+"""The files of an output, open for reading; their errors become FormatError."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class OpenFiles:
             return read_header(file, path.name, limits)
 
     def last_is_first(self) -> None:
-        """Number the shards anew: the first one that was opened is the last."""
+        """Number the shards anew: the file that was opened first is the last shard."""
         self._files.append(self._files.pop(0))
 
     def read_into(self, shard: int, offset: int, target: memoryview) -> None:
@@ -54,7 +54,7 @@ class OpenFiles:
             return bytes(read_bytes(file, 0, file.size))
 
     def manifest(self, shard: int, header: Header, name: str, limits: Limits) -> bytes | None:
-        """The manifest's bytes, their checksum not looked at; None if the shard has none."""
+        """The manifest's bytes, without checking their checksum; None if the shard has none."""
         entry = header.entries.get(MANIFEST_ENTRY)
         if entry is None:
             return None

@@ -49,8 +49,8 @@ class Destination:
     def publish(self) -> None:
         """Make the finished files visible, all or none.
 
-        Of a sharded output the index comes last and its predecessor goes first, so that at no moment an index names
-        shards of another run.
+        Of a sharded output the new index comes last and the old one is removed first, so that at no moment an index
+        names shards of another run.
         """
         targets = [*self.files, self.index] if self.sharded else self.files
         self.staging.publish(*targets, force=self.force, instead_of=self._predecessor() if self.force else ())

@@ -110,7 +110,7 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
 
 
 def _room(parts: Sequence[Tensor]) -> int:
-    """Bytes that are enough to make a record in. Narrowed, a code can take three bytes until it shows that it does."""
+    """Bytes that are enough to make a record in. A code can take three bytes until its part turns out not to narrow."""
     rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
     return rows + sum(p.nbytes + narrowed.slack(p) for p in parts)
 
@@ -197,7 +197,7 @@ def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
 
 
 def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[Tensor]:
-    """Unpack the record within narrowed codes: bytes that are stored stay where they lie."""
+    """Unpack the record within narrowed codes; bytes that are stored uncompressed are not copied."""
     vectors = []
     for out, rows, payload in _split(record, outs, codes=False):
         if out.dtype == torch.uint8 and rows[0][0] == STORED:

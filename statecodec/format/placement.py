@@ -75,7 +75,7 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """An item with everything that is known of it beforehand."""
+    """An item, and where it goes as far as that is known beforehand."""
 
     item: ItemSpec
     arrangement: Arrangement
@@ -85,6 +85,7 @@ class PlannedItem:
 
     @property
     def storage(self) -> str:
+        """`packed`, `plain` or `shared`."""
         return self.arrangement.storage
 
     @property
@@ -160,20 +161,20 @@ def _check_companions(items: Sequence[ItemSpec]) -> None:
 
 
 def _may_serve(other: ItemSpec, item: ItemSpec) -> bool:
-    """Whether an item stands as its reader needs it: alone, or (of one that repeats another) as itself."""
+    """Whether an item can be a companion: it stands alone, or the other item repeats it."""
     if item.encoding.codec.repeats:
         return other.dtype == item.dtype and not other.encoding.codec.repeats
     return not other.encoding.codec.needs
 
 
 def plain_items(items: Sequence[ItemSpec], packing: Packing) -> list[int]:
-    """The items, by number, whose parts stand in the file one by one, at places fixed before anything is written."""
+    """The indices of the items whose parts are entries of their own, at places fixed before anything is written."""
     arrangements = _Arrangements(packing, len(items))
     return [index for index, item in enumerate(items) if arrangements.of(item).storage == PLAIN]
 
 
 def recoded(planned: PlannedItem, encoding: Encoding, packing: Packing, items: int) -> PlannedItem:
-    """An item that is not plain, stored in another way, in a file of so many items. Raises UsageError."""
+    """Another storage of an item that is not plain, in a file of so many items. Raises UsageError."""
     item = planned.item.recoded(encoding)
     arrangement = _Arrangements(packing, items).of(item)
     if PLAIN in (planned.storage, arrangement.storage):

@@ -1,4 +1,4 @@
-"""Where records lie and whose they are: it follows from their sizes and the order of items."""
+"""Where records lie and which items they hold, which follows from their sizes and the order of items."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from statecodec.limits import MAX_SHARED
 
 @dataclass(frozen=True)
 class ChunkedTensor:
-    """A tensor as several items are one, and its chunks."""
+    """A tensor that several items have in common, and its chunks."""
 
     tensor: DeclaredTensor
     chunks: Sequence[Chunk]
@@ -23,7 +23,7 @@ class ChunkedTensor:
 
 
 class RecordTable:
-    """Where records lie and whose they are, from their sizes and the order of items."""
+    """Where records lie and which items they hold."""
 
     def __init__(
         self,
@@ -63,8 +63,9 @@ class RecordTable:
             raise FormatError("manifest: records: some items have none")
 
     def _owners(self, record: int, count: int) -> tuple[int, ...]:
-        """The next items in order: `count` small ones that share a record, or (0) the packed one that it is the first
-        of.
+        """The next items in order that a record belongs to.
+
+        These are `count` small ones that share it, or (0) the packed one whose first record it is.
         """
         waiting = self._small if count else self._packed
         if len(waiting) < max(count, 1):

@@ -29,7 +29,7 @@ CENTRE_WORTH = 0.98  # centred only where a sample's entropy falls below this sh
 
 
 def pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes | None]:
-    """(method, payload); payload None means the plane as it is."""
+    """Pack a plane: (method, payload); payload None means the plane as it is."""
     plane = matrix.reshape(-1)
     n = plane.size
     if n < 2:
@@ -84,6 +84,7 @@ def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -
 
 
 def unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None:
+    """The inverse of `pack_plane`, into `matrix`. Raises FormatError."""
     plane = matrix.reshape(-1)
     if method == STORED:
         plane[:] = payload
@@ -105,6 +106,7 @@ def unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None
 @cache
 def cpu_kernels() -> ModuleType:
     # Imported on first use: numba takes a while, and looking into a file does not need it.
+    """The kernels for CPUs, imported on first use: numba takes a while, and looking into a file does not need it."""
     from statecodec.kernels import cpu
 
     return cpu

@@ -63,7 +63,7 @@ def asked(preset: str | None, errors: Mapping[str, float] | None) -> str:
         return ""
     update, weights = errors.get("u_rms"), errors.get("weight_step_error")
     halves = [("errors", update)] if update == weights else [("updates off by", update), ("weights off by", weights)]
-    words = [f"{what} up to {100 * most:.3g} % of a step" for what, most in halves if most]
+    words = [f"{label} up to {100 * most:.3g} % of a step" for label, most in halves if most]
     return ", ".join([*([f"preset {preset}"] if preset else []), *words])
 
 

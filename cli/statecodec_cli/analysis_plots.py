@@ -89,9 +89,9 @@ def _curve(axes: Axes, curve: Sequence[Document]) -> None:
     line = [p for p in curve if p["label"] is None]
     axes.plot([p["step_error"] for p in line], [p["bytes_per_param"] for p in line], color=INK)
     for point in (p for p in curve if p["label"] is not None):
-        place = (point["step_error"], point["bytes_per_param"])
-        axes.scatter([place[0]], [place[1]], s=32, color="#0072b2", zorder=3)
-        axes.annotate(point["label"], place, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
+        position = (point["step_error"], point["bytes_per_param"])
+        axes.scatter([position[0]], [position[1]], s=32, color="#0072b2", zorder=3)
+        axes.annotate(point["label"], position, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set_xscale("log")
     axes.set_xlabel("error of weights and moments, as a fraction of one optimizer step")
     axes.set_ylabel("bytes per parameter")

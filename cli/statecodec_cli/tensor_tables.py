@@ -101,7 +101,7 @@ def _held(tensor: Document) -> str:
 
 def _rounded(codec: str) -> str:
     """A codec with its fractions to three figures."""
-    return _FRACTION.sub(lambda found: f"{float(found[0]):.3g}", codec)
+    return _FRACTION.sub(lambda match: f"{float(match[0]):.3g}", codec)
 
 
 def _how_many(role: str, group: Sequence[Document]) -> str:

@@ -51,9 +51,9 @@ def _remove_orphans(here: Context) -> None:
     for kind, table in (("uploads", uploads), ("results", jobs)):
         stored = here.storage.prefixes(kind)
         for start in range(0, len(stored), 500):
-            some = stored[start : start + 500]
-            in_table = {row["id"] for row in here.database.all(sa.select(table.c.id).where(table.c.id.in_(some)))}
-            for identity in set(some) - in_table:
+            batch = stored[start : start + 500]
+            in_table = {row["id"] for row in here.database.all(sa.select(table.c.id).where(table.c.id.in_(batch)))}
+            for identity in set(batch) - in_table:
                 here.storage.delete(f"{kind}/{identity}")
 
 

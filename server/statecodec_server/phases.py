@@ -47,10 +47,10 @@ class JobPhases:
         """Bring the inputs into the job's folder; files that are there already stay."""
         request = json.loads(row["request"])
         folder = self.folder(row["id"])
-        for place in ("input", "other"):
-            source = request.get("source" if place == "input" else "other")
+        for name in ("input", "other"):
+            source = request.get("source" if name == "input" else "other")
             if source is not None:
-                self._stage_source(row, source, folder / place)
+                self._stage_source(row, source, folder / name)
 
     def _stage_source(self, row: Row, source: Mapping[str, Any], folder: Path) -> None:
         files = source["files"]

@@ -85,9 +85,9 @@ class HTTPProblem(Exception):
         return Response(json.dumps(self.document()), self.status, {**self.headers}, "application/problem+json")
 
 
-def not_found(thing: str) -> HTTPProblem:
+def not_found(noun: str) -> HTTPProblem:
     """The one answer for things that are not there and for things that belong to somebody else."""
-    return HTTPProblem(404, "not_found", f"There is no such {thing}, or it is not yours.")
+    return HTTPProblem(404, "not_found", f"There is no such {noun}, or it is not yours.")
 
 
 def head_too_long() -> HTTPProblem:

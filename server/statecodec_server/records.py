@@ -100,8 +100,8 @@ class Jobs:
 
     def newest(self, principal: Principal) -> list[Row]:
         """The newest jobs of this token."""
-        mine = sa.select(jobs).where(jobs.c.token == principal.id).order_by(jobs.c.created.desc())
-        return self._database.all(mine.limit(200))
+        query = sa.select(jobs).where(jobs.c.token == principal.id).order_by(jobs.c.created.desc())
+        return self._database.all(query.limit(200))
 
     def claim(self, job: str, owner: str) -> Row:
         """Begin the next attempt; raises Fenced when there is nothing left to do."""
@@ -124,10 +124,10 @@ class Jobs:
 
     def progress(self, row: Row, done: int, total: int, stage: str, rate: float) -> None:
         """Report where the attempt is; raises Cancelled or Fenced when it should not go on."""
-        mine = sa.and_(jobs.c.id == row["id"], jobs.c.attempt == row["attempt"], jobs.c.state == "running")
+        still_ours = sa.and_(jobs.c.id == row["id"], jobs.c.attempt == row["attempt"], jobs.c.state == "running")
         with self._database.write() as connection:
             values = {"done": done, "total": total, "stage": stage, "rate": rate}
-            if not connection.execute(jobs.update().where(mine).values(values)).rowcount:
+            if not connection.execute(jobs.update().where(still_ours).values(values)).rowcount:
                 raise Fenced(row["id"])
             cancel = connection.execute(sa.select(jobs.c.cancel).where(jobs.c.id == row["id"])).scalar_one()
         if cancel:

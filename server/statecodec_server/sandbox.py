@@ -84,11 +84,11 @@ def detach() -> list[str]:
 def _readable(data: Path) -> Iterator[Path]:
     """Where Python, the library and what they load from lie, and what they ask of the machine; nothing of the
     service's own data."""
-    installed = [Path(place) for place in (*sys.path, sys.prefix, sys.base_prefix) if place]
-    libraries = [Path(place) for place in os.environ.get("LD_LIBRARY_PATH", "").split(":") if place]
-    for place in (*installed, *libraries):
-        if place.exists():
-            yield from landlock.without(place.resolve(), data)
+    installed = [Path(path) for path in (*sys.path, sys.prefix, sys.base_prefix) if path]
+    libraries = [Path(path) for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
+    for path in (*installed, *libraries):
+        if path.exists():
+            yield from landlock.without(path.resolve(), data)
     yield from map(Path, _OF_THE_SYSTEM)
     yield Path(os.environ["NUMBA_CACHE_DIR"])
 

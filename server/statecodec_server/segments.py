@@ -81,13 +81,13 @@ def tar_sha256(folder: Path, files: Sequence[tuple[str, int]]) -> tuple[str, lis
     whole, each = hashlib.sha256(), []
     for name, nbytes in files:
         whole.update(_header(name, nbytes))
-        one = hashlib.sha256()
+        of_file = hashlib.sha256()
         with (folder / name).open("rb") as file:
             while block := file.read(BLOCK):
-                one.update(block)
+                of_file.update(block)
                 whole.update(block)
         whole.update(_padding(nbytes))
-        each.append(one.hexdigest())
+        each.append(of_file.hexdigest())
     whole.update(b"\0" * _TAR_END)
     return whole.hexdigest(), each
 

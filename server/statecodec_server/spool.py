@@ -19,11 +19,11 @@ class Spool:
     """Appends to one file from `offset` on, and keeps the SHA-256 of everything before the end of it."""
 
     def __init__(self, path: Path, offset: int, digest: Any | None) -> None:
-        new = not path.exists()
+        is_new = not path.exists()
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if new:
+            if is_new:
                 fsync_directory(path.parent)
             if os.fstat(self._file).st_size < offset:
                 raise OSError(5, f"{path.name} is shorter than what was acknowledged")

@@ -91,8 +91,8 @@ class Uploads:
             "expires": now + settings.upload_ttl,
         }
         with self._database.write() as connection:
-            mine = sa.select(sa.func.count()).where(uploads.c.token == principal.id)
-            if connection.execute(mine).scalar_one() >= settings.max_uploads:
+            count = sa.select(sa.func.count()).where(uploads.c.token == principal.id)
+            if connection.execute(count).scalar_one() >= settings.max_uploads:
                 raise HTTPProblem(429, "upload.limit", f"One token holds at most {settings.max_uploads:,} uploads.")
             connection.execute(uploads.insert().values(row))
         return row
@@ -106,8 +106,8 @@ class Uploads:
 
     def newest(self, principal: Principal) -> list[Row]:
         """The newest uploads of this token."""
-        mine = sa.select(uploads).where(uploads.c.token == principal.id)
-        return self._database.all(mine.order_by(uploads.c.created.desc()).limit(200))
+        query = sa.select(uploads).where(uploads.c.token == principal.id)
+        return self._database.all(query.order_by(uploads.c.created.desc()).limit(200))
 
     async def settle(self, principal: Principal, identity: str) -> Row:
         """The upload after whatever is writing it has been stopped and has saved what came (HEAD)."""
@@ -168,12 +168,12 @@ class Uploads:
         values: dict[str, Any] = {"offset": offset, "expires": now + self._settings.upload_ttl}
         if whole:
             values |= {"state": "finishing", "length": offset, "expires": now + self._settings.keep_ttl}
-        mine = (uploads.c.id == row["id"]) & (uploads.c.state == "receiving")
+        still_receiving = (uploads.c.id == row["id"]) & (uploads.c.state == "receiving")
         with self._database.write() as connection:
-            before = connection.execute(sa.select(uploads.c.offset).where(mine)).scalar()
+            before = connection.execute(sa.select(uploads.c.offset).where(still_receiving)).scalar()
             if before is None:
                 raise not_found("upload")
-            connection.execute(uploads.update().where(mine).values(values))
+            connection.execute(uploads.update().where(still_receiving).values(values))
             add(connection, "upload_bytes", "", offset - before)
 
     async def _finished(self, principal: Principal, identity: str) -> Row:
@@ -234,8 +234,8 @@ class Uploads:
         at this moment."""
         old = uploads.c.expires < time.time()
         for row in self._database.all(sa.select(uploads.c.id).where(old)):
-            mine = (uploads.c.id == row["id"]) & old
-            if self._database.execute(uploads.update().where(mine).values(state="refused")):
+            still_expired = (uploads.c.id == row["id"]) & old
+            if self._database.execute(uploads.update().where(still_expired).values(state="refused")):
                 log.info("an upload expired", extra={"fields": {"upload": row["id"]}})
                 self.remove(row["id"])
 

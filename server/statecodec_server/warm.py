@@ -35,18 +35,18 @@ def _use(library: Any, folder: Path) -> None:
     import torch
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        place = folder / str(dtype)
-        place.mkdir()
-        source, later = _checkpoint(place / "a.pt", dtype), _checkpoint(place / "b.pt", dtype, 1.001)
+        subfolder = folder / str(dtype)
+        subfolder.mkdir()
+        source, later = _checkpoint(subfolder / "a.pt", dtype), _checkpoint(subfolder / "b.pt", dtype, 1.001)
         for preset in PRESETS:
-            small = place / f"{preset}.sc.safetensors"
+            small = subfolder / f"{preset}.sc.safetensors"
             library.compress(source, small, preset=preset)
             library.verify(small, source)
             library.diff(source, small)
-            library.restore(small, place / f"{preset}.pt")
-        chained = place / "chained.sc.safetensors"
-        library.compress(later, chained, base=place / "lossless.sc.safetensors", preset="lossless")
-        library.restore(chained, place / "back.pt")
+            library.restore(small, subfolder / f"{preset}.pt")
+        chained = subfolder / "chained.sc.safetensors"
+        library.compress(later, chained, base=subfolder / "lossless.sc.safetensors", preset="lossless")
+        library.restore(chained, subfolder / "back.pt")
         library.analyze(source)
     library.convert(_checkpoint(folder / "a.pt", torch.float32), folder / "foam.pt", ("foam",))
 

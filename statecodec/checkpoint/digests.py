@@ -120,15 +120,15 @@ class FileHashes(threading.Thread):
     @contextmanager
     def _piece(self, file: FileToHash, fd: int, offset: int) -> Iterator[memoryview]:
         """The next bytes of a file, lent or read; none after `cancel`."""
-        found = self._shared.take(file.number, offset) if self._shared is not None else file.nbytes
-        if self._shared is not None and not isinstance(found, int):
+        lent = self._shared.take(file.number, offset) if self._shared is not None else file.nbytes
+        if self._shared is not None and not isinstance(lent, int):
             try:
-                yield found.data[offset - found.start :]
+                yield lent.data[offset - lent.start :]
             finally:
-                self._shared.give_back(found)
+                self._shared.give_back(lent)
             return
-        assert isinstance(found, int)
-        piece = self._block[: min(_BLOCK, found - offset)]
+        assert isinstance(lent, int)
+        piece = self._block[: min(_BLOCK, lent - offset)]
         if not self._wait_until(offset + len(piece)):
             yield piece[:0]
             return

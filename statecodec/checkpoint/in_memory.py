@@ -72,7 +72,7 @@ class MemoryCheckpoint(SourceCheckpoint):
 def _written(value: Any, path: Path) -> list[tuple[int, Tensor]]:
     """Write the torch.save file without the bytes of large tensors.
 
-    Returns every storage's place in the file, and the storage as bytes.
+    Returns every storage's offset in the file, and the storage as bytes.
     """
     finder = _Storages()
     try:
@@ -91,23 +91,23 @@ def _written(value: Any, path: Path) -> list[tuple[int, Tensor]]:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         entries = open_archive(FileBytes(fd, path.name), path.name).storages
-        places = {}
-        for number, (key, storage) in enumerate(finder.found.items()):
+        locations = {}
+        for number, (key, storage) in enumerate(finder.storages.items()):
             entry = entries.get(str(number))
-            if entry is None or entry.nbytes != storage.numel() or len(entries) != len(finder.found):
+            if entry is None or entry.nbytes != storage.numel() or len(entries) != len(finder.storages):
                 raise UsageError("the object changed while it was being saved, or gives something else each time")
-            places[key] = (entry.offset, storage)
+            locations[key] = (entry.offset, storage)
             _fill(fd, entry.offset, storage if entry.nbytes <= _SMALL else storage[:0])
             crc = struct.pack("<I", _crc32(storage))
             for at in entry.crc_at:
                 write_exactly(fd, at, memoryview(crc))
         for key, start, nbytes in finder.scalars:
-            if key in places:
-                offset, storage = places[key]
+            if key in locations:
+                offset, storage = locations[key]
                 _fill(fd, offset + start, storage[start : start + nbytes])
     finally:
         os.close(fd)
-    return sorted(places.values(), key=lambda place: place[0])
+    return sorted(locations.values(), key=lambda location: location[0])
 
 
 def _fill(fd: int, offset: int, data: Tensor) -> None:
@@ -126,7 +126,7 @@ class _Storages(pickle.Pickler):
 
     def __init__(self) -> None:
         super().__init__(_Nowhere(), protocol=2)  # torch.save's
-        self.found: dict[int, Tensor] = {}
+        self.storages: dict[int, Tensor] = {}
         """Each storage as bytes, by its identity."""
         self.scalars: list[tuple[int, int, int]] = []
         """Identity of the storage, first byte, bytes."""
@@ -136,8 +136,8 @@ class _Storages(pickle.Pickler):
         storage = obj._untyped_storage if isinstance(obj, torch.storage.TypedStorage) else obj
         if not torch.is_storage(storage):
             return None
-        if storage._cdata not in self.found:
-            self.found[storage._cdata] = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        if storage._cdata not in self.storages:
+            self.storages[storage._cdata] = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         return "storage"
 
     def reducer_override(self, obj: Any) -> Any:

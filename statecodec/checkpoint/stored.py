@@ -235,16 +235,16 @@ class StoredCheckpoint(Checkpoint):
             out = {name: scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         return self.reader.read_chunk(item, chunk, out)
 
-    def parts_under(self, codec: Codec, item: int, place: Chunk) -> Mapping[str, Tensor]:
+    def parts_under(self, codec: Codec, item: int, elements: Chunk) -> Mapping[str, Tensor]:
         """The parts that elements of an item have under a codec: its own parts, or its decoded values encoded anew.
 
         Raises FormatError if the codec refuses its values.
         """
         stored = self.reader.items[item]
         if stored.encoding.standalone == codec:
-            return self.parts(item, self.chunk_at(item, place))
+            return self.parts(item, self.chunk_at(item, elements))
         try:
-            return codec.encode(self.decode_range(item, place.start, place.stop).view(place.shape)).parts
+            return codec.encode(self.decode_range(item, elements.start, elements.stop).view(elements.shape)).parts
         except UnencodableValues as error:
             raise FormatError(f"{self.path}: {stored.name} is no base for {codec}: {error}") from error
 

@@ -62,9 +62,11 @@ class Finished:
             OutputExists: If the name is taken, without `force`.
             OutputFailed: If the files cannot be renamed.
         """
-        place = self._destination
-        place.publish()
-        return Written(place.opened, tuple(place.files), self.nbytes, self.items, notes=place.staging.notes)
+        destination = self._destination
+        destination.publish()
+        return Written(
+            destination.opened, tuple(destination.files), self.nbytes, self.items, notes=destination.staging.notes
+        )
 
 
 def opened(path: Path) -> Reader:

@@ -39,20 +39,20 @@ def slack(part: Tensor) -> int:
     """How many bytes more than the part its narrowed form can take, with header and rows."""
     if not takes(part.dtype, part.numel()):
         return 0
-    form = Narrowing(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
-    parts = sum(dtype.itemsize * length for dtype, length in form.sizes(part.numel()).values())
+    narrowing = Narrowing(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
+    parts = sum(dtype.itemsize * length for dtype, length in narrowing.sizes(part.numel()).values())
     return max(parts + part.nbytes // MOST_EXCEPTIONS - part.nbytes, 0) + 128
 
 
 @contextmanager
-def split(part: Tensor, form: Narrowing, pool: Pool, room: Bytes) -> Iterator[tuple[bytes, list[Tensor]] | None]:
+def split(part: Tensor, narrowing: Narrowing, pool: Pool, room: Bytes) -> Iterator[tuple[bytes, list[Tensor]] | None]:
     """The header and the narrowed parts of `part`, in pooled memory; None if the form does not fit.
 
     Low bytes and bits, which are noise and stored as they are, are in `room` if nothing is stored before them.
     """
     flat = part.view(-1)
-    buffer, parts = _take(form, flat.numel(), pool)
-    if not form.cols:
+    buffer, parts = _take(narrowing, flat.numel(), pool)
+    if not narrowing.cols:
         position = 0
         for name in ("bytes", "bits"):
             n = parts[name].numel()
@@ -60,11 +60,11 @@ def split(part: Tensor, form: Narrowing, pool: Pool, room: Bytes) -> Iterator[tu
             position += n
     few = pool.take(flat.nbytes // MOST_EXCEPTIONS)
     exceptions = torch.from_numpy(few[: flat.numel() // MOST_EXCEPTIONS * flat.element_size()]).view(flat.dtype)
-    count = cpu_kernels().narrow(flat, form, parts, exceptions)
+    count = cpu_kernels().narrow(flat, narrowing, parts, exceptions)
     if count < 0:
         yield None
     else:
-        header = HEADER.pack(form.nibbles, form.low, form.cols, count)
+        header = HEADER.pack(narrowing.nibbles, narrowing.low, narrowing.cols, count)
         yield header, [*parts.values(), exceptions[:count]]
     pool.give(few)
     pool.give(buffer)
@@ -76,11 +76,11 @@ def join(payload: Bytes, out: Tensor, pool: Pool, unpack: Unpack) -> None:
     Raises FormatError.
     """
     flat = out.view(-1)
-    form, count = _header(payload, flat)
-    buffer, parts = _take(form, flat.numel(), pool)
+    narrowing, count = _header(payload, flat)
+    buffer, parts = _take(narrowing, flat.numel(), pool)
     room = torch.empty(count, dtype=flat.dtype, device="cpu")
     *unpacked, exceptions = unpack(payload[HEADER.size :], [*parts.values(), room])
-    if not cpu_kernels().widen(dict(zip(parts, unpacked, strict=True)), exceptions, form, flat):
+    if not cpu_kernels().widen(dict(zip(parts, unpacked, strict=True)), exceptions, narrowing, flat):
         raise FormatError(f"narrowed codes: {count} exceptions are listed, the symbols say otherwise")
     pool.give(buffer)
 
@@ -98,9 +98,9 @@ def _header(payload: Bytes, flat: Tensor) -> tuple[Narrowing, int]:
     return Narrowing(cols, low, flags == 1), count
 
 
-def _take(form: Narrowing, n: int, pool: Pool) -> tuple[Bytes, dict[str, Tensor]]:
+def _take(narrowing: Narrowing, n: int, pool: Pool) -> tuple[Bytes, dict[str, Tensor]]:
     """Pooled memory for the narrowed parts of n codes."""
-    sizes = form.sizes(n)
+    sizes = narrowing.sizes(n)
     buffer = pool.take(sum(dtype.itemsize * length + 8 for dtype, length in sizes.values()))
     parts, position = {}, 0
     for name, (dtype, length) in sizes.items():

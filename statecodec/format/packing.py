@@ -154,20 +154,22 @@ def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[
     """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
     if not narrowed.takes(part.dtype, part.numel()):
         return None
-    form = cpu_kernels().form_of(part.view(rows_cols(tuple(part.shape))))
-    if form is None:
+    narrowing = cpu_kernels().form_of(part.view(rows_cols(tuple(part.shape))))
+    if narrowing is None:
         return None
-    length = _write_narrowed(part, form, out, packing, pool)
+    length = _write_narrowed(part, narrowing, out, packing, pool)
     if length is None or length >= part.nbytes:
         return None
     return [(NARROWED, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
 
 
-def _write_narrowed(part: Tensor, form: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool) -> int | None:
+def _write_narrowed(
+    part: Tensor, narrowing: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool
+) -> int | None:
     """Write the payload of a part in this form and return its length; None if it does not fit the form."""
     head = narrowed.HEADER.size
-    rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in form.sizes(0).values())
-    with narrowed.split(part, form, pool, out[head + ROW.size * rows :]) as narrow:
+    rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in narrowing.sizes(0).values())
+    with narrowed.split(part, narrowing, pool, out[head + ROW.size * rows :]) as narrow:
         if narrow is None:
             return None
         header, parts = narrow
@@ -249,14 +251,14 @@ def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
     fields = ROW.iter_unpack(record[:table].data)
     rows: list[list[Row]] = [[next(fields) for _ in range(width)] for width in widths]
-    for out, some in zip(outs, rows, strict=True):
-        if codes and some[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
-            if not 0 < some[0][1] < out.nbytes or some[1:] != [(WITHIN, 0)] * (len(some) - 1):
-                raise FormatError(f"chunk record: rows {some} of narrowed codes of {out.nbytes} bytes")
+    for out, part_rows in zip(outs, rows, strict=True):
+        if codes and part_rows[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
+            if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (len(part_rows) - 1):
+                raise FormatError(f"chunk record: rows {part_rows} of narrowed codes of {out.nbytes} bytes")
             continue
-        for method, length in some:
-            _check_plane(method, length, out.nbytes // len(some))
-    if table + sum(length for some in rows for _, length in some) != record.size:
+        for method, length in part_rows:
+            _check_plane(method, length, out.nbytes // len(part_rows))
+    if table + sum(length for part_rows in rows for _, length in part_rows) != record.size:
         raise FormatError(f"chunk record of {record.size} bytes: its planes do not fill it")
     return rows
 

@@ -339,24 +339,26 @@ class Writer:
             raise UsageError(f"{len(self._plan.items)} items were announced; chunk {self._next} has not been appended")
 
     def _finish_all(self, document: Mapping[str, Any]) -> Finished:
-        place = self._destination
+        destination = self._destination
         if self._small:
             self._share_record()
-        others = tuple(OtherShard(place.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1))
+        others = tuple(
+            OtherShard(destination.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1)
+        )
         items = tuple(self._stored_item(i) for i in range(len(self._plan.items)))
         try:
             data = Manifest(VERSION, f"statecodec {__version__}", others, items, document).to_bytes()
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"attributes or document cannot be written as JSON: {error}") from error
         self._finish(len(self._files) - 1, data)
-        if place.sharded:
+        if destination.sharded:
             self._write_index(items, xxhash.xxh3_128_hexdigest(data))
         self._files.clear()
         nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
-        folder = place.staging.folder
-        path, files = folder / place.opened.name, tuple(folder / f.name for f in place.files)
+        folder = destination.staging.folder
+        path, files = folder / destination.opened.name, tuple(folder / f.name for f in destination.files)
         self._reader = opened(path)
-        return Finished(path, files, nbytes, items, self._reader, place)
+        return Finished(path, files, nbytes, items, self._reader, destination)
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]

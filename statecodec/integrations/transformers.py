@@ -111,7 +111,7 @@ def last_checkpoint(path: str | Path) -> Iterator[str | None]:
     """
     root = Path(path)
     steps = _steps(root) if root.is_dir() and not (root / _WRITTEN_LAST).is_file() else {0: [root]}
-    whole = [form for step in sorted(steps, reverse=True) for form in steps[step] if _is_whole(form)]
+    whole = [checkpoint for step in sorted(steps, reverse=True) for checkpoint in steps[step] if _is_whole(checkpoint)]
     if not whole or whole[0].is_dir():
         yield str(whole[0]) if whole else None
         return
@@ -142,8 +142,8 @@ def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
     kept = {max(steps, default=0), *(s for s, forms in steps.items() if best and Path(best) in _both(forms))}
     excess = len(steps) - max(limit, len(kept))
     for step in sorted(set(steps) - kept)[: max(excess, 0)]:
-        for form in steps[step]:
-            shutil.rmtree(form, ignore_errors=True) if form.is_dir() else form.unlink(missing_ok=True)
+        for checkpoint in steps[step]:
+            shutil.rmtree(checkpoint, ignore_errors=True) if checkpoint.is_dir() else checkpoint.unlink(missing_ok=True)
 
 
 def _both(forms: list[Path]) -> set[Path]:

@@ -104,13 +104,13 @@ def _converted(
     position = 0
     for group in saved["param_groups"]:
         parameters: dict[str, Any] = {}
-        for place in range(len(group["params"])):
-            alone = _alone(saved, group, place, shards)
-            one, report = _converted_one(kind, alone, names, target)
+        for index in range(len(group["params"])):
+            alone = _alone(saved, group, index, shards)
+            converted, report = _converted_one(kind, alone, names, target)
             reports.append(report)
-            for values in one["state"].values():
+            for values in converted["state"].values():
                 state[position] = spill.keep_all(values)
-            (options,) = one["param_groups"]
+            (options,) = converted["param_groups"]
             for key, value in options.items():  # of the group's parameters all the same, but for whose they are
                 if key in ("params", "param_names"):
                     parameters.setdefault(key, []).extend([position] if key == "params" else value)
@@ -123,14 +123,14 @@ def _converted(
     return {"state": state, "param_groups": groups}, reports
 
 
-def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], place: int, shards: int) -> dict[str, Any]:
+def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], index: int, shards: int) -> dict[str, Any]:
     """The state dict of one parameter of a group, FlashOptim's being of as many shards."""
-    index, names = group["params"][place], group.get("param_names") or []
-    alone = {**group, "params": [index], **({"param_names": names[place : place + 1]} if names else {})}
-    state = saved["state"].get(index)
-    if is_quantised({index: state}):
+    key, names = group["params"][index], group.get("param_names") or []
+    alone = {**group, "params": [key], **({"param_names": names[index : index + 1]} if names else {})}
+    state = saved["state"].get(key)
+    if is_quantised({key: state}):
         state = dense(state, shards)
-    return {"state": {} if state is None else {index: state}, "param_groups": [alone]}
+    return {"state": {} if state is None else {key: state}, "param_groups": [alone]}
 
 
 def _converted_one(

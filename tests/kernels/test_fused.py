@@ -258,17 +258,17 @@ def test_lr_tensor_and_schedule(device) -> None:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels that are launched, in order."""
-    from statecodec.kernels.triton.launch import Launch
+    from statecodec.kernels.triton.launch import TritonLaunch
 
     names = list[str]()
-    parts = Launch._parts
+    parts = TritonLaunch._parts
 
-    def noted(self: Launch, spec: Any) -> Any:
+    def noted(self: TritonLaunch, spec: Any) -> Any:
         found = parts(self, spec)
         names.extend(kernel.fn.__name__ for kernel, *_ in found)
         return found
 
-    monkeypatch.setattr(Launch, "_parts", noted)
+    monkeypatch.setattr(TritonLaunch, "_parts", noted)
     return names
 
 

@@ -54,15 +54,15 @@ async def token(who: Who) -> Response:
 def _create(here: Context, who: Principal, request: JobRequest, key: str | None) -> tuple[dict[str, Any], bool]:
     fingerprint = hashlib.sha256(request.model_dump_json().encode()).hexdigest()
     row = None if key is None else here.jobs.find(who, key, fingerprint)
-    new = False
+    created = False
     if row is None:
         document, nbytes = here.inputs.resolve(who, request)
         here.quotas.check(who.id, 0)
-        row, new = here.jobs.create(who, document, fingerprint, key, nbytes)
+        row, created = here.jobs.create(who, document, fingerprint, key, nbytes)
     # The row is the promise. Should this process die here, housekeeping submits it again.
     if row["state"] == "queued":
         here.queue.submit(row["id"], who.id)
-    return job_document(row), new
+    return job_document(row), created
 
 
 @router.post(
@@ -80,11 +80,11 @@ async def create(
     """Submit a job. Send an Idempotency-Key, and a repeated request finds the same job instead of making another."""
     if here.draining:
         raise HTTPProblem(503, "unavailable", "This service is shutting down.", headers={"Retry-After": "10"})
-    document, new = await run_sync(_create, here, who, request, idempotency_key)
+    document, created = await run_sync(_create, here, who, request, idempotency_key)
     logs.job_id.set(document["id"])
-    if new:
+    if created:
         log.info("a job was submitted", extra={"fields": {"operation": document["operation"], "token": who.id}})
-    return JSONResponse(document, 202 if new else 200, {"Location": document["links"]["self"], **NO_STORE})
+    return JSONResponse(document, 202 if created else 200, {"Location": document["links"]["self"], **NO_STORE})
 
 
 @router.get("/jobs", response_model=list[schemas.Job])

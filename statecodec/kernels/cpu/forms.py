@@ -35,18 +35,18 @@ def form_of(codes: Tensor) -> Narrowing | None:
     """See `reference.forms.form_of`."""
     array = array_of(codes)
     top, left, height, width = sample(*array.shape)
-    some = np.ascontiguousarray(array[top : top + height, left : left + width])
+    sampled = np.ascontiguousarray(array[top : top + height, left : left + width])
     centre = array.itemsize == 2 and min(height, width) >= CENTRE_FROM
-    low, nibbles, terms = _form_of(some.reshape(-1).astype(np.int32), some if centre else _NOTHING)
+    low, nibbles, terms = _form_of(sampled.reshape(-1).astype(np.int32), sampled if centre else _NOTHING)
     return Narrowing(array.shape[1] if terms else 0, low, nibbles) if low >= 0 else None
 
 
 @kernel
-def _form_of(some: NDArray[Any], matrix: NDArray[Any]) -> Any:
+def _form_of(sampled: NDArray[Any], matrix: NDArray[Any]) -> Any:
     """Low bits, whether nibbles, and whether terms are taken out; `matrix` is the sample again, or has no rows."""
-    folded = np.empty(some.size, np.uint32)
-    for i in range(some.size):
-        folded[i] = zigzag(some[i])
+    folded = np.empty(sampled.size, np.uint32)
+    for i in range(sampled.size):
+        folded[i] = zigzag(sampled[i])
     lengths = _lengths(folded)
     rows, cols = matrix.shape
     if rows:

@@ -19,30 +19,30 @@ _SPAN = 4096  # a multiple of what the bits and nibbles of a byte belong to
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
-def narrow(codes: Tensor, form: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
+def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
     """See `reference.narrowing.narrow`."""
-    source, centred = array_of(codes), form.cols > 0
+    source, centred = array_of(codes), narrowing.cols > 0
     if centred:
         columns, lines = (array_of(parts[name]).view(np.uint16) for name in ("columns", "lines"))
-        folded = _centred(source.reshape(-1, form.cols), columns, lines)
+        folded = _centred(source.reshape(-1, narrowing.cols), columns, lines)
         if folded is None:
             return -1
         source = folded
     extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
-    return int(_narrow(source, whole, bits, symbols, extra, form.low, form.nibbles, not centred))
+    return int(_narrow(source, whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, not centred))
 
 
-def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Narrowing, codes: Tensor) -> bool:
+def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing, codes: Tensor) -> bool:
     """See `reference.narrowing.widen`."""
-    target, centred = array_of(codes), form.cols > 0
+    target, centred = array_of(codes), narrowing.cols > 0
     extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
-    if not _widen(whole, bits, symbols, extra, form.low, form.nibbles, not centred, target):
+    if not _widen(whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, not centred, target):
         return False
     if centred:
         columns, lines = (array_of(parts[name]).view(np.uint16) for name in ("columns", "lines"))
-        _uncentre(target.reshape(-1, form.cols), columns.reshape(-1, form.cols), lines)
+        _uncentre(target.reshape(-1, narrowing.cols), columns.reshape(-1, narrowing.cols), lines)
     return True
 
 
@@ -111,11 +111,11 @@ def _column_terms(codes: NDArray[Any], before: NDArray[Any], stored: NDArray[Any
 def _line_term(codes: NDArray[Any], terms: NDArray[Any]) -> Any:
     total, there = np.int64(0), np.int64(0)
     for start in range(0, codes.size, _SPAN):
-        some, term = codes[start : start + _SPAN], terms[start : start + _SPAN]
+        piece, term = codes[start : start + _SPAN], terms[start : start + _SPAN]
         part, count = np.int32(0), np.int32(0)  # in 32 bits they vectorise
-        for j in range(some.size):
-            part += np.int32(some[j]) - term[j] if some[j] != 0 else np.int32(0)
-            count += np.int32(some[j] != 0)
+        for j in range(piece.size):
+            part += np.int32(piece[j]) - term[j] if piece[j] != 0 else np.int32(0)
+            count += np.int32(piece[j] != 0)
         total += part
         there += count
     return _rounded(total, there)
@@ -143,11 +143,11 @@ def _uncentre(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -
             for j in range(cols):
                 terms[j] += _unzigzag(np.uint32(changes[j]))
         line += _unzigzag(np.uint32(lines[row]))
-        some = codes[row]
+        line_codes = codes[row]
         for j in range(cols):
-            folded = np.uint32(np.uint16(some[j]))
+            folded = np.uint32(np.uint16(line_codes[j]))
             value = _unzigzag(folded - np.uint32(1)) + terms[j] + line
-            some[j] = np.int16(np.int32(0) if folded == 0 else value)
+            line_codes[j] = np.int16(np.int32(0) if folded == 0 else value)
 
 
 @kernel
@@ -158,14 +158,14 @@ def _narrow(
     span, rest = np.empty(_SPAN, np.uint32), np.empty(_SPAN, np.uint32)
     escape, count, width = np.uint32(15 if nibbles else 255), 0, low % 8
     for start in range(0, source.size, _SPAN):
-        some = source[start : start + _SPAN]
-        n = some.size
+        piece = source[start : start + _SPAN]
+        n = piece.size
         if fold:
             for i in range(n):
-                span[i] = zigzag(np.int32(some[i]))
+                span[i] = zigzag(np.int32(piece[i]))
         else:
             for i in range(n):
-                span[i] = some[i]
+                span[i] = piece[i]
         largest = np.uint32(0)
         for i in range(n):
             rest[i] = span[i] >> np.uint32(low)

@@ -146,13 +146,13 @@ def _size(x: NDArray[Any], bits: NDArray[Any]) -> Any:
     sum_sq, largest = 0.0, np.int32(0)
     for start in range(0, x.size, _SLICE):
         stop = min(start + _SLICE, x.size)
-        some, some_bits = x[start:stop], bits[start:stop]
-        for i in range(some.size):  # magnitudes order like their bits, and integer max vectorises
-            magnitude = some_bits[i] & np.int32(0x7FFFFFFF)
+        piece, piece_bits = x[start:stop], bits[start:stop]
+        for i in range(piece.size):  # magnitudes order like their bits, and integer max vectorises
+            magnitude = piece_bits[i] & np.int32(0x7FFFFFFF)
             largest = max(largest, magnitude if magnitude < np.int32(0x7F800000) else np.int32(0))
         part = 0.0
-        for i in range(some.size):
-            value = np.float64(some[i]) if abs(some[i]) < np.inf else 0.0
+        for i in range(piece.size):
+            value = np.float64(piece[i]) if abs(piece[i]) < np.inf else 0.0
             part += value * value
         sum_sq += part
     return sum_sq, largest

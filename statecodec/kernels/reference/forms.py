@@ -29,18 +29,18 @@ FASTER = 0.997  # of the size of bytes, or less: nibbles
 def form_of(codes: Tensor) -> Narrowing | None:
     """The form for `codes` (int16 or int32, rows x cols, contiguous); None if they are not small enough for any."""
     top, left, height, width = sample(*codes.shape)
-    some = codes[top : top + height, left : left + width]
-    folded = zigzag(some.to(torch.int64), 8 * codes.element_size()).reshape(-1)
+    sampled = codes[top : top + height, left : left + width]
+    folded = zigzag(sampled.to(torch.int64), 8 * codes.element_size()).reshape(-1)
     cols = 0
-    if some.element_size() == 2 and min(some.shape) >= CENTRE_FROM:
-        rest = _residuals(some)
+    if sampled.element_size() == 2 and min(sampled.shape) >= CENTRE_FROM:
+        rest = _residuals(sampled)
         if _mean_length(rest) + CENTRE_WORTH < _mean_length(folded):
             folded, cols = rest, codes.shape[1]
-    forms = list(_candidates(folded))
-    if not forms:
+    candidates = list(_candidates(folded))
+    if not candidates:
         return None
-    costs = [_bits(folded, form) * (FASTER if form.nibbles else 1.0) for form in forms]
-    return replace(forms[costs.index(min(costs))], cols=cols)
+    costs = [_bits(folded, narrowing) * (FASTER if narrowing.nibbles else 1.0) for narrowing in candidates]
+    return replace(candidates[costs.index(min(costs))], cols=cols)
 
 
 def sample(rows: int, cols: int) -> tuple[int, int, int, int]:
@@ -50,13 +50,13 @@ def sample(rows: int, cols: int) -> tuple[int, int, int, int]:
     return (rows - height) // 2, (cols - width) // 2, height, width
 
 
-def _residuals(some: Tensor) -> Tensor:
+def _residuals(sampled: Tensor) -> Tensor:
     """Folded residuals plus 1 of a matrix, all of them 0xFFFF where one does not fit."""
-    sizes = Narrowing(some.shape[1]).sizes(some.numel()).items()
-    parts = {name: some.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
-    residuals = centred(some.to(torch.int64), parts)
+    sizes = Narrowing(sampled.shape[1]).sizes(sampled.numel()).items()
+    parts = {name: sampled.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
+    residuals = centred(sampled.to(torch.int64), parts)
     if residuals is None:
-        residuals = torch.full(some.shape, 0xFFFF, dtype=torch.int64, device=some.device)
+        residuals = torch.full(sampled.shape, 0xFFFF, dtype=torch.int64, device=sampled.device)
     return residuals.reshape(-1)
 
 
@@ -85,13 +85,13 @@ def _fewest(longer: Sequence[int], bits: int, most: int) -> int | None:
     return next((low for low in LOW_BITS if longer[low + bits] <= most), None)
 
 
-def _bits(folded: Tensor, form: Narrowing) -> float:
+def _bits(folded: Tensor, narrowing: Narrowing) -> float:
     """About how many bits the codes take in this form, but for the terms."""
-    n, symbols = len(folded), (folded >> form.low).clamp(max=form.escape)
-    counts = torch.bincount(symbols, minlength=form.escape + 1).to(torch.float64)
+    n, symbols = len(folded), (folded >> narrowing.low).clamp(max=narrowing.escape)
+    counts = torch.bincount(symbols, minlength=narrowing.escape + 1).to(torch.float64)
     bits = float(n * math.log2(n) - counts @ counts.clamp(min=1).log2())
-    if not form.nibbles:
+    if not narrowing.nibbles:
         # The entropy of a sample is too small (Miller and Madow).
         bits += int((counts > 0).sum()) / (2 * math.log(2))
         bits *= MATCHES if bits < FEW * n else 1.0
-    return form.low * n + bits + EXCEPTION * float(counts[-1])
+    return narrowing.low * n + bits + EXCEPTION * float(counts[-1])

@@ -46,50 +46,50 @@ class Narrowing:
         }
 
 
-def narrow(codes: Tensor, form: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
+def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
     """Narrow `codes` (int16 or int32, flat) into `parts` (of `form.sizes`) and `exceptions` (the codes' dtype).
 
     Returns how many exceptions there are, -1 if they are too many for `exceptions` or the codes do not fit the form.
     """
     bits = 8 * codes.element_size()
     wide = codes.to(torch.int64)
-    if form.cols:
-        residuals = centred(wide.view(-1, form.cols), parts)
+    if narrowing.cols:
+        residuals = centred(wide.view(-1, narrowing.cols), parts)
         if residuals is None:
             return -1
         folded = residuals.view(-1)
     else:
         folded = zigzag(wide, bits)
-    _put_low(folded, form.low, parts)
-    rest = folded >> form.low
-    beyond = rest >= form.escape
+    _put_low(folded, narrowing.low, parts)
+    rest = folded >> narrowing.low
+    beyond = rest >= narrowing.escape
     count = int(beyond.sum())
     if count > len(exceptions):
         return -1
     exceptions[:count] = _wrapped(rest[beyond], bits).to(codes.dtype)
-    symbols = torch.where(beyond, form.escape, rest)
-    if form.nibbles:
+    symbols = torch.where(beyond, narrowing.escape, rest)
+    if narrowing.nibbles:
         symbols = torch.nn.functional.pad(symbols, (0, len(symbols) % 2))
         symbols = symbols[0::2] | (symbols[1::2] << 4)
     parts["symbols"].copy_(symbols.to(torch.uint8))
     return count
 
 
-def widen(parts: Mapping[str, Tensor], exceptions: Tensor, form: Narrowing, codes: Tensor) -> bool:
+def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing, codes: Tensor) -> bool:
     """The inverse of `narrow`. False if there are not as many exceptions as the symbols say."""
     n, bits = len(codes), 8 * codes.element_size()
     symbols = parts["symbols"].to(torch.int64)
-    if form.nibbles:
+    if narrowing.nibbles:
         symbols = torch.stack((symbols & 15, symbols >> 4), -1).view(-1)[:n]
-    beyond = symbols == form.escape
+    beyond = symbols == narrowing.escape
     if int(beyond.sum()) != len(exceptions):
         return False
     rest = symbols.clone()
     rest[beyond] = exceptions.to(torch.int64) & ((1 << bits) - 1)
-    folded = ((rest << form.low) | _low(parts, form.low, n)) & ((1 << bits) - 1)
-    if form.cols:
-        rows = n // form.cols
-        columns = _unzigzag(parts["columns"].to(torch.int64) & 0xFFFF).view(-1, form.cols).cumsum(0)
+    folded = ((rest << narrowing.low) | _low(parts, narrowing.low, n)) & ((1 << bits) - 1)
+    if narrowing.cols:
+        rows = n // narrowing.cols
+        columns = _unzigzag(parts["columns"].to(torch.int64) & 0xFFFF).view(-1, narrowing.cols).cumsum(0)
         lines = _unzigzag(parts["lines"].to(torch.int64) & 0xFFFF).cumsum(0)
         terms = columns.repeat_interleave(BLOCK_ROWS, 0)[:rows] + lines[:, None]
         values = torch.where(folded == 0, 0, _unzigzag(folded - 1) + terms.view(-1))
@@ -105,13 +105,13 @@ def centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
     columns, lines = codes.new_zeros(-(-rows // BLOCK_ROWS), cols), codes.new_zeros(rows)
     before = codes.new_zeros(cols)
     for block in range(len(columns)):
-        some = codes[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
-        there = some != 0
+        block_codes = codes[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS]
+        there = block_codes != 0
         count = there.sum(0)
-        mean = _rounded(some.sum(0), count)
+        mean = _rounded(block_codes.sum(0), count)
         level = _rounded(torch.where(count > 0, mean, 0).sum(), (count > 0).sum())
         before = columns[block] = torch.where(count > 0, mean - level, before)
-        inside = torch.where(there, some - before, 0)
+        inside = torch.where(there, block_codes - before, 0)
         lines[block * BLOCK_ROWS : (block + 1) * BLOCK_ROWS] = _rounded(inside.sum(1), there.sum(1))
     terms = columns.repeat_interleave(BLOCK_ROWS, 0)[:rows] + lines[:, None]
     folded = torch.where(codes == 0, 0, zigzag(codes - terms, 16) + 1)

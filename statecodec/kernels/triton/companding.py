@@ -20,7 +20,7 @@ from statecodec.kernels.triton.runtime import (
     TILE,
     decode_table,
     flag_word,
-    found,
+    flags_on_host,
     on,
     power_of_two,
 )
@@ -234,7 +234,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
             x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), **shape,
             FORM=Form.of(curve), **OPTIONS,
         )  # fmt: skip
-        return flags_of(x, signed=curve.signed) if found(flags) else 0
+        return flags_of(x, signed=curve.signed) if flags_on_host(flags) else 0
 
 
 def flags_of(x: Tensor, *, signed: bool) -> int:

@@ -16,7 +16,7 @@ from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton import words
 from statecodec.kernels.triton.rules import LARGEST_BITS, UP, UP_BITS, stepped
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, own_numbers
+from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, parameter_numbers
 
 GROUP, COUNT, RUN = 32, 1024 if INTERPRETED else 32, 8
 THREADS = tl.constexpr(4)  # of a group
@@ -30,16 +30,16 @@ _SCALE, _SCALE_UP = tl.constexpr(1 << 23), tl.constexpr((1 + 56) << 23)  # bits 
 def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
     at, first = own_chunk(chunks)
-    mine, gradient = table + at, tl.load(news + at)
+    fields, gradient = table + at, tl.load(news + at)
     if gradient != 0:
-        groups = entry(mine, count, t.GROUPS).to(tl.int32)
+        groups = entry(fields, count, t.GROUPS).to(tl.int32)
         first = first * SPEC.count
-        param, low, m, m_scales, v, v_scales = addresses_of(mine, count)
+        param, low, m, m_scales, v, v_scales = addresses_of(fields, count)
         places = (
             pointer(param, tl.int64), pointer(low, tl.int32), pointer(gradient, tl.int64), pointer(m, tl.int32),
             m_scales.to(tl.pointer_type(tl.int16)), pointer(v, tl.int32), v_scales.to(tl.pointer_type(tl.int16)),
         )  # fmt: skip
-        numbers = own_numbers(scalars + at, count), group_numbers(news, count)
+        numbers = parameter_numbers(scalars + at, count), group_numbers(news, count)
         tiles = tl.minimum((groups - first + SPEC.count - 1) // SPEC.count, SPEC.run)
         now, kept = fetch(places, first, groups, SPEC), tl.zeros([SPEC.count * THREADS], tl.int32)
         for tile in range(tiles):
@@ -49,7 +49,7 @@ def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, 
             kept += finish(now, places, numbers, first, groups, SPEC)
             now = after
             first = following
-        skipped = entry(mine, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+        skipped = entry(fields, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
         tl.atomic_add(skipped + tl.zeros_like(kept), kept.to(tl.float32), mask=kept > 0, sem="relaxed")
 
 
@@ -64,24 +64,24 @@ def lanes(first, groups, SPEC: tl.constexpr):
     """For each thread: its words from the tile's start, its group from there, whether that exists; the tile's start."""
     thread = tl.arange(0, SPEC.count * THREADS)
     group = thread // THREADS
-    place = (thread * _WORDS)[:, None] + tl.arange(0, _WORDS)[None, :]
-    return place, group, group < groups - first, first.to(tl.int64)
+    within = (thread * _WORDS)[:, None] + tl.arange(0, _WORDS)[None, :]
+    return within, group, group < groups - first, first.to(tl.int64)
 
 
 @triton.jit
 def fetch(places, first, groups, SPEC: tl.constexpr):
     """The stored words of one tile: weight, low part, gradient, first moment and its scales, second and its scales."""
     weight, low, gradient, m, m_scales, v, v_scales = places
-    place, group, live, start = lanes(first, groups, SPEC)
+    within, group, live, start = lanes(first, groups, SPEC)
     mask = live[:, None]
     at = start * 8
-    high = tl.load(weight + at + place, mask=mask)
-    rest = tl.load(low + at + place, mask=mask)
-    g = tl.load(gradient + at + place, mask=mask)
-    mc = tl.load(m + at + place, mask=mask)
+    high = tl.load(weight + at + within, mask=mask)
+    rest = tl.load(low + at + within, mask=mask)
+    g = tl.load(gradient + at + within, mask=mask)
+    mc = tl.load(m + at + within, mask=mask)
     ms = tl.load(m_scales + start + group, mask=live)
     if SPEC.v.kind == "companded":
-        vc = tl.load(v + at + place, mask=mask)
+        vc = tl.load(v + at + within, mask=mask)
         vs = tl.load(v_scales + start + group, mask=live)
     else:
         vc, vs = mc, ms
@@ -93,7 +93,7 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     """Step one tile and store it, but for groups that would not be finite; returns those, each in one thread."""
     high, rest, g, mc, ms, vc, vs = now
     weight, low, _, m, m_scales, v, v_scales = places
-    place, group, live, start = lanes(first, groups, SPEC)
+    within, group, live, start = lanes(first, groups, SPEC)
     g0, g1, g2, g3 = words.bf16_values(g)
     w0, w1, w2, w3 = words.joined(high, rest)
     c0, c1, c2, c3 = words.codes(mc, True)
@@ -114,14 +114,14 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     once = tl.arange(0, SPEC.count * THREADS) % THREADS == 0
     at = start * 8
     high, rest = words.divided(w0, w1, w2, w3)
-    tl.store(weight + at + place, high, mask=mask)
-    tl.store(low + at + place, rest, mask=mask)
+    tl.store(weight + at + within, high, mask=mask)
+    tl.store(low + at + within, rest, mask=mask)
     scale = bf16_scale(m_top, _SCALE)
-    tl.store(m + at + place, first_codes(m0, m1, m2, m3, words.value(scale)), mask=mask)
+    tl.store(m + at + within, first_codes(m0, m1, m2, m3, words.value(scale)), mask=mask)
     tl.store(m_scales + start + group, tl.where(m_top > 0, scale >> 16, 0).to(tl.int16), mask=good & once)
     if SPEC.v.kind == "companded":
         scale = bf16_scale(v_top, _SCALE_UP)
-        tl.store(v + at + place, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
+        tl.store(v + at + within, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
         scale = tl.where(v_top > 0, (scale - UP_BITS) >> 16, 0)
         tl.store(v_scales + start + group, scale.to(tl.int16), mask=good & once)
     return (bad & once).to(tl.int32)

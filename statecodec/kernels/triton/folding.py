@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from statecodec import kernels
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, found, on, power_of_two
+from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, flags_on_host, on, power_of_two
 
 _NAN, _INF, _INF_BITS = tl.constexpr(kernels.NAN), tl.constexpr(kernels.INF), tl.constexpr(0x7F800000)
 
@@ -54,8 +54,8 @@ def _sum(
     total = tree_sum(x, COUNT, BLOCK)
     if DIVIDE:
         bits = total.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        found = tl.where(bits > _INF_BITS, _NAN, _INF)
-        tl.atomic_or(flags_ptr + index * 0, found, mask=there & (bits >= _INF_BITS), sem="relaxed")
+        flag = tl.where(bits > _INF_BITS, _NAN, _INF)
+        tl.atomic_or(flags_ptr + index * 0, flag, mask=there & (bits >= _INF_BITS), sem="relaxed")
         if EVEN:  # a power of two: the product is the quotient
             total *= share
         else:
@@ -97,7 +97,7 @@ def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
             x, span = partial, span // piece
             piece = min(span, WIDEST)
         _launch_sum(x, out, flags, cols, block, piece, divide=True)
-        return found(flags)
+        return flags_on_host(flags)
 
 
 def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:

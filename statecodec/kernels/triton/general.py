@@ -12,7 +12,7 @@ from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton.companding import group_bounds
 from statecodec.kernels.triton.folding import tree_sum
 from statecodec.kernels.triton.rules import average, direction, stepped, too_large, weight_too_large
-from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, own_numbers
+from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, parameter_numbers
 from statecodec.kernels.triton.stored import load_gradient, load_state, load_weight, store_state, store_weight
 
 
@@ -20,34 +20,34 @@ from statecodec.kernels.triton.stored import load_gradient, load_state, load_wei
 def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
     at, first = own_chunk(chunks)
-    mine, known, gradient = table + at, scalars + at, tl.load(news + at)
+    fields, scalar_fields, gradient = table + at, scalars + at, tl.load(news + at)
     if gradient != 0:
         common = group_numbers(news, count)
-        tiles = (entry(mine, count, t.GROUPS) + SPEC.count - 1) // SPEC.count
+        tiles = (entry(fields, count, t.GROUPS) + SPEC.count - 1) // SPEC.count
         tiles = tl.minimum(tiles.to(tl.int32) - first, SPEC.run)
         for tile in range(tiles):
             start = (first + tile).to(tl.int64) * SPEC.count
             numbers = (
-                own_numbers(known, count),
+                parameter_numbers(scalar_fields, count),
                 common,
             )  # read for each tile: kept in registers, Lion's step would spill
             if SPEC.method == "foam":
-                kept = step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC)
+                kept = step_folded(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC)
             else:
-                kept = step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC)
+                kept = step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC)
             if kept > 0:
-                skipped = entry(mine, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+                skipped = entry(fields, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
                 tl.atomic_add(skipped, kept.to(tl.float32), sem="relaxed")
 
 
 @triton.jit
-def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
+def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
     """The groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim. Returns how
     many units kept their old bytes."""
     M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
     V: tl.constexpr = SPEC.v
-    param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
-    here, begin = places(entry(mine, count, t.ROWS), entry(mine, count, t.COLS), start, SPEC)
+    param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields, count)
+    here, begin = places(entry(fields, count, t.ROWS), entry(fields, count, t.COLS), start, SPEC)
     offset, inside = here[1], here[2]
     w = load_weight(param, low, offset, inside, SPEC)
     g = load_gradient(gradient, offset, inside, SPEC)
@@ -57,7 +57,7 @@ def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SP
     if SPEC.method == "adam":
         v = load_state(v_data, v_scales, v_table, here, V, SPEC)
     if SPEC.method == "slim":
-        v = shared_moment(mine, count, begin, inside, SPEC)
+        v = shared_moment(fields, count, begin, inside, SPEC)
     w, m, v = stepped(w, g, m, v, numbers, SPEC)
     bad = weight_too_large(w, SPEC)
     if SPEC.m.kind != "absent":
@@ -69,12 +69,12 @@ def step_tile(gradient, mine, known, numbers, m_table, v_table, count, start, SP
         store_state(m, m_data, m_scales, here, good, M, SPEC)
     if SPEC.method == "adam":
         store_state(v, v_data, v_scales, here, good, V, SPEC)
-    store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
+    store_weight(w, param, low, offset, inside & good, entry(scalar_fields, count, t.KEY), SPEC)
     return kept
 
 
 @triton.jit
-def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
+def step_folded(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
     """Groups of folded moments from `start` on, and the blocks of weights that each of them stands for (FOAM)."""
     COUNT: tl.constexpr = SPEC.count
     WIDTH: tl.constexpr = SPEC.width
@@ -82,11 +82,11 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
     TALL: tl.constexpr = COUNT * WIDTH
     M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
     V: tl.constexpr = SPEC.v
-    param, low, m_data, m_scales, v_data, v_scales = addresses_of(mine, count)
-    own, common = numbers
-    decay, size, root, reciprocal, _gain = own
+    param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields, count)
+    of_param, common = numbers
+    decay, size, root, reciprocal, _gain = of_param
     _keep_1, rate_1, keep_2, rate_2, eps, _l2, _heavy, residual = common
-    rows, cols = entry(mine, count, t.ROWS), entry(mine, count, t.COLS)
+    rows, cols = entry(fields, count, t.ROWS), entry(fields, count, t.COLS)
     blocks = (cols + BLOCK - 1) // BLOCK
     here, _ = places(rows, blocks, start, SPEC)
     length, offset, inside = blocks_of(rows, cols, blocks, start, SPEC)
@@ -117,7 +117,7 @@ def step_folded(gradient, mine, known, numbers, m_table, v_table, count, start, 
     store_state(m, m_data, m_scales, here, good, M, SPEC)
     store_state(v, v_data, v_scales, here, good, V, SPEC)
     good = tl.reshape(tl.broadcast_to(good, [COUNT, WIDTH]), [TALL])[:, None]
-    store_weight(w, param, low, offset, inside & good, entry(known, count, t.KEY), SPEC)
+    store_weight(w, param, low, offset, inside & good, entry(scalar_fields, count, t.KEY), SPEC)
     return kept
 
 
@@ -133,18 +133,18 @@ def judged(bad, SPEC: tl.constexpr):
 
 
 @triton.jit
-def shared_moment(mine, count, begin, inside, SPEC: tl.constexpr):
+def shared_moment(fields, count, begin, inside, SPEC: tl.constexpr):
     """Second moments that groups share. A group lies in one row: mostly it needs one value, or neighbours in a row of
     them; in a kernel of a convolution it may need any."""
     lane = tl.arange(0, SPEC.width)[None, :]
-    shared, inner, cols = entry(mine, count, t.SHARED), entry(mine, count, t.INNER), entry(mine, count, t.COLS)
-    moments = entry(mine, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+    shared, inner, cols = entry(fields, count, t.SHARED), entry(fields, count, t.INNER), entry(fields, count, t.COLS)
+    moments = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
     if (inner >= cols) | ((inner == 1) & (shared >= cols)):
         first = begin // (shared * inner) * inner + begin % inner
         at = first[:, None] + tl.where(inner > 1, lane, 0)
     else:
-        place = begin[:, None] + lane
-        at = place // (shared * inner) * inner + place % inner
+        element = begin[:, None] + lane
+        at = element // (shared * inner) * inner + element % inner
     return tl.load(moments + at, mask=inside, other=0.0)
 
 

@@ -53,8 +53,8 @@ class Traits:
     ) -> Traits | None:
         """The traits of a combination, or None if there is no fused step for it."""
         stored = tuple(f for f in formats.values() if f is not None)
-        known = param in (torch.float32, torch.bfloat16, torch.float16) and low in (None, torch.int8, torch.int16)
-        if method not in METHODS or not known or (low is not None and param == torch.float32):
+        has_kernels = param in (torch.float32, torch.bfloat16, torch.float16) and low in (None, torch.int8, torch.int16)
+        if method not in METHODS or not has_kernels or (low is not None and param == torch.float32):
             return None
         if len(stored) != len(formats) or len(stored) != METHODS[method] * bool(stored or method != "sgd"):
             return None
@@ -89,8 +89,8 @@ class Traits:
     @cached_property
     def forms(self) -> tuple[Form, Form]:
         """The two states' forms."""
-        found = [*(Form.of(f.curve) for f in self.formats), Form(), Form()]
-        return found[0], found[1]
+        padded = [*(Form.of(f.curve) for f in self.formats), Form(), Form()]
+        return padded[0], padded[1]
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Geometry:
         fast_ones = whole & even & words & self.traits.words
         kinds = np.stack((fast_ones, whole, self.group), 1)
         for is_fast, is_whole, group in np.unique(kinds, axis=0).tolist():
-            some = np.flatnonzero((kinds == (is_fast, is_whole, group)).all(1))
+            members = np.flatnonzero((kinds == (is_fast, is_whole, group)).all(1))
             width = power_of_two(group)
             count, run = (fast.COUNT, fast.RUN) if is_fast else (max(1, TILE // (width * self.traits.block)), RUN)
-            chunks = cut(some, -(-self.groups[some] // (count * run)), run)
+            chunks = cut(members, -(-self.groups[members] // (count * run)), run)
             if len(chunks):
                 tile = {"group": group, "width": width, "count": count, "run": run}
                 yield {"words": bool(is_fast), "whole": bool(is_whole), **tile}, chunks
@@ -184,13 +184,13 @@ def check_dense(slots: Sequence[Slot]) -> None:
 
 def addresses_of(slot: Slot, traits: Traits) -> list[int]:
     """Fields PARAM to SKIPPED of the table."""
-    found = [slot.param.data_ptr(), 0 if slot.low is None else slot.low.data_ptr()]
+    addresses = [slot.param.data_ptr(), 0 if slot.low is None else slot.low.data_ptr()]
     for name, stored in zip(traits.names, traits.formats, strict=True):
         parts, prefix = slot.states[name], "mean." if stored.block or stored.dims else ""
-        found.append(parts[f"{prefix}{'codes' if stored.curve else 'data'}"].data_ptr())
-        found.append(parts[f"{prefix}scales"].data_ptr() if stored.curve else 0)
-    found += [0] * (6 - len(found))
-    return [*found, slot.step.data_ptr(), slot.skipped.data_ptr()]
+        addresses.append(parts[f"{prefix}{'codes' if stored.curve else 'data'}"].data_ptr())
+        addresses.append(parts[f"{prefix}scales"].data_ptr() if stored.curve else 0)
+    addresses += [0] * (6 - len(addresses))
+    return [*addresses, slot.step.data_ptr(), slot.skipped.data_ptr()]
 
 
 def _view(shape: tuple[int, ...], traits: Traits) -> tuple[int, int]:

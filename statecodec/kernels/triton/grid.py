@@ -90,9 +90,9 @@ def _encode(
     furthest, top = tl.zeros([THREADS], tl.float32), tl.zeros([THREADS], tl.uint32)
     # The SIDE neighbours that a wide store takes, and all rounds of them, lie in one thread.
     lanes: tl.constexpr = THREADS * SIDE
-    place = tl.arange(0, TILE // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
+    within = tl.arange(0, TILE // lanes)[:, None] * lanes + tl.arange(0, lanes)[None, :]
     for tile in range(tl.program_id(0).to(tl.int64), tl.cdiv(n, TILE), tl.num_programs(0)):
-        offset = tile * TILE + place
+        offset = tile * TILE + within
         x = tl.load(x_ptr + offset, mask=offset < n, other=0.0)
         if KIND == "direction" or KIND == "compare":
             other = tl.load(other_ptr + offset, mask=offset < n, other=0.0)
@@ -114,14 +114,14 @@ def _encode(
         sum_sq_diff += _total(difference, SIDE)
         furthest = tl.maximum(furthest, _largest(tl.abs(decoded - x), SIDE))
         if KIND == "logarithmic":
-            found = unsigned_bits(x)
+            bits = unsigned_bits(x)
         else:
-            found = magnitude_bits(x).to(tl.uint32, bitcast=True)
+            bits = magnitude_bits(x).to(tl.uint32, bitcast=True)
         if KIND == "direction":  # a moment that is not finite shows in the direction, except an infinite v
-            found = tl.maximum(found, unsigned_bits(other))
+            bits = tl.maximum(bits, unsigned_bits(other))
         if KIND == "compare":
-            found = tl.maximum(found, magnitude_bits(other).to(tl.uint32, bitcast=True))
-        top = tl.maximum(top, _largest(found, SIDE))
+            bits = tl.maximum(bits, magnitude_bits(other).to(tl.uint32, bitcast=True))
+        top = tl.maximum(top, _largest(bits, SIDE))
     row = sums_ptr + tl.program_id(0).to(tl.int64) * 4
     tl.store(row, tl.sum(sum_sq, axis=0))
     tl.store(row + 1, tl.sum(sum_sq_diff, axis=0))
@@ -148,22 +148,22 @@ def _decode(
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
     """See `reference.grid.encode_uniform`."""
-    made = _measure("uniform", x, x, codes, grid)
-    return (0, made) if made else (flags_of(x, signed=True), NO_DIFFERENCE)
+    sums = _measure("uniform", x, x, codes, grid)
+    return (0, sums) if sums else (flags_of(x, signed=True), NO_DIFFERENCE)
 
 
 def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
     """See `reference.grid.encode_direction`."""
-    if made := _measure("direction", m, v, codes, grid, eps):
-        return 0, made
+    if sums := _measure("direction", m, v, codes, grid, eps):
+        return 0, sums
     flags = flags_of(m, signed=True) | flags_of(v, signed=False)
     return flags or kernels.INF, NO_DIFFERENCE  # finite moments whose ratio is not
 
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
     """See `reference.logarithm.encode_logarithmic`."""
-    made = _measure("logarithmic", x, x, codes, grid)
-    return (0, made) if made else (flags_of(x, signed=False), NO_DIFFERENCE)
+    sums = _measure("logarithmic", x, x, codes, grid)
+    return (0, sums) if sums else (flags_of(x, signed=False), NO_DIFFERENCE)
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
@@ -202,10 +202,10 @@ def _measure(
             x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind, PER_OCTAVE=per_octave, TOP=top,
             TILE=TILE, SIDE=16 // codes.element_size(), **OPTIONS,
         )  # fmt: skip
-        found = to_host(sums)
-    if found[:, 3].max() >= _INF_BITS.value:
+        totals = to_host(sums)
+    if totals[:, 3].max() >= _INF_BITS.value:
         return None
-    return Comparison(float(found[:, 0].sum()), float(found[:, 1].sum()), float(found[:, 2].max()), 0)
+    return Comparison(float(totals[:, 0].sum()), float(totals[:, 1].sum()), float(totals[:, 2].max()), 0)
 
 
 def _fill(kind: str, codes: Tensor, v: Tensor, out: Tensor, grid: Grid | LogGrid, eps: float = 0.0) -> None:

@@ -31,7 +31,7 @@ LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 Chunks = NDArray[np.int32]
 
 
-def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> Launch:
+def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> TritonLaunch:
     """Prepare steps of these slots, which share method, formats and dtypes; the contract is `kernels.fused`.
 
     Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports` refuses.
@@ -43,10 +43,10 @@ def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStora
         raise UsageError(f"no fused {method} step for {first.param.dtype} with {dict(formats)}; ask `supports` first")
     check_dense(slots)
     with on(first.param):
-        return Launch(traits, slots)
+        return TritonLaunch(traits, slots)
 
 
-class Launch:
+class TritonLaunch:
     """One step of a group of slots, each time it is called. Does not synchronise."""
 
     def __init__(self, traits: Traits, slots: Sequence[Slot]) -> None:
@@ -71,8 +71,8 @@ class Launch:
             return
         addresses = list(map(Tensor.data_ptr, present))
         if len(present) != len(gradients):
-            found = iter(addresses)
-            addresses = [0 if g is None else next(found) for g in gradients]
+            of_present = iter(addresses)
+            addresses = [0 if g is None else next(of_present) for g in gradients]
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
         numbers = (0.0 if live else float(hyper.lr), *(getattr(hyper, name) for name in NUMBERS[1:]))
         with on(self.param):

@@ -1,5 +1,5 @@
 """The update rules, shared by both fused steps: those of `reference.steps`, in the order of operations of `cpu.steps`,
-every operation rounded separately. `numbers` are `scalars.own_numbers` and `group_numbers`.
+every operation rounded separately. `numbers` are `scalars.parameter_numbers` and `group_numbers`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _ROOT_UP, _ROOT_DOWN = tl.constexpr(2.0**28), tl.constexpr(2.0**-28)
 @triton.jit
 def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
     """Weight and moments after one step of adam, slim (whose v is new already), lion or sgd."""
-    own, common = numbers
-    decay, size, root, reciprocal, gain = own
+    of_param, common = numbers
+    decay, size, root, reciprocal, gain = of_param
     keep_1, rate_1, keep_2, rate_2, eps, l2, heavy, _residual = common
     if SPEC.l2:
         g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs

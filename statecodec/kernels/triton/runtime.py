@@ -41,11 +41,11 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def flag_word(like: Tensor) -> Tensor:
-    """A zeroed int32 on the device, which kernels OR their findings into; `found` reads it."""
+    """A zeroed int32 on the device, which kernels OR their findings into; `flags_on_host` reads it."""
     return torch.zeros(1, dtype=torch.int32, device=like.device)
 
 
-def found(flags: Tensor) -> int:
+def flags_on_host(flags: Tensor) -> int:
     """What a launch has found; waits for it, unless values are trusted."""
     return 0 if kernels.trusted() else int(to_host(flags)[0])
 

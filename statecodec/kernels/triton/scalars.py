@@ -31,11 +31,11 @@ def own_chunk(chunks):
 
 
 @triton.jit
-def addresses_of(mine, count):
+def addresses_of(fields, count):
     """Where weight, low part, and both moments with their scales lie."""
     return (
-        entry(mine, count, t.PARAM), entry(mine, count, t.LOW), entry(mine, count, t.M_DATA),
-        entry(mine, count, t.M_SCALES), entry(mine, count, t.V_DATA), entry(mine, count, t.V_SCALES),
+        entry(fields, count, t.PARAM), entry(fields, count, t.LOW), entry(fields, count, t.M_DATA),
+        entry(fields, count, t.M_SCALES), entry(fields, count, t.V_DATA), entry(fields, count, t.V_SCALES),
     )  # fmt: skip
 
 
@@ -51,11 +51,12 @@ def group_numbers(news, count):
 
 
 @triton.jit
-def own_numbers(known, count):
+def parameter_numbers(scalar_fields, count):
     """What the rules compute with and is this parameter's own."""
     return (
-        entry(known, count, t.DECAY_BY), entry(known, count, t.SIZE), entry(known, count, t.ROOT),
-        entry(known, count, t.RECIPROCAL), entry(known, count, t.GAIN),
+        entry(scalar_fields, count, t.DECAY_BY), entry(scalar_fields, count, t.SIZE),
+        entry(scalar_fields, count, t.ROOT), entry(scalar_fields, count, t.RECIPROCAL),
+        entry(scalar_fields, count, t.GAIN),
     )  # fmt: skip
 
 

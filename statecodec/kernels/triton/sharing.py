@@ -37,19 +37,19 @@ def squares(news, table, chunks, count: tl.int64, SPEC: tl.constexpr):
     """The sums of squares of one piece of a gradient, seen as OUTER x SHARED x INNER, over SHARED."""
     at, piece = own_chunk(chunks)
     piece = piece.to(tl.int64)
-    mine, gradient = table + at, tl.load(news + at)
+    fields, gradient = table + at, tl.load(news + at)
     if gradient != 0:
-        if entry(mine, count, t.INNER) == 1:
-            _of_rows(gradient, mine, count, piece, SPEC)
+        if entry(fields, count, t.INNER) == 1:
+            _of_rows(gradient, fields, count, piece, SPEC)
         else:
-            _of_columns(gradient, mine, count, piece, SPEC)
+            _of_columns(gradient, fields, count, piece, SPEC)
 
 
 @triton.jit
-def _of_rows(gradient, mine, count, tile, SPEC: tl.constexpr):
+def _of_rows(gradient, fields, count, tile, SPEC: tl.constexpr):
     """HIGH rows, WIDE elements of each. Scratch: [pieces along a row, OUTER]."""
-    outer, shared = entry(mine, count, t.OUTER), entry(mine, count, t.SHARED)
-    scratch = entry(mine, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+    outer, shared = entry(fields, count, t.OUTER), entry(fields, count, t.SHARED)
+    scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
     along = (shared + _WIDE - 1) // _WIDE
     piece = tile % along
     line = (tile // along) * _HIGH + tl.arange(0, _HIGH)
@@ -63,11 +63,11 @@ def _of_rows(gradient, mine, count, tile, SPEC: tl.constexpr):
 
 
 @triton.jit
-def _of_columns(gradient, mine, count, tile, SPEC: tl.constexpr):
+def _of_columns(gradient, fields, count, tile, SPEC: tl.constexpr):
     """TALL rows of BROAD neighbouring columns. Scratch: [pieces along a column, OUTER, INNER]."""
-    outer, shared = entry(mine, count, t.OUTER), entry(mine, count, t.SHARED)
-    inner = entry(mine, count, t.INNER)
-    scratch = entry(mine, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+    outer, shared = entry(fields, count, t.OUTER), entry(fields, count, t.SHARED)
+    inner = entry(fields, count, t.INNER)
+    scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
     stripes = (inner + _BROAD - 1) // _BROAD
     along = (shared + _TALL - 1) // _TALL
     column = (tile % stripes) * _BROAD + tl.arange(0, _BROAD)
@@ -86,12 +86,12 @@ def _of_columns(gradient, mine, count, tile, SPEC: tl.constexpr):
 def share(news, table, chunks, count: tl.int64):
     """VALUES new second moments, from the partial sums: into scratch memory as they are, into the state if finite."""
     at, block = own_chunk(chunks)
-    mine = table + at
+    fields = table + at
     if tl.load(news + at) != 0:
-        shared, inner = entry(mine, count, t.SHARED), entry(mine, count, t.INNER)
-        scratch = entry(mine, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
-        moments = entry(mine, count, t.V_DATA).to(tl.pointer_type(tl.float32))
-        values = entry(mine, count, t.OUTER) * inner
+        shared, inner = entry(fields, count, t.SHARED), entry(fields, count, t.INNER)
+        scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+        moments = entry(fields, count, t.V_DATA).to(tl.pointer_type(tl.float32))
+        values = entry(fields, count, t.OUTER) * inner
         along = (shared + _TALL - 1) // _TALL
         if inner == 1:
             along = (shared + _WIDE - 1) // _WIDE

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.kernels.reference import splitting as spec
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, found, on
+from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, flags_on_host, on
 
 _INF, _NAN, _FP16_MIN_NORMAL, _FP16_BIAS, _FP16_LIMIT = (
     tl.constexpr(b) for b in (spec.INF_BITS, spec.NAN_BITS, spec.FP16_MIN_NORMAL, spec.FP16_BIAS, 0x477FF000)
@@ -116,7 +116,7 @@ def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
             x.view(torch.int32), high.view(torch.int16), low, flags, n,
             TILE=TILE, WIDTH=8 * low.element_size(), BF16=bf16, **OPTIONS,
         )  # fmt: skip
-        return 0 if bf16 else found(flags)
+        return 0 if bf16 else flags_on_host(flags)
 
 
 def decode_split(high: Tensor, low: Tensor, out: Tensor) -> None:

@@ -23,6 +23,7 @@ from common import ROOT
 from tasks import BLOCK, TRAINED, corpus, gpt, text
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(ROOT.parent))  # the writers that tests have, too
 
@@ -30,9 +31,9 @@ BEFORE, AFTER, RANKS, BATCH, LR = 60, 8, 2, 8, 6e-4
 Run: TypeAlias = Callable[[Path, "Path | None"], "tuple[Path, list[float]]"]
 
 
-def model() -> nn.Module:
+def model(seed: int = 0) -> nn.Module:
     """A GPT of 0.95 million parameters, always the same."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return gpt(2, 192)
 
 
@@ -46,12 +47,13 @@ def adamw(net: nn.Module) -> Optimizer:
 
 
 def losses(
-    net: Callable[[Tensor], Tensor], stepped: Callable[[Tensor], None], start: int, stop: int, rank: int | None = None
-) -> list[float]:
+    net: Callable[[Tensor], Tensor], stepped: Callable[[Tensor], None], start: int, stop: int,
+    rank: int | None = None, order: int = TRAINED,
+) -> list[float]:  # fmt: skip
     """Losses of steps; a rank has its share of each batch. `stepped` goes backward and takes the step."""
     found = []
     for step in range(start, stop):
-        batch = text(BATCH, TRAINED, step)
+        batch = text(BATCH, order, step)
         tokens, targets = batch if rank is None else (t.chunk(RANKS)[rank] for t in batch)
         loss = nn.functional.cross_entropy(net(tokens).flatten(0, 1).float(), targets.flatten())
         stepped(loss)
@@ -122,18 +124,8 @@ def trainer(kind: str, lr: float, folder: Path, resume: Path | None) -> tuple[Pa
     return folder / f"checkpoint-{BEFORE}", done.losses[-AFTER:]
 
 
-class Average(dict[str, Tensor]):
-    """An exponential average of weights, as users register it with Accelerate."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Itself."""
-        return dict(self)
-
-    load_state_dict = dict.update
-
-
 def accelerate(averaged: bool, folder: Path, resume: Path | None) -> tuple[Path, list[float]]:
-    """Accelerate's save_state and load_state, without or with an average of the weights."""
+    """Accelerate's save_state and load_state, without or with a registered average of the weights by torch."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -142,15 +134,14 @@ def accelerate(averaged: bool, folder: Path, resume: Path | None) -> tuple[Path,
     accelerator = Accelerator(cpu=True)
     bare = model()
     net, optimizer = accelerator.prepare(bare, adamw(bare))
-    average = Average({name: p.detach().clone() for name, p in bare.named_parameters()})
+    average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     if averaged:
         accelerator.register_for_checkpointing(average)
     taken = stepping(optimizer, accelerator.backward)
 
     def stepped(loss: Tensor) -> None:
         taken(loss)
-        for name, p in bare.named_parameters():
-            average[name].lerp_(p.detach(), 0.001)
+        average.update_parameters(bare)
 
     path = folder / "step"
     with warnings.catch_warnings():
@@ -246,11 +237,12 @@ def _fsdp2(flat: bool, rank: int, folder: str, resume: str | None) -> None:
 
 def deepspeed(stage: int, bf16: bool, folder: Path, resume: Path | None) -> tuple[Path, list[float]]:
     """DeepSpeed's ZeRO; needs DS_ACCELERATOR=cpu where there is no GPU."""
-    found = on_ranks(partial(_deepspeed, stage, bf16), folder, resume)
-    return folder / "saved", found
+    found = on_ranks(partial(zero_rank, stage, bf16, TRAINED, 0), folder, resume)
+    return folder / "saved", found[:-1]
 
 
-def _deepspeed(stage: int, bf16: bool, rank: int, folder: str, resume: str | None) -> None:
+def zero_rank(stage: int, bf16: bool, order: int, seed: int, rank: int, folder: str, resume: str | None) -> None:
+    """One rank of a ZeRO run: its losses of AFTER steps in a data order, and the loss of a batch of no order."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -260,7 +252,7 @@ def _deepspeed(stage: int, bf16: bool, rank: int, folder: str, resume: str | Non
     import torch.distributed as dist
 
     deepspeed.init_distributed("gloo", verbose=False)
-    net = model()
+    net = model(seed)
     made, *_ = deepspeed.initialize(
         model=net, optimizer=adamw(net),
         config={
@@ -278,6 +270,9 @@ def _deepspeed(stage: int, bf16: bool, rank: int, folder: str, resume: str | Non
         made.save_checkpoint(f"{folder}/saved")
     else:
         made.load_checkpoint(resume)
-    found = losses(made, stepped, BEFORE, BEFORE + AFTER, rank)
+    found = losses(made, stepped, BEFORE, BEFORE + AFTER, rank, order)
+    with torch.no_grad():
+        tokens, targets = text(16 * BATCH, None, 0)
+        found.append(nn.functional.cross_entropy(made(tokens).flatten(0, 1).float(), targets.flatten()).item())
     Path(folder, f"losses{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

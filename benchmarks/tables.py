@@ -192,6 +192,23 @@ def chain(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
+def averages(r: Result) -> list[str]:
+    """Running averages: bits and ratios of three ways to store them, and what the smallest does to their loss."""
+    lines = [
+        "| decay | after steps | preset | weights, bits | average: exact, grid, distance | ratio of the file "
+        "| loss gap of the average |",
+        "| --- " * 7 + "|",
+    ]
+    for row in r["rows"]:
+        bits = ", ".join(f"{value:.1f}" for value in row["average"].values())
+        ratios = ", ".join(f"{value:.2f}" for value in row["ratio"].values())
+        lines.append(
+            f"| {row['decay']} | {row['steps']} | `{row['preset']}` | {row['weight']:.1f} | {bits} | {ratios} "
+            f"| {row['loss gap']:+.1e} |"
+        )
+    return lines
+
+
 def memory_layouts(r: Result) -> list[str]:
     """Peak memory on directories of shards."""
     sizes = " and ".join(f"{nbytes / 1e9:.1f} GB ({name})" for name, nbytes in r["bytes"].items())
@@ -290,7 +307,7 @@ COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
-    "memory": memory, "memory_layouts": memory_layouts, "resume": resume, "chain": chain,
+    "memory": memory, "memory_layouts": memory_layouts, "averages": averages, "resume": resume, "chain": chain,
     "checkpoints": checkpoints, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,

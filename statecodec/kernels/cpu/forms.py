@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statecodec.kernels.cpu.narrowing import centre_terms, zigzag
+from statecodec.kernels.cpu.terms import centre_terms, zigzag
 from statecodec.kernels.cpu.views import array_of, kernel
 from statecodec.kernels.reference.forms import (
     CENTRE_FROM,

@@ -1,6 +1,7 @@
 """Narrowing for CPUs; the arithmetic is that of `reference.narrowing`.
 
-Codes pass through a span of 32-bit numbers, folded, that stays in the first-level cache; each loop has one output.
+A span of codes stays in the first-level cache while loops of one or two outputs go over it; more would not vectorise.
+What becomes two bits or a nibble is a byte first, and four or two such bytes are put together as one number.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from statecodec.kernels.cpu.terms import centre_terms, uncentre_terms
 from statecodec.kernels.cpu.views import array_of, kernel
-from statecodec.kernels.reference.narrowing import BLOCK_ROWS, Narrowing
+from statecodec.kernels.reference.narrowing import Narrowing
 
 _SPAN = 4096  # a multiple of what the bits and nibbles of a byte belong to
+_BLOCK = 512  # symbols that are looked through at once for an exception
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
@@ -30,7 +33,7 @@ def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exc
         source = folded
     extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
-    return int(_narrow(source, whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, not centred))
+    return int(_narrow(source, whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, 0 if centred else 1))
 
 
 def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing, codes: Tensor) -> bool:
@@ -38,11 +41,11 @@ def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing,
     target, centred = array_of(codes), narrowing.cols > 0
     extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
-    if not _widen(whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, not centred, target):
+    if not _widen(whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, 0 if centred else 1, target):
         return False
     if centred:
         columns, lines = (array_of(parts[name]).view(np.uint16) for name in ("columns", "lines"))
-        _uncentre(target.reshape(-1, narrowing.cols), columns.reshape(-1, narrowing.cols), lines)
+        uncentre_terms(target.reshape(-1, narrowing.cols), columns.reshape(-1, narrowing.cols), lines)
     return True
 
 
@@ -54,236 +57,181 @@ def _centred(matrix: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -
 
 
 @kernel
-def zigzag(x: Any) -> Any:
-    return np.uint32((x << np.int32(1)) ^ (x >> np.int32(31)))
-
-
-@kernel
-def _unzigzag(x: Any) -> Any:
-    return np.int32(x >> np.uint32(1)) ^ -np.int32(x & np.uint32(1))
-
-
-@kernel
-def _rounded(total: Any, count: Any) -> Any:
-    """total / count rounded half up; 0 of nothing."""
-    return (2 * total + count) // (2 * count) if count else np.int64(0)
-
-
-@kernel
-def centre_terms(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any], folded: NDArray[Any]) -> bool:
-    rows, cols = codes.shape
-    before, line_before, fits = np.zeros(cols, np.int32), np.int64(0), True
-    for block in range(columns.shape[0]):
-        start, stop = block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, rows)
-        _column_terms(codes[start:stop], before, columns[block])
-        for row in range(start, stop):
-            line = _line_term(codes[row], before)
-            lines[row] = np.uint16(zigzag(np.int32(np.int16(line - line_before))))
-            line_before = line
-            fits &= _residual(codes[row], before, np.int32(line), folded[row])
-    return fits
-
-
-@kernel
-def _column_terms(codes: NDArray[Any], before: NDArray[Any], stored: NDArray[Any]) -> None:
-    """Replace the terms of the block before by those of this one; leave what changed, folded, in `stored`."""
-    rows, cols = codes.shape
-    sums, counts = np.zeros(cols, np.int32), np.zeros(cols, np.int32)
-    for row in range(rows):
-        line = codes[row]
-        for j in range(cols):
-            sums[j] += np.int32(line[j])
-        for j in range(cols):
-            counts[j] += np.int32(line[j] != 0)
-    total, there = np.int64(0), np.int64(0)
-    for j in range(cols):
-        sums[j] = np.int32(_rounded(np.int64(sums[j]), np.int64(counts[j])))
-        total += sums[j]
-        there += counts[j] > 0
-    level = np.int32(_rounded(total, there))
-    for j in range(cols):
-        term = sums[j] - level if counts[j] else before[j]
-        stored[j] = np.uint16(zigzag(np.int32(np.int16(term - before[j]))))
-        before[j] = term
-
-
-@kernel
-def _line_term(codes: NDArray[Any], terms: NDArray[Any]) -> Any:
-    total, there = np.int64(0), np.int64(0)
-    for start in range(0, codes.size, _SPAN):
-        piece, term = codes[start : start + _SPAN], terms[start : start + _SPAN]
-        part, count = np.int32(0), np.int32(0)  # in 32 bits they vectorise
-        for j in range(piece.size):
-            part += np.int32(piece[j]) - term[j] if piece[j] != 0 else np.int32(0)
-            count += np.int32(piece[j] != 0)
-        total += part
-        there += count
-    return _rounded(total, there)
-
-
-@kernel
-def _residual(codes: NDArray[Any], terms: NDArray[Any], line: Any, folded: NDArray[Any]) -> bool:
-    """Folded residuals plus 1, 0 for codes of 0. False if a residual plus 1 does not fit."""
-    beyond = False
-    for j in range(codes.size):
-        rest = np.int32(np.int16(np.int32(codes[j]) - terms[j] - line))
-        beyond |= rest == np.int32(-32768) and codes[j] != 0
-        folded[j] = np.uint16(np.uint32(0) if codes[j] == 0 else zigzag(rest) + np.uint32(1))
-    return not beyond
-
-
-@kernel
-def _uncentre(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any]) -> None:
-    """In place: folded residuals to codes."""
-    rows, cols = codes.shape
-    terms, line = np.zeros(cols, np.int32), np.int32(0)
-    for row in range(rows):
-        if row % BLOCK_ROWS == 0:
-            changes = columns[row // BLOCK_ROWS]
-            for j in range(cols):
-                terms[j] += _unzigzag(np.uint32(changes[j]))
-        line += _unzigzag(np.uint32(lines[row]))
-        line_codes = codes[row]
-        for j in range(cols):
-            folded = np.uint32(np.uint16(line_codes[j]))
-            value = _unzigzag(folded - np.uint32(1)) + terms[j] + line
-            line_codes[j] = np.int16(np.int32(0) if folded == 0 else value)
-
-
-@kernel
 def _narrow(
     source: NDArray[Any], whole: NDArray[Any], bits: NDArray[Any], symbols: NDArray[Any], exceptions: NDArray[Any],
-    low: int, nibbles: bool, fold: bool,
+    low: int, nibbles: bool, fold: int,
 ) -> int:  # fmt: skip
-    span, rest = np.empty(_SPAN, np.uint32), np.empty(_SPAN, np.uint32)
-    escape, count, width = np.uint32(15 if nibbles else 255), 0, low % 8
+    few, rest = np.empty(_SPAN, np.uint8), np.empty(_SPAN, np.uint8)
+    escape, count, width = 15 if nibbles else 255, 0, low % 8
     for start in range(0, source.size, _SPAN):
         piece = source[start : start + _SPAN]
         n = piece.size
-        if fold:
-            for i in range(n):
-                span[i] = zigzag(np.int32(piece[i]))
+        target = few[:n] if nibbles else symbols[start : start + n]
+        if low == 0:
+            largest = _put_symbols(piece, fold, low, escape, target)
+        elif width == 0:
+            largest = _put_both(piece, fold, low, escape, target, 0, 255, whole[start : start + n])
         else:
-            for i in range(n):
-                span[i] = piece[i]
-        largest = np.uint32(0)
-        for i in range(n):
-            rest[i] = span[i] >> np.uint32(low)
-            largest = max(largest, rest[i])
-        if low >= 8:
-            _put_bytes(span[:n], whole[start : start + n])
-        if width:
-            per = 8 // width
-            span[n:] = 0
-            _put_bits(span, np.uint32(low - width), width, bits[start // per : (start + n + per - 1) // per])
-        if largest >= escape:
-            for i in range(n):
-                if rest[i] >= escape:
-                    if count == exceptions.size:
-                        return -1
-                    exceptions[count] = rest[i]
-                    rest[i] = escape
-                    count += 1
-        if nibbles:
+            largest = _put_both(piece, fold, low, escape, target, low - width, (1 << width) - 1, rest)
             rest[n:] = 0
-            _put_nibbles(rest, symbols[start // 2 : (start + n + 1) // 2])
-        else:
-            _put_bytes(rest[:n], symbols[start : start + n])
+            _put_bits(rest, width, bits[start * width // 8 : ((start + n) * width + 7) // 8])
+            if low > 8:
+                _put_bytes(piece, fold, whole[start : start + n])
+        if largest == escape:
+            at = _next(target, 0, escape)
+            while at < n:
+                if count == exceptions.size:
+                    return -1
+                exceptions[count] = _folded(piece[at], fold) >> np.uint32(low)
+                count += 1
+                at = _next(target, at + 1, escape)
+        if nibbles:
+            few[n:] = 0
+            _put_bits(few, 4, symbols[start // 2 : (start + n + 1) // 2])
     return count
 
 
 @kernel
-def _put_bytes(source: NDArray[Any], out: NDArray[Any]) -> None:
+def _folded(x: Any, fold: int) -> Any:
+    """zigzag(x) where `fold` is 1; where it is 0, x as it is, which has been folded before."""
+    return np.uint32((np.int32(x) << np.int32(fold)) ^ (np.int32(x) >> np.int32(31)))
+
+
+@kernel
+def _unfolded(x: Any, fold: int) -> Any:
+    return np.int32(x >> np.uint32(fold)) ^ -np.int32(x & np.uint32(fold))
+
+
+@kernel
+def _put_symbols(source: NDArray[Any], fold: int, low: int, escape: int, out: NDArray[Any]) -> Any:
+    """Returns the largest symbol."""
+    largest = np.uint32(0)
     for i in range(source.size):
-        out[i] = np.uint8(source[i])
+        symbol = min(_folded(source[i], fold) >> np.uint32(low), np.uint32(escape))
+        largest = max(largest, symbol)
+        out[i] = np.uint8(symbol)
+    return largest
 
 
 @kernel
-def _put_nibbles(source: NDArray[Any], out: NDArray[Any]) -> None:
-    for i in range(out.size):
-        out[i] = np.uint8(source[2 * i] | source[2 * i + 1] << np.uint32(4))
+def _put_both(
+    source: NDArray[Any], fold: int, low: int, escape: int, out: NDArray[Any], shift: int, mask: int,
+    rest: NDArray[Any],
+) -> Any:  # fmt: skip
+    """Symbols, and some of the bits below them, a byte each. Returns the largest symbol."""
+    largest = np.uint32(0)
+    for i in range(source.size):
+        folded = _folded(source[i], fold)
+        symbol = min(folded >> np.uint32(low), np.uint32(escape))
+        largest = max(largest, symbol)
+        out[i] = np.uint8(symbol)
+        rest[i] = np.uint8((folded >> np.uint32(shift)) & np.uint32(mask))
+    return largest
 
 
 @kernel
-def _put_bits(source: NDArray[Any], shift: Any, width: int, out: NDArray[Any]) -> None:
+def _put_bytes(source: NDArray[Any], fold: int, out: NDArray[Any]) -> None:
+    for i in range(source.size):
+        out[i] = np.uint8(_folded(source[i], fold))
+
+
+@kernel
+def _put_bits(source: NDArray[Any], width: int, out: NDArray[Any]) -> None:
+    """Numbers of four bits or two, a byte each, next to each other."""
     if width == 4:
+        pairs = source.view(np.uint16)
         for i in range(out.size):
-            out[i] = np.uint8((source[2 * i] >> shift) & np.uint32(15) | (source[2 * i + 1] >> shift) << np.uint32(4))
+            out[i] = np.uint8(pairs[i] | pairs[i] >> np.uint16(4))
     else:
+        fours = source.view(np.uint32)
         for i in range(out.size):
-            a, b = (source[4 * i] >> shift) & np.uint32(3), (source[4 * i + 1] >> shift) & np.uint32(3)
-            c, d = (source[4 * i + 2] >> shift) & np.uint32(3), (source[4 * i + 3] >> shift) & np.uint32(3)
-            out[i] = np.uint8(a | b << np.uint32(2) | c << np.uint32(4) | d << np.uint32(6))
+            x = fours[i]
+            out[i] = np.uint8(x | x >> np.uint32(6) | x >> np.uint32(12) | x >> np.uint32(18))
+
+
+@kernel
+def _next(symbols: NDArray[Any], start: int, escape: int) -> int:
+    """Where the next exception is from `start` on; the number of symbols if there is none."""
+    for at in range(start, symbols.size, _BLOCK):
+        block = symbols[at : at + _BLOCK]
+        if _largest(block) == escape:
+            i = 0
+            while block[i] != escape:
+                i += 1
+            return at + i
+    return symbols.size
+
+
+@kernel
+def _largest(symbols: NDArray[Any]) -> Any:
+    largest = np.uint8(0)
+    for i in range(symbols.size):
+        largest = max(largest, symbols[i])
+    return largest
 
 
 @kernel
 def _widen(
     whole: NDArray[Any], bits: NDArray[Any], symbols: NDArray[Any], exceptions: NDArray[Any], low: int, nibbles: bool,
-    fold: bool, out: NDArray[Any],
+    fold: int, out: NDArray[Any],
 ) -> bool:  # fmt: skip
-    rest = np.empty(_SPAN + 4, np.uint32)
-    escape, used, width = np.uint32(15 if nibbles else 255), 0, low % 8
+    few, rest, nothing = np.empty(_SPAN, np.uint8), np.zeros(_SPAN, np.uint8), np.zeros(_SPAN, np.uint8)
+    escape, used, width = 15 if nibbles else 255, 0, low % 8
     mask = np.uint32(0xFFFF if out.itemsize == 2 else 0xFFFFFFFF)
     for start in range(0, out.size, _SPAN):
         target = out[start : start + _SPAN]
         n = target.size
         if nibbles:
-            _take_nibbles(symbols[start // 2 : (start + n + 1) // 2], rest)
-        else:
-            _take_bytes(symbols[start : start + n], rest)
-        largest = np.uint32(0)
-        for i in range(n):
-            largest = max(largest, rest[i])
-        if largest == escape:
-            for i in range(n):
-                if rest[i] == escape:
-                    if used == exceptions.size:
-                        return False
-                    rest[i] = exceptions[used]
-                    used += 1
-        if low:
-            for i in range(n):
-                rest[i] <<= np.uint32(low)
-        if low >= 8:
-            _add_bytes(whole[start : start + n], rest)
+            _take_bits(symbols[start // 2 : (start + n + 1) // 2], 4, few)
         if width:
-            per = 8 // width
-            _add_bits(bits[start // per : (start + n + per - 1) // per], np.uint32(low - width), width, rest)
-        if fold:
-            for i in range(n):
-                target[i] = _unzigzag(rest[i] & mask)
+            _take_bits(bits[start * width // 8 : ((start + n) * width + 7) // 8], width, rest)
+        piece = few[:n] if nibbles else symbols[start : start + n]
+        bytes_ = whole[start : start + n] if low >= 8 else nothing[:n]
+        if low:
+            _put_together(piece, bytes_, rest, low, mask, fold, target)
         else:
-            for i in range(n):
-                target[i] = rest[i]
+            _unfold(piece, fold, target)
+        at = _next(piece, 0, escape)
+        while at < n:
+            if used == exceptions.size:
+                return False
+            target[at] = _together(exceptions[used], bytes_[at], rest[at], low, mask, fold)
+            used += 1
+            at = _next(piece, at + 1, escape)
     return used == exceptions.size
 
 
 @kernel
-def _take_bytes(source: NDArray[Any], out: NDArray[Any]) -> None:
-    for i in range(source.size):
-        out[i] = source[i]
-
-
-@kernel
-def _add_bytes(source: NDArray[Any], out: NDArray[Any]) -> None:
-    for i in range(source.size):
-        out[i] |= source[i]
-
-
-@kernel
-def _take_nibbles(source: NDArray[Any], out: NDArray[Any]) -> None:
-    for i in range(source.size):
-        out[2 * i] = source[i] & np.uint8(15)
-        out[2 * i + 1] = source[i] >> np.uint8(4)
-
-
-@kernel
-def _add_bits(source: NDArray[Any], shift: Any, width: int, out: NDArray[Any]) -> None:
+def _take_bits(source: NDArray[Any], width: int, out: NDArray[Any]) -> None:
+    """The inverse of `_put_bits`."""
     if width == 4:
+        pairs = out.view(np.uint16)
         for i in range(source.size):
-            out[2 * i] |= np.uint32(source[i] & np.uint8(15)) << shift
-            out[2 * i + 1] |= np.uint32(source[i] >> np.uint8(4)) << shift
+            x = np.uint16(source[i])
+            pairs[i] = (x | x << np.uint16(4)) & np.uint16(0x0F0F)
     else:
+        fours = out.view(np.uint32)
         for i in range(source.size):
-            for k in range(4):
-                out[4 * i + k] |= ((np.uint32(source[i]) >> np.uint32(2 * k)) & np.uint32(3)) << shift
+            x = np.uint32(source[i])
+            x = x | x << np.uint32(6) | x << np.uint32(12) | x << np.uint32(18)
+            fours[i] = x & np.uint32(0x03030303)
+
+
+@kernel
+def _together(symbol: Any, whole: Any, few: Any, low: int, mask: Any, fold: int) -> Any:
+    folded = np.uint32(symbol) << np.uint32(low) | np.uint32(whole) | np.uint32(few) << np.uint32(low - low % 8)
+    return _unfolded(folded & mask, fold)
+
+
+@kernel
+def _put_together(
+    symbols: NDArray[Any], whole: NDArray[Any], few: NDArray[Any], low: int, mask: Any, fold: int, out: NDArray[Any]
+) -> None:
+    for i in range(out.size):
+        out[i] = _together(symbols[i], whole[i], few[i], low, mask, fold)
+
+
+@kernel
+def _unfold(symbols: NDArray[Any], fold: int, out: NDArray[Any]) -> None:
+    for i in range(out.size):
+        out[i] = _unfolded(np.uint32(symbols[i]), fold)

@@ -207,14 +207,14 @@ def _take_bits(source: NDArray[Any], width: int, out: NDArray[Any]) -> None:
     if width == 4:
         pairs = out.view(np.uint16)
         for i in range(source.size):
-            x = np.uint16(source[i])
-            pairs[i] = (x | x << np.uint16(4)) & np.uint16(0x0F0F)
+            two = np.uint16(source[i])
+            pairs[i] = (two | two << np.uint16(4)) & np.uint16(0x0F0F)
     else:
         fours = out.view(np.uint32)
         for i in range(source.size):
-            x = np.uint32(source[i])
-            x = x | x << np.uint32(6) | x << np.uint32(12) | x << np.uint32(18)
-            fours[i] = x & np.uint32(0x03030303)
+            four = np.uint32(source[i])
+            spread = four | four << np.uint32(6) | four << np.uint32(12) | four << np.uint32(18)
+            fours[i] = spread & np.uint32(0x03030303)
 
 
 @kernel

@@ -26,6 +26,7 @@ from statecodec.distributed.folders import Folder, StrPath, folder_at
 from statecodec.distributed.local_state import LocalState
 from statecodec.errors import UsageError
 from statecodec.verbs.compress import compress
+from statecodec.verbs.settings import CompressSettings
 
 
 class StatecodecWriter(StorageWriter):
@@ -42,7 +43,7 @@ class StatecodecWriter(StorageWriter):
         **settings: Settings of `statecodec.compress`: preset, rules, max_step_error, pack, threads ...
 
     Raises:
-        UsageError: For `max_shard_size` and `base`; through DCP for settings that contradict each other.
+        UsageError, PolicyError: For `max_shard_size` and `base`, and for settings that `compress` does not take.
         OutputFailed: Through DCP, if the folder cannot be written.
     """
 
@@ -50,6 +51,7 @@ class StatecodecWriter(StorageWriter):
         for name, why in (("max_shard_size", "every rank writes one file"), ("base", "a folder stands alone")):
             if name in settings:
                 raise UsageError(f"StatecodecWriter takes no {name}: {why}")
+        CompressSettings.of(**settings)  # refused now, if at all
         self._path, self._store = path, store
         self._settings = settings
 

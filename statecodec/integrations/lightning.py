@@ -12,9 +12,21 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
 from statecodec.checkpoint.sniff import is_compressed
+from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.errors import UsageError
 from statecodec.integrations import not_installed
 from statecodec.integrations.replacing import checked
@@ -23,6 +35,7 @@ from statecodec.verbs.restore import restore
 
 try:
     from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+    from lightning.pytorch.strategies import ModelParallelStrategy
 except ImportError as error:
     raise not_installed("lightning") from error
 
@@ -91,6 +104,82 @@ class CompressedCheckpointIO(CheckpointIO):
             path: The file.
         """
         self._plain.remove_checkpoint(path)
+
+
+class CompressedModelParallelStrategy(ModelParallelStrategy):
+    """Every rank writes its shards compressed into one folder; any number of ranks reads it.
+
+    A folder is whole when `statecodec.distributed.INDEX` is in it, which is written last.
+
+    Args:
+        preset: As of `statecodec.compress`.
+        options: Others of `statecodec.compress`: rules, max_step_error, pack ...
+        **parallel: Of ModelParallelStrategy: data_parallel_size, tensor_parallel_size ...
+
+    Raises:
+        UsageError, PolicyError: For options that `compress` does not take.
+    """
+
+    def __init__(self, preset: str = "resume", options: dict[str, Any] | None = None, **parallel: Any) -> None:
+        super().__init__(**parallel)
+        self._options: dict[str, Any] = {"preset": preset, **(options or {})}
+        StatecodecWriter(**self._options)  # refused now, if at all
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Write the shards of this rank; what is not sharded is the first rank's. All ranks call it.
+
+        Args:
+            checkpoint: What Lightning gathered; its tensors are this rank's.
+            filepath: The folder, as the first rank has it; a directory that all ranks see, or a URL.
+            storage_options: None.
+
+        Raises:
+            UsageError: For storage_options.
+            CheckpointException: DCP's, of what failed on any rank.
+        """
+        if storage_options is not None:
+            raise UsageError("compressed checkpoints take no storage_options")
+        state = {
+            "state_dict": checkpoint.pop("state_dict"),
+            "optimizers": _numbered(checkpoint.pop("optimizer_states", [])),
+        }
+        writer = StatecodecWriter(self.broadcast(str(filepath)), **self._options)
+        save({**state, "rest": SimpleNamespace(**checkpoint)}, storage_writer=writer)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load the model and its optimizers in place. All ranks call it.
+
+        Args:
+            checkpoint_path: The folder, as the first rank has it.
+            weights_only: Not true: what is not a tensor was pickled, as in all that DCP writes.
+
+        Returns:
+            The rest of the checkpoint: loops, callbacks, schedulers.
+
+        Raises:
+            UsageError: For weights_only.
+            CheckpointException: DCP's, of what failed on any rank.
+        """
+        if weights_only:
+            raise UsageError("what is not a tensor was pickled by torch.distributed.checkpoint: weights_only=False")
+        states = _numbered([get_optimizer_state_dict(self.model, optimizer) for optimizer in self.optimizers])
+        state: dict[str, Any] = {
+            "state_dict": get_model_state_dict(self.model),
+            "optimizers": states,
+            "rest": SimpleNamespace(),
+        }
+        load(state, storage_reader=StatecodecReader(self.broadcast(str(checkpoint_path))))
+        set_model_state_dict(
+            self.model, state["state_dict"], options=StateDictOptions(strict=self.lightning_module.strict_loading)
+        )
+        for optimizer, own in zip(self.optimizers, state["optimizers"].values(), strict=True):
+            set_optimizer_state_dict(self.model, optimizer, own)
+        rest: dict[str, Any] = vars(state["rest"])
+        return rest
+
+
+def _numbered(states: list[Any]) -> dict[str, Any]:
+    return {str(number): state for number, state in enumerate(states)}
 
 
 def _local(path: str | Path) -> Path:

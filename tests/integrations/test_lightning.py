@@ -18,7 +18,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from statecodec.integrations.lightning import CompressedCheckpointIO
+from statecodec.integrations.lightning import CompressedCheckpointIO, CompressedModelParallelStrategy
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -84,3 +84,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
         plugin.save_checkpoint({}, "s3://bucket/x.ckpt")
     with pytest.raises(UsageError, match="storage_options"):
         plugin.save_checkpoint({}, tmp_path / "x.ckpt", storage_options={})
+    with pytest.raises(PolicyError, match="huge"):
+        CompressedModelParallelStrategy("huge")
+    with pytest.raises(UsageError, match="one file"):
+        CompressedModelParallelStrategy(options={"max_shard_size": "1GB"})
+    with pytest.raises(UsageError, match="storage_options"):
+        CompressedModelParallelStrategy().save_checkpoint({}, tmp_path, storage_options={})
+    with pytest.raises(UsageError, match="weights_only"):
+        CompressedModelParallelStrategy().load_checkpoint(tmp_path, weights_only=True)

@@ -1,7 +1,7 @@
-"""When a chain pays: links at stated step errors, by distance and by how late in training; whole chains; and what loss
-after resuming goes with which ratio (ExCP's 70x is the mark).
+"""When a chain pays: links at stated step errors, by distance and by how late in training; whole chains.
 
-A link restores to the same bits as a file of its own, so the loss is a matter of the step error alone.
+It also says which loss after resuming belongs to which ratio (ExCP's 70x is the mark). A link restores to the same bits
+as a file of its own, so the loss is a matter of the step error alone.
 
     python benchmarks/chain.py        -> benchmarks/results/chain.json
 """

@@ -1,8 +1,8 @@
-"""The arithmetic alone, memory to memory, beside the compressors people use: no file is read or written in the timed
-part.
+"""The arithmetic alone, memory to memory, beside the compressors people use.
 
-Every contender gets the tensors of a checkpoint of at least 1 GB, resident in memory, in the pieces it works on;
-results are thrown away. The figure is GB of the original per CPU second, the best of `--runs`, contenders taking turns.
+No file is read or written in the timed part. Every contender gets the tensors of a checkpoint of at least 1 GB,
+resident in memory, in the pieces it works on; results are thrown away. The figure is GB of the original per CPU second,
+the best of `--runs`, contenders taking turns.
 
     python benchmarks/codec_speed.py [--bytes 1100000000] [--runs 3]        -> benchmarks/results/codec_speed.json
 """

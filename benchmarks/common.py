@@ -91,10 +91,10 @@ def trained(name: str = "gpt", steps: int = 300, seed: int = 0, **settings: Any)
 
 
 def grown(nbytes: int, largest: int = 0) -> Path:
-    """A checkpoint of about `nbytes` with the trained one's statistics: every matrix becomes four of
-    itself side by side, rows and columns permuted (768 wide, as GPT-2 small), layers again and again.
+    """A checkpoint of about `nbytes` with the trained one's statistics.
 
-    With `largest`, each of one parameter's tensors (weight, exp_avg, exp_avg_sq) has that many bytes.
+    Every matrix becomes four of itself side by side, rows and columns permuted (768 wide, as GPT-2 small), layers again
+    and again. With `largest`, each of one parameter's tensors (weight, exp_avg, exp_avg_sq) has that many bytes.
     """
     path = CACHE / f"grown-{nbytes >> 20}-{largest >> 20}.pt"
     if path.exists():

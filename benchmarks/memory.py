@@ -1,5 +1,6 @@
-"""Peak memory of compressing and restoring a 4 GB checkpoint that holds 1 GB tensors, each in a fresh process that
-finds its kernels compiled: compiling them takes 100 MiB more, once on a machine.
+"""Peak memory of compressing and restoring a 4 GB checkpoint that holds 1 GB tensors, each in a fresh process.
+
+The process finds its kernels compiled: compiling them takes 100 MiB more, once on a machine.
 
 python benchmarks/memory.py [--bytes 4000000000] [--largest 1073741824]        -> benchmarks/results/memory.json
 """

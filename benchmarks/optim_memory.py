@@ -1,5 +1,4 @@
-"""Peak memory of a training step, measured: bytes of all live tensors (weights, gradients, states, scratch,
-activations).
+"""Peak memory of a training step: bytes of all live tensors (weights, gradients, states, scratch, activations).
 
     python benchmarks/optim_memory.py                  # benchmarks/results/optim_memory.json
 
@@ -26,8 +25,7 @@ from statecodec import optim
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are alive: those given to `watch` and all that operations make while the mode is
-    on."""
+    """Bytes of the storages that are alive: those given to `watch`, and all that operations make in the mode."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""What each preset costs and keeps, on a trained GPT's fp32 AdamW checkpoint and on a bf16 weights file; ZipNN beside
-it.
+"""What each preset costs and keeps, on a trained GPT's fp32 AdamW checkpoint and on a bf16 weights file, beside ZipNN.
 
 python benchmarks/quality.py        -> benchmarks/results/quality.json
 """

@@ -1,9 +1,10 @@
-"""Does training go on as if nothing had happened? Resume from restored checkpoints, at step errors from 0.3 % to a
-whole step, beside the exact checkpoint, under several data orders.
+"""Does training go on as if nothing had happened?
 
-Every task (tasks.py) is trained once and saved. The checkpoint is compressed and restored at every step error, and each
-restored one is trained on in the same data order as the exact one. Two yardsticks: the spread of exact resumes over
-data orders, and what one ulp does, a checkpoint whose weights were all moved to a neighbouring fp32 number.
+Resume from restored checkpoints, at step errors from 0.3 % to a whole step, beside the exact checkpoint, under several
+data orders. Every task (tasks.py) is trained once and saved. The checkpoint is compressed and restored at every step
+error, and each restored one is trained on in the same data order as the exact one. Two yardsticks: the spread of exact
+resumes over data orders, and what one ulp does, a checkpoint whose weights were all moved to a neighbouring fp32
+number.
 
 What is there already is not measured again: results are written after each run, and a second start goes on.
 

@@ -1,5 +1,7 @@
-"""What grows with the number of tensors: finding them, choosing, the manifest, opening, memory; each in a process of
-its own. Together with the rates of speed.py this is what docs/scaling.md computes from.
+"""What grows with the number of tensors: finding them, choosing, the manifest, opening, memory.
+
+Each is measured in a process of its own. Together with the rates of speed.py this is what docs/scaling.md computes
+from.
 
 python benchmarks/scaling.py [--items 10000 100000 1000000]        -> benchmarks/results/scaling.json
 """

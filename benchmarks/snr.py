@@ -27,9 +27,7 @@ def main() -> None:
 
 
 def tracker() -> dict[str, Any]:
-    """Seconds of a training step, of a tracked step that is not measured, of a measurement; the share in a whole
-    run.
-    """
+    """Seconds of a training step, of a tracked step that is not measured, and of a measurement; the share in a run."""
     trainer = Trainer(TrainConfig(model=GPTConfig(n_layer=4, n_head=4, n_embd=256, block_size=64), batch_size=8))
     follow = statecodec.SNRTracker(trainer.optimizer, trainer.model.named_parameters())
     trainer.run(3)

@@ -117,8 +117,9 @@ def contenders() -> dict[str, Contender]:
 
 
 def zipnn_compress(data: bytes) -> bytes:
-    """ZipNN of whole elements; it corrupts its heap on a length that is no multiple of four, so a tail goes in
-    front.
+    """ZipNN of whole elements.
+
+    It corrupts its heap on a length that is no multiple of four, so a tail goes in front.
     """
     cut = len(data) // 4 * 4
     return bytes([len(data) - cut]) + data[cut:] + bytes(_zipnn().compress(data[:cut]))

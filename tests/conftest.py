@@ -1,5 +1,6 @@
-"""Generated tests draw the same examples at every run, so that a fault is met by whoever brought it; `make campaign`
-draws new ones. None of them has a time limit of its own: the first call of a kernel compiles it.
+"""Generated tests draw the same examples at every run, so that a fault shows in the change that brought it.
+
+`make campaign` draws new ones. None of them has a time limit of its own: the first call of a kernel compiles it.
 """
 
 from __future__ import annotations

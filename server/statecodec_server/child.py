@@ -87,8 +87,10 @@ def _files(folder: Path) -> list[tuple[str, int]]:
 
 
 def _report(value: Any, staged: str, display: str) -> dict[str, Any]:
-    """The report as the client may see it: names as the client gave them, or as the file itself says, and no places
-    on this machine."""
+    """The report as the client may see it, without any path of this machine.
+
+    Names are those that the client gave, or that the file itself has.
+    """
     document = value.to_json() if hasattr(value, "to_json") else value
     if not isinstance(document, dict):
         raise TypeError(f"an operation returned {type(value).__name__}, not a report")

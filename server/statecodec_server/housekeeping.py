@@ -18,8 +18,9 @@ RESUBMIT_SECONDS = 15.0
 
 
 def reap(here: Context) -> None:
-    """Give the jobs of silent workers back to the queue, and those whose submission was lost in a crash; end those that
-    the queue has given up.
+    """Give lost jobs back to the queue: those of silent workers, and those whose submission was lost in a crash.
+
+    Jobs that the queue has given up are ended.
     """
     for worker in here.jobs.silent():
         moved = here.queue.recover(worker)

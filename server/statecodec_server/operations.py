@@ -136,7 +136,8 @@ def describe(backend: str) -> dict[str, list[str]]:
 def offer(operation: Operation, taken: Sequence[str]) -> Operation:
     """The operation as the installed library has it: an option that its function does not take is not offered.
 
-    Restoring takes no base as an argument: it lies beside the file."""
+    Restoring takes no base as an argument: it lies beside the file.
+    """
     takes_other = operation.other in taken or operation.name == "restore"
     options = tuple(option for option in operation.options if option.name in taken)
     one_of = operation.one_of if set(operation.one_of) <= set(taken) else ()

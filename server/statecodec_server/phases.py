@@ -142,8 +142,11 @@ class JobPhases:
 
     @staticmethod
     def _lay_beside(request: Mapping[str, Any], folder: Path) -> None:
-        """A compressed file that builds on a previous one must find it in its own folder: the new one that is being
-        written, or the one that is read. Where the conversion writes, a stored file is only pointed at."""
+        """Put a previous compressed file into the folder of the file that builds on it.
+
+        That is the new file that is being written, or the one that is read. Where the conversion writes, a stored file
+        is only pointed at.
+        """
         other = request.get("other")
         if other is None or other["folder"]:
             return
@@ -177,8 +180,10 @@ class JobPhases:
         }
 
     def publish(self, row: Row, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Move what the conversion made into the store; converts again when a crash or a move to another machine
-        has left nothing to move."""
+        """Move what the conversion made into the store.
+
+        It converts again when a crash or a move to another machine has left nothing to move.
+        """
         folder = self.folder(row["id"]) / str(result["attempt"])
         prefix = f"results/{row['id']}/{result['attempt']}"
         keys = [f"{prefix}/{index}" for index in range(len(result["files"]))]

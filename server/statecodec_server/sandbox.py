@@ -82,8 +82,10 @@ def detach() -> list[str]:
 
 
 def _readable(data: Path) -> Iterator[Path]:
-    """Where Python, the library and what they load from lie, and what they ask of the machine; nothing of the
-    service's own data."""
+    """Where Python, the library and what they load lie, and the files of the system that they read.
+
+    Nothing of the service's own data is among them.
+    """
     installed = [Path(path) for path in (*sys.path, sys.prefix, sys.base_prefix) if path]
     libraries = [Path(path) for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path]
     for path in (*installed, *libraries):

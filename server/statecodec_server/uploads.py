@@ -230,8 +230,10 @@ class Uploads:
         self._database.execute(uploads.delete().where(uploads.c.id == identity))
 
     def expire(self) -> None:
-        """Remove what nobody has touched within its time to live. Taking the row first keeps out bytes that arrive
-        at this moment."""
+        """Remove uploads that were not touched within their time to live.
+
+        Taking the row first keeps out bytes that arrive at this moment.
+        """
         old = uploads.c.expires < time.time()
         for row in self._database.all(sa.select(uploads.c.id).where(old)):
             still_expired = (uploads.c.id == row["id"]) & old

@@ -80,8 +80,7 @@ class SharedReads:
         return values
 
     def take(self, file: int, offset: int) -> Loan | int:
-        """What was lent of a file from `offset` on; or, where nothing was, the byte up to which the caller must read
-        itself.
+        """What was lent of a file from `offset` on; where nothing was, the byte up to which the caller must read.
 
         Waits for what is still to come. A loan has to be given back.
         """

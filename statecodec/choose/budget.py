@@ -283,9 +283,7 @@ def _rate(lr: float | None, largest: float) -> float:
 
 
 def _grid(most: float, item: SourceItem, rms: float) -> float:
-    """The step of a grid that rounds a tensor of that rms with at most that rms error, if its values spread over the
-    cells.
-    """
+    """The step of a grid with a rounding error of rms `most`, for values of that rms that spread over its cells."""
     narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # values are rounded to the tensor's own dtype besides
     error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
     return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))

@@ -31,10 +31,9 @@ def linked(
     packing: Packing,
     only: Container[str] | None = None,
 ) -> Choices:
-    """The same choices, with tensors stored as a change where that is smaller, judged on each item's first and middle
-    chunk.
+    """The same choices, with tensors stored as a change since the base where that is smaller.
 
-    `only`: the names that are looked at, where not all are.
+    That is judged on each item's first and middle chunk. `only`: the names that are looked at, where not all are.
 
     Raises UsageError for a rule's change whose base lacks the tensor.
     """

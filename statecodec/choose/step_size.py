@@ -23,7 +23,7 @@ _first, _second = ThreadScratch(), ThreadScratch()
 
 @dataclass(frozen=True)
 class StepSize:
-    """One parameter's step: the rms of its update, and of the codec's own direction, which lacks bias corrections."""
+    """One parameter's step: the rms of its update, and that of the stored direction, which lacks bias corrections."""
 
     update: float
     direction: float
@@ -33,8 +33,9 @@ class StepSize:
     def measured(
         cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
     ) -> StepSize | None:
-        """Measure it on all elements, because rows that are rarely trained make a sample misleading; None where nothing
-        moves.
+        """Measure it on all elements; None where nothing moves.
+
+        Rows that are rarely trained would make a sample misleading.
         """
         correction1, correction2 = corrections(moments)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)

@@ -50,7 +50,7 @@ LARGEST_FP16 = 65520.0  # of an fp16 weight: from here on, it would round to inf
 
 @dataclass(frozen=True)
 class StateStorage:
-    """How one state is stored, as a codec says it (`Codec.stored`): everything that its bytes depend on.
+    """How one state is stored, which its codec says (`Codec.stored`); its bytes depend on nothing else.
 
     `curve` None: dense fp32 values. Otherwise codes of that curve, with one scale per `group` values of a row. `block`:
     the values are means of that many neighbours (0: they are not folded). `dims`: one value stands for all along these

@@ -1,4 +1,4 @@
-"""Locates the tensors inside somebody else's checkpoint, byte for byte, without ever running it.
+"""Locates the tensors inside other programs' checkpoints, byte for byte, without ever running them.
 
 `locate` takes a file of torch.save or safetensors, or a directory of any files, and says which byte ranges hold which
 tensors. `tree` rebuilds the nested Python object from the same bytes. Nothing in this package imports, calls or

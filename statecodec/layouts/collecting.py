@@ -1,4 +1,4 @@
-"""Keeps the cyclic garbage collector out of the way while a description is built.
+"""Pauses the cyclic garbage collector while a description is built.
 
 Descriptions are hundreds of thousands of small objects that all stay: the collector walks them again and again and
 finds nothing, which is half of the time it takes to locate a checkpoint of 30,000 tensors.
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Pause automatic collection, unless somebody else paused it already; reference counting goes on as ever."""
+    """Pause automatic collection, unless it is paused already; reference counting goes on."""
     if not gc.isenabled():
         yield
         return

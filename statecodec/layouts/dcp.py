@@ -1,8 +1,8 @@
 """Locates the tensors of torch.distributed.checkpoint (DCP): a folder with `.metadata` and one file or more per rank.
 
-What `.metadata` says is in dcp_index.py. What lies in the shards is what torch.save wrote: a chunk is a tensor,
-anything else a value. What a healthy checkpoint does not have (a chunk that is missing, two that overlap, bytes past a
-file's end) is an error that names it; what is only not understood (a compressed item, a transposed chunk) stays bytes.
+dcp_index.py reads `.metadata`. The shards hold what torch.save wrote: a chunk is a tensor, anything else a value. What
+a healthy checkpoint does not have (a chunk that is missing, two that overlap, bytes past a file's end) is an error that
+names it. What is only not understood (a compressed item, a transposed chunk) is carried as bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _WHOLE: Final = "whole/"  # before the keys of tensors; storages inside of items
 
 
 def claims(listing: Listing) -> Claim | None:
-    """A folder's `.metadata` and `.distcp` files; also one shard alone, which is then refused with what helps."""
+    """A folder's `.metadata` and `.distcp` files; or one shard alone, which is then refused with what to do."""
     folder = f"{listing.folder}/" if listing.folder else ""
     shards = [p for p in listing.files if p.endswith(SHARD) and "/" not in p[len(folder) :]]
     index = listing.get(INDEX)

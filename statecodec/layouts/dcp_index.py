@@ -44,6 +44,8 @@ class DcpItem:
 
 @dataclass(frozen=True, slots=True)
 class TensorAbout:
+    """What `.metadata` says of one tensor: dtype, shape and chunks."""
+
     dtype: DType
     size: Shape
 
@@ -61,6 +63,7 @@ class DcpIndex:
 
 
 def read_index(listing: Listing) -> DcpIndex:
+    """Read and check `.metadata`. Raises LayoutError."""
     file = listing.get(INDEX)
     if file is None:
         error = MalformedCheckpoint if listing.is_directory else UnknownLayout
@@ -130,7 +133,7 @@ def _sizes(value: Any, rank: int | None = None) -> Shape:
 
 
 def _tensor(key: str, about: dict[str, Any]) -> tuple[TensorAbout, list[Box]]:
-    """A tensor and its chunks, which are all of it, once."""
+    """A tensor and its chunks, which cover all of it exactly once."""
     properties, chunks = about.get("properties"), about.get("chunks")
     state = properties.state if type(properties) is Opaque else None
     dtype = state[0] if type(state) is tuple and state else None
@@ -165,7 +168,7 @@ def _stored(pair: tuple[Any, Any], boxes: dict[tuple[str, Shape | None], Box | N
 
 
 def nested(index: DcpIndex, values: dict[str, Any]) -> dict[str, Any]:
-    """Values put where the saved object held them: text is a key of a dict, a number an index of a list."""
+    """Values at the places where the saved object held them: text is a key of a dict, a number an index of a list."""
     root: dict[str, Any] = {}
     for key, value in values.items():
         path = index.paths.get(key, (key,))

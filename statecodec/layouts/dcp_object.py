@@ -1,4 +1,4 @@
-"""The object that a DCP folder holds, as torch.save would have it: a model, and optimizers that torch.optim knows."""
+"""The object that a DCP folder holds, in the form that torch.save would give: a model, and torch.optim state dicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MEGATRON_STATE: Final = re.compile(r"(?:.*\.)?optimizer\.state\.(exp_avg|exp_av
 
 
 def as_torch_saves(value: Any) -> Any:
-    """The nested dict of `.metadata` as a node; flattened optimizer states and models are where roles look for them."""
+    """The nested dict of `.metadata` as a node, with flattened optimizers and models where `facts` looks for them."""
     return graph(_regrouped(value))
 
 
@@ -42,7 +42,7 @@ def _regrouped(value: Any) -> Any:
 
 
 def _with_model(value: dict[str, Any]) -> dict[str, Any]:
-    """Tensors that stand beside an optimizer which has states of their names (torchtitan, Megatron) are a model."""
+    """Make tensors a model that are saved beside an optimizer with states of their names (torchtitan, Megatron)."""
     tensors = {key: inner for key, inner in value.items() if type(inner) is TensorNode}
     beside = [inner.get("state") for inner in value.values() if type(inner) is dict]
     if not any(type(states) is dict and tensors.keys() & states.keys() for states in beside):

@@ -75,7 +75,7 @@ class Graph:
 
 
 def storages(root: Any, limit: int) -> Iterator[StorageNode]:
-    """The storage of every tensor and every storage of its own, in order."""
+    """The storages of all tensors, and those that no tensor uses, in order."""
     for _, node in walk(root, limit):
         if type(node) is TensorNode:
             yield node.storage
@@ -93,7 +93,7 @@ def contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _dtype_and_shape(piece: NamedRegion) -> tuple[DType, tuple[int, ...]]:
-    """The file's own, where a dtype that cannot be encoded made the region one of bytes."""
+    """The file's own dtype and shape, where a dtype that cannot be encoded made the region one of bytes."""
     region = piece.region
     if region.dtype is _BYTES and len(piece.windows) == 1 and not region.lossless:
         node = piece.windows[0][1]

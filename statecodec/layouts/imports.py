@@ -1,9 +1,9 @@
 """What loading a checkpoint with its own framework would import, found without loading it.
 
-Every file is looked at for what it holds, not for what it is called or which layout claims it: archives of torch.save,
-bare pickles of any protocol, several one after the other (torch before 1.6), `.metadata` and the items of DCP. What may
-be a pickle and cannot be read is said to be so. Pickles inside of compressed files, tar and numpy archives are not
-looked for: no framework loads those by itself.
+Every file is judged by its content, not by its name or by the layout that claims it: archives of torch.save, bare
+pickles of any protocol, several one after the other (torch before 1.6), `.metadata` and the items of DCP. What may be a
+pickle and cannot be read is reported as such. Pickles inside compressed files, tar and numpy archives are not looked
+for: no framework loads those by itself.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _of_file(file: ListedFile) -> FileImports | None:
 
 
 def _add_shards(by_path: dict[str, FileImports], part: Listing) -> None:
-    """What lies in the shards that `.metadata` speaks of."""
+    """Find what the shards that `.metadata` names hold."""
     try:
         items = read_index(part).items
     except (LayoutError, FormatError) as error:

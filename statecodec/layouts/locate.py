@@ -1,9 +1,9 @@
-"""Locates the tensors of a checkpoint: asks the layouts, then names what their files do not name.
+"""Locates the tensors of a checkpoint: asks the layouts, then names the tensors that their files do not name.
 
-What a file is, its content decides, never its extension. A single file must be understood. In a directory nothing is
+A file is judged by its content, never by its extension. A single file must be understood. In a directory nothing is
 refused for its content: what is not understood, or looks like a checkpoint and is damaged, is carried as opaque bytes
-with a note, so that one half-written shard does not keep a user from packing the rest. What is refused is what cannot
-be carried faithfully or safely: symbolic links, devices, sockets and pipes.
+with a note, so that one half-written shard does not keep a user from packing the rest. What cannot be carried
+faithfully or safely is refused: symbolic links, devices, sockets and pipes.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _located(layout: Layout, part: Listing) -> Located:
 
 
 def _links(listing: Listing, files: dict[str, SourceFile]) -> Iterator[tuple[str, SourceFile]]:
-    """The hard links: described where they are first met."""
+    """The hard links, with the description of the file that they are another name of."""
     for path, original in (listing.same_as or {}).items():
         file = replace(files[original], path=path, regions=(), views=(), crcs=(), note=None, same_as=original)
         yield path, file

@@ -33,7 +33,7 @@ _KEYS: Final = {"param": "master_param", "exp_avg": "exp_avg", "exp_avg_sq": "ex
 
 
 def claims(listing: Listing) -> Claim | None:
-    """One of the files, in a rank's folder or on its own. Each for itself: one that lies costs no other."""
+    """One of the files, in a rank's folder or alone. Each is claimed alone, so that a damaged one costs no other."""
     file = listing.only
     if file is None or not torch_zip.is_zip(file.head):
         return None
@@ -43,7 +43,7 @@ def claims(listing: Listing) -> Claim | None:
 
 
 def locate(listing: Listing) -> Located:
-    """Read the pickle. Raises LayoutError: a damaged file, and buffers that do not lie beside each other."""
+    """Read the pickle. Raises LayoutError for a damaged file, and for buffers of different lengths."""
     file = listing.only
     assert file is not None
     with file.open() as source:

@@ -1,4 +1,4 @@
-"""Files that no layout understands: carried as bytes in a directory, refused on their own, with what would help."""
+"""Files that no layout understands: carried as bytes in a directory; refused alone, with what to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def locate(listing: Listing) -> Located:
 
 
 def carried(file: ListedFile, why: LayoutError | None) -> SourceFile:
-    """A file carried as bytes; the note says why, unless nobody would take it for a checkpoint."""
+    """A file carried as bytes. The note says why, unless the file does not look like a checkpoint."""
     note = None if isinstance(why, UnknownLayout | None) or not file.nbytes else str(why)
     return SourceFile(file.path, file.nbytes, file.mode, name, note=note, identity=file.identity)
 
@@ -39,7 +39,7 @@ def tree(listing: Listing, read: Read) -> Any:
 
 
 def refusal(file: ListedFile) -> LayoutError:
-    """Why a file that no layout claims cannot be read as a checkpoint, judged by its head."""
+    """The error for a file that no layout claims, judged by its first bytes."""
     head = file.head
     bare_pickle = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
     members = {head[at : at + 100].rstrip(b"\0") for at in range(0, len(head), 512)}  # tar headers are 512-byte blocks

@@ -1,4 +1,4 @@
-"""Whether parts of a tensor are all of it, once."""
+"""Checks that parts of a tensor cover all of it exactly once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_COMPARISONS: Final = 1_000_000
 def are_whole(shape: Shape, parts: Sequence[Box] | Sequence[Run]) -> bool:
     """Whether boxes, or runs, of a tensor cover every element exactly once.
 
-    Boxes that are too many and too entangled to tell (no sharding makes such) count as if they did not.
+    False as well for boxes that are too many and too entangled to tell; no sharding makes such boxes.
     """
     numel = math.prod(shape)
     runs = sorted((part for part in parts if isinstance(part, Run)), key=attrgetter("start"))

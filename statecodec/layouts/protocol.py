@@ -1,8 +1,8 @@
 """The interface of a layout: how one framework or file format lays tensors out in files.
 
 A layout is a module with these four names. It is asked about every folder of a directory (outermost first, with all the
-files below it that nobody claimed yet) and about every single file; the first layout of the registry that claims gets
-the files. It reads headers and pickles, never payload, and nothing that a file names is imported or run.
+files below it that no layout claimed yet) and about every single file; the first layout of the registry that claims
+gets the files. It reads headers and pickles, never payload, and imports and runs nothing that a file names.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Cuts a storage into regions, from the windows that tensors open on it.
+"""Cuts a storage into regions, by the windows that tensors are on it.
 
-A cluster of windows that touch the same bytes becomes one region. If all of them run through it densely (contiguous,
-or permuted like a transpose or channels_last) in one dtype, the region is an ordinary tensor in physical order;
-otherwise (strided, expanded, partly overlapping, of several dtypes) it is `lossless`. Bytes that no tensor looks at
-between the windows stay skeleton.
+A cluster of windows that touch the same bytes becomes one region. If all of them run through it densely (contiguous, or
+permuted like a transpose or channels_last) in one dtype, the region is an ordinary tensor in physical order; otherwise
+(strided, expanded, partly overlapping, of several dtypes) it is `lossless`. Bytes between the windows that belong to no
+tensor stay skeleton.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 
 @dataclass(slots=True)
 class NamedRegion:
-    """A region of one storage, the name of what is in it, and the windows into it: (name, tensor, offset in elements of
-    the tensor's dtype).
+    """A region of one storage, its name, and the windows into it.
+
+    A window is (name, tensor, offset in elements of the tensor's dtype).
     """
 
     region: Region
@@ -100,7 +101,7 @@ def _extent(node: TensorNode) -> tuple[int, int]:
 
 
 def _clusters(windows: list[tuple[str, TensorNode]], nbytes: int) -> list[_Cluster]:
-    """Windows that share bytes, together; in storage order. Mixed dtypes that share bytes take the whole storage."""
+    """Groups of windows that share bytes, in storage order. Mixed dtypes that share bytes take the whole storage."""
     spans = sorted(((*_extent(node), i) for i, (_, node) in enumerate(windows)))
     clusters: list[_Cluster] = []
     for start, stop, i in spans:

@@ -21,7 +21,7 @@ LAYOUTS: Final[list[Layout]] = [
 
 
 def claimed(listing: Listing) -> Iterator[tuple[Layout, Listing]]:
-    """Every file of a listing once: a layout and the files that it claims; `opaque` gets what nobody else does.
+    """Every file of a listing once: a layout and the files that it claims; `opaque` gets the rest.
 
     A file on its own stays open while the caller works on it.
     """

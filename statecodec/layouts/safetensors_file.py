@@ -30,7 +30,7 @@ _INT64: Final = 1 << 63
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file's first bytes look like a safetensors header (the length may still lie)."""
+    """Whether a file's first bytes look like a safetensors header; the length is not verified yet."""
     return (
         size >= 10 and len(head) >= 9 and head[8:9] == b"{" and (int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES)
     )

@@ -136,7 +136,7 @@ def _check_byteorder(source: ByteSource, entry: ZipEntry | None) -> None:
 
 
 def check_storages(root: Any, archive: Archive) -> None:
-    """Hold every storage that the pickle refers to against its archive entry. Raises MalformedCheckpoint."""
+    """Compare every storage that the pickle refers to with its archive entry. Raises MalformedCheckpoint."""
     for storage in storages(root, most_tensors(len(archive.pickle))):
         if storage.location == "meta":
             continue

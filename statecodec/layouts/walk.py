@@ -1,4 +1,4 @@
-"""Walks a description and names what holds numbers: every tensor by its key path, every shared container once."""
+"""Walks a description and names everything that holds numbers: tensors by their key paths, shared containers once."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ class Names:
         self._taken: dict[str, int] = {}
 
     def unique(self, name: str) -> str:
+        """The name, or with `#2`, `#3` ... appended the first that is free."""
         count = self._taken.get(name, 0) + 1
         self._taken[name] = count
         if count == 1:

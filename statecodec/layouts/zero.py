@@ -1,12 +1,12 @@
-"""Locates the tensors of DeepSpeed's ZeRO (stages 1 to 3): a folder with one file or more of model and optimizer each.
+"""Locates the tensors of DeepSpeed's ZeRO (stages 1 to 3): a folder with one or more files of model and of optimizer.
 
     mp_rank_00_model_states.pt                   stages 1 and 2: the weights, and names and shapes of all parameters
     zero_pp_rank_R_mp_rank_00_model_states.pt    stage 3: the same without weights
     zero_pp_rank_R_mp_rank_00_optim_states.pt    rank R's part of masters and moments, flat: one tensor for each group
 
-What the flat tensors hold is in zero_partitions.py. Each is cut where a parameter ends, and so are the weights, so that
+zero_partitions.py says what the flat tensors hold. Each is cut where a parameter ends, and so are the weights, so that
 a weight lies beside its master piece by piece; padding stays as it is. A checkpoint of another form (experts, for one)
-is located file by file, as torch files are; one that does not add up is an error.
+is located file by file, as torch files are; one whose numbers contradict each other is an error.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _MODEL: Final = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model
 
 
 def claims(listing: Listing) -> Claim | None:
-    """A folder's files of ZeRO, if there is one of an optimizer among them."""
+    """A folder's ZeRO files, if at least one of an optimizer is among them."""
     if not listing.is_directory:
         return None
     folder = f"{listing.folder}/" if listing.folder else ""
@@ -86,7 +86,7 @@ def _indices(listing: Listing) -> dict[int, ZeroIndex]:
 
 
 def _together(parts: Sequence[Located]) -> Located:
-    """Tensors that facts speak of come first, in the order of the facts."""
+    """Everything found, with the tensors that facts name first, in the order of the facts."""
     described = [sum(len(facts.windows) for facts in f.facts) for f in parts]
     return Located(
         tuple(chain.from_iterable(f.files for f in parts)),
@@ -158,7 +158,7 @@ class _Placed:
                 self.others.append(replace(tensor, role="step") if is_step else tensor)
 
     def joined(self, param: Param, parts: Sequence[PartWindow], spelled: str) -> LogicalTensor:
-        """A tensor from its parts, which are all of it, once. Raises MalformedCheckpoint."""
+        """A tensor from its parts, which must cover all of it exactly once. Raises MalformedCheckpoint."""
         ordered = sorted(parts, key=lambda part: part.run.start)
         dtype = ordered[0].node.dtype
         if any(part.node.dtype != dtype for part in ordered) or not are_whole(param.shape, [p.run for p in ordered]):

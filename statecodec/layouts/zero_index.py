@@ -1,7 +1,7 @@
 """Reads what the files of a ZeRO checkpoint say about each other, and cuts their flat tensors at the parameters' ends.
 
-Every number is held against the others: names and shapes against the sizes of the flat tensors, those against paddings
-and `param_slice_mappings`, the count of partitions against the files that are there.
+Every number is compared with the others: names and shapes with the sizes of the flat tensors, those with paddings and
+`param_slice_mappings`, the count of partitions with the files that are there.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def _check_size(node: TensorNode, plan: PartitionedGroup | PartitionedParams, ra
 
 
 def _check_mapping(partition: Partition, number: int, fragments: Sequence[Fragment]) -> None:
-    """Hold fragments against the file's own list of them, if it has one."""
+    """Compare fragments with the file's own list of them, if it has one."""
     stated = partition.mapping(number)
     computed = {f.param.name: (f.at, f.run.stop - f.run.start) for f in fragments}
     if stated is not None and stated != computed:

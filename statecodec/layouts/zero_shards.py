@@ -54,6 +54,7 @@ class ZeroFile:
 
     @property
     def path(self) -> str:
+        """The file's path."""
         return self.file.path
 
     def cut(self, holder: Any, key: Any, node: TensorNode, fragments: Sequence[Fragment]) -> list[PartWindow]:

@@ -1,1 +1,1 @@
-"""The verbs, one a module: each is the story of one command."""
+"""The verbs, one module each, from reading arguments to the report."""

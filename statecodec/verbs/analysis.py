@@ -1,4 +1,4 @@
-"""What `analyze` finds: the SNRs of the second moments, what follows from them, and size against update error."""
+"""The result of `analyze`: SNRs of the second moments, rules that follow from them, and size against update error."""
 
 from __future__ import annotations
 

@@ -158,14 +158,14 @@ def compress(
 
 
 def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) -> Path:
-    """Where a compression of `source` goes. Raises UsageError, OutputExists."""
+    """The path that a compression of `source` is written to. Raises UsageError, OutputExists."""
     if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.path):
         raise UsageError(f"{dst} is the source itself; compress it to another name")
     return output_file(dst, compressed_path(source.path), force=force)
 
 
 def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
-    """What rules of the caller's own did to the Adam update, where that is far more than the preset stands for."""
+    """Notes about the caller's own rules, where they change the Adam update by far more than the preset stands for."""
     step_error = choose.preset(settings.preset).step_error
     if not settings.caller_policy.rules:
         return
@@ -197,14 +197,14 @@ def open_source(src: str | Path) -> SourceCheckpoint:
 
 
 class StepErrors:
-    """Errors over all tensors, in optimizer steps, as they come out of encoding."""
+    """Errors over all tensors, in optimizer steps, added up as tensors are encoded."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[float, float]] = {}
         """Squared error and squared size, by name."""
 
     def add(self, name: str, error: float, size: float) -> None:
-        """Squared error and squared size of one tensor."""
+        """Add the squared error and the squared size of one tensor."""
         before = self.sums.get(name, (0.0, 0.0))
         self.sums[name] = before[0] + error, before[1] + size
 
@@ -216,7 +216,7 @@ class StepErrors:
 
 @dataclass(frozen=True)
 class Compression:
-    """A source with its choices: makes the chunks to be written, and the document that says what they are of."""
+    """A source with its choices: makes the chunks to be written, and the document that describes them."""
 
     source: SourceCheckpoint
     choices: Choices
@@ -257,7 +257,7 @@ class Compression:
     def hashing(
         self, files: Sequence[int], shared: SharedReads | None = None
     ) -> Iterator[Callable[[], dict[int, str]]]:
-        """Hash these files of the source beside the work in the block; the function waits for their SHA-256."""
+        """Hash these files of the source while the block runs; the function waits for their SHA-256."""
         located = self.source.located.files
         watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs, i) for i in files]
         hashes = FileHashes(watched, sha256=self.settings.sha256, shared=shared)
@@ -268,7 +268,7 @@ class Compression:
             hashes.cancel()
 
     def item(self, index: int) -> ItemSpec:
-        """What is stored of an item of the source, and how."""
+        """What is stored for an item of the source, and how."""
         item = self.source.items[index]
         choice = self.choices[item.name]
         attributes: dict[str, Any] = {"role": item.role}
@@ -302,13 +302,13 @@ class Compression:
         return EncodedChunk(*self.processor.encode(codec, x, companions))
 
     def instead(self, index: int) -> Codec:
-        """The codec of an item whose own refused its values."""
+        """The codec for an item whose chosen codec refused its values."""
         codec = codecs.Raw() if index in self.recoded else self.choices[self.source.items[index].name].otherwise
         self.recoded[index] = codec
         return codec
 
     def _companions(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Companions:
-        """The companions' values of the same elements, as they are in the source or as they will be read back."""
+        """The companions' values of the same elements: from the source, or as the reader will decode them."""
         names = self.choices[item.name].companions
         values = {}
         for role in codec.needs:
@@ -320,7 +320,7 @@ class Compression:
         return values
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
-        """The error of one tensor: of its values, or (what is stored as a direction) of the update alone."""
+        """The error of one tensor: of its values, or, if it is stored as a direction, of the update alone."""
         item = self.source.items[index]
         unit, relative = self.choices[item.name].unit, math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
         if "exp_avg_sq" in self.choices[item.name].companions:
@@ -336,7 +336,7 @@ class Compression:
         return figures
 
     def finer(self, index: int, codec: Codec, sums: Comparison) -> Codec | None:
-        """The codec to encode an item by again whose error is above what is promised; None if it is not."""
+        """The codec to encode an item with again, if its error is above what is promised; None if it is not."""
         item = self.source.items[index]
         most = self.choices[item.name].most
         if most is None:
@@ -372,7 +372,7 @@ class Compression:
 
 
 def check_of(source: SourceCheckpoint, output: WriteOptions) -> Check:
-    """Read a finished output back, and hold it against its source."""
+    """A check that reads a finished output back and compares it with its source."""
 
     def check(stored: StoredCheckpoint) -> Report:
         check_intact(stored, output.threads, output.progress)

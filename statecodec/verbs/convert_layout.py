@@ -1,7 +1,6 @@
 """`convert --layout`: the same values in another framework's files.
 
-Tensors lie on disk beside the output while they are on their way, so the memory it takes is that of a few large
-tensors, whatever the size of the checkpoint.
+Large tensors wait on disk beside the output, so memory is that of a few of them, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _NAMED = 20
 
 @dataclass(frozen=True)
 class ConversionRun:
-    """Where the values of a checkpoint go, and what keeps the memory bounded meanwhile."""
+    """Where the values of a checkpoint go, and the spill and meter of the conversion."""
 
     target: Path
     force: bool
@@ -38,14 +37,14 @@ class ConversionRun:
     meter: Meter
 
     def used(self, nbytes: int) -> None:
-        """So many bytes of tensors were written."""
+        """Count bytes of tensors that were written."""
         self.spill.used(nbytes)
         self.meter.add(nbytes)
 
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """How one layout is made of a checkpoint: read, fit, write."""
+    """How a checkpoint becomes one layout, in three steps."""
 
     read: Callable[[Path, Spill], Any]
     """The values of a checkpoint, large tensors in the spill."""
@@ -78,7 +77,7 @@ def convert_layout(
 
 
 def _values(src: Path, spill: Spill) -> Any:
-    """What a user would have loaded, its large tensors on disk."""
+    """What a user would have loaded, with its large tensors on disk."""
     with open_checkpoint(src) as checkpoint:
         value = loaded(checkpoint, torch.device("cpu"), spill.keep)
     spill.release()

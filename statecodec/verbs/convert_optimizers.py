@@ -1,7 +1,7 @@
-"""An optimizer's state becomes another's.
+"""Turns one optimizer's state into another's.
 
-That optimizer converts it itself: parameters of the right names and shapes are made up from the file, the class is
-built on them, loads the state it finds and gives its own. No model code is needed or run.
+The target optimizer converts it itself: parameters of the right names and shapes are made up from the file, the class
+is constructed on them, loads the state it finds and gives its own. No model code is needed or run.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _MAX_DEPTH = 8
 def convert_optimizers(
     src: Path, dst: Path, target: Target, pack: str, force: bool, progress: Progress | None = None
 ) -> Report:
-    """Convert every optimizer in a checkpoint; `dst` is written as its ending says. Raises as `convert` does.
+    """Convert every optimizer in a checkpoint; the ending of `dst` chooses the kind of file. Raises as `convert` does.
 
-    Large tensors lie on disk, in the folder of `dst`, and are worked on one after the other: the memory it takes is
-    that of a few times the largest tensor, whatever the size of the checkpoint (of one that `save` wrote, all of it).
+    Large tensors lie on disk, in the folder of `dst`, and are converted one after the other. Memory is that of a few
+    times the largest tensor, whatever the size of the checkpoint; a checkpoint that `save` wrote is loaded whole.
     """
     started = time.perf_counter()
     with Spill(dst.parent) as spill:

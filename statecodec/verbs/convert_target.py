@@ -1,4 +1,4 @@
-"""What `convert` converts an optimizer's state to, as text."""
+"""The text that says what `convert` converts an optimizer's state to."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def write_dcp(value: dict[str, Any], folder: Path, used: Callable[[int], None]) -> None:
-    """Write `value` into `folder`; `used` is told the bytes of every tensor when it is written. Raises OSError."""
+    """Write `value` into `folder`; `used` is called with the bytes of every tensor that was written. Raises OSError."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -25,7 +25,7 @@ def write_dcp(value: dict[str, Any], folder: Path, used: Callable[[int], None]) 
 
 
 def _planner(used: Callable[[int], None]) -> SavePlanner:
-    """torch's own, which tells when a tensor is asked for: the one before it is written then."""
+    """torch's own planner, which calls `used` when a tensor is asked for: the one before it is written then."""
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
     class Telling(DefaultSavePlanner):

@@ -1,4 +1,4 @@
-"""B against A: the error of every tensor, and of every Adam update direction."""
+"""Compares checkpoint B with checkpoint A: the error of every tensor, and of every Adam update direction."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
 
 
 def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
-    """The values beside the tensors that differ, as far as both can be read."""
+    """The values beside the tensors that differ, as far as both checkpoints can be loaded."""
     try:
         return value_diffs(*(loaded(side, torch.device("meta")) for side in (a, b)))
     except StatecodecError:  # one of them holds something that only its own program understands
@@ -119,7 +119,7 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
 
 
 class _Units:
-    """One optimizer step of every weight: lr times the rms of its exact update."""
+    """The size of one optimizer step of every weight: lr times the rms of its exact update."""
 
     def __init__(self, moments: Iterable[Moments]) -> None:
         self._rate = max((m.lr for m in moments if m.lr is not None), default=0.0)
@@ -127,13 +127,13 @@ class _Units:
         self._error = self._numel = 0.0
 
     def add(self, m: Moments, c: UpdateComparison, numel: int) -> None:
-        """Take one parameter's update; where its learning rate is 0 or not known, the file's largest counts."""
+        """Add one parameter's update. Where its learning rate is 0 or not known, the largest of the file counts."""
         step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
         if m.weight is not None and step > 0:
             self._step_sizes[m.weight] = step
 
     def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
-        """The same tensors, with the errors of weights counted in optimizer steps."""
+        """The same tensors, with the errors of weights in steps."""
         return tuple(self._counted(tensor) for tensor in tensors)
 
     def _counted(self, tensor: TensorDiff) -> TensorDiff:
@@ -150,7 +150,7 @@ class _Units:
 
 
 class _Compared(NamedTuple):
-    """One tensor of A beside that of B: as numbers, or (what has none) how many elements differ; and as bits."""
+    """One tensor of A compared with that of B: as numbers, or as the count of different elements; and bit by bit."""
 
     numbers: Comparison = NO_DIFFERENCE
     differing: int = 0
@@ -174,7 +174,7 @@ def _compare_tensors(a: Checkpoint, tensor: TensorInfo, b: Checkpoint, other: Te
 
 
 def _bits(x: Tensor) -> Tensor:
-    """Elements as integers: NaNs equal themselves, and -0.0 is not 0.0."""
+    """Elements as integers, so that NaNs equal themselves, and -0.0 is not 0.0."""
     return x.contiguous().view({4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
@@ -227,7 +227,7 @@ def _missing(a: Checkpoint, b: Checkpoint) -> tuple[str, ...]:
 
 
 def _one_sided_rest(a: Checkpoint, b: Checkpoint) -> set[str]:
-    """Files that only one side has, and files whose bytes outside tensors are of another number on the other side."""
+    """Files that only one side has, and files whose bytes outside tensors differ in number."""
     names = set(a.listing) ^ set(b.listing)
     for side, other in ((a, b), (b, a)):
         for name, t in side.tensors.items():
@@ -237,7 +237,7 @@ def _one_sided_rest(a: Checkpoint, b: Checkpoint) -> set[str]:
 
 
 def _file(a: Checkpoint, rest: TensorInfo) -> str:
-    """The file of the directory that these bytes belong to; a single file goes by its name in A."""
+    """The file of the directory that these bytes belong to; a single file has its name in A."""
     return rest.name.rpartition(":")[0] or a.path.name
 
 

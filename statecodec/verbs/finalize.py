@@ -1,4 +1,4 @@
-"""The shares of a compression -> the compressed file, byte for byte as a single process would have written it."""
+"""Joins the shares of a compression to the file that a single process would have written, byte for byte."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _paths(target: Path) -> list[Path]:
 
 
 def _agreed(shares: Sequence[Reader], source: SourceCheckpoint, target: Path) -> tuple[CompressSettings, Path | None]:
-    """What all shares were made with: settings, and the base if there is one. Raises UsageError, CorruptFile."""
+    """The settings that all shares were made with, and the base if there is one. Raises UsageError, CorruptFile."""
     first = shares[0].document.get("share")
     try:
         settings = CompressSettings.from_json(first["settings"])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, compressed or not, without running anything in it."""
+"""`inspect`: what is in a checkpoint, compressed or not, without running anything in it."""
 
 from __future__ import annotations
 

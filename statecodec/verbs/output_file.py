@@ -10,10 +10,10 @@ from statecodec.verbs.paths import INDEX_SUFFIX
 
 
 def output_file(dst: str | Path | None, default: Path | None, *, force: bool) -> Path:
-    """Where a verb writes its one file: `dst`, or in it under the default's name if it is a directory.
+    """The path of a verb's one output file: `dst`; or, if that is a directory, the default's name in it.
 
-    Raises UsageError for a directory that is not there, or whose file has no name, and for a base that links of a chain
-    need; OutputExists for a file that is there without `force`.
+    Raises UsageError for a directory that is not there, for a file without a name, and for a file that is the base of
+    links of a chain; OutputExists for a file that is there, without `force`.
     """
     target = default if dst is None else Path(dst)
     if target is None:

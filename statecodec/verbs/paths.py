@@ -1,4 +1,4 @@
-"""Names of outputs, and sizes as people write them."""
+"""Default names of outputs, and sizes as people write them."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def restored_path(compressed: Path, original_name: str | None) -> Path:
 
 
 def original_name(target: Path) -> str:
+    """The name of the original that a compressed file's name stands for."""
     return target.name.removesuffix(".safetensors").removesuffix(".sc") + ".pt"
 
 

@@ -1,7 +1,8 @@
-"""What encodes chunks: the CPU, or a CUDA card. The bytes are the same.
+"""What encodes chunks: the CPU, or a CUDA card. Both make the same bytes.
 
-A card takes a chunk's values from pinned memory and puts its parts back there, on a stream for every worker. Two
-workers for every core make the double buffers: while one waits for the card, another reads, packs or writes.
+A card reads a chunk's values from pinned memory and writes its parts back there, on one stream per worker. There are
+two workers for every core, which works as double buffering: while one waits for the card, another reads, packs or
+writes.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ Encoded = tuple[Mapping[str, "Tensor"], Comparison | None]
 
 
 class Processor(Protocol):
-    """Thread-safe. What it returns lies in its worker's scratch memory, good until the worker's next chunk."""
+    """Encodes chunks. Thread-safe. Results lie in the worker's scratch memory, valid until that worker's next chunk."""
 
     device: torch.device
     scratch: ThreadScratch
     """Where a chunk's values are read to."""
 
     def running(self) -> AbstractContextManager[None]:
-        """What the block asks of `device` is done when it ends."""
+        """When the block ends, all that was started on `device` in it is done."""
 
     def workers(self, threads: int) -> int:
         """How many workers keep `threads` cores busy."""
 
     def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
-        """Parts, and the error made (None: not any). Raises UnencodableValues."""
+        """Parts, and the error made (None: no error). Raises UnencodableValues."""
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
-        """What `x` is after it was encoded; to be passed to `encode` as a companion."""
+        """What `x` is after encoding and decoding; given to `encode` as a companion."""
 
 
 class Cpu:
@@ -90,7 +91,7 @@ class Lane(threading.local):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """What the block asks of the card is done, in order, when the block ends, however it ends."""
+        """When the block ends, however it ends, all that was started on the card in it is done, in order."""
         with torch.cuda.stream(self._stream):
             try:
                 yield
@@ -100,7 +101,7 @@ class Lane(threading.local):
 
 
 class Cuda:
-    """A CUDA card. Codecs whose bits depend on where torch runs stay on the CPU."""
+    """A CUDA card. Codecs whose bits depend on the device stay on the CPU."""
 
     scratch = _pinned
 
@@ -154,7 +155,7 @@ class Cuda:
 def compared(
     codec: Codec, x: Tensor, decoded: Tensor, companions: Companions, backend: kernels.Backend | None = None
 ) -> Comparison:
-    """Sums of the error between values; of a direction, between update directions."""
+    """Sums of the error between values; for a direction, between update directions."""
     if x.dtype not in (torch.float32, torch.float64):
         x, decoded = x.to(torch.float32), decoded.to(torch.float32)
     if isinstance(codec, codecs.Direction):
@@ -184,7 +185,7 @@ def processor(device: str, nbytes: int, threads: int) -> Processor:
 def is_faster(card: Processor, cpu: Processor, threads: int) -> bool:
     """Whether a chunk goes to the card, is encoded and comes back in less time than all cores together need for it.
 
-    Measured here and now, with the codec that presets use most. Chunks overlap on the card, which is not counted.
+    It is measured now, with the codec that presets use most. Chunks overlap on the card, which is not counted.
     """
     codec = codecs.Uniform(step=1e-3)
 

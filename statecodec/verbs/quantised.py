@@ -1,4 +1,4 @@
-"""States that other 8- and 4-bit optimizers keep quantised, as the dense fp32 states that they stand for."""
+"""Decodes states that other 8- and 4-bit optimizers keep quantised into dense fp32 states."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _is_torchao(value: Any) -> bool:
 
 
 def _plain(flat: Mapping[str, Any], shards: int) -> Iterator[tuple[str, Any]]:
-    """All but what bitsandbytes keeps, and the low bits of weights, which torch's optimizers do not take."""
+    """All entries except those of bitsandbytes and the low bits of weights, which torch's optimizers do not take."""
     for key, value in flat.items():
         if not isinstance(key, str):
             yield key, value

@@ -1,6 +1,4 @@
-"""From one compressed form to another: tensors that a rule names are decoded and encoded anew, all others are
-copied.
-"""
+"""From one compressed form to another: decodes and encodes anew what a rule names, and copies the rest."""
 
 from __future__ import annotations
 
@@ -44,10 +42,10 @@ def convert_codecs(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Store the tensors that rules of `to` name in other codecs; everything else stays as it is, bit for bit.
+    """Store the tensors that rules of `to` name with other codecs; everything else stays as it is, bit for bit.
 
-    `src` may be compressed or not. The report's tensor errors and update errors are against what `src` holds now. A
-    link of a chain comes out standing alone. Raises UsageError, PolicyError, OutputExists, FormatError, LayoutError.
+    `src` may be compressed or not. The errors in the report are measured against what `src` holds now. A link of a
+    chain becomes a file that needs no base. Raises UsageError, PolicyError, OutputExists, FormatError, LayoutError.
     """
     started = time.perf_counter()
     rules = tuple(parse_rule(rule) if isinstance(rule, str) else rule for rule in to)
@@ -84,7 +82,7 @@ class Recoding:
     """A compressed checkpoint in other codecs: makes the chunks to be written, and the document."""
 
     def __init__(self, stored: StoredCheckpoint, policy: Policy, *, strict: bool = False) -> None:
-        """Choose: what a rule names gets the rule's codec if that takes it, all else keeps its own."""
+        """Choose: a tensor that a rule names gets the rule's codec if that takes it; others keep their own."""
         self.stored, self.policy = stored, policy
         self.notes = list(unmatched_notes(policy, stored.items, strict=strict))
         # Changed values have no parts of their own: without the base they are the numbers that they decode to.

@@ -204,10 +204,10 @@ _Span: TypeAlias = tuple[int, int, int]  # byte of the file, number of bytes, th
 
 
 class _Writing:
-    """Puts the chunks of a file's regions in their places. Thread-safe.
+    """Writes the chunks of a file's regions at their places. Thread-safe.
 
     A chunk that others need for decoding and that lies behind them (exp_avg_sq behind exp_avg) is decoded once, and
-    written while it is there.
+    written then.
     """
 
     def __init__(self, stored: StoredCheckpoint, file: StoredFile, fd: int, where: Processor, *, checked: bool) -> None:
@@ -225,14 +225,17 @@ class _Writing:
                 self._carried.update(others.values())
 
     def _can_carry(self, index: int, other: int) -> bool:
-        """Whether the other item lies behind this one, is cut alike, carries nothing, and is carried by nobody yet."""
+        """Whether the other item can be written along with this one.
+
+        It must lie behind this one, be cut alike, carry nothing itself, and be carried by no other item yet.
+        """
         if self._offsets.get(other, -1) <= self._offsets[index] or other in self._carried:
             return False
         first, second = (self.stored.reader.items[i] for i in (index, other))
         return not second.companions and [c.start for c in first.chunks] == [c.start for c in second.chunks]
 
     def jobs(self) -> Iterator[_Job]:
-        """What is to be written, in the order of the file; what is carried by another chunk is not listed."""
+        """What is to be written, in the order of the file, without chunks that are carried by others."""
         return ((i, chunk) for i in self._offsets if i not in self._carried for chunk in self.stored.chunks(i))
 
     def write(self, job: _Job) -> dict[_Job, _Span]:
@@ -259,7 +262,7 @@ class _Writing:
         return start, nbytes, crc
 
     def in_order(self, written: Iterable[dict[_Job, _Span]]) -> Iterator[_Span]:
-        """Every span in the order of the file: what was carried waits for its turn."""
+        """Every span in the order of the file; carried ones are held back until their turn."""
         waiting, results = dict[_Job, _Span](), iter(written)
         for index in self._offsets:
             for chunk in self.stored.chunks(index):
@@ -288,7 +291,7 @@ class _Crcs:
         self._at = start + nbytes
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Finish the spans that are not complete yet."""
         while self._span is not None:
             self._close()
 

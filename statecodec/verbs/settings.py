@@ -1,4 +1,4 @@
-"""How to compress, as one record: what `compress` takes beside where from and where to."""
+"""The settings of a compression as one record: what `compress` takes except source and destination."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from statecodec.verbs.writing import WriteOptions
 
 @dataclass(frozen=True)
 class CompressSettings:
-    """How to compress, whatever it is and wherever it goes."""
+    """The settings of a compression, whatever its source and destination."""
 
     preset: str
     caller_policy: Policy
@@ -50,7 +50,7 @@ class CompressSettings:
         max_weight_error: float | None = None,
         sha256: bool = True,
     ) -> CompressSettings:
-        """As `compress` takes them. Raises UsageError, PolicyError."""
+        """Read the settings in the form in which `compress` takes them. Raises UsageError, PolicyError."""
         budget = Budget.of(
             choose.preset(preset).step_error,
             max_step_error=max_step_error,
@@ -76,7 +76,7 @@ class CompressSettings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CompressSettings:
-        """Raises UsageError, PolicyError, KeyError."""
+        """The inverse of `to_json`. Raises UsageError, PolicyError, KeyError."""
         return cls(
             value["preset"],
             Policy(tuple(parse_rule(rule) for rule in value["rules"])),
@@ -94,14 +94,16 @@ class CompressSettings:
 
     @property
     def named_preset(self) -> str | None:
-        """The preset, if any of what it stands for was left to it."""
+        """The preset, unless other options replaced all that it stands for."""
         replaced = "max_step_error" in self.budget.asked or len(self.budget.asked) > 1
         return None if replaced and not choose.preset(self.preset).rules else self.preset
 
     @property
     def promised(self) -> Budget:
-        """What a check holds the result against: what a preset stands for is no promise about tensors that rules of
-        the caller's own decide; what was asked for is one.
+        """The budget that a check compares the result with.
+
+        What was asked for is a promise. What a preset stands for is none about tensors that the caller's own rules
+        decide.
         """
         return self.budget if self.budget.asked or not self.caller_policy.rules else Budget()
 
@@ -117,7 +119,7 @@ class CompressSettings:
         progress: Progress | None = None,
         only: Container[str] | None = None,
     ) -> Choices:
-        """A codec for every tensor, the budget and the base considered for those in `only`, or all of them."""
+        """Choose a codec for every tensor. The budget and the base are applied to those in `only`, or to all."""
         if base is None:
             self.caller_policy.refuse_changes("give one (--base)")
         choices = by_rules(source, self.caller_policy, self.preset, strict=self.strict)

@@ -1,8 +1,8 @@
-"""A compression divided among processes or machines: each writes a share of it, one of them joins the shares.
+"""A compression divided among processes or machines: each writes a share, and one of them joins the shares.
 
-A share is a file beside the output, NAME.share-2-of-16, that holds the items which fall to it, encoded and packed.
-Which those are follows from the source and the number of shares alone, so that shares need not know of each other, and
-one that was lost is made again. The joined output has the same bytes as that of a single process.
+A share is a file beside the output, NAME.share-2-of-16, with its items encoded and packed. Which items these are
+follows from the source and the number of shares alone, so shares need not know of each other, and a lost one can be
+made again. The joined output has the same bytes as that of a single process.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ class Share:
 
 @dataclass(frozen=True)
 class ShareReport:
-    """What `compress_share` did. `made`: false if the share was there already, of the same source and settings."""
+    """What `compress_share` did.
+
+    `made` is false if the share was there already, of the same source and settings.
+    """
 
     path: str
     share: str
@@ -143,7 +146,7 @@ def compress_share(
 
 
 def deal(source: SourceCheckpoint, count: int) -> list[list[int]]:
-    """The indices of the items of every share, by size. Tensors that are decoded together stay together."""
+    """The indices of the items of every share, divided by size. Tensors that are decoded together stay together."""
     leader = list(range(len(source.items)))
 
     def lead(index: int) -> int:
@@ -209,7 +212,7 @@ def _write(
 def header_of(
     source: SourceCheckpoint, settings: CompressSettings, base: BaseCheckpoint | None, share: Share
 ) -> dict[str, Any]:
-    """What a share is of: joined are shares that differ in their number only."""
+    """What identifies a share. Shares can be joined if only their numbers differ."""
     return {
         "statecodec": __version__,
         "number": share.number,
@@ -222,7 +225,7 @@ def header_of(
 
 
 def _fingerprint(source: SourceCheckpoint) -> str:
-    """Of the files' names, sizes and times of writing, which copies must keep."""
+    """A digest of the files' names, sizes and times of writing, which copies must keep."""
     digest = hashlib.sha256()
     for file in source.located.files:
         state = (file.path, file.nbytes, file.layout, file.identity.mtime_ns)
@@ -231,7 +234,7 @@ def _fingerprint(source: SourceCheckpoint) -> str:
 
 
 def _there(path: Path, header: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Items and bytes of a whole share of that header, if it is there."""
+    """Items and bytes of a whole share with that header, if it is there already."""
     if not path.exists():
         return None
     try:

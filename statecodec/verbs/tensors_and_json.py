@@ -1,8 +1,8 @@
 """Values as two files: a safetensors file of all tensors, and a JSON file of everything else.
 
-In the JSON every tensor stands as {"tensor": NAME}, where NAME is its key path and its name in the safetensors file;
-a tensor that is there under several key paths is stored once. Other values that JSON does not have stand as
-{"base64": ...}, {"number": "nan"} and the like.
+In the JSON every tensor is written as {"tensor": NAME}, where NAME is its key path and its name in the safetensors
+file; a tensor with several key paths is stored once. Other values that JSON does not have are written as {"base64":
+...}, {"number": "nan"} and the like.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CODES = {dtype: code for code, dtype in dtypes.SAFETENSORS.items()}
 
 @dataclass
 class TensorsAndValues:
-    """Values taken apart."""
+    """A value divided into its tensors and the rest."""
 
     tree: Any = None
     """What the JSON file holds."""

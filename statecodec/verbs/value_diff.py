@@ -19,7 +19,7 @@ _ABSENT: Final = object()
 
 
 def value_diffs(a: Any, b: Any) -> tuple[ValueDiff, ...]:
-    """The values that differ, in A's order. Tensors are not compared: only where one stands for something else."""
+    """The values that differ, in A's order. Tensors are not compared, except with values that are none."""
     diffs: list[ValueDiff] = []
     seen: set[tuple[int, int]] = set()
     pending: list[tuple[tuple[Any, ...], Any, Any]] = [((), a, b)]
@@ -53,12 +53,12 @@ def _inside(x: Any, y: Any) -> Iterator[tuple[Any, Any, Any]] | None:
 
 
 def _is_array(values: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether a list is one value, such as the state of a random generator: many numbers and nothing else."""
+    """Whether a list counts as one value, such as the state of a random generator: many numbers and nothing else."""
     return isinstance(values, torch.Size) or (len(values) > _FEW and all(type(v) in (int, float, bool) for v in values))
 
 
 def dict_of(items: list[tuple[Any, Any]]) -> dict[str, Any]:
-    """Items by the text of their keys, which need not be hashable."""
+    """Items by the text of their keys, which may be of any type."""
     return {str(key)[:80]: value for key, value in items}
 
 

@@ -1,4 +1,4 @@
-"""Is the file intact, and is it a compression of that original?"""
+"""`verify`: whether a file is intact, and whether it is a compression of a given original."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def verify(
 
 
 def check_intact(stored: StoredCheckpoint, threads: int, progress: Progress | None = None) -> None:
-    """Read every chunk of a compressed checkpoint, and of those that it builds on. Raises CorruptFile."""
+    """Read every chunk of a compressed checkpoint, and of the files that it builds on. Raises CorruptFile."""
     reader = stored.reader
     meter = Meter(progress, sum(item.stored_nbytes for item in reader.items), "verifying")
     chunks = ((item, chunk) for item in stored.items for chunk in stored.chunks(item.index))
@@ -112,7 +112,7 @@ def check_against(
 
 
 def _check_promise(stored: StoredCheckpoint, comparison: DiffReport) -> None:
-    """The Adam update is no further off than what was asked for when the file was made."""
+    """Check that the Adam update is not further off than was asked for when the file was made."""
     promised, error = (stored.document.asked or {}).get("u_rms"), comparison.total.get("u_rms")
     if promised is not None and error is not None and not error <= promised * _ROUNDING:
         raise VerificationFailed(f"update error {error:.4g} of a step is above the {promised:g} that was asked for")
@@ -140,7 +140,7 @@ def _complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list[str]:
 
 
 def _update_complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list[str]:
-    """First moments whose update is not as near as the file says: those that are stored as directions."""
+    """First moments that are stored as directions, whose update is further off than the file says."""
     by_moment = {update.exp_avg: update.u_rms for update in comparison.updates}
     complaints = []
     for m in stored.moments:
@@ -154,7 +154,7 @@ def _update_complaints(stored: StoredCheckpoint, comparison: DiffReport) -> list
 
 
 def _check_digest(report: Report, original: Path) -> None:
-    """Hold a single file against the SHA-256 that the compressed file was made from."""
+    """Compare a single file with the SHA-256 of the file that was compressed."""
     digest = report.source.get("sha256")
     if not digest or not original.is_file():
         return

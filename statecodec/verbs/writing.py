@@ -1,7 +1,7 @@
 """Writing a compressed checkpoint: the one loop that `compress`, `convert` and `save` share.
 
 Chunks are made on several threads and appended in order. A tensor whose values its codec cannot represent is stored by
-another codec, it alone: exactly, unless the caller knows better. Everything else stands as it was written.
+another codec, exactly unless the caller knows better. Everything else stays as it was written.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """One chunk's parts, and how what they decode to compares with what they were made of (None: equal).
+    """One chunk's parts, and how their decoded values compare with what they were made of (None: equal).
 
-    `record`: the chunk as it was packed before, in place of `parts`.
+    `record` is the chunk as it was packed before, in place of `parts`.
     """
 
     parts: Mapping[str, Tensor]
@@ -64,7 +64,7 @@ class WriteOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was written, and which items are stored exactly because their codec refused them: name -> why."""
+    """What was written, and which items are stored exactly because their codec refused them (name -> reason)."""
 
     written: Written
     refusals: Mapping[str, str]
@@ -96,7 +96,7 @@ def _exactly(_: int) -> Codec:
 
 @dataclass(frozen=True)
 class ErrorRules:
-    """What the sums of an item's errors are for."""
+    """What is done with the sums of an item's errors."""
 
     figures: Figures
     finer: Finer = lambda index, codec, sums: None
@@ -115,7 +115,7 @@ def write(
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
-    `check` reads the finished output before it is published: what it raises leaves the target as it was. `errors` says
+    `check` reads the finished output before it is published; if it raises, the target stays as it was. `errors` says
     what is stored of an item's error sums, and whether they are small enough. Raises what `encode`, `document` and
     `check` raise, OutputExists, OutputFailed, UsageError.
     """
@@ -159,7 +159,7 @@ class _Job:
 
 
 class _Restart(Exception):
-    """An item is stored in another way: its values do not go into its codec (that is why), or not well enough."""
+    """Raised to store an item in another way: its values were refused (and why), or its error was too large."""
 
     def __init__(self, index: int, encoding: Encoding, refusal: str | None = None) -> None:
         super().__init__(refusal)
@@ -204,15 +204,15 @@ class _Run:
                     return
 
     def repeated(self) -> Iterator[tuple[int, str]]:
-        """The items that are other ones again, whose errors they have, and the names of those."""
+        """The items that repeat others, whose errors they share, and the names of those others."""
         for index, item in enumerate(self.items):
             if item.encoding.codec.repeats:
                 yield index, item.companions["original"]
 
     def _append_all(self, writer: Writer, workers: Workers) -> bool:
-        """Append every item; one that goes by another codec starts again.
+        """Append every item; one that gets another codec starts again.
 
-        False if everything has to start again: others were encoded beside what that one no longer decodes to.
+        False if everything has to start again, because others were encoded beside values that have changed since.
         """
         restart = self._append_from(writer, 0, workers)
         while restart is not None:
@@ -231,7 +231,7 @@ class _Run:
         return any(item.encoding.codec.needs_decoded and name in item.companions.values() for item in self.items)
 
     def _settle_plain(self, packing: Packing) -> None:
-        """Plain parts have their place before the first byte is written: whether they can be made is tried first."""
+        """Try plain parts first: their places are fixed before the first byte is written."""
         for index in plain_items(self.items, packing):
             while (restart := self._tried(index)) is not None:
                 self._recode(restart, replace(self.items[index], encoding=restart.encoding))
@@ -273,7 +273,7 @@ class _Run:
         self.sums.pop(restart.index, None)
 
     def _append_from(self, writer: Writer, start: int, workers: Workers) -> _Restart | None:
-        """Append the items from `start` on, up to one that goes by another codec, if any."""
+        """Append the items from `start` on, up to one that has to get another codec, if any."""
 
         def make(job: _Job) -> tuple[_Job, PackedChunk, Comparison | None]:
             encoded = self._encoded(job)

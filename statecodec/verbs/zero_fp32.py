@@ -1,4 +1,4 @@
-"""The fp32 state dict of a ZeRO checkpoint: what DeepSpeed's zero_to_fp32.py makes of it, one parameter at a time."""
+"""The fp32 state dict of a ZeRO checkpoint, as DeepSpeed's zero_to_fp32.py makes it, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _MODEL = "_model_states.pt"
 def zero_fp32(src: Path, spill: Spill) -> dict[str, Tensor]:
     """Masters, frozen parameters and buffers in fp32, and further names of shared parameters; large ones in the spill.
 
-    Of several steps in one directory the one that its file `latest` names. Raises UsageError, LayoutError, FormatError.
+    Of several steps in one directory it takes the one that the file `latest` names. Raises UsageError, LayoutError,
+    FormatError.
     """
     with open_checkpoint(src) as checkpoint:
         if "DeepSpeed ZeRO-" not in str(checkpoint.report().source.get("framework")):

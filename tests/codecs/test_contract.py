@@ -164,8 +164,9 @@ def test_split_of_any_bits(text: str, bits: list[int]) -> None:
 
 
 def test_split_high_part_is_the_bf16_parameter() -> None:
-    """The high part is torch's own rounding to bf16, except on exact ties (64 of 2**23 mantissas), which go away from
-    zero.
+    """The high part is torch's own rounding to bf16, except on exact ties, which go away from zero.
+
+    These are 64 of 2**23 mantissas.
     """
     mantissas = torch.arange(1 << 23, dtype=torch.int32) | 0x3F800000
     x = mantissas.view(torch.float32)

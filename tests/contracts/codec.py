@@ -35,8 +35,9 @@ def signed(codec: Codec) -> bool:
 
 
 def sample(codec: Codec, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Heavy-tailed values with exact zeros and whole zero rows, as moments have; non-negative where the codec needs
-    it.
+    """Heavy-tailed values with exact zeros and whole zero rows, as moments have.
+
+    They are not negative where the codec needs that.
     """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64) * torch.randn(shape, generator=generator).exp()

@@ -204,8 +204,10 @@ class OptimizerContract:
     @pytest.mark.parametrize("after", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
     @pytest.mark.parametrize("before", [torch.bfloat16, torch.float32], ids=str)
     def test_a_model_may_change_its_dtype(self, make: Make, before: torch.dtype, after: torch.dtype) -> None:
-        """As `model.to(dtype)` does it: the parameters stay the same objects. The weight as the optimizer sees it stays
-        what it was, and a parameter that needs a master weight gets one."""
+        """As `model.to(dtype)` does it: the parameters stay the same objects.
+
+        The weight as the optimizer sees it stays what it was, and a parameter that needs a master weight gets one.
+        """
         optimizer, params = self.trained(make, before)
         if after == torch.float64 and not self.takes_fp64(make):
             pytest.skip("keeps fp32 states")

@@ -1,5 +1,7 @@
-"""StatecodecWriter and StatecodecReader among ranks: FSDP2 states saved by N and loaded by M, what each rank reads, and
-a rank that is killed."""
+"""StatecodecWriter and StatecodecReader among ranks: what each rank reads, and a rank that is killed.
+
+FSDP2 states are saved by N ranks and loaded by M.
+"""
 
 from __future__ import annotations
 

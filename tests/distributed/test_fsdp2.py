@@ -184,8 +184,7 @@ def test_state_dicts_of_torch(ranks: Ranks, n: int) -> None:
 
 
 def flattened() -> None:
-    """Whole and flattened, before the first step and after three, into an optimizer that is not sharded and one that
-    is."""
+    """Whole and flattened, before the first step and after three, into a sharded optimizer and one that is not."""
     options = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True)
     into = StateDictOptions(flatten_optimizer_state_dict=True)
     for steps in (0, 3):

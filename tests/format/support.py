@@ -134,8 +134,9 @@ def build(
     document: Mapping[str, Any] = MappingProxyType({}),
     version: str = "1.0",
 ) -> bytes:
-    """A whole file of format 1.x from chosen manifest items and entries (name -> dtype, shape, bytes), all digests
-    right.
+    """A whole file of format 1.x from chosen manifest items and entries, with all digests right.
+
+    Entries are name -> dtype, shape, bytes.
     """
     manifest = {
         "format": "statecodec", "format_version": [int(n) for n in version.split(".")], "writer": "test", "shards": [],

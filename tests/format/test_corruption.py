@@ -58,7 +58,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """(what to open, the file to damage)"""
+    """What to open, and the file to damage."""
     packing, shard, which = KINDS[request.param]
     written = write(tmp_path / "x.safetensors", tensors(), packing=packing, max_shard_size=shard)  # type: ignore[arg-type]
     assert not isinstance(outcome(written.path), FormatError)

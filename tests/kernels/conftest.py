@@ -1,5 +1,4 @@
-"""Where the Triton kernels run in this process: on the GPU if there is one, otherwise in Triton's interpreter on the
-CPU.
+"""Where the Triton kernels run in this process: on a GPU if there is one, else in Triton's interpreter on the CPU.
 
 The choice is made once, before anything imports triton. Tests take the `device` fixture and so exist twice:
 `interpreter`, and `gpu`, which is skipped where there is no CUDA device.
@@ -27,8 +26,10 @@ if not CUDA:
     _plain_call, _patched = InterpretedFunction.__call__, set[str]()
 
     def _call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:
-        """Triton patches its language anew at every call of a device function, which takes seconds a tile. A launch has
-        done it for our modules, and for each of its own once is enough."""
+        """Call a device function without patching Triton's language anew, which takes seconds a tile.
+
+        A launch has done it for our modules, and for each of Triton's own once is enough.
+        """
         module = self.fn.__module__
         if module.startswith("triton.") and module not in _patched:
             _patched.add(module)
@@ -51,8 +52,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 class Guarded:
-    """Output tensors between sentinel bytes, filled with NaN or other nonsense: what a kernel leaves out or overruns
-    shows."""
+    """Output tensors between sentinel bytes, filled with NaN or other nonsense.
+
+    What a kernel leaves out or overruns shows.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._buffers = device, list[tuple[Tensor, int, int]]()

@@ -1,6 +1,4 @@
-"""Centring: lossless for any bytes, the same bits in both backends, and worth it where rows times columns made the
-numbers.
-"""
+"""Centring: lossless for any bytes, the same bits in both backends, and worth it for rows times columns."""
 
 from __future__ import annotations
 

@@ -94,8 +94,7 @@ def test_any_values(data: st.DataObject, device, same_bits) -> None:
 
 @pytest.mark.parametrize("curve", CURVES[:4], ids=lambda c: c.name)
 def test_every_code_boundary(curve: Curve, device, same_bits) -> None:
-    """Ratios one fp32 step to either side of each rounding boundary, under several scales: quotients are correctly
-    rounded."""
+    """Ratios one fp32 step to either side of each rounding boundary, under several scales, are correctly rounded."""
     levels = torch.from_numpy(curve.levels.astype(np.float64))
     middle = ((levels[1:].sqrt() + levels[:-1].sqrt()) / 2) ** 2
     near = torch.cat([middle * (1 + k * 2.0**-24) for k in range(-40, 41)]).to(torch.float32)

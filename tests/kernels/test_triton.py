@@ -48,10 +48,10 @@ def compiled(only: str) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_compiles_for_sm90() -> None:
-    """Whatever Triton knows of an integer argument, a kernel compiles; no flushed subnormals, no approximate division,
-    no contraction beyond the fused operations that are written.
+    """A kernel compiles whatever Triton knows of an integer argument, and flushes, approximates and contracts nothing.
 
-    The whole list, for three architectures and the oldest triton too, takes minutes: `make sm90`.
+    No flushed subnormals, no approximate division, and no contraction beyond the fused operations that are written. The
+    whole list, for three architectures and the oldest triton too, takes minutes: `make sm90`.
     """
     rows = compiled("few")
     assert rows

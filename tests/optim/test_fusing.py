@@ -1,5 +1,7 @@
-"""Handing groups to a fused backend: what it is given, what is left, what is demanded. The kernels have tests of
-their own."""
+"""Handing groups to a fused backend: what it is given, what is left, what is demanded.
+
+The kernels have tests of their own.
+"""
 
 from __future__ import annotations
 

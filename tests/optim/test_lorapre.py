@@ -66,7 +66,7 @@ def test_gauge(jacobi: bool) -> None:
 
 @pytest.mark.parametrize("scale", [1e-15, 1e-8, 1e6])
 def test_scaled_gradients_scale_the_momentum(scale: float) -> None:
-    """Relative damping: whatever the loss is multiplied with. (Absolute damping loses everything at 1e-8.)"""
+    """Relative damping works whatever the loss is multiplied with; absolute damping loses everything at 1e-8."""
     results = []
     for c in (1.0, scale):
         left, right = torch.zeros(12, 4), factors(12, 9, 4)[1].float() * 0.02

@@ -103,8 +103,10 @@ def test_a_batch_is_what_its_matrices_are_alone(name: str, dtype: torch.dtype, m
 
 
 def test_products_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three matrices of one shape, one of another, two convolution kernels: three chains of products; limited in
-    size."""
+    """Three matrices of one shape, one of another, two convolution kernels: three chains of products.
+
+    Batches are limited in size.
+    """
     seen = list[tuple[int, ...]]()
 
     def noted(x: Tensor, *args: Any) -> Tensor:

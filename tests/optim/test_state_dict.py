@@ -19,8 +19,10 @@ from tests.optim.helpers import EVERY, bits, parameters, relative, run
 
 
 def before(value: Any) -> Any:
-    """A saved state as it was written when the plain form had four keys, and rows ran along the last dimension
-    (version 1 of its codec)."""
+    """A saved state as it was written when the plain form had four keys and codecs were of version 1.
+
+    Rows then ran along the last dimension.
+    """
     if is_plain(value):
         encoded = from_plain(value)
         config = first_version(encoded.codec.config())
@@ -81,8 +83,10 @@ def test_dense_form_loads_into_torch_and_comes_back(name: str) -> None:
 
 @pytest.mark.parametrize("moments", ["dense", "companded8"])
 def test_continuing_a_torch_run(moments: str) -> None:
-    """20 steps of torch.optim.AdamW, then 20 of ours, against 40 of torch's; bf16 parameters are untouched by
-    torch's cast."""
+    """20 steps of torch.optim.AdamW, then 20 of ours, against 40 of torch's.
+
+    torch's cast leaves bf16 parameters untouched.
+    """
     a, b = parameters(), parameters()
     theirs = torch.optim.AdamW(a.values(), lr=1e-2, weight_decay=0.1)
     run(theirs, a, range(20))

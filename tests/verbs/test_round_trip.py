@@ -352,8 +352,9 @@ def test_a_newer_format_is_refused(checkpoint: Path) -> None:
 
 
 def test_moments_that_span_many_octaves_keep_their_update(tmp_path: Path) -> None:
-    """Behind dead units a row spans fifty octaves: 8-bit codes would lose its smaller updates, whose direction counts
-    as well.
+    """Behind dead units a row spans fifty octaves: 8-bit codes would lose the smaller updates.
+
+    Their direction counts as well.
     """
     torch.manual_seed(0)
     reach = 2.0 ** -(40 * torch.rand(96, 256))

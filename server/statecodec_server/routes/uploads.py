@@ -202,8 +202,10 @@ async def put(
     repr_digest: Annotated[str | None, Header()] = None,
     content_digest: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Send a whole file as one raw body (`curl -T ckpt.pt URL/v1/uploads/`). Each PUT makes a new upload; the name is
-    only shown. Cannot be resumed: use tus for that."""
+    """Send a whole file as one raw body (`curl -T ckpt.pt URL/v1/uploads/`).
+
+    Each PUT makes a new upload; the name is only shown. It cannot be resumed: use tus for that.
+    """
     text = request.headers.get("content-length")
     length = None if text is None else _number(text, "Content-Length")
     announced = announced_sha256(repr_digest or content_digest)

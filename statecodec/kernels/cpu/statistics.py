@@ -1,5 +1,6 @@
-"""Error sums for CPUs. Unlike the codecs' kernels these may reassociate additions: they agree with `reference` to
-rounding.
+"""Error sums for CPUs.
+
+Unlike the codecs' kernels they may reassociate additions: they agree with `reference` up to rounding.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ _SPAN = 4096
 
 @kernel
 def zigzag(x: Any) -> Any:
+    """Two's complement numbers as unsigned ones, small for small magnitudes: 0, -1, 1, -2 become 0, 1, 2, 3."""
     return np.uint32((x << np.int32(1)) ^ (x >> np.int32(31)))
 
 
@@ -31,6 +32,7 @@ def _rounded(total: Any, count: Any) -> Any:
 
 @kernel
 def centre_terms(codes: NDArray[Any], columns: NDArray[Any], lines: NDArray[Any], folded: NDArray[Any]) -> bool:
+    """Subtract row and column terms from `codes`, into `folded`. False if a residual plus 1 does not fit."""
     rows, cols = codes.shape
     before, line_before, fits = np.zeros(cols, np.int32), np.int64(0), True
     for block in range(columns.shape[0]):

@@ -1,5 +1,4 @@
-"""Centring a matrix of codes: what is left after each column's and each row's mean is subtracted, modulo the code
-width.
+"""Centring a matrix of codes: subtracting each column's and each row's mean, modulo the code width.
 
 Second moments are close to a row factor times a column factor (Adafactor's observation), so their log codes and
 exponents are close to a row term plus a column term. Subtracting both loses nothing and takes a bit or more off the

@@ -1,7 +1,7 @@
-"""Which form integer codes are narrowed to: judged on a sample, by the entropy of its symbols.
+"""Chooses the form that integer codes are narrowed to, on a sample, by the entropy of its symbols.
 
 Nibbles take half as many symbols as bytes, so half the time in the entropy coder, forwards and backwards. With the low
-bits that they need beside them they are as small wherever a code's last bits are noise, which on a fine grid they are.
+bits that they need beside them they are as small wherever a code's last bits are noise, as on a fine grid.
 """
 
 from __future__ import annotations

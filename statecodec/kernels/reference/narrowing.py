@@ -100,7 +100,7 @@ def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing,
 
 
 def centred(codes: Tensor, parts: Mapping[str, Tensor]) -> Tensor | None:
-    """Folded residuals plus 1, 0 for codes of 0 (which take no part in the means); None if one does not fit."""
+    """Folded residuals plus 1; 0 for codes of 0, which do not count in the means. None if one does not fit."""
     rows, cols = codes.shape
     columns, lines = codes.new_zeros(-(-rows // BLOCK_ROWS), cols), codes.new_zeros(rows)
     before = codes.new_zeros(cols)

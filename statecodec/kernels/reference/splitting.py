@@ -1,5 +1,6 @@
-"""Master weights as a 16-bit float and a correction, in integer arithmetic on the bits (design: lossless with 16
-bits).
+"""Master weights as a 16-bit float and a correction, in integer arithmetic on the bits.
+
+With 16-bit corrections nothing is lost.
 """
 
 from __future__ import annotations

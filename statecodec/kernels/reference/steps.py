@@ -47,8 +47,10 @@ def sgd(
     w: Tensor, g: Tensor, m: Tensor | None = None, *,
     lr: float, momentum: float, dampening: float, nesterov: bool, first: bool, decay: float,
 ) -> None:  # fmt: skip
-    """SGD with momentum as torch.optim.SGD: the first gradient enters the buffer undampened; `m` None without
-    momentum."""
+    """SGD with momentum as torch.optim.SGD: the first gradient enters the buffer undampened.
+
+    `m` is None without momentum.
+    """
     w.mul_(decay)
     if m is None:
         w.add_(g, alpha=-lr)

@@ -42,8 +42,10 @@ def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int6
 
 @triton.jit
 def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
-    """The groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim. Returns how
-    many units kept their old bytes."""
+    """Step the groups from `start` on of a parameter whose first moment has its shape: adam, lion, sgd, slim.
+
+    Returns how many units kept their old bytes.
+    """
     M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
     V: tl.constexpr = SPEC.v
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields, count)
@@ -134,8 +136,11 @@ def judged(bad, SPEC: tl.constexpr):
 
 @triton.jit
 def shared_moment(fields, count, begin, inside, SPEC: tl.constexpr):
-    """Second moments that groups share. A group lies in one row: mostly it needs one value, or neighbours in a row of
-    them; in a kernel of a convolution it may need any."""
+    """Load the second moments that groups share.
+
+    A group lies in one row. Mostly it needs one value, or neighbours in a row of them; in a convolution kernel it may
+    need any.
+    """
     lane = tl.arange(0, SPEC.width)[None, :]
     shared, inner, cols = entry(fields, count, t.SHARED), entry(fields, count, t.INNER), entry(fields, count, t.COLS)
     moments = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
@@ -153,8 +158,11 @@ def shared_moment(fields, count, begin, inside, SPEC: tl.constexpr):
 
 @triton.jit
 def places(rows, cols, start, SPEC: tl.constexpr):
-    """Where the groups from `start` on lie in a rows x cols state: their index, elements, which are inside, bytes of
-    nibbles, which are inside, and whether the group exists; and where each group begins."""
+    """Where the groups from `start` on lie in a rows x cols state.
+
+    Returns their index, elements, which are inside, bytes of nibbles, which are inside, whether the group exists; and
+    where each group begins.
+    """
     WIDTH: tl.constexpr = SPEC.width
     COUNT: tl.constexpr = SPEC.count
     lane, pair = tl.arange(0, WIDTH), tl.arange(0, WIDTH // 2)

@@ -1,5 +1,7 @@
-"""The update rules, shared by both fused steps: those of `reference.steps`, in the order of operations of `cpu.steps`,
-every operation rounded separately. `numbers` are `scalars.parameter_numbers` and `group_numbers`.
+"""The update rules, shared by both fused steps.
+
+They are those of `reference.steps`, in the order of operations of `cpu.steps`, every operation rounded separately.
+`numbers` are `scalars.parameter_numbers` and `group_numbers`.
 """
 
 from __future__ import annotations

@@ -104,8 +104,10 @@ def _decode(high_ptr, low_ptr, out_ptr, n: tl.int64, TILE: tl.constexpr, WIDTH: 
 
 
 def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
-    """See `reference.splitting.encode_split`. Only an fp16 `high` can raise a flag; only then is there a
-    synchronisation."""
+    """See `reference.splitting.encode_split`.
+
+    Only an fp16 `high` can raise a flag, so only then does it synchronise.
+    """
     n = x.numel()
     with on(x):
         if not n:

@@ -107,8 +107,9 @@ def larger(a, b):
 
 @triton.jit
 def looked_up(table_ptr, index):
-    """The fp32 numbers of a small table at these indices, in the layout that the indices have: a load of Triton's own
-    would choose one and change over to it. Nobody may write the table meanwhile.
+    """The fp32 numbers of a small table at these indices, in the layout that the indices have.
+
+    A load of Triton's own would choose a layout and convert to it. The table must not be written meanwhile.
     """
     if _PLAIN:
         y = tl.load(table_ptr + index)

@@ -27,7 +27,7 @@ from statecodec.roles import STATE_ROLES, family
 
 
 def named(parts: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments], list[Momentum]]:
-    """All tensors, with roles and parameter names where facts tell them; moments and weights that belong together."""
+    """All tensors, with roles and parameter names where facts give them; moments and weights that belong together."""
     files = [[FileRoles(facts) for facts in located.facts] for located in parts]
     _assign([file for group in files for file in group])
     tensors: list[LogicalTensor] = []
@@ -96,7 +96,7 @@ def _assign(files: list[FileRoles]) -> None:
 
 
 def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
-    """Weights of which anything says that they are running averages are that, if there are others that they follow."""
+    """Give weights that anything calls running averages the role `ema`, if there are others that they follow."""
     pairs = list(zip(files, surveys, strict=True))
     weights = [(surveyed, w.node, w.average or is_average(f.path)) for f, surveyed in pairs for w in surveyed.weights]
     followed = any(not average for _, _, average in weights)

@@ -1,4 +1,4 @@
-"""Tells running averages of weights from weights: by what they are called, or by what stands beside them."""
+"""Tells running averages of weights from weights, by their names or by what is saved beside them."""
 
 from __future__ import annotations
 

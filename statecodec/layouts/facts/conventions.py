@@ -1,4 +1,4 @@
-"""The usual division of parameters into a group with weight decay and one without, where shapes leave it open.
+"""The usual division of parameters into a group with weight decay and one without, for cases that shapes leave open.
 
 Weights and biases of batch normalisation have one shape, and transformers' Trainer decays the weights only.
 """

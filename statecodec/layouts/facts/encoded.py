@@ -1,4 +1,4 @@
-"""States that a live optimizer of ours keeps encoded, as they stand in a torch file (statecodec/codecs/plain.py)."""
+"""States that our live optimizers keep encoded, in the form in which a torch file has them (codecs/plain.py)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _parts(node: Any, state: StatePart) -> Iterator[tuple[TensorNode, StatePart]
 
 
 def _plain(node: Any, depth: int = 0) -> Any:
-    """A codec's config as JSON values; null for what none has."""
+    """A codec's config as JSON values; null for a value that no config has."""
     if type(node) is DictNode and depth < _MAX_DEPTH:
         return {key: _plain(value, depth + 1) for key, value in node.strings().items()}
     if type(node) in (list, tuple) and len(node) <= 16 and depth < _MAX_DEPTH:

@@ -1,4 +1,4 @@
-"""What is found out about the tensors of one file, still in terms of the nodes of its object graph."""
+"""What is found out about the tensors of one file, in terms of the nodes of its object graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WeightNode: TypeAlias = "tuple[FileRoles, TensorNode]"
 
 @dataclass(frozen=True)
 class AdamNodes(AdamSettings):
-    """Moments, still in terms of tensor nodes: the states are of one file, the weight may be of another."""
+    """A pair of moments as tensor nodes; the states are in one file, the weight may be in another."""
 
     exp_avg: TensorNode
     exp_avg_sq: TensorNode
@@ -27,7 +27,7 @@ class AdamNodes(AdamSettings):
 
 @dataclass(frozen=True)
 class MomentumNodes(MomentumSettings):
-    """A momentum and its weight, still in terms of tensor nodes."""
+    """A momentum and its weight, as tensor nodes."""
 
     momentum: TensorNode
     weight: WeightNode
@@ -51,10 +51,12 @@ class FileRoles:
 
     @property
     def path(self) -> str:
+        """The file's path."""
         return self.facts.path
 
     @property
     def folder(self) -> str:
+        """The path of the folder that it is in."""
         return str(PurePosixPath(self.path).parent)
 
 

@@ -1,8 +1,8 @@
-"""Says what wrote a checkpoint: by what only that framework leaves in its files.
+"""Names the framework that wrote a checkpoint, by traces that only that framework leaves.
 
-Evidence is of three kinds: keys of the object in a file, files that stand together in a folder, and states that an
-optimizer keeps in a form of its own. Where there is none, nothing is said. A layout that reads one framework's files
-says so itself, in `Located.framework`.
+There are three kinds of traces: keys of the object in a file, files that lie together in a folder, and states that an
+optimizer keeps in a form of its own. Where there is none, no framework is named. A layout that reads one framework's
+files names it itself, in `Located.framework`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _of_states(tensors: Iterable[LogicalTensor]) -> Iterator[str]:
 
 
 def _of_folders(listing: Listing) -> Iterator[str]:
-    """By the files of each folder; those of a folder in it have its name in front of theirs."""
+    """By the files of each folder. A name that a folder has goes in front of those of the folders inside it."""
     if not listing.is_directory:
         return
     folders: dict[str, dict[str, ListedFile]] = defaultdict(dict)

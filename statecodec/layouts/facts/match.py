@@ -1,4 +1,4 @@
-"""Which weight does an optimizer's parameter number i belong to? Only shapes tell, so the answer may be: unknown.
+"""Finds the weight that an optimizer's parameter number i belongs to, by shapes; the answer may be "unknown".
 
 An optimizer's groups list parameters in the model's order, but each group takes only some of them (decay and no-decay
 groups, frozen layers). A match is accepted only when there is exactly one way to deal the weights out to the groups.
@@ -94,7 +94,7 @@ def _numbers(name: str) -> list[int]:
 
 
 def _layer_by_layer(places: list[tuple[int, int, str]]) -> bool:
-    """Whether layer follows layer, all of one length, in each group; `places` are (group, position, name)."""
+    """Whether each group holds layer after layer, all of one length; `places` are (group, position, name)."""
     starts: dict[tuple[int, str], dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for group, position, name in sorted(places):
         stack, _, kind = re.sub(r"\d+", "#", name).partition("#")

@@ -1,4 +1,4 @@
-"""Names the parameters of optimizers: as the file says, or by matching shapes with the weights that may be meant."""
+"""Names the parameters of optimizers: by names in the file, or by matching shapes with the weights in question."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STRANGERS: Final = 4  # parameters that fit, at least, for each one that does n
 
 @dataclass
 class Candidate:
-    """The weights that an optimizer may be about; ties counted once."""
+    """The weights that an optimizer may be for; tied ones counted once."""
 
     weights: list[ModelTensor]
     ordered: bool
@@ -34,7 +34,7 @@ class Candidate:
 
     @cached_property
     def orders(self) -> list[Candidate]:
-        """The same weights in each order that the model may have; nothing where none is known."""
+        """The same weights in each order that the model may have; none where no order is known."""
         names = self.names()
         if self.ordered and names != sorted(names):
             return [self]
@@ -44,9 +44,11 @@ class Candidate:
         return [Candidate([self.weights[i] for i in order], True, True) for order in orders]
 
     def names(self) -> list[str]:
+        """Their names."""
         return [w.name for w in self.weights]
 
     def shapes(self) -> list[Shape]:
+        """Their shapes."""
         return [w.node.shape for w in self.weights]
 
 
@@ -89,7 +91,7 @@ def _given_names(optimizer: Optimizer) -> Dealt | None:
 
 
 def _agreed(answers: Iterable[Dealt | None]) -> Dealt | None:
-    """The names that all answers give, if there are any (a model and its EMA agree; two orders agree in part)."""
+    """The names that all answers agree on: a model and its EMA agree; two orders agree in part."""
     named = [a for a in answers if a is not None]
     if not named:
         return None
@@ -124,12 +126,12 @@ def _match_order(
 
 
 def _biases_come_first(names: list[str]) -> bool:
-    """Whether these are sorted by name: modules have their weight before their bias."""
+    """Whether the names are sorted alphabetically: in a model, modules have their weight before their bias."""
     return any(a.rpartition(".")[0] + ".weight" == b and a.endswith(".bias") for a, b in pairwise(names))
 
 
 def _without_strangers(candidate: Candidate, groups: list[list[Shape | None]]) -> Dealt | None:
-    """The same without the few parameters that have no state, or a shape that no weight has: they stay anonymous."""
+    """The same without the few parameters that have no state, or a shape that no weight has: they get no names."""
     shapes = set(candidate.shapes())
     fitting = [[i for i, shape in enumerate(group) if shape in shapes] for group in groups]
     count, total = sum(map(len, fitting)), sum(map(len, groups))

@@ -51,7 +51,7 @@ class _Modules:
 
 
 class Architecture:
-    """A base model, whose parameters may all begin with the same words, and the heads that may stand beside it."""
+    """A base model, whose parameters may all begin with the same words, and the heads that may be added to it."""
 
     def __init__(self, body: str, heads: str = "") -> None:
         """Modules in order, separated by spaces; `x.(a b)` is short for `x.a x.b`."""

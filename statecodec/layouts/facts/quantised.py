@@ -1,4 +1,4 @@
-"""States that other 8- and 4-bit optimizers keep quantised, as they stand in torch files.
+"""States that other 8- and 4-bit optimizers keep quantised, in the form in which torch files have them.
 
 bitsandbytes (`state1` and `state2` with `absmax` and `qmap`, in newer versions one level deeper), torchao (subclasses
 of Tensor) and FlashOptim (`exp_avg::quantized` with `exp_avg::scales`). statecodec/verbs/quantised.py decodes them.

@@ -1,4 +1,4 @@
-"""Which weights an optimizer's states may be about: those of its file, of its folder, and of the folders around."""
+"""The weights that an optimizer's states may belong to: those of its file, its folder, and the folders around it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Scopes:
     """What each of the files holds."""
 
     def candidates(self, file: FileRoles) -> list[list[Candidate]]:
-        """The models that a file's optimizers may be about, nearest first."""
+        """The models that a file's optimizers may be for, nearest first."""
         beside = self._folders[file.folder]
         elsewhere = [c for folder in self._folders.values() if folder is not beside for c in folder]
         return [self._models[file.path], beside, elsewhere if len(elsewhere) <= _MAX_ELSEWHERE else []]
@@ -75,7 +75,7 @@ class Scopes:
     def _around(self) -> dict[str, dict[str, WeightNode]]:
         """For each folder the weights anywhere in it, whose names only one file has.
 
-        Weights beside an optimizer are that one's: they are nobody else's.
+        Weights beside an optimizer belong to that optimizer, so they are left out.
         """
         pairs = zip(self.files, self.surveys, strict=True)
         trained = {file.folder for file, surveyed in pairs if surveyed.optimizers}
@@ -105,7 +105,7 @@ def _unique(several: Iterable[dict[str, WeightNode]]) -> dict[str, WeightNode]:
 
 
 def _by_name(file: FileRoles, weights: Iterable[ModelTensor]) -> dict[str, WeightNode]:
-    """A file's weights, no copies of them; of several models the first."""
+    """A file's weights by name, without running averages; of several models the first."""
     by_name: dict[str, WeightNode] = {}
     for weight in weights:
         if file.roles[weight.node.index] == "weight":

@@ -45,9 +45,9 @@ Key = int | str
 
 @dataclass
 class Group:
-    """One param_group: its parameters' ids in order, the names that the file gives for them, and its settings.
+    """One param_group: its parameters' ids in order, their names where the file gives them, and its settings.
 
-    Both are None where an entry is something else: it takes nothing from the others.
+    Ids and names are None where an entry is something else: nothing is guessed then.
     """
 
     node: DictNode
@@ -73,7 +73,7 @@ class Optimizer:
         return [[_param_shape(self.state(i)) for i in group.ids] for group in self.groups]
 
     def of_no_group(self) -> dict[Key, DictNode]:
-        """The states that no group refers to."""
+        """The states of parameters that no group has."""
         referred = {key for group in self.groups for key in group.ids}
         return {key: state for key, state in self.states.items() if key not in referred}
 
@@ -105,7 +105,7 @@ class Survey:
 
 
 def parameter_name(name: str) -> str:
-    """The name that the bare model gives a parameter: without what compile, DDP, FSDP or pickling wrap around it."""
+    """The name that the bare model gives a parameter, without what compile, DDP, FSDP or pickling add."""
     return bare_name(_PICKLED.sub("", shown(name)))
 
 
@@ -161,7 +161,7 @@ def _is_state_dict(node: Any) -> bool:
 
 
 def _companions(state_dict: DictNode) -> Iterator[int]:
-    """Indices of the tensors that only serve another of the same module: copies of it in fp8, scales of fp8 weights."""
+    """Indices of the tensors that only serve another one of their module: fp8 copies of it, scales of fp8 weights."""
     wide = set()
     narrow = set()
     for key, tensor in state_dict.strings().items():

@@ -1,4 +1,4 @@
-"""What one step of an optimizer moves a parameter by: its moments, its weight and the settings of its group."""
+"""What one step of an optimizer moves a parameter by: moments, weight and the settings of its group."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def adam_nodes(
     file: FileRoles, state: dict[str, Any], group: dict[str, Any], name: str | None,
     weight: WeightNode | None,
 ) -> AdamNodes | None:  # fmt: skip
+    """The moments of one parameter's Adam state; None if it has not both, or the settings are not Adam's."""
     m, v = state.get("exp_avg"), state.get("exp_avg_sq")
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
         return None
@@ -39,7 +40,10 @@ def adam_nodes(
 def momentum_nodes(
     file: FileRoles, state: dict[str, Any], group: dict[str, Any], weight: WeightNode | None
 ) -> MomentumNodes | None:
-    """SGD's and Muon's `momentum_buffer`, Lion's `exp_avg`: all of the state, so that a step follows from it alone."""
+    """SGD's and Muon's `momentum_buffer`, or Lion's `exp_avg`, where it is the whole state.
+
+    A step then follows from it alone.
+    """
     keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
     if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
         return None

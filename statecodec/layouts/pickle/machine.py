@@ -1,4 +1,4 @@
-"""The stack machine that pickle opcodes (opcodes.py) work on: bounded, and blind to what the stream claims."""
+"""The stack machine that pickle opcodes (opcodes.py) work on. It is bounded, and trusts nothing the stream claims."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class Machine:
         return frozenset((node.module, node.name) if type(node) is Global else key for key, node in named)
 
     def cut_off(self, why: str) -> MalformedCheckpoint:
-        """The error for a stream that needs bytes beyond its end."""
+        """The error for a stream that ends before its STOP."""
         self.pos = len(self.data)
         return MalformedCheckpoint(why)
 
     def take(self, n: int) -> bytes:
+        """The next `n` bytes. Raises MalformedCheckpoint at the end of the stream."""
         start, end = self.pos, self.pos + n
         if end > len(self.data):
             raise self.cut_off(f"claims {n} bytes where {len(self.data) - start} are left")
@@ -51,6 +52,7 @@ class Machine:
         return self.data[start:end]
 
     def line(self) -> bytes:
+        """The bytes up to the next newline."""
         end = self.data.find(b"\n", self.pos)
         if end < 0:
             raise self.cut_off("holds a line without an end")
@@ -59,21 +61,25 @@ class Machine:
         return found
 
     def push(self, node: Any) -> None:
+        """Push a node, counted against the limit."""
         self.made += 1
         self.stack.append(node)
 
     def since_mark(self) -> list[Any]:
+        """Pop everything above the topmost mark, and the mark."""
         start = self.marks.pop()
         found = self.stack[start:]
         del self.stack[start:]
         return found
 
     def remember(self, index: int) -> None:
+        """Store the top of the stack in the memo."""
         self.memo[index] = self.stack[-1]
         if len(self.memo) > self.limit:
             raise MalformedCheckpoint(f"remembers more than {self.limit} objects")
 
     def named(self, module: Any, name: Any) -> Any:
+        """The node of a global, with the spelling of Python 3."""
         if type(module) is not str or type(name) is not str:
             raise MalformedCheckpoint("names a global by something that is no string")
         found = self.globals.get((module, name))

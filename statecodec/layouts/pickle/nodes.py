@@ -1,7 +1,7 @@
 """The node types that reading a pickle yields: descriptions of objects, never the objects.
 
-None, bool, int, float, complex, str, bytes, bytearray, tuple and list stand for themselves (they are plain values that
-hold nodes or nothing), and a DType for torch's. Dicts and sets keep their items in lists: building real ones would hash
+None, bool, int, float, complex, str, bytes, bytearray, tuple and list are used as they are (plain values that hold
+nodes or nothing), and a DType for torch's. Dicts and sets keep their items in lists: building real ones would hash
 hostile keys.
 """
 
@@ -14,7 +14,7 @@ from statecodec.dtypes import DType
 
 
 class Global:
-    """A class or function that the pickle names, and that nobody imports."""
+    """A class or function that the pickle names. It is never imported."""
 
     __slots__ = ("module", "name")
 
@@ -32,7 +32,7 @@ class SizeNode(tuple[int, ...]):
 
 
 class DeviceNode:
-    """A torch.device, by what its constructor is given."""
+    """A torch.device, by the arguments of its constructor."""
 
     __slots__ = ("args",)
 

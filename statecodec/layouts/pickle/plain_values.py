@@ -1,7 +1,7 @@
-"""Opaque nodes that can be turned into real values exactly and without running anything of the file's choosing.
+"""Turns opaque nodes into real values, where that is exact and runs nothing that the file chooses.
 
-numpy arrays and scalars of plain numbers (RNG states hold them), sparse and meta tensors, range and slice. Whatever is
-not of the exact shape expected here stays opaque.
+These are numpy arrays and scalars of plain numbers (RNG states hold them), sparse and meta tensors, range and slice.
+What is not of the exact shape expected here stays opaque.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def read_pickle(data: bytes, name: str = "data.pkl") -> Any:
 
 
 def run(machine: Machine, name: str) -> Any:
-    """Read one stream, from where the machine stands to its STOP. Raises MalformedCheckpoint, as `read_pickle` does."""
+    """Read one stream, from the machine's position to its STOP. Raises MalformedCheckpoint, as `read_pickle` does."""
     try:
         return _run(machine)
     except MalformedCheckpoint as error:

@@ -1,4 +1,4 @@
-"""What reading a stream found already, for whoever asks next what it would import: reading a long one takes a while."""
+"""Remembers which globals a stream named, so that a long one is not read twice to find out what it would import."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _seen: OrderedDict[bytes, Seen] = OrderedDict()
 
 
 def remember(machine: Machine) -> None:
-    """A machine has read its stream, from the first byte to a STOP."""
+    """Remember what a machine found that has read its whole stream."""
     if len(machine.data) <= _SHORT or len(machine.globals) > _MOST_NAMES:
         return
     names = machine.names
@@ -31,7 +31,7 @@ def remember(machine: Machine) -> None:
 
 
 def seen(data: bytes) -> Seen | None:
-    """What reading these very bytes found; None if they are not known."""
+    """What reading these very bytes found; None if they were not read yet."""
     return _seen.get(_key(data)) if len(data) > _SHORT else None
 
 

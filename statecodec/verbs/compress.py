@@ -331,7 +331,7 @@ class Compression:
         figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
         if unit is not None:
             figures["step_error"] = rms / unit
-            if item.role == "weight":
+            if item.role in ("weight", "master"):  # those that a step trains
                 self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
         return figures
 

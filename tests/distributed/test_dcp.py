@@ -38,6 +38,19 @@ def test_encoded_states_are_kept_bit_for_bit_whatever_the_preset(tmp_path: Path)
     assert same(load(tmp_path / "ckpt", state(1, "statecodec"))["optim"], value["optim"])
 
 
+def test_averages_are_stored_beside_their_weights_and_load_without_them(tmp_path: Path) -> None:
+    value = state()
+    value["ema"] = {k: w + 1e-3 * torch.randn_like(w) for k, w in value["model"].items()}
+    save(value, tmp_path / "ckpt", preset="small")
+    (file,) = rank_files(tmp_path / "ckpt")
+    assert {t.codec.partition("(")[0] for t in statecodec.inspect(file).tensors if t.role == "ema"} == {
+        "following", "raw",
+    }  # fmt: skip
+    like = {"ema": {k: torch.zeros_like(w) for k, w in value["ema"].items()}}
+    found = load(tmp_path / "ckpt", like)["ema"]["0.weight"]
+    assert 0 < float((found - value["ema"]["0.weight"]).square().mean().sqrt()) < 1e-4, "a tenth of lr"
+
+
 def test_every_file_is_a_compressed_checkpoint(tmp_path: Path) -> None:
     save(state(), tmp_path / "ckpt")
     (file,) = rank_files(tmp_path / "ckpt")

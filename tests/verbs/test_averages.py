@@ -15,6 +15,7 @@ import statecodec
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.averages import followed
 from statecodec.codecs import chunking
+from statecodec.format import Reader
 
 LR, PRESET = 1e-3, {"resume": 0.01, "small": 0.1}
 
@@ -70,9 +71,12 @@ def test_averages_take_fewer_bytes_and_come_back_as_near_as_their_weights(
     preset: str, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """... in whatever order, in several chunks, from a file and in memory, whole and one by one."""
-    monkeypatch.setattr(chunking, "CHUNK_ELEMENTS", 5000)
+    for function in (chunking.iterate, chunking.chunks):
+        monkeypatch.setattr(function, "__defaults__", (5000,))
     path = saved(content, tmp_path / "x.pt")
     report = statecodec.compress(path, preset=preset, verify=True)
+    with Reader(report.path) as reader:
+        assert all(len(item.chunks) > 1 for item in reader.items if item.encoding.codec.name == "following")
     assert sorted(kinds(report).values()) == ["following"] * 6 + ["uniform"] * 3
     after = {t.name: t.bytes_after for t in report.tensors}
     found = back(report, tmp_path / "back.pt")

@@ -59,6 +59,9 @@ def test_weights_are_stored_once_and_come_back_bit_for_bit(
         assert codec == "ulps"
         assert after < share * before
     masters = {t.codec.partition("(")[0] for t in report.tensors if t.role == "master"}
+    if preset != "lossless":
+        assert report.total is not None
+        assert report.total["weight_step_error"] == pytest.approx(report.asked["weight_step_error"], rel=0.02)
     assert masters == ({"raw"} if preset == "lossless" else {"uniform"}), "the step that trains them is known"
     statecodec.restore(report.path, tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt")

@@ -215,15 +215,27 @@ _TO = Option(
     example=["foam(level=2)"], needed=True,
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """A layout that `convert` writes: what it is, and the ending of its file's or folder's name."""
+
+    summary: str
+    suffix: str
+
+
 LAYOUTS = {
-    "torch": "one file of torch.save, with everything in it",
-    "safetensors": "a safetensors file of all tensors, and beside it a JSON file of all other values",
-    "dcp": "a folder of torch.distributed.checkpoint",
-    "zero-fp32": "one file of torch.save with the fp32 parameters of a DeepSpeed ZeRO directory",
+    "torch": LayoutChoice("one file of torch.save, with everything in it", ".pt"),
+    "safetensors": LayoutChoice(
+        "a safetensors file of all tensors, and beside it a JSON file of all other values", ".safetensors"
+    ),
+    "dcp": LayoutChoice("a folder of torch.distributed.checkpoint", ".dcp"),
+    "zero-fp32": LayoutChoice("one file of torch.save with the fp32 parameters of a DeepSpeed ZeRO directory", ".pt"),
 }
 _LAYOUT = Option(
-    "layout", "choice", "The files of another framework, with the same values.", None, LAYOUTS, needed=True
-)
+    "layout", "choice", "The files of another framework, with the same values.", None,
+    {name: layout.summary for name, layout in LAYOUTS.items()}, needed=True,
+)  # fmt: skip
 
 OPERATIONS: dict[str, Operation] = {
     item.name: item

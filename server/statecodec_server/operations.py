@@ -18,11 +18,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from statecodec.operations import OPERATIONS, Operation
+from statecodec.operations import LAYOUTS, OPERATIONS, Operation
+from statecodec.suffixes import SUFFIX, stem
 
 from .names import clean_name
-
-SUFFIX = ".sc.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,6 @@ class OperationCall:
     options: Mapping[str, Any]
     threads: int
     progress: Callable[[int, int, str], None]
-
-
-def stem(name: str) -> str:
-    """A checkpoint's name without the endings this tool and torch give it."""
-    for suffix in (SUFFIX, ".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar"):
-        if name.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
 
 
 def _compressed(path: Path) -> Path:
@@ -80,15 +71,15 @@ def _verify(library: Any, call: OperationCall) -> Any:
     return library.verify(_compressed(call.source), call.other, **_keywords(library.verify, call))
 
 
-def _ending(options: Mapping[str, Any]) -> str:
-    """Of the name of what `convert` makes."""
+def _converted_suffix(options: Mapping[str, Any]) -> str:
+    """The ending of what `convert` makes: of another layout, a compressed file by rules, or an optimizer's state."""
     if "layout" in options:
-        return {"safetensors": ".safetensors", "dcp": ".dcp"}.get(options["layout"], ".pt")
+        return LAYOUTS[options["layout"]].suffix
     return SUFFIX if "=" in options["to"][0].split("(")[0] else ".pt"
 
 
 def _convert(library: Any, call: OperationCall) -> Any:
-    target = call.output / f"{stem(call.name)}{_ending(call.options)}"
+    target = call.output / f"{stem(call.name)}{_converted_suffix(call.options)}"
     return library.convert(_compressed(call.source), target, **_keywords(library.convert, call))
 
 

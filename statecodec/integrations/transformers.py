@@ -22,7 +22,8 @@ from typing import Any
 
 from statecodec.integrations import not_installed
 from statecodec.integrations.replacing import Replacing, checked
-from statecodec.verbs.paths import SUFFIX, compressed_path
+from statecodec.suffixes import SUFFIX
+from statecodec.verbs.paths import compressed_path
 from statecodec.verbs.restore import restore
 
 try:

@@ -159,9 +159,11 @@ def compress(
 
 def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) -> Path:
     """The path that a compression of `source` is written to. Raises UsageError, OutputExists."""
-    if dst is not None and Path(dst).is_file() and Path(dst).samefile(source.path):
-        raise UsageError(f"{dst} is the source itself; compress it to another name")
-    return output_file(dst, compressed_path(source.path), force=force)
+    default = compressed_path(source.path)
+    target = default if dst is None else Path(dst)
+    if target.is_file() and target.samefile(source.path):
+        raise UsageError(f"{target} is the source itself; compress it to another name")
+    return output_file(dst, default, force=force)
 
 
 def _price(report: Report, settings: CompressSettings) -> Iterator[str]:

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from statecodec.errors import UsageError
+from statecodec.suffixes import SUFFIX, stem
 
-SUFFIX = ".sc.safetensors"
 INDEX_SUFFIX = ".index.json"
 
 _UNITS = {
@@ -22,7 +22,6 @@ _UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
-_SUFFIXES = (".pth.tar", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 def named(source: Path) -> Path:
@@ -39,11 +38,7 @@ def compressed_path(source: Path) -> Path:
     name = source.name
     if not name:
         raise UsageError(f"{source} has no name to derive the output's from; say where to write (-o)")
-    for suffix in _SUFFIXES:
-        if name.lower().endswith(suffix) and len(name) > len(suffix) and source.is_file():
-            name = name[: -len(suffix)]
-            break
-    return source.with_name(name + SUFFIX)
+    return source.with_name((stem(name) if source.is_file() else name) + SUFFIX)
 
 
 def restored_path(compressed: Path, original_name: str | None) -> Path:

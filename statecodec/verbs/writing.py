@@ -24,12 +24,10 @@ from statecodec.format.placement import plain_items
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.parallel import Workers, default_threads, ordered_map
 from statecodec.progress import Meter, Progress
+from statecodec.suffixes import TORCH_SUFFIXES
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Outcome:
         written = self.written
         shown = output.target.with_name(written.path.name) if len(written.files) > 1 else output.target
         notes = (*self.checked.notes, *written.notes)
-        if output.target.suffix.lower() in _TORCH_SUFFIXES:
+        if output.target.name.lower().endswith(TORCH_SUFFIXES):
             notes += (f"{output.target.name} is a compressed file whatever its name: `restore` gives a torch file",)
         return replace(self.checked, path=str(shown), files=tuple(str(f) for f in written.files), notes=notes)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import statecodec
 from statecodec.errors import UsageError
@@ -19,6 +21,13 @@ def test_a_directory_by_a_path_without_its_name(tmp_path: Path, monkeypatch: pyt
     report = statecodec.compress(written)
     assert Path(report.path).resolve() == tmp_path / "run.sc.safetensors"
     assert report.source["name"] == "run"
+
+
+def test_a_source_that_is_called_as_a_compressed_file_is_not_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "ckpt.sc.safetensors"
+    save_file({"w": torch.ones(3)}, source)
+    with pytest.raises(UsageError, match="the source itself"):
+        statecodec.compress(source, force=True)
 
 
 def test_the_root_has_no_name() -> None:

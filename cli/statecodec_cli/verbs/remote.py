@@ -15,10 +15,10 @@ import typer
 
 from statecodec.errors import OutputExists, UsageError
 from statecodec.operations import OPERATIONS, Operation, Option
+from statecodec.suffixes import SUFFIX, stem
 from statecodec_cli import console, options, standard
 from statecodec_cli.progress import Callback, reporting
 
-SUFFIX = ".sc.safetensors"
 _TYPES: dict[str, Any] = {"flag": bool | None, "number": float | None, "text": str | None, "texts": list[str] | None}
 
 
@@ -161,7 +161,7 @@ def _target(row: Operation, src: Path, output: str | None, *, force: bool) -> Pa
         raise UsageError("remote writes files: -o takes the name of one, or of a folder")
     if str(src) == standard.DASH and output is None:
         raise UsageError("what comes from standard input has no name to derive the output's from: give -o")
-    name = (src.stem if src.is_file() else src.name) + SUFFIX
+    name = (stem(src.name) if src.is_file() else src.name) + SUFFIX
     if row.name == "restore":
         name = src.name[: -len(SUFFIX)] if src.name.endswith(SUFFIX) else f"{src.name}.restored"
     if output is None:

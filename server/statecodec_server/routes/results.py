@@ -11,9 +11,10 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import JSONResponse
 
+from statecodec.suffixes import stem
+
 from .. import schemas
 from ..context import Context, Downloader, Here, Who
-from ..operations import stem
 from ..problems import HTTPProblem, not_found
 from ..ranges import serve
 from ..schemas import Identity, moment

@@ -29,8 +29,8 @@ from statecodec import optim, staging
 from statecodec.codecs import chunking
 from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.files import LocalFile
+from tests.distributed.fsdp2 import everything
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_fsdp2 import everything
 
 WORLD = range(1, 5)
 FORMS: dict[str, dict[str, Any]] = {"lossless": {"preset": "lossless"}, "resume": {}, "flat": {}}

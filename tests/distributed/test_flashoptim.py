@@ -23,8 +23,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 import statecodec
 from statecodec import optim
 from statecodec.optim.sharding import joined, whole
+from tests.distributed.fsdp2 import train
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_fsdp2 import train
 from tests.optim.published import flash
 
 pytest.importorskip("flashoptim", reason="the published package is not installed")

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,68 +14,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from statecodec import optim
-from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.errors import OptimizerError
 from statecodec.optim.sharding import whole
+from tests.distributed.fsdp2 import OPTIMIZERS, everything, net, sharded, train
 from tests.distributed.ranks import Ranks
-from tests.optim.helpers import bits
-
-OPTIMIZERS: dict[str, Any] = {
-    "adamw": lambda p: optim.AdamW(p, lr=1e-2, dense_below=64),
-    "adamw, dense": lambda p: optim.AdamW(p, lr=1e-2, moments="dense"),
-    "adam": lambda p: optim.Adam(p, lr=1e-2, dense_below=64, weight_decay=0.1),
-    "lion": lambda p: optim.Lion(p, lr=1e-3, dense_below=64),
-    "sgd": lambda p: optim.SGD(p, lr=1e-2, momentum=0.9, dense_below=64),
-    "sgdw": lambda p: optim.SGDW(p, lr=1e-2, momentum=0.9, dense_below=64, weight_decay=0.1),
-    "foam": lambda p: optim.FOAM(p, lr=1e-2, dense_below=64, moments="companded8"),
-    "slimadam": lambda p: optim.SlimAdam(p, lr=1e-2, dense_below=64, rules={"0.weight": [0], "2.weight": [1]}),
-    "lorapre": lambda p: optim.LoRAPre(p, lr=1e-2, dense_below=64, rank=2),
-    "muon": lambda p: optim.Muon(p, lr=1e-2, dense_below=64),
-}
-
-
-def net(dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(70, 41), nn.Tanh(), nn.Linear(41, 3), nn.Tanh(), nn.Linear(3, 1)).to(dtype)
-
-
-def sharded(dtype: torch.dtype = torch.bfloat16, **options: Any) -> nn.Sequential:
-    """41, 3 and 1 rows: uneven, and fewer than some worlds have ranks."""
-    model = net(dtype)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model:
-        fully_shard(layer, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
-
-
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, clip: float | None = None) -> list[float]:
-    """The losses. All ranks see the same batches, so that their gradients do not depend on how many they are."""
-    losses = []
-    for step in steps:
-        x = torch.randn(16, 70, generator=torch.Generator().manual_seed(step))
-        loss = model(x.to(next(model.parameters()).dtype)).float().square().mean()
-        loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
-def everything(model: nn.Module, optimizer: optim.StateOptimizer) -> Any:
-    """Weights and stored states, whole, by name."""
-    found: dict[str, Any] = {}
-    for name, p in model.named_parameters():
-        states = {k: v for k, v in optimizer.state[p].items() if k != "skipped"}
-        parts = {k: {n: whole(t) for n, t in v.parts.items()} if hasattr(v, "parts") else v for k, v in states.items()}
-        found[name] = {"weight": whole(p.detach()).clone(), **parts}
-    return bits(found)
 
 
 def trains_as_one_process(names: list[str]) -> None:
@@ -102,7 +44,7 @@ def policies() -> None:
         {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
     ):
         model = sharded(torch.float32, **options)
-        optimizer = OPTIMIZERS["adamw"](model.named_parameters())
+        optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
         losses = train(model, optimizer, range(6))
         assert losses[-1] < losses[0]
         assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -111,7 +53,7 @@ def policies() -> None:
 def released() -> None:
     """Stepped in the backward pass: the same bits as stepped after it."""
     models = [sharded(), sharded()]
-    optimizers = [OPTIMIZERS["slimadam"](model.named_parameters()) for model in models]
+    optimizers = [OPTIMIZERS["SlimAdam"](model.named_parameters()) for model in models]
     with optim.enable_gradient_release(models[1], optimizers[1]):
         for model, optimizer in zip(models, optimizers, strict=True):
             train(model, optimizer, range(3))
@@ -122,7 +64,7 @@ def released() -> None:
 def masters() -> None:
     """fp32 weights out of a bf16 model and back in, sharded and whole."""
     model = sharded()
-    optimizer = OPTIMIZERS["adamw"](model.named_parameters())
+    optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
     train(model, optimizer, range(3))
     exact = optim.fp32_state_dict(model, optimizer)
     before = everything(model, optimizer)
@@ -189,7 +131,7 @@ def flattened() -> None:
     into = StateDictOptions(flatten_optimizer_state_dict=True)
     for steps in (0, 3):
         model = sharded()
-        optimizer = OPTIMIZERS["adamw"](model.named_parameters())
+        optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
         train(model, optimizer, range(steps))
         saved = get_optimizer_state_dict(model, optimizer, options=options)
         options_of_groups = {k.rpartition(".")[2] for k in saved if k.startswith("param_groups.")}
@@ -198,7 +140,7 @@ def flattened() -> None:
         assert all(isinstance(v, torch.Tensor) and not isinstance(v, DTensor) for v in values)
         again = sharded()
         set_model_state_dict(again, get_model_state_dict(model))
-        fresh = OPTIMIZERS["adamw"](again.named_parameters())
+        fresh = OPTIMIZERS["AdamW"](again.named_parameters())
         set_optimizer_state_dict(again, fresh, saved, options=into)
         assert everything(again, fresh) == everything(model, optimizer)
 
@@ -214,7 +156,7 @@ def from_torch() -> None:
     for a, b in zip(model.parameters(), ours.parameters(), strict=True):
         for k in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(whole(theirs.state[a][k]), whole(dense.state[b][k].parts["data"]))
-    encoded = OPTIMIZERS["adamw"](ours.named_parameters())
+    encoded = OPTIMIZERS["AdamW"](ours.named_parameters())
     encoded.load_state_dict(dense.state_dict())
     p = next(iter(ours.parameters()))
     assert encoded.state[p]["exp_avg"].parts["codes"].placements == p.placements
@@ -239,7 +181,7 @@ def different_states() -> None:
 def limits() -> None:
     """What torch itself refuses, as docs/distributed.md says."""
     model = sharded()
-    optimizer = OPTIMIZERS["adamw"](model.named_parameters())
+    optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
     state = get_optimizer_state_dict(model, optimizer)["state"]  # before the first step
     assert {int(s["step"]) for s in state.values()} == {1}
     flat = StateDictOptions(flatten_optimizer_state_dict=True, full_state_dict=True)
@@ -254,65 +196,3 @@ def limits() -> None:
 @pytest.mark.parametrize("check", [different_states, limits], ids=lambda f: f.__name__)
 def test_what_torch_cannot_do_is_no_silent_loss(ranks: Ranks, check: Any) -> None:
     ranks.run(2, check)
-
-
-def made(name: str) -> tuple[nn.Module, optim.StateOptimizer]:
-    model = sharded()
-    return model, OPTIMIZERS[name](model.named_parameters())
-
-
-def state_of(model: nn.Module, optimizer: optim.StateOptimizer) -> dict[str, Any]:
-    return {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, optimizer)}
-
-
-def save(folder: str, names: list[str]) -> dict[str, Any]:
-    """One checkpoint of all optimizers, in torch's files and in ours."""
-    trained = {name: made(name) for name in names}
-    for pair in trained.values():
-        train(*pair, range(3))
-    state = {name: state_of(*pair) for name, pair in trained.items()}
-    n = dist.get_world_size()
-    dcp.save(state, checkpoint_id=f"{folder}/{n}-dcp")
-    dcp.save(state, storage_writer=StatecodecWriter(f"{folder}/{n}-own", preset="lossless", threads=1))
-    return {name: everything(*pair) for name, pair in trained.items()}
-
-
-def load(folder: str, saved_by: int, names: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for kind in ("dcp", "own"):
-        path = f"{folder}/{saved_by}-{kind}"
-        empty = {name: made(name) for name in names}
-        state = {name: state_of(*pair) for name, pair in empty.items()}
-        reader = StatecodecReader(path) if kind == "own" else None
-        dcp.load(state, checkpoint_id=None if reader else path, storage_reader=reader)
-        for name, (model, optimizer) in empty.items():
-            set_model_state_dict(model, state[name]["model"])
-            set_optimizer_state_dict(model, optimizer, state[name]["optim"])
-            assert optimizer.load_report.exact, optimizer.load_report
-            found[name, kind] = everything(model, optimizer)
-            if kind == "own":
-                train(model, optimizer, range(3, 4))
-    return found
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_saved_by_n_ranks_and_loaded_by_m(ranks: Ranks, tmp_path: Path, n: int) -> None:
-    """torch.distributed.checkpoint keeps encoded states as they are, in its own files and in ours."""
-    names = [*OPTIMIZERS]
-    (expected, *_) = ranks.run(n, save, str(tmp_path), names)
-    for m in (1, 2, 3, 4):
-        for found in ranks.run(m, load, str(tmp_path), n, names):
-            assert all(found[name, kind] == expected[name] for name, kind in found), m
-
-
-def matrix() -> str:
-    """The table of docs/distributed.md: every cell is a case of the test above."""
-    tested = "N, M = 1 to 4: same bits"
-    rows = [f"| `{name}` | {tested} | {tested} |" for name in OPTIMIZERS]
-    head = "| saved by N ranks, loaded by M | torch's DCP files | `StatecodecWriter` |\n| --- | --- | --- |\n"
-    return head + "\n".join(rows) + "\n"
-
-
-def test_the_documented_matrix_is_what_is_tested() -> None:
-    page = Path(__file__).parents[2] / "docs" / "distributed.md"
-    assert matrix() in page.read_text()

@@ -19,11 +19,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.errors import OptimizerError
 from statecodec.optim.sharding import whole
+from tests.distributed.fsdp2 import OPTIMIZERS, everything, state_of
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_fsdp2 import OPTIMIZERS, everything, state_of
 from tests.optim.helpers import relative
 
-WHOLE = ("lorapre", "muon")  # need all of a matrix
+WHOLE = ("LoRAPre", "Muon")  # need all of a matrix
 BATCH = torch.randn(16, 70, generator=torch.Generator().manual_seed(0))
 
 
@@ -82,7 +82,7 @@ def steps(names: list[str]) -> None:
                     stepped(make, name)
                 continue
             cut, found, own, expected = stepped(make, name)
-            if name == "slimadam":  # sums in another order
+            if name == "SlimAdam":  # sums in another order
                 start = net().state_dict()
                 for k, p in own.named_parameters():
                     q = whole(dict(cut.named_parameters())[k].detach())

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from statecodec import optim
 from statecodec.optim.sharding import whole
+from tests.distributed.fsdp2 import OPTIMIZERS, everything, net, sharded, train
 from tests.distributed.ranks import Ranks
-from tests.distributed.test_fsdp2 import OPTIMIZERS, everything, net, sharded, train
 from tests.optim.helpers import bits
 
 
@@ -32,7 +32,7 @@ def compiled() -> None:
     for layer in models[1]:
         layer.compile(backend="aot_eager")
     pairs = [
-        (m, OPTIMIZERS["adamw"](m.named_parameters()))
+        (m, OPTIMIZERS["AdamW"](m.named_parameters()))
         for m in (models[0], torch.compile(models[1], backend="aot_eager"))
     ]
     losses = [train(*pair, range(3)) for pair in pairs]
@@ -42,7 +42,7 @@ def compiled() -> None:
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))
     plain = sharded()
     set_model_state_dict(plain, get_model_state_dict(model))
-    fresh = OPTIMIZERS["adamw"](plain.named_parameters())
+    fresh = OPTIMIZERS["AdamW"](plain.named_parameters())
     set_optimizer_state_dict(plain, fresh, saved)
     assert fresh.load_report.exact
     assert everything(plain, fresh) == everything(*pairs[0])

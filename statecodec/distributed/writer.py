@@ -9,6 +9,7 @@ index, `statecodec.json`. Until that has its name, a checkpoint that was there b
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from dataclasses import replace
 from pathlib import Path
@@ -48,10 +49,18 @@ class StatecodecWriter(StorageWriter):
     """
 
     def __init__(self, path: StrPath | None = None, *, store: Any = None, **settings: Any) -> None:
-        for name, why in (("max_shard_size", "every rank writes one file"), ("base", "a folder stands alone")):
+        refused = {
+            "max_shard_size": "every rank writes one file",
+            "base": "a folder stands alone",
+            "force": "it is set",
+        }
+        for name, why in refused.items():
             if name in settings:
                 raise UsageError(f"StatecodecWriter takes no {name}: {why}")
-        CompressSettings.of(**settings)  # refused now, if at all
+        known, chosen = (inspect.signature(f).parameters for f in (compress, CompressSettings.of))
+        if not settings.keys() <= known.keys():
+            raise UsageError(f"compress takes no {', '.join(sorted(settings.keys() - known.keys()))}")
+        CompressSettings.of(**{name: value for name, value in settings.items() if name in chosen})  # refused now
         self._path, self._store = path, store
         self._settings = settings
 

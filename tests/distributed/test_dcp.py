@@ -17,7 +17,8 @@ from statecodec.codecs import chunking
 from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.folders import Directory
 from statecodec.distributed.reader import StatecodecReader
-from statecodec.errors import FormatError
+from statecodec.distributed.writer import StatecodecWriter
+from statecodec.errors import FormatError, PolicyError, UsageError
 from statecodec.format import Reader
 from tests.contracts.layout import same
 from tests.distributed.one_process import load, rank_files, save, state
@@ -49,6 +50,21 @@ def test_averages_are_stored_beside_their_weights_and_load_without_them(tmp_path
     like = {"ema": {k: torch.zeros_like(w) for k, w in value["ema"].items()}}
     found = load(tmp_path / "ckpt", like)["ema"]["0.weight"]
     assert 0 < float((found - value["ema"]["0.weight"]).square().mean().sqrt()) < 1e-4, "a tenth of lr"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base": "x"}, "takes no base"),
+        ({"force": False}, "takes no force"),
+        ({"colour": 1}, "takes no colour"),
+        ({"preset": "huge"}, "huge"),
+    ],
+)
+def test_settings_are_refused_when_a_writer_is_made(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    StatecodecWriter(tmp_path, preset="small", verify=True, device="cpu", threads=1)
+    with pytest.raises((UsageError, PolicyError), match=message):
+        StatecodecWriter(tmp_path, **settings)
 
 
 def test_every_file_is_a_compressed_checkpoint(tmp_path: Path) -> None:

@@ -84,9 +84,9 @@ def steps(names: list[str]) -> None:
             cut, found, own, expected = stepped(make, name)
             if name == "SlimAdam":  # sums in another order
                 start = net().state_dict()
-                for k, p in own.named_parameters():
-                    q = whole(dict(cut.named_parameters())[k].detach())
-                    assert relative(q.float() - start[k].float(), p.detach().float() - start[k].float()) < 1e-2, k
+                for k in ("0.weight", "2.weight"):
+                    ends = (whole(m.get_parameter(k).detach()).float() - start[k].float() for m in (cut, own))
+                    assert relative(*ends) < 1e-2, k
             else:
                 pair = everything(cut, found), everything(own, expected)
                 assert pair[0]["0.weight"] == pair[1]["0.weight"], (name, make)

@@ -24,7 +24,8 @@ from zipnn import ZipNN
 
 from statecodec import kernels
 from statecodec.buffers import Pool, ThreadScratch
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs import Codec, Raw
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.format.packing import Packing, decode_record, encode_record

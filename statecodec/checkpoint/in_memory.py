@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from zlib_ng import zlib_ng
 
 from statecodec.buffers import ThreadScratch, memory
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, write_exactly

@@ -15,7 +15,8 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from statecodec.buffers import ThreadScratch, memory
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs.chunking import Chunk
 
 if TYPE_CHECKING:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,11 @@ from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.source_files import SourceFiles, SpanCheck
+from statecodec.checkpoint.source_items import SourceItem, source_items
 from statecodec.checkpoint.states import encoded_state, to_json
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
-from statecodec.dtypes import UINT8
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, read_exactly
 from statecodec.layouts import (
@@ -31,10 +30,8 @@ from statecodec.layouts import (
     LogicalTensor,
     Moments,
     Momentum,
-    Region,
     Run,
     Source,
-    StatePart,
     locate,
 )
 from statecodec.layouts.protocol import KeptRead
@@ -44,20 +41,6 @@ from statecodec.names import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True)
-class SourceItem(TensorInfo):
-    """A tensor to store: a region of a source file, or (`region` is None) all of that file that no region covers."""
-
-    file: int = 0
-    region: Region | None = None
-    state: StatePart | None = None
-
-    @property
-    def bytes_only(self) -> bool:
-        """Whether it may only be stored bit for bit: it is no tensor, or several different windows look at it."""
-        return self.region is None or self.region.lossless
 
 
 class SourceCheckpoint(Checkpoint):
@@ -82,7 +65,7 @@ class SourceCheckpoint(Checkpoint):
         self.files = SourceFiles(self.located)
         self.notes = tuple(f"{shown(f.path)}: {f.note}" for f in self.located.files if f.note)
         self.skeletons = [Skeleton(f.nbytes, ((r.offset, r.nbytes) for r in f.regions)) for f in self.located.files]
-        self.items: tuple[SourceItem, ...] = tuple(_items(self.located, self.skeletons))
+        self.items: tuple[SourceItem, ...] = tuple(source_items(self.located, self.skeletons))
         self._check = SpanCheck(self.located, self.files) if crcs else None
 
     @property
@@ -293,47 +276,3 @@ class SourceCheckpoint(Checkpoint):
 
     def close(self) -> None:
         self.files.close()
-
-
-def _items(source: Source, skeletons: Sequence[Skeleton]) -> Iterator[SourceItem]:
-    """What will be stored, in order: of each file its skeleton, then its regions."""
-    taken: dict[str, int] = {}
-    index = 0
-    owners = _owners(source)
-    for number, (file, skeleton) in enumerate(zip(source.files, skeletons, strict=True)):
-        if file.same_as is not None:
-            continue
-        if skeleton.nbytes:
-            role = "skeleton" if file.regions else "file"
-            name = _unique(f"{shown(file.path)}:{role}" if source.is_directory else role, taken)
-            yield SourceItem(name, role, None, (skeleton.nbytes,), UINT8, index, number)
-            index += 1
-        for region, (tensor, piece) in zip(file.regions, owners[file.path], strict=True):
-            name = _unique(tensor.name if len(tensor.pieces) == 1 else f"{tensor.name}@{piece}", taken)
-            shape, dtype, state = region.shape, region.dtype, tensor.state
-            yield SourceItem(name, tensor.role, tensor.param, shape, dtype, index, number, region, state)
-            index += 1
-
-
-def _owners(source: Source) -> dict[str, list[tuple[LogicalTensor, int]]]:
-    """For each file and each of its regions the tensor that the region holds a piece of, and that piece's number."""
-    by_file: dict[str, list[tuple[int, LogicalTensor, int]]] = {file.path: [] for file in source.files}
-    for tensor in source.tensors:
-        for number, piece in enumerate(tensor.pieces):
-            by_file[piece.file].append((piece.region, tensor, number))
-    return {
-        path: [(tensor, number) for _, tensor, number in sorted(pieces, key=itemgetter(0))]
-        for path, pieces in by_file.items()
-    }
-
-
-def _unique(name: str, taken: dict[str, int]) -> str:
-    """A stored name that is still free: tensors may be called anything, and names of parts append `/part`."""
-    base = name.replace("/", "|") or "tensor"
-    base = f"tensor.{base}" if base.startswith("__") else base
-    candidate = base
-    while candidate in taken:
-        taken[base] += 1
-        candidate = f"{base}~{taken[base]}"
-    taken[candidate] = 1
-    return candidate

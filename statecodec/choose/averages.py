@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.samples import sample
 from statecodec.codecs.base import FLOATS

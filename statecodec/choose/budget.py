@@ -22,7 +22,8 @@ import math
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from statecodec import codecs
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, unmatched_notes
 from statecodec.codecs import Codec, Encoding

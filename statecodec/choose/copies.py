@@ -13,7 +13,8 @@ from typing import Final
 
 from statecodec import codecs
 from statecodec.buffers import memory
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.samples import sample
 from statecodec.codecs import Change, Encoding

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.budget import Budget, by_budget
 from statecodec.choose.choices import Choice, by_rules
 from statecodec.choose.presets import PRESETS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs.chunking import Chunk
 from statecodec.lazy import torch
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from statecodec import codecs
 from statecodec.buffers import Pool
 from statecodec.checkpoint.chain import BaseCheckpoint
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.choices import Choices
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.changes import subtract_parts

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from statecodec import kernels
 from statecodec.buffers import ThreadScratch
-from statecodec.checkpoint.source import SourceCheckpoint, SourceItem
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs import Raw
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.kernels.grids import MIN_STEP

@@ -23,7 +23,7 @@ from statecodec.format import ItemSpec, Packing
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.roles import SKELETON_ROLES
-from statecodec.verbs.compress import Compression
+from statecodec.verbs.compression import Compression
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.processors import Cpu

@@ -26,7 +26,8 @@ from statecodec.errors import FormatError, UsageError
 from statecodec.format import Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
-from statecodec.verbs.compress import Compression, open_source, output_of
+from statecodec.verbs.compress import open_source, output_of
+from statecodec.verbs.compression import Compression
 from statecodec.verbs.processors import processor
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.writing import ErrorRules, WriteOptions, appended

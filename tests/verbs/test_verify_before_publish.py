@@ -10,8 +10,7 @@ import torch
 
 import statecodec
 from statecodec.errors import StatecodecError, VerificationFailed
-from statecodec.verbs import compress as compressing
-from statecodec.verbs import recode, writing
+from statecodec.verbs import compression, recode, writing
 
 
 class Unplugged(BaseException):
@@ -53,7 +52,7 @@ def test_a_failed_or_interrupted_check_leaves_what_was_there(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(compressing, "check_against", fail)
+    monkeypatch.setattr(compression, "check_against", fail)
     monkeypatch.setattr(recode, "compare", fail)
     with pytest.raises(type(error)):
         verb(source, target)
@@ -63,13 +62,13 @@ def test_a_failed_or_interrupted_check_leaves_what_was_there(
 
 def test_what_is_written_wrong_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target, before = earlier(tmp_path)
-    encode = compressing.Compression.encode
+    encode = compression.Compression.encode
 
-    def wrong(self: compressing.Compression, *args: object) -> writing.EncodedChunk:
+    def wrong(self: compression.Compression, *args: object) -> writing.EncodedChunk:
         made = encode(self, *args)  # type: ignore[arg-type]
         return writing.EncodedChunk({name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison)
 
-    monkeypatch.setattr(compressing.Compression, "encode", wrong)
+    monkeypatch.setattr(compression.Compression, "encode", wrong)
     with pytest.raises(StatecodecError):
         _compress(source, target)
     assert target.read_bytes() == before

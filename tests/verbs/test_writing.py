@@ -10,7 +10,7 @@ import torch
 import statecodec
 from statecodec.codecs import chunking, parse
 from statecodec.dtypes import FLOAT32
-from statecodec.verbs.compress import Compression
+from statecodec.verbs.compression import Compression
 
 
 def bad(path: Path, *, late: bool) -> tuple[Path, dict[str, torch.Tensor]]:

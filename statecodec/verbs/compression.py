@@ -1,0 +1,222 @@
+"""A source with its choices on its way into a file: its chunks as they are written, and the document about them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from statecodec import codecs, kernels
+from statecodec._version import __version__
+from statecodec.checkpoint import document as documents
+from statecodec.checkpoint import states
+from statecodec.checkpoint.chain import BaseCheckpoint
+from statecodec.checkpoint.digests import FileHashes, FileToHash
+from statecodec.checkpoint.report import Report
+from statecodec.checkpoint.shared_reads import SharedReads
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
+from statecodec.checkpoint.stored import StoredCheckpoint
+from statecodec.choose.budget import finer
+from statecodec.choose.choices import Choices
+from statecodec.codecs import Change, Codec, Encoding
+from statecodec.codecs.base import Companions
+from statecodec.codecs.changes import subtract_parts, subtract_values
+from statecodec.codecs.chunking import Chunk
+from statecodec.format import ItemSpec
+from statecodec.kernels.reference.statistics import Comparison
+from statecodec.verbs.paths import named
+from statecodec.verbs.processors import Processor, compared
+from statecodec.verbs.settings import CompressSettings
+from statecodec.verbs.verify import check_against, check_intact
+from statecodec.verbs.writing import Check, EncodedChunk, ErrorRules, WriteOptions, write
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StepErrors:
+    """Errors over all tensors, in optimizer steps, added up as tensors are encoded."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[float, float]] = {}
+        """Squared error and squared size, by name."""
+
+    def add(self, name: str, error: float, size: float) -> None:
+        """Add the squared error and the squared size of one tensor."""
+        before = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = before[0] + error, before[1] + size
+
+    def figures(self) -> dict[str, float] | None:
+        """Relative errors by name; None if there are none."""
+        errors = {name: math.sqrt(error / size) for name, (error, size) in self.sums.items() if size}
+        return errors or None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A source with its choices: makes the chunks to be written, and the document that describes them."""
+
+    source: SourceCheckpoint
+    choices: Choices
+    base: BaseCheckpoint | None
+    processor: Processor
+    settings: CompressSettings
+    totals: StepErrors = field(default_factory=StepErrors)
+    recoded: dict[int, Codec] = field(default_factory=dict)
+    """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
+    shared: SharedReads | None = None
+    """With whom reads of the source are shared, if with anybody."""
+
+    def write(self, output: WriteOptions, check: Check | None = None) -> Report:
+        """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
+        hashed = self.settings.sha256 or any(file.crcs for file in self.source.located.files)
+        shared = SharedReads(self.source) if self.source.on_disk and hashed else None
+        with self.hashing(self.source.own_files if shared else (), shared) as hashes:
+
+            def document(refusals: Mapping[str, str]) -> dict[str, Any]:
+                digests = hashes()
+                self.source.files.check_unchanged()
+                return self.document(digests, refusals)
+
+            outcome = write(
+                output,
+                [self.item(i) for i in range(len(self.source.items))],
+                replace(self, shared=shared).encode,
+                document,
+                "compressing",
+                fallback=self.instead,
+                check=check,
+                errors=ErrorRules(self.figures, self.finer),
+            )
+        report = outcome.report(output)
+        return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
+
+    @contextlib.contextmanager
+    def hashing(
+        self, files: Sequence[int], shared: SharedReads | None = None
+    ) -> Iterator[Callable[[], dict[int, str]]]:
+        """Hash these files of the source while the block runs; the function waits for their SHA-256."""
+        located = self.source.located.files
+        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs, i) for i in files]
+        hashes = FileHashes(watched, sha256=self.settings.sha256, shared=shared)
+        hashes.start()
+        try:
+            yield lambda: dict(zip(files, hashes.digests(), strict=False))
+        finally:
+            hashes.cancel()
+
+    def item(self, index: int) -> ItemSpec:
+        """What is stored for an item of the source, and how."""
+        item = self.source.items[index]
+        choice = self.choices[item.name]
+        attributes: dict[str, Any] = {"role": item.role}
+        if item.region is not None:
+            attributes["param"] = item.param
+            if item.state is not None:
+                attributes[states.ATTRIBUTE] = states.to_json(item.state)
+        text = item.region is None
+        return ItemSpec(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
+
+    def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
+        """A chunk of an item of the source."""
+        item, codec = self.source.items[index], encoding.codec
+        x = (self.shared.read if self.shared else self.source.chunk)(item, chunk, self.processor.scratch)
+        if encoding.change is None:
+            return self._encoded(item, codec, x, chunk)
+        assert self.base is not None  # `linked` chose the change
+        if encoding.change is Change.VALUES:
+            parts, decoded = subtract_values(codec, x, self.base.values(item, chunk))
+            return EncodedChunk(parts, compared(codec, x, decoded, {}))
+        encoded = self._encoded(item, codec, x, chunk)
+        return replace(encoded, parts=subtract_parts(encoded.parts, self.base.parts(item, codec, chunk)))
+
+    def _encoded(self, item: SourceItem, codec: Codec, x: Tensor, chunk: Chunk) -> EncodedChunk:
+        if isinstance(codec, codecs.Raw):
+            return EncodedChunk({"data": x})
+        companions = self._companions(item, codec, chunk)
+        if codec.repeats:
+            codec.encode_into(x, {}, kernels.host(), companions)
+            return EncodedChunk({})
+        return EncodedChunk(*self.processor.encode(codec, x, companions))
+
+    def instead(self, index: int) -> Codec:
+        """The codec for an item whose chosen codec refused its values."""
+        codec = codecs.Raw() if index in self.recoded else self.choices[self.source.items[index].name].otherwise
+        self.recoded[index] = codec
+        return codec
+
+    def _companions(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Companions:
+        """The companions' values of the same elements: from the source, or as the reader will decode them."""
+        names = self.choices[item.name].companions
+        values = {}
+        for role in codec.needs:
+            other = self.source.items[self.source.tensors[names[role]].index]
+            values[role] = self.source.chunk(other, chunk, self.processor.scratch, role)
+            if codec.needs_decoded:
+                chosen = self.recoded.get(other.index, self.choices[other.name].codec)
+                values[role] = self.processor.decoded(chosen, values[role])
+        return values
+
+    def figures(self, index: int, c: Comparison) -> dict[str, float]:
+        """The error of one tensor: of its values, or, if it is stored as a direction, of the update alone."""
+        item = self.source.items[index]
+        unit, relative = self.choices[item.name].unit, math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
+        if "exp_avg_sq" in self.choices[item.name].companions:
+            scale = (unit or 1.0) ** 2
+            self.totals.add("u_rms", c.sum_sq_diff * scale, c.sum_sq * scale)
+            return {"step_error": relative}
+        rms = math.sqrt(c.sum_sq_diff / max(item.numel, 1))
+        figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
+        if unit is not None:
+            figures["step_error"] = rms / unit
+            if item.role in ("weight", "master"):  # those that a step trains
+                self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
+        return figures
+
+    def finer(self, index: int, codec: Codec, sums: Comparison) -> Codec | None:
+        """The codec to encode an item with again, if its error is above what is promised; None if it is not."""
+        item = self.source.items[index]
+        most = self.choices[item.name].most
+        if most is None:
+            return None
+        codec_again = finer(codec, most, sums, item.numel)
+        if codec_again is not None:
+            self.recoded[index] = codec_again
+        return codec_again
+
+    def document(self, digests: Mapping[int, str], refusals: Mapping[str, str]) -> dict[str, Any]:
+        """The document's JSON. `digests`: file -> SHA-256."""
+        source, located = self.source, self.source.located
+        every = [digests.get(i) for i in range(len(located.files))]
+        kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
+        described = documents.Document(
+            created_by=f"statecodec {__version__}",
+            preset=self.settings.named_preset,
+            rules=tuple(str(rule) for rule in self.settings.policy.rules),
+            source={
+                "name": named(source.path).name,
+                **source.kind,
+                "bytes": source.nbytes,
+                "sha256": None if located.is_directory else every[0],
+            },
+            files=source.stored_files(every),
+            folders=located.folders,
+            notes=(*self.choices.notes, *kept),
+            base=self.base.file if self.base else None,
+            tensors=tuple(source.joined.values()),
+            asked=self.settings.promised.figures,
+        )
+        return documents.to_json(described, source.items)
+
+
+def check_of(source: SourceCheckpoint, output: WriteOptions) -> Check:
+    """A check that reads a finished output back and compares it with its source."""
+
+    def check(stored: StoredCheckpoint) -> Report:
+        check_intact(stored, output.threads, output.progress)
+        return check_against(stored, source, output.threads, output.progress)
+
+    return check

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from zlib_ng import zlib_ng
 
-from statecodec.buffers import ThreadScratch, memory
+from statecodec.buffers import memory
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
-from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.files import FileBytes, write_exactly
 from statecodec.layouts.torch_zip import open_archive
@@ -52,18 +51,13 @@ class MemoryCheckpoint(SourceCheckpoint):
             self._folder.cleanup()
             raise
 
-    def chunk(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = "") -> Tensor:
+    def _read(self, item: SourceItem, start: int, view: memoryview) -> None:
         if item.region is None:
-            return super().chunk(item, chunk, scratch, name)
-        offset, storage = self._storages[bisect_right(self._offsets, item.region.offset) - 1]
-        start = item.region.offset - offset + chunk.start * item.dtype.itemsize
-        shape, dtype = tuple(chunk.shape), item.dtype.torch
-        values = (
-            scratch.take("source", dtype, shape, name) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
-        )
-        flat = values.view(-1).view(torch.uint8)
-        flat.copy_(storage[start : start + flat.numel()])
-        return values
+            super()._read(item, start, view)
+        elif len(view):
+            offset, storage = self._storages[bisect_right(self._offsets, item.region.offset) - 1]
+            first = item.region.offset - offset + start * item.dtype.itemsize
+            torch.frombuffer(view, dtype=torch.uint8).copy_(storage[first : first + len(view)])
 
     def close(self) -> None:
         super().close()

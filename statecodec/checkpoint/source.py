@@ -170,24 +170,44 @@ class SourceCheckpoint(Checkpoint):
         Returns:
             The elements in the chunk's shape, in scratch memory if there is any.
         """
-        if self._check is not None and item.region is not None:
-            self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
-        size = item.dtype.itemsize
         shape, dtype = tuple(chunk.shape), item.dtype.torch
         values = (
             scratch.take("source", dtype, shape, name) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
         )
-        view = memory(values)
+        self._read(item, chunk.start, memory(values))
+        return values
+
+    def sample(self, item: SourceItem, starts: Sequence[int], numel: int, scratch: ThreadScratch) -> Tensor:
+        """Read elements of an item from several places. Thread-safe.
+
+        Args:
+            item: The item, a tensor.
+            starts: The first element of each piece.
+            numel: How many elements a piece has.
+            scratch: The thread's scratch memory, for the result to lie in.
+
+        Returns:
+            The pieces, one a row.
+        """
+        values = scratch.take("source", item.dtype.torch, (len(starts), numel))
+        view, nbytes = memory(values), numel * item.dtype.itemsize
+        for row, start in enumerate(starts):
+            self._read(item, start, view[row * nbytes : (row + 1) * nbytes])
+        return values
+
+    def _read(self, item: SourceItem, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of an item from an element on."""
         with self.files.open(item.file) as fd:
             path = str(self.files.path(item.file))
             if item.region is not None:
-                read_exactly(fd, item.region.offset + chunk.start * size, view, path)
-                return values
+                if self._check is not None:
+                    self._check.range(item.file, item.region.offset, item.region.offset + item.region.nbytes)
+                read_exactly(fd, item.region.offset + start * item.dtype.itemsize, view, path)
+                return
             done = 0
-            for offset, length in self.skeletons[item.file].pieces(chunk.start, chunk.stop):
+            for offset, length in self.skeletons[item.file].pieces(start, start + len(view)):
                 read_exactly(fd, offset, view[done : done + length], path)
                 done += length
-        return values
 
     def stream(self, tensor: TensorInfo) -> Iterator[Tensor]:
         item = self.items[tensor.index]

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from statecodec import kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs import Raw
-from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.codecs.chunking import iterate
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import UpdateSize
 from statecodec.layouts import Moments
 from statecodec.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
 _SMALL = 1 << 12  # of a piece that stands for others
@@ -50,16 +54,22 @@ class StepSize:
 def size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
     """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
     numel, sum_sq, largest = 0, 0.0, 0.0
-    for chunk in _spread(item, pieces) if pieces else iterate(Raw(), item.shape, item.dtype, _PIECE):
-        part = kernels.host().size(source.chunk(item, chunk, _first).reshape(-1).to(torch.float32))
-        numel, sum_sq, largest = numel + chunk.stop - chunk.start, sum_sq + part.sum_sq, max(largest, part.largest)
+    for values in _spread(source, item, pieces) if pieces else _everything(source, item):
+        part = kernels.host().size(values.reshape(-1).to(torch.float32))
+        numel, sum_sq, largest = numel + values.numel(), sum_sq + part.sum_sq, max(largest, part.largest)
     return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
 
 
-def _spread(item: SourceItem, pieces: int) -> Iterator[Chunk]:
-    n = min(_SMALL, item.numel)
-    for start in sorted({(item.numel - n) * i // (pieces - 1) for i in range(pieces)}):
-        yield Chunk(start, start + n, (1, n))
+def _everything(source: SourceCheckpoint, item: SourceItem) -> Iterator[Tensor]:
+    return (source.chunk(item, chunk, _first) for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
+
+
+def _spread(source: SourceCheckpoint, item: SourceItem, pieces: int) -> Iterator[Tensor]:
+    if item.numel <= pieces * _SMALL:
+        yield from _everything(source, item)
+        return
+    starts = [(item.numel - _SMALL) * i // (pieces - 1) for i in range(pieces)]
+    yield source.sample(item, starts, _SMALL, _first)
 
 
 def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:

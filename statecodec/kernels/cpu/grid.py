@@ -73,10 +73,14 @@ def _encode_uniform(
     for start in range(0, x.size, SPAN):
         n = min(SPAN, x.size - start)
         source, target = x[start : start + n], codes[start : start + n]
-        if _top(bits[start : start + n]) >= _INF_BITS:
+        top = _top(bits[start : start + n])
+        if top >= _INF_BITS:
             return sum_sq, sum_sq_diff, largest, True
-        _number(source, bits[start : start + n], target, per_unit, threshold)
-        _values(target, value[:n], width, threshold)
+        if top < threshold:
+            _near(source, target, value[:n], per_unit, width)
+        else:
+            _number(source, bits[start : start + n], target, per_unit, threshold)
+            _values(target, value[:n], width, threshold)
         part, part_diff = sums(source, value[:n])
         sum_sq += part
         sum_sq_diff += part_diff
@@ -97,10 +101,14 @@ def _encode_direction(
         source, target = direction[:n], codes[start : start + n]
         _direction(m[start : start + n], v[start : start + n], source, eps)
         # A NaN or an infinite root shows in v; a NaN or infinite moment in the direction.
-        if _top(v_bits[start : start + n]) >= _INF_BITS or _top(bits[:n]) >= _INF_BITS:
+        top = _top(bits[:n])
+        if _top(v_bits[start : start + n]) >= _INF_BITS or top >= _INF_BITS:
             return sum_sq, sum_sq_diff, largest, True
-        _number(source, bits[:n], target, per_unit, threshold)
-        _values(target, value[:n], width, threshold)
+        if top < threshold:
+            _near(source, target, value[:n], per_unit, width)
+        else:
+            _number(source, bits[:n], target, per_unit, threshold)
+            _values(target, value[:n], width, threshold)
         part, part_diff = sums(source, value[:n])
         sum_sq += part
         sum_sq_diff += part_diff
@@ -120,6 +128,16 @@ def _top(bits: NDArray[Any]) -> Any:
 def _direction(m: NDArray[Any], v: NDArray[Any], out: NDArray[Any], eps: Any) -> None:
     for i in range(m.size):
         out[i] = m[i] / (np.sqrt(v[i]) + eps)
+
+
+@kernel
+def _near(x: NDArray[Any], codes: NDArray[Any], values: NDArray[Any], per_unit: Any, width: Any) -> None:
+    """Codes and their values where all magnitudes are below the threshold, as nearly always."""
+    for i in range(x.size):
+        number = np.int32(min(abs(x[i]) * per_unit, np.float32(LIMIT)) + _HALF)
+        code = -number if x[i] < _ZERO else number
+        codes[i] = code
+        values[i] = np.float32(code) * width
 
 
 @kernel

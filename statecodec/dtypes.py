@@ -142,7 +142,7 @@ _STORAGES: Final[dict[str, DType]] = {
     "BoolStorage": BOOL,
     "ComplexDoubleStorage": COMPLEX128,
     "ComplexFloatStorage": COMPLEX64,
-    # Quantised storages hold plain integers; the scale stands elsewhere in the pickle.
+    # Quantised storages hold plain integers; the pickle has the scale elsewhere.
     "QInt8Storage": INT8,
     "QUInt8Storage": UINT8,
     "QInt32Storage": INT32,

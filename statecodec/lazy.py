@@ -22,7 +22,7 @@ class _Lazy:
         self._module: ModuleType | None = None
 
     def __getattr__(self, attribute: str) -> Any:
-        if self._module is None:  # asked for dozens of times a chunk: importing again costs twenty times a look
+        if self._module is None:  # used dozens of times a chunk: an import costs twenty times as much as this test
             self._module = importlib.import_module(self._name)
         return getattr(self._module, attribute)
 

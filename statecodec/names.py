@@ -13,7 +13,7 @@ _WRAPPERS = re.compile(
 # DataParallel and DistributedDataParallel (Megatron nests two). Only in front: inside a name it may be the model's own.
 _PARALLEL = re.compile(r"^(?:module\.)+")
 _STATE = re.compile(r"([a-z]\w{0,15})\[((?:\d{1,18},){0,63}\d{1,18})?\] ([a-z]\w*\(.*\))")
-_LONGEST = 4096  # a longer key is nobody's, and would take long to match
+_LONGEST = 4096  # characters: longer keys are not matched, which would take long
 _PART_OF_STATE = re.compile(rf"(?:(.*)\.)?({_STATE.pattern})\.([^()\[\]]+)")
 
 

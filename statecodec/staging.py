@@ -240,7 +240,7 @@ def _make(destination: Path) -> tuple[Path, int]:
         try:
             os.mkdir(path, 0o700)
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # a file system without locks: then nobody can sweep either
+            with contextlib.suppress(OSError):  # a file system without locks, on which no process can sweep
                 fcntl.flock(fd, fcntl.LOCK_EX)
             if path.is_dir():
                 return path, fd

@@ -64,7 +64,7 @@ class BaseCheckpoint:
     def parts(self, tensor: TensorInfo, codec: Codec, chunk: Chunk) -> Mapping[str, Tensor]:
         """The parts that a chunk of the base's tensor has under a codec. Raises FormatError if it has none."""
         index = self.index(tensor)
-        assert index is not None  # only tensors the base has are linked
+        assert index is not None  # `linked` chooses changes only of tensors that the base has
         return self.stored.parts_under(codec, index, chunk)
 
     def values(self, tensor: TensorInfo, chunk: Chunk) -> Tensor:
@@ -107,4 +107,4 @@ def _builds_on(path: Path, names: tuple[str, ...]) -> bool:
         with StoredCheckpoint.open(path) as stored:
             return stored.document.base is not None and stored.document.base.name in names
     except FormatError:
-        return False  # damaged, or a shard: nothing that can be read now
+        return False  # damaged, or a shard: it cannot be read as a checkpoint

@@ -63,7 +63,7 @@ class FileHashes(threading.Thread):
         try:
             for file in self.files:
                 self._digests.append(self._hash(file))
-        except BaseException as error:  # handed to whoever asks for the digests
+        except BaseException as error:  # raised again by `digests`
             self._error = error
 
     def advance(self, nbytes: int) -> None:
@@ -98,7 +98,7 @@ class FileHashes(threading.Thread):
 
     def _hash(self, file: FileToHash) -> str:
         sha, crcs, offset = hashlib.sha256(), _CrcCheck(file), 0
-        # The very file that is encoded, whatever has its name by now.
+        # The file that is encoded, even if another one has its name by now.
         with self._opened(file) as fd:
             while offset < file.nbytes and not self._stopped:
                 with self._piece(file, fd, offset) as piece:

@@ -23,7 +23,7 @@ from statecodec.layouts import Folder
 T = TypeVar("T")
 
 _MAX_SOURCE = 1 << 62  # all files together
-_LAYOUT = re.compile(r"[a-z][a-z0-9_]{0,40}")  # restoring needs no layout; loading finds out whether it is known
+_LAYOUT = re.compile(r"[a-z][a-z0-9_]{0,40}")  # not compared with the layouts: restoring needs none
 ASKED = "asked"  # the largest errors, in optimizer steps
 MAX_LINKS = 16  # a reader opens every file of a chain
 

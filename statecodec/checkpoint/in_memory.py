@@ -120,7 +120,7 @@ class _Storages(pickle.Pickler):
     """Finds the storages of an object in the order in which torch.save numbers them, and its one-element tensors."""
 
     def __init__(self) -> None:
-        super().__init__(_Nowhere(), protocol=2)  # torch.save's
+        super().__init__(_Nowhere(), protocol=2)  # the protocol of torch.save
         self.storages: dict[int, Tensor] = {}
         """Each storage as bytes, by its identity."""
         self.scalars: list[tuple[int, int, int]] = []

@@ -109,7 +109,7 @@ def _add_tensor(tensor: Tensor, path: str, collected: CollectedItems) -> Any:
     storage = plain.untyped_storage()
     key = (storage.data_ptr() if storage.nbytes() else id(tensor), plain.device)
     nbytes = plain.numel() * plain.element_size()
-    stored = dtypes.name_of(plain.dtype) in dtypes.STORED  # else as bytes
+    stored = dtypes.name_of(plain.dtype) in dtypes.STORED  # others are stored as bytes
     whole = stored and plain.is_contiguous() and plain.storage_offset() == 0 and storage.nbytes() == nbytes
     index = collected.storages.get(key)
     if index is None:
@@ -190,7 +190,7 @@ def _tensor(content: Any, stored: StoredCheckpoint, storages: dict[int, Tensor],
     if 0 not in shape and (last + 1) * dtype.itemsize > item.decoded_nbytes:
         raise ValueError(f"a tensor reaches outside of {item.name}")
     if index not in storages:
-        if torch.device(device).type == "meta":  # no numbers are asked for
+        if torch.device(device).type == "meta":  # its tensors have no numbers to read
             storages[index] = torch.empty(item.decoded_nbytes, dtype=torch.uint8, device="meta")
         else:
             storages[index] = stored.decode(index).reshape(-1).view(torch.uint8).to(device)

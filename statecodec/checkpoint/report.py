@@ -12,7 +12,7 @@ from statecodec.checkpoint.states import EncodedState
 from statecodec.figures import asked, error, ratio, size, table
 
 _T = TypeVar("_T")
-_NOTES = 10  # that are printed
+_NOTES = 10  # printed at most
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def load_files(stored: StoredCheckpoint, device: torch.device | str, keep: Keep 
     listing = original_listing(stored)
 
     def read(path: str, offset: int, nbytes: int) -> Tensor:
-        if torch.device(device).type == "meta":  # no numbers are asked for
+        if torch.device(device).type == "meta":  # its tensors have no numbers to read
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
         with listing.files[path].open() as content:
             assert isinstance(content, _RestoredBytes)

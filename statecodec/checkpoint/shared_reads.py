@@ -70,7 +70,7 @@ class SharedReads:
         free = next((k for k, loan in enumerate(slots) if loan is None or loan.returned), None)
         values = self._source.chunk(item, chunk, scratch, "" if free is None else f"lent {free}")
         loan = Loan(item.region.offset + chunk.start * item.dtype.itemsize, memory(values))
-        if free is None:  # only noted: it went by, and whoever hashes reads it again
+        if free is None:  # only noted: the hasher will read it again
             loan.returned, loan.data = True, memoryview(b"")
         else:
             slots[free] = loan
@@ -94,7 +94,7 @@ class SharedReads:
                 if first is not None and first.start <= offset:
                     return first.stop if first.returned else first
                 region = bisect_right(starts, offset) - 1
-                if region < 0 or offset >= stops[region]:  # between regions
+                if region < 0 or offset >= stops[region]:  # the offset lies between regions
                     return starts[region + 1] if region + 1 < len(starts) else self._source.located.files[file].nbytes
                 if self._closed or self._furthest >= (file, offset + _BEHIND):
                     return stops[region] if first is None else first.start

@@ -117,7 +117,7 @@ class SourceCheckpoint(Checkpoint):
 
     def _several(self, tensor: LogicalTensor) -> Iterator[tuple[int, Box | Run]]:
         for part, name in self._stored[tensor.name]:
-            assert part is not None  # a part that is all of it is the only one
+            assert part is not None  # a part is None only if it is the only one
             yield self.tensors[name].index, part
 
     @cached_property
@@ -257,7 +257,7 @@ class SourceCheckpoint(Checkpoint):
         numbers = {f.path: i for i, f in enumerate(self.located.files)}
 
         def read(path: str, offset: int, nbytes: int) -> Tensor:
-            if torch.device(device).type == "meta":  # no numbers are asked for
+            if torch.device(device).type == "meta":  # its tensors have no numbers to read
                 return torch.empty(nbytes, dtype=torch.uint8, device="meta")
             out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             with self.files.open(numbers[path]) as fd:

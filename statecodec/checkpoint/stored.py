@@ -269,7 +269,7 @@ class StoredCheckpoint(Checkpoint):
         stored = self.reader.items[item]
         try:
             return torch.empty(shape, dtype=stored.dtype.torch, device=device)
-        except (RuntimeError, MemoryError) as error:  # what torch raises where memory runs out depends on the device
+        except (RuntimeError, MemoryError) as error:  # which of them torch raises without memory depends on the device
             size = math.prod(shape) * stored.dtype.itemsize
             raise LimitExceeded(f"{self.path}: no memory for {size:,} bytes of {stored.name}") from error
 

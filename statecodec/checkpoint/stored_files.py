@@ -31,7 +31,7 @@ from statecodec.names import shown
 from statecodec.strict import Fields
 
 MAX_TIME = (1 << 63) - 1  # nanoseconds since 1970
-_MAX_NUMEL = 1 << 62  # of a view, which may repeat its elements (expand)
+_MAX_NUMEL = 1 << 62  # elements of a view, which may repeat elements (expand)
 
 
 @dataclass(frozen=True)

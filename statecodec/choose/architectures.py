@@ -87,7 +87,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Layer]:
     transposed = uses_conv1d(shapes)
     layers = {name: _layer(name, shape, transposed=transposed) for name, shape in shapes.items()}
     vocabularies = {shapes[name][0] for name, layer in layers.items() if layer.kind == "token_embedding"}
-    for name, layer in layers.items():  # `head` over the tokens that the model embeds is no classifier of images
+    for name, layer in layers.items():  # a `head` over tokens is no classifier of images
         if layer.kind == "vision_head" and shapes[name][0] in vocabularies:
             layers[name] = replace(layer, kind="lm_head", mixed=False)
     return layers

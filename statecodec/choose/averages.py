@@ -22,7 +22,7 @@ from statecodec.roles import family
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NEAR: Final = 0.5  # of an average's rms: without a name the distance to its weight must be below it
+_NEAR: Final = 0.5  # largest distance to its weight, in the average's rms, where no name tells
 _MOST: Final = 4096  # weights of one shape that are compared
 
 Place = tuple[str | None, tuple[int, ...]]

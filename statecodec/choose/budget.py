@@ -42,11 +42,11 @@ from statecodec.roles import MOMENT_ROLES, family
 
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
 _SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
-_NARROW = 0.2  # of a dtype's eps: the rms error, relative to the value, of rounding to it
-_SOME = 16  # pieces that stand for a tensor's values where no promise depends on it
-_FINEST = 2.0**-16  # of the rms of the weights: as fine as the 24 bits that `split` keeps
-_ORTHOGONAL = 0.3  # of the fraction, for Muon's momenta: its update amplifies what is small in them
-_COARSEST = 2.0**-7  # of the largest weight: as coarse as bf16 is there
+_NARROW = 0.2  # relative rms error of rounding to a dtype, in its eps
+_SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
+_FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
+_ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
+_COARSEST = 2.0**-7  # coarsest grid, in the largest weight: as coarse as bf16 there
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ class _Chooser:
         if self.budget.moments is not None:
             if self._open(second):
                 chosen[second.name] = self._second_moment(self.budget.moments)
-            # A direction decodes to the same update whatever a rule of yours made of the second moment, if anything.
+            # A direction decodes to the same update whatever a caller's rule did to the second moment.
             if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
                 chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
         weight = self.source.tensors.get(moments.weight) if moments.weight else None
@@ -214,7 +214,7 @@ class _Chooser:
         """A grid as fine as a fraction of the step that trains the weight; 24 bits where that is finer, or unknown."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
-        rms, largest = size(self.source, item, _SOME)  # only for bounds: the step is of the moments
+        rms, largest = size(self.source, item, _SOME)  # only for bounds: the step comes from the moments
         if not rms:
             return None
         finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
@@ -227,7 +227,7 @@ class _Chooser:
 
     def rest(self, only: Container[str] | None) -> None:
         """The choices for tensors that belong to no pair of moments."""
-        # Weights without moments of their own: trained by moments that nobody could name, or not trained at all.
+        # Weights without moments: trained by moments whose parameter is not known, or not trained at all.
         trained = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
         alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
         unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
@@ -285,7 +285,7 @@ def _rate(lr: float | None, largest: float) -> float:
 
 def _grid(most: float, item: SourceItem, rms: float) -> float:
     """The step of a grid with a rounding error of rms `most`, for values of that rms that spread over its cells."""
-    narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # values are rounded to the tensor's own dtype besides
+    narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # decoded values are also rounded to the tensor's dtype
     error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
     return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
 

@@ -39,7 +39,7 @@ def repeated(
     originals: dict[str, str] = {}
     repeats: dict[str, Choice] = {}
     pairs = [pair for group in copies(source, only) for pair in _with_original(group, choices)]
-    # What needs companions comes last: its companions' originals are known then.
+    # Tensors with companions come last: the originals of their companions are known then.
     for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
         choice, first = choices[item.name], choices[other.name]
         follows = _has_no_step(item, choice) and family(other.role) == "weight" and first.unit is not None
@@ -53,7 +53,7 @@ def repeated(
                 companions={"original": other.name},
                 otherwise=codecs.Raw() if choice.codec.needs else choice.codec,
             )
-    for name, choice in choices.items():  # a companion has to stand on its own
+    for name, choice in choices.items():  # a companion must need no other tensor
         if name not in repeats:
             for needed in choice.companions.values():
                 repeats.pop(needed, None)
@@ -71,7 +71,7 @@ def copies(source: SourceCheckpoint, only: Container[str] | None = None) -> list
         by_sample: dict[bytes, list[SourceItem]] = {}
         for item in group if len(group) > 1 else ():
             values = bytes(memory(sample(source, item)))
-            if any(values):  # zeros pack to nothing, and need no other tensor
+            if any(values):  # all-zero tensors are left out: they pack to nothing
                 by_sample.setdefault(values, []).append(item)
         groups += [same for same in by_sample.values() if len(same) > 1]
     return groups
@@ -100,7 +100,7 @@ def _is_alike(choice: Choice, first: Choice, shape: tuple[int, ...], originals: 
     if isinstance(choice.codec, codecs.Dropped) or (
         first.codec.align(shape) is None and math.prod(shape) > CHUNK_ELEMENTS
     ):
-        return False  # the second: each of its chunks would decode all of the original
+        return False  # else each chunk would decode all of the original
     if first.codec.exact and first.encoding.change is not Change.VALUES:
         return True
     return (

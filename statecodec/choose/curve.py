@@ -148,6 +148,6 @@ def _pieces(source: SourceCheckpoint, item: SourceItem) -> Iterator[Values]:
 
 def _flat(x: Tensor) -> Values:
     flat = x.reshape(-1)
-    if flat.dtype == torch.bfloat16:  # which numpy does not have
+    if flat.dtype == torch.bfloat16:  # numpy has no bf16
         flat = flat.to(torch.float32)
     return flat.numpy().astype(np.float64)

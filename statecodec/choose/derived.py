@@ -24,7 +24,7 @@ from statecodec.format import Packing
 _NARROW: Final = (BFLOAT16, FLOAT16)
 _ELEMENTWISE: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)
 _SAMPLE: Final = 1 << 14
-_WORTH: Final = 0.97  # of what a tensor takes on its own: above that it is not worth depending on another one
+_WORTH: Final = 0.97  # of a tensor's own size: above it, depending on another tensor is not worth it
 
 
 def derived(

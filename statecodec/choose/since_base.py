@@ -22,7 +22,7 @@ from statecodec.format.packing import Packing, encode_record
 if TYPE_CHECKING:
     from torch import Tensor
 
-_WORTH = 0.98  # a change must pack below this share of what the parts alone pack to
+_WORTH = 0.98  # a change must pack to less than this share of the parts' packed size
 
 
 def linked(
@@ -89,7 +89,7 @@ def _smallest(
 def _can_change(codec: Codec, stored: StoredItem, pieces: Sequence[Chunk]) -> bool:
     """Whether the base has parts to subtract: those of the same codec, cut alike; for a grid, those of any codec."""
     if isinstance(codec, codecs.Uniform):
-        return True  # every checkpoint has a grid of its own: the base's values are put on this one
+        return True  # grids differ: the base's values are put on this one
     can = isinstance(codec, codecs.Raw | codecs.Cast | codecs.Split | codecs.Companded | codecs.Logarithmic)
     alike = stored.encoding.standalone == codec
     return can and alike and _cut(pieces) == _cut(stored.chunks)

@@ -62,7 +62,7 @@ class SNRTracker:
         schedule: Schedule = paper_schedule,
     ) -> None:
         self._optimizer, self._schedule = optimizer, schedule
-        self._params = {bare_name(name): p for name, p in named_parameters}  # rules are for the model, however wrapped
+        self._params = {bare_name(name): p for name, p in named_parameters}  # rules name the bare model's parameters
         self._layers = recognise({name: tuple(p.shape) for name, p in self._params.items()})
         self._count = 0
         self._steps: list[int] = []

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
-_SMALL = 1 << 12  # of a piece that stands for others
+_SMALL = 1 << 12  # elements of a sampled piece
 _first, _second = ThreadScratch(), ThreadScratch()
 
 

@@ -51,7 +51,7 @@ class Cast(Codec):
         data = parts["data"]
         data.copy_(x.view(data.shape))
         largest = min(torch.finfo(data.dtype).max, torch.finfo(x.dtype).max)
-        if data.numel() and not kernels.trusted() and not float(data.abs().amax()) <= largest:  # or NaN
+        if data.numel() and not kernels.trusted() and not float(data.abs().amax()) <= largest:  # true for NaN
             overflowed = data.to(x.dtype).isinf() & x.view(data.shape).isfinite()
             self.refuse(kernels.INF * bool(overflowed.any()))
 

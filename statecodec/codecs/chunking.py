@@ -10,7 +10,7 @@ from statecodec.codecs.base import Codec
 from statecodec.dtypes import DType
 
 CHUNK_ELEMENTS = 1 << 20
-PIECE_ELEMENTS = 1 << 22  # of a tensor that is one chunk, but decoded in pieces
+PIECE_ELEMENTS = 1 << 22  # elements of a piece, where one chunk is decoded in pieces
 
 
 @dataclass(frozen=True)

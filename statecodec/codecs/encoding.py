@@ -22,7 +22,7 @@ from statecodec.codecs.uniform import Uniform
 from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import InvalidCodec, UnsupportedTensor, UnsupportedVersion
 
-_VERSION = 1  # of a change as files have it
+_VERSION = 1  # the version of changes in files
 _DEFAULT: Mapping[Change, Codec] = {Change.PARTS: Raw(), Change.VALUES: Companded()}
 INNER: Mapping[Change, tuple[type[Codec], ...]] = {
     Change.PARTS: (Raw, Cast, Split, Companded, Logarithmic, Uniform),

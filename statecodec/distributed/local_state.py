@@ -25,7 +25,7 @@ Path = tuple[Any, ...]
 _FLAT_STATE: Final = re.compile(r"state\.(.+)\.([^.]+)")  # flatten_optimizer_state_dict
 _FLAT_GROUP: Final = re.compile(r"param_groups\.(.+)\.([^.]+)")
 _SIMPLE: Final = re.compile(r"[^/\x00-\x1f\x7f]+")
-_OTHERS: Final = "other pieces"  # pieces without a name of their own
+_OTHERS: Final = "other pieces"  # the key for pieces that have no name
 
 
 @dataclass

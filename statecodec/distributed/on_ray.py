@@ -19,7 +19,7 @@ from statecodec.verbs.finalize import finalize
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, ShareReport, compress_share
 
-_PER_CPU = 4  # shares: what a lost one costs, and how evenly the last ones end
+_PER_CPU = 4  # shares per CPU: more make a lost one cheaper and the end more even
 _LEAST = 64 << 20  # bytes of a share; smaller ones are not worth a task
 
 
@@ -86,13 +86,13 @@ def compress_on_ray(
             (done, *_), waiting = ray.wait(waiting, num_returns=1)
             ray.get(done)
             meter.add(each)
-    except ray.exceptions.RayTaskError as error:  # what the library raised there
+    except ray.exceptions.RayTaskError as error:  # an error of the library in the task
         raise error.cause from None
     except ray.exceptions.RayError as error:
         raise OutputFailed(f"ray gave up after {retries} retries, what is done is kept: {error}") from error
     finally:
         for unfinished in waiting:
-            ray.cancel(unfinished, force=True)  # an interrupted import of torch would stay with the process
+            ray.cancel(unfinished, force=True)  # a worker that was interrupted while it imported torch stays broken
     report = finalize(src, dst, verify=verify, force=force, progress=progress)
     return replace(report, seconds=time.perf_counter() - started)
 

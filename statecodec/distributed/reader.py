@@ -63,7 +63,7 @@ class StatecodecReader(StorageReader):
         if checkpoint_id is not None:
             self._path = checkpoint_id
 
-    def read_metadata(self) -> Metadata:  # with **kwargs torch would take it for one of each rank
+    def read_metadata(self) -> Metadata:  # with **kwargs torch would expect metadata of each rank
         """Read what is in the checkpoint from its index."""
         index = dcp_index.read(self.folder)
         self._digests = index.digests

@@ -62,7 +62,7 @@ class Fsspec:
 
         temporary = f"{key}.{secrets.token_hex(8)}.tmp"
         self._system.pipe_file(temporary, data)
-        if type(self._system).mv is AbstractFileSystem.mv:  # which takes a key for a pattern
+        if type(self._system).mv is AbstractFileSystem.mv:  # the default `mv` takes keys for patterns
             self._system.cp_file(temporary, key)
             self._system.rm_file(temporary)
         else:

@@ -197,7 +197,7 @@ class DeclaredTensor:
     def read(cls, fields: Fields, storages: tuple[str, ...], newer: bool, limits: Limits) -> DeclaredTensor:
         """Read and check the fields dtype, shape, codec, storage and parts. Raises FormatError and its subclasses."""
         dtype, shape = read_dtype(fields), fields.shape()
-        # Zero-size dimensions count as one here: a shape of (0, 2**60) is no less a lie.
+        # Zero-size dimensions count as one: a shape of (0, 2**60) is refused as well.
         footprint = math.prod(max(d, 1) for d in shape) * dtype.itemsize
         limits.check(f"{fields.where}: decoded bytes", footprint, limits.max_decoded_bytes)
         encoding = read_encoding(fields).settled(shape)

@@ -233,7 +233,7 @@ def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool
         plane = scratch[k * n : (k + 1) * n]
         payload = payloads[position : position + length]
         if method == STORED and width > 1:
-            plane = payload  # merged from where it lies
+            plane = payload  # not copied
         else:
             unpack_plane(method, payload, plane.reshape(matrix), pool)
         planes.append(torch.from_numpy(plane))

@@ -33,9 +33,9 @@ from statecodec.strict import dump_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHARING_ITEMS = 1024  # small items in one record, at most: whoever wants one unpacks all of them
+_SHARING_ITEMS = 1024  # most small items in one record: reading one unpacks all
 _SHARING_BYTES = 256 << 10  # of their parts, about
-_TEXT_PACKING = Packing("zstd", 3)  # looks for matches; of text, and of small tensors, which repeat each other
+_TEXT_PACKING = Packing("zstd", 3)  # with a match finder, for text and small tensors, which repeat each other
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class CompressedModelParallelStrategy(ModelParallelStrategy):
     def __init__(self, preset: str = "resume", options: dict[str, Any] | None = None, **parallel: Any) -> None:
         super().__init__(**parallel)
         self._options: dict[str, Any] = {"preset": preset, **(options or {})}
-        StatecodecWriter(**self._options)  # refused now, if at all
+        StatecodecWriter(**self._options)  # refuse wrong settings now
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
         """Write the shards of this rank; what is not sharded is the first rank's. All ranks call it.

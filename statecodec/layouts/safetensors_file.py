@@ -72,7 +72,7 @@ def _tensor(name: str, entry: Any, buffer: int) -> tuple[TensorNode, int, int]:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MAX_RANK:
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape or data_offsets are not lists of sizes")
     begin, end = offsets
-    # Without the zeros: a shape like [2**60, 0] fits into no byte count but still breaks whoever multiplies it out.
+    # Zeros are left out of the product, so that a shape like [2**60, 0] is refused.
     if math.prod(n for n in shape if n) >= _INT64:
         raise MalformedCheckpoint(f"safetensors entry {name!r:.80}: shape {shape} is beyond any memory")
     numel = math.prod(shape)

@@ -79,7 +79,7 @@ def walk(root: Any, limit: int) -> Iterator[tuple[KeyPath, Any]]:
             continue
         seen.add(id(node))
         if kind in _CONTAINERS:
-            yield path, node  # before its children are made: what the caller sets on `path` they inherit
+            yield path, node  # before its children are made, so that they inherit what the caller sets on `path`
         below = [(KeyPath(path, key), child) for key, child in children(node) if type(child) in _NODES]
         below.reverse()
         pending.extend(below)

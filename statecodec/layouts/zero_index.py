@@ -102,7 +102,7 @@ def _count(partition: Partition) -> int:
     stated = partition.partitions
     if type(stated) is list and stated and all(type(n) is int and n == stated[0] for n in stated):
         return int(stated[0])
-    if type(stated) is not int:  # also where experts are cut otherwise than the rest
+    if type(stated) is not int:  # it is none where experts are cut differently
         raise UnknownForm
     return stated
 

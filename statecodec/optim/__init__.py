@@ -26,7 +26,7 @@ from statecodec.optim.numerics import InvisibleStep, check_numerics
 from statecodec.optim.sgd import SGD, SGDW
 from statecodec.optim.slimadam import SlimAdam
 
-# Every optimizer, by the name that stands in its checkpoints. A new one is a file and a row here.
+# Every optimizer, by its name in checkpoints. A new one is a file and a row here.
 OPTIMIZERS: dict[str, type[StateOptimizer]] = {
     cls.algorithm: cls for cls in (AdamW, Adam, SGD, SGDW, Lion, FOAM, SlimAdam, LoRAPre, Muon)
 }

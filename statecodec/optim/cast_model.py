@@ -69,7 +69,7 @@ def cast_model(
     kept |= dict.fromkeys(_selected(model, full_precision_layers), False)
     exact = {id(t) for module in kept for t in _tensors(module)}
     inside = {id(inner) for outer in kept for inner in outer.modules()}
-    for module in model.modules():  # whoever shares one of those tensors, such as the embedding of a tied head
+    for module in model.modules():  # layers that share one of those tensors, such as the embedding of a tied head
         if id(module) not in inside and any(id(t) in exact for t in _tensors(module, recurse=False)):
             kept[module] = True
     _cast(model, dtype, exact)

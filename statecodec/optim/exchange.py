@@ -119,7 +119,7 @@ class _Message:
             self._work.wait()
         return [
             [
-                piece.clone().view(dtype).view(shape)  # a clone, because bytes start anywhere
+                piece.clone().view(dtype).view(shape)  # a clone is aligned
                 for piece, (shape, dtype) in zip(
                     torch.split(received, [_nbytes(*spec) for spec in specs]) if specs else (), specs, strict=True
                 )

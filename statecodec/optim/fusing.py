@@ -65,7 +65,7 @@ class GroupLaunches:
             low = sharding.local(state[LOW].parts["data"]) if LOW in state else None
             fits = method.hyper(group) is not None and shard.is_contiguous() and not grad.is_sparse
             fits = fits and (optimizer._fused is True or shard.is_cuda)
-            # A kernel sees this rank's elements only: not what other ranks pool with them, nor where they begin.
+            # A kernel sees only this rank's elements, not their position nor what other ranks pool with them.
             fits = fits and not recipe.across and not (sharded and group["stochastic_rounding"])
             if not (fits and backend.supports(method.name, formats, p.dtype, None if low is None else low.dtype)):
                 if optimizer._fused is True:
@@ -101,7 +101,7 @@ class GroupLaunches:
             and all(map(is_, params, self._params))
             and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
-            # Nobody has written into the optimizer's state.
+            # The optimizer's state was not written to.
             and all(map(is_, map(optimizer.state.get, params), self._states))
             and len(values := self._every_value()) == len(self._values)
             and all(map(is_, values, self._values))

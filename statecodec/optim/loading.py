@@ -27,7 +27,7 @@ from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
 from statecodec.optim.states import StateKeeper
 
-# Options that say how states are stored: a checkpoint never overrides the constructor's.
+# Options of storage, which loading a checkpoint never changes.
 STORAGE = frozenset((
     "algorithm", "moments", "master_weights", "dense_below", "level", "rank", "rules", "matrix", "variant", "base",
     "stochastic_rounding",
@@ -35,7 +35,7 @@ STORAGE = frozenset((
 # What learning rate schedules put into a group. It means nothing for another optimizer's learning rate.
 SCHEDULE = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
 _WHOSE = ("params", "param_names")
-_SHOWN = 8  # names in one message
+_SHOWN = 8  # names in one message, at most
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _copied(value: Any, default: Any) -> Any:
         return value.detach().clone()
     try:
         return tuple(value) if isinstance(value, list) and isinstance(default, tuple) else copy.deepcopy(value)
-    except Exception as error:  # whatever somebody put into a group
+    except Exception as error:  # a group may hold values of any type
         raise OptimizerError(f"a group's option cannot be copied: {type(value).__name__}: {error}") from error
 
 

@@ -56,7 +56,7 @@ def track(
     solved = _solve(right.mT, target.mT, relative, damping).mT
     left.mul_(keep).add_(solved, alpha=1 - keep)
     solved = _solve(old, target, relative, damping)
-    if jacobi:  # an all-zero B says nothing about A: without this the start would shrink it for nothing
+    if jacobi:  # an all-zero B gives no target for A, which must not shrink then
         empty = (old == 0).flatten(-2).all(-1)[..., None, None]
         right.mul_(torch.where(empty, right.new_ones(()), keep)).add_(solved, alpha=1 - keep)
     else:
@@ -75,13 +75,13 @@ def _solve(basis: Tensor, target: Tensor, relative: bool, damping: float) -> Ten
     """(basis^T basis + damping)^-1 basis^T target for basis (..., n, r), target (..., n, k): r x r work in fp32."""
     size = basis.abs().amax((-2, -1), keepdim=True) if relative else torch.ones_like(basis[..., :1, :1])
     size = torch.where(size > 0, size, torch.ones_like(size))
-    basis = basis / size  # so that the Gram neither underflows nor overflows, whatever the gradient's scale
+    basis = basis / size  # so that the Gram matrix neither underflows nor overflows
     gram = basis.mT @ basis
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     wanted = mean * damping if relative else torch.full_like(mean, damping)
     diagonal.add_(torch.where(mean > 0, wanted, torch.ones_like(mean)))  # an all-zero basis: the solution is zero
-    # Which ones are singular to rounding, only the device knows: those get as much more as makes them regular.
+    # Matrices that are singular up to rounding get enough damping to be regular; the host does not look.
     _, info = torch.linalg.cholesky_ex(gram)
     enough = mean * (gram.shape[-1] ** 2 * torch.finfo(gram.dtype).eps)
     diagonal.add_(torch.where(info[..., None] > 0, enough, torch.zeros_like(enough)))

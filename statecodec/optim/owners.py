@@ -70,7 +70,7 @@ def rounds(optimizer: StateKeeper, alike: Sequence[Sequence[Tensor]]) -> list[tu
         for batch in batches(same, world):
             owners = []
             for p in batch:
-                first = optimizer.position(p)  # whoever is stepped alone has another owner than its neighbour
+                first = optimizer.position(p)  # matrices that are stepped alone get owners in turn
                 owner = min(range(world), key=lambda r: (loads[r], (r - first) % world))
                 loads[owner] += p.numel()
                 owners.append(owner)

@@ -38,7 +38,7 @@ def local(x: Tensor) -> Tensor:
     """What this rank holds of a tensor; a tensor that is no DTensor is held whole."""
     if not is_dtensor(x):
         return x
-    with torch.no_grad():  # without it, autograd would have its part in this
+    with torch.no_grad():  # autograd must not record this
         return cast("DTensor", x).to_local()
 
 

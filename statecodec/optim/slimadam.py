@@ -104,7 +104,7 @@ class SlimMethod(PerParameter):
         mean = total / math.prod(job.recipe.specs["exp_avg_sq"].shape[d] for d in self._dims)
         moved = (second * beta2).add_(mean, alpha=1 - beta2)
         fits = moved < LARGEST
-        # A moment that is too large keeps its old value, and NaN in its place makes all that it stands for do the same.
+        # A moment that is too large keeps its old value; NaN in its place makes its weights keep theirs.
         moved.masked_fill_(~fits, math.nan)
         slab = math.prod(shape[1:])
         kept = 0
@@ -207,7 +207,7 @@ class SlimAdam(StateOptimizer):
             unmatched = [pattern for pattern, _ in rules if pattern not in names and not fnmatch.filter(names, pattern)]
             if rules != read_rules("static"):
                 idle.update(dict.fromkeys(unmatched))
-            elif len(unmatched) == len(rules):  # they are for every family of models: it is enough that one matches
+            elif len(unmatched) == len(rules):  # static rules are for many model families: one match is enough
                 idle["all of the static ones"] = None
         if idle:
             seen = f"names are like {', '.join([*names][:4])}" if names else "the parameters have no names"

@@ -123,7 +123,7 @@ class StateTile:
         self._codec, self._block, self._backend, self._dtype = how.codec, how.block, backend, state.dtype
         shape = how.shapes[at]
         if isinstance(how.codec, Raw):
-            self.values = self._parts["data"]  # stepped where it lies
+            self.values = self._parts["data"]  # stepped in place
         else:
             self.values = scratch.take(name, shape, state.dtype, state.device)
             how.codec.decode_into(self._parts, self.values, backend)

@@ -32,7 +32,7 @@ class TileStep:
         self._stored, self._states, self._tile, self._unit = weight, states, tile, unit
         self.weight = weight.load(tile)
         self.values = [s.values for s in self._states]
-        # What is stepped where it lies is copied first; what is encoded keeps its old bytes until it is stored.
+        # Values that are stepped in place are copied first; encoded ones keep their old bytes until they are stored.
         self._before = {
             x.data_ptr(): weight.scratch.take(f"before {k}", tuple(x.shape), x.dtype, x.device).copy_(x)
             for k, x in enumerate((self.weight, *self.values))

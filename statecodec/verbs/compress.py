@@ -28,7 +28,7 @@ from statecodec.verbs.paths import compressed_path, original_name
 from statecodec.verbs.processors import processor
 from statecodec.verbs.settings import CompressSettings
 
-_FAR = 2.0  # times the preset's error: worth a remark
+_FAR = 2.0  # errors above this multiple of the preset's get a note
 
 
 def compress(
@@ -130,7 +130,7 @@ def compress(
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
         reports = require_safe(source) if safe_only else pickles(source)
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
-        where = processor(device, source.nbytes, workers)  # asks torch, which refusals of the rest do without
+        where = processor(device, source.nbytes, workers)  # imports torch, so it comes after the other refusals
         output = settings.output(target, force, where.workers(workers), progress)
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
@@ -173,7 +173,7 @@ def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
 
 def open_source(src: str | Path) -> SourceCheckpoint:
     """An uncompressed checkpoint, to be compressed. Raises UsageError if it is compressed already, LayoutError."""
-    checkpoint = open_checkpoint(src, crcs=False)  # all of it is read and checked beside the compression
+    checkpoint = open_checkpoint(src, crcs=False)  # CRCs are checked while the file is hashed
     if isinstance(checkpoint, SourceCheckpoint):
         return checkpoint
     checkpoint.close()

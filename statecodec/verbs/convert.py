@@ -98,6 +98,6 @@ def convert(
     if len(codecs_or_targets) > 1 or targets[0] is None:
         raise UsageError("convert to an optimizer, or by rules, not both at once; convert the result again")
     target = output_file(dst, None, force=force)
-    from statecodec.verbs.convert_optimizers import convert_optimizers  # classes of torch's: only once there is work
+    from statecodec.verbs.convert_optimizers import convert_optimizers  # imports torch: only once it is needed
 
     return convert_optimizers(Path(src), target, targets[0], pack, force, progress)

@@ -93,7 +93,7 @@ def _converted(
     foreign = is_quantised(saved["state"])
     shards = saved_shards(saved["state"])
     kind = _OPTIMIZERS.get(target.name) or _CLASSES.get("adamw" if foreign else str(algorithm))
-    if foreign and target.name == "torch":  # no encoding of ours on the way
+    if foreign and target.name == "torch":  # without encoding in between
         target = replace(target, options={"moments": "dense"})
     if kind is None:
         raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
@@ -111,7 +111,7 @@ def _converted(
             for values in converted["state"].values():
                 state[position] = spill.keep_all(values)
             (options,) = converted["param_groups"]
-            for key, value in options.items():  # of the group's parameters all the same, but for whose they are
+            for key, value in options.items():  # all options of the group except which parameters it has
                 if key in ("params", "param_names"):
                     parameters.setdefault(key, []).extend([position] if key == "params" else value)
                 else:

@@ -20,7 +20,7 @@ def write_dcp(value: dict[str, Any], folder: Path, used: Callable[[int], None]) 
 
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that nothing is distributed is meant
+        warnings.simplefilter("ignore")  # torch warns that nothing is distributed
         save(value, storage_writer=writer, planner=_planner(used), no_dist=True)
 
 

@@ -114,7 +114,7 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
     """The values beside the tensors that differ, as far as both checkpoints can be loaded."""
     try:
         return value_diffs(*(loaded(side, torch.device("meta")) for side in (a, b)))
-    except StatecodecError:  # one of them holds something that only its own program understands
+    except StatecodecError:  # one of them cannot be loaded
         return ()
 
 

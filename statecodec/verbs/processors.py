@@ -86,7 +86,7 @@ class Lane(threading.local):
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        # Waiting leaves the core to others.
+        # While it waits, other threads can use the core.
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
 
     @contextlib.contextmanager
@@ -196,7 +196,7 @@ def is_faster(card: Processor, cpu: Processor, threads: int) -> bool:
         for turn in range(_TRIES + 1):
             started = time.perf_counter()
             which.encode(codec, x, {})
-            if turn:  # the first compiles
+            if turn:  # the first round compiles
                 best = min(best, time.perf_counter() - started)
         return best
 

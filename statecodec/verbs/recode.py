@@ -85,10 +85,10 @@ class Recoding:
         """Choose: a tensor that a rule names gets the rule's codec if that takes it; others keep their own."""
         self.stored, self.policy = stored, policy
         self.notes = list(unmatched_notes(policy, stored.items, strict=strict))
-        # Changed values have no parts of their own: without the base they are the numbers that they decode to.
+        # A change of values has no own parts: without the base it is stored as its decoded values.
         self._now = [item.encoding.standalone or codecs.Raw() for item in stored.reader.items]
         self._chosen = [self._choose(tensor) for tensor in stored.items]
-        # What is encoded beside a companion is the numbers that it decodes to once that is encoded anew.
+        # An item whose companion is encoded anew is stored as its decoded values.
         for index, item in enumerate(stored.reader.items):
             others = [stored.tensors[name].index for name in item.companions.values()]
             if any(self._chosen[other] != self._now[other] for other in others):
@@ -136,7 +136,7 @@ class Recoding:
         return {k: v for k, v in item.attributes.items() if kept or k != "error"}
 
     def _document(self, refusals: Mapping[str, str]) -> dict[str, Any]:
-        gone = {"base"} if self._chosen == self._now else {"base", "preset", ASKED}  # what was asked for is not kept
+        gone = {"base"} if self._chosen == self._now else {"base", "preset", ASKED}  # errors are not promised
         document = {k: v for k, v in self.stored.reader.document.items() if k not in gone}
         rules = [*(str(rule) for rule in self.policy.rules), *self.stored.document.rules]
         left = [f"{name}: left as it is: {reason}" for name, reason in refusals.items()]

@@ -108,7 +108,7 @@ def restore(
                     _restore_all(stored, where, running, meter, times, output)
             output.finish()
             output.publish()
-            for root in document.folders[:1]:  # only now: a directory that may not be written to cannot be moved either
+            for root in document.folders[:1]:  # last: a read-only directory could not be moved
                 _finish_folder(target, root, times, output)
         report = stored.report()
         notes = (*report.notes, *output.notes)
@@ -124,7 +124,7 @@ def _restore_all(
         output.staging.set_time(restored, document.files[0].mtime_ns if times else None)
         return
     if document.folders[0].mode is not None:
-        output.staging.chmod(restored, 0o700)  # nobody else sees what is not there yet
+        output.staging.chmod(restored, 0o700)  # other users must not see it before it is complete
     for directory in document.directories:
         (restored / directory).mkdir(parents=True, exist_ok=True)
     for file in document.files:
@@ -135,12 +135,12 @@ def _restore_all(
         else:
             _restore_file(stored, file, path, where, threads, meter, output)
             output.staging.set_time(path, file.mtime_ns if times else None)
-    for folder in reversed(document.folders[1:]):  # what is inside first: it could not be reached any more
+    for folder in reversed(document.folders[1:]):  # inner folders first, while outer ones can still be entered
         _finish_folder(restored / folder.path, folder, times, output)
 
 
 def _finish_folder(path: Path, folder: Folder, times: bool, output: AtomicOutput) -> None:
-    if folder.mode is not None:  # setgid and its like are of the place, not of the checkpoint
+    if folder.mode is not None:  # setgid and sticky bits belong to the parent folder, not to the checkpoint
         output.staging.chmod(path, stat.S_IMODE(path.stat().st_mode) & ~0o777 | folder.mode & 0o777)
     output.staging.set_time(path, folder.mtime_ns if times else None)
 

@@ -241,5 +241,5 @@ def _there(path: Path, header: Mapping[str, Any]) -> tuple[int, int] | None:
     try:
         with Reader(path) as reader:
             return (len(reader.items), reader.nbytes) if reader.document.get("share") == header else None
-    except FormatError:  # damaged: made again
+    except FormatError:  # a damaged share is made again
         return None

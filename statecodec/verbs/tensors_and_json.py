@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Used: TypeAlias = Callable[[int], None]
 """Told how many bytes of tensors were written."""
 
-_MOST = 1_000_000  # values; shared ones are written wherever they stand
+_MOST = 1_000_000  # values; shared ones are counted and written at each place
 _PIECE = 16 << 20
 _CODES = {dtype: code for code, dtype in dtypes.SAFETENSORS.items()}
 

@@ -69,7 +69,7 @@ def _equal(x: Any, y: Any) -> bool:
         return False
     if isinstance(x, np.ndarray):
         return bool(x.dtype == y.dtype and np.array_equal(x, y, equal_nan=x.dtype.kind == "f"))
-    return bool(x == y) or (x != x and y != y)  # NaN is what it was
+    return bool(x == y) or (x != x and y != y)  # NaN equals NaN
 
 
 def _text(value: Any) -> str:

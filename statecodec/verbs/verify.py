@@ -20,7 +20,7 @@ from statecodec.progress import Meter, Progress
 from statecodec.verbs.diff import compare
 
 _SHOWN = 5
-_ROUNDING = 1.001  # in which the two ways of summing an error agree
+_ROUNDING = 1.001  # the two ways of summing an error agree within this factor
 
 
 def verify(

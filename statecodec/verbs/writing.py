@@ -82,7 +82,7 @@ class Outcome:
 Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
 Fallback = Callable[[int], Codec]  # item -> the codec that takes what the chosen one refuses
 Figures = Callable[[int, Comparison], dict[str, float]]  # item, its error sums -> the figures to be stored
-Finer = Callable[[int, Codec, Comparison], Codec | None]  # the same, and what to encode it by again, if it must be
+Finer = Callable[[int, Codec, Comparison], Codec | None]  # the same, its codec -> the codec to try next
 Check = Callable[
     [StoredCheckpoint], Report
 ]  # the finished output, not published yet -> its report; raises if it must not be
@@ -140,7 +140,7 @@ def appended(
         error_of: dict[str, dict[str, float]] = {}
         for index, sums in run.sums.items():
             figures = run.errors.figures(index, sums)
-            # fp64 may overflow; its last digits depend on the order in which a machine adds up.
+            # Sums may overflow; their last digits depend on the order of additions.
             error = {name: float(f"{x:.7g}") for name, x in figures.items() if math.isfinite(x)}
             error_of[run.items[index].name] = error
             writer.set_attributes(index, {**run.items[index].attributes, "error": error})

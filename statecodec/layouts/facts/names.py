@@ -152,7 +152,7 @@ def _match_shapes(candidate: Candidate, optimizer: Optimizer) -> Dealt | None:
     if sum(len(g) for g in groups) > len(candidate.weights):
         return None
     pairs = list(zip(candidate.names(), candidate.shapes(), strict=True))
-    # Where the order is known and did not fit, it cannot be leant on.
+    # Where the order is known and did not fit, it cannot be used.
     matched = deal_by_shape(pairs, groups, layers=not candidate.orders)
     if not matched:
         return None

@@ -28,9 +28,11 @@ ROOT = Path(statecodec.__file__).parent
 PUBLIC = (
     "statecodec", "statecodec.choose", "statecodec.codecs", "statecodec.distributed", "statecodec.distributed.on_ray",
     "statecodec.errors", "statecodec.format", "statecodec.integrations.accelerate", "statecodec.integrations.lightning",
-    "statecodec.integrations.transformers", "statecodec.kernels", "statecodec.layouts", "statecodec.optim",
+    "statecodec.integrations.transformers", "statecodec.kernels", "statecodec.kernels.reference",
+    "statecodec.kernels.reference.steps", "statecodec.layouts", "statecodec.optim",
     "statecodec_client",
 )  # fmt: skip
+SAME_AS_REFERENCE = ("statecodec.kernels.cpu", "statecodec.kernels.triton")  # functions of the same names
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
 NOTHING = (None, "None", inspect.Signature.empty)
 
@@ -133,6 +135,12 @@ def test_everything_public_is_documented(package: str) -> None:
         pytest.skip(f"{package}: {error}")
     found = [gap for name, value in exported(module).items() for gap in gaps(name, value)]
     assert not found, "\n".join([f"{len(found)} gaps in {package}", *found])
+
+
+def test_every_package_that_exports_is_listed() -> None:
+    exporting = {p.parent for p in ROOT.rglob("__init__.py") if "__all__ = [" in p.read_text()}
+    names = {".".join(folder.relative_to(ROOT.parent).parts) for folder in exporting}
+    assert names <= {*PUBLIC, *SAME_AS_REFERENCE}
 
 
 def test_gaps_are_found() -> None:

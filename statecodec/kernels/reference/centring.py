@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 def centre(plane: Tensor, columns: Tensor, lines: Tensor, residual: Tensor, *, nibbles: bool) -> None:
-    """Write the means and the residual of `plane` (uint8, rows x cols).
+    """Write the means and the residual of a plane of bytes.
 
-    `columns` (uint8, cols) and `lines` (uint8, rows) get the rounded means, `residual` (uint8, rows x cols) the rest:
-    plane - columns - lines modulo 256. With `nibbles` every byte is two 4-bit codes, treated apart and modulo 16; a
-    line's mean is one nibble for both.
+    Args:
+        plane: uint8, rows x cols.
+        columns: Written: uint8, cols: the rounded column means.
+        lines: Written: uint8, rows: the rounded row means.
+        residual: Written: uint8, rows x cols: plane - columns - lines, modulo 256.
+        nibbles: Every byte is two 4-bit codes, treated apart and modulo 16; a line's mean is one nibble for both.
+
+    Source:
+        Adafactor (arXiv 1804.04235): second moments are close to a row factor times a column factor.
     """
     codes = _codes(plane, nibbles)
     rows, cols = codes.shape
@@ -33,13 +39,28 @@ def centre(plane: Tensor, columns: Tensor, lines: Tensor, residual: Tensor, *, n
 
 
 def uncentre(residual: Tensor, columns: Tensor, lines: Tensor, plane: Tensor, *, nibbles: bool) -> None:
-    """The inverse of `centre`, for any contents."""
+    """The inverse of `centre`, for any contents.
+
+    Args:
+        residual: As written.
+        columns: As written.
+        lines: As written.
+        plane: Written: uint8, rows x cols.
+        nibbles: As for `centre`.
+    """
     codes = _codes(residual, nibbles) + _codes(columns[None, :], nibbles) + lines.to(torch.int64)[:, None]
     plane.copy_(_bytes(codes, nibbles))
 
 
 def byte_counts(plane: Tensor) -> Tensor:
-    """How often each byte occurs in `plane` (uint8, any shape): int64, 256."""
+    """How often each byte occurs.
+
+    Args:
+        plane: uint8, of any shape.
+
+    Returns:
+        int64, 256.
+    """
     return torch.bincount(plane.reshape(-1), minlength=256)
 
 

@@ -15,10 +15,30 @@ BF16_MAX_BITS = 0x7F7F
 
 
 def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
-    """Quantise `x` (fp32, rows x cols) in groups of `group` along each row.
+    """Quantise groups of values along each row.
 
-    Writes `codes` (int8 or uint8; rows x cols, or rows x ceil(cols / 2) with two 4-bit codes a byte, low nibble first)
-    and `scales` (bf16, rows x ceil(cols / group)). Returns the flags NAN | INF | NEGATIVE of what could not be encoded.
+    Args:
+        x: fp32, rows x cols.
+        codes: Written: int8 (signed curves of 8 bits) or uint8; rows x cols, or rows x ceil(cols / 2) with two 4-bit
+            codes a byte, low nibble first.
+        scales: Written: bf16, rows x ceil(cols / group).
+        curve: The companding curve.
+        bits: 8 or 4.
+        group: Values per scale.
+
+    Returns:
+        The flags NAN | INF | NEGATIVE of what could not be encoded.
+
+    Source:
+        FlashOptim (arXiv 2602.23349), section 3.2, with the deviations of docs/codecs.md.
+
+    Example:
+        >>> codes, scales = torch.zeros(1, 2, dtype=torch.int8), torch.zeros(1, 1, dtype=torch.bfloat16)
+        >>> curve = Curve("softsign", 8, signed=True)
+        >>> encode_companded(torch.tensor([[1.0, -0.5]]), codes, scales, curve=curve, bits=8, group=2)
+        0
+        >>> codes.tolist()
+        [[127, -85]]
     """
     rows, cols = x.shape
     if not x.numel():
@@ -48,7 +68,16 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
 
 
 def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
-    """The inverse: out = table[code] * scale, one fp32 multiplication per element."""
+    """The inverse of `encode_companded`: out = table[code] * scale, one fp32 multiplication per element.
+
+    Args:
+        codes: As written.
+        scales: As written.
+        out: Written: fp32, rows x cols.
+        curve: The companding curve.
+        bits: 8 or 4.
+        group: Values per scale.
+    """
     rows, cols = out.shape
     if not out.numel():
         return

@@ -1,4 +1,4 @@
-"""Block means along the rows (FOAM section 1: fold and unfold), with the true mean in a row's tail."""
+"""Block means along the rows (FOAM: fold and unfold), with the true mean in a row's tail."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ if TYPE_CHECKING:
 
 
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
-    """Means of `block` (a power of two) neighbours of fp32 `x` (rows x cols) into `out` (rows x ceil(cols / block)).
+    """Means of neighbours in a row.
 
     The sum is a binary tree over neighbours, so that every backend rounds alike; a short tail divides by its own
-    length. Returns NAN | INF if a block's sum is not finite.
+    length.
+
+    Args:
+        x: fp32, rows x cols.
+        out: Written: fp32, rows x ceil(cols / block).
+        block: Values per mean, a power of two.
+
+    Returns:
+        The flags NAN | INF if a block's sum is not finite.
+
+    Source:
+        FOAM (arXiv 2512.07112), with the true mean in a row's tail.
     """
     rows, cols = x.shape
     blocks = -(-cols // block)
@@ -31,5 +42,11 @@ def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
 
 
 def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:
-    """Repeat every mean over its block: `mean` (rows x ceil(cols / block)) into `out` (rows x cols)."""
+    """Repeat every mean over its block.
+
+    Args:
+        mean: fp32, rows x ceil(cols / block).
+        out: Written: fp32, rows x cols.
+        block: Values per mean.
+    """
     out.copy_(mean.repeat_interleave(block, -1)[:, : out.shape[-1]])

@@ -27,7 +27,14 @@ FASTER = 0.997  # of the size of bytes, or less: nibbles
 
 
 def form_of(codes: Tensor) -> Narrowing | None:
-    """The form for `codes` (int16 or int32, rows x cols, contiguous); None if they are not small enough for any."""
+    """Choose the form that integer codes are narrowed to.
+
+    Args:
+        codes: int16 or int32, rows x cols, contiguous.
+
+    Returns:
+        The form; None if the codes are not small enough for any.
+    """
     top, left, height, width = sample(*codes.shape)
     sampled = codes[top : top + height, left : left + width]
     folded = zigzag(sampled.to(torch.int64), 8 * codes.element_size()).reshape(-1)

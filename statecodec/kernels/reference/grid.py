@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
-    """Number `x` (fp32, flat) on the grid: `codes` (int32, flat) are the multiples, with x's sign; 0 only near zero.
+    """Number values on a uniform grid.
 
-    Returns the flags NAN | INF of what could not be encoded, and the sums of x against what its codes decode to.
+    Args:
+        x: fp32, flat.
+        codes: Written: int32, flat: the multiples, with x's sign; 0 only near zero.
+        grid: The grid.
+
+    Returns:
+        The flags NAN | INF of what could not be encoded, and the sums of x against what its codes decode to.
     """
     flags = _nonfinite(x)
     if flags or not x.numel():
@@ -30,15 +36,28 @@ def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Compar
 
 
 def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
-    """The inverse: one fp32 multiplication per element, or the element's own bits. Any codes give finite values."""
+    """The inverse of `encode_uniform`: one fp32 multiplication per element, or the element's own bits.
+
+    Args:
+        codes: int32, flat. Any codes give finite values.
+        out: Written: fp32, flat.
+        grid: The grid.
+    """
     out.copy_(_values(codes, grid))
 
 
 def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
-    """Number u = m / (sqrt(v) + eps) on the grid (fp32, flat; `eps` as rounded to fp32).
+    """Number u = m / (sqrt(v) + eps) on a uniform grid.
 
-    Returns the flags NAN | INF | NEGATIVE of what could not be encoded, and the sums of u against what its codes
-    decode to.
+    Args:
+        m: First moment: fp32, flat.
+        v: Second moment of the same elements: fp32, flat.
+        codes: Written: int32, flat.
+        grid: The grid, in units of u.
+        eps: What is added to the root, rounded to fp32.
+
+    Returns:
+        The flags NAN | INF | NEGATIVE of what could not be encoded, and the sums of u against what its codes decode to.
     """
     flags = _nonfinite(m) | _nonfinite(v) | NEGATIVE * bool((v < 0).any())
     if flags or not m.numel():
@@ -47,7 +66,15 @@ def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: fl
 
 
 def decode_direction(codes: Tensor, v: Tensor, out: Tensor, *, grid: Grid, eps: float) -> None:
-    """The inverse, with the `v` that the reader has: out = value * (sqrt(v) + eps), kept finite."""
+    """The inverse of `encode_direction`, with the second moment that the reader has: value * (sqrt(v) + eps).
+
+    Args:
+        codes: int32, flat.
+        v: Second moment: fp32, flat.
+        out: Written: the first moment, fp32, flat, kept finite.
+        grid: The grid, in units of u.
+        eps: As when encoding.
+    """
     largest = torch.finfo(torch.float32).max
     out.copy_((_values(codes, grid) * _divisor(v, eps)).clamp_(-largest, largest))
 

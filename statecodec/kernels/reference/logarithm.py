@@ -15,10 +15,15 @@ if TYPE_CHECKING:
 
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
-    """Number `x` (fp32, flat) on the grid: `codes` (int16, flat) are 0 for zeros, at least 1 for anything positive.
+    """Number values that are not negative on a logarithmic grid.
 
-    Returns the flags NAN | INF | NEGATIVE of what could not be encoded, and the sums of x against what its codes
-    decode to.
+    Args:
+        x: fp32, flat.
+        codes: Written: int16, flat; 0 for zeros, at least 1 for anything positive.
+        grid: The grid.
+
+    Returns:
+        The flags NAN | INF | NEGATIVE of what could not be encoded, and the sums of x against what its codes decode to.
     """
     flags = NAN * bool(x.isnan().any()) | INF * bool(x.isinf().any()) | NEGATIVE * bool((x < 0).any())
     if flags or not x.numel():
@@ -36,7 +41,13 @@ def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int,
 
 
 def decode_logarithmic(codes: Tensor, out: Tensor, *, grid: LogGrid) -> None:
-    """The inverse: a table look-up. Codes outside the grid decode as its ends."""
+    """The inverse of `encode_logarithmic`: one table look-up per element.
+
+    Args:
+        codes: int16, flat; those outside the grid decode as its ends.
+        out: Written: fp32, flat.
+        grid: The grid.
+    """
     out.copy_(_values(codes, grid))
 
 

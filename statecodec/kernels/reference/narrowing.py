@@ -47,9 +47,16 @@ class Narrowing:
 
 
 def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
-    """Narrow `codes` (int16 or int32, flat) into `parts` (of `form.sizes`) and `exceptions` (the codes' dtype).
+    """Narrow integer codes into parts and a list of exceptions.
 
-    Returns how many exceptions there are, -1 if they are too many for `exceptions` or the codes do not fit the form.
+    Args:
+        codes: int16 or int32, flat.
+        narrowing: How.
+        parts: Written: tensors of `narrowing.sizes`.
+        exceptions: Written: the codes' dtype; codes that do not fit beside the low bits, in order.
+
+    Returns:
+        The number of exceptions; -1 if they are too many for `exceptions`, or the codes cannot be narrowed this way.
     """
     bits = 8 * codes.element_size()
     wide = codes.to(torch.int64)
@@ -76,7 +83,17 @@ def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exc
 
 
 def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing, codes: Tensor) -> bool:
-    """The inverse of `narrow`. False if there are not as many exceptions as the symbols say."""
+    """The inverse of `narrow`.
+
+    Args:
+        parts: As written.
+        exceptions: As written, only those that there are.
+        narrowing: As for `narrow`.
+        codes: Written: int16 or int32, flat.
+
+    Returns:
+        False if there are not as many exceptions as the symbols say.
+    """
     n, bits = len(codes), 8 * codes.element_size()
     symbols = parts["symbols"].to(torch.int64)
     if narrowing.nibbles:

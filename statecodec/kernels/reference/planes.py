@@ -25,7 +25,12 @@ def plane_layout(dtype: DType | torch.dtype) -> tuple[int, bool]:
 
 
 def split_planes(x: Tensor, planes: Tensor) -> None:
-    """Split `x` (contiguous, any shape and dtype) into `planes` (uint8, width x n, rows contiguous)."""
+    """Split a tensor into byte planes.
+
+    Args:
+        x: Contiguous, of any shape and dtype.
+        planes: Written: uint8, width x n, with contiguous rows.
+    """
     width, rotate = plane_layout(x.dtype)
     bits = x.reshape(-1).view(SIGNED[width].torch)
     if rotate:
@@ -35,7 +40,12 @@ def split_planes(x: Tensor, planes: Tensor) -> None:
 
 
 def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
-    """The inverse: merge `width` planes (uint8, n each) into `out` (contiguous)."""
+    """The inverse of `split_planes`.
+
+    Args:
+        planes: `width` planes: uint8, n each.
+        out: Written: contiguous, n elements.
+    """
     width, rotate = plane_layout(out.dtype)
     target = out.view(-1).view(SIGNED[width].torch)
     if width == 1:
@@ -51,6 +61,13 @@ def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
 
 
 def constant_byte(x: Tensor) -> int:
-    """The value of every byte of `x` (uint8, not empty) if they are all the same, else -1."""
+    """The byte that fills a plane.
+
+    Args:
+        x: uint8, not empty.
+
+    Returns:
+        The value of every byte if they are all the same, else -1.
+    """
     first = int(x[0])
     return first if bool((x == first).all()) else -1

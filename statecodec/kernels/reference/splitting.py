@@ -20,11 +20,21 @@ FP16_BIAS = (127 - 15) << 23  # fp32 bits minus this, shifted right by 13, are f
 
 
 def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
-    """Split fp32 `x` (flat) into `high` (bf16 or fp16) and `low` (int8 or int16), same shape.
+    """Split values into a 16-bit float and what it lacks.
 
-    bf16: 24 or 32 of fp32's bits, `high` rounded half away from zero in magnitude, `low` the difference.
-    fp16: exponent re-biased; below 2**-14 fixed point in units of 2**-32 (8 bits) or 2**-40 (16 bits).
-    NaN becomes the canonical NaN. Returns OUT_OF_RANGE if fp16 cannot hold a finite value.
+    bf16: 24 or 32 of fp32's bits, `high` rounded half away from zero in magnitude, `low` the difference. fp16: exponent
+    re-biased; below 2**-14 fixed point in units of 2**-32 (8 bits) or 2**-40 (16 bits). NaN becomes the canonical NaN.
+
+    Args:
+        x: fp32, flat.
+        high: Written: bf16 or fp16, of the same shape.
+        low: Written: int8 or int16, of the same shape.
+
+    Returns:
+        OUT_OF_RANGE if fp16 cannot hold a finite value, else 0.
+
+    Source:
+        FlashOptim (arXiv 2602.23349), section 3.1, in integers in place of its floating-point form.
     """
     bits = x.view(torch.int32).to(torch.int64)
     sign, magnitude = bits >> 31 & 1, bits & 0x7FFFFFFF
@@ -48,7 +58,13 @@ def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
 
 
 def decode_split(high: Tensor, low: Tensor, out: Tensor) -> None:
-    """The inverse, exact on what was stored."""
+    """The inverse of `encode_split`, exact on what was stored.
+
+    Args:
+        high: As written.
+        low: As written.
+        out: Written: fp32, flat.
+    """
     width = 8 * low.dtype.itemsize
     bits = high.view(torch.int16).to(torch.int64) & 0xFFFF
     sign, top = bits >> 15, bits & 0x7FFF

@@ -74,7 +74,15 @@ NO_UPDATE = UpdateComparison(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
 
 
 def compare(a: Tensor, b: Tensor) -> Comparison:
-    """Compare flat float tensors of one dtype (fp32 or fp64)."""
+    """Sum up how two tensors differ.
+
+    Args:
+        a: The original, flat: fp32 or fp64.
+        b: The other, of the same dtype and size.
+
+    Returns:
+        Sums in fp64.
+    """
     finite = a.isfinite() & b.isfinite()
     alike = finite | (a == b) | (a.isnan() & b.isnan())
     x, y = a[finite].to(torch.float64), b[finite].to(torch.float64)
@@ -85,7 +93,20 @@ def compare(a: Tensor, b: Tensor) -> Comparison:
 def compare_updates(
     m: Tensor, v: Tensor, m_other: Tensor, v_other: Tensor, *, correction1: float, correction2: float, eps: float
 ) -> UpdateComparison:
-    """Compare u = (m / correction1) / (sqrt(v / correction2) + eps) of two pairs of moments (flat fp32 tensors)."""
+    """Sum up how two Adam updates u = (m / correction1) / (sqrt(v / correction2) + eps) differ.
+
+    Args:
+        m: First moment of the original: fp32, flat.
+        v: Second moment of the original: fp32, flat.
+        m_other: First moment of the other.
+        v_other: Second moment of the other.
+        correction1: 1 - beta1**t.
+        correction2: 1 - beta2**t.
+        eps: What is added to the root.
+
+    Returns:
+        Sums in fp64.
+    """
 
     def update(first: Tensor, second: Tensor) -> Tensor:
         return (first.double() / correction1) / ((second.double() / correction2).sqrt() + eps)
@@ -101,10 +122,18 @@ def compare_updates(
 
 
 def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
-    """The size of u = m / (sqrt(v) + eps) (flat fp32 tensors).
+    """Sum up how large u = m / (sqrt(v) + eps) is.
 
     Left out is what is no update: values that are not finite, negative v, and m / eps from 1 on where v is 0, which may
     drown all others.
+
+    Args:
+        m: First moment: fp32, flat.
+        v: Second moment: fp32, flat.
+        eps: What is added to the root.
+
+    Returns:
+        The number of elements that have an update, and their sum of squares, in fp64.
     """
     u = m.double() / (v.double().sqrt() + eps)
     u = u[u.isfinite() & ((v > 0) | (u.abs() < 1))]
@@ -112,6 +141,13 @@ def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
 
 
 def size(x: Tensor) -> Size:
-    """The size of the finite values of a flat fp32 tensor."""
+    """Sum up how large the finite values of a tensor are.
+
+    Args:
+        x: fp32, flat.
+
+    Returns:
+        Sums in fp64.
+    """
     finite = x[x.isfinite()].double()
     return Size(float((finite * finite).sum()), float(finite.abs().max()) if finite.numel() else 0.0)

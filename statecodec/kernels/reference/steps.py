@@ -23,7 +23,24 @@ def adam(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
     lr: float, beta1: float, beta2: float, eps: float, c1: float, c2: float, decay: float,
 ) -> None:  # fmt: skip
-    """Adam with decoupled decay (Loshchilov and Hutter), as torch.optim.AdamW orders its operations."""
+    """Adam with decoupled decay, as torch.optim.AdamW orders its operations.
+
+    Args:
+        w: Weight, updated in place.
+        g: Gradient.
+        m: First moment, updated in place.
+        v: Second moment, updated in place.
+        lr: Learning rate.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: What is added to the corrected root.
+        c1: 1 - beta1**t.
+        c2: 1 - beta2**t.
+        decay: Factor of the weight.
+
+    Source:
+        Loshchilov and Hutter (arXiv 1711.05101), algorithm 2.
+    """
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     w.mul_(decay)
@@ -34,9 +51,24 @@ def shared_adam(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
     lr: float, beta1: float, eps: float, c1: float, c2: float, decay: float,
 ) -> None:  # fmt: skip
-    """SlimAdam (section 2): Adam whose second moment `v` broadcasts over `w` and has been updated already.
+    """Adam whose second moment broadcasts over the weight and has been updated already.
 
     The update of v, once per tensor: v = beta2 * v + (1 - beta2) * mean(g * g) over the shared dimensions.
+
+    Args:
+        w: Weight, updated in place.
+        g: Gradient.
+        m: First moment, updated in place.
+        v: Second moment, with shared dimensions of size 1.
+        lr: Learning rate.
+        beta1: Decay rate of the first moment.
+        eps: What is added to the corrected root.
+        c1: 1 - beta1**t.
+        c2: 1 - beta2**t.
+        decay: Factor of the weight.
+
+    Source:
+        SlimAdam (arXiv 2503.01843), section 2.
     """
     m.lerp_(g, 1 - beta1)
     w.mul_(decay)
@@ -49,7 +81,16 @@ def sgd(
 ) -> None:  # fmt: skip
     """SGD with momentum as torch.optim.SGD: the first gradient enters the buffer undampened.
 
-    `m` is None without momentum.
+    Args:
+        w: Weight, updated in place.
+        g: Gradient.
+        m: Momentum buffer, updated in place; None without momentum.
+        lr: Learning rate.
+        momentum: How much of the buffer stays.
+        dampening: How much of the gradient does not enter the buffer.
+        nesterov: Use Nesterov's momentum.
+        first: Whether this is the first step.
+        decay: Factor of the weight.
     """
     w.mul_(decay)
     if m is None:
@@ -60,7 +101,20 @@ def sgd(
 
 
 def lion(w: Tensor, g: Tensor, m: Tensor, *, lr: float, beta1: float, beta2: float, decay: float) -> None:
-    """Lion (Chen et al. 2023): the sign of the interpolated momentum; sign(0) = 0."""
+    """The sign of the interpolated momentum; sign(0) = 0.
+
+    Args:
+        w: Weight, updated in place.
+        g: Gradient.
+        m: Momentum, updated in place.
+        lr: Learning rate.
+        beta1: How much of the momentum the interpolation has.
+        beta2: How much of the momentum stays.
+        decay: Factor of the weight.
+
+    Source:
+        Chen et al. 2023 (arXiv 2302.06675), algorithm 2.
+    """
     w.mul_(decay)
     w.add_(torch.lerp(g, m, beta1).sign_(), alpha=-lr)
     m.lerp_(g, 1 - beta2)
@@ -71,11 +125,30 @@ def foam(
     block: int, lr: float, beta1: float, beta2: float, eps: float, c1: float, c2: float, decay: float,
     scale: float, residual: float, mean_of_squares: bool, true_tail: bool, torch_bias: bool, decay_first: bool,
 ) -> None:  # fmt: skip
-    """FOAM (section 3): Adam on block means plus the residual of the current gradient.
+    """Adam on block means plus the residual of the current gradient.
 
-    `w`, `g` are rows x cols, the moments rows x ceil(cols / block). `lr` times `scale` is the step; `decay` as above,
-    before the step, or after it if `decay_first` is False; `torch_bias` False puts eps next to the uncorrected root, as
-    published.
+    Args:
+        w: Weight: rows x cols, updated in place.
+        g: Gradient: rows x cols.
+        m: First moment: rows x ceil(cols / block), updated in place.
+        v: Second moment, of that shape, updated in place.
+        block: Elements of a block.
+        lr: Learning rate; the step is lr times `scale`.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: What is added to the root.
+        c1: 1 - beta1**t.
+        c2: 1 - beta2**t.
+        decay: Factor of the weight.
+        scale: Factor of the step.
+        residual: Factor of the difference from the block's mean.
+        mean_of_squares: v averages the mean of the squares; otherwise the square of the mean.
+        true_tail: A short block divides by its own length; otherwise by `block`.
+        torch_bias: eps is added to the corrected root; otherwise to the uncorrected one, as published.
+        decay_first: Decay before the step; otherwise after it, as published.
+
+    Source:
+        FOAM (arXiv 2512.07112), algorithm 1, and its published code.
     """
     mean = _block_mean(g, block, true_tail)
     square = _block_mean(g * g, block, true_tail) if mean_of_squares else mean * mean
@@ -109,18 +182,31 @@ def _block_mean(x: Tensor, block: int, true_tail: bool) -> Tensor:
 
 
 def dither(w: Tensor, *, drop: int, seed: int, index: int, step: int, start: int) -> None:
-    """Stochastic rounding of fp32 `w` (flat, contiguous) to a grid that lacks the low `drop` bits, in place.
+    """Stochastic rounding of weights to a grid that lacks the low bits, in place.
 
     A uniform integer in [0, 2**drop) is added to the magnitude's bits, then the low bits are cleared: the expected
-    value is the input. Element i of `w` is element `start + i` of its parameter. Values that would leave the finite
-    range, infinities and NaN stay.
+    value is the input. Values that would leave the finite range, infinities and NaN stay.
+
+    Args:
+        w: fp32, flat, contiguous.
+        drop: Number of low bits that the grid lacks.
+        seed: Seed of the random numbers.
+        index: Position of the parameter among all.
+        step: The step.
+        start: Position of the first element of `w` in its parameter.
     """
     key = mix(mix(seed + index * GOLDEN) + step) + start
     dither_rows(w.view(1, -1), drop=drop, keys=torch.full((1,), key, dtype=torch.int64, device=w.device))
 
 
 def dither_rows(w: Tensor, *, drop: int, keys: Tensor) -> None:
-    """`dither` of several parameters: rows of fp32 `w`, with int64 keys, one a row, on the device."""
+    """Dither several parameters at once, as `dither` does.
+
+    Args:
+        w: fp32, one parameter per row, updated in place.
+        drop: Number of low bits that the grid lacks.
+        keys: int64, one per row, on the device of `w`.
+    """
     mask = (1 << drop) - 1
     element = torch.arange(w.shape[1], device=w.device)
     random = mix_tensor((element + keys[:, None]) & 0xFFFFFFFF) & mask
@@ -133,7 +219,17 @@ def dither_rows(w: Tensor, *, drop: int, keys: Tensor) -> None:
 
 
 def mix(x: int) -> int:
-    """A 32-bit integer hash (lowbias32, public domain by C. Wellons)."""
+    """A 32-bit integer hash.
+
+    Args:
+        x: Its low 32 bits are hashed.
+
+    Returns:
+        32 bits.
+
+    Source:
+        lowbias32 (public domain) by C. Wellons.
+    """
     x &= 0xFFFFFFFF
     x = ((x ^ x >> 16) * DITHER_1) & 0xFFFFFFFF
     x = ((x ^ x >> 15) * DITHER_2) & 0xFFFFFFFF
@@ -141,7 +237,14 @@ def mix(x: int) -> int:
 
 
 def mix_tensor(x: Tensor) -> Tensor:
-    """`mix` on an int64 tensor of values below 2**32."""
+    """Hash a tensor as `mix` hashes integers.
+
+    Args:
+        x: int64, values below 2**32.
+
+    Returns:
+        int64, values below 2**32.
+    """
     x = ((x ^ (x >> 16)) * DITHER_1) & 0xFFFFFFFF
     # The second constant exceeds 2**31: the int64 product may wrap, which leaves its low 32 bits intact.
     x = ((x ^ (x >> 15)) * DITHER_2) & 0xFFFFFFFF

@@ -17,18 +17,16 @@ from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.format import part_tensors, placement, sharing
-from statecodec.format.container import MANIFEST_ENTRY, VERSION, TensorEntry, build_header
+from statecodec.format.container import VERSION
 from statecodec.format.finished import Finished, Written, opened
-from statecodec.format.index import index_json
 from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
 from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import ItemSpec, PlannedItem, plan
 from statecodec.format.reader import Reader, VerifiedRecord
+from statecodec.format.shard_files import ShardFiles, metadata
 from statecodec.lazy import torch
-from statecodec.staging import StagedFile
-from statecodec.strict import dump_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,25 +89,21 @@ class Writer:
         force: bool = False,
     ) -> None:
         self.packing = Packing.parse(packing) if isinstance(packing, str) else packing
-        self._plan = plan(items, self.packing, max_shard_size, _metadata(99_999, 99_999, "0" * 32))
+        self._plan = plan(items, self.packing, max_shard_size, metadata(99_999, 99_999, "0" * 32))
         self._attributes = [dict(item.attributes) for item in items]
         self._chunks: list[list[StoredChunk]] = [[] for _ in items]
         self._first: list[int] = [0] * len(items)  # byte of each packed item's first record in its shard's entry
         self._records: dict[int, StoredRecord] = {}  # of small items
         self._small: list[PackedChunk] = []  # that wait for a record to share
         self._small_nbytes = 0
-        self._part_done: dict[str, int] = {}
-        self._ends = [shard.packed_start for shard in self._plan.shards]
         self._next = (0, 0)
         self._pool = Pool()
-        self._files: list[StagedFile] = []
         self._reader: Reader | None = None
         self._destination = Destination(path, len(self._plan.shards), force)
         try:
-            for file in self._destination.files:
-                self._files.append(self._destination.create(file))
+            self._files = ShardFiles(self._destination, self._plan.shards)
         except BaseException:
-            self.abort()
+            self._destination.staging.close()
             raise
 
     @property
@@ -200,7 +194,7 @@ class Writer:
             UsageError: If it is another chunk.
             OutputFailed: If it cannot be written.
         """
-        if not self._files:
+        if not self._files.is_open:
             raise UsageError("this writer is closed")
         if (packed.item, packed.index) != self._next:
             raise UsageError(f"chunk {(packed.item, packed.index)} out of order; expected {self._next}")
@@ -217,31 +211,16 @@ class Writer:
 
     def _append_large(self, planned: PlannedItem, packed: PackedChunk) -> None:
         if planned.storage == PACKED:
+            start = self._files.append_record(planned.shard, packed.buffer[: packed.lengths[0]])
             if packed.index == 0:
-                self._first[packed.item] = self._ends[planned.shard] - self._plan.shards[planned.shard].packed_start
-            self._write_record(planned.shard, packed.buffer[: packed.lengths[0]])
+                self._first[packed.item] = start
         else:
-            self._write_plain(planned, packed)
+            self._files.write_plain(planned, packed.index, packed.buffer, packed.lengths)
         self._pool.give(packed.buffer)
         c = planned.chunks[packed.index]
         self._chunks[packed.item].append(
             StoredChunk(c.start, c.stop, tuple(c.shape), sum(packed.lengths), packed.checksums)
         )
-
-    def _write_record(self, shard: int, record: Bytes) -> None:
-        self._files[shard].write_at(record.data, self._plan.shards[shard].header_size + self._ends[shard])
-        self._ends[shard] += record.size
-
-    def _write_plain(self, planned: PlannedItem, packed: PackedChunk) -> None:
-        file, base = self._files[planned.shard], self._plan.shards[planned.shard].header_size
-        if packed.index == 0:
-            self._part_done = dict.fromkeys(planned.parts, 0)
-        position = 0
-        for part, length in zip(planned.parts, packed.lengths, strict=True):
-            data = packed.buffer[position : position + length]
-            file.write_at(data.data, base + planned.offsets[part] + self._part_done[part])
-            self._part_done[part] += length
-            position += length
 
     def _is_full(self, planned: PlannedItem) -> bool:
         if planned.storage != SHARED:
@@ -253,10 +232,9 @@ class Writer:
         small, self._small, self._small_nbytes = self._small, [], 0
         planned = [self._plan.items[p.item] for p in small]
         shard, owners = planned[0].shard, tuple(p.item for p in small)
-        start = self._ends[shard] - self._plan.shards[shard].packed_start
         content = sharing.join([(p.parts, packed.buffer) for p, packed in zip(planned, small, strict=True)])
         buffer, size = encode_record(content, _TEXT_PACKING, self._pool)
-        self._write_record(shard, buffer[:size])
+        start = self._files.append_record(shard, buffer[:size])
         record = StoredRecord(shard, start, size, xxhash.xxh3_64_hexdigest(buffer[:size].data), owners)
         self._pool.give(buffer)
         for packed, p, share in zip(small, planned, shares(size, [sum(p.lengths) for p in small]), strict=True):
@@ -280,7 +258,7 @@ class Writer:
             raise UsageError(f"item {planned.item.name!r} cannot be stored in another way any more")
         self._plan.items[item] = placement.recoded(planned, encoding, self.packing, len(self._plan.items))
         if self._chunks[item]:
-            self._ends[planned.shard] = self._first[item] + self._plan.shards[planned.shard].packed_start
+            self._files.take_back(planned.shard, self._first[item])
         self._chunks[item], self._next = [], (item, 0)
 
     def set_attributes(self, item: int, attributes: Mapping[str, Any]) -> None:
@@ -333,7 +311,7 @@ class Writer:
             self.abort()
 
     def _check_complete(self) -> None:
-        if not self._files:
+        if not self._files.is_open:
             raise UsageError("this writer is closed")
         if self._next != (len(self._plan.items), 0):
             raise UsageError(f"{len(self._plan.items)} items were announced; chunk {self._next} has not been appended")
@@ -342,23 +320,21 @@ class Writer:
         destination = self._destination
         if self._small:
             self._share_record()
-        others = tuple(
-            OtherShard(destination.files[i].name, self._finish(i, None)) for i in range(len(self._files) - 1)
-        )
+        last = len(destination.files) - 1
+        others = tuple(OtherShard(destination.files[i].name, self._files.finish(i)) for i in range(last))
         items = tuple(self._stored_item(i) for i in range(len(self._plan.items)))
         try:
             data = Manifest(VERSION, f"statecodec {__version__}", others, items, document).to_bytes()
         except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"attributes or document cannot be written as JSON: {error}") from error
-        self._finish(len(self._files) - 1, data)
+        self._files.finish(last, data)
         if destination.sharded:
-            self._write_index(items, xxhash.xxh3_128_hexdigest(data))
-        self._files.clear()
-        nbytes = sum(s.header_size + end for s, end in zip(self._plan.shards, self._ends, strict=True))
+            self._files.write_index(items, xxhash.xxh3_128_hexdigest(data))
+        self._files.close()
         folder = destination.staging.folder
         path, files = folder / destination.opened.name, tuple(folder / f.name for f in destination.files)
         self._reader = opened(path)
-        return Finished(path, files, nbytes, items, self._reader, destination)
+        return Finished(path, files, self._files.nbytes, items, self._reader, destination)
 
     def _stored_item(self, i: int) -> StoredItem:
         p = self._plan.items[i]
@@ -369,38 +345,9 @@ class Writer:
             {role: item.companions[role] for role in item.encoding.codec.needs},
         )  # fmt: skip
 
-    def _finish(self, i: int, manifest: bytes | None) -> str:
-        """Complete one shard on disk; returns its header's digest."""
-        shard, file, end = self._plan.shards[i], self._files[i], self._ends[i]
-        entries, packed = list(shard.plain), end - shard.packed_start
-        if packed:
-            entries.append(TensorEntry(packed_entry(i), "U8", (packed,), shard.packed_start, end))
-        digest = None
-        if manifest is not None:
-            digest = xxhash.xxh3_128_hexdigest(manifest)
-            file.write_at(manifest, shard.header_size + end)
-            stop = self._ends[i] = end + len(manifest)
-            entries.append(TensorEntry(MANIFEST_ENTRY, "U8", (len(manifest),), end, stop))
-        metadata = _metadata(i + 1, len(self._files), digest)
-        header, header_digest = build_header(entries, metadata, shard.header_size)
-        file.write_at(header, 0)
-        file.finish(shard.header_size + self._ends[i], self._destination.mode())
-        return header_digest
-
-    def _write_index(self, items: Sequence[StoredItem], digest: str) -> None:
-        names = [file.name for file in self._destination.files]
-        data = _json(index_json(items, names, sum(self._ends), digest), "item names")
-        file = self._destination.create(self._destination.index)
-        try:
-            file.write_at(data, 0)
-            file.finish(len(data), self._destination.mode())
-        finally:
-            file.close()
-
     def abort(self) -> None:
         """Remove everything that is not published. May be called at any time, more than once."""
-        while self._files:
-            self._files.pop().close()
+        self._files.close()
         if self._reader is not None:
             self._reader.close()
         self._destination.staging.close()
@@ -412,17 +359,3 @@ class Writer:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
-
-
-def _metadata(shard: int, shards: int, manifest: str | None) -> dict[str, str]:
-    metadata = {"format": "statecodec", "statecodec.version": f"{VERSION[0]}.{VERSION[1]}"}
-    if shards > 1:
-        metadata["statecodec.shard"] = f"{shard}/{shards}"
-    return metadata if manifest is None else {**metadata, "statecodec.manifest": manifest}
-
-
-def _json(value: Any, label: str) -> bytes:
-    try:
-        return dump_json(value)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UsageError(f"{label} cannot be written as JSON: {error}") from error

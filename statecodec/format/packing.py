@@ -117,29 +117,30 @@ def _room(parts: Sequence[Tensor]) -> int:
 
 def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, *, codes: bool) -> int:
     """Write a record and return its length. Without `codes` integers are stored as planes, whatever they hold."""
-    row, position = 0, ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
+    table, position = list[Row](), ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
+    compressor, view = packing.compressor(), out.data
     for part in parts:
         rest = out[position:]
-        rows = (_pack_codes(part, rest, packing, pool) if codes else None) or _pack_planes(part, rest, packing, pool)
-        for method, length in rows:
-            ROW.pack_into(out.data, row, method, length)
-            row, position = row + ROW.size, position + length
+        rows = (_pack_codes(part, rest, packing, pool) if codes else None) or _pack_planes(part, rest, compressor, pool)
+        position += _length(rows)
+        table += rows
+    for number, row in enumerate(table):
+        ROW.pack_into(view, number * ROW.size, *row)
     return position
 
 
-def _pack_planes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[Row]:
+def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[Row]:
     """Write a part's planes, one after the other; returns their rows."""
     width = plane_layout(part.dtype)[0]
     n = part.nbytes // width
     if not n:
         return [(STORED, 0)] * width
-    view, compressor = out.data, packing.compressor()
     matrix, content = _matrix(part, n), part.view(-1).view(torch.uint8)
     zero = width > 1 and n > 1 and cpu_kernels().constant_byte(content) == 0
     planes = content.numpy().reshape(1, n) if width == 1 else out[: part.nbytes].reshape(width, n)
     if width > 1 and not zero:
         cpu_kernels().split_planes(part, torch.from_numpy(planes))
-    rows, position = [], 0
+    rows, position, view = [], 0, out.data
     for plane in planes:
         method, payload = (CONSTANT, b"\0") if zero else pack_plane(plane.reshape(matrix), compressor, pool)
         data = plane.data if payload is None else payload
@@ -213,11 +214,19 @@ def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[
 def _split(record: Bytes, outs: Sequence[Tensor], *, codes: bool) -> Iterator[tuple[Tensor, list[Row], Bytes]]:
     """Each part with its rows and its payload."""
     table = _rows(record, outs, codes)
-    position = ROW.size * sum(len(rows) for rows in table)
+    position = ROW.size * sum(map(len, table))
     for out, rows in zip(outs, table, strict=True):
-        stop = position + sum(length for _, length in rows)
+        stop = position + _length(rows)
         yield out, rows, record[position:stop]
         position = stop
+
+
+def _length(rows: Sequence[Row]) -> int:
+    """Bytes of the payload that these rows are of."""
+    total = 0
+    for _, length in rows:
+        total += length
+    return total
 
 
 def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool) -> None:
@@ -249,28 +258,31 @@ def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]
     table = ROW.size * sum(widths)
     if record.size < table:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
-    fields = ROW.iter_unpack(record[:table].data)
-    rows: list[list[Row]] = [[next(fields) for _ in range(width)] for width in widths]
-    for out, part_rows in zip(outs, rows, strict=True):
+    fields = list(ROW.iter_unpack(record[:table].data))
+    rows, first, total = list[list[Row]](), 0, table
+    for out, width in zip(outs, widths, strict=True):
+        part_rows: list[Row] = fields[first : first + width]
         if codes and part_rows[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
-            if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (len(part_rows) - 1):
+            if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (width - 1):
                 raise FormatError(f"chunk record: rows {part_rows} of narrowed codes of {out.nbytes} bytes")
-            continue
-        for method, length in part_rows:
-            _check_plane(method, length, out.nbytes // len(part_rows))
-    if table + sum(length for part_rows in rows for _, length in part_rows) != record.size:
+        else:
+            for method, length in part_rows:
+                _check_plane(method, length, out.nbytes // width)
+        rows.append(part_rows)
+        first, total = first + width, total + _length(part_rows)
+    if total != record.size:
         raise FormatError(f"chunk record of {record.size} bytes: its planes do not fill it")
     return rows
 
 
 def _check_plane(method: int, length: int, n: int) -> None:
-    packed = 0 < length < n
-    fits = {
-        STORED: length == n,
-        CONSTANT: length == 1 and n > 1,
-        **dict.fromkeys((ZSTD, CENTRED, CENTRED_NIBBLES), packed),
-    }
-    if method not in fits:
+    if method == STORED:
+        fits = length == n
+    elif method == CONSTANT:
+        fits = length == 1 and n > 1
+    elif method in (ZSTD, CENTRED, CENTRED_NIBBLES):
+        fits = 0 < length < n
+    else:
         raise FormatError(f"chunk record: unknown method {method} of a plane")
-    if not fits[method]:
+    if not fits:
         raise FormatError(f"chunk record: method {method} with {length} bytes for a plane of {n}")

@@ -34,9 +34,8 @@ def pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes |
     n = plane.size
     if n < 2:
         return STORED, None
-    value = cpu_kernels().constant_byte(torch.from_numpy(plane))
-    if value >= 0:
-        return CONSTANT, bytes([value])
+    if plane[0] == plane[-1] and cpu_kernels().constant_byte(torch.from_numpy(plane)) >= 0:
+        return CONSTANT, plane[:1].tobytes()
     if n >= 8 * SAMPLE:
         pieces = [plane[at : at + SAMPLE] for at in range(0, n - SAMPLE + 1, (n - SAMPLE) // 3)]
         sample = np.concatenate(pieces)

@@ -1,4 +1,4 @@
-"""Where words go: data to standard output, messages to standard error, and how sizes and ratios are written."""
+"""Printing: data to standard output, messages to standard error; control characters are escaped."""
 
 from __future__ import annotations
 

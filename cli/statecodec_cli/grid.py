@@ -1,7 +1,7 @@
 """Tables and lines of facts that fit the terminal, from 60 columns up.
 
-Where a table is too wide, text columns give way first (codecs are folded, names lose their middle), then the least
-important columns; what is not shown is named below the table. Figures are never cut. In a pipe nothing gives way.
+Where a table is too wide, text columns are shortened first (codecs are folded, names lose their middle), then the least
+important columns are left out and named below the table. Figures are never cut. In a pipe nothing is shortened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LAST = {"fold": 14, "middle": 18}  # ... and than this when none can
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, how a text column gives way, and when the whole column goes (highest first, 0 never)."""
+    """A column: its heading, how its text is shortened, and when it is left out (highest first, 0 never)."""
 
     name: str
     text: bool = False
@@ -73,7 +73,7 @@ class TextTable:
     def _narrowed(
         self, natural: Sequence[int], shown: Sequence[int], width: int, floors: Mapping[str, int]
     ) -> list[int]:
-        """Every column's width when text columns have given way, the widest first, down to their floors at most."""
+        """Every column's width after text columns were shortened, the widest first, but not below their floors."""
         space = width - _GAP * (len(shown) - 1)
         giving = [i for i in shown if self._columns[i].gives]
         widths = [min(n, space) if i in giving else n for i, n in enumerate(natural)]

@@ -134,7 +134,7 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
 
 
 def difference(document: Document, *, every: bool = False) -> list[RenderableType]:
-    """Errors by role (or by tensor), then the error of the Adam update, and what is equal or differs besides."""
+    """Errors by role (or by tensor), then the error of the Adam update, and what is equal or different otherwise."""
     tensors = document["tensors"]
     columns: tuple[Column, ...] = (ROLE, Column("tensors", drop=2), Column("values", drop=1))
     if every:
@@ -160,7 +160,7 @@ def difference(document: Document, *, every: bool = False) -> list[RenderableTyp
 
 
 def _distance(group: Sequence[Document]) -> tuple[str, str, str]:
-    """Relative rms, largest difference and number of elements that differ; the last is all there is for integers."""
+    """Relative rms, largest difference and number of elements that differ; for integers only the last."""
     numbers = [t for t in group if not t.get("differing")]
     differing = sum(t.get("differing") or 0 for t in group)
     if not numbers:
@@ -173,7 +173,7 @@ def _distance(group: Sequence[Document]) -> tuple[str, str, str]:
 
 
 def _one_sided(document: Document) -> list[Text]:
-    """What the figures cannot say: tensors without a counterpart, elements that are NaN or infinite on one side."""
+    """What the figures do not include: tensors without a counterpart, elements that are NaN or infinite on one side."""
     lines = []
     for side in ("a", "b"):
         names = document.get(f"only_in_{side}") or []

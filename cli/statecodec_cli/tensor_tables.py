@@ -39,7 +39,7 @@ def body(document: Document, *, every: bool) -> TextTable:
 
 
 def _whole(tensors: Iterable[Document]) -> Iterator[Document]:
-    """The tensors, and in place of the parts of a state that a live optimizer keeps encoded, that state."""
+    """The tensors, with the parts of a state that a live optimizer keeps encoded replaced by that state."""
     for state, group in groupby(tensors, lambda t: t.get("state")):
         parts = list(group)
         if state is None:
@@ -90,7 +90,7 @@ def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensor
 
 
 def _kind(codec: str) -> str:
-    """A codec without what was fitted to one tensor, which is a fraction: `uniform(step=2.0e-05)` -> `uniform`."""
+    """A codec without its fractions, which were fitted to one tensor: `uniform(step=2.0e-05)` -> `uniform`."""
     return _FITTED.sub("", codec).replace(",)", ")").replace("()", "")
 
 
@@ -123,7 +123,7 @@ def _per_value(group: Sequence[Document]) -> str:
 def groups(
     tensors: Iterable[Document], key: Callable[[Document], tuple[str, ...]]
 ) -> list[tuple[tuple[str, ...], list[Document]]]:
-    """Tensors by key, in the order of roles people think in, then by size."""
+    """Tensors by key, in the usual order of roles, then by size."""
     by_key: dict[tuple[str, ...], list[Document]] = {}
     for tensor in tensors:
         by_key.setdefault(key(tensor), []).append(tensor)
@@ -145,7 +145,7 @@ def worst(group: Sequence[Document], figure: str) -> str:
 
 
 def shown(role: str) -> str:
-    """A role as people call it."""
+    """A role in the words of the tables."""
     return NO_TENSORS.get(role, role)
 
 

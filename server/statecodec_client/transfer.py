@@ -1,4 +1,4 @@
-"""The transfers behind client.py: requests with patience, uploads that go on, downloads that go on."""
+"""The transfers behind client.py: requests that are repeated, uploads and downloads that are resumed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class ServiceError(StatecodecError):
 
 
 class Connection:
-    """One service and one token; `patience`: seconds without any progress after which a transfer gives up."""
+    """One service and one token.
+
+    `patience` is the time in seconds without any progress after which a transfer gives up.
+    """
 
     def __init__(self, url: str, token: str | None, patience: float, cache: Path) -> None:
         address = urllib.parse.urlsplit(url)
@@ -57,7 +60,7 @@ class Connection:
         self._reached = False
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._http.close()
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:

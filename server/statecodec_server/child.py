@@ -148,7 +148,7 @@ def _warm_up(backend: str) -> None:
 
 
 def _settle_in(request: Mapping[str, Any]) -> None:
-    """Make the job's folder this process's world."""
+    """Change to the job's folder, and send output and temporary files there."""
     folder = Path(request["folder"])
     os.chdir(folder.parent)
     os.environ["HOME"] = os.environ["TMPDIR"] = str(folder / "tmp")

@@ -120,7 +120,7 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
-        """A consistent read that blocks nobody."""
+        """A consistent read that blocks no other connection."""
         with self.engine.connect().execution_options(read_only=True) as connection:
             yield connection
 

@@ -38,7 +38,7 @@ def announced_sha256(field: str | None, hexadecimal: str | None = None) -> str |
 
 
 class Checksum:
-    """One `Upload-Checksum: algorithm base64` to hold a body against."""
+    """One `Upload-Checksum: algorithm base64`, to compare a body with."""
 
     def __init__(self, field: str) -> None:
         algorithm, _, text = field.strip().partition(" ")

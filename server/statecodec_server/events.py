@@ -31,12 +31,12 @@ class Listener:
         self.closed = False
 
     def tell(self, row: Row) -> None:
-        """Something changed."""
+        """Take a new state of the job."""
         self._row = row
         self._news.set()
 
     def close(self) -> None:
-        """No more news will come."""
+        """End: no further change comes."""
         self.closed = True
         self._news.set()
 
@@ -52,7 +52,7 @@ class Listener:
 
 
 class Watcher:
-    """Polls the jobs somebody listens to, in one query, while somebody listens."""
+    """Polls the jobs that have listeners, in one query, as long as there are any."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._settings, self._database = settings, database
@@ -65,7 +65,7 @@ class Watcher:
         return sum(map(len, self._listeners.values()))
 
     async def run(self) -> None:
-        """For ever: read, compare, tell."""
+        """Read, compare and tell, until it is cancelled."""
         while True:
             await asyncio.sleep(self._settings.poll_seconds)
             listened = list(self._listeners)

@@ -1,4 +1,4 @@
-"""What must happen now and then: expire, free space, and move the jobs of dead workers on."""
+"""Regular tasks: expire uploads and results, free space, and give the jobs of dead workers to others."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _remove_orphans(here: Context) -> None:
 
 
 async def run(here: Context) -> None:
-    """For ever: reap often, sweep sometimes. A failure is logged and the next round tries again."""
+    """Reap often and sweep sometimes, until it is cancelled. A failure is logged and the next round tries again."""
     next_sweep = 0.0
     while True:
         try:

@@ -60,7 +60,7 @@ class JobQueue:
         )
 
     def cancel(self, job: str) -> None:
-        """Take a job that nobody has begun out of the queue."""
+        """Take a job out of the queue that no worker has begun."""
         self._client.cancel_workflow(job)
 
     def forget(self, jobs: list[str]) -> None:

@@ -38,7 +38,7 @@ class OperationCall:
 
 
 def _compressed(path: Path) -> Path:
-    """A compressed checkpoint of several shards arrives as a folder; its index stands for it."""
+    """The index of a compressed checkpoint of several shards, which arrives as a folder; else the path itself."""
     indexes = sorted(path.glob("*.index.json")) if path.is_dir() else []
     return indexes[0] if len(indexes) == 1 else path
 

@@ -86,7 +86,7 @@ class HTTPProblem(Exception):
 
 
 def not_found(noun: str) -> HTTPProblem:
-    """The one answer for things that are not there and for things that belong to somebody else."""
+    """The same answer for things that are not there and for things of other tokens."""
     return HTTPProblem(404, "not_found", f"There is no such {noun}, or it is not yours.")
 
 

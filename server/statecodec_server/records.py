@@ -85,7 +85,7 @@ class Jobs:
         return None if row is None else _same_request(row, fingerprint)
 
     def read(self, job: str) -> Row:
-        """A job, whoever owns it; raises 404."""
+        """A job, of any owner; raises 404."""
         row = self._database.one(sa.select(jobs).where(jobs.c.id == job))
         if row is None:
             raise not_found("job")
@@ -176,7 +176,7 @@ class Jobs:
         return str(self.read(job)["state"])
 
     def beat(self, worker: str, pid: int, started: float) -> None:
-        """A worker says that it lives."""
+        """Note that a worker is alive."""
         values = {"pid": pid, "started": started, "seen": time.time()}
         if not self._database.execute(workers.update().where(workers.c.id == worker).values(values)):
             self._database.execute(workers.insert().values(id=worker, **values))
@@ -192,7 +192,7 @@ class Jobs:
         return [row["id"] for row in self._database.all(sa.select(workers.c.id).where(workers.c.seen < since))]
 
     def forget_worker(self, worker: str) -> None:
-        """Drop a dead worker whose jobs have moved on."""
+        """Remove a dead worker whose jobs have moved to others."""
         since = time.time() - self._settings.lease_seconds
         self._database.execute(workers.delete().where(workers.c.id == worker, workers.c.seen < since))
 

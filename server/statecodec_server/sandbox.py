@@ -1,8 +1,8 @@
-"""What a conversion may do, should a hostile file ever get code to run in it.
+"""What a conversion may do, in case a hostile file gets code to run in it.
 
-The library runs nothing that a file contains. Behind that stand walls of the kernel's: limits everywhere, and on Linux
-Landlock, seccomp and an empty network (docs/service.md says which holds where). An audit hook in front of them gives
-Python code a sentence to read; native code passes it, so it is no wall.
+The library runs nothing that a file contains. If that fails, the kernel confines the process: by limits everywhere, and
+on Linux by Landlock, seccomp and an empty network (docs/service.md says which holds where). An audit hook refuses the
+same things to Python code with a sentence to read; native code passes it, so it protects nothing by itself.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def confine(folder: Path, data: Path) -> list[str]:
 
 
 def _is_code_cache() -> bool:
-    """Whether numba itself, and nobody else, is unpickling: the index of its cache of compiled kernels."""
+    """Whether numba itself is unpickling the index of its cache of compiled kernels."""
     caller = sys._getframe(2)  # 0 here, 1 the hook, 2 whoever called pickle.loads
     return str(caller.f_globals.get("__name__", "")).startswith("numba.")
 

@@ -131,7 +131,7 @@ class Settings(BaseSettings):
 
     @property
     def loopback(self) -> bool:
-        """Whether nobody outside this machine can connect."""
+        """Whether only this machine can connect."""
         return is_loopback(self.host)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""A file that grows by acknowledged blocks: write, fsync, and only then is an offset told to anybody.
+"""A file that grows by acknowledged blocks: write, fsync, and only then acknowledge an offset.
 
-Bytes beyond the acknowledged offset do not exist: opening the file cuts them off. That is what makes a kill -9, a
-power cut (which may leave zeros there) and an unverified checksummed body harmless.
+Bytes beyond the acknowledged offset do not exist: opening the file cuts them off. That is what makes a kill -9, a power
+cut (which may leave zeros there) and an unverified checksummed body harmless.
 """
 
 from __future__ import annotations

@@ -265,7 +265,10 @@ class Uploads:
 
 
 class _Turn:
-    """The right to write one upload. Asking for it stops whoever has it: a client that comes back is right."""
+    """The right to write one upload.
+
+    Asking for it stops the request that has it, because a client that comes back has given up its earlier request.
+    """
 
     def __init__(self, owner: Uploads, identity: str) -> None:
         self._owner, self._identity = owner, identity

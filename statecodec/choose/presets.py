@@ -33,7 +33,7 @@ class Preset:
         about: One sentence for people.
         step_error: The error of weights and moments, as a fraction of one optimizer step; None if the preset is its
             rules alone.
-        rules: Rules that go before it.
+        rules: Rules that go before the step error.
     """
 
     about: str

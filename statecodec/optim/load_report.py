@@ -34,7 +34,7 @@ class LoadReport:
     """What `load_state_dict` changed; empty if every state went in bit for bit.
 
     Args:
-        changes: The states that are not the same numbers.
+        changes: The states that were encoded, converted, reset, dropped, missing or unused.
         notes: What else was done otherwise, and why.
         update_rms: Relative error of the Adam direction m / sqrt(v), by parameter.
     """

@@ -94,6 +94,7 @@ def compress(
         CodecError: For a rule's codec that does not exist or has wrong fields.
         LayoutError: If the source cannot be read as a checkpoint, or is unsafe with `safe_only`.
         FormatError: If the base cannot be read.
+        BackendUnavailable: For the device `cuda` without a card.
         OutputExists: If `dst` is there, without `force`.
         OutputFailed: If `dst` cannot be written.
         VerificationFailed: If `verify` finds a difference.

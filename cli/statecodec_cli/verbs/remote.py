@@ -1,6 +1,6 @@
-"""`statecodec remote`: let a conversion service do it - upload with resume, wait, download, verify.
+"""`statecodec remote`: convert on a conversion service: upload with resume, wait, download, verify.
 
-The operations and their options come from the library's table (statecodec/operations.py), not from here.
+The operations and their options come from the library's table (statecodec/operations.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _flag(option: Option) -> str:
 
 
 def _declared(option: Option, names: Iterable[str]) -> inspect.Parameter:
-    """A row of the table as a parameter of the verb; nothing given leaves the choice to the library."""
+    """A row of the table as a parameter of the verb; without a value the library's default holds."""
     kind = _TYPES.get(option.kind)
     if option.kind == "choice":
         kind = Literal[tuple(option.choices or ())] | None

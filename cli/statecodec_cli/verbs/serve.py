@@ -27,6 +27,7 @@ Config = Annotated[
 
 
 def load_settings(config: Path | None, **values: Any) -> Any:
+    """The settings of the service. Raises typer.BadParameter if it is not installed or refuses them."""
     try:
         from statecodec_server.main import StartRefused, load
         from statecodec_server.settings import CONFIG_VARIABLE

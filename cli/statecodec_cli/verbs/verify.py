@@ -1,4 +1,4 @@
-"""`statecodec verify`: is a statecodec file intact, and does it stand for this original?"""
+"""`statecodec verify`: whether a compressed file is intact, and whether it is a compression of a given original."""
 
 from __future__ import annotations
 

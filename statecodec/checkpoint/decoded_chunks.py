@@ -1,13 +1,36 @@
-"""Keeps chunks that were decoded as companions of others until it is their own turn, which comes soon in a file."""
+"""How a chunk is decoded; and chunks that were decoded as companions of others, kept until it is their own turn."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from statecodec.buffers import ThreadScratch
+    from statecodec.codecs import Companions
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Where and with what a chunk is decoded.
+
+    Args:
+        device: Where the arithmetic is done, for codecs whose values are the same on every device; None is the CPU.
+        scratch: The thread's scratch memory. The result may lie in it: it is good until the thread's next chunk.
+        companions: The chunk's companions, if they are decoded already.
+    """
+
+    device: torch.device | None = None
+    scratch: ThreadScratch | None = None
+    companions: Companions | None = None
+
+
+ON_THE_CPU = Decoding()
 
 
 Key = tuple[int, int]  # item, chunk

@@ -14,7 +14,7 @@ from statecodec import codecs, kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, TensorInfo, Window
-from statecodec.checkpoint.decoded_chunks import DecodedChunks
+from statecodec.checkpoint.decoded_chunks import ON_THE_CPU, DecodedChunks, Decoding
 from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.sniff import not_compressed
@@ -132,14 +132,7 @@ class StoredCheckpoint(Checkpoint):
         """Chunk numbers of an item."""
         return iter(range(len(self.reader.items[item].chunks)))
 
-    def decode_pieces(
-        self,
-        item: int,
-        chunk: int,
-        device: torch.device | None = None,
-        scratch: ThreadScratch | None = None,
-        companions: codecs.Companions | None = None,
-    ) -> Iterator[tuple[int, Tensor]]:
+    def decode_pieces(self, item: int, chunk: int, decoding: Decoding = ON_THE_CPU) -> Iterator[tuple[int, Tensor]]:
         """Decode a chunk piece by piece: (first element in the item, decoded elements).
 
         A piece is valid until the next one.
@@ -150,34 +143,23 @@ class StoredCheckpoint(Checkpoint):
         stored = self.reader.items[item]
         place, codec = stored.chunks[chunk], stored.encoding.codec
         if codec.in_pieces and place.stop - place.start > PIECE_ELEMENTS:
-            parts = self.parts(item, chunk, scratch)
+            parts = self.parts(item, chunk, decoding.scratch)
             host = kernels.resolve(None, torch.device("cpu"))
             for piece in iterate(codecs.Raw(), codec.rows_cols(place.shape), stored.dtype, PIECE_ELEMENTS):
                 out = torch.empty(piece.shape, dtype=stored.dtype.torch, device="cpu")
                 codec.decode_piece(parts, place.shape, piece.start, out, host)
                 yield place.start + piece.start, out
         else:
-            yield place.start, self.decode_chunk(item, chunk, device, scratch, companions)
+            yield place.start, self.decode_chunk(item, chunk, decoding)
 
-    def decode_chunk(
-        self,
-        item: int,
-        chunk: int,
-        device: torch.device | None = None,
-        scratch: ThreadScratch | None = None,
-        companions: codecs.Companions | None = None,
-    ) -> Tensor:
-        """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype.
-
-        With `scratch` the result may lie in the thread's scratch memory: it is good until the thread's next chunk.
-        `companions`: the chunk's companions, if they are decoded already.
-        """
+    def decode_chunk(self, item: int, chunk: int, decoding: Decoding = ON_THE_CPU) -> Tensor:
+        """One chunk of an item, checked and decoded, in the chunk's shape and the item's dtype."""
         kept = self._kept.take((item, chunk))
         if kept is not None:
             return kept
         stored = self.reader.items[item]
         codec, place = stored.encoding.codec, stored.chunks[chunk]
-        shape = place.shape
+        device, scratch, shape = decoding.device, decoding.scratch, place.shape
         if stored.encoding.change is Change.VALUES:
             before = self.base.decode_range(self._in_base(item), place.start, place.stop)
             return add_values(codec, self._stored_parts(item, chunk, scratch), before.view(shape), stored.dtype.torch)
@@ -188,7 +170,7 @@ class StoredCheckpoint(Checkpoint):
             out = scratch.take("decoded", stored.dtype.torch, tuple(shape))
         else:
             out = self._empty(item, tuple(shape), torch.device("cpu"))
-        companions = self._companions(item, place) if companions is None else companions
+        companions = self._companions(item, place) if decoding.companions is None else decoding.companions
         if device is None or device.type == "cpu" or not codec.portable:
             codec.decode_into(parts, out, kernels.host(), companions)
             return out

@@ -27,11 +27,12 @@ from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
 from statecodec.format import ItemSpec
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.verbs.appending import EncodedChunk, ErrorRules, WriteOptions
 from statecodec.verbs.paths import named
 from statecodec.verbs.processors import Processor, compared
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.verify import check_against, check_intact
-from statecodec.verbs.writing import Check, EncodedChunk, ErrorRules, WriteOptions, write
+from statecodec.verbs.writing import Check, write
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,12 +22,13 @@ from statecodec.errors import CodecError, CorruptFile, UsageError
 from statecodec.format import ItemSpec, Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
+from statecodec.verbs.appending import EncodedChunk
 from statecodec.verbs.compress import open_source, output_of
 from statecodec.verbs.compression import Compression, StepErrors, check_of
 from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, Share, header_of
-from statecodec.verbs.writing import EncodedChunk, write
+from statecodec.verbs.writing import write
 
 _SHOWN = 8
 

@@ -23,12 +23,13 @@ from statecodec.format import ItemSpec, Packing
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.roles import SKELETON_ROLES
+from statecodec.verbs.appending import EncodedChunk, WriteOptions
 from statecodec.verbs.compression import Compression
 from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import CompressSettings
-from statecodec.verbs.writing import Check, EncodedChunk, WriteOptions, write
+from statecodec.verbs.writing import Check, write
 
 
 def convert_codecs(

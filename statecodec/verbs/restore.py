@@ -16,6 +16,7 @@ from zlib_ng import zlib_ng
 
 from statecodec.atomic import AtomicOutput
 from statecodec.buffers import memory
+from statecodec.checkpoint.decoded_chunks import Decoding
 from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.pickles import require_safe
 from statecodec.checkpoint.report import Report
@@ -246,9 +247,9 @@ class _Writing:
         companions: dict[str, Tensor] = {}
         with self.where.running():
             for role, other in self._beside.get(index, {}).items():
-                companions[role] = stored.decode_chunk(other, chunk, device, scratch.beside)
+                companions[role] = stored.decode_chunk(other, chunk, Decoding(device, scratch.beside))
                 done[other, chunk] = self._put(other, chunk, [companions[role]])
-            pieces = stored.decode_pieces(index, chunk, device, scratch, companions or None)
+            pieces = stored.decode_pieces(index, chunk, Decoding(device, scratch, companions or None))
             done[job] = self._put(index, chunk, (piece for _, piece in pieces))
         return done
 

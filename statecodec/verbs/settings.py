@@ -18,8 +18,8 @@ from statecodec.choose.derived import derived
 from statecodec.choose.since_base import linked
 from statecodec.format import Packing
 from statecodec.progress import Progress
+from statecodec.verbs.appending import WriteOptions
 from statecodec.verbs.paths import parse_size
-from statecodec.verbs.writing import WriteOptions
 
 
 @dataclass(frozen=True)

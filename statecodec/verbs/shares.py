@@ -26,11 +26,11 @@ from statecodec.errors import FormatError, UsageError
 from statecodec.format import Reader
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
+from statecodec.verbs.appending import ErrorRules, WriteOptions, appended
 from statecodec.verbs.compress import open_source, output_of
 from statecodec.verbs.compression import Compression
 from statecodec.verbs.processors import processor
 from statecodec.verbs.settings import CompressSettings
-from statecodec.verbs.writing import ErrorRules, WriteOptions, appended
 
 MAX_SHARES = 4096
 

@@ -10,7 +10,7 @@ import torch
 
 import statecodec
 from statecodec.errors import StatecodecError, VerificationFailed
-from statecodec.verbs import compression, recode, writing
+from statecodec.verbs import appending, compression, recode
 
 
 class Unplugged(BaseException):
@@ -64,9 +64,11 @@ def test_what_is_written_wrong_is_not_published(tmp_path: Path, monkeypatch: pyt
     source, target, before = earlier(tmp_path)
     encode = compression.Compression.encode
 
-    def wrong(self: compression.Compression, *args: object) -> writing.EncodedChunk:
+    def wrong(self: compression.Compression, *args: object) -> appending.EncodedChunk:
         made = encode(self, *args)  # type: ignore[arg-type]
-        return writing.EncodedChunk({name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison)
+        return appending.EncodedChunk(
+            {name: part.clone().zero_() for name, part in made.parts.items()}, made.comparison
+        )
 
     monkeypatch.setattr(compression.Compression, "encode", wrong)
     with pytest.raises(StatecodecError):

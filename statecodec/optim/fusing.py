@@ -7,8 +7,8 @@ states and gradients only to see that they are the ones it knows.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from itertools import chain, compress
 from operator import attrgetter, is_
 from typing import Any, cast
 
@@ -87,9 +87,14 @@ class GroupLaunches:
             launch = backend.prepare(recipe.method.name, [slots[at] for at in positions], recipe.formats)
             self._launches.append((recipe.method, launch, positions))
         self._addresses = self._where(params)
-        self._states = [optimizer.state.get(p) for p in params]
-        self._kept = [state for state in self._states if state]
-        self._values = self._every_value()
+        every, own = optimizer.state.values(), {id(optimizer.state[p]) for p in params if p in optimizer.state}
+        # Where these parameters' states are among all. Passing by the others takes less time than hashing a tensor,
+        # unless they are many.
+        self._among = [id(state) in own for state in every] if len(every) < 8 * len(params) else None
+        self._states = list(self._found_states(optimizer))
+        # Views show what is in a state at the time.
+        self._views = [state.values() for state in self._states if state is not None]
+        self._values = list(chain.from_iterable(self._views))
 
     def suits(
         self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -102,17 +107,20 @@ class GroupLaunches:
             and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
             # The optimizer's state was not written to.
-            and all(map(is_, map(optimizer.state.get, params), self._states))
-            and len(values := self._every_value()) == len(self._values)
+            and len(optimizer.state) >= len(self._among or ())
+            and all(map(is_, self._found_states(optimizer), self._states))
+            and len(values := list(chain.from_iterable(self._views))) == len(self._values)
             and all(map(is_, values, self._values))
         )
 
     def _where(self, params: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, map(sharding.local, params) if self._sharded else params))
 
-    def _every_value(self) -> list[Any]:
-        """Counters and states of these parameters, one after the other."""
-        return list(chain.from_iterable(map(dict.values, self._kept)))
+    def _found_states(self, optimizer: StateKeeper) -> Iterable[dict[str, Any] | None]:
+        """The states of these parameters, as they are now."""
+        if self._among is None:
+            return map(optimizer.state.get, self._params)
+        return compress(optimizer.state.values(), self._among)
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Launch; returns the parameters that are left."""
@@ -123,7 +131,8 @@ class GroupLaunches:
         for method, launch, positions in self._launches:
             hyper = method.hyper(self._group)
             assert hyper is not None
-            launch([local_gradients[at] for at in positions], hyper)
+            every = len(positions) == len(local_gradients)
+            launch(local_gradients if every else [local_gradients[at] for at in positions], hyper)
         return [self._params[at] for at in self._rest if gradients[at] is not None]
 
 

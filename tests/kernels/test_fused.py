@@ -315,13 +315,13 @@ def test_a_gradient_somewhere_else_finds_the_kernel_that_takes_it(device, launch
 
 
 def test_parameters_that_come_and_go(device) -> None:
-    """First gradients at different steps, a group that is grown by hand, memory that moves, a loaded state."""
+    """First gradients at different steps, a group grown by hand, memory that moves, a loaded state, changed states."""
 
     def run(fused: bool) -> Any:
         place = device if fused else "cpu"
         params = [nn.Parameter(torch.ones(8, 64, dtype=torch.bfloat16, device=place)) for _ in range(4)]
         optimizer = optim.AdamW(params[:3], lr=1e-2, fused=fused, dense_below=0)
-        for k in range(7):
+        for k in range(11):
             for i, p in enumerate(params):
                 p.grad = usual(k, i, (8, 64)).bfloat16().to(place) if k >= i else None
             if k == 4:
@@ -331,6 +331,12 @@ def test_parameters_that_come_and_go(device) -> None:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             if k == 6:
                 optimizer.state[params[2]] = dict(optimizer.state[params[2]], step=torch.full((), 9.0, device=place))
+            if k == 7:
+                optimizer.state[params[1]]["step"] = torch.full((), 5.0, device=place)
+            if k == 8:
+                del optimizer.state[params[3]]  # the last of all
+            if k == 9:
+                optimizer.state.clear()
             optimizer.step()
         return optimizer, params
 

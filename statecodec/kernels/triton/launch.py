@@ -7,7 +7,6 @@ asynchronous copy from pinned memory, so that a CUDA graph can capture it.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -60,7 +59,7 @@ class TritonLaunch:
         self.scalars = torch.zeros(SCALARS, self.count, dtype=torch.float32, device=self.device)
         self.news = News(self.count + len(NUMBERS), self.device)
         self.tables = [runtime.decode_table(c, self.device) if c else self.scalars for c in traits.curves]
-        self.addresses: list[int] = []
+        self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)
         self.numbers: tuple[float, ...] = ()
         self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
         self.kept: dict[tuple[Spec, bytes], list[tuple[Any, Spec, Tensor]]] = {}
@@ -69,14 +68,15 @@ class TritonLaunch:
         present, dtype = usable([g for g in gradients if g is not None])
         if not present:
             return
-        addresses = list(map(Tensor.data_ptr, present))
-        if len(present) != len(gradients):
-            of_present = iter(addresses)
-            addresses = [0 if g is None else next(of_present) for g in gradients]
+        addresses = np.fromiter(map(Tensor.data_ptr, present), np.int64, len(present))
+        if len(present) != self.count:
+            there = np.fromiter((g is not None for g in gradients), np.bool_, self.count)
+            of_present, addresses = addresses, np.zeros(self.count, np.int64)
+            addresses[there] = of_present
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
         numbers = (0.0 if live else float(hyper.lr), *(getattr(hyper, name) for name in NUMBERS[1:]))
         with on(self.param):
-            if addresses != self.addresses or numbers != self.numbers or self.news.uncertain():
+            if numbers != self.numbers or not np.array_equal(addresses, self.addresses) or self.news.uncertain():
                 self._send(addresses, numbers)
             spec = self._spec(hyper, KINDS[dtype])
             lr = hyper.lr if live else self.scalars
@@ -92,11 +92,11 @@ class TritonLaunch:
                     self.news.there, self.table, chunks, self.scalars, *self.tables, self.count, SPEC=part, **OPTIONS
                 )
 
-    def _send(self, addresses: list[int], numbers: tuple[float, ...]) -> None:
+    def _send(self, addresses: NDArray[np.int64], numbers: tuple[float, ...]) -> None:
         *floats, seed = numbers
-        here = np.array([*addresses, *(_bits(x) for x in floats), int(seed) & 0xFFFFFFFF], np.int64)
-        self.news.send(here)
-        self.aligned = here[: self.count] % 16 == 0
+        bits = np.array(floats, np.float64).view(np.int64)
+        self.news.send(np.concatenate((addresses, bits, [int(seed) & 0xFFFFFFFF])))
+        self.aligned = addresses % 16 == 0
         self.addresses, self.numbers = addresses, numbers
 
     def _spec(self, hyper: Hyper, gradient: str) -> Spec:
@@ -189,8 +189,3 @@ def usable(gradients: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:
     if not all(map(Tensor.is_contiguous, gradients)):
         gradients = [g.contiguous() for g in gradients]
     return gradients, dtypes.pop() if dtypes else torch.float32
-
-
-def _bits(x: float) -> int:
-    """The bits of a float64 as a signed integer."""
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])

@@ -45,10 +45,10 @@ def cases(rows: int, device: torch.device) -> Iterator[tuple[str, Kernel, dict[s
         }
 
         def encode(b: kernels.Backend, t: dict[str, Tensor], curve: Curve = curve) -> int:
-            return b.encode_companded(t["x"], t["codes"], t["scales"], curve=curve, bits=curve.bits, group=GROUP)
+            return b.encode_companded(t["x"], t["codes"], t["scales"], curve=curve, group=GROUP)
 
         def decode(b: kernels.Backend, t: dict[str, Tensor], curve: Curve = curve) -> None:
-            b.decode_companded(t["codes"], t["scales"], t["x"], curve=curve, bits=curve.bits, group=GROUP)
+            b.decode_companded(t["codes"], t["scales"], t["x"], curve=curve, group=GROUP)
 
         yield f"encode-{name}", encode, tensors, ("codes", "scales")
         yield f"decode-{name}", decode, tensors, ("x",)

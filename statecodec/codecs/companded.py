@@ -124,7 +124,7 @@ class Companded(Codec):
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> None:
         flags = backend.encode_companded(
-            as_rows(x, self.rows), parts["codes"], parts["scales"], curve=self.levels, bits=self.bits, group=self.group
+            as_rows(x, self.rows), parts["codes"], parts["scales"], curve=self.levels, group=self.group
         )
         self.refuse(flags)
 
@@ -133,9 +133,7 @@ class Companded(Codec):
     ) -> None:
         values = fp32_like(out)
         rows = values.view(self.rows_cols(tuple(out.shape)))
-        backend.decode_companded(
-            parts["codes"], parts["scales"], rows, curve=self.levels, bits=self.bits, group=self.group
-        )
+        backend.decode_companded(parts["codes"], parts["scales"], rows, curve=self.levels, group=self.group)
         store(values, out)
 
     def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:

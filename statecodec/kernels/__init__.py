@@ -55,7 +55,7 @@ class Backend(Protocol):
     OUT_OF_RANGE, 0 for nothing. The specification is `statecodec.kernels.reference`.
     """
 
-    def encode_companded(self, x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+    def encode_companded(self, x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, group: int) -> int:
         """Quantise groups of values along each row.
 
         Args:
@@ -64,16 +64,13 @@ class Backend(Protocol):
                 4-bit codes a byte, low nibble first.
             scales: Written: bf16, rows x ceil(cols / group).
             curve: The companding curve.
-            bits: 8 or 4.
             group: Values per scale.
 
         Returns:
             The flags.
         """
 
-    def decode_companded(
-        self, codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int
-    ) -> None:
+    def decode_companded(self, codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, group: int) -> None:
         """The inverse of `encode_companded`: one table look-up and one fp32 multiplication per element.
 
         Args:
@@ -81,7 +78,6 @@ class Backend(Protocol):
             scales: As written.
             out: Written: fp32, rows x cols.
             curve: The companding curve.
-            bits: 8 or 4.
             group: Values per scale.
         """
 

@@ -200,8 +200,8 @@ def stand_alone() -> None:
 def companded(curve: Curve, rows: int, cols: int, group: int) -> None:
     x, scales = torch.zeros(rows, cols), torch.zeros(rows, -(-cols // group), dtype=torch.bfloat16)
     codes = torch.zeros(rows, cols if curve.bits == 8 else cols // 2, dtype=torch.uint8)
-    backend.encode_companded(x, codes, scales, curve=curve, bits=curve.bits, group=group)
-    backend.decode_companded(codes, scales, x, curve=curve, bits=curve.bits, group=group)
+    backend.encode_companded(x, codes, scales, curve=curve, group=group)
+    backend.decode_companded(codes, scales, x, curve=curve, group=group)
 
 
 def master_weights(high: torch.dtype, low: torch.dtype) -> None:

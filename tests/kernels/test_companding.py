@@ -45,7 +45,7 @@ def outputs(rows: int, cols: int, curve: Curve, group: int, empty: object) -> tu
 def encode(name: str, x: Tensor, curve: Curve, group: int, empty: object = torch.empty) -> tuple[Tensor, Tensor, int]:
     make = empty if empty is not torch.empty else lambda shape, dtype: torch.empty(shape, dtype=dtype, device=x.device)
     codes, scales = outputs(*x.shape, curve, group, make)
-    flags = kernels.get(name).encode_companded(x, codes, scales, curve=curve, bits=curve.bits, group=group)
+    flags = kernels.get(name).encode_companded(x, codes, scales, curve=curve, group=group)
     return codes, scales, flags
 
 
@@ -63,12 +63,10 @@ def test_backends_agree(curve: Curve, shape: tuple[int, int], group: int, device
     assert same_bits(found[1], scales)
 
     decoded = torch.empty(shape)
-    kernels.get("reference").decode_companded(codes, scales, decoded, curve=curve, bits=curve.bits, group=group)
+    kernels.get("reference").decode_companded(codes, scales, decoded, curve=curve, group=group)
     for name, place in (("cpu", torch.device("cpu")), ("triton", device)):
         out = guarded(shape, torch.float32) if name == "triton" else torch.full(shape, torch.nan)
-        kernels.get(name).decode_companded(
-            codes.to(place), scales.to(place), out, curve=curve, bits=curve.bits, group=group
-        )
+        kernels.get(name).decode_companded(codes.to(place), scales.to(place), out, curve=curve, group=group)
         assert same_bits(out, decoded)
     guarded.check()
     if not curve.signed:
@@ -117,9 +115,9 @@ def test_wide_groups_are_read_twice(device, same_bits, monkeypatch: pytest.Monke
             assert same_bits(found[0], expected[0])
             assert same_bits(found[1], expected[1])
             out = torch.full(x.shape, torch.nan, device=device)
-            kernels.get("triton").decode_companded(*found[:2], out, curve=curve, bits=curve.bits, group=group)
+            kernels.get("triton").decode_companded(*found[:2], out, curve=curve, group=group)
             again = torch.empty(x.shape)
-            kernels.get("reference").decode_companded(*expected[:2], again, curve=curve, bits=curve.bits, group=group)
+            kernels.get("reference").decode_companded(*expected[:2], again, curve=curve, group=group)
             assert same_bits(out, again)
 
 

@@ -417,7 +417,7 @@ FIELDS: dict[tuple[str, str], tuple[Any, ...]] = {
     ("companded", "curve"): ("linear", "softsign", "sqrt", "log"),
     ("companded", "bits"): (4,),
     ("companded", "group"): (32, 48),
-    ("companded", "steps"): (8,),
+    ("companded", "per_octave"): (8,),
     ("companded", "top"): (15, 100),
     ("companded", "rows"): ("last",),
     ("cast", "to"): ("fp16",),

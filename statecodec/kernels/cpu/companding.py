@@ -19,28 +19,28 @@ _C0, _C1, _C2, _C3 = (np.float32(c) for c in LOG2)
 _ONE, _HALF = np.float32(1.0), np.float32(0.5)
 
 
-def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, group: int) -> int:
     """See `reference.companding.encode_companded`."""
     rows, cols = x.shape
     if not rows or not cols:
         return 0
     packed = bits_of(codes).reshape(rows, -1)
-    scratch = packed if bits == 8 else np.empty((1, group + group % 2), np.uint8)
+    scratch = packed if curve.bits == 8 else np.empty((1, group + group % 2), np.uint8)
     flags = _encode(
         array_of(x), bits_of(x), packed, scratch, bits_of(scales).reshape(rows, -1), group, curve.kind, curve.top,
-        curve.signed, curve.min_scale, curve.per_octave, float(curve.levels[1]), bits == 4,
+        curve.signed, curve.min_scale, curve.per_octave, float(curve.levels[1]), curve.bits == 4,
     )  # fmt: skip
     return int(flags)
 
 
-def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
+def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, group: int) -> None:
     """See `reference.companding.decode_companded`."""
     rows, cols = out.shape
     if not rows or not cols:
         return
     scale_bits, target = bits_of(scales).reshape(rows, -1), array_of(out)
     raw = bits_of(codes).reshape(rows, -1)
-    (_decode8 if bits == 8 else _decode4)(raw, scale_bits, curve.table, target, group)
+    (_decode8 if curve.bits == 8 else _decode4)(raw, scale_bits, curve.table, target, group)
 
 
 @kernel

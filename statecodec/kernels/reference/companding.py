@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 BF16_MAX_BITS = 0x7F7F
 
 
-def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, group: int) -> int:
     """Quantise groups of values along each row.
 
     Args:
@@ -23,7 +23,6 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
             codes a byte, low nibble first.
         scales: Written: bf16, rows x ceil(cols / group).
         curve: The companding curve.
-        bits: 8 or 4.
         group: Values per scale.
 
     Returns:
@@ -35,7 +34,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     Example:
         >>> codes, scales = torch.zeros(1, 2, dtype=torch.int8), torch.zeros(1, 1, dtype=torch.bfloat16)
         >>> curve = Curve("softsign", 8, signed=True)
-        >>> encode_companded(torch.tensor([[1.0, -0.5]]), codes, scales, curve=curve, bits=8, group=2)
+        >>> encode_companded(torch.tensor([[1.0, -0.5]]), codes, scales, curve=curve, group=2)
         0
         >>> codes.tolist()
         [[127, -85]]
@@ -59,7 +58,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     else:
         code = torch.where(padded < 0, -code, code)
     code = code.view(rows, groups * group)[:, :cols]
-    if bits == 8:
+    if curve.bits == 8:
         codes.view(torch.uint8).copy_((code & 0xFF).to(torch.uint8).view(codes.shape))
     else:
         even = torch.nn.functional.pad(code & 0xF, (0, cols % 2))
@@ -67,7 +66,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
     return 0
 
 
-def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
+def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, group: int) -> None:
     """The inverse of `encode_companded`: out = table[code] * scale, one fp32 multiplication per element.
 
     Args:
@@ -75,14 +74,13 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
         scales: As written.
         out: Written: fp32, rows x cols.
         curve: The companding curve.
-        bits: 8 or 4.
         group: Values per scale.
     """
     rows, cols = out.shape
     if not out.numel():
         return
     raw = codes.view(torch.uint8).view(rows, -1).to(torch.int64)
-    if bits == 4:
+    if curve.bits == 4:
         raw = torch.stack((raw & 0xF, raw >> 4), -1).view(rows, -1)[:, :cols]
     table = torch.from_numpy(curve.table).to(out.device)
     scale = scales.view(rows, -1).to(torch.float32).repeat_interleave(group, -1)[:, :cols]

@@ -222,7 +222,7 @@ def _decode(
         tl.store(out_ptr + at, looked_up(table_ptr, code) * scale[:, None], mask=inside)
 
 
-def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, bits: int, group: int) -> int:
+def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, group: int) -> int:
     """See `reference.companding.encode_companded`. Reading the flags synchronises with the device, once."""
     rows, cols = x.shape
     with on(x):
@@ -243,7 +243,7 @@ def flags_of(x: Tensor, *, signed: bool) -> int:
     return flags if signed else flags | kernels.NEGATIVE * bool((x < 0).any())
 
 
-def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, bits: int, group: int) -> None:
+def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, group: int) -> None:
     """See `reference.companding.decode_companded`."""
     rows, cols = out.shape
     with on(out):

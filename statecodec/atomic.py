@@ -1,4 +1,4 @@
-"""Nothing is visible until it is whole: an output is made in a folder of its own beside the destination, then moved.
+"""Makes an output in a folder of its own beside the destination, and moves it to its name once it is whole.
 
 What is made in the folder (`statecodec.staging`) has its final name there: once it is finished it can be opened and
 verified, before it is published.
@@ -20,7 +20,7 @@ from statecodec.staging import Staging, os_errors
 def check(target: Path, *, directory: bool = False, force: bool = False) -> None:
     """Raise UsageError or OutputExists if the destination is there and will not be replaced.
 
-    With `force` a file replaces a file and a directory a directory, never one the other, nor a device.
+    With `force` a file replaces a file and a directory a directory; neither replaces the other, nor a device.
     """
     if not os.path.lexists(target):
         return
@@ -32,7 +32,7 @@ def check(target: Path, *, directory: bool = False, force: bool = False) -> None
 
 
 class AtomicOutput:
-    """One file or directory: made at `path` by whatever means, finished, published as `target`.
+    """One file or directory: made at `path` by any means, finished, then published as `target`.
 
         with AtomicOutput(target, force=force) as output:
             with output.create() as file:
@@ -41,8 +41,8 @@ class AtomicOutput:
             ...                     # read and verify output.path
             output.publish()
 
-    Leaving the block without `publish` leaves nothing. An OSError in the block comes out as OutputFailed. Raises
-    UsageError and OutputExists if the destination is there and will not be replaced (see `check`).
+    Leaving the block without `publish` leaves nothing. An OSError in the block becomes OutputFailed. Raises UsageError
+    and OutputExists if the destination is there and will not be replaced (see `check`).
     """
 
     def __init__(self, target: str | os.PathLike[str], *, directory: bool = False, force: bool = False) -> None:

@@ -38,7 +38,7 @@ class Pool:
         return np.empty(size, np.uint8)
 
     def give(self, buffer: Bytes) -> None:
-        """Hand a buffer back; nobody may use it after that."""
+        """Hand a buffer back. It must not be used after that."""
         with self._lock:
             if buffer.size <= self._room:
                 self._room -= buffer.size
@@ -56,7 +56,7 @@ class ThreadScratch(threading.local):
 
     @property
     def beside(self) -> ThreadScratch:
-        """More of the same kind, for a second tensor that this thread works on at the same time."""
+        """Another scratch of the same kind, for a second tensor that this thread works on at the same time."""
         if self._beside is None:
             self._beside = ThreadScratch(self._pinned)
         return self._beside
@@ -89,5 +89,5 @@ def memory(tensor: Tensor) -> memoryview:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether each of a tensor's numbers lies in memory: not those of a sparse tensor, or on the device meta."""
+    """Whether all of a tensor's numbers are in memory; false for sparse tensors and on the device meta."""
     return not tensor.is_meta and tensor.layout == torch.strided

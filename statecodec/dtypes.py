@@ -1,7 +1,7 @@
-"""dtypes by name: what descriptions of tensors say, so that reading a header needs no torch.
+"""Descriptions of dtypes, so that reading a header needs no torch.
 
-A `DType` is torch's dtype of that name without torch: `of` and `DType.torch` lead from one to the other. Besides, the
-names that dtypes have in rules, in safetensors headers, and as storage classes in torch files.
+A `DType` describes torch's dtype of that name; `of` and `DType.torch` convert between the two. The names that dtypes
+have in rules, in safetensors headers, and as storage classes in torch files are here, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TorchDType: TypeAlias = "torch.dtype"
 
 @dataclass(frozen=True, slots=True, repr=False)
 class DType:
-    """A dtype of torch's, by name. One object a name: `is` compares them."""
+    """torch's dtype of that name, described. There is one object per name: `is` compares them."""
 
     name: str
     itemsize: int
@@ -35,7 +35,7 @@ class DType:
 
     @property
     def torch(self) -> TorchDType:
-        """torch's own."""
+        """torch's own dtype object."""
         dtype: TorchDType = getattr(torch, self.name)
         return dtype
 

@@ -1,8 +1,9 @@
 """Which codes of a quantised state of FlashOptim share a scale.
 
-32 in flat order do, and under FSDP2 every rank begins anew: a state that was put together of the shards of N ranks has
-the groups of N, and does not say so. The number of its scales does, and where that fits several N, its codes: a group
-is divided by its largest number, so that one of its codes is the largest that there is.
+A group is 32 codes in flat order. Under FSDP2 every rank begins its groups anew: a state that was put together from the
+shards of N ranks has the groups of N ranks, and does not say how many there were. The number of its scales tells, and
+where that fits several N, its codes do: values are divided by the largest of their group, so one code of every group is
+the largest that there is.
 """
 
 from __future__ import annotations

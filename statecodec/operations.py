@@ -1,7 +1,7 @@
 """What can be asked of a checkpoint, as data: one row per operation and its options.
 
-`statecodec remote`, the HTTP service, its JSON schemas and its page are all driven by OPERATIONS. Each operation is the
-function of that name in this package, each option one of its keywords. Imports nothing but the errors, so that a
+OPERATIONS drives `statecodec remote`, the HTTP service, its JSON schemas and its page. Each operation is the function
+of that name in this package, each option one of its keywords. The module imports nothing but the errors, so that a
 process without torch can read it.
 """
 
@@ -30,16 +30,17 @@ class Option:
     """One keyword of an operation.
 
     Args:
-        name: the keyword.
-        kind: what its value is; `texts` is a list of texts.
-        help: one sentence, without the values that can be chosen.
-        default: what the function takes when nothing is given.
-        choices: value -> what it means, for `choice`.
-        above, at_most: bounds of a `number`, the lower one excluded.
-        pattern: what a text (each of `texts`) must match as a whole.
-        example: a value to show.
-        flag: how the command line calls it; by default the name with dashes.
-        needed: whether it must be given; of the operation's `one_of`, whether it may not be empty.
+        name: The keyword.
+        kind: What its value is; `texts` is a list of texts.
+        help: One sentence, without the values that can be chosen.
+        default: What the function takes when nothing is given.
+        choices: Value -> what it means, for `choice`.
+        above: Lower bound of a `number`, excluded.
+        at_most: Upper bound of a `number`, included.
+        pattern: What a text (each of `texts`) must match as a whole.
+        example: A value to show.
+        flag: Its name on the command line; by default the name with dashes.
+        needed: Whether it must be given; for one of the operation's `one_of`, whether it may not be empty.
     """
 
     name: str
@@ -55,7 +56,17 @@ class Option:
     needed: bool = False
 
     def accepted(self, value: Any) -> Any:
-        """The value as the function takes it. Raises UsageError with a sentence that names the option."""
+        """Check a value.
+
+        Args:
+            value: The value, as JSON has it.
+
+        Returns:
+            The value in the form that the function takes.
+
+        Raises:
+            UsageError: With a sentence that names the option.
+        """
         if not self._accepts(value):
             raise UsageError(f"{self.name}: {_shown(value)} is not {self._wanted()}")
         return list(value) if self.kind == "texts" else value
@@ -112,17 +123,17 @@ class Option:
 
 @dataclass(frozen=True)
 class Operation:
-    """One function of the library as something to ask for.
+    """One function of the library, with the options that callers may choose.
 
     Args:
-        name: the function, the verb of the command line, and what HTTP calls it.
-        summary: one sentence.
-        options: its keywords that a caller may choose.
-        one_of: names of options of which exactly one must be given.
-        other: the keyword or parameter that takes a second checkpoint, if it takes one.
-        other_help: what the second checkpoint is to it.
-        other_needed: whether it cannot do without.
-        makes_files: whether its result is a checkpoint; otherwise it is the report.
+        name: The name of the function, of the verb of the command line, and in HTTP.
+        summary: One sentence.
+        options: Its keywords that a caller may choose.
+        one_of: Names of options of which exactly one must be given.
+        other: The keyword or parameter that takes a second checkpoint, if it takes one.
+        other_help: What the second checkpoint is to it.
+        other_needed: Whether the second checkpoint must be given.
+        makes_files: Whether its result is a checkpoint; otherwise it is the report.
     """
 
     name: str
@@ -135,7 +146,17 @@ class Operation:
     makes_files: bool = False
 
     def accepted(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The options as the function takes them; those that are None count as not given. Raises UsageError."""
+        """Check a caller's options.
+
+        Args:
+            values: Options by name; those that are None count as not given.
+
+        Returns:
+            The options in the form that the function takes.
+
+        Raises:
+            UsageError: For an unknown option, a missing one, or a wrong value.
+        """
         options = {option.name: option for option in self.options}
         chosen = {name: value for name, value in values.items() if value is not None}
         for name in chosen:
@@ -218,7 +239,12 @@ _TO = Option(
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """A layout that `convert` writes: what it is, and the ending of its file's or folder's name."""
+    """A layout that `convert` writes.
+
+    Args:
+        summary: One sentence.
+        suffix: The ending of the name of the file or folder that it writes.
+    """
 
     summary: str
     suffix: str

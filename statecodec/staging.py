@@ -1,10 +1,9 @@
-"""The locked folder in which the files of an output are made, and how they get their names from there.
+"""The locked folder in which the files of an output are made, and how they get their names.
 
 The folder is `.NAME.<16 hex digits>.tmp`, locked (flock) for as long as its writer lives. So the next writer of the
 same destination can tell what a killed process left from what another is writing, on any number of hosts that share
-locks, and removes only the former.
-
-What a file system cannot do for durability or permissions (sync a folder, change a mode) is a note, not a failure.
+locks, and removes only the former. What a file system cannot do for durability or permissions (sync a folder, change a
+mode) is a note, not a failure.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ class Staging:
     def chmod(self, file: int | Path, mode: int) -> None:
         """Set the permissions of a file or folder, open or by its path. Raises OSError.
 
-        Always by a descriptor: a sandbox may forbid a path to be followed.
+        It always goes through a descriptor, because a sandbox may forbid changes by path.
         """
         if isinstance(file, Path):
             fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -117,10 +116,10 @@ class Staging:
         self._notes[f"{text} ({error.strerror})"] = None
 
     def publish(self, *targets: Path, force: bool, instead_of: Sequence[Path] = ()) -> None:
-        """Give the finished files of these names, in this order, their places, and make that durable.
+        """Move the finished files of these names, in this order, to their places, and make that durable.
 
-        A single file with `force` replaces another atomically. Else the names must be free once what is there of
-        `instead_of`, also in this order, has been moved away; a failure takes everything back. Raises OutputExists,
+        A single file with `force` replaces another atomically. Otherwise the names must be free once the existing files
+        among `instead_of`, also in this order, have been moved away; a failure undoes everything. Raises OutputExists,
         OutputFailed.
         """
         with os_errors(targets[-1]):
@@ -143,7 +142,7 @@ class Staging:
                 raise
 
     def publish_folder(self, target: Path, *, force: bool) -> None:
-        """The same for a directory: with `force` what is there is moved away first, and back if that fails."""
+        """Like `publish`, for a directory: with `force` an existing one is moved away first, and back if that fails."""
         folder, named = self.folder / target.name, False
         with os_errors(target):
             taken = self.take_away(target) if force else []
@@ -168,13 +167,13 @@ class Staging:
             self.rename(self.folder / target.name, target)  # no hard links here
 
     def rename(self, source: Path, target: Path) -> None:
-        """Rename to a name that is free, by the look of it. Raises OutputExists, OSError."""
+        """Rename to a name that seems to be free. Raises OutputExists, OSError."""
         if os.path.lexists(target):
             raise OutputExists(f"{target} was created meanwhile; use force to replace it")
         os.rename(source, target)
 
     def take_away(self, *targets: Path) -> list[Taken]:
-        """Move what is there under these names into the folder, all or nothing. Raises OSError."""
+        """Move the files of these names into the folder, all or none. Raises OSError."""
         taken: list[Taken] = []
         try:
             for target in targets:
@@ -264,7 +263,10 @@ def _sweep(destination: Path) -> None:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove the folder of a writer that lives no more. One that is locked, or not ours to open, is left."""
+    """Remove the folder of a writer that does not live any more.
+
+    A locked one, or one that cannot be opened, is left.
+    """
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

@@ -19,7 +19,10 @@ _REQUIRED = object()
 
 
 def parse_json(data: bytes, label: str, limits: Limits) -> Any:
-    """The value of a JSON text. Refuses duplicate keys, NaN, infinities and, before it parses, too much of it."""
+    """Parse untrusted JSON. Raises FormatError, or LimitExceeded.
+
+    Duplicate keys, NaN and infinities are refused; texts that are too large or too deep before they are parsed.
+    """
     bare = _STRING.sub(b"", data)
     brackets = np.frombuffer(bare.translate(None, _NOT_BRACKETS), np.uint8)
     opening = (brackets == ord("[")) | (brackets == ord("{"))
@@ -60,7 +63,7 @@ def _finite(word: str) -> float:
 
 
 class Fields:
-    """The fields of one untrusted JSON object; `where` names it in messages."""
+    """The fields of one untrusted JSON object. Errors name it as `where`."""
 
     def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -68,7 +71,7 @@ class Fields:
         self.values, self.where, self.taken = value, where, set[str]()
 
     def take(self, key: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        """A field of an exact type (a bool is not an int)."""
+        """A field of an exact type (a bool is not an int). Raises FormatError."""
         self.taken.add(key)
         value = self.values.get(key, default)
         if value is _REQUIRED:
@@ -78,19 +81,25 @@ class Fields:
         return value
 
     def integer(self, key: str, high: int, low: int = 0) -> int:
+        """An integer field from 0 to `high`. Raises FormatError."""
         value = self.take(key, int)
         if not low <= value <= high:
             raise FormatError(f"{self.where}: {key}={str(value)[:40]}, expected {low} to {high}")
         return int(value)
 
     def hexadecimal(self, key: str, digits: int) -> str:
+        """A field with a hexadecimal number, as `hexadecimal` takes it. Raises FormatError."""
         return hexadecimal(self.take(key, str), digits, f"{self.where}: {key}")
 
     def shape(self, key: str = "shape") -> tuple[int, ...]:
+        """A field with dimensions, as `shape` takes them. Raises FormatError."""
         return shape(self.take(key, list), self.where)
 
     def done(self, newer: bool) -> None:
-        """Refuse unknown fields, unless the file is of a newer minor version: those may be ignored by definition."""
+        """Refuse unknown fields, unless the file is of a newer minor version, which may have more.
+
+        Raises FormatError.
+        """
         unknown = self.values.keys() - self.taken
         if unknown and not newer:
             raise FormatError(f"{self.where}: unknown field {min(unknown)[:80]!r}")

@@ -26,11 +26,11 @@ from statecodec.errors import UsageError
 
 ROOT = Path(statecodec.__file__).parent
 PUBLIC = (
-    "statecodec", "statecodec.choose", "statecodec.codecs", "statecodec.distributed", "statecodec.distributed.on_ray",
-    "statecodec.errors", "statecodec.format", "statecodec.integrations.accelerate", "statecodec.integrations.lightning",
-    "statecodec.integrations.transformers", "statecodec.kernels", "statecodec.kernels.reference",
-    "statecodec.kernels.reference.steps", "statecodec.layouts", "statecodec.optim",
-    "statecodec_client",
+    "statecodec", "statecodec.choose", "statecodec.codecs", "statecodec.codecs.plain", "statecodec.distributed",
+    "statecodec.distributed.on_ray", "statecodec.errors", "statecodec.format", "statecodec.integrations.accelerate",
+    "statecodec.integrations.lightning", "statecodec.integrations.transformers", "statecodec.kernels",
+    "statecodec.kernels.reference", "statecodec.kernels.reference.steps", "statecodec.layouts",
+    "statecodec.operations", "statecodec.optim", "statecodec_client",
 )  # fmt: skip
 SAME_AS_REFERENCE = ("statecodec.kernels.cpu", "statecodec.kernels.triton")  # functions of the same names
 ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}

@@ -1,11 +1,11 @@
-"""The one plain form of an encoded tensor, as it stands in an optimizer's state_dict().
+"""The one plain form of an encoded tensor, as an optimizer's state_dict() has it.
 
     {"float32[768,3072] companded(version=2,curve=softsign,bits=8,group=32)": {"codes": tensor, "scales": tensor}}
 
-The one key says dtype and shape of the decoded tensor and the codec with all its fields; under it are the parts, by
+The one key says dtype and shape of the decoded tensor and the codec with all its fields; its value holds the parts, by
 name, and nothing else. So there are only dicts and tensors: torch.save writes it, torch.load(weights_only=True) reads
-it, torch's state dict functions shard, gather and flatten it (and on the way back take keys apart at every dot), and a
-checkpoint has one item a part. Whatever walks a checkpoint recognises it by the key.
+it, torch's state dict functions shard, gather and flatten it (and on the way back split keys at every dot), and a
+checkpoint has one item per part. Code that walks a checkpoint recognises it by the key.
 
 States saved by version 0.1.0 had the keys `codec` (its config), `shape`, `dtype` and `parts`; they are still read.
 """
@@ -32,23 +32,50 @@ _MAX_DEPTH = 16  # of keys taken apart
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value has the keys of the plain form (its contents are not checked)."""
+    """Whether a value has the keys of the plain form. Its contents are not checked.
+
+    Args:
+        value: Any value.
+
+    Returns:
+        True if it has.
+    """
     if not isinstance(value, Mapping) or not 0 < len(value) <= len(_FIRST_KEYS):
         return False
     return set(value) == _FIRST_KEYS or all(_starts_a_key(key) for key in value)
 
 
 def to_plain(encoded: EncodedTensor) -> dict[str, Any]:
-    """The plain form; its part tensors are the encoded tensor's own, not copies."""
+    """Turn an encoded tensor into its plain form.
+
+    Args:
+        encoded: The encoded tensor.
+
+    Returns:
+        A dict of one key; its part tensors are the encoded tensor's own, not copies.
+
+    Example:
+        >>> from statecodec.codecs import Raw
+        >>> to_plain(Raw().encode(torch.ones(2)))
+        {'float32[2] raw(version=1)': {'data': tensor([1., 1.])}}
+    """
     key = state_key(dtypes.name_of(encoded.dtype), encoded.shape, described(encoded.codec))
     return {key: dict(encoded.parts)}
 
 
 def from_plain(value: Mapping[str, Any]) -> EncodedTensor:
-    """The encoded tensor of a plain form (untrusted); shares the part tensors.
+    """Turn a plain form, which is not trusted, into an encoded tensor.
 
-    Raises FormatError if anything but the documented keys, types, part names, dtypes and shapes is found, and what
-    `codecs.parse` and `codecs.from_config` raise for the codec.
+    Args:
+        value: The plain form.
+
+    Returns:
+        The encoded tensor, which shares the part tensors.
+
+    Raises:
+        FormatError: If it is no plain form, or its parts do not fit the codec.
+        CodecError: If its codec is unknown or has wrong fields.
+        UnsupportedVersion: If its codec is of a version that is not known here.
     """
     if not is_plain(value):
         raise FormatError(f"an encoded tensor has one key such as 'float32[8,4] raw(version=1)', found {_shown(value)}")

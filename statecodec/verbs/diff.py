@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -91,7 +92,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
     def update(m: Moments) -> tuple[Moments, UpdateComparison]:
         return m, _compare_update(a, b, m)
 
-    updates, units = [], _Units(a.moments)
+    updates, units = [], _Units(a)
     with ordered_map(update, pairs, threads) as changes:
         for moments, change in changes:
             numel = math.prod(a.tensors[moments.exp_avg].shape)
@@ -119,10 +120,18 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
 
 
 class _Units:
-    """The size of one optimizer step of every weight: lr times the rms of its exact update."""
+    """The size of one optimizer step of every weight: lr times the rms of its exact update.
 
-    def __init__(self, moments: Iterable[Moments]) -> None:
-        self._rate = max((m.lr for m in moments if m.lr is not None), default=0.0)
+    A running average has the one of the weight of its name.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._rate = max((m.lr for m in checkpoint.moments if m.lr is not None), default=0.0)
+        self._tensors = checkpoint.tensors
+        self._averages: dict[tuple[str | None, tuple[int, ...]], list[str]] = defaultdict(list)
+        for tensor in checkpoint.items:
+            if tensor.role == "ema" and tensor.param is not None:
+                self._averages[tensor.param, tensor.shape].append(tensor.name)
         self._step_sizes: dict[str, float] = {}
         self._error = self._numel = 0.0
 
@@ -130,17 +139,19 @@ class _Units:
         """Add one parameter's update. Where its learning rate is 0 or not known, the largest of the file counts."""
         step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
         if m.weight is not None and step > 0:
-            self._step_sizes[m.weight] = step
+            weight = self._tensors[m.weight]
+            for name in (weight.name, *self._averages.get((weight.param, weight.shape), ())):
+                self._step_sizes[name] = step
 
     def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
-        """The same tensors, with the errors of weights in steps."""
+        """The same tensors, with the errors of weights and averages in steps."""
         return tuple(self._counted(tensor) for tensor in tensors)
 
     def _counted(self, tensor: TensorDiff) -> TensorDiff:
         step = self._step_sizes.get(tensor.name)
         if step is None:
             return tensor
-        numel = math.prod(tensor.shape)
+        numel = 0 if tensor.role == "ema" else math.prod(tensor.shape)  # nothing is trained by it
         self._error, self._numel = self._error + numel * (tensor.rms / step) ** 2, self._numel + numel
         return replace(tensor, step_error=tensor.rms / step)
 

@@ -156,8 +156,12 @@ def test_shares_links_and_conversions(content: dict[str, Any], tmp_path: Path) -
     assert set(kinds(other).values()) == {"raw"}, "rules for weights are for their copies too"
     for report in (kept, other):
         assert equal(back(report, tmp_path / "b.pt"), expected)
-    named = [t for t in statecodec.diff(path, link.path).tensors if t.name == "slow.module.1.weight"]
-    assert [0 < (t.relative_rms or 0) < 1e-3 for t in named] == [True]
+    compared = statecodec.diff(path, link.path)
+    told = {t.name: t.error["step_error"] for t in link.tensors if t.error and "step_error" in t.error}
+    found = {t.name: t.step_error for t in compared.tensors if t.step_error}
+    assert compared.total["weight_step_error"] == pytest.approx(link.total["weight_step_error"], rel=0.01)  # type: ignore[index]
+    for name in ("model.1.weight", "slow.module.1.weight", "fast.module.3.weight"):
+        assert found[name] == pytest.approx(told[name], rel=1e-3)
 
 
 def test_averages_without_names_follow_the_nearest_weight_of_their_shape(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -237,12 +237,22 @@ def _fsdp2(flat: bool, rank: int, folder: str, resume: str | None) -> None:
 
 def deepspeed(stage: int, bf16: bool, folder: Path, resume: Path | None) -> tuple[Path, list[float]]:
     """DeepSpeed's ZeRO; needs DS_ACCELERATOR=cpu where there is no GPU."""
-    found = on_ranks(partial(zero_rank, stage, bf16, TRAINED, 0), folder, resume)
-    return folder / "saved", found[:-1]
+    return folder / "saved", zero(stage, bf16, 0, [(resume, TRAINED)], folder)[0][:-1]
 
 
-def zero_rank(stage: int, bf16: bool, order: int, seed: int, rank: int, folder: str, resume: str | None) -> None:
-    """One rank of a ZeRO run: its losses of AFTER steps in a data order, and the loss of a batch of no order."""
+def zero(stage: int, bf16: bool, seed: int, runs: Sequence[tuple[Path | None, int]], folder: Path) -> list[list[float]]:
+    """Runs of ZeRO, each resumed from a checkpoint (or none: it saves one) in a data order, all on the same processes.
+
+    Of each the losses of AFTER steps, and the held-out loss after them.
+    """
+    named = [(resume and str(resume), order) for resume, order in runs]
+    found = on_ranks(partial(_zero, stage, bf16, seed, named), folder, None)
+    return [found[at : at + AFTER + 1] for at in range(0, len(found), AFTER + 1)]
+
+
+def _zero(
+    stage: int, bf16: bool, seed: int, runs: list[tuple[str | None, int]], rank: int, folder: str, _: str | None
+) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
@@ -252,27 +262,30 @@ def zero_rank(stage: int, bf16: bool, order: int, seed: int, rank: int, folder: 
     import torch.distributed as dist
 
     deepspeed.init_distributed("gloo", verbose=False)
-    net = model(seed)
-    made, *_ = deepspeed.initialize(
-        model=net, optimizer=adamw(net),
-        config={
-            "train_micro_batch_size_per_gpu": BATCH // RANKS, "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage},
-        },
-    )  # fmt: skip
+    found: list[float] = []
+    for resume, order in runs:
+        net = model(seed)
+        made, *_ = deepspeed.initialize(
+            model=net, optimizer=adamw(net),
+            config={
+                "train_micro_batch_size_per_gpu": BATCH // RANKS, "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage},
+            },
+        )  # fmt: skip
 
-    def stepped(loss: Tensor) -> None:
-        made.backward(loss)
-        made.step()
+        def stepped(loss: Tensor, made: Any = made) -> None:
+            made.backward(loss)
+            made.step()
 
-    if resume is None:
-        losses(made, stepped, 0, BEFORE, rank)
-        made.save_checkpoint(f"{folder}/saved")
-    else:
-        made.load_checkpoint(resume)
-    found = losses(made, stepped, BEFORE, BEFORE + AFTER, rank, order)
-    with torch.no_grad():
-        tokens, targets = text(16 * BATCH, None, 0)
-        found.append(nn.functional.cross_entropy(made(tokens).flatten(0, 1).float(), targets.flatten()).item())
+        if resume is None:
+            losses(made, stepped, 0, BEFORE, rank)
+            made.save_checkpoint(f"{folder}/saved")
+        else:
+            made.load_checkpoint(resume)
+        found += losses(made, stepped, BEFORE, BEFORE + AFTER, rank, order)
+        with torch.no_grad():
+            tokens, targets = text(BATCH, None, 0)
+            held_out = nn.functional.cross_entropy(made(tokens).flatten(0, 1).float(), targets.flatten())
+        found.append(held_out.item())
     Path(folder, f"losses{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

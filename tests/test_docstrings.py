@@ -7,6 +7,7 @@ without an underscore. Of a class, its methods and properties are public as well
 from __future__ import annotations
 
 import ast
+import builtins
 import dataclasses
 import doctest
 import importlib
@@ -33,7 +34,7 @@ PUBLIC = (
     "statecodec.operations", "statecodec.optim", "statecodec_client",
 )  # fmt: skip
 SAME_AS_REFERENCE = ("statecodec.kernels.cpu", "statecodec.kernels.triton")  # functions of the same names
-ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)}
+ERRORS = {name for name, value in vars(errors).items() if isinstance(value, type)} | {"ServiceError"}
 NOTHING = (None, "None", inspect.Signature.empty)
 
 
@@ -64,9 +65,13 @@ def section(text: str, name: str) -> str | None:
     return textwrap.dedent(found[1]) if found else None
 
 
+def entries(text: str, name: str) -> list[str]:
+    """The names that a section explains."""
+    return re.findall(r"^\*{0,2}(\w+):", section(text, name) or "", re.MULTILINE)
+
+
 def undocumented(names: list[str], text: str) -> list[str]:
-    entries = re.findall(r"^\*{0,2}(\w+):", section(text, "Args") or "", re.MULTILINE)
-    return [name for name in names if name not in entries]
+    return [name for name in names if name not in entries(text, "Args")]
 
 
 def raised(function: Any) -> set[str]:
@@ -94,9 +99,11 @@ def function_gaps(function: Any, bases: tuple[type, ...] = ()) -> Iterator[str]:
     gives = bool(parameters) and signature.return_annotation not in NOTHING
     if gives and not any(section(text, "Returns") or section(text, "Yields") for text in texts):
         yield "no Returns"
-    documented = {line.partition(":")[0] for text in texts for line in (section(text, "Raises") or "").splitlines()}
+    documented = {name for text in texts for name in entries(text, "Raises")}
     if unnamed := raised(function) - documented:
         yield f"Raises lacks {', '.join(sorted(unnamed))}"
+    if unknown := documented - ERRORS - {*vars(builtins)}:
+        yield f"Raises has {', '.join(sorted(unknown))}, which is no error"
 
 
 def class_gaps(kind: type) -> Iterator[str]:
@@ -111,6 +118,8 @@ def class_gaps(kind: type) -> Iterator[str]:
         parameters = []
     if missing := undocumented(parameters, text):
         yield f"Args lacks {', '.join(missing)}"
+    if stale := set(entries(text, "Args")) - set(parameters):
+        yield f"Args has {', '.join(sorted(stale))}, which is no parameter"
 
 
 def gaps(name: str, value: Any) -> Iterator[str]:
@@ -149,12 +158,28 @@ def test_gaps_are_found() -> None:
 
         Args:
             a: One number.
+
+        Raises:
+            NegativeError: Never.
         """
         if a < 0:
             raise UsageError("negative")
         return a + b
 
-    assert list(function_gaps(add)) == ["Args lacks b", "no Returns", "Raises lacks UsageError"]
+    @dataclasses.dataclass
+    class Sum:
+        """A sum.
+
+        Args:
+            terms: Numbers.
+        """
+
+        numbers: tuple[int, ...]
+
+    assert list(function_gaps(add)) == [
+        "Args lacks b", "no Returns", "Raises lacks UsageError", "Raises has NegativeError, which is no error",
+    ]  # fmt: skip
+    assert list(class_gaps(Sum)) == ["Args lacks numbers", "Args has terms, which is no parameter"]
 
 
 @pytest.mark.parametrize("name", with_examples())

@@ -26,7 +26,7 @@ def centre(plane: Tensor, columns: Tensor, lines: Tensor, residual: Tensor, *, n
         nibbles: Every byte is two 4-bit codes, treated apart and modulo 16; a line's mean is one nibble for both.
 
     Source:
-        Adafactor (arXiv 1804.04235): second moments are close to a row factor times a column factor.
+        Adafactor (arXiv 1804.04235), which finds second moments close to a row factor times a column factor.
     """
     codes = _codes(plane, nibbles)
     rows, cols = codes.shape

@@ -38,49 +38,37 @@ def test_losses_are_those_of_one_process(ranks: Ranks) -> None:
     ranks.run(2, trains_as_one_process, [*OPTIMIZERS])
 
 
-def policies() -> None:
-    for options in (
-        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)},
-        {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
-    ):
-        model = sharded(torch.float32, **options)
-        optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
-        losses = train(model, optimizer, range(6))
-        assert losses[-1] < losses[0]
-        assert all(isinstance(p, DTensor) for p in model.parameters())
+def policies(names: list[str]) -> None:
+    """Computed in bf16, and shards kept on the CPU: on CPUs the same bits as without."""
+    mixed = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
+    offloaded = {"offload_policy": CPUOffloadPolicy(pin_memory=False)}
+    for name in names:
+        trained = []
+        for options in ({}, offloaded, mixed):
+            model = sharded(torch.float32, **options)
+            optimizer = OPTIMIZERS[name](model.named_parameters())
+            losses = train(model, optimizer, range(4))
+            assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+            trained.append((losses, everything(model, optimizer)))
+        assert trained[0] == trained[1], name
+        assert trained[2][0] == pytest.approx(trained[0][0], rel=0.05), name
 
 
-def released() -> None:
+def released(names: list[str]) -> None:
     """Stepped in the backward pass: the same bits as stepped after it."""
-    models = [sharded(), sharded()]
-    optimizers = [OPTIMIZERS["SlimAdam"](model.named_parameters()) for model in models]
-    with optim.enable_gradient_release(models[1], optimizers[1]):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            train(model, optimizer, range(3))
-    assert all(p.grad is None for p in models[1].parameters())
-    assert everything(models[0], optimizers[0]) == everything(models[1], optimizers[1])
+    for name in names:
+        models = [sharded(), sharded()]
+        optimizers = [OPTIMIZERS[name](model.named_parameters()) for model in models]
+        with optim.enable_gradient_release(models[1], optimizers[1]):
+            for model, optimizer in zip(models, optimizers, strict=True):
+                train(model, optimizer, range(2))
+        assert all(p.grad is None for p in models[1].parameters())
+        assert everything(models[0], optimizers[0]) == everything(models[1], optimizers[1]), name
 
 
-def masters() -> None:
-    """fp32 weights out of a bf16 model and back in, sharded and whole."""
-    model = sharded()
-    optimizer = OPTIMIZERS["AdamW"](model.named_parameters())
-    train(model, optimizer, range(3))
-    exact = optim.fp32_state_dict(model, optimizer)
-    before = everything(model, optimizer)
-    full = {k: whole(v).clone() for k, v in exact.items()}
-    assert all(v.dtype == torch.float32 for v in full.values())
-    for given in (exact, full):
-        for p in model.parameters():
-            optimizer.set_master_weight(p, torch.zeros(p.shape))
-        assert everything(model, optimizer) != before
-        optim.load_fp32_state_dict(model, optimizer, {k: v.clone() for k, v in given.items()})
-        assert everything(model, optimizer) == before
-
-
-@pytest.mark.parametrize("check", [policies, released, masters], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("check", [policies, released], ids=lambda f: f.__name__)
 def test_as_fsdp2_is_used(ranks: Ranks, check: Any) -> None:
-    ranks.run(3, check)
+    ranks.run(3, check, [*OPTIMIZERS])
 
 
 # --- state dicts

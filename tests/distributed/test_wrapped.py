@@ -101,7 +101,7 @@ def partitioned() -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     options: dict[str, Any] = {"lr": 1e-2, "dense_below": 64}
-    for kind in (optim.AdamW, optim.Muon):
+    for kind in (optim.AdamW, optim.Adam, optim.Lion, optim.SGD, optim.SGDW, optim.FOAM, optim.LoRAPre, optim.Muon):
         models = [nn.parallel.DistributedDataParallel(net()) for _ in range(3)]
         single = kind(models[0].parameters(), **options)
         divided, resumed = (ZeroRedundancyOptimizer(m.parameters(), kind, **options) for m in models[1:])

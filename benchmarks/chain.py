@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from common import CACHE, record
-from tasks import TRAINED, Run, Task, adamw, gpt, text
+from tasks import TRAINED, Task, TaskRun, adamw, gpt, text
 
 import statecodec
 
@@ -52,7 +52,7 @@ def train() -> None:
     """One run, saved on its way."""
     if all(checkpoint(s).exists() for s in SAVED):
         return
-    run = Run(TASK)
+    run = TaskRun(TASK)
     for step in SAVED:
         run.train(step - run.step, TRAINED)
         run.save(checkpoint(step))
@@ -109,7 +109,7 @@ def gap(at: int, fraction: float) -> dict[str, Any]:
 
 def resumed(path: Path, order: int) -> float:
     """The held-out loss some steps on."""
-    run = Run.load(TASK, path)
+    run = TaskRun.load(TASK, path)
     run.train(RESUMED, order)
     return run.held_out()
 

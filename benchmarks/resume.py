@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from common import CACHE, RESULTS, keep
-from tasks import TASKS, TRAINED, Run, Task
+from tasks import TASKS, TRAINED, Task, TaskRun
 
 import statecodec
 
@@ -65,7 +65,7 @@ def saved(task: Task) -> Path:
     """The trained checkpoint."""
     path = FOLDER / f"{task.name}.pt"
     if not path.exists():
-        run = Run(task)
+        run = TaskRun(task)
         losses = run.train(BEFORE, TRAINED)
         print(f"{task.name}: trained to {losses[-1]:.3f}", flush=True)
         run.save(path)
@@ -76,7 +76,7 @@ def made(task: Task, variant: str) -> tuple[Path, dict[str, Any]]:
     """A checkpoint that is nearly the trained one, and what compressing it came to."""
     path = FOLDER / f"{task.name}.back.pt"
     if variant == ULP:
-        run, generator = Run.load(task, saved(task)), torch.Generator().manual_seed(0)
+        run, generator = TaskRun.load(task, saved(task)), torch.Generator().manual_seed(0)
         with torch.no_grad():
             for p in run.model.parameters():
                 p.copy_(torch.nextafter(p, torch.randn(p.shape, generator=generator) * torch.inf))
@@ -94,7 +94,7 @@ def resumed(task: Task, path: Path, order: int, kept: Path | None = None) -> dic
     if kept is not None and kept.exists():
         found: dict[str, Any] = torch.load(kept, weights_only=True)
         return found
-    run = Run.load(task, path)
+    run = TaskRun.load(task, path)
     start, losses, held_out = run.weights().clone(), [], {}
     for step in AFTER:
         losses += run.train(step - len(losses), order)

@@ -56,7 +56,7 @@ class Param:
 
 
 @dataclass
-class Spent:
+class PartCost:
     """What one part of all parameters took."""
 
     nbytes: int = 0
@@ -118,7 +118,7 @@ def measured(state: list[Param], runs: int) -> dict[str, Any]:
     """Every fraction, and today's codecs, on one state."""
     plans: dict[str, list[dict[str, Codec]]] = {f"{f:g}": [on_grids(p, f) for p in state] for f in FRACTIONS}
     plans["split, companded"] = [TODAY] * len(state)
-    best: dict[str, dict[str, Spent]] = {}
+    best: dict[str, dict[str, PartCost]] = {}
     for run in range(runs + 1):  # the first turn compiles; it does not count
         for name, plan in plans.items():
             now = everything(state, plan)
@@ -144,16 +144,16 @@ def on_grids(p: Param, fraction: float) -> dict[str, Codec]:
     }
 
 
-def everything(state: list[Param], plan: list[dict[str, Codec]]) -> dict[str, Spent]:
+def everything(state: list[Param], plan: list[dict[str, Codec]]) -> dict[str, PartCost]:
     """Encode, pack, unpack and decode every tensor."""
-    spent = {part: Spent() for part in PARTS}
+    spent = {part: PartCost() for part in PARTS}
     for p, codecs in zip(state, plan, strict=True):
         for part in PARTS:
             one(spent[part], codecs[part], p.tensors[part], p.tensors["exp_avg_sq"])
     return spent
 
 
-def one(spent: Spent, codec: Codec, x: Tensor, v: Tensor) -> None:
+def one(spent: PartCost, codec: Codec, x: Tensor, v: Tensor) -> None:
     """One tensor, chunk by chunk."""
     pool, host, packing = _POOL, kernels.host(), Packing()
     for c in chunks(codec, tuple(x.shape), of(x.dtype)):
@@ -186,7 +186,7 @@ def entropy(codes: Tensor) -> float:
     return float((counts.double() * (codes.numel() / counts.double()).log2()).sum())
 
 
-def described(spent: dict[str, Spent], numel: int) -> dict[str, Any]:
+def described(spent: dict[str, PartCost], numel: int) -> dict[str, Any]:
     """The figures of one plan."""
     found: dict[str, Any] = {"bytes_per_param": sum(s.nbytes for s in spent.values()) / numel}
     found["encode_ns"] = sum(s.encode for s in spent.values()) / numel * 1e9

@@ -38,7 +38,7 @@ class Task:
     about: str
 
 
-class Run:
+class TaskRun:
     """A task's model and optimizers, and how far they have come."""
 
     def __init__(self, task: Task) -> None:
@@ -81,7 +81,7 @@ class Run:
         torch.save(saved | ({"optimizer": states[0]} if len(states) == 1 else {"optimizers": states}), path)
 
     @classmethod
-    def load(cls, task: Task, path: Path) -> Run:
+    def load(cls, task: Task, path: Path) -> TaskRun:
         """Go on from a checkpoint, as any training script would: with torch.load."""
         saved: dict[str, Any] = torch.load(path, weights_only=True)
         run = cls(task)
@@ -167,10 +167,10 @@ def sgd(net: nn.Module) -> list[Optimizer]:
 
 def lion(net: nn.Module) -> list[Optimizer]:
     """Lion (arXiv 2302.06675)."""
-    return [Lion(net.parameters(), lr=1e-4, weight_decay=0.1)]
+    return [ReferenceLion(net.parameters(), lr=1e-4, weight_decay=0.1)]
 
 
-class Lion(Optimizer):
+class ReferenceLion(Optimizer):
     """Lion as published: a step of lr in the sign of an interpolated momentum, decoupled decay."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:

@@ -79,7 +79,7 @@ CONTENDERS = {
 }
 
 
-class Run:
+class TrainingRun:
     """One contender's training."""
 
     def __init__(self, contender: Contender, plan: Plan, corpus: Corpus, device: torch.device) -> None:
@@ -143,7 +143,7 @@ def measure(contender: Contender, plan: Plan, corpus: Corpus, device: torch.devi
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    run = Run(contender, plan, corpus, device)
+    run = TrainingRun(contender, plan, corpus, device)
     seconds = run.train()
     steps = len(run.losses)
     tokens = (steps - plan.first) * plan.batch * plan.model.block_size

@@ -15,7 +15,7 @@ from .names import check_members, clean_name, display_name, member_path
 from .operations import offers
 from .problems import HTTPProblem, not_found
 from .records import Jobs
-from .schemas import JobRequest, Member, Source
+from .schemas import InputSource, JobRequest, Member
 from .settings import Settings
 from .storage import bucket_files
 from .tokens import Principal
@@ -37,7 +37,7 @@ class Inputs:
             options = operation.accepted(request.options)
         except UsageError as error:
             raise HTTPProblem(422, "usage", f"options: {error}") from None
-        source = request.source or Source(upload=request.upload)
+        source = request.source or InputSource(upload=request.upload)
         document: dict[str, Any] = {"operation": operation.name, "options": options}
         document["source"], nbytes = self._source(principal, source)
         if request.other is not None:
@@ -48,7 +48,7 @@ class Inputs:
             raise HTTPProblem(422, "usage", f"{operation.name} needs a second input, `other`.")
         return document, nbytes
 
-    def _source(self, principal: Principal, source: Source) -> tuple[dict[str, Any], int]:
+    def _source(self, principal: Principal, source: InputSource) -> tuple[dict[str, Any], int]:
         if source.upload is not None:
             row = self._upload(principal, source.upload)
             file = {"upload": row["id"], "key": f"uploads/{row['id']}/0", "bytes": row["length"]}

@@ -91,7 +91,7 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refuse(scope, headers)
+            refusal = self._refusal(scope, headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, answer)
             else:
@@ -99,7 +99,7 @@ class Gate:
         finally:
             self._note(scope, status[0], time.perf_counter() - started)
 
-    def _refuse(self, scope: Scope, headers: Headers) -> HTTPProblem | None:
+    def _refusal(self, scope: Scope, headers: Headers) -> HTTPProblem | None:
         if _head_bytes(scope) > HEAD_BYTES:
             return head_too_long()
         if not self._known_host(headers.get("host", "")):

@@ -32,7 +32,7 @@ class Member(BaseModel):
     path: ShortText = Field(examples=["checkpoint-100/optimizer.pt"])
 
 
-class Source(BaseModel):
+class InputSource(BaseModel):
     """Where an input comes from: exactly one of `upload`, `uploads`, `job`, `bucket` with `key`, or `url`."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"upload": EXAMPLE_ID}]})
@@ -44,7 +44,7 @@ class Source(BaseModel):
     url: ShortText | None = Field(default=None, description="an https URL of a host the operator allows")
 
     @model_validator(mode="after")
-    def _one(self) -> Source:
+    def _one(self) -> InputSource:
         named = [name for name in ("upload", "uploads", "job", "bucket", "url") if getattr(self, name) is not None]
         if len(named) != 1 or (self.key is None) != (self.bucket is None):
             raise ValueError("give exactly one of upload, uploads, job, bucket with key, url")
@@ -62,8 +62,8 @@ class JobRequest(BaseModel):
     )
     operation: Annotated[str, StringConstraints(pattern=r"^[a-z]{1,40}$")] = Field(examples=["compress"])
     upload: Identity | None = None
-    source: Source | None = None
-    other: Source | None = Field(default=None, description="compress: previous; verify: original; diff: second")
+    source: InputSource | None = None
+    other: InputSource | None = Field(default=None, description="compress: previous; verify: original; diff: second")
     options: Annotated[dict[str, Any], AfterValidator(_text_only)] = Field(
         default_factory=dict, description="see GET /v1/operations"
     )

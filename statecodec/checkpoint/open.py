@@ -7,7 +7,7 @@ from typing import Any
 
 from statecodec.checkpoint.base import Checkpoint, Keep, unchanged
 from statecodec.checkpoint.native import load_native
-from statecodec.checkpoint.pickles import require_safe
+from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.restored_bytes import load_files
 from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
@@ -71,7 +71,7 @@ def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, sa
     device = _device(map_location)
     with open_checkpoint(path) as checkpoint:
         if safe_only:
-            require_safe(checkpoint)
+            safe_pickles(checkpoint)
         return loaded(checkpoint, device)
 
 

@@ -27,7 +27,7 @@ def pickles(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleRepo
     return tuple(map(_report, file_imports(original_listing(checkpoint))))
 
 
-def require_safe(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
+def safe_pickles(checkpoint: SourceCheckpoint | StoredCheckpoint) -> tuple[PickleReport, ...]:
     """Like `pickles`, but refuses a checkpoint whose unpickling could run code. Raises UnsafeCheckpoint."""
     reports = pickles(checkpoint)
     for report in reports:

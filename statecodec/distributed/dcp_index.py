@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from statecodec import dtypes
 from statecodec.distributed import INDEX
-from statecodec.distributed.folders import Folder
+from statecodec.distributed.folders import SaveFolder
 from statecodec.errors import FormatError, UnsupportedVersion
 from statecodec.files import read_bytes
 from statecodec.limits import Limits
@@ -48,7 +48,7 @@ def rank_file(rank: int, save: str) -> str:
     return f"rank-{rank}-{save}.sc.safetensors"
 
 
-def leftovers(folder: Folder, kept: Container[str]) -> list[str]:
+def leftovers(folder: SaveFolder, kept: Container[str]) -> list[str]:
     """Files that other saves left in a folder, of ranks that are not kept or of killed writers. Raises OSError."""
     return [name for name in folder.names() if _BEGUN.fullmatch(name) or (_FILE.fullmatch(name) and name not in kept)]
 
@@ -86,7 +86,7 @@ class FolderIndex:
     digests: Mapping[str, str]
 
 
-def read(folder: Folder) -> FolderIndex:
+def read(folder: SaveFolder) -> FolderIndex:
     """Read and check the index of a checkpoint. Raises FormatError and its subclasses."""
     path, limits = f"{folder}/{INDEX}", Limits()
     try:

@@ -26,7 +26,7 @@ StrPath: TypeAlias = "str | os.PathLike[str]"
 _LEAST = 1 << 20  # bytes of one request: small tensors lie beside each other
 
 
-class Folder(Protocol):
+class SaveFolder(Protocol):
     """The folder of one checkpoint; `str()` is what messages call it. Writing raises OutputFailed, reading OSError."""
 
     def make(self) -> None:
@@ -54,7 +54,7 @@ class Folder(Protocol):
         ...
 
 
-def folder_at(path: StrPath, store: Any = None) -> Folder:
+def folder_at(path: StrPath, store: Any = None) -> SaveFolder:
     """The folder that a user means.
 
     Args:

@@ -25,7 +25,7 @@ from torch.futures import Future
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
-from statecodec.distributed.folders import Folder, StrPath, folder_at
+from statecodec.distributed.folders import SaveFolder, StrPath, folder_at
 from statecodec.errors import CorruptFile, FormatError, UsageError
 from statecodec.format import Reader
 
@@ -52,7 +52,7 @@ class StatecodecReader(StorageReader):
         self._places: Mapping[MetadataIndex, ItemLocation] = {}
 
     @property
-    def folder(self) -> Folder:
+    def folder(self) -> SaveFolder:
         """The folder. Raises UsageError if none was given."""
         if self._path is None:
             raise UsageError("StatecodecReader needs a folder, or dcp.load a checkpoint_id")
@@ -140,7 +140,7 @@ def _decoded(
 
 
 @contextmanager
-def _files(folder: Folder, digests: Mapping[str, str]) -> Iterator[Any]:
+def _files(folder: SaveFolder, digests: Mapping[str, str]) -> Iterator[Any]:
     """Opens files of the checkpoint by name, a few at a time. Raises FormatError for one of another save."""
     held: OrderedDict[str, StoredCheckpoint] = OrderedDict()
 

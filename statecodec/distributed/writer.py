@@ -23,7 +23,7 @@ from torch.futures import Future
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.distributed import INDEX, dcp_index
 from statecodec.distributed.dcp_index import ItemLocation
-from statecodec.distributed.folders import Folder, StrPath, folder_at
+from statecodec.distributed.folders import SaveFolder, StrPath, folder_at
 from statecodec.distributed.local_state import LocalState
 from statecodec.errors import UsageError
 from statecodec.verbs.compress import compress
@@ -65,7 +65,7 @@ class StatecodecWriter(StorageWriter):
         self._settings = settings
 
     @property
-    def folder(self) -> Folder:
+    def folder(self) -> SaveFolder:
         """The folder. Raises UsageError if none was given."""
         if self._path is None:
             raise UsageError("StatecodecWriter needs a folder, or dcp.save a checkpoint_id")

@@ -25,7 +25,7 @@ from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import read_pickle
 from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept
 from statecodec.layouts.regions import physical_shape, stored_region
-from statecodec.layouts.torch_zip import Archive, check_storages, is_zip, open_archive
+from statecodec.layouts.torch_zip import Archive, is_zip, open_archive, settle_storages
 from statecodec.layouts.walk import Names, most_tensors
 from statecodec.lazy import torch
 from statecodec.names import shown
@@ -137,7 +137,7 @@ class _Reading:
         try:
             opened.archive = open_archive(source, item.file)
             opened.root = read_pickle(opened.archive.pickle)
-            check_storages(opened.root, opened.archive)
+            settle_storages(opened.root, opened.archive)
         except LayoutError as error:
             if item.box is not None:
                 raise MalformedCheckpoint(f"{item.file}, {shown(item.key)!r:.80}: {error}") from None

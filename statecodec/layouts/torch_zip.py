@@ -95,7 +95,7 @@ def read_archive(source: ByteSource, path: str) -> tuple[Archive, Any]:
     """The archive and its object graph, whose storages are there. Raises MalformedCheckpoint or UnknownLayout."""
     archive = open_archive(source, path)
     root = read_pickle(archive.pickle)
-    check_storages(root, archive)
+    settle_storages(root, archive)
     return archive, root
 
 
@@ -135,7 +135,7 @@ def _check_byteorder(source: ByteSource, entry: ZipEntry | None) -> None:
         raise MalformedCheckpoint(f"byteorder is {order!r}; little or big was expected")
 
 
-def check_storages(root: Any, archive: Archive) -> None:
+def settle_storages(root: Any, archive: Archive) -> None:
     """Compare every storage that the pickle refers to with its archive entry. Raises MalformedCheckpoint."""
     for storage in storages(root, most_tensors(len(archive.pickle))):
         if storage.location == "meta":

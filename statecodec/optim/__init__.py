@@ -22,7 +22,7 @@ from statecodec.optim.lion import Lion
 from statecodec.optim.load_report import LoadReport, StateChange
 from statecodec.optim.lorapre import LoRAPre
 from statecodec.optim.muon import Muon
-from statecodec.optim.numerics import InvisibleStep, check_numerics
+from statecodec.optim.numerics import InvisibleStep, invisible_steps
 from statecodec.optim.sgd import SGD, SGDW
 from statecodec.optim.slimadam import SlimAdam
 
@@ -32,7 +32,26 @@ OPTIMIZERS: dict[str, type[StateOptimizer]] = {
 }
 
 __all__ = [
-    "FOAM", "OPTIMIZERS", "SGD", "SGDW", "Adam", "AdamW", "GradientRelease", "InvisibleStep", "Lion", "LoRAPre",
-    "LoadReport", "Muon", "SlimAdam", "StateChange", "StateOptimizer", "cast_model", "check_numerics", "decay_groups",
-    "enable_gradient_release", "fp32_state_dict", "load_fp32_state_dict", "with_names",
+    "FOAM",
+    "OPTIMIZERS",
+    "SGD",
+    "SGDW",
+    "Adam",
+    "AdamW",
+    "GradientRelease",
+    "InvisibleStep",
+    "Lion",
+    "LoRAPre",
+    "LoadReport",
+    "Muon",
+    "SlimAdam",
+    "StateChange",
+    "StateOptimizer",
+    "cast_model",
+    "decay_groups",
+    "enable_gradient_release",
+    "fp32_state_dict",
+    "invisible_steps",
+    "load_fp32_state_dict",
+    "with_names",
 ]  # fmt: skip

@@ -108,8 +108,8 @@ class Adam(StateOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, options)
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_adam_group(group)
         for state in ("exp_avg", "exp_avg_sq"):
             moment_codec(group["moments"], state)

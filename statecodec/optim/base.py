@@ -100,7 +100,7 @@ class StateOptimizer(StateKeeper):
         if self.sees_shapes:
             check_whole(self.parameters())
 
-    def check_group(self, group: Group) -> None:
+    def settle_group(self, group: Group) -> None:
         check_number("lr", group["lr"], 0)
         check_number("weight_decay", group["weight_decay"], 0)
         check_flags(group, "decouple_lr", "maximize", "stochastic_rounding")

@@ -142,8 +142,8 @@ class FOAM(StateOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, {"moments": "dense", **options})
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_adam_group(group)
         check_integer("level", group["level"], 0, 16)
         check_number("scale", group["scale"], 0)

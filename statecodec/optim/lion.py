@@ -73,8 +73,8 @@ class Lion(StateOptimizer):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults, options)
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_betas(group, open_top=False)
         moment_codec(group["moments"], "exp_avg")
 

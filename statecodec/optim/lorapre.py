@@ -260,8 +260,8 @@ class LoRAPre(StateOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_adam_group(group)
         check_muon_group(group)
         check_integer("rank", group["rank"], 1, 65536)

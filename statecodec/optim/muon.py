@@ -142,8 +142,8 @@ class Muon(StateOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_adam_group(group)
         check_muon_group(group)
         check_flags(group, "nesterov")

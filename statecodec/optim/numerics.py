@@ -40,7 +40,7 @@ class InvisibleStep:
 
 
 @torch.no_grad()
-def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> list[InvisibleStep]:
+def invisible_steps(optimizer: StateOptimizer, typical_update: float = 0.1) -> list[InvisibleStep]:
     """The steps and decays that the stored weights would round away at the present learning rate.
 
     A step of lr * `typical_update` is compared with the spacing of the stored weights at the parameter's largest
@@ -62,7 +62,7 @@ def check_numerics(optimizer: StateOptimizer, typical_update: float = 0.1) -> li
         >>> from statecodec.optim import AdamW
         >>> model = torch.nn.Linear(4, 2).bfloat16()
         >>> optimizer = AdamW(model.named_parameters(), lr=1e-5, weight_decay=0.1, master_weights=None)
-        >>> sorted({entry.kind for entry in check_numerics(optimizer)})
+        >>> sorted({entry.kind for entry in invisible_steps(optimizer)})
         ['decay', 'step']
     """
     invisible = []

@@ -94,8 +94,8 @@ class SGD(StateOptimizer):
         }  # fmt: skip
         super().__init__(params, defaults, options)
 
-    def check_group(self, group: Group) -> None:
-        super().check_group(group)
+    def settle_group(self, group: Group) -> None:
+        super().settle_group(group)
         check_number("momentum", group["momentum"], 0)
         check_number("dampening", group["dampening"], 0, 1)
         check_flags(group, "nesterov")

@@ -191,9 +191,9 @@ class SlimAdam(StateOptimizer):
         super().__init__(params, defaults, {"moments": "dense", **options})
         self._warn_of_idle_rules()
 
-    def check_group(self, group: Group) -> None:
+    def settle_group(self, group: Group) -> None:
         group["rules"] = read_rules(group["rules"])
-        super().check_group(group)
+        super().settle_group(group)
         check_adam_group(group)
         check_flags(group, "decay_vectors")
         for state in ("exp_avg", "exp_avg_sq"):

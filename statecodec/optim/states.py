@@ -56,11 +56,13 @@ class StateKeeper(torch.optim.Optimizer):
         """
 
     @abstractmethod
-    def check_group(self, group: Group) -> None:
-        """Refuse options and parameters that this class cannot take. Subclasses extend it.
+    def settle_group(self, group: Group) -> None:
+        """Bring options into the form that is kept; refuse options and parameters that this class cannot take.
+
+        Subclasses extend it.
 
         Args:
-            group: A param group with all options set; options may be brought into the form that is kept.
+            group: A param group with all options set; changed.
 
         Raises:
             OptimizerError: For the first of them that is wrong.
@@ -82,7 +84,7 @@ class StateKeeper(torch.optim.Optimizer):
         for key, value in group.items():
             if key != "params":
                 group[key] = without_numpy(value)
-        self.check_group(group)
+        self.settle_group(group)
 
     def recipe(self, p: Tensor, group: Group) -> Recipe:
         """Method, codecs and tiles of one parameter.

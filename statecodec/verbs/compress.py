@@ -13,7 +13,7 @@ from statecodec import choose
 from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.in_memory import MemoryCheckpoint
 from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.pickles import pickles, require_safe
+from statecodec.checkpoint.pickles import pickles, safe_pickles
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Rule
@@ -22,7 +22,7 @@ from statecodec.choose.since_base import standing_alone
 from statecodec.errors import UsageError
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
-from statecodec.verbs.compression import Compression, check_of
+from statecodec.verbs.compression import Compression, verification_of
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.paths import compressed_path, original_name
 from statecodec.verbs.processors import processor
@@ -129,13 +129,13 @@ def compress(
         else:
             target = output_file(dst, None, force=force)
             source = closing.enter_context(MemoryCheckpoint(src, original_name(target)))
-        reports = require_safe(source) if safe_only else pickles(source)
+        reports = safe_pickles(source) if safe_only else pickles(source)
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         where = processor(device, source.nbytes, workers)  # imports torch, so it comes after the other refusals
         output = settings.output(target, force, where.workers(workers), progress)
         choices = standing_alone(settings.choose(source, previous, workers, progress), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, where, settings)
-        report = work.write(output, check_of(source, output) if verify else None)
+        report = work.write(output, verification_of(source, output) if verify else None)
     notes = (*report.notes, *_price(report, settings))
     return replace(report, notes=notes, pickles=reports, seconds=time.perf_counter() - started)
 

@@ -31,8 +31,8 @@ from statecodec.verbs.appending import EncodedChunk, ErrorRules, WriteOptions
 from statecodec.verbs.paths import named
 from statecodec.verbs.processors import Processor, compared
 from statecodec.verbs.settings import CompressSettings
-from statecodec.verbs.verify import check_against, check_intact
-from statecodec.verbs.writing import Check, write
+from statecodec.verbs.verify import check_intact, report_against
+from statecodec.verbs.writing import Verification, write
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ class Compression:
     shared: SharedReads | None = None
     """With whom reads of the source are shared, if with anybody."""
 
-    def write(self, output: WriteOptions, check: Check | None = None) -> Report:
+    def write(self, output: WriteOptions, verification: Verification | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
         hashed = self.settings.sha256 or any(file.crcs for file in self.source.located.files)
         shared = SharedReads(self.source) if self.source.on_disk and hashed else None
@@ -89,7 +89,7 @@ class Compression:
                 document,
                 "compressing",
                 fallback=self.instead,
-                check=check,
+                verification=verification,
                 errors=ErrorRules(self.figures, self.finer),
             )
         report = outcome.report(output)
@@ -213,11 +213,11 @@ class Compression:
         return documents.to_json(described, source.items)
 
 
-def check_of(source: SourceCheckpoint, output: WriteOptions) -> Check:
-    """A check that reads a finished output back and compares it with its source."""
+def verification_of(source: SourceCheckpoint, output: WriteOptions) -> Verification:
+    """What reads a finished output back and compares it with its source."""
 
-    def check(stored: StoredCheckpoint) -> Report:
+    def verified(stored: StoredCheckpoint) -> Report:
         check_intact(stored, output.threads, output.progress)
-        return check_against(stored, source, output.threads, output.progress)
+        return report_against(stored, source, output.threads, output.progress)
 
-    return check
+    return verified

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.pickles import require_safe
+from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.report import Report
 from statecodec.choose import Rule
 from statecodec.errors import UsageError
@@ -87,7 +87,7 @@ def convert(
         raise UsageError(f"layout {layout!r:.40}: expected {', '.join(LAYOUTS)}")
     if safe_only:
         with open_checkpoint(src, crcs=False) as checkpoint:
-            require_safe(checkpoint)
+            safe_pickles(checkpoint)
     if layout is not None:
         return convert_layout(Path(src), Path(dst), layout, strict=strict, force=force, progress=progress)
     targets = [Target.parse(t) if isinstance(t, str) else None for t in codecs_or_targets]

@@ -24,7 +24,7 @@ from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.appending import EncodedChunk
 from statecodec.verbs.compress import open_source, output_of
-from statecodec.verbs.compression import Compression, StepErrors, check_of
+from statecodec.verbs.compression import Compression, StepErrors, verification_of
 from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, Share, header_of
@@ -78,13 +78,13 @@ def finalize(
         choices = standing_alone(joined.choices(choices), previous)
         work = Compression(source, choices, previous if choices.uses_base else None, Cpu(), settings, joined.totals)
         output = settings.output(target, force, threads or default_threads(), progress)
-        check = check_of(source, output) if verify else None
+        verification = verification_of(source, output) if verify else None
 
         def document(_: Mapping[str, str]) -> dict[str, Any]:
             source.files.check_unchanged()
             return work.document(joined.digests, joined.refusals)
 
-        outcome = write(output, joined.items(work), joined.encode, document, "joining", check=check)
+        outcome = write(output, joined.items(work), joined.encode, document, "joining", verification=verification)
         report = outcome.report(output)
     for share in shares:
         share.path.unlink()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from statecodec.checkpoint.open import open_checkpoint
-from statecodec.checkpoint.pickles import pickles, require_safe
+from statecodec.checkpoint.pickles import pickles, safe_pickles
 from statecodec.checkpoint.report import PickleReport, Report
 from statecodec.checkpoint.source import SourceCheckpoint
 
@@ -43,7 +43,7 @@ def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
     with open_checkpoint(src) as checkpoint:
         in_pickles: tuple[PickleReport, ...] = ()
         if safe_only:
-            in_pickles = require_safe(checkpoint)
+            in_pickles = safe_pickles(checkpoint)
         elif isinstance(checkpoint, SourceCheckpoint):
             in_pickles = pickles(checkpoint)
         seconds = time.perf_counter() - started

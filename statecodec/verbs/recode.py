@@ -29,7 +29,7 @@ from statecodec.verbs.diff import compare
 from statecodec.verbs.output_file import output_file
 from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import CompressSettings
-from statecodec.verbs.writing import Check, write
+from statecodec.verbs.writing import Verification, write
 
 
 def convert_codecs(
@@ -57,7 +57,7 @@ def convert_codecs(
     )
     with open_checkpoint(src, crcs=False) as checkpoint:
 
-        def check(stored: StoredCheckpoint) -> Report:
+        def verified(stored: StoredCheckpoint) -> Report:
             comparison, report = compare(checkpoint, stored, output.threads, progress), stored.report()
             lost = {
                 t.name: {"rms": t.rms, "relative_rms": t.relative_rms, "max_abs": t.max_abs} for t in comparison.tensors
@@ -66,12 +66,12 @@ def convert_codecs(
             return replace(report, tensors=tensors, updates=comparison.updates, total=comparison.total)
 
         if isinstance(checkpoint, StoredCheckpoint):
-            report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, check)
+            report = Recoding(checkpoint, Policy(rules), strict=strict).write(output, verified)
         else:
             settings = CompressSettings.of(preset="lossless", rules=rules, strict=strict, pack=pack)
             choices = settings.choose(checkpoint, None, output.threads)
             work = Compression(checkpoint, choices, None, Cpu(), settings)
-            report = work.write(output, check)
+            report = work.write(output, verified)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -97,14 +97,20 @@ class Recoding:
                 self._now[index] = codecs.Raw()
                 self._chosen[index] = codecs.Raw() if kept else self._chosen[index]
 
-    def write(self, output: WriteOptions, check: Check) -> Report:
+    def write(self, output: WriteOptions, verification: Verification) -> Report:
         """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
             ItemSpec(item.name, Encoding(codec), item.shape, item.dtype, self._attributes(index), item.companions)
             for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
         ]
         outcome = write(
-            output, items, self._encode, self._document, "converting", fallback=self._now.__getitem__, check=check
+            output,
+            items,
+            self._encode,
+            self._document,
+            "converting",
+            fallback=self._now.__getitem__,
+            verification=verification,
         )
         return outcome.report(output)
 

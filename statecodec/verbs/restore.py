@@ -18,7 +18,7 @@ from statecodec.atomic import AtomicOutput
 from statecodec.buffers import memory
 from statecodec.checkpoint.decoded_chunks import Decoding
 from statecodec.checkpoint.digests import FileHashes, FileToHash
-from statecodec.checkpoint.pickles import require_safe
+from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import StoredCheckpoint
@@ -90,7 +90,7 @@ def restore(
     started = time.perf_counter()
     with StoredCheckpoint.open(src) as stored:
         document = stored.document
-        reports = require_safe(stored) if safe_only else ()
+        reports = safe_pickles(stored) if safe_only else ()
         target = restored_path(Path(src), document.source.get("name"))
         if not document.is_directory:
             target = output_file(dst, target, force=force)

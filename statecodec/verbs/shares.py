@@ -18,7 +18,7 @@ from typing import Any
 
 from statecodec._version import __version__
 from statecodec.checkpoint.chain import BaseCheckpoint
-from statecodec.checkpoint.pickles import require_safe
+from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.copies import copies
 from statecodec.choose.derived import followers
@@ -130,7 +130,7 @@ def compress_share(
         source = closing.enter_context(open_source(src))
         target = output_of(source, dst, force=force)
         if safe_only:
-            require_safe(source)
+            safe_pickles(source)
         previous = closing.enter_context(contextlib.closing(BaseCheckpoint(base, target))) if base is not None else None
         header = header_of(source, chosen, previous, which)
         path = which.path(target)

@@ -68,7 +68,7 @@ def verify(
         report = stored.report()
         if against is not None:
             with open_checkpoint(against) as original:
-                report = check_against(stored, original, workers, progress)
+                report = report_against(stored, original, workers, progress)
             _check_digest(report, Path(against))
     return replace(report, seconds=time.perf_counter() - started)
 
@@ -101,7 +101,7 @@ def check_intact(stored: StoredCheckpoint, threads: int, progress: Progress | No
         check_intact(stored.base, threads, progress)
 
 
-def check_against(
+def report_against(
     stored: StoredCheckpoint, original: Checkpoint, threads: int, progress: Progress | None = None
 ) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""

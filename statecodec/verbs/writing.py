@@ -1,4 +1,4 @@
-"""Writing a compressed checkpoint, as `compress`, `convert` and `save` share it: append, finish, check, publish."""
+"""Writing a compressed checkpoint, as `compress`, `convert` and `save` share it: append, finish, verify, publish."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Outcome:
 
 
 Document = Callable[[Mapping[str, str]], Mapping[str, Any]]  # refusals -> the document's JSON
-Check = Callable[[StoredCheckpoint], Report]
+Verification = Callable[[StoredCheckpoint], Report]
 """The finished output, not published yet -> its report; raises if it must not be published."""
 
 
@@ -45,17 +45,17 @@ def write(
     stage: str,
     *,
     fallback: Fallback = exactly,
-    check: Check | None = None,
+    verification: Verification | None = None,
     errors: ErrorRules | None = None,
 ) -> Outcome:
     """Write all items. `document` is called once everything is encoded, before the manifest is written.
 
-    `check` reads the finished output before it is published; if it raises, the target stays as it was. `errors` says
-    what is stored of an item's error sums, and whether they are small enough. Raises what `encode`, `document` and
-    `check` raise, OutputExists, OutputFailed, UsageError.
+    `verification` reads the finished output before it is published; if it raises, the target stays as it was. `errors`
+    says what is stored of an item's error sums, and whether they are small enough. Raises what `encode`, `document` and
+    `verification` raise, OutputExists, OutputFailed, UsageError.
     """
     with appended(output, items, encode, stage, fallback=fallback, errors=errors) as (writer, refusals):
         finished = writer.finish(document(refusals))
         with StoredCheckpoint.of(finished.reader, beside=output.target.parent) as stored:
-            checked = stored.report() if check is None else check(stored)
+            checked = stored.report() if verification is None else verification(stored)
         return Outcome(finished.publish(), refusals, checked)

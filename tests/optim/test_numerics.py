@@ -29,7 +29,7 @@ CASES = [(torch.bfloat16, None), (torch.bfloat16, "split24"), (torch.bfloat16, "
 def test_a_step_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | None, exponent: int) -> None:
     p = weights(dtype)
     optimizer = optim.SGD([p], lr=2.0**exponent, master_weights=master)
-    found = [f for f in optim.check_numerics(optimizer, typical_update=1.0) if f.kind == "step"]
+    found = [f for f in optim.invisible_steps(optimizer, typical_update=1.0) if f.kind == "step"]
     assert bool(found) == (seen(p, optimizer, 1.0) < 0.5)
     if found:
         assert found[0].change < found[0].needed
@@ -41,7 +41,7 @@ def test_a_step_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | 
 def test_decay_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | None, exponent: int) -> None:
     p = weights(dtype)
     optimizer = optim.SGDW([p], lr=0.5, weight_decay=2.0**exponent * 2, master_weights=master)
-    found = [f for f in optim.check_numerics(optimizer) if f.kind == "decay"]
+    found = [f for f in optim.invisible_steps(optimizer) if f.kind == "decay"]
     changed = seen(p, optimizer, 0.0)
     if found:
         assert changed < 0.5
@@ -51,7 +51,7 @@ def test_decay_is_reported_where_it_vanishes(dtype: torch.dtype, master: str | N
 
 def test_stochastic_rounding_needs_no_warning() -> None:
     p = weights(torch.bfloat16)
-    assert optim.check_numerics(optim.AdamW([p], lr=1e-9))
-    assert not optim.check_numerics(optim.AdamW([p], lr=1e-9, stochastic_rounding=True))
-    assert not optim.check_numerics(optim.AdamW([p], lr=0.0))
-    assert not optim.check_numerics(optim.AdamW([nn.Parameter(torch.zeros(9))], lr=1e-9, weight_decay=0.0))
+    assert optim.invisible_steps(optim.AdamW([p], lr=1e-9))
+    assert not optim.invisible_steps(optim.AdamW([p], lr=1e-9, stochastic_rounding=True))
+    assert not optim.invisible_steps(optim.AdamW([p], lr=0.0))
+    assert not optim.invisible_steps(optim.AdamW([nn.Parameter(torch.zeros(9))], lr=1e-9, weight_decay=0.0))

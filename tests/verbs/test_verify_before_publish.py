@@ -52,7 +52,7 @@ def test_a_failed_or_interrupted_check_leaves_what_was_there(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(compression, "check_against", fail)
+    monkeypatch.setattr(compression, "report_against", fail)
     monkeypatch.setattr(recode, "compare", fail)
     with pytest.raises(type(error)):
         verb(source, target)

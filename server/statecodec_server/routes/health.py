@@ -56,7 +56,7 @@ CHECKS: dict[str, Callable[[Context], str]] = {
 }
 
 
-async def _check(here: Context, check: Callable[[Context], str]) -> tuple[bool, str]:
+async def _answer(here: Context, check: Callable[[Context], str]) -> tuple[bool, str]:
     try:
         return True, await asyncio.wait_for(run_sync(check, here), CHECK_SECONDS)
     except asyncio.TimeoutError:
@@ -68,7 +68,7 @@ async def _check(here: Context, check: Callable[[Context], str]) -> tuple[bool, 
 @router.get("/readyz", responses={503: {"description": "not ready; the body says why"}})
 async def readyz(here: Here) -> JSONResponse:
     """200 when uploads and jobs would succeed: disk, database, storage and workers, and not shutting down."""
-    results = await asyncio.gather(*(_check(here, check) for check in CHECKS.values()))
+    results = await asyncio.gather(*(_answer(here, check) for check in CHECKS.values()))
     checks: dict[str, Any] = {
         name: {"ok": good, "detail": text} for name, (good, text) in zip(CHECKS, results, strict=True)
     }

@@ -1,4 +1,4 @@
-"""A tensor that goes after another one, such as a running average of weights: stored as its distance from that."""
+"""A tensor that stays near another one, such as a running average of weights: stored as the difference of the two."""
 
 from __future__ import annotations
 

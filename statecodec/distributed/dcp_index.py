@@ -1,6 +1,6 @@
 """The index of a checkpoint that StatecodecWriter wrote, as JSON: what torch.distributed.checkpoint (DCP) reads of it.
 
-Nothing in it is ever run, unlike DCP's own `.metadata`, which is a pickle.
+DCP's own `.metadata` is a pickle, which can run code when it is loaded; this index cannot.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BEGUN = re.compile(rf"\.?({_FILE.pattern}|{re.escape(INDEX)})\.[0-9a-f]{{16}}\.
 
 @dataclass(frozen=True)
 class ItemLocation:
-    """Where an item of a DCP checkpoint is stored: a compressed file of one rank, and what that file calls it."""
+    """Where an item of a DCP checkpoint is stored: the compressed file of a rank, and the item's name in that file."""
 
     file: str
     name: str

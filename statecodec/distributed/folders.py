@@ -27,14 +27,14 @@ _LEAST = 1 << 20  # bytes of one request: small tensors lie beside each other
 
 
 class SaveFolder(Protocol):
-    """The folder of one checkpoint; `str()` is what messages call it. Writing raises OutputFailed, reading OSError."""
+    """The folder of one checkpoint; `str()` names it in messages. Writing raises OutputFailed, reading OSError."""
 
     def make(self) -> None:
-        """Be ready to take files."""
+        """Make the folder, so that files can be written."""
         ...
 
     def staged(self, name: str) -> AbstractContextManager[Path]:
-        """A path of this machine: the file that is made there is in the folder when the block is left."""
+        """A local path to write a file to; the file is in the folder when the block is left."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
@@ -107,7 +107,7 @@ class Directory:
 
     @contextlib.contextmanager
     def staged(self, name: str) -> Iterator[Path]:
-        """The file's own path: what makes it gives it that name when it is whole."""
+        """The file's final path: writers of compressed files rename into place once the file is complete."""
         yield self.path / name
 
     def write(self, name: str, data: bytes) -> None:
@@ -145,7 +145,7 @@ class InStore:
         return f"{self._path}/{name}" if self._path else name
 
     def make(self) -> None:
-        """Be ready to take files."""
+        """Make the folder, so that files can be written."""
         with self._writing("make", ""):
             self._objects.make(self._path)
 
@@ -192,7 +192,7 @@ class InStore:
 
 
 class _Ranges:
-    """An object that is read by ranges; the last one that came is kept."""
+    """An object that is read by ranges; the range read last is kept."""
 
     def __init__(self, objects: Objects, key: str) -> None:
         self._objects, self._key = objects, key
@@ -215,7 +215,7 @@ class _Ranges:
         target[:] = data[offset - start : stop - start]
 
     def close(self) -> None:
-        """Forget what came."""
+        """Drop the range that is kept."""
         self._last = (0, b"")
 
 

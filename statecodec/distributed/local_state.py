@@ -1,4 +1,4 @@
-"""What one rank saves of a state dict, as the nested object that compressing finds moments, weights and settings in.
+"""What one rank saves of a state dict, as a nested object in which `compress` finds moments, weights and settings.
 
 A save plan of torch.distributed.checkpoint lists pieces of tensors by fully qualified names. Here they become
 {"model": {...}, "optim": {"state": {PARAMETER: {"exp_avg": ...}}, "param_groups": [...]}} again, however the names were
@@ -30,7 +30,7 @@ _OTHERS: Final = "other pieces"  # the key for pieces that have no name
 
 @dataclass
 class LocalState:
-    """The object to compress, and what its tensors and values are called in the compressed file."""
+    """The object to compress, and the names of its tensors and values in the compressed file."""
 
     value: dict[str, Any] = field(default_factory=dict)
     names: dict[MetadataIndex, str] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class LocalState:
 
     @classmethod
     def of(cls, plan: SavePlan, planner: SavePlanner) -> LocalState:
-        """Of this rank's part of a plan."""
+        """The state that this rank's part of a plan saves."""
         local = cls()
         state_dict = getattr(planner, "state_dict", {})
         paths = {fqn: _path(fqn, planner) for fqn in state_dict}
@@ -89,7 +89,7 @@ def _path(fqn: str, planner: SavePlanner) -> Path:
 
 
 def _flattened(key: Any) -> Path:
-    """The path that a key of a flattened state dict was made of."""
+    """Split a key of a flattened state dict into the path that it was joined from."""
     state, group = _FLAT_STATE.fullmatch(str(key)), _FLAT_GROUP.fullmatch(str(key))
     if state:
         return ("state", *state.groups())

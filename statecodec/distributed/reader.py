@@ -71,7 +71,7 @@ class StatecodecReader(StorageReader):
         return index.metadata
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take over where every item is."""
+        """Keep from the metadata where every item is stored."""
         self._places = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -127,7 +127,7 @@ class StatecodecReader(StorageReader):
 def _decoded(
     stored: StoredCheckpoint, item: int, shape: tuple[int, ...], offsets: tuple[int, ...], lengths: tuple[int, ...]
 ) -> Tensor:
-    """A box of a stored tensor: the rows it lies in are decoded, and cut."""
+    """A rectangular part of a stored tensor: its rows are decoded, then cut."""
     if not shape:
         return stored.decode_range(item, 0, 1).view(())
     if len(offsets) != len(shape) or any(a + n > d for a, n, d in zip(offsets, lengths, shape, strict=True)):
@@ -141,7 +141,7 @@ def _decoded(
 
 @contextmanager
 def _files(folder: SaveFolder, digests: Mapping[str, str]) -> Iterator[Any]:
-    """Opens files of the checkpoint by name, a few at a time. Raises FormatError for one of another save."""
+    """Opens files of the checkpoint by name and keeps a few open. Raises FormatError for a file of another save."""
     held: OrderedDict[str, StoredCheckpoint] = OrderedDict()
 
     def opened(name: str) -> StoredCheckpoint:

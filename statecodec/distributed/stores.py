@@ -1,4 +1,4 @@
-"""Two libraries for object stores and remote file systems, used in the same few ways."""
+"""fsspec and obstore, two libraries for object stores and remote file systems, behind one interface."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _PART = 16 << 20  # bytes of one part of an upload
 
 
 class Objects(Protocol):
-    """A store. Every method raises whatever its library does."""
+    """A store. Every method raises the errors of its library."""
 
     def make(self, folder: str) -> None:
         """Make a folder, where there are folders."""
         ...
 
     def upload(self, path: Path, key: str) -> None:
-        """Copy a file of this machine to a key that is free."""
+        """Copy a local file to a key that does not exist yet."""
         ...
 
     def replace(self, key: str, data: bytes) -> None:
-        """Write an object at once: whoever reads finds the old or the new one."""
+        """Write an object atomically: readers find the old or the new one."""
         ...
 
     def size(self, key: str) -> int:
@@ -36,7 +36,7 @@ class Objects(Protocol):
         ...
 
     def names(self, folder: str) -> list[str]:
-        """The names of what lies directly in a folder."""
+        """The names of the files directly in a folder."""
         ...
 
     def remove(self, key: str) -> None:
@@ -96,7 +96,7 @@ class Obstore:
         self._store, self._library = store, obstore
 
     def make(self, folder: str) -> None:
-        """There are no folders."""
+        """Do nothing: an object store has no folders."""
 
     def upload(self, path: Path, key: str) -> None:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""StatecodecWriter: `torch.distributed.checkpoint` saves that are compressed on the way.
+"""StatecodecWriter: compresses what `torch.distributed.checkpoint` saves.
 
     dcp.save(state_dict, storage_writer=StatecodecWriter("ckpt/100"))
     dcp.async_save(state_dict, storage_writer=StatecodecWriter("s3://bucket/ckpt/100", preset="small"))
@@ -44,7 +44,8 @@ class StatecodecWriter(StorageWriter):
         **settings: Settings of `statecodec.compress`: preset, rules, max_step_error, pack, threads ...
 
     Raises:
-        UsageError, PolicyError: For `max_shard_size` and `base`, and for settings that `compress` does not take.
+        UsageError: For `max_shard_size` and `base`, and for settings that `compress` does not take.
+        PolicyError: For a preset or a rule that cannot be read.
         OutputFailed: Through DCP, if the folder cannot be written.
     """
 
@@ -60,7 +61,7 @@ class StatecodecWriter(StorageWriter):
         known, chosen = (inspect.signature(f).parameters for f in (compress, CompressSettings.of))
         if not settings.keys() <= known.keys():
             raise UsageError(f"compress takes no {', '.join(sorted(settings.keys() - known.keys()))}")
-        CompressSettings.of(**{name: value for name, value in settings.items() if name in chosen})  # refused now
+        CompressSettings.of(**{name: value for name, value in settings.items() if name in chosen})  # raises now
         self._path, self._store = path, store
         self._settings = settings
 
@@ -120,11 +121,11 @@ class StatecodecWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: StrPath) -> bool:
-        """Accept every path and URL: whether it can be a folder shows when it is made."""
+        """Accept every path and URL; an unusable one fails when the folder is made."""
         return True
 
     def storage_meta(self) -> StorageMeta:
-        """What DCP tells the planner."""
+        """Where the checkpoint is, as DCP passes it to the planner."""
         return StorageMeta(checkpoint_id=self._path, save_id=None)
 
 

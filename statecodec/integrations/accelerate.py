@@ -28,10 +28,10 @@ except ImportError as error:
 def save_state(accelerator: Accelerator, output_dir: str | Path, preset: str = "resume", **options: Any) -> Path:
     """Call `accelerator.save_state(output_dir)`, then replace that folder by a compressed file beside it.
 
-    Call it in every process. If it is killed meanwhile, the folder is what accelerate wrote.
+    Call it in every process. Whenever it is killed, the folder as accelerate wrote it or the complete file is there.
 
     Args:
-        accelerator: Whose state to save.
+        accelerator: The accelerator whose state to save.
         output_dir: The folder; the file gets its name, with `.sc.safetensors`.
         preset: As for `statecodec.compress`.
         **options: Others of `statecodec.compress`: rules, max_step_error, pack ...
@@ -62,7 +62,7 @@ def load_state(accelerator: Accelerator, path: str | Path, **keywords: Any) -> N
     Call it in every process; each restores a copy of its own beside the file, and removes it.
 
     Args:
-        accelerator: Whose state to load.
+        accelerator: The accelerator whose state to load.
         path: The compressed file, or the folder.
         **keywords: Passed to `accelerator.load_state`.
 

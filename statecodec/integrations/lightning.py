@@ -117,7 +117,8 @@ class CompressedModelParallelStrategy(ModelParallelStrategy):
         **parallel: Of ModelParallelStrategy: data_parallel_size, tensor_parallel_size ...
 
     Raises:
-        UsageError, PolicyError: For options that `compress` does not take.
+        UsageError: For options that `compress` does not take.
+        PolicyError: For a preset or a rule that cannot be read.
     """
 
     def __init__(self, preset: str = "resume", options: dict[str, Any] | None = None, **parallel: Any) -> None:

@@ -34,7 +34,7 @@ def replace_by_compressed(folder: Path, options: Mapping[str, Any]) -> Report:
     """
     report = compress(folder, compressed_path(folder), force=True, verify=True, device="cpu", **options)
     gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)  # of one who was killed here
+    shutil.rmtree(gone, ignore_errors=True)  # left by a process that was killed here
     os.rename(folder, gone)
     shutil.rmtree(gone)
     return report
@@ -59,11 +59,11 @@ class Replacing:
 
     @property
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the process has ended, with or without an error."""
         return self._process.poll() is not None
 
     def wait(self) -> str | None:
-        """Wait for its end. Returns what went wrong, if anything did."""
+        """Wait until the process ends. Returns its error message, if there is one."""
         _, said = self._process.communicate()
         lines = said.strip().splitlines()
         return None if self._process.returncode == 0 else lines[-1] if lines else f"exit {self._process.returncode}"

@@ -77,10 +77,10 @@ class CompressCheckpoints(TrainerCallback):
             pass
 
     def _next(self, best: str | None) -> bool:
-        """Wait for the one that runs and start another; False if there is none."""
+        """Wait for the running process and start it on the next checkpoint; False if there is none."""
         if self._running is not None:
             wrong = self._running.wait()
-            if wrong and self._running.folder.is_dir():  # else it was rotated away meanwhile
+            if wrong and self._running.folder.is_dir():  # otherwise `save_total_limit` removed it meanwhile
                 _log.warning("%s stays as it is: %s", self._running.folder, wrong)
             self._running = None
         for folder in self._waiting:
@@ -136,7 +136,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
-    """As the Trainer does with folders: the oldest go, never the newest nor the best."""
+    """Remove the oldest checkpoints beyond `limit`, as the Trainer does; never the newest nor the best."""
     if limit is None or limit <= 0:
         return
     steps = _steps(folder)

@@ -1,7 +1,7 @@
 """Saved states of one parameter, in whatever form they come, made into the states of its recipe.
 
-Ours go in bit for bit; torch.optim's and another method's go through the dense form, and the ChangeLog says what the
-encoding lost.
+States in the recipe's own encoding are taken bit for bit. Those of torch.optim or of another method are decoded to
+dense tensors and encoded again; the ChangeLog says what that lost.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def in_place(state: Mapping[str, Any], recipe: Recipe, p: Tensor) -> bool:
 
 @torch.no_grad()
 def recast(p: Tensor, split: Split, low: EncodedTensor, recipe: Recipe) -> dict[str, EncodedTensor] | None:
-    """Bring a weight over whose parameter was cast to another dtype (`model.to(...)`).
+    """Keep a master weight when its parameter is cast to another dtype (`model.to(...)`).
 
     The part that was below the old dtype goes into the new one, and what that cannot hold into a new low part.
 
@@ -154,7 +154,7 @@ def _count(value: object, name: str | int, key: str) -> float:
 
 
 def _encoded(value: object, name: str | int, state: str, p: Tensor) -> EncodedTensor:
-    """A saved state, whichever form it is in, of the parameter's shape (or of the matrix that it is seen as)."""
+    """A saved state in any form, of the shape of the parameter or of its matrix view."""
     if isinstance(value, Tensor):
         value = EncodedTensor(Raw(), tuple(value.shape), value.dtype, {"data": value.detach()})
     elif is_plain(value):

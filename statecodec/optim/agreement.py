@@ -1,4 +1,4 @@
-"""Questions that all ranks must answer alike; all ranks must ask them."""
+"""Agreement among ranks. Every function is a collective: all ranks must call it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def ranks_agree(p: Tensor, text: str) -> bool:
 
 
 def all_say_yes(params: Iterable[Tensor], own: Sequence[bool]) -> list[bool]:
-    """For every answer of this rank, whether it and all others that hold parts of the parameters say yes."""
+    """For each answer of this rank, whether all ranks that hold parts of the parameters say yes as well."""
     answers = [int(answer) for answer in own]
     for p in {mesh_of(p): p for p in params if is_dtensor(p)}.values():
         answers = _smallest(p, answers)

@@ -156,11 +156,11 @@ class StateOptimizer(StateKeeper):
         self._step_params([param], self.group_of(param), param)
 
     def _step_params(self, params: Sequence[Tensor], group: Group, key: Any) -> None:
-        """Fused steps, then batches of matrices, then what is left one by one; `key` as in `fusing.step_group`."""
+        """Step fused groups, then batches of matrices, then the rest one by one; `key` as in `fusing.step_group`."""
         self._step_each(step_matrices(self, group, fusing.step_group(self, group, params, key)), group)
 
     def _step_each(self, params: Sequence[Tensor], group: Group) -> None:
-        """Step parameters one by one; while the ranks add up what some of them need, the others are stepped."""
+        """Step parameters one by one; those that wait for a sum over ranks are stepped last."""
         crossing = [p for p in params if self.recipe(p, group).across]
         sums = pooling.start([self.recipe(p, group) for p in crossing], [self._gradient(p) for p in crossing])
         waiting = set(crossing)
@@ -335,5 +335,5 @@ class StateOptimizer(StateKeeper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # torch puts it in; no option here has that name
+        self.defaults.pop("differentiable", None)  # torch adds it; our optimizers have no such option
         self._reset_runtime()

@@ -1,7 +1,7 @@
-"""The dense form of a state: what torch.optim.AdamW or SGD would keep, in full size.
+"""The dense form of a state: full-size moments, as torch.optim.AdamW or SGD keep them.
 
-Folded states repeat, shared ones broadcast, low-rank ones multiply out. One optimizer's state becomes another's by way
-of it.
+Folded moments are repeated, shared ones broadcast, low-rank ones multiplied out. One optimizer's state is converted to
+another's through this form.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def update_direction(m: Tensor, v: Tensor) -> Tensor:
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> float:
-    """||found - exact|| / ||exact||, in fp64; 0 for empty tensors."""
+    """||approximate - exact|| / ||exact||, in fp64; 0 for empty tensors."""
     exact = exact.to(device=approximate.device, dtype=torch.float64)
     difference = torch.linalg.vector_norm(approximate.to(torch.float64) - exact)
     return float(difference / torch.linalg.vector_norm(exact).clamp(min=1e-300)) if exact.numel() else 0.0

@@ -1,4 +1,4 @@
-"""Puts tensors that are cut among ranks together on one rank each, their owner, and sends them back in pieces.
+"""Gathers each tensor that is sharded over ranks on one rank, its owner, and scatters it back.
 
 All tensors of a round travel in one message (`all_to_all`), as bytes: nothing is rounded, and 16-bit integers are
 allowed. Messages are on their way while the ranks compute.
@@ -47,9 +47,9 @@ class LocalPiece:
 def gather(
     group: ProcessGroup, cuts: Sequence[Sequence[LocalPiece]], owners: Sequence[int]
 ) -> Callable[[], list[list[Tensor]]]:
-    """Begin to put tensors together: those of `cuts[i]` on the rank `owners[i]` of the group.
+    """Begin to gather tensors: that of `cuts[i]` on the rank `owners[i]` of the group.
 
-    Returns a function that waits, and gives the tensors of this rank's own, in order. What every rank holds whole is
+    Returns a function that waits, and gives the tensors that this rank owns, in order. What every rank holds whole is
     not sent, and given as it is. Every rank must call both with the same shapes.
     """
     rank, world = group.rank(), group.size()
@@ -73,7 +73,7 @@ def gather(
 def scatter(
     group: ProcessGroup, cuts: Sequence[Sequence[LocalPiece]], owners: Sequence[int], full: Sequence[Sequence[Tensor]]
 ) -> Callable[[], None]:
-    """Begin to send tensors back: `full` are this rank's own, as `gather` gave them.
+    """Begin to send tensors back: `full` are those that this rank owns, as `gather` gave them.
 
     Returns a function that waits, and writes what arrived into `LocalPiece.local`. Every rank must call both.
     """

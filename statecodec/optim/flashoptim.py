@@ -1,4 +1,4 @@
-"""States of a FlashOptim run, as its `state_dict` has them: quantised moments, and the low bits of master weights."""
+"""Reads states of FlashOptim's `state_dict`: quantised moments, and the low bits of master weights."""
 
 from __future__ import annotations
 
@@ -130,6 +130,6 @@ def _fractions(bits: Tensor, shard: Tensor, group: Mapping[str, Any]) -> Tensor:
         return bits.float() / torch.iinfo(bits.dtype).max
     if bits.dtype != shard.dtype:
         raise OptimizerError(f"{FLASH_LOW_BITS} are int8 or int16, or stand under {shard.dtype}; found {bits.dtype}")
-    if group.get("master_bytewidth") == 2 * shard.element_size():  # their bits stand there
+    if group.get("master_bytewidth") == 2 * shard.element_size():  # the integers' bits, under the parameter's dtype
         return bits.contiguous().view(torch.int16).float() / 32767
     return bits.float() / 127

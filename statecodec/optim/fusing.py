@@ -1,7 +1,7 @@
-"""Handing whole groups to a backend that steps them in few launches; the contract is `kernels.fused`.
+"""Hands whole param groups to a backend that steps them in few launches; the contract is `kernels.fused`.
 
-Which parameters share a launch, and where everything lies, is found out once and kept. A step then looks at parameters,
-states and gradients only to see that they are the ones it knows.
+Which parameters share a launch, and the addresses of their tensors, are determined once and kept. A step then only
+checks that parameters, states and gradients are still the same tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _gradient = attrgetter("grad")
 
 
 def step_group(optimizer: StateKeeper, group: Group, params: Sequence[Tensor], key: Any) -> list[Tensor]:
-    """Step what of `params` has a gradient and can be fused; returns what is left for the generic path.
+    """Step those of `params` that have a gradient and can be fused; returns the others.
 
     `key` tells this set of parameters from others of the same optimizer. Raises OptimizerError if the optimizer was
     made with fused=True and a parameter cannot be fused.
@@ -65,7 +65,7 @@ class GroupLaunches:
             low = sharding.local(state[LOW].parts["data"]) if LOW in state else None
             fits = method.hyper(group) is not None and shard.is_contiguous() and not grad.is_sparse
             fits = fits and (optimizer._fused is True or shard.is_cuda)
-            # A kernel sees only this rank's elements, not their position nor what other ranks pool with them.
+            # A kernel sees only this rank's elements: neither their position nor what other ranks add to a sum.
             fits = fits and not recipe.across and not (sharded and group["stochastic_rounding"])
             if not (fits and backend.supports(method.name, formats, p.dtype, None if low is None else low.dtype)):
                 if optimizer._fused is True:
@@ -88,25 +88,25 @@ class GroupLaunches:
             self._launches.append((recipe.method, launch, positions))
         self._addresses = self._where(params)
         every, own = optimizer.state.values(), {id(optimizer.state[p]) for p in params if p in optimizer.state}
-        # Where these parameters' states are among all. Passing by the others takes less time than hashing a tensor,
+        # Positions of these parameters' states among all. Skipping the others takes less time than hashing a tensor,
         # unless they are many.
         self._among = [id(state) in own for state in every] if len(every) < 8 * len(params) else None
         self._states = list(self._found_states(optimizer))
-        # Views show what is in a state at the time.
+        # Views: they show later changes of a state.
         self._views = [state.values() for state in self._states if state is not None]
         self._values = list(chain.from_iterable(self._views))
 
     def suits(
         self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
     ) -> bool:
-        """Whether these launches still step what is asked for."""
+        """Whether these launches fit what is given, and the optimizer's states are still the same tensors."""
         return (
             self._group is group
             and len(params) == len(self._params)
             and all(map(is_, params, self._params))
             and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
-            # The optimizer's state was not written to.
+            # The optimizer's states are the same objects.
             and len(optimizer.state) >= len(self._among or ())
             and all(map(is_, self._found_states(optimizer), self._states))
             and len(values := list(chain.from_iterable(self._views))) == len(self._values)
@@ -123,7 +123,7 @@ class GroupLaunches:
         return compress(optimizer.state.values(), self._among)
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """Launch; returns the parameters that are left."""
+        """Launch; returns the parameters that were not stepped."""
         local_gradients = gradients
         if self._sharded:
             pairs = zip(self._params, gradients, strict=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StateChange:
-    """What became of one state while loading.
+    """What loading did to one state.
 
     Args:
         param: The parameter's name, or its position.
@@ -26,7 +26,7 @@ class StateChange:
     kind: str
     source: str
     stored_as: str
-    relative_rms: float | None = None  # ||loaded - saved|| / ||saved||; None where there is nothing to compare
+    relative_rms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,12 @@ class LoadReport:
 
     Args:
         changes: The states that were encoded, converted, reset, dropped, missing or unused.
-        notes: What else was done otherwise, and why.
+        notes: Other differences from what was saved, and their reasons.
         update_rms: Relative error of the Adam direction m / sqrt(v), by parameter.
     """
 
     changes: tuple[StateChange, ...] = ()
     notes: tuple[str, ...] = ()
-    # Error of the Adam direction m / sqrt(v), by parameter.
     update_rms: Mapping[str | int, float] = field(default_factory=dict)
 
     @property

@@ -1,6 +1,6 @@
 """Loads a state dict into an optimizer: which saved state belongs to which parameter, which options are taken over.
 
-What becomes of one parameter's states is in `adopting.py`.
+`adopting.py` then converts the states of each parameter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STORAGE = frozenset((
     "algorithm", "moments", "master_weights", "dense_below", "level", "rank", "rules", "matrix", "variant", "base",
     "stochastic_rounding",
 ))  # fmt: skip
-# What learning rate schedules put into a group. It means nothing for another optimizer's learning rate.
+# What learning rate schedules add to a group. It does not apply to another kind of optimizer.
 SCHEDULE = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
 _WHOSE = ("params", "param_names")
 _SHOWN = 8  # names in one message, at most
@@ -43,7 +43,7 @@ class Match:
     """What is loaded into one group."""
 
     params: tuple[tuple[Any, Mapping[str, Any]] | None, ...]  # for each parameter its saved key and group, if any
-    groups: tuple[Mapping[str, Any], ...]  # all of those saved groups
+    groups: tuple[Mapping[str, Any], ...]  # the saved groups of these parameters
 
     def options(self) -> tuple[dict[str, Any], list[str]]:
         """The options that all of the saved groups agree on, and the names of the others."""
@@ -129,7 +129,7 @@ def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mappi
 
 
 def _kind(value: Any) -> str:
-    """What a saved state is, in words that are the same on every rank."""
+    """The kind of a saved state, as text that is the same on every rank."""
     if isinstance(value, Tensor):
         return (
             f"{tuple(value.shape)} {'sharded' if sharding.is_dtensor(value) else 'whole'}" if value.ndim else "number"
@@ -138,7 +138,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_group(group: Mapping[str, Any]) -> None:
-    """Raise OptimizerError unless the group says plainly which parameters are its own, and whose options it has."""
+    """Raise OptimizerError unless `params`, `param_names` and `algorithm` of a group have the right types."""
     if not all(isinstance(key, int | str) for key in group["params"]):
         raise OptimizerError("a group's `params` are positions or names")
     names = group.get("param_names")
@@ -148,11 +148,11 @@ def _check_group(group: Mapping[str, Any]) -> None:
         raise OptimizerError(f"a group's `algorithm` is a text, found {str(group['algorithm'])[:80]}")
 
 
-# --- whose state is whose
+# --- which state is for which parameter
 
 
 def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: ChangeLog) -> list[Match]:
-    """By position, as torch does; by name where both sides have names and they say that positions have changed."""
+    """Match by position, as torch does; by name where both sides have names and their order differs."""
     ours, theirs = _names(groups), _names(saved)
     sizes, saved_sizes = [len(g["params"]) for g in groups], [len(g["params"]) for g in saved]
     flat = [(key, g) for g in saved for key in g["params"]]
@@ -180,7 +180,7 @@ def _matched(groups: Sequence[Group], saved: Sequence[Mapping[str, Any]], log: C
 
 
 def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The names of all parameters, in order; None if they are not named, or not all apart from each other."""
+    """The names of all parameters, in order; None if some have no name, or two the same."""
     names: list[str] = []
     for group in groups:
         params = group["params"]

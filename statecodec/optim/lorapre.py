@@ -56,7 +56,7 @@ def track(
     solved = _solve(right.mT, target.mT, relative, damping).mT
     left.mul_(keep).add_(solved, alpha=1 - keep)
     solved = _solve(old, target, relative, damping)
-    if jacobi:  # an all-zero B gives no target for A, which must not shrink then
+    if jacobi:  # an all-zero B gives no target for A; A must not shrink then
         empty = (old == 0).flatten(-2).all(-1)[..., None, None]
         right.mul_(torch.where(empty, right.new_ones(()), keep)).add_(solved, alpha=1 - keep)
     else:
@@ -105,7 +105,7 @@ def _product_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _LowRankMethod(WholeMatrix):
-    """What Adam and Muon over low-rank moments share: how the factors start, and how they are moved."""
+    """Base of Adam and Muon over low-rank moments: how the factors start and are updated."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank

@@ -172,7 +172,7 @@ def decay_per_lr(group: Group) -> float:
 
 
 class Method(ABC):
-    """One update rule. `name` is stable: it stands in checkpoints and names the fused kernel."""
+    """One update rule. `name` is stable: it is written in checkpoints and names the fused kernel."""
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False  # whether it needs all of a matrix
@@ -185,7 +185,7 @@ class Method(ABC):
 
     @property
     def kind(self) -> Any:
-        """What tells rules apart: parameters of one kind may be stepped together."""
+        """A key of the rule: parameters with the same key may be stepped together."""
         return type(self), tuple(vars(self).values())
 
     def partial(self, grad: Tensor, recipe: Recipe) -> Tensor:

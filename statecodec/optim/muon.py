@@ -77,7 +77,7 @@ class MuonMethod(WholeMatrix):
 
 
 def check_muon_group(group: Group) -> None:
-    """Raise OptimizerError for what Newton-Schulz and the momentum cannot take."""
+    """Raise OptimizerError for an option of Newton-Schulz or the momentum that is out of range."""
     check_number("momentum", group["momentum"], 0, 1, open_top=True)
     check_integer("ns_steps", group["ns_steps"], 1, 99)
     check_choice("adjust", group["adjust"], ADJUSTMENTS)

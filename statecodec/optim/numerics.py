@@ -12,7 +12,7 @@ from statecodec.optim import sharding
 from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Group, decay_per_lr
 
-# Relative spacing at the top of a binade, where it is finest: 2**-(mantissa bits + 1) of the value.
+# Relative spacing just below a power of two, where it is smallest: 2**-(mantissa bits + 1) of the value.
 _MANTISSA = {torch.float64: 52, torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}
 
 
@@ -76,7 +76,7 @@ def invisible_steps(optimizer: StateOptimizer, typical_update: float = 0.1) -> l
                 continue
             name = recipe.label
             decay = lr * decay_per_lr(group)
-            # Half a spacing over the largest value of a binade: the least relative change that any weight can see.
+            # Half the spacing over the largest value below a power of two: no smaller relative change is ever stored.
             if 0 < decay <= 2.0 ** -(bits + 2):
                 invisible.append(InvisibleStep(name, "decay", decay, 2.0 ** -(bits + 1)))
             largest = float(shard.abs().amax())

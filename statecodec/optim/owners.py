@@ -1,4 +1,4 @@
-"""Steps matrices that are cut among ranks, for methods that need all of one: each matrix has an owner, which steps it.
+"""Steps matrices that are sharded over ranks, for methods that need a whole matrix: its owner, one rank, steps it.
 
 Gradient, weight and states are put together on the owner as they are stored, and what it has stored goes back in
 pieces. So the result is that of one process, and a state stays where its parameter is. The factors of LoRA-Pre are
@@ -60,7 +60,7 @@ def step_cut(optimizer: StateKeeper, group: Group, alike: Sequence[Sequence[Tens
 
 
 def rounds(optimizer: StateKeeper, alike: Sequence[Sequence[Tensor]]) -> list[tuple[Sequence[Tensor], list[int]]]:
-    """Batches of matrices with the rank of each one's owner: the largest first, each to who has the fewest elements."""
+    """Batches of matrices with their owners' ranks: largest first, each to the rank with the fewest elements."""
     dealt = []
     held: dict[Any, list[int]] = defaultdict(list)
     for same in sorted(alike, key=lambda batch: -batch[0].numel()):
@@ -89,7 +89,7 @@ class _Round:
         self._whole = gather(self._ranks, self._cuts, owners)
 
     def step(self) -> Callable[[], None]:
-        """Step this rank's own and begin to send them back; returns what waits for those of the others."""
+        """Step this rank's matrices and begin to send them back; returns a function that waits for the others'."""
         full = self._whole()
         owned = [m for m, owner in zip(self._members, self._owners, strict=True) if owner == self._ranks.rank()]
         if owned:

@@ -35,7 +35,7 @@ def is_dtensor(x: object) -> bool:
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor; a tensor that is no DTensor is held whole."""
+    """This rank's part of a DTensor; any other tensor as it is."""
     if not is_dtensor(x):
         return x
     with torch.no_grad():  # autograd must not record this
@@ -53,7 +53,7 @@ def mesh_of(x: Tensor) -> DeviceMesh:
 
 
 def check_placements(p: Tensor) -> None:
-    """Raise OptimizerError for a parameter whose shards are no slices of it."""
+    """Raise OptimizerError for a parameter whose shards are not slices of it."""
     if is_dtensor(p) and any(placement.is_partial() for placement in cast("DTensor", p).placements):
         raise OptimizerError(f"a parameter is placed as {cast('DTensor', p).placements}: only a sum of shards gives it")
 
@@ -69,7 +69,7 @@ def gradient(p: Tensor, grad: Tensor) -> Tensor:
 
 
 def _sharded_dims(p: Tensor) -> list[tuple[int, int]]:
-    """(mesh dimension, tensor dimension) of everything that cuts a DTensor; meshes of one rank cut nothing."""
+    """(mesh dimension, tensor dimension) of every sharding of a DTensor; dimensions of one rank are left out."""
     d = cast("DTensor", p)
     shards = [(i, cast(Any, s).dim) for i, s in enumerate(d.placements) if not s.is_replicate()]
     return [(i, dim % max(p.ndim, 1)) for i, dim in shards if d.device_mesh.size(i) > 1]

@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import PATIENCE, Ranks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Ranks that hang end themselves and say where; on a busy machine, to start them alone may take minutes."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(3 * PATIENCE))
 
 
 @pytest.fixture(scope="session")

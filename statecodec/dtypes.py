@@ -153,8 +153,8 @@ _UNTYPED: Final = frozenset({"UntypedStorage", "_UntypedStorage"})
 _STORAGE_MODULES: Final = frozenset({"torch", "torch.storage", "torch.cuda"})
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """torch's name of its dtype: `float32`."""
+def name_of(dtype: DType | torch.dtype) -> str:
+    """torch's name of a dtype: `float32`."""
     return str(dtype).removeprefix("torch.")
 
 

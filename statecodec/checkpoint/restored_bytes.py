@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from statecodec.buffers import Bytes
 from statecodec.checkpoint.base import Keep, unchanged
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import StoredCheckpoint
@@ -71,20 +74,25 @@ class _RestoredBytes:
         self._regions = [(offset, items[i].decoded_nbytes, i) for offset, i in file.regions]
         self._skeleton = Skeleton(file.nbytes, ((o, n) for o, n, _ in self._regions))
         self._starts = [r[0] for r in self._regions]
-        self._held: OrderedDict[int, Tensor] = OrderedDict()
+        self._held: OrderedDict[int, Bytes] = OrderedDict()
 
     def read(self, offset: int, nbytes: int) -> bytes:
         """A range of the file, as bytes."""
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise MalformedCheckpoint(f"needs bytes {offset}..{offset + nbytes} but the file has {self.size}")
-        return self.tensor(offset, nbytes).numpy().tobytes()
+        return self._bytes(offset, nbytes).tobytes()
 
     def tensor(self, offset: int, nbytes: int) -> Tensor:
         """A range of the file, as a fresh 1-D uint8 tensor."""
         first = max(bisect_right(self._starts, offset) - 1, 0)
         if self._regions and self._regions[first][:2] == (offset, nbytes):
             return self.stored.decode(self._regions[first][2]).reshape(-1).view(torch.uint8)
-        out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return torch.from_numpy(self._bytes(offset, nbytes))
+
+    def _bytes(self, offset: int, nbytes: int) -> Bytes:
+        """A range of the file; torch is not needed as long as no region has a part in it."""
+        out = np.empty(nbytes, np.uint8)
+        first = max(bisect_right(self._starts, offset) - 1, 0)
         for index in range(first, len(self._regions)):
             start, length, item = self._regions[index]
             if start >= offset + nbytes:
@@ -95,12 +103,12 @@ class _RestoredBytes:
                 first_element = (low - start) // size
                 data = self.stored.decode_range(item, first_element, -(-(high - start) // size)).view(torch.uint8)
                 skip = low - start - first_element * size
-                out[low - offset : high - offset] = data[skip : skip + high - low]
+                out[low - offset : high - offset] = data[skip : skip + high - low].numpy()
         for low, length in self._skeleton.within(offset, offset + nbytes):
             self._copy_skeleton(self._skeleton.position(low), out[low - offset : low - offset + length])
         return out
 
-    def _copy_skeleton(self, start: int, out: Tensor) -> None:
+    def _copy_skeleton(self, start: int, out: Bytes) -> None:
         """Skeleton bytes from `start` on; only the chunks that they are in are decoded."""
         assert self.file.skeleton is not None
         chunks, stop = self.stored.reader.items[self.file.skeleton].chunks, start + len(out)
@@ -111,11 +119,11 @@ class _RestoredBytes:
             low, high = max(chunk.start, start), min(chunk.stop, stop)
             out[low - start : high - start] = self._skeleton_chunk(number)[low - chunk.start : high - chunk.start]
 
-    def _skeleton_chunk(self, number: int) -> Tensor:
+    def _skeleton_chunk(self, number: int) -> Bytes:
         """One chunk of the skeleton. The last few are kept, because headers are read piece by piece."""
         assert self.file.skeleton is not None
         if number not in self._held:
-            self._held[number] = self.stored.decode_chunk(self.file.skeleton, number).reshape(-1)
+            self._held[number] = self.stored.chunk_bytes(self.file.skeleton, number)
         self._held.move_to_end(number)
         if len(self._held) > _HELD:
             self._held.popitem(last=False)

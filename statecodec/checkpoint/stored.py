@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from statecodec import codecs, kernels
-from statecodec.buffers import ThreadScratch
+from statecodec.buffers import Bytes, ThreadScratch
 from statecodec.checkpoint import document as documents
 from statecodec.checkpoint.base import Checkpoint, TensorInfo, Window
 from statecodec.checkpoint.decoded_chunks import ON_THE_CPU, DecodedChunks, Decoding
@@ -22,6 +22,7 @@ from statecodec.checkpoint.stored_report import stored_report, tensor_report, te
 from statecodec.codecs import Change, Codec, EncodedTensor, Encoding
 from statecodec.codecs.changes import add_parts, add_values
 from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
+from statecodec.dtypes import UINT8
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues, UsageError
 from statecodec.format import Limits, Reader
 from statecodec.layouts import Moments
@@ -178,6 +179,14 @@ class StoredCheckpoint(Checkpoint):
         moved = {name: part.to(device, non_blocking=True) for name, part in parts.items()}
         codec.decode_into(moved, there, kernels.resolve(None, device), companions)
         return out.copy_(there)
+
+    def chunk_bytes(self, item: int, chunk: int) -> Bytes:
+        """One chunk of an item, checked and decoded, as bytes; torch is not needed where they are stored as such."""
+        stored = self.reader.items[item]
+        raw = isinstance(stored.encoding.codec, codecs.Raw) and stored.encoding.change is None
+        if raw and stored.dtype is UINT8 and len(stored.shape) == 1:
+            return self.reader.read_bytes(item, chunk)
+        return self.decode_chunk(item, chunk).reshape(-1).view(torch.uint8).numpy()
 
     def _companions(self, item: int, chunk: Chunk) -> codecs.Companions:
         """The companions of a chunk, decoded: values of the same elements of other items."""

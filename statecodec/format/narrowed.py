@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 from statecodec.buffers import Bytes, Pool
+from statecodec.codecs import PartSpec
+from statecodec.dtypes import name_of
 from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
 from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Narrowing
@@ -30,14 +32,14 @@ HEADER = struct.Struct("<BBII")
 SMALLEST = 64  # codes; fewer are planes
 
 
-def takes(dtype: torch.dtype, numel: int) -> bool:
+def takes(part: Tensor | PartSpec) -> bool:
     """Whether a part can be narrowed."""
-    return dtype in (torch.int16, torch.int32) and numel >= SMALLEST
+    return name_of(part.dtype) in ("int16", "int32") and part.nbytes >= SMALLEST * part.dtype.itemsize
 
 
 def slack(part: Tensor) -> int:
     """How many bytes more than the part its narrowed form can take, with header and rows."""
-    if not takes(part.dtype, part.numel()):
+    if not takes(part):
         return 0
     narrowing = Narrowing(1 if part.dtype == torch.int16 else 0, max(LOW_BITS))
     parts = sum(dtype.itemsize * length for dtype, length in narrowing.sizes(part.numel()).values())

@@ -13,12 +13,14 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
+import numpy as np
 import zstandard
 
 from statecodec.buffers import Bytes, Pool
-from statecodec.codecs import rows_cols
+from statecodec.codecs import PartSpec, rows_cols
 from statecodec.errors import FormatError, UsageError
 from statecodec.format import narrowed
 from statecodec.format.planes import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 NARROWED, WITHIN = 5, 6  # a part of codes: its first row, and its others
 ROW = struct.Struct("<BI")
 Row: TypeAlias = tuple[int, int]  # method, length
+P = TypeVar("P", "Tensor", PartSpec)
 _local = threading.local()
 
 
@@ -153,7 +156,7 @@ def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[
 
 def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[Row] | None:
     """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
-    if not narrowed.takes(part.dtype, part.numel()):
+    if not narrowed.takes(part):
         return None
     narrowing = cpu_kernels().form_of(part.view(rows_cols(tuple(part.shape))))
     if narrowing is None:
@@ -211,7 +214,16 @@ def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[
     return vectors
 
 
-def _split(record: Bytes, outs: Sequence[Tensor], *, codes: bool) -> Iterator[tuple[Tensor, list[Row], Bytes]]:
+def decode_bytes(record: Bytes, specs: Sequence[PartSpec], part: int, pool: Pool) -> Bytes:
+    """Unpack one vector of uint8 among the parts of a record, for which torch is not needed. Raises FormatError."""
+    _, ((method, length),), payload = next(islice(_split(record, specs, codes=True), part, None))
+    plane = np.empty(specs[part].nbytes, np.uint8)
+    if length:
+        unpack_plane(method, payload, plane.reshape(1, -1), pool)
+    return plane
+
+
+def _split(record: Bytes, outs: Sequence[P], *, codes: bool) -> Iterator[tuple[P, list[Row], Bytes]]:
     """Each part with its rows and its payload."""
     table = _rows(record, outs, codes)
     position = ROW.size * sum(map(len, table))
@@ -252,7 +264,7 @@ def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool
         pool.give(scratch)
 
 
-def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]:
+def _rows(record: Bytes, outs: Sequence[P], codes: bool) -> list[list[Row]]:
     """The table's rows, part by part, checked against the record and what the parts are."""
     widths = [plane_layout(out.dtype)[0] for out in outs]
     table = ROW.size * sum(widths)
@@ -262,7 +274,7 @@ def _rows(record: Bytes, outs: Sequence[Tensor], codes: bool) -> list[list[Row]]
     rows, first, total = list[list[Row]](), 0, table
     for out, width in zip(outs, widths, strict=True):
         part_rows: list[Row] = fields[first : first + width]
-        if codes and part_rows[0][0] == NARROWED and narrowed.takes(out.dtype, out.numel()):
+        if codes and part_rows[0][0] == NARROWED and narrowed.takes(out):
             if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (width - 1):
                 raise FormatError(f"chunk record: rows {part_rows} of narrowed codes of {out.nbytes} bytes")
         else:

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ import xxhash
 from statecodec import dtypes
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import EncodedTensor, PartSpec
+from statecodec.dtypes import UINT8
 from statecodec.errors import CorruptFile, FormatError, UsageError
 from statecodec.files import LocalFile
 from statecodec.format import part_tensors, sharing
@@ -26,7 +28,7 @@ from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, 
 from statecodec.format.items import PACKED, StoredItem, StoredRecord
 from statecodec.format.manifest import Manifest
 from statecodec.format.open_files import OpenFile, OpenFiles
-from statecodec.format.packing import decode_record
+from statecodec.format.packing import decode_bytes, decode_record
 from statecodec.lazy import torch
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
@@ -269,17 +271,39 @@ class Reader:
         stored = self.items[item]
         specs = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype)
         parts = part_tensors.empty(specs) if out is None else part_tensors.matching(_contiguous(out), specs, "out")
-        try:
+        with self._naming(stored, chunk):
             if stored.storage == PACKED:
-                self._read_packed(item, chunk, list(parts.values()))
+                with self._record_of(item, chunk) as record:
+                    decode_record(record, list(parts.values()), self._pool)
             elif stored.record is not None:
                 self._read_shared(item, stored.record, parts)
             else:
-                self._read_plain(item, chunk, parts)
+                for name, part in parts.items():
+                    self._read_plain(item, chunk, name, part.view(-1).view(torch.uint8).numpy())
+        return parts
+
+    def read_bytes(self, item: int, chunk: int) -> Bytes:
+        """A chunk of an item that is raw bytes (uint8, one dimension), verified: torch is not needed for it."""
+        stored = self.items[item]
+        ((name, spec),) = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype).items()
+        with self._naming(stored, chunk):
+            if stored.storage == PACKED:
+                with self._record_of(item, chunk) as record:
+                    return decode_bytes(record, [spec], 0, self._pool)
+            if stored.record is not None:
+                return self._shared_bytes(item, stored.record)
+            data = np.empty(spec.nbytes, np.uint8)
+            self._read_plain(item, chunk, name, data)
+            return data
+
+    @contextmanager
+    def _naming(self, stored: StoredItem, chunk: int) -> Iterator[None]:
+        """Errors say which item and chunk they are of."""
+        try:
+            yield
         except FormatError as error:
             where = f"{self.files[stored.shard].name}: item {stored.name[:200]!r}, chunk {chunk}"
             raise type(error)(f"{where}: {error}") from error
-        return parts
 
     def record(self, item: int, chunk: int) -> VerifiedRecord:
         """Read a chunk of a packed item as it is stored, to be written elsewhere.
@@ -305,18 +329,20 @@ class Reader:
         _check(data, piece.checksums[0])
         return VerifiedRecord(data, piece.checksums[0])
 
-    def _read_packed(self, i: int, chunk: int, outs: Sequence[Tensor]) -> None:
+    def _record_of(self, i: int, chunk: int) -> AbstractContextManager[Bytes]:
         item = self.items[i]
-        start = item.start + self._offsets(i).records[chunk]
-        self._read_record(item, start, item.chunks[chunk].nbytes, item.chunks[chunk].checksums[0], outs)
+        start, place = item.start + self._offsets(i).records[chunk], item.chunks[chunk]
+        return self._checked(item, start, place.nbytes, place.checksums[0])
 
-    def _read_record(self, item: StoredItem, start: int, size: int, checksum: str, outs: Sequence[Tensor]) -> None:
+    @contextmanager
+    def _checked(self, item: StoredItem, start: int, size: int, checksum: str) -> Iterator[Bytes]:
+        """A record of the entry that an item's records lie in, in pooled memory."""
         header = self._headers[item.shard]
         buffer = self._pool.take(size)
         record = buffer[:size]
         self._files.read_into(item.shard, header.data + header.entries[item.entry].start + start, record.data)
         _check(record, checksum)
-        decode_record(record, outs, self._pool)
+        yield record
         self._pool.give(buffer)
 
     def _read_shared(self, i: int, record: StoredRecord, parts: Mapping[str, Tensor]) -> None:
@@ -325,7 +351,8 @@ class Reader:
         if unpacked is None:
             specs = [self.items[owner].parts for owner in record.items]
             vectors = sharing.vectors(specs)
-            self._read_record(self.items[i], record.start, record.nbytes, record.checksum, vectors)
+            with self._checked(self.items[i], record.start, record.nbytes, record.checksum) as data:
+                decode_record(data, vectors, self._pool)
             unpacked = dict(zip(record.items, sharing.split(specs, vectors), strict=True))
         with self._lock:
             self._unpacked[record] = unpacked
@@ -334,15 +361,20 @@ class Reader:
         for name, part in parts.items():
             part.copy_(unpacked[i][name])
 
-    def _read_plain(self, i: int, chunk: int, parts: Mapping[str, Tensor]) -> None:
+    def _shared_bytes(self, i: int, record: StoredRecord) -> Bytes:
+        owners = [self.items[owner].parts for owner in record.items]
+        specs, before = sharing.specs(owners), sharing.specs(owners[: record.items.index(i)])
+        number = next(n for n, spec in enumerate(specs) if spec.dtype is UINT8)
+        start = sum(spec.numel for spec in before if spec.dtype is UINT8)
+        with self._checked(self.items[i], record.start, record.nbytes, record.checksum) as data:
+            return decode_bytes(data, specs, number, self._pool)[start : start + self.items[i].decoded_nbytes]
+
+    def _read_plain(self, i: int, chunk: int, part: str, target: Bytes) -> None:
         item = self.items[i]
-        header = self._headers[item.shard]
-        for (name, part), checksum in zip(parts.items(), item.chunks[chunk].checksums, strict=True):
-            start = header.entries[f"{item.entry}/{name}"].start
-            target: Bytes = part.view(-1).view(torch.uint8).numpy()
-            offset = header.data + start + self._offsets(i).parts[name][chunk]
-            self._files.read_into(item.shard, offset, target.data)
-            _check(target, checksum)
+        header, number = self._headers[item.shard], list(item.parts).index(part)
+        start = header.entries[f"{item.entry}/{part}"].start + self._offsets(i).parts[part][chunk]
+        self._files.read_into(item.shard, header.data + start, target.data)
+        _check(target, item.chunks[chunk].checksums[number])
 
     def _offsets(self, i: int) -> _Offsets:
         if i not in self._known_offsets:

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 Parts = Mapping[str, PartSpec]
 
 
-def vectors(items: Sequence[Parts]) -> list[Tensor]:
-    """Vectors of the right dtypes and sizes, to be filled: in the order in which dtypes first occur."""
+def specs(items: Sequence[Parts]) -> list[PartSpec]:
+    """What the vectors are: in the order in which dtypes first occur."""
     numel: dict[DType, int] = {}
     for parts in items:
         for spec in parts.values():
             numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
-    return [torch.empty(count, dtype=dtype.torch, device="cpu") for dtype, count in numel.items()]
+    return [PartSpec(dtype, (count,)) for dtype, count in numel.items()]
+
+
+def vectors(items: Sequence[Parts]) -> list[Tensor]:
+    """Vectors of the right dtypes and sizes, to be filled."""
+    return [torch.empty(spec.shape, dtype=spec.dtype.torch, device="cpu") for spec in specs(items)]
 
 
 def join(items: Sequence[tuple[Parts, Bytes]]) -> list[Tensor]:

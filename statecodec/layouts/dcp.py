@@ -44,10 +44,10 @@ def claims(listing: Listing) -> Claim | None:
     folder = f"{listing.folder}/" if listing.folder else ""
     shards = [p for p in listing.files if p.endswith(SHARD) and "/" not in p[len(folder) :]]
     index = listing.get(INDEX)
-    if index is not None and (shards or index.head.startswith(b"\x80")):
+    if index is not None and (shards or index.magic.startswith(b"\x80")):
         return Claim((f"{folder}{INDEX}", *shards))
     only = listing.only
-    return Claim((only.path,)) if only is not None and only.path.endswith(SHARD) and is_zip(only.head) else None
+    return Claim((only.path,)) if only is not None and only.path.endswith(SHARD) and is_zip(only.magic) else None
 
 
 def locate(listing: Listing) -> Located:

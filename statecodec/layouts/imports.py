@@ -27,8 +27,9 @@ from statecodec.layouts.safetensors_file import is_safetensors
 from statecodec.layouts.torch_zip import is_zip
 from statecodec.layouts.zip_reader import read_checked, read_entries
 
-_PREFIXES: Final = (HEAD, 1 << 20, 32 << 20)
+_PREFIXES: Final = (64, HEAD, 1 << 20, 32 << 20)
 _MAX_NAMES: Final = 1000
+_MAX_STREAMS: Final = 1000
 _PROGRAMS: Final = ("/code/", "/archive_format")
 
 
@@ -79,9 +80,14 @@ def _bounded(imported: FileImports) -> FileImports:
 def _of_file(file: ListedFile) -> FileImports | None:
     try:
         with file.open() as source:
-            old = isinstance(opaque.refusal(file), LegacyTorchFile)
-            sure = not is_safetensors(file.head, file.nbytes)
-            return _of_bytes(source, file.path, sure=sure, old=old)
+            if is_safetensors(file.magic, file.nbytes):
+                return _of_bytes(source, file.path, sure=False)
+            found = _of_bytes(source, file.path)
+            if found is None and isinstance(opaque.refusal(file), LegacyTorchFile):
+                return FileImports(
+                    file.path, unread="a torch file from before torch 1.6, which cannot be read as a whole"
+                )
+            return found
     except (LayoutError, FormatError) as error:
         return FileImports(file.path, unread=str(error))
 
@@ -109,21 +115,14 @@ def _of_item(item: DcpItem, source: ByteSource) -> FileImports | None:
         return FileImports(item.file, unread=str(error))
 
 
-def _of_bytes(source: ByteSource, path: str, *, sure: bool = True, old: bool = False) -> FileImports | None:
+def _of_bytes(source: ByteSource, path: str, *, sure: bool = True) -> FileImports | None:
     """What is in a file, or in an item of one; None if that is no pickle.
 
-    Args:
-        source: The bytes.
-        path: Of the file.
-        sure: Bytes that begin like a pickle of protocol 2 or later are one.
-        old: A torch file from before 1.6, of which not everything can be read.
+    `sure`: bytes that begin like a pickle of protocol 2 or later are one.
     """
     if is_zip(source.read(0, min(4, source.size))):
         return _of_zip(source, path)
-    imported = _of_stream(source, path, sure=sure)
-    if imported is None and old:
-        return FileImports(path, unread="a torch file from before torch 1.6, which cannot be read as a whole")
-    return imported
+    return _of_stream(source, path, sure=sure)
 
 
 def _of_zip(source: ByteSource, path: str) -> FileImports | None:
@@ -139,31 +138,40 @@ def _of_zip(source: ByteSource, path: str) -> FileImports | None:
 
 
 def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | None:
-    """Streams from the first byte on: one, or (torch before 1.6) several."""
-    data = b""
-    read = Imports(frozenset(), 0, None, called=False, cut_off=True)
+    """Streams from the first byte on, one after the other: torch before 1.6 wrote five, and reads any protocol."""
+    found: FileImports | None = None
+    start = 0
+    for number in range(_MAX_STREAMS):
+        if start == source.size:
+            return found
+        head = source.read(start, min(2, source.size - start))
+        read, whole = _stream_at(source, start)
+        # What follows a stream may be a storage, whose size looks like the mark of one.
+        marked = sure and _is_marked(head) and (not number or read.called or read.cut_off or not read.unread)
+        if marked or (read.names and (read.called or not read.unread)):
+            found = FileImports(path, read.names, _why(read, whole)) | found
+        if read.unread is not None:
+            return found
+        start += read.stop
+    return FileImports(path, unread=f"more than {_MAX_STREAMS} pickles one after the other") | found
+
+
+def _stream_at(source: ByteSource, start: int) -> tuple[Imports, bool]:
+    """What a stream that begins there would import, and whether all that follows was there to be read."""
+    rest = source.size - start
     for size in _PREFIXES:
-        if not read.cut_off or len(data) == source.size:
+        read = imports(source.read(start, min(size, rest)))
+        if not read.cut_off or size >= rest:
             break
-        data = source.read(0, min(size, source.size))
-        read = imports(data)
-    begins = sure and _begins(data, 0)
-    if not (begins or (read.names and (read.called or not read.unread))):
-        return None
-    imported = FileImports(path, read.names, _why(read, len(data) < source.size))
-    while read.unread is None and _begins(data, read.stop):
-        read = imports(data, read.stop)
-        if read.called or read.cut_off or not read.unread:  # else it is what storages begin with there, their size
-            imported |= FileImports(path, read.names, _why(read, len(data) < source.size))
-    return imported
+    return read, size >= rest
 
 
-def _begins(data: bytes, start: int) -> bool:
-    """Whether a stream of protocol 2 or later begins there. Earlier ones have no mark: any text may begin like one."""
-    return data[start : start + 1] == b"\x80" and data[start + 1 : start + 2] in (b"\2", b"\3", b"\4", b"\5")
+def _is_marked(head: bytes) -> bool:
+    """Whether a stream of protocol 2 or later begins so. Earlier ones have no mark: any text may begin like one."""
+    return head[:1] == b"\x80" and head[1:] in (b"\2", b"\3", b"\4", b"\5")
 
 
-def _why(read: Imports, partly: bool) -> str | None:
-    if read.cut_off and partly:
+def _why(read: Imports, whole: bool) -> str | None:
+    if read.cut_off and not whole:
         return f"the pickle is longer than {_PREFIXES[-1] >> 20} MiB, which is not read"
     return read.unread

@@ -16,6 +16,7 @@ from statecodec.files import IN_MEMORY, ByteSource, Identity, MemoryBytes, opene
 from statecodec.layouts.base import Folder
 from statecodec.names import shown
 
+MAGIC: Final = 16
 HEAD: Final = 2048
 _MAX_FILES: Final = 200_000
 _MAX_DEPTH: Final = 64
@@ -67,6 +68,12 @@ class ListedFile:
                 yield source
             finally:
                 self._held = None
+
+    @cached_property
+    def magic(self) -> bytes:
+        """The first bytes, as many as tell which format a file has: less than it takes to reach any numbers."""
+        with self.open() as source:
+            return source.read(0, min(MAGIC, self.nbytes))
 
     @cached_property
     def head(self) -> bytes:

@@ -35,7 +35,7 @@ _KEYS: Final = {"param": "master_param", "exp_avg": "exp_avg", "exp_avg_sq": "ex
 def claims(listing: Listing) -> Claim | None:
     """One of the files, in a rank's folder or alone. Each is claimed alone, so that a damaged one costs no other."""
     file = listing.only
-    if file is None or not torch_zip.is_zip(file.head):
+    if file is None or not torch_zip.is_zip(file.magic):
         return None
     folder, _, base = file.path.rpartition("/")
     is_mine = base in (_MODEL, _FLAT) and (not listing.is_directory or _RANK.fullmatch(folder) is not None)

@@ -119,7 +119,7 @@ def read_tensors(source: ByteSource) -> tuple[DictNode, dict[str, Span]]:
 def claims(listing: Listing) -> Claim | None:
     """A file that begins with the length of a JSON object, and with that object."""
     file = listing.only
-    return Claim((file.path,)) if file is not None and is_safetensors(file.head, file.nbytes) else None
+    return Claim((file.path,)) if file is not None and is_safetensors(file.magic, file.nbytes) else None
 
 
 def locate(listing: Listing) -> Located:

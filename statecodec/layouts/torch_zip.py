@@ -50,7 +50,7 @@ def is_zip(head: bytes) -> bool:
 def claims(listing: Listing) -> Claim | None:
     """A file that is a zip archive."""
     file = listing.only
-    return Claim((file.path,)) if file is not None and is_zip(file.head) else None
+    return Claim((file.path,)) if file is not None and is_zip(file.magic) else None
 
 
 def locate(listing: Listing) -> Located:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.pickles import pickles, safe_pickles
-from statecodec.checkpoint.report import PickleReport, Report
-from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.report import Report
 
 
 def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
@@ -20,8 +19,7 @@ def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
 
     Args:
         src: The checkpoint.
-        safe_only: Refuse a checkpoint whose unpickling could run code. Pickles inside a compressed checkpoint are
-            looked at only then, because they have to be unpacked for it.
+        safe_only: Refuse a checkpoint whose unpickling could run code.
 
     Returns:
         The report. Its `pickles` say what unpickling the files would import, and what of that can run code.
@@ -41,10 +39,6 @@ def inspect(src: str | Path, *, safe_only: bool = False) -> Report:
     """
     started = time.perf_counter()
     with open_checkpoint(src) as checkpoint:
-        in_pickles: tuple[PickleReport, ...] = ()
-        if safe_only:
-            in_pickles = safe_pickles(checkpoint)
-        elif isinstance(checkpoint, SourceCheckpoint):
-            in_pickles = pickles(checkpoint)
+        in_pickles = safe_pickles(checkpoint) if safe_only else pickles(checkpoint)
         seconds = time.perf_counter() - started
         return replace(checkpoint.report(), path=str(src), pickles=in_pickles, seconds=seconds)

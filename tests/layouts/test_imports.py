@@ -194,6 +194,23 @@ def test_torch_files_from_before_1_6(tmp_path: Path) -> None:
     assert unread_in(tmp_path) == set()
 
 
+MAGIC, ATTACK_TEXT = 0x1950A86A20F9469CFC6C, b"cposix\nsystem\n(S'touch executed'\ntR."
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pickle.dumps(MAGIC, 2), b"L%dL\n.I1001\n." % MAGIC, pickle.dumps(MAGIC, 2) + b"I1001\n." + pickle.dumps({}, 2),
+        *(b"\x80\x02X" + struct.pack("<I", n - 10) + bytes(n - 10) + b"0N." for n in (64, 2048, 1 << 20)),
+    ],
+    ids=["no mark", "none has one", "the fourth", "at 64", "at 2048", "at 1 MiB"],
+)  # fmt: skip
+def test_a_later_stream_cannot_hide(before: bytes) -> None:
+    """Of a torch file from before 1.6 every stream is unpickled, whatever its protocol, wherever it begins."""
+    for data in (before + ATTACK_TEXT, before + pickle.dumps(ATTACK), before + ATTACK_TEXT + bytes(3000)):
+        assert SYSTEM in dangerous(of_bytes(data))
+
+
 def test_programs_and_damage_count_as_able_to_run_code(tmp_path: Path) -> None:
     class Doubled(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -246,5 +263,6 @@ def test_hostile_sizes_are_bounded() -> None:
     assert found is not None
     assert len(found.names) == 1000
     assert "5000" in str(found.unread)
+    assert "more than 1000" in str(of_bytes(b"\x80\x02N." * 1001).unread)  # type: ignore[union-attr]
     long = b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"x"
     assert "claims" in str(of_bytes(long).unread)  # type: ignore[union-attr]

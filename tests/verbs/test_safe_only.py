@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import statecodec
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import UnsafeCheckpoint
 from tests.cli.run import Cli
 
@@ -77,24 +80,60 @@ def test_what_another_layout_is_said_to_be_hides_nothing(risky: Path) -> None:
     assert statecodec.inspect(risky / "own.sc.safetensors", safe_only=True).pickles == ()
 
 
-def test_only_what_is_looked_at_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large file that is no checkpoint is not decoded to see whether it is a pickle."""
-    from statecodec.checkpoint.stored import StoredCheckpoint
+@pytest.fixture
+def without_decoding(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """No tensor can be decoded; the chunks of bytes that are read (item, number) are noted."""
+    monkeypatch.delattr(StoredCheckpoint, "decode_chunk")
+    read: set[tuple[int, int]] = set()
+    whole = StoredCheckpoint.chunk_bytes
+    monkeypatch.setattr(StoredCheckpoint, "chunk_bytes", lambda s, item, n: read.add((item, n)) or whole(s, item, n))
+    return read
 
+
+def test_inspecting_compressed_files_lists_what_the_originals_import(
+    tmp_path: Path, without_decoding: set[tuple[int, int]]
+) -> None:
+    """Also where the pickle is so short that numbers follow within the file's first bytes."""
     folder = tmp_path / "run"
     folder.mkdir()
-    torch.save({"w": torch.ones(5000, 800)}, folder / "a.pt")  # four chunks
+    torch.save({"w": torch.ones(300, 100), "extra": Attack()}, folder / "packed.pt")
+    torch.save([torch.ones(3), Attack()], folder / "a shared record.pt")
+    (folder / "bare.pkl").write_bytes(pickle.dumps(Attack()))
+    (folder / "notes.txt").write_text("not a pickle")
+    save_file({"w": torch.ones(30, 10)}, folder / "model.safetensors")
+    for pack in ("zstd", "none"):
+        statecodec.compress(folder, tmp_path / f"{pack}.sc.safetensors", pack=pack)
+        found = statecodec.inspect(tmp_path / f"{pack}.sc.safetensors").pickles
+        assert found == statecodec.inspect(folder).pickles
+        assert [p.can_run_code for p in found] == [("posix.system",)] * 3
+    assert without_decoding
+
+
+def test_of_damaged_bytes_it_cannot_be_told(checkpoint: Path, tmp_path: Path) -> None:
+    """What can be shown of the rest is shown."""
+    path = tmp_path / "x.sc.safetensors"
+    statecodec.compress(checkpoint, path, pack="none")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x03\x04") + 8] ^= 1
+    path.write_bytes(data)
+    report = statecodec.inspect(path)
+    assert len(report.tensors) > 3
+    (found,) = report.pickles
+    assert (found.file, found.globals) == ("ckpt.pt", ())
+    assert "damaged" in str(found.unread)
+    with pytest.raises(UnsafeCheckpoint, match=r"cannot be told .*damaged"):
+        statecodec.inspect(path, safe_only=True)
+
+
+def test_only_what_is_looked_at_is_decoded(tmp_path: Path, without_decoding: set[tuple[int, int]]) -> None:
+    """A large file that is no checkpoint is not decoded to see whether it is a pickle."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"w": torch.ones(5000, 800)}, folder / "a.pt")
     (folder / "data.bin").write_bytes(bytes(range(1, 251)) * 40_000)
     statecodec.compress(folder, tmp_path / "x.sc.safetensors")
-    decoded: set[tuple[int, int]] = set()
-    whole = StoredCheckpoint.decode_chunk
-    monkeypatch.setattr(
-        StoredCheckpoint,
-        "decode_chunk",
-        lambda self, item, n, *args: decoded.add((item, n)) or whole(self, item, n, *args),
-    )
     statecodec.inspect(tmp_path / "x.sc.safetensors", safe_only=True)
-    assert len(decoded) == 3, "a chunk of each skeleton, and the one that the first bytes reach into"
+    assert len(without_decoding) == 2, "a chunk of the archive's headers, and the other file's first one"
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ class Imports:
     """It goes on beyond the bytes that were given."""
 
 
-def imports(data: bytes, start: int = 0) -> Imports:
-    """What unpickling the stream at data[start:] would import; anything may follow it."""
-    known = seen(data) if not start else None
+def imports(data: bytes) -> Imports:
+    """What unpickling the stream that `data` begins with would import; anything may follow it."""
+    known = seen(data)
     if known is not None:
         names, stop, called = known
         return Imports(names, stop, None, called, cut_off=False)
-    machine, unread, cut_off = Machine(data, start), None, False
+    machine, unread, cut_off = Machine(data), None, False
     try:
         run(machine, "the pickle")
     except MalformedCheckpoint as error:

@@ -19,8 +19,8 @@ class Machine:
         "called", "data", "globals", "limit", "made", "marks", "memo", "pos", "protocol", "stack", "storages",
     )  # fmt: skip
 
-    def __init__(self, data: bytes, start: int = 0) -> None:
-        self.data, self.pos, self.made = data, start, 0
+    def __init__(self, data: bytes) -> None:
+        self.data, self.pos, self.made = data, 0, 0
         self.protocol = 0
         self.called = False
         """Whether something was called, if only to be described."""

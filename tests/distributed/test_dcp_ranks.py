@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+import statecodec
 from statecodec import optim, staging
 from statecodec.codecs import chunking
 from statecodec.distributed import StatecodecReader, StatecodecWriter
@@ -37,7 +38,7 @@ FORMS: dict[str, dict[str, Any]] = {"lossless": {"preset": "lossless"}, "resume"
 
 
 class Training:
-    """A model and torch's AdamW on all ranks."""
+    """A model, a running average of its weights and torch's AdamW on all ranks."""
 
     def __init__(self) -> None:
         """Uneven shards, a bias smaller than some worlds, and a parameter of one row."""
@@ -49,6 +50,7 @@ class Training:
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+        self.average = {name: w.clone() for name, w in get_model_state_dict(self.model).items()}
 
     def step(self, steps: int) -> float:
         """The last loss; every rank sees the same batches."""
@@ -58,13 +60,16 @@ class Training:
             loss = self.model(torch.randn(16, 90)).square().mean()
             loss.backward()
             self.optimizer.step()
+            for name, w in get_model_state_dict(self.model).items():
+                self.average[name].lerp_(w, 0.1)
         return float(loss.detach())
 
     def state(self, form: str) -> dict[str, Any]:
         """What is saved."""
         options = StateDictOptions(flatten_optimizer_state_dict=form == "flat")
         states = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        return {"model": get_model_state_dict(self.model), "optim": states, "note": {"step": 3, "who": "ranks"}}
+        note = {"step": 3, "who": "ranks"}
+        return {"model": get_model_state_dict(self.model), "optim": states, "ema": self.average, "note": note}
 
     def take(self, state: dict[str, Any], form: str) -> None:
         """Go on from what was saved."""
@@ -76,7 +81,8 @@ class Training:
         """All tensors, whole."""
         options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
         states = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        found = {**get_model_state_dict(self.model, options=options), **states}
+        average = {f"ema.{name}": w.full_tensor() for name, w in self.average.items()}
+        found = {**get_model_state_dict(self.model, options=options), **states, **average}
         return {name: value.numpy().copy() for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
@@ -110,8 +116,11 @@ def test_saved_by_n_ranks_and_loaded_by_m(ranks: Ranks, tmp_path: Path) -> None:
     whole = {n: ranks.run(n, save, tmp_path)[0] for n in WORLD}
     loads = {m: ranks.run(m, load, tmp_path)[0] for m in WORLD}
     exact = loads[1]["lossless", 1][2]
+    for file in (tmp_path / "flat-4").glob("rank-*"):
+        of_averages = {t.codec.partition("(")[0] for t in statecodec.inspect(file).tensors if t.role == "ema"}
+        assert "following" in of_averages, "beside the rank's own piece of the weight"
     for n in WORLD:
-        assert len(whole[n]) == 6 + 3 * 6
+        assert len(whole[n]) == 6 + 3 * 6 + 6
         for form in FORMS:
             expected = whole[n] if form == "lossless" else loads[1][form, n][0]
             for m in WORLD:
@@ -135,8 +144,9 @@ def within_one_percent_of_a_step(exact: dict[str, np.ndarray], found: dict[str, 
     u = update(exact)
     assert 0 < np.linalg.norm(update(found) - u) <= 0.0101 * np.linalg.norm(u)
     step = 1e-3 * u * (1 - 0.95**3) ** 0.5 / (1 - 0.9**3)
-    moved = found["0.weight"].astype(np.float64) - exact["0.weight"]
-    assert 0 < np.linalg.norm(moved) <= 0.0101 * np.linalg.norm(step)
+    for name in ("0.weight", "ema.0.weight"):
+        moved = found[name].astype(np.float64) - exact[name]
+        assert 0 < np.linalg.norm(moved) <= 0.0101 * np.linalg.norm(step)
 
 
 def saved_while_training(folder: Path) -> None:

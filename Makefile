@@ -68,6 +68,8 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	MYPYPATH=benchmarks:examples:tests/server:cli:server $(BIN)/mypy --config-file= --cache-dir .mypy_cache/scripts --python-version 3.11 \
+	    --ignore-missing-imports --check-untyped-defs --explicit-package-bases benchmarks/*.py examples/*.py
 	$(BIN)/lint-imports
 
 check: lint test

@@ -94,7 +94,7 @@ CASES: dict[str, Case] = {
     "Lightning": Case(("lightning",), frameworks.lightning),
     "FSDP2 with DCP, 2 ranks": Case((), partial(frameworks.fsdp2, False)),
     "FSDP2 with DCP, flattened, 2 ranks": Case((), partial(frameworks.fsdp2, True)),
-    **{f"DeepSpeed ZeRO-{n}, {'bf16' if b else 'fp32'}, 2 ranks": zero(n, b) for b in (1, 0) for n in (1, 2, 3)},
+    **{f"DeepSpeed ZeRO-{n}, {'bf16' if b else 'fp32'}, 2 ranks": zero(n, b) for b in (True, False) for n in (1, 2, 3)},
     "Megatron, structure": Case((), write=partial(megatron, "legacy")),
     "Megatron with a distributed optimizer, structure": Case((), write=partial(megatron, "distributed_optimizer")),
     **{f"{package} {name}": quantised(package, name) for package, name in QUANTISED},

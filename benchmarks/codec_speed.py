@@ -74,7 +74,7 @@ def loaded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Tensor]]:
 
 def contenders(source: SourceCheckpoint, tensors: Tensors) -> dict[str, Work]:
     """Name -> (compress everything and return the size, restore everything)."""
-    blocks = [bytes(memoryview(t.numpy()).cast("B")) for _, t in tensors]
+    blocks = [t.numpy().tobytes() for _, t in tensors]
     level1, level1_back = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
     presets = ("resume", "small", "live", "lossless")
     return {

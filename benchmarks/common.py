@@ -110,7 +110,7 @@ def grown(nbytes: int, largest: int = 0) -> Path:
     while total < nbytes:
         for i, name in enumerate(order):
             moments = base["optimizer"]["state"][i]
-            triple = (base["model"][name], moments["exp_avg"], moments["exp_avg_sq"])
+            triple: tuple[torch.Tensor, ...] = (base["model"][name], moments["exp_avg"], moments["exp_avg_sq"])
             if largest and copy == 0 and i == 0:
                 wide = triple[0].shape[1]
                 rows = torch.randint(triple[0].shape[0], (largest // 4 // wide,), generator=generator)

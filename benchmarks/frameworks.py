@@ -245,7 +245,7 @@ def zero(stage: int, bf16: bool, seed: int, runs: Sequence[tuple[Path | None, in
 
     Of each the losses of AFTER steps, and the held-out loss after them.
     """
-    named = [(resume and str(resume), order) for resume, order in runs]
+    named = [(str(resume) if resume else None, order) for resume, order in runs]
     found = on_ranks(partial(_zero, stage, bf16, seed, named), folder, None)
     return [found[at : at + AFTER + 1] for at in range(0, len(found), AFTER + 1)]
 

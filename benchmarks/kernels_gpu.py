@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     result = {"machine": machine(device), "copy_gb_per_s": round(copy / 1e9, 1), "kernels": rows}
     for name, call, tensors, _ in cases(8 if options.rehearse else options.elements // COLS, device):
-        times, _ = clock(lambda call=call, tensors=tensors: call(triton, tensors), options.steps)
+        times, _ = clock(partial(call, triton, tensors), options.steps)
         seconds = statistics.median(times[options.steps // 4 :]) * 1e-3
         traffic = sum(t.nbytes for t in tensors.values())
         rows[name] = {

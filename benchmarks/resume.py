@@ -95,7 +95,8 @@ def resumed(task: Task, path: Path, order: int, kept: Path | None = None) -> dic
         found: dict[str, Any] = torch.load(kept, weights_only=True)
         return found
     run = TaskRun.load(task, path)
-    start, losses, held_out = run.weights().clone(), [], {}
+    losses: list[float] = []
+    start, held_out = run.weights().clone(), {}
     for step in AFTER:
         losses += run.train(step - len(losses), order)
         held_out[str(step)] = run.held_out()

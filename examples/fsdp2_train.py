@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,8 @@ def network() -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +67,7 @@ def train(
     first = 0
     if (folder / INDEX).exists():
         weights, states = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optim": states, "step": torch.tensor(0)}
+        saved: dict[str, Any] = {"model": weights, "optim": states, "step": torch.tensor(0)}
         dcp.load(saved, storage_reader=StatecodecReader(folder))
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optim"])
         first = int(saved["step"])

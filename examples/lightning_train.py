@@ -39,6 +39,7 @@ class Net(LightningModule):
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
+        assert self.device_mesh is not None, "of the strategy"
         mesh = self.device_mesh["data_parallel"]
         for layer in self.net:
             fully_shard(layer, mesh=mesh)

@@ -35,12 +35,16 @@ def main() -> None:
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     train()
-    record("chain", {
-        "params": statecodec.inspect(checkpoint(LATE)).num_params, "resumed_steps": RESUMED,
-        "links": [link(at, distance, f) for at in (EARLY, LATE) for distance in DISTANCES for f in FRACTIONS],
-        "chains": [chain(f) for f in FRACTIONS],
-        "gaps": [gap(at, f) for at in (EARLY, LATE) for f in FRACTIONS],
-    })  # fmt: skip
+    record(
+        "chain",
+        {
+            "params": statecodec.inspect(checkpoint(LATE)).num_params,
+            "resumed_steps": RESUMED,
+            "links": [link(at, distance, f) for at in (EARLY, LATE) for distance in DISTANCES for f in FRACTIONS],
+            "chains": [chain(f) for f in FRACTIONS],
+            "gaps": [gap(at, f) for at in (EARLY, LATE) for f in FRACTIONS],
+        },
+    )
 
 
 def checkpoint(step: int) -> Path:

@@ -71,9 +71,16 @@ def resumed(result: dict[str, Any]) -> Figure:
         gaps = [max(abs(run["held_out_minus_exact"][last]) for run in found[f]) for f in errors]
         axes.plot([100 * f for f in errors], sizes, color=BEFORE, zorder=1)
         points = axes.scatter(
-            [100 * f for f in errors], sizes, c=gaps, s=60, zorder=2, cmap="viridis_r", norm=LogNorm(1e-6, 1e-2),
-            edgecolors=INK, linewidths=0.5,
-        )  # fmt: skip
+            [100 * f for f in errors],
+            sizes,
+            c=gaps,
+            s=60,
+            zorder=2,
+            cmap="viridis_r",
+            norm=LogNorm(1e-6, 1e-2),
+            edgecolors=INK,
+            linewidths=0.5,
+        )
         starts[task["about"]] = sizes[0]
     lowest = 0.0
     for about, size in sorted(starts.items(), key=lambda start: start[1]):

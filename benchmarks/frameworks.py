@@ -47,9 +47,13 @@ def adamw(net: nn.Module) -> Optimizer:
 
 
 def losses(
-    net: Callable[[Tensor], Tensor], stepped: Callable[[Tensor], None], start: int, stop: int,
-    rank: int | None = None, order: int = TRAINED,
-) -> list[float]:  # fmt: skip
+    net: Callable[[Tensor], Tensor],
+    stepped: Callable[[Tensor], None],
+    start: int,
+    stop: int,
+    rank: int | None = None,
+    order: int = TRAINED,
+) -> list[float]:
     """Losses of steps; a rank has its share of each batch. `stepped` goes backward and takes the step."""
     found = []
     for step in range(start, stop):
@@ -112,15 +116,30 @@ def trainer(kind: str, lr: float, folder: Path, resume: Path | None) -> tuple[Pa
         net = made("GPT2LMHeadModel", "GPT2Config", n_positions=BLOCK, n_embd=192, n_layer=4, n_head=6, **tokens)()
     else:
         net = made(
-            "LlamaForCausalLM", "LlamaConfig", hidden_size=192, intermediate_size=512, num_hidden_layers=4,
-            num_attention_heads=6, num_key_value_heads=2, **tokens,
-        )().bfloat16()  # fmt: skip
+            "LlamaForCausalLM",
+            "LlamaConfig",
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            **tokens,
+        )().bfloat16()
     windows = corpus().train[: (BEFORE + AFTER) * BATCH * BLOCK].long().view(-1, BLOCK)
     done = trained(
-        net, folder, BEFORE + AFTER, data=[{"input_ids": t, "labels": t} for t in windows], resume=resume,
-        save_steps=BEFORE, per_device_train_batch_size=BATCH, learning_rate=lr, lr_scheduler_type="constant",
-        logging_strategy="steps", logging_steps=1, bf16=kind != "gpt2",
-    )  # fmt: skip
+        net,
+        folder,
+        BEFORE + AFTER,
+        data=[{"input_ids": t, "labels": t} for t in windows],
+        resume=resume,
+        save_steps=BEFORE,
+        per_device_train_batch_size=BATCH,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        logging_strategy="steps",
+        logging_steps=1,
+        bf16=kind != "gpt2",
+    )
     return folder / f"checkpoint-{BEFORE}", done.losses[-AFTER:]
 
 
@@ -180,10 +199,15 @@ def lightning(folder: Path, resume: Path | None) -> tuple[Path, list[float]]:
         warnings.simplefilter("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         Trainer(
-            max_steps=BEFORE + AFTER, logger=False, accelerator="cpu", devices=1, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=folder,
+            max_steps=BEFORE + AFTER,
+            logger=False,
+            accelerator="cpu",
+            devices=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
             callbacks=[ModelCheckpoint(folder, filename="last", every_n_train_steps=BEFORE, save_top_k=-1)],
-        ).fit(module, torch.utils.data.DataLoader(data), ckpt_path=resume)  # type: ignore[arg-type]  # fmt: skip
+        ).fit(module, torch.utils.data.DataLoader(data), ckpt_path=resume)  # type: ignore[arg-type]
     return folder / "last.ckpt", module.losses[-AFTER:]
 
 
@@ -266,12 +290,15 @@ def _zero(
     for resume, order in runs:
         net = model(seed)
         made, *_ = deepspeed.initialize(
-            model=net, optimizer=adamw(net),
+            model=net,
+            optimizer=adamw(net),
             config={
-                "train_micro_batch_size_per_gpu": BATCH // RANKS, "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage},
+                "train_micro_batch_size_per_gpu": BATCH // RANKS,
+                "zero_allow_untested_optimizer": True,
+                "bf16": {"enabled": bf16},
+                "zero_optimization": {"stage": stage},
             },
-        )  # fmt: skip
+        )
 
         def stepped(loss: Tensor, made: Any = made) -> None:
             made.backward(loss)

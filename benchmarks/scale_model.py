@@ -150,7 +150,8 @@ def planning_table(scaling: Result) -> list[str]:
         beyond = (measured["compressed"] - measured["tensor_bytes"]) / int(items)
         peak = max(stage["peak"] for stage in stages.values()) / 2**20
         lines.append(
-            f"| {int(items):,} | " + " | ".join(f"{stages[name]['cpu']:.1f}" for name in names)
+            f"| {int(items):,} | "
+            + " | ".join(f"{stages[name]['cpu']:.1f}" for name in names)
             + f" | {beyond:.0f} | {peak:,.0f} MiB |"
-        )  # fmt: skip
+        )
     return lines

@@ -51,10 +51,12 @@ def main() -> None:
             "contenders": rates,
             "against_zipnn": against(rates),
             "small": {
-                "bytes": small.stat().st_size, "contenders": rates_small, "against_zipnn": against(rates_small),
+                "bytes": small.stat().st_size,
+                "contenders": rates_small,
+                "against_zipnn": against(rates_small),
             },
         },
-    )  # fmt: skip
+    )
 
 
 def measured(source: Path, several: dict[str, Contender], runs: int) -> Rates:

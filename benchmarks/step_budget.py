@@ -92,9 +92,16 @@ def conv(count: int) -> Iterator[Param]:
     """A small convolutional net with AdamW on images of noisy stripes."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3, 2), nn.ReLU(), nn.Conv2d(128, 256, 3, 2), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 64, 3),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, 2),
+        nn.ReLU(),
+        nn.Conv2d(128, 256, 3, 2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(256, 10),
+    )
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     for _ in range(count):
         label = torch.randint(10, (32,))

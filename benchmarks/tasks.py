@@ -197,11 +197,14 @@ def muon(net: nn.Module) -> list[Optimizer]:
 
 GPTS = tuple(
     Task(
-        f"gpt-adamw-{beta2}", partial(gpt, 6, 384), partial(adamw, 6e-4, beta2), partial(text, 2),
+        f"gpt-adamw-{beta2}",
+        partial(gpt, 6, 384),
+        partial(adamw, 6e-4, beta2),
+        partial(text, 2),
         f"GPT, AdamW, beta2 {beta2}",
     )
     for beta2 in (0.95, 0.999)
-)  # fmt: skip
+)
 TASKS = (
     *GPTS,
     Task("conv-sgd", conv, sgd, stripes, "conv net, SGD with momentum"),

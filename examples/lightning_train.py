@@ -78,10 +78,17 @@ def train(folder: Path, epochs: int) -> list[float]:
     )
     saving = ModelCheckpoint(folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
     trainer = Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_epochs=epochs, callbacks=[saving],
-        default_root_dir=folder, use_distributed_sampler=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_epochs=epochs,
+        callbacks=[saving],
+        default_root_dir=folder,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     net = Net()
     trainer.fit(net, data(rank, ranks), ckpt_path=last(folder), weights_only=False)
     return net.losses

@@ -227,20 +227,30 @@ class SourceCheckpoint(Checkpoint):
     def report(self) -> Report:
         tensors = tuple(
             TensorReport(
-                name=item.name, role=item.role, param=item.param, shape=item.shape,
-                dtype=item.dtype.name, codec="raw",
-                bytes_before=item.nbytes, bytes_after=item.nbytes,
-                state=None if item.state is None else encoded_state(
-                    to_json(item.state), item.name, item.shape, item.dtype
-                ),
+                name=item.name,
+                role=item.role,
+                param=item.param,
+                shape=item.shape,
+                dtype=item.dtype.name,
+                codec="raw",
+                bytes_before=item.nbytes,
+                bytes_after=item.nbytes,
+                state=None
+                if item.state is None
+                else encoded_state(to_json(item.state), item.name, item.shape, item.dtype),
             )
             for item in self.items
-        )  # fmt: skip
+        )
         return Report(
-            path=str(self.path), format_version=None, bytes=self.nbytes, tensors=tensors, seconds=0.0, notes=self.notes,
+            path=str(self.path),
+            format_version=None,
+            bytes=self.nbytes,
+            tensors=tensors,
+            seconds=0.0,
+            notes=self.notes,
             source={"name": self.path.name, **self.kind, "bytes": self.nbytes, "sha256": None},
             files=tuple(f.path for f in self.located.files),
-        )  # fmt: skip
+        )
 
     def original_listing(self, *, crcs: bool = True) -> Listing:
         """The files, as they were when they were located. `crcs`: all of a file is checked when it is opened."""
@@ -287,12 +297,22 @@ class SourceCheckpoint(Checkpoint):
                 regions[item.file].append((item.region.offset, item.index))
         return tuple(
             StoredFile(
-                path=f.path, nbytes=f.nbytes, mode=f.mode, layout=f.layout, sha256=digest, regions=tuple(regions[i]),
-                skeleton=skeleton[i], views=f.views, crcs=f.crcs, moments=tuple(moments[i]), same_as=f.same_as,
-                note=f.note, mtime_ns=f.identity.mtime_ns,
+                path=f.path,
+                nbytes=f.nbytes,
+                mode=f.mode,
+                layout=f.layout,
+                sha256=digest,
+                regions=tuple(regions[i]),
+                skeleton=skeleton[i],
+                views=f.views,
+                crcs=f.crcs,
+                moments=tuple(moments[i]),
+                same_as=f.same_as,
+                note=f.note,
+                mtime_ns=f.identity.mtime_ns,
             )
             for i, (f, digest) in enumerate(zip(self.located.files, digests, strict=True))
-        )  # fmt: skip
+        )
 
     def close(self) -> None:
         self.files.close()

@@ -47,11 +47,15 @@ class StoredCheckpoint(Checkpoint):
         self._lock = threading.Lock()
         self.items = tuple(
             TensorInfo(
-                item.name, text(item.attributes.get("role")) or "other", text(item.attributes.get("param")), item.shape,
-                item.dtype, index,
+                item.name,
+                text(item.attributes.get("role")) or "other",
+                text(item.attributes.get("param")),
+                item.shape,
+                item.dtype,
+                index,
             )
             for index, item in enumerate(reader.items)
-        )  # fmt: skip
+        )
 
     @classmethod
     def open(cls, path: str | Path, limits: Limits | None = None, *, beside: Path | None = None) -> StoredCheckpoint:

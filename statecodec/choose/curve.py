@@ -75,8 +75,11 @@ def measure_curve(src: str | Path, *, threads: int | None = None, progress: Prog
         for fraction in fractions:
             points.append(_point(source, fraction, threads or default_threads()))
             meter.add(source.nbytes)
-        named = [CurvePoint(p.nbytes, p.bytes_per_param, p.step_error, labels[p.step_error])
-                 for p in points if p.step_error in labels]  # fmt: skip
+        named = [
+            CurvePoint(p.nbytes, p.bytes_per_param, p.step_error, labels[p.step_error])
+            for p in points
+            if p.step_error in labels
+        ]
         return [*points, *named]
 
 

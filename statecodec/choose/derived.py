@@ -89,14 +89,23 @@ def _beside(choice: Choice, item: SourceItem, other: SourceItem) -> Choice | Non
         return None
     (role,) = codec.needs
     verb = "goes after" if item.role == "ema" else "follows from"
-    return replace(choice, encoding=Encoding(codec), reason=f"it {verb} {other.name}", companions={role: other.name},
-                   otherwise=choice.codec)  # fmt: skip
+    return replace(
+        choice,
+        encoding=Encoding(codec),
+        reason=f"it {verb} {other.name}",
+        companions={role: other.name},
+        otherwise=choice.codec,
+    )
 
 
 def _is_smaller(
-    source: SourceCheckpoint, item: SourceItem, other: SourceItem, choices: Mapping[str, Choice], codec: Codec,
+    source: SourceCheckpoint,
+    item: SourceItem,
+    other: SourceItem,
+    choices: Mapping[str, Choice],
+    codec: Codec,
     packing: Packing,
-) -> bool:  # fmt: skip
+) -> bool:
     """Whether two samples of a tensor pack smaller beside the other, as the reader will have it."""
     (role,) = codec.needs
     now, before = choices[item.name].codec, choices[other.name].codec

@@ -149,11 +149,21 @@ def _items(
             entry, chunks = entries.get(i, name), _plain_chunks(form, plain)
         items.append(
             StoredItem(
-                name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, chunks, attributes[i],
-                shard, entry, start, record,
+                name,
+                tensor.encoding,
+                tensor.shape,
+                tensor.dtype,
+                tensor.storage,
+                tensor.parts,
+                chunks,
+                attributes[i],
+                shard,
+                entry,
+                start,
+                record,
                 read_companions(companions.get(i, {}), tensor.encoding.codec, f"manifest: item {name[:200]!r}"),
             )
-        )  # fmt: skip
+        )
     if next(plain, None) is not None:
         raise FormatError("manifest: plain: more checksums than plain chunks have parts")
     return tuple(items)

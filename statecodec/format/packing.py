@@ -96,9 +96,14 @@ class Packing:
             make = zstandard.ZstdCompressionParameters
             if self.level is None:
                 parameters = make(
-                    strategy=zstandard.STRATEGY_FAST, window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7,
+                    strategy=zstandard.STRATEGY_FAST,
+                    window_log=17,
+                    hash_log=6,
+                    chain_log=6,
+                    search_log=1,
+                    min_match=7,
                     target_length=0,
-                )  # fmt: skip
+                )
             else:
                 window = make.from_level(self.level).window_log
                 parameters = make.from_level(self.level, window_log=min(window, MAX_WINDOW.bit_length() - 1))

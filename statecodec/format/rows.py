@@ -45,6 +45,15 @@ def _item(value: object, index: int, last_shard: int, newer: bool, limits: Limit
     companions = fields.take("companions", dict) if tensor.encoding.codec.needs else {}
     fields.done(newer)
     return StoredItem(
-        name, tensor.encoding, tensor.shape, tensor.dtype, tensor.storage, tensor.parts, tuple(chunks), attributes,
-        shard, entry, companions=read_companions(companions, tensor.encoding.codec, fields.where),
-    )  # fmt: skip
+        name,
+        tensor.encoding,
+        tensor.shape,
+        tensor.dtype,
+        tensor.storage,
+        tensor.parts,
+        tuple(chunks),
+        attributes,
+        shard,
+        entry,
+        companions=read_companions(companions, tensor.encoding.codec, fields.where),
+    )

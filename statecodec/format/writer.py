@@ -5,54 +5,33 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from statecodec._version import __version__
-from statecodec.buffers import Bytes, Pool
+from statecodec.buffers import Pool
 from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
-from statecodec.format import part_tensors, placement, sharing
+from statecodec.format import placement, sharing
 from statecodec.format.container import VERSION
 from statecodec.format.finished import Finished, Written, opened
 from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
 from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
+from statecodec.format.packed_chunks import TEXT_PACKING, PackedChunk, pack_chunk
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import ItemSpec, PlannedItem, plan
 from statecodec.format.reader import Reader, VerifiedRecord
 from statecodec.format.shard_files import ShardFiles, metadata
-from statecodec.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SHARING_ITEMS = 1024  # most small items in one record: reading one unpacks all
 _SHARING_BYTES = 256 << 10  # of their parts, about
-_TEXT_PACKING = Packing("zstd", 3)  # with a match finder, for text and small tensors, which repeat each other
-
-
-@dataclass(frozen=True)
-class PackedChunk:
-    """One chunk ready to be appended; owns its bytes.
-
-    Args:
-        item: The item's position.
-        index: The chunk's position in the item.
-        buffer: The bytes.
-        lengths: Of the record, or of each plain part, in bytes.
-        checksums: XXH3-64 of each of them, in hexadecimal.
-    """
-
-    item: int
-    index: int
-    buffer: Bytes
-    lengths: tuple[int, ...]  # of the record, or of each plain part
-    checksums: tuple[str, ...]
 
 
 class Writer:
@@ -137,24 +116,8 @@ class Writer:
             UsageError: If the chunk or the parts are not those of the item.
         """
         planned = self._plan.items[item]
-        specs = planned.item.encoding.parts(chunk.shape, planned.item.dtype)
-        named = part_tensors.matching(parts, specs, f"item {planned.item.name!r}: its chunk")
-        tensors = [part.detach().contiguous() for part in named.values()]
-        index = self._index(item, chunk)
-        if planned.storage == PACKED:
-            packing = _TEXT_PACKING if planned.item.text and self.packing.level is None else self.packing
-            buffer, size = encode_record(tensors, packing, self._pool)
-            return PackedChunk(item, index, buffer, (size,), (xxhash.xxh3_64_hexdigest(buffer[:size].data),))
-        lengths = tuple(t.nbytes for t in tensors)
-        buffer = self._pool.take(sum(lengths))
-        checksums, position = [], 0
-        for tensor, length in zip(tensors, lengths, strict=True):
-            target = buffer[position : position + length]
-            target[:] = tensor.view(-1).view(torch.uint8).numpy()
-            if planned.storage == PLAIN:
-                checksums.append(xxhash.xxh3_64_hexdigest(target.data))
-            position += length
-        return PackedChunk(item, index, buffer, lengths, tuple(checksums))
+        packing = TEXT_PACKING if planned.item.text and self.packing.level is None else self.packing
+        return pack_chunk(planned, (item, self._index(item, chunk)), parts, packing, self._pool)
 
     def repacked(self, item: int, chunk: Chunk, record: VerifiedRecord) -> PackedChunk:
         """Make a packed chunk of a record from another file. Thread-safe.
@@ -233,7 +196,7 @@ class Writer:
         planned = [self._plan.items[p.item] for p in small]
         shard, owners = planned[0].shard, tuple(p.item for p in small)
         content = sharing.join([(p.parts, packed.buffer) for p, packed in zip(planned, small, strict=True)])
-        buffer, size = encode_record(content, _TEXT_PACKING, self._pool)
+        buffer, size = encode_record(content, TEXT_PACKING, self._pool)
         start = self._files.append_record(shard, buffer[:size])
         record = StoredRecord(shard, start, size, xxhash.xxh3_64_hexdigest(buffer[:size].data), owners)
         self._pool.give(buffer)
@@ -340,10 +303,20 @@ class Writer:
         p = self._plan.items[i]
         item, entry = p.item, p.entry if p.storage == PLAIN else packed_entry(p.shard)
         return StoredItem(
-            item.name, item.encoding, tuple(item.shape), item.dtype, p.storage, p.parts, tuple(self._chunks[i]),
-            self._attributes[i], p.shard, entry, self._first[i], self._records.get(i),
+            item.name,
+            item.encoding,
+            tuple(item.shape),
+            item.dtype,
+            p.storage,
+            p.parts,
+            tuple(self._chunks[i]),
+            self._attributes[i],
+            p.shard,
+            entry,
+            self._first[i],
+            self._records.get(i),
             {role: item.companions[role] for role in item.encoding.codec.needs},
-        )  # fmt: skip
+        )
 
     def abort(self) -> None:
         """Remove everything that is not published. May be called at any time, more than once."""

@@ -53,9 +53,13 @@ class Replacing:
             json.dumps(dict(options)),
         ]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+        )
 
     @property
     def done(self) -> bool:

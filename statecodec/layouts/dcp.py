@@ -232,10 +232,16 @@ def _located(listing: Listing, index: DcpIndex, items: list[_OpenItem]) -> Locat
             )
         files.append(
             SourceFile(
-                path, file.nbytes, file.mode, name, tuple(region for region, _ in regions[path]), tuple(views),
-                tuple(crcs[path]), identity=file.identity,
+                path,
+                file.nbytes,
+                file.mode,
+                name,
+                tuple(region for region, _ in regions[path]),
+                tuple(views),
+                tuple(crcs[path]),
+                identity=file.identity,
             )
-        )  # fmt: skip
+        )
     nodes, unique, prefix = _nodes(index), Names(), listing.prefix(listing.folder)
     tensors = tuple(
         LogicalTensor(

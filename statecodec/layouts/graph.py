@@ -61,9 +61,15 @@ class Graph:
             for name, node, offset in piece.windows
         }
         source_file = SourceFile(
-            file.path, file.nbytes, file.mode, layout, tuple(piece.region for piece in cuts),
-            tuple(views[name] for name in order), self.crcs, identity=file.identity,
-        )  # fmt: skip
+            file.path,
+            file.nbytes,
+            file.mode,
+            layout,
+            tuple(piece.region for piece in cuts),
+            tuple(views[name] for name in order),
+            self.crcs,
+            identity=file.identity,
+        )
         tensors = tuple(
             LogicalTensor(prefix + piece.name, *_dtype_and_shape(piece), (Piece(file.path, index),))
             for index, piece in enumerate(cuts)

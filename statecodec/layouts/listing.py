@@ -188,9 +188,12 @@ def _in_memory(source: ByteSource) -> AbstractContextManager[ByteSource]:
 def _listed(where: Path, path: str, status: os.stat_result, *, follow: bool) -> ListedFile:
     identity = Identity.of(status)
     return ListedFile(
-        path, status.st_size, partial(opened, where, path, follow=follow, expected=identity),
-        mode=stat.S_IMODE(status.st_mode), identity=identity,
-    )  # fmt: skip
+        path,
+        status.st_size,
+        partial(opened, where, path, follow=follow, expected=identity),
+        mode=stat.S_IMODE(status.st_mode),
+        identity=identity,
+    )
 
 
 def _list_directory(root: Path) -> Listing:

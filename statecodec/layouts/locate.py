@@ -78,9 +78,15 @@ def locate_listing(listing: Listing, root: Path) -> Source:
     files = {file.path: file for located in parts for file in located.files}
     files.update(_links(listing, files))
     return Source(
-        root, listing.is_directory, tuple(files[path] for path in sorted(files)), tuple(tensors), tuple(moments),
-        tuple(momenta), listing.folders, frameworks(parts, tensors, listing),
-    )  # fmt: skip
+        root,
+        listing.is_directory,
+        tuple(files[path] for path in sorted(files)),
+        tuple(tensors),
+        tuple(moments),
+        tuple(momenta),
+        listing.folders,
+        frameworks(parts, tensors, listing),
+    )
 
 
 def _position(tensor: LogicalTensor) -> tuple[str, int]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from statecodec.kernels.fused import Hyper
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
-from statecodec.optim.options import check_betas, check_number, moment_codec, stored_codec
+from statecodec.optim.options import Options, check_betas, check_number, moment_codec, stored_codec
 
 TORCH_ADAM: dict[str, Any] = {
     "betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
@@ -47,10 +47,15 @@ class AdamMethod(Elementwise):
         return Hyper(
             # A tensor lr must stay the same object: it tells which parameters may share a launch.
             lr=group["lr"] if self._lr_ratio == 1 else group["lr"] * self._lr_ratio,
-            beta1=beta1, beta2=beta2, eps=float(group["eps"]), l2=self.l2(group),
-            decay=0.0 if self._l2 or not self._decays else decay_per_lr(group), maximize=group["maximize"],
-            stochastic=group["stochastic_rounding"], seed=group["seed"],
-        )  # fmt: skip
+            beta1=beta1,
+            beta2=beta2,
+            eps=float(group["eps"]),
+            l2=self.l2(group),
+            decay=0.0 if self._l2 or not self._decays else decay_per_lr(group),
+            maximize=group["maximize"],
+            stochastic=group["stochastic_rounding"],
+            seed=group["seed"],
+        )
 
 
 def adam_scalars(job: ParameterStep) -> dict[str, Any]:

@@ -225,9 +225,14 @@ def _low_bits(
 
 
 def _through_dense(
-    recipe: Recipe, encoded: Mapping[str, EncodedTensor], p: Tensor, step: int, group: Group, saved: Mapping[str, Any],
+    recipe: Recipe,
+    encoded: Mapping[str, EncodedTensor],
+    p: Tensor,
+    step: int,
+    group: Group,
+    saved: Mapping[str, Any],
     log: ChangeLog,
-) -> dict[str, EncodedTensor] | None:  # fmt: skip
+) -> dict[str, EncodedTensor] | None:
     """The method's states, encoded from dense ones; None if what is there does not suffice (then all start again)."""
     name = recipe.label
     dense, kinds = every_moment(decode_moments(encoded, p, step, saved), saved, group)

@@ -7,7 +7,7 @@ Where a step would not be finite, the smallest unit that shares a stored number 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from statecodec.optim import fusing, loading, pooling, saving, sharding
 from statecodec.optim.load_report import LoadReport
 from statecodec.optim.method import LOW, Group, ParameterStep, PerParameter, Recipe, dense_gradient
 from statecodec.optim.options import (
+    COMMON,
+    Options,
     check_choice,
     check_flags,
     check_fusable,
@@ -31,27 +33,6 @@ from statecodec.optim.options import (
 from statecodec.optim.owners import step_matrices
 from statecodec.optim.states import StateKeeper
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, StoredWeight, whole
-
-
-class Options(TypedDict, total=False):
-    """Keyword options that every optimizer takes. StateOptimizer says what they mean."""
-
-    moments: object
-    master_weights: str | None
-    stochastic_rounding: bool
-    decouple_lr: bool
-    maximize: bool
-    dense_below: int
-    seed: int
-    matrix: bool | None
-    backend: str | None
-    fused: bool | None
-
-
-COMMON: dict[str, Any] = {
-    "moments": "companded8", "master_weights": "split24", "stochastic_rounding": False, "decouple_lr": False,
-    "maximize": False, "dense_below": 4096, "seed": 0, "matrix": None, "backend": None, "fused": None,
-}  # fmt: skip
 
 
 class StateOptimizer(StateKeeper):
@@ -182,10 +163,17 @@ class StateOptimizer(StateKeeper):
         shard = sharding.local(p)
         work = shard.detach().contiguous()
         job = ParameterStep(
-            recipe=recipe, weight=self._weight(p, work, recipe, group, t), grad=grad.detach().contiguous(),
-            states={k: sharding.own_part(state[k], p) for k in recipe.specs}, group=group, t=t, scratch=self._scratch,
-            backend=kernels.resolve(self._backend, work.device), arithmetic=self._arithmetic(work), pooled=pooled,
-        )  # fmt: skip
+            recipe=recipe,
+            weight=self._weight(p, work, recipe, group, t),
+            grad=grad.detach().contiguous(),
+            states={k: sharding.own_part(state[k], p) for k in recipe.specs},
+            group=group,
+            t=t,
+            scratch=self._scratch,
+            backend=kernels.resolve(self._backend, work.device),
+            arithmetic=self._arithmetic(work),
+            pooled=pooled,
+        )
         state["skipped"] += cast(PerParameter, recipe.method).step(job)
         if work.data_ptr() != shard.data_ptr():
             shard.copy_(work)
@@ -195,9 +183,14 @@ class StateOptimizer(StateKeeper):
         start = sharding.first_element(p) if group["stochastic_rounding"] else 0
         dither = Dither(group["seed"], recipe.index, t, start) if group["stochastic_rounding"] else None
         return StoredWeight(
-            work, None if low is None else sharding.local(low.parts["data"]), recipe.split, dither,
-            self._scratch, kernels.resolve(self._backend, work.device), self._arithmetic(work),
-        )  # fmt: skip
+            work,
+            None if low is None else sharding.local(low.parts["data"]),
+            recipe.split,
+            dither,
+            self._scratch,
+            kernels.resolve(self._backend, work.device),
+            self._arithmetic(work),
+        )
 
     def _arithmetic(self, p: Tensor) -> Any:
         if p.device.type == "cpu" and self._backend in (None, "cpu"):

@@ -53,13 +53,20 @@ def gather(
     not sent, and given as it is. Every rank must call both with the same shapes.
     """
     rank, world = group.rank(), group.size()
-    sent = [[c.local for cut, o in zip(cuts, owners, strict=True) if o == to for c in cut if c.dim is not None]
-            for to in range(world)]  # fmt: skip
+    sent = [
+        [c.local for cut, o in zip(cuts, owners, strict=True) if o == to for c in cut if c.dim is not None]
+        for to in range(world)
+    ]
     owned = [cut for cut, o in zip(cuts, owners, strict=True) if o == rank]
     message = _Message(
-        group, sent, [[(c.piece_shape(r, world), c.local.dtype) for cut in owned for c in cut if c.dim is not None]
-                      for r in range(world)], cuts[0][0].local.device,
-    )  # fmt: skip
+        group,
+        sent,
+        [
+            [(c.piece_shape(r, world), c.local.dtype) for cut in owned for c in cut if c.dim is not None]
+            for r in range(world)
+        ],
+        cuts[0][0].local.device,
+    )
 
     def wait() -> list[list[Tensor]]:
         pieces = [iter(cut) for cut in message.wait()]
@@ -82,9 +89,11 @@ def scatter(
     pairs = [pair for cut, values in zip(owned, full, strict=True) for pair in zip(cut, values, strict=True)]
     by_owner = [[c for cut, o in zip(cuts, owners, strict=True) if o == r for c in cut] for r in range(world)]
     message = _Message(
-        group, [[c.piece(x, to, world) for c, x in pairs] for to in range(world)],
-        [[(c.piece_shape(rank, world), c.local.dtype) for c in cut] for cut in by_owner], cuts[0][0].local.device,
-    )  # fmt: skip
+        group,
+        [[c.piece(x, to, world) for c, x in pairs] for to in range(world)],
+        [[(c.piece_shape(rank, world), c.local.dtype) for c in cut] for cut in by_owner],
+        cuts[0][0].local.device,
+    )
 
     def wait() -> None:
         for cut, pieces in zip(by_owner, message.wait(), strict=True):
@@ -98,9 +107,12 @@ class _Message:
     """Tensors for every rank, and the shapes and dtypes of those that every rank sends."""
 
     def __init__(
-        self, group: ProcessGroup, sent: Sequence[Sequence[Tensor]],
-        expected: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]], device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        group: ProcessGroup,
+        sent: Sequence[Sequence[Tensor]],
+        expected: Sequence[Sequence[tuple[tuple[int, ...], torch.dtype]]],
+        device: torch.device,
+    ) -> None:
         import torch.distributed as dist
 
         nothing = torch.empty(0, dtype=torch.uint8, device=device)

@@ -16,10 +16,10 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
 from statecodec.optim import sharding
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr, matrix_shape
-from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
+from statecodec.optim.options import Options, check_choice, check_integer, check_number, moment_codec
 
 # (mean of squares, true tail mean, eps next to the corrected root, decay before the step)
 VARIANTS = {
@@ -71,11 +71,21 @@ class FoamMethod(Elementwise):
         mean_of_squares, true_tail, torch_bias, decay_first = VARIANTS[group["variant"]]
         beta1, beta2 = (float(b) for b in group["betas"])
         return Hyper(
-            lr=group["lr"], beta1=beta1, beta2=beta2, eps=float(group["eps"]), decay=decay_per_lr(group),
-            maximize=group["maximize"], scale=float(group["scale"]), residual=float(group["residual_scale"]),
-            mean_of_squares=mean_of_squares, true_tail=true_tail, torch_bias=torch_bias, decay_first=decay_first,
-            stochastic=group["stochastic_rounding"], seed=group["seed"],
-        )  # fmt: skip
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=float(group["eps"]),
+            decay=decay_per_lr(group),
+            maximize=group["maximize"],
+            scale=float(group["scale"]),
+            residual=float(group["residual_scale"]),
+            mean_of_squares=mean_of_squares,
+            true_tail=true_tail,
+            torch_bias=torch_bias,
+            decay_first=decay_first,
+            stochastic=group["stochastic_rounding"],
+            seed=group["seed"],
+        )
 
 
 class FOAM(StateOptimizer):

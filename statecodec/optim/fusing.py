@@ -48,9 +48,13 @@ class GroupLaunches:
     """The launches of one param group, as long as its parameters and their states stay where they are."""
 
     def __init__(
-        self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None],
+        self,
+        optimizer: StateKeeper,
+        group: Group,
+        params: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
         backend: FusedBackend,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._group, self._params = group, list(params)
         self._sharded = any(map(sharding.is_dtensor, params))
         self._rest = list[int]()

@@ -8,9 +8,9 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from statecodec.kernels.fused import Hyper
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
-from statecodec.optim.options import check_betas, moment_codec, stored_codec
+from statecodec.optim.options import Options, check_betas, moment_codec, stored_codec
 
 
 class LionMethod(Elementwise):
@@ -29,9 +29,14 @@ class LionMethod(Elementwise):
     def hyper(self, group: Group) -> Hyper | None:
         beta1, beta2 = (float(b) for b in group["betas"])
         return Hyper(
-            lr=group["lr"], beta1=beta1, beta2=beta2, decay=decay_per_lr(group), maximize=group["maximize"],
-            stochastic=group["stochastic_rounding"], seed=group["seed"],
-        )  # fmt: skip
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            decay=decay_per_lr(group),
+            maximize=group["maximize"],
+            stochastic=group["stochastic_rounding"],
+            seed=group["seed"],
+        )
 
 
 class Lion(StateOptimizer):

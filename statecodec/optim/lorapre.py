@@ -17,12 +17,12 @@ from statecodec.kernels.fused import LARGEST
 from statecodec.kernels.reference.steps import mix
 from statecodec.optim import sharding
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, check_adam_group
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.matrices import Batch, Stacked, WholeMatrix
 from statecodec.optim.method import Group, Method, Recipe, StateSpec, matrix_shape
 from statecodec.optim.muon import check_muon_group, newton_schulz, step_size
-from statecodec.optim.options import check_choice, check_integer, check_number, moment_codec
+from statecodec.optim.options import Options, check_choice, check_integer, check_number, moment_codec
 
 INIT_STD = 0.02
 # (factor update, damping relative to the Gram's mean eigenvalue, damping, cap)
@@ -134,9 +134,15 @@ class _LowRankMethod(WholeMatrix):
         damping = damping if group["damping"] is None else float(group["damping"])
         factors = {k: x.clone() for k, x in state.parts.items()}
         track(
-            factors["left"], factors["right"], target, keep,
-            jacobi=update == "jacobi", relative=relative, damping=damping, cap=cap,
-        )  # fmt: skip
+            factors["left"],
+            factors["right"],
+            target,
+            keep,
+            jacobi=update == "jacobi",
+            relative=relative,
+            damping=damping,
+            cap=cap,
+        )
         for factor in factors.values():
             batch.require(factor, LARGEST)
         state.replace(factors)

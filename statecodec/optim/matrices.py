@@ -196,11 +196,14 @@ def step_batch(optimizer: StateKeeper, group: Group, members: Sequence[StoredMat
     weight = stored.decode(backend)
     gradient = torch.stack([m.gradient for m in members]).to(weight.dtype).view(weight.shape)
     batch = Batch(
-        [m.recipe for m in members], group, weight, gradient.neg_() if group["maximize"] else gradient,
+        [m.recipe for m in members],
+        group,
+        weight,
+        gradient.neg_() if group["maximize"] else gradient,
         torch.stack([m.step for m in members]),
         {k: Stacked(s.codec, s.shape, s.dtype, [m.parts(k) for m in members]) for k, s in recipe.specs.items()},
         backend,
-    )  # fmt: skip
+    )
     cast(WholeMatrix, recipe.method).update(batch)
     batch.require(weight, LARGEST_FP16 if param == torch.float16 else LARGEST)
     weight.masked_fill_(~batch.fits.view(-1, 1, 1), 0)

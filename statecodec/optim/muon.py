@@ -13,11 +13,19 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from statecodec.optim.adamw import AdamMethod, check_adam_group
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.hidden_matrix import is_hidden_matrix
 from statecodec.optim.matrices import Batch, WholeMatrix
 from statecodec.optim.method import Group, Method, StateSpec
-from statecodec.optim.options import check_choice, check_flags, check_integer, check_number, moment_codec, stored_codec
+from statecodec.optim.options import (
+    Options,
+    check_choice,
+    check_flags,
+    check_integer,
+    check_number,
+    moment_codec,
+    stored_codec,
+)
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ADJUSTMENTS = ("match_rms_adamw", "original")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -25,6 +25,27 @@ PRESETS: dict[str, tuple[Codec, Codec]] = {
     "dense": (Raw(), Raw()),
     "companded8": (Companded("softsign", 8, 32), Companded("sqrt", 8, 32)),
 }
+
+
+class Options(TypedDict, total=False):
+    """Keyword options that every optimizer takes. StateOptimizer says what they mean."""
+
+    moments: object
+    master_weights: str | None
+    stochastic_rounding: bool
+    decouple_lr: bool
+    maximize: bool
+    dense_below: int
+    seed: int
+    matrix: bool | None
+    backend: str | None
+    fused: bool | None
+
+
+COMMON: dict[str, Any] = {
+    "moments": "companded8", "master_weights": "split24", "stochastic_rounding": False, "decouple_lr": False,
+    "maximize": False, "dense_below": 4096, "seed": 0, "matrix": None, "backend": None, "fused": None,
+}  # fmt: skip
 
 
 def moment_codec(moments: str | Mapping[str, str], state: str) -> Codec:

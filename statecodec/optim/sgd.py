@@ -10,9 +10,9 @@ from typing_extensions import Unpack
 
 from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import Hyper
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Elementwise, Group, Method, ParameterStep, StateSpec, decay_per_lr
-from statecodec.optim.options import check_flags, check_number, moment_codec, stored_codec
+from statecodec.optim.options import Options, check_flags, check_number, moment_codec, stored_codec
 
 
 class SGDMethod(Elementwise):
@@ -41,10 +41,16 @@ class SGDMethod(Elementwise):
 
     def hyper(self, group: Group) -> Hyper | None:
         return Hyper(
-            lr=group["lr"], momentum=float(group["momentum"]), dampening=float(group["dampening"]),
-            nesterov=bool(group["nesterov"]), l2=self.l2(group), decay=0.0 if self._l2 else decay_per_lr(group),
-            maximize=group["maximize"], stochastic=group["stochastic_rounding"], seed=group["seed"],
-        )  # fmt: skip
+            lr=group["lr"],
+            momentum=float(group["momentum"]),
+            dampening=float(group["dampening"]),
+            nesterov=bool(group["nesterov"]),
+            l2=self.l2(group),
+            decay=0.0 if self._l2 else decay_per_lr(group),
+            maximize=group["maximize"],
+            stochastic=group["stochastic_rounding"],
+            seed=group["seed"],
+        )
 
 
 class SGD(StateOptimizer):

@@ -19,9 +19,9 @@ from statecodec.errors import OptimizerError
 from statecodec.kernels.fused import LARGEST, Hyper
 from statecodec.optim import tiles
 from statecodec.optim.adamw import TORCH_ADAM, AdamMethod, adam_scalars, check_adam_group, takes_torch_adam
-from statecodec.optim.base import Options, StateOptimizer
+from statecodec.optim.base import StateOptimizer
 from statecodec.optim.method import Group, Method, ParameterStep, PerParameter, Recipe, StateSpec
-from statecodec.optim.options import check_flags, moment_codec, stored_codec
+from statecodec.optim.options import Options, check_flags, moment_codec, stored_codec
 
 # Table 3, by the names that model families use: dimension 0 is fan_out (rows), 1 is fan_in. Fused q, k, v projections
 # match nothing: their parts want different dimensions.

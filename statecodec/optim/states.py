@@ -105,9 +105,16 @@ class StateKeeper(torch.optim.Optimizer):
             )
         own_specs = {k: StateSpec(s.codec, sharding.local_shape(p, s.shape), s.dtype) for k, s in specs.items()}
         self._recipes[p] = recipe = Recipe(
-            name, index, method, specs, own_specs, method.view_shape(sharding.local(p)),
-            split_codec(p.dtype, group["master_weights"]), made_for(p), sharding.groups_across(p, method.pools),
-        )  # fmt: skip
+            name,
+            index,
+            method,
+            specs,
+            own_specs,
+            method.view_shape(sharding.local(p)),
+            split_codec(p.dtype, group["master_weights"]),
+            made_for(p),
+            sharding.groups_across(p, method.pools),
+        )
         return recipe
 
     def ensure_state(self, p: Tensor, group: Group) -> dict[str, Any]:
@@ -183,8 +190,9 @@ class StateKeeper(torch.optim.Optimizer):
                 return carried
             warnings.warn(
                 f"{recipe.label} was cast to {p.dtype} and changed besides: the low part of its master weight is "
-                "dropped", stacklevel=2,
-            )  # fmt: skip
+                "dropped",
+                stacklevel=2,
+            )
         return {} if recipe.low is None else {LOW: recipe.low.zeros(p)}
 
     # --- what is not part of the state

@@ -211,11 +211,17 @@ def _tensors(
     by_type = chosen(layers, cutoff, "type")
     return tuple(
         TensorSNR(
-            layer.name, recognised[layer.name].kind, layer.shape, dict(layer.ratios), layer.dims(cutoff),
-            by_type[layer.name], recognised[layer.name].recommended, dict(pieces.get(layer.name, {})),
+            layer.name,
+            recognised[layer.name].kind,
+            layer.shape,
+            dict(layer.ratios),
+            layer.dims(cutoff),
+            by_type[layer.name],
+            recognised[layer.name].recommended,
+            dict(pieces.get(layer.name, {})),
         )
         for layer in layers
-    )  # fmt: skip
+    )
 
 
 def _name(tensor: TensorInfo) -> str:

@@ -103,12 +103,19 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
             if change.nonfinite:
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
     return DiffReport(
-        a=str(a.path), b=str(b.path), tensors=units.counted(tensors), updates=tuple(updates),
+        a=str(a.path),
+        b=str(b.path),
+        tensors=units.counted(tensors),
+        updates=tuple(updates),
         total={**sums.total(), **units.total()},
-        only_in_a=_missing(a, b), only_in_b=_missing(b, a), not_comparable=tuple(t.name for t, _ in unlike),
-        rest_differs=tuple(sorted(rest)), values=_values(a, b) if rest else (), notes=tuple(notes),
+        only_in_a=_missing(a, b),
+        only_in_b=_missing(b, a),
+        not_comparable=tuple(t.name for t, _ in unlike),
+        rest_differs=tuple(sorted(rest)),
+        values=_values(a, b) if rest else (),
+        notes=tuple(notes),
         seconds=time.perf_counter() - started,
-    )  # fmt: skip
+    )
 
 
 def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
@@ -255,10 +262,17 @@ def _file(a: Checkpoint, rest: TensorInfo) -> str:
 def _tensor_diff(tensor: TensorInfo, compared: _Compared) -> TensorDiff:
     c = compared.numbers
     return TensorDiff(
-        name=tensor.name, role=tensor.role, shape=tensor.shape, dtype=str(tensor.dtype).removeprefix("torch."),
-        rms=math.sqrt(c.sum_sq_diff / max(math.prod(tensor.shape), 1)), relative_rms=_relative(c.sum_sq_diff, c.sum_sq),
-        max_abs=c.max_abs_diff, mismatched=c.mismatched, differing=compared.differing, identical=compared.same_bits,
-    )  # fmt: skip
+        name=tensor.name,
+        role=tensor.role,
+        shape=tensor.shape,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        rms=math.sqrt(c.sum_sq_diff / max(math.prod(tensor.shape), 1)),
+        relative_rms=_relative(c.sum_sq_diff, c.sum_sq),
+        max_abs=c.max_abs_diff,
+        mismatched=c.mismatched,
+        differing=compared.differing,
+        identical=compared.same_bits,
+    )
 
 
 def _update_report(m: Moments, numel: int, c: UpdateComparison) -> UpdateReport:

@@ -114,10 +114,15 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
         Column("max |u|", drop=1), Column("exact max |u|", drop=2),
     )  # fmt: skip
     rows = [
-        (p["preset"], console.size(p["bytes"]), console.ratio(training["bytes"], p["bytes"]),
-         f"{p['bytes_per_param']:.2f}", *tables.update_cells(p["update"])[:3])
+        (
+            p["preset"],
+            console.size(p["bytes"]),
+            console.ratio(training["bytes"], p["bytes"]),
+            f"{p['bytes_per_param']:.2f}",
+            *tables.update_cells(p["update"])[:3],
+        )
         for p in document["presets"]
-    ]  # fmt: skip
+    ]
     verdict = "the same SHA-256" if document["lossless_same_sha256"] else "ANOTHER SHA-256"
     curves = TextTable(
         [*map(Column, ("step", "exact file: loss", "restored file: loss", "difference"))], _curve(document)

@@ -63,9 +63,13 @@ def run(
     plots.require(plot)
     with standard.sources(src) as paths, reporting(quiet=quiet) as progress:
         analysis = statecodec.analyze(
-            *paths, snr=snr or not curve or output is not None, curve=curve, cutoff=cutoff, threads=threads,
+            *paths,
+            snr=snr or not curve or output is not None,
+            curve=curve,
+            cutoff=cutoff,
+            threads=threads,
             progress=progress,
-        )  # fmt: skip
+        )
     document = analysis.to_json()
     document["sources"] = ["standard input" if str(path) == standard.DASH else str(path) for path in src]
     if output:

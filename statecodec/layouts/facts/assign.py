@@ -131,9 +131,12 @@ def _describe(
 
 
 def _describe_state(
-    file: FileRoles, state: DictNode, settings: dict[str, Any], name: str | None,
+    file: FileRoles,
+    state: DictNode,
+    settings: dict[str, Any],
+    name: str | None,
     weight: WeightNode | None,
-) -> None:  # fmt: skip
+) -> None:
     values = state.strings()
     if name is not None:
         file.params.update({v.index: name for v in values.values() if type(v) is TensorNode})

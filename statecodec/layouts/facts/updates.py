@@ -17,9 +17,12 @@ _SCALARS: Final[dict[DType, str]] = {
 
 
 def adam_nodes(
-    file: FileRoles, state: dict[str, Any], group: dict[str, Any], name: str | None,
+    file: FileRoles,
+    state: dict[str, Any],
+    group: dict[str, Any],
+    name: str | None,
     weight: WeightNode | None,
-) -> AdamNodes | None:  # fmt: skip
+) -> AdamNodes | None:
     """The moments of one parameter's Adam state; None if it has not both, or the settings are not Adam's."""
     m, v = state.get("exp_avg"), state.get("exp_avg_sq")
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):

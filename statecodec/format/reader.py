@@ -283,7 +283,18 @@ class Reader:
         return parts
 
     def read_bytes(self, item: int, chunk: int) -> Bytes:
-        """A chunk of an item that is raw bytes (uint8, one dimension), verified: torch is not needed for it."""
+        """Read and verify a chunk of raw bytes. torch is not needed for it.
+
+        Args:
+            item: The item's position; raw, uint8, of one dimension.
+            chunk: The chunk's position in the item.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            CorruptFile: If they are not what was written.
+        """
         stored = self.items[item]
         ((name, spec),) = stored.encoding.parts(stored.chunks[chunk].shape, stored.dtype).items()
         with self._naming(stored, chunk):

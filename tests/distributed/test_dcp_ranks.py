@@ -30,7 +30,7 @@ from statecodec import optim, staging
 from statecodec.codecs import chunking
 from statecodec.distributed import StatecodecReader, StatecodecWriter
 from statecodec.files import LocalFile
-from tests.distributed.fsdp2 import everything
+from tests.distributed.fsdp2 import OPTIMIZERS, everything, sharded, state_of, train
 from tests.distributed.ranks import Ranks
 
 WORLD = range(1, 5)
@@ -164,8 +164,30 @@ def saved_while_training(folder: Path) -> None:
     assert all(np.array_equal(value, expected[name]) for name, value in training.full().items())
 
 
-def test_an_asynchronous_save(ranks: Ranks, tmp_path: Path) -> None:
-    ranks.run(2, saved_while_training, tmp_path)
+def encoded_while_training(folder: Path) -> None:
+    """Steps change encoded states in place."""
+    group = dist.new_group(backend="gloo")
+    trained = {name: (model := sharded(), make(model.named_parameters())) for name, make in OPTIMIZERS.items()}
+    for pair in trained.values():
+        train(*pair, range(2))
+    expected = {name: everything(*pair) for name, pair in trained.items()}
+    state = {name: state_of(*pair) for name, pair in trained.items()}
+    saved = dcp.async_save(state, storage_writer=StatecodecWriter(folder, preset="lossless"), process_group=group)
+    for name, pair in trained.items():
+        train(*pair, range(2, 3))
+        assert everything(*pair) != expected[name]
+    saved.result()
+    state = {name: state_of(*pair) for name, pair in trained.items()}
+    dcp.load(state, storage_reader=StatecodecReader(folder))
+    for name, (model, optimizer) in trained.items():
+        set_model_state_dict(model, state[name]["model"])
+        set_optimizer_state_dict(model, optimizer, state[name]["optim"])
+        assert everything(model, optimizer) == expected[name], name
+
+
+@pytest.mark.parametrize("check", [saved_while_training, encoded_while_training], ids=lambda f: f.__name__)
+def test_an_asynchronous_save(ranks: Ranks, tmp_path: Path, check: Any) -> None:
+    ranks.run(2, check, tmp_path)
 
 
 # --- what a rank reads

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from tests.distributed.ranks import Ranks
 
 WORLD = range(1, 5)
 FORMS: dict[str, dict[str, Any]] = {"lossless": {"preset": "lossless"}, "resume": {}, "flat": {}}
+SAVED = [*product(("lossless", "resume"), WORLD), ("flat", 2), ("flat", 3)]
 
 
 class Training:
@@ -90,8 +92,8 @@ def save(folder: Path) -> dict[str, np.ndarray]:
     """In all forms, and by torch's own writer."""
     n, training = dist.get_world_size(), Training()
     training.step(3)
-    for form, settings in FORMS.items():
-        writer = StatecodecWriter(folder / f"{form}-{n}", threads=1, **settings)
+    for form in (form for form, by in SAVED if by == n):
+        writer = StatecodecWriter(folder / f"{form}-{n}", threads=1, **FORMS[form])
         dcp.save(training.state(form), storage_writer=writer)
     dcp.save(training.state(""), checkpoint_id=folder / f"plain-{n}")
     return training.full()
@@ -100,14 +102,13 @@ def save(folder: Path) -> dict[str, np.ndarray]:
 def load(folder: Path) -> dict[tuple[str, int], tuple[dict[str, np.ndarray], Any, float]]:
     """What every world has saved, on this one: all tensors, the note, and the loss two steps on."""
     found, training = {}, Training()
-    for form in FORMS:
-        for n in WORLD:
-            training.step(1)
-            state = training.state(form)
-            state["note"] = {"step": 0, "who": "nobody"}
-            dcp.load(state, storage_reader=StatecodecReader(folder / f"{form}-{n}"))
-            training.take(state, form)
-            found[form, n] = training.full(), state["note"], training.step(2)
+    for form, n in SAVED:
+        training.step(1)
+        state = training.state(form)
+        state["note"] = {"step": 0, "who": "nobody"}
+        dcp.load(state, storage_reader=StatecodecReader(folder / f"{form}-{n}"))
+        training.take(state, form)
+        found[form, n] = training.full(), state["note"], training.step(2)
     return found
 
 
@@ -116,24 +117,23 @@ def test_saved_by_n_ranks_and_loaded_by_m(ranks: Ranks, tmp_path: Path) -> None:
     whole = {n: ranks.run(n, save, tmp_path)[0] for n in WORLD}
     loads = {m: ranks.run(m, load, tmp_path)[0] for m in WORLD}
     exact = loads[1]["lossless", 1][2]
-    for file in (tmp_path / "flat-4").glob("rank-*"):
+    for file in (tmp_path / "flat-3").glob("rank-*"):
         of_averages = {t.codec.partition("(")[0] for t in statecodec.inspect(file).tensors if t.role == "ema"}
         assert "following" in of_averages, "beside the rank's own piece of the weight"
-    for n in WORLD:
-        assert len(whole[n]) == 6 + 3 * 6 + 6
-        for form in FORMS:
-            expected = whole[n] if form == "lossless" else loads[1][form, n][0]
-            for m in WORLD:
-                found, note, loss = loads[m][form, n]
-                assert found.keys() == whole[n].keys()
-                assert all(np.array_equal(found[name], value) for name, value in expected.items()), (form, n, m)
-                assert note == {"step": 3, "who": "ranks"}
-                assert loss == pytest.approx(exact, rel=1e-3)
-            if form != "lossless":
-                within_one_percent_of_a_step(whole[n], expected)
-            plain = sum(path.stat().st_size for path in (tmp_path / f"plain-{n}").rglob("*.distcp"))
-            packed = sum(path.stat().st_size for path in (tmp_path / f"{form}-{n}").iterdir())
-            assert packed < (1 if form == "lossless" else 0.7) * plain  # of a model of 28,000 parameters
+    assert {len(tensors) for tensors in whole.values()} == {6 + 3 * 6 + 6}
+    for form, n in SAVED:
+        expected = whole[n] if form == "lossless" else loads[1][form, n][0]
+        for m in WORLD:
+            found, note, loss = loads[m][form, n]
+            assert found.keys() == whole[n].keys()
+            assert all(np.array_equal(found[name], value) for name, value in expected.items()), (form, n, m)
+            assert note == {"step": 3, "who": "ranks"}
+            assert loss == pytest.approx(exact, rel=1e-3)
+        if form != "lossless":
+            within_one_percent_of_a_step(whole[n], expected)
+        plain = sum(path.stat().st_size for path in (tmp_path / f"plain-{n}").rglob("*.distcp"))
+        packed = sum(path.stat().st_size for path in (tmp_path / f"{form}-{n}").iterdir())
+        assert packed < (1 if form == "lossless" else 0.7) * plain  # of a model of 28,000 parameters
 
 
 def within_one_percent_of_a_step(exact: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:

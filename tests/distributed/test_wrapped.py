@@ -58,13 +58,13 @@ class Normed(nn.Module):
         return self.head(self.norm(self.first(x)))
 
 
-def cast() -> None:
-    """bf16 with a norm and a head in fp32, each layer sharded by itself: FSDP2 wants one dtype in what it gathers."""
+def cast(dtype: torch.dtype = torch.bfloat16) -> None:
+    """A norm and a head stay in fp32, each layer sharded by itself: FSDP2 wants one dtype in what it gathers."""
     models, exact = [], {k: v.clone() for k, v in Normed().state_dict().items()}
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for cut in (False, True):
         model = Normed()
-        optim.cast_model(model, full_precision_layers=["head"], full_precision_recast_layers=["norm"])
+        optim.cast_model(model, dtype, full_precision_layers=["head"], full_precision_recast_layers=["norm"])
         if cut:
             for layer in model.children():
                 fully_shard(layer, mesh=mesh)
@@ -87,7 +87,7 @@ def cast() -> None:
     assert found == pytest.approx(expected, rel=1e-2)
     assert found[-1] < found[0]
     trained = optim.fp32_state_dict(model, optimizer)
-    assert any(not torch.equal(whole(v), whole(v).bfloat16().float()) for v in trained.values())
+    assert any(not torch.equal(whole(v), whole(v).to(dtype).float()) for v in trained.values())
     before = everything(model, optimizer)
     full = {k: whole(v).clone() for k, v in trained.items()}
     for p in model.parameters():
@@ -124,6 +124,10 @@ def partitioned() -> None:
         assert bits(models[0].state_dict()) == bits(models[2].state_dict())
 
 
-@pytest.mark.parametrize("check", [compiled, cast, partitioned], ids=lambda f: f.__name__)
+def cast_to_fp16() -> None:
+    cast(torch.float16)
+
+
+@pytest.mark.parametrize("check", [compiled, cast, cast_to_fp16, partitioned], ids=lambda f: f.__name__)
 def test_on_two_ranks(ranks: Ranks, check: Any) -> None:
     ranks.run(2, check)

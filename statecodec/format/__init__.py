@@ -4,11 +4,11 @@ docs/format.md is normative. `Writer` and `Reader` move encoded parts and never 
 """
 
 from statecodec.format.finished import Finished, Written
-from statecodec.format.items import StoredChunk, StoredItem
-from statecodec.format.packed_chunks import PackedChunk
+from statecodec.format.items import ItemCheck, StoredChunk, StoredItem
+from statecodec.format.packed_chunks import PackedChunk, VerifiedRecord
 from statecodec.format.packing import Packing
 from statecodec.format.placement import ItemSpec
-from statecodec.format.reader import ItemCheck, Reader, VerifiedRecord
+from statecodec.format.reader import Reader
 from statecodec.format.writer import Writer
 from statecodec.limits import Limits
 

@@ -246,3 +246,18 @@ class DeclaredTensor:
             if whole or (shape[0] == 1 and within):
                 return True
         return False
+
+
+@dataclass(frozen=True)
+class ItemCheck:
+    """The result of verifying one item.
+
+    Args:
+        name: Its name.
+        nbytes: Its stored bytes.
+        error: What is wrong with it; None if it is intact.
+    """
+
+    name: str
+    nbytes: int
+    error: FormatError | None

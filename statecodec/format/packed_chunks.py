@@ -41,6 +41,19 @@ class PackedChunk:
     checksums: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class VerifiedRecord:
+    """A packed chunk as it lies in the file, verified.
+
+    Args:
+        data: Its bytes.
+        checksum: Their XXH3-64, in hexadecimal.
+    """
+
+    data: Bytes
+    checksum: str
+
+
 def pack_chunk(
     planned: PlannedItem, number: tuple[int, int], parts: Mapping[str, Tensor], packing: Packing, pool: Pool
 ) -> PackedChunk:

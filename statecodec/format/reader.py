@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,48 +22,18 @@ from statecodec.dtypes import UINT8
 from statecodec.errors import CorruptFile, FormatError, UsageError
 from statecodec.files import LocalFile
 from statecodec.format import part_tensors, sharing
-from statecodec.format.container import MANIFEST_ENTRY, Header
-from statecodec.format.index import INDEX_SUFFIX, expected_entries, index_json, last_shard
-from statecodec.format.items import PACKED, StoredItem, StoredRecord
-from statecodec.format.manifest import Manifest
+from statecodec.format.items import PACKED, ItemCheck, StoredItem, StoredRecord
 from statecodec.format.open_files import OpenFile, OpenFiles
+from statecodec.format.opening import open_output
+from statecodec.format.packed_chunks import VerifiedRecord
 from statecodec.format.packing import decode_bytes, decode_record
 from statecodec.lazy import torch
 from statecodec.limits import Limits
-from statecodec.strict import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _UNPACKED = 8  # shared records that are kept: neighbours are read together
-
-
-@dataclass(frozen=True)
-class ItemCheck:
-    """The result of verifying one item.
-
-    Args:
-        name: Its name.
-        nbytes: Its stored bytes.
-        error: What is wrong with it; None if it is intact.
-    """
-
-    name: str
-    nbytes: int
-    error: FormatError | None
-
-
-@dataclass(frozen=True)
-class VerifiedRecord:
-    """A packed chunk as it lies in the file, verified.
-
-    Args:
-        data: Its bytes.
-        checksum: Their XXH3-64, in hexadecimal.
-    """
-
-    data: Bytes
-    checksum: str
 
 
 class Reader:
@@ -100,76 +69,15 @@ class Reader:
         self._unpacked: dict[StoredRecord, dict[int, dict[str, Tensor]]] = {}  # shared records, the last used last
         self._lock = threading.Lock()
         try:
-            self._open()
+            opened = open_output(self.path, self._files, self.limits)
         except BaseException:
             self.close()
             raise
-
-    def _open(self) -> None:
-        index = self._index_path()
-        value = None if index is None else self._read_index(index)
-        last = self.path if index is None else index.with_name(last_shard(value, index))
-        header = self._files.open_shard(last, self.limits)
-        data = self._manifest_bytes(header, last)
-        manifest = Manifest.parse(data, header.version, header.newer, self.limits)
-        self._headers = [header]
-        for i, other in enumerate(manifest.shards):
-            shard = self._files.open_shard(last.with_name(other.file), self.limits)
-            if shard.digest != other.header:
-                raise CorruptFile(f"{other.file}: not the shard that {last.name} was written with")
-            self._headers.insert(i, shard)
-        self._files.last_is_first()
-        self.items: tuple[StoredItem, ...] = manifest.items
-        self.document: Mapping[str, Any] = manifest.document
-        self.format_version, self.writer = manifest.version, manifest.writer
-        self.files = tuple(last.with_name(name) for name in [*(s.file for s in manifest.shards), last.name])
-        self.nbytes = sum(self._files.sizes)
+        self._headers, self.files, self.nbytes = opened.headers, opened.files, opened.nbytes
+        self.items: tuple[StoredItem, ...] = opened.manifest.items
+        self.document: Mapping[str, Any] = opened.manifest.document
+        self.format_version, self.writer = opened.manifest.version, opened.manifest.writer
         self._by_name = {item.name: i for i, item in enumerate(self.items)}
-        self._check_entries()
-        if index is not None:
-            self._check_index(value, index)
-
-    def _index_path(self) -> Path | None:
-        if self.path.name.endswith(INDEX_SUFFIX):
-            return self.path
-        if not self._files.local:
-            return None
-        index = self.path.with_name(self.path.name.removesuffix(".safetensors") + INDEX_SUFFIX)
-        return index if not os.path.lexists(self.path) and os.path.lexists(index) else None
-
-    def _manifest_bytes(self, header: Header, path: Path) -> bytes:
-        data = self._files.manifest(0, header, path.name, self.limits)
-        digest = header.metadata.get("statecodec.manifest")
-        if data is None or digest is None:
-            shard = header.metadata.get("statecodec.shard", "?")
-            raise FormatError(f"{path.name} is shard {shard[:20]}, without manifest: open the {INDEX_SUFFIX} beside it")
-        if xxhash.xxh3_128_hexdigest(data) != digest:
-            raise CorruptFile(f"{path.name}: the manifest's checksum does not match: the file is damaged")
-        return data
-
-    def _read_index(self, path: Path) -> Any:
-        return parse_json(self._files.content(path, self.limits), path.name, self.limits)
-
-    def _check_index(self, value: Any, path: Path) -> None:
-        digest = self._headers[-1].metadata["statecodec.manifest"]
-        total = self.nbytes - sum(header.data for header in self._headers)
-        expected = index_json(self.items, [file.name for file in self.files], total, digest)
-        if json.dumps(value, sort_keys=True) != json.dumps(expected, sort_keys=True):
-            raise CorruptFile(f"{path.name} does not describe the shards beside it: damaged, or of another run")
-
-    def _check_entries(self) -> None:
-        """The header's entries must be exactly those of the manifest."""
-        expected = expected_entries(self.items, len(self._headers))
-        for i, header in enumerate(self._headers):
-            entries = {e.name: (e.dtype, e.shape) for e in header.entries.values()}
-            if i == len(self._headers) - 1:
-                entries.pop(MANIFEST_ENTRY)
-            if entries != expected[i]:
-                wrong = min(k for k in entries.keys() | expected[i].keys() if entries.get(k) != expected[i].get(k))
-                raise FormatError(
-                    f"{self.files[i].name}: entry {wrong[:200]!r} is {entries.get(wrong)}, "
-                    f"the manifest says {expected[i].get(wrong)}"
-                )
 
     @property
     def digest(self) -> str:

@@ -21,10 +21,10 @@ from statecodec.format.finished import Finished, Written, opened
 from statecodec.format.items import PACKED, PLAIN, SHARED, StoredChunk, StoredItem, StoredRecord, packed_entry, shares
 from statecodec.format.manifest import Manifest, OtherShard
 from statecodec.format.output import Destination
-from statecodec.format.packed_chunks import TEXT_PACKING, PackedChunk, pack_chunk
+from statecodec.format.packed_chunks import TEXT_PACKING, PackedChunk, VerifiedRecord, pack_chunk
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import ItemSpec, PlannedItem, plan
-from statecodec.format.reader import Reader, VerifiedRecord
+from statecodec.format.reader import Reader
 from statecodec.format.shard_files import ShardFiles, metadata
 
 if TYPE_CHECKING:

@@ -53,7 +53,7 @@ def load_files(stored: StoredCheckpoint, device: torch.device | str, keep: Keep 
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
         with listing.files[path].open() as content:
             assert isinstance(content, _RestoredBytes)
-            return keep(content.tensor(offset, nbytes).to(device))
+            return content.tensor(offset, nbytes).to(device)
 
     try:
         return tree(listing, KeptRead(read, keep))

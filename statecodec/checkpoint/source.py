@@ -272,7 +272,7 @@ class SourceCheckpoint(Checkpoint):
             out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
             with self.files.open(numbers[path]) as fd:
                 read_exactly(fd, offset, memory(out), path)
-            return keep(out.to(device))
+            return out.to(device)
 
         return tree(self.original_listing(), KeptRead(read, keep))
 

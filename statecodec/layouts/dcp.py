@@ -23,7 +23,7 @@ from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import read_pickle
-from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept
+from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept, unkept
 from statecodec.layouts.regions import physical_shape, stored_region
 from statecodec.layouts.torch_zip import Archive, is_zip, open_archive, settle_storages
 from statecodec.layouts.walk import Names, most_tensors
@@ -169,24 +169,28 @@ def _storage(each: _OpenItem, key: str, read: Read) -> Tensor:
 
 
 def _whole(about: TensorAbout, chunks: list[_OpenItem], read: Read) -> Tensor:
-    """A tensor put together from its chunks."""
-    pieces = []
+    """A tensor put together from its chunks, of which one at a time is in memory beside it."""
+    if len(chunks) == 1:
+        return _chunk(chunks[0], read)
+    whole: Tensor | None = None
     for each in chunks:
-        node = each.chunk()
-        if node is None:
-            raise MalformedCheckpoint(
-                f"{each.item.file}: {shown(each.item.key)!r:.80} is stored in a form that is not known"
-            )
-        storage = _storage(each, _storage_key(node), read)
-        pieces.append(window(storage, node.dtype, node.shape, node.stride, node.offset))
-    if len(pieces) == 1:
-        return pieces[0]
-    whole = torch.empty(about.size, dtype=about.dtype.torch, device=pieces[0].device if pieces else "cpu")
-    for each, piece in zip(chunks, pieces, strict=True):
-        box = each.item.box
+        chunk, box = _chunk(each, unkept(read)), each.item.box
         assert box is not None
-        whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = piece
-    return kept(read, whole)
+        if whole is None:
+            whole = torch.empty(about.size, dtype=about.dtype.torch, device=chunk.device)
+        whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = chunk
+        del chunk
+    return torch.empty(about.size, dtype=about.dtype.torch, device="cpu") if whole is None else kept(read, whole)
+
+
+def _chunk(each: _OpenItem, read: Read) -> Tensor:
+    node = each.chunk()
+    if node is None:
+        raise MalformedCheckpoint(
+            f"{each.item.file}: {shown(each.item.key)!r:.80} is stored in a form that is not known"
+        )
+    storage = _storage(each, _storage_key(node), read)
+    return window(storage, node.dtype, node.shape, node.stride, node.offset)
 
 
 # ---- the saved object

@@ -24,7 +24,7 @@ Read: TypeAlias = "Callable[[str, int, int], Tensor]"
 
 @dataclass(frozen=True)
 class KeptRead:
-    """A Read whose caller also says where tensors that a layout puts together shall be.
+    """A Read whose caller also says where tensors shall be that stay.
 
     Args:
         read: Supplies bytes.
@@ -35,7 +35,12 @@ class KeptRead:
     keep: Callable[[Tensor], Tensor]
 
     def __call__(self, path: str, offset: int, nbytes: int) -> Tensor:
-        return self.read(path, offset, nbytes)
+        return self.keep(self.read(path, offset, nbytes))
+
+
+def unkept(read: Read) -> Read:
+    """The same for bytes that are used once: to put a tensor together."""
+    return read.read if isinstance(read, KeptRead) else read
 
 
 def kept(read: Read, tensor: Tensor) -> Tensor:

@@ -65,10 +65,11 @@ class DcpIndex:
 def read_index(listing: Listing) -> DcpIndex:
     """Read and check `.metadata`. Raises LayoutError."""
     file = listing.get(INDEX)
-    if file is None:
+    if file is None or not listing.is_directory:
         error = MalformedCheckpoint if listing.is_directory else UnknownLayout
         raise error(
-            f"one file of a DCP checkpoint (torch.distributed.checkpoint); what is needed is its folder, with {INDEX}"
+            f"one file of a DCP checkpoint (torch.distributed.checkpoint); what is needed is its folder, with {INDEX} "
+            "and all shards"
         )
     if file.nbytes > MAX_PICKLE_BYTES:
         raise MalformedCheckpoint(f"{INDEX} has {file.nbytes} bytes; more than {MAX_PICKLE_BYTES} are not read")

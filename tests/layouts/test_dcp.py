@@ -151,6 +151,8 @@ def test_two_folders_under_one_root(dcp_sharded: Path, tmp_path: Path) -> None:
 def test_one_shard_says_what_is_needed(dcp_sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownLayout, match="one file of a DCP checkpoint"):
         locate(dcp_sharded / "nested" / "__1_0.distcp")
+    with pytest.raises(UnknownLayout, match="one file of a DCP checkpoint"):
+        locate(dcp_sharded / "nested" / ".metadata")
     shutil.copytree(dcp_sharded / "nested", tmp_path / "x")
     (tmp_path / "x" / ".metadata").unlink()
     source = locate(tmp_path / "x")

@@ -247,6 +247,24 @@ def checkpoints(r: Result) -> list[str]:
 _FILES = 4  # of a checkpoint, in the table
 
 
+def resume_zero(r: Result) -> list[str]:
+    """Loss gaps after resuming ZeRO from checkpoints that were changed in some way; over seeds."""
+    ways = {
+        "again": "unchanged", "ulp": "every master one fp32 number off", "bf16 moments": "first moments through bf16",
+        "0.001": "0.1 % of a step", "0.01": "1 %, `resume`", "0.1": "10 %, `small`", "0.3": "30 %, `tiny`",
+    }  # fmt: skip
+    lines = [f"| resumed from | {' | '.join(r['cases'])} |", "| --- " * (len(r["cases"]) + 1) + "|"]
+    for way, shown in ways.items():
+        cells = []
+        for runs in r["cases"].values():
+            gaps = [run["gaps"][way]["largest"] for run in runs]
+            held_out = max(abs(run["gaps"][way]["held out"]) for run in runs)
+            cells.append(f"{min(gaps):.1e} to {max(gaps):.1e}, held out {held_out:.1e}" if held_out else "0")
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
+    orders = [max(abs(gap) for run in runs for gap in run["orders"]) for runs in r["cases"].values()]
+    return [*lines, f"| in another data order | {' | '.join(f'held out {gap:.1e}' for gap in orders)} |"]
+
+
 def startup(r: Result) -> list[str]:
     """Import and help times."""
     rows = [f"| {name.removesuffix(', s')} | {value:.2f} s |" for name, value in r.items() if name != "machine"]
@@ -307,7 +325,8 @@ COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
 }
 TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
-    "memory": memory, "memory_layouts": memory_layouts, "averages": averages, "resume": resume, "chain": chain,
+    "memory": memory, "memory_layouts": memory_layouts, "averages": averages,
+    "resume_zero": resume_zero, "resume": resume, "chain": chain,
     "checkpoints": checkpoints, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,

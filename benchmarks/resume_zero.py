@@ -23,7 +23,7 @@ from tasks import TRAINED
 
 import statecodec
 
-CASES = {"ZeRO-1, bf16": (1, True), "ZeRO-3, bf16": (3, True), "ZeRO-3, fp32": (3, False)}
+CASES = {"ZeRO-1, bf16": (1, True), "ZeRO-3, bf16": (3, True)}
 SEEDS = (0, 1, 2)
 ORDERS = (TRAINED + 1, TRAINED + 2, TRAINED + 3)
 FRACTIONS = (0.001, 0.01, 0.1, 0.3)

@@ -167,7 +167,8 @@ class _Chooser:
     def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
         """The choices for one parameter's moments and its weight."""
         first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
-        if first.shape != second.shape or not (self._open(first) or self._open(second)):
+        weight = self._item(moments.weight) if moments.weight else None
+        if first.shape != second.shape or not any(self._open(item) for item in (first, second, weight or first)):
             return moments, {}
         unit = StepSize.measured(self.source, first, second, moments)
         chosen: dict[str, Choice] = {}
@@ -177,11 +178,10 @@ class _Chooser:
             # A direction decodes to the same update whatever a caller's rule did to the second moment.
             if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
                 chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
-        weight = self.source.tensors.get(moments.weight) if moments.weight else None
         if weight is not None and unit is not None and self.budget.weights is not None:
             one_step = _rate(moments.lr, self._largest_rate) * unit.update
             self._one_step[weight.name] = one_step
-            choice = self._weight(self._item(weight.name), one_step, self.budget.weights)
+            choice = self._weight(weight, one_step, self.budget.weights)
             if choice is not None:
                 chosen[weight.name] = choice
         return moments, chosen

@@ -247,6 +247,18 @@ def test_the_momentum_of_muon_is_finer(tmp_path: Path) -> None:
     assert 0.02 < momentum.error["step_error"] <= 0.03
 
 
+@pytest.mark.parametrize("rule", ["raw", "dropped"])
+def test_rules_for_moments_leave_the_weights_to_the_budget(rule: str, tmp_path: Path) -> None:
+    path = trained(tmp_path / "ckpt.pt")
+    content = torch.load(path, weights_only=True)
+    _, back = restored(path, max_step_error=0.1, rules=[f"exp_avg={rule}", f"exp_avg_sq={rule}"])
+    found = torch.load(back, weights_only=True)["model"]
+    for index, (name, w) in enumerate(content["model"].items()):
+        step = LR * rms(update(content["optimizer"]["state"][index]))
+        error = rms((found[name].double() - w.double()).numpy()) / step
+        assert 0.09 < error <= 0.1 if w.numel() >= 4096 else error == 0
+
+
 @pytest.mark.parametrize("fraction", [0.01, 0.3])
 def test_averages_of_weights_are_off_by_the_same_fraction_of_the_step_of_their_weights(
     fraction: float, tmp_path: Path

@@ -1,4 +1,4 @@
-"""Methods that need all of a matrix: matrices of one shape are stepped side by side, as one batch of products.
+"""Methods that need a whole matrix: matrices of one shape are stepped together, as one batch of products.
 
 Nothing here waits for the device: how often a matrix was stepped, and whether it keeps its old bytes, is known there
 only. A matrix keeps them, and is counted in `skipped`, if its gradient is not finite or too large, or if its new weight
@@ -86,7 +86,7 @@ class Stacked:
         self._pending = {k: x.view(self.parts[k].shape) for k, x in parts.items()}
 
     def store(self, fits: Tensor) -> None:
-        """Write what is new to those that fit (count); the others get their old bytes."""
+        """Write the new parts of the matrices in `fits` (count); the others keep their old bytes."""
         for k, part in self._pending.items():
             old = self.parts[k]
             kept = torch.where(fits.view(-1, *(1,) * (old.ndim - 1)), part, old)
@@ -167,13 +167,13 @@ class StoredMatrix:
 
 
 def batches(same: Sequence[Tensor], times: int = 1) -> list[Sequence[Tensor]]:
-    """Parameters of one shape in batches of about `ELEMENTS`, times a number."""
+    """Parameters of one shape in batches of about `ELEMENTS` * `times` elements."""
     count = max(1, ELEMENTS // max(1, same[0].numel())) * times
     return [same[at : at + count] for at in range(0, len(same), count)]
 
 
 def members(optimizer: StateKeeper, group: Group, params: Sequence[Tensor]) -> list[StoredMatrix]:
-    """What steps of these parameters read and write, as it is kept, also as DTensors; the steps are counted."""
+    """What steps of these parameters read and write, as stored, DTensors included. Counts the step."""
     states = [optimizer.ensure_state(p, group) for p in params]
     torch._foreach_add_([state["step"] for state in states], 1)
     return [_member(optimizer.recipe(p, group), p, state) for p, state in zip(params, states, strict=True)]

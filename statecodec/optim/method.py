@@ -32,7 +32,7 @@ LOW = "weight_low"
 
 @dataclass(frozen=True)
 class StateSpec:
-    """How one state of one parameter is stored: codec, and shape and dtype of what it decodes to."""
+    """How one state of one parameter is stored: codec, and shape and dtype of the decoded tensor."""
 
     codec: Codec
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is fixed for a parameter while its dtype, shape and place stay: method, states, and how to walk them.
+    """What is fixed for a parameter as long as its dtype, shape and placement are: method, states, and their tiles.
 
     `specs` are those of the whole parameter; steps see `own_specs` and `shape`, which are this rank's part of them.
     """
@@ -66,7 +66,7 @@ class Recipe:
 
     @property
     def label(self) -> str | int:
-        """What to call the parameter in messages."""
+        """The name of the parameter in messages."""
         return self.index if self.name is None else self.name
 
     @cached_property
@@ -79,12 +79,12 @@ class Recipe:
 
     @cached_property
     def stored(self) -> dict[str, StateSpec]:
-        """Everything that is kept encoded: the low part, if there is one, and the method's states."""
+        """All encoded states: the low part, if there is one, and the method's states."""
         return {**({} if self.low is None else {LOW: self.low}), **self.specs}
 
     @cached_property
     def formats(self) -> dict[str, StateStorage | None]:
-        """How the states are stored, as fused steps are told it."""
+        """How the states are stored, in the form that fused steps take."""
         return {k: s.codec.stored() for k, s in self.specs.items()}
 
     @cached_property
@@ -95,7 +95,7 @@ class Recipe:
 
     @cached_property
     def unit(self) -> int:
-        """How many neighbours in a row share a stored number, and so their fate where a step is not finite."""
+        """How many neighbours in a row share a stored number, and are skipped together where a step is not finite."""
         cut = {k: s.codec for k, s in self.own_specs.items() if s.codec.align(self.shape) is not None}
         return tiles.common_align(cut, self.shape)
 
@@ -107,7 +107,7 @@ class Recipe:
 
 
 def made_for(param: Tensor) -> tuple[torch.dtype, torch.Size, torch.device, Hashable]:
-    """What a recipe depends on."""
+    """The properties of a parameter that a recipe depends on."""
     return param.dtype, param.shape, param.device, sharding.place_of(param)
 
 

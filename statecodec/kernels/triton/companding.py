@@ -147,7 +147,7 @@ def group_bounds(rows, cols, groups, start, group, COUNT: tl.constexpr, EVEN: tl
 @triton.jit
 def inside_groups(column, size, WHOLE: tl.constexpr):
     """Which lanes of a tile hold an element."""
-    # With whole groups the mask is the same along a group, which is what lets the compiler use wide loads and stores.
+    # With whole groups the mask is the same along a group: so the compiler can use wide loads and stores.
     if WHOLE:
         inside = (size > 0)[:, None] & (column >= 0)[None, :]
     else:
@@ -189,7 +189,8 @@ def _encode(
         x = tl.load(x_ptr + at, mask=inside, other=0.0)
         bits = magnitude_bits(x).to(tl.uint32, bitcast=True) if FORM.signed else unsigned_bits(x)
         top = tl.maximum(top, tl.max(bits, axis=1))
-    # What is wrong is looked at only then. Every thread of a group would write the same: no atomic, no barrier.
+    # This notes only that a value is refused; `flags_of` then computes the flags. All threads of a group write the
+    # same value: no atomic, no barrier.
     tl.store(flags_ptr + index * 0, 1, mask=top >= _INF_BITS)
     scale = scale_bits(top.to(tl.int32, bitcast=True), FORM.min_scale)
     tl.store(scales_ptr + index, scale.to(tl.int16), mask=size > 0)
@@ -238,7 +239,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
 
 
 def flags_of(x: Tensor, *, signed: bool) -> int:
-    """The flags of what a tensor holds: to be asked when something is known to be wrong."""
+    """The flags of a tensor that is known to hold a value that is refused."""
     flags = kernels.NAN * bool(x.isnan().any()) | kernels.INF * bool(x.isinf().any())
     return flags if signed else flags | kernels.NEGATIVE * bool((x < 0).any())
 

@@ -1,6 +1,6 @@
 """Block means in Triton: the device tree sum, shared with the fused FOAM step, and the stand-alone kernels.
 
-Same bits as `reference.folding`: sums are a binary tree over neighbours, which a hardware reduction would not promise.
+Same bits as `reference.folding`: sums are a binary tree over neighbours. A hardware reduction guarantees no order.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _sum(
     index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
     there = index < rows * blocks
     if EVEN:
-        # The mask is the same along a block, which is what lets the compiler use wide loads.
+        # The mask is the same along a block: so the compiler can use wide loads.
         lane = tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + index[:, None] * BLOCK + lane, mask=there[:, None] & (lane >= 0), other=0.0)
     else:

@@ -1,4 +1,4 @@
-"""The fused step of everything that `fast` does not take: any weight, any supported state, any shape, any address.
+"""The fused step of whatever `fast` does not support: any weight, any supported state, any shape, any address.
 
 Each program steps a run of tiles of one parameter; a tile is [groups, lanes], element by element.
 """
@@ -153,7 +153,7 @@ def shared_moment(fields, count, begin, inside, SPEC: tl.constexpr):
     return tl.load(moments + at, mask=inside, other=0.0)
 
 
-# --- where things lie
+# --- offsets and masks
 
 
 @triton.jit

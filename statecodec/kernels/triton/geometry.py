@@ -1,4 +1,4 @@
-"""Which combinations can be fused, and how parameters are cut up for it. Pure arithmetic on shapes and formats."""
+"""Which combinations can be fused, and how parameters are divided into tiles. Pure arithmetic on shapes and formats."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Traits:
     formats: tuple[StateStorage, ...]
     group: int  # 0: no state is companded
     block: int  # of a folded state, else 1
-    words: bool  # stored as the fast step wants it, apart from shapes and addresses
+    words: bool  # stored as the fast step requires, apart from shapes and addresses
 
     @staticmethod
     def of(
@@ -95,7 +95,7 @@ class Traits:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the parameters of a launch lie: columns of its table, one entry a slot."""
+    """Shapes and tiles of the parameters of a launch: columns of its table, one entry a slot."""
 
     traits: Traits
     rows: NDArray[np.int64]
@@ -106,9 +106,9 @@ class Geometry:
     planes: NDArray[np.int64]  # [3, slots]: outer, shared, inner
 
     def parts(self, aligned: NDArray[np.bool_], words: bool) -> Iterator[tuple[dict[str, Any], NDArray[np.int32]]]:
-        """The launches of a step where these gradients are aligned: what `Spec` says of tiles, and the chunks."""
+        """The launches of a step if these gradients are aligned: for each, the tile fields of `Spec` and the chunks."""
         whole = self.whole & aligned
-        # The fast step's last tile is cut between groups, not inside one; short rows are no groups of its size.
+        # The fast step's last tile must end between groups; short rows are not groups of its size.
         even = (self.group == fast.GROUP) & (self.rows * self.cols % fast.GROUP == 0)
         fast_ones = whole & even & words & self.traits.words
         kinds = np.stack((fast_ones, whole, self.group), 1)
@@ -154,7 +154,7 @@ class Geometry:
 
 
 def geometry(traits: Traits, slots: Sequence[Slot]) -> Geometry:
-    """How these slots lie."""
+    """The geometry of these slots."""
     views = np.array([_view(slot.shape, traits) for slot in slots], np.int64).reshape(-1, 2)
     rows, cols = views.T
     blocks = -(-cols // traits.block)

@@ -1,9 +1,9 @@
-"""Codes on grids in Triton (`uniform`, `direction`, `logarithmic`), and the sums that errors are reported from.
+"""Codes on grids in Triton (`uniform`, `direction`, `logarithmic`), and the sums from which errors are computed.
 
 One kernel encodes and one decodes; which codec it is for is a compile-time argument. The encoder keeps sums and the
 largest bits in every thread, tile after tile, and leaves them in a row of fp64 for each program, which the host adds
-up: one launch and one small copy, no atomics, no barrier before a program ends. What is not finite shows in the largest
-bits; which flags it raises is looked at only then.
+up: one launch and one small copy, no atomics, no barrier before a program ends. A value that is not finite
+shows in the largest bits; which flags it raises is computed only then.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LARGEST = tl.constexpr(float(torch.finfo(torch.float32).max))
 _NORMAL_BITS, _FIRST, _RAISE = tl.constexpr(0x00800000), tl.constexpr(127 + grids.LOWEST), tl.constexpr(2.0**32)
 
 THREADS = tl.constexpr(128)
-PROGRAMS = 2 if INTERPRETED else 2048  # that leave sums: about two rounds of a large card, few enough rows to read
+PROGRAMS = 2 if INTERPRETED else 2048  # programs with sums: about two rounds of a large card, few enough rows to read
 
 
 @triton.jit

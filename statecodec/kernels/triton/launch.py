@@ -1,4 +1,4 @@
-"""The host side of a fused step: what is made once for a group of parameters, and what happens at each step.
+"""The host side of a fused step: what is prepared once for a group of parameters, and what is done at each step.
 
 What depends on shapes and storage only (the table of addresses, the lists of chunks) is made once. At a step the
 gradients' addresses and the group's numbers are compared with the last ones, and sent again where they changed, in one
@@ -111,7 +111,7 @@ class TritonLaunch:
         )  # fmt: skip
 
     def _parts(self, spec: Spec) -> list[tuple[Any, Spec, Tensor]]:
-        """The launches of a step: kernel, its record, its chunks. One, unless parameters differ in how they lie."""
+        """The launches of a step: kernel, its record, its chunks. One, unless parameters differ in their geometry."""
         key = (spec, self.aligned.tobytes())
         if key not in self.kept:
             words = spec.gradient == "bf16" and not spec.stochastic
@@ -155,7 +155,7 @@ class News:
         self._captured: list[Any] = []
 
     def uncertain(self) -> bool:
-        """Whether something else than what was sent last may be there: a graph sends its own at every replay."""
+        """Whether the device may hold other values than those sent last: a graph sends its own at every replay."""
         return self._cuda and (bool(self._captured) or torch.cuda.is_current_stream_capturing())
 
     def send(self, here: NDArray[np.int64]) -> None:
@@ -180,7 +180,7 @@ class News:
 def usable(gradients: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:
     """The gradients as a kernel can read them: contiguous, and of one dtype, which is returned too.
 
-    What is not so is copied. A copy need not outlive the launch: memory of a CUDA stream is not reused before the work
+    Others are copied. A copy need not outlive the launch: memory of a CUDA stream is not reused before the work
     queued on it.
     """
     dtypes = set(map(attrgetter("dtype"), gradients))

@@ -76,11 +76,11 @@ def _quotient_by(x, divisor, reciprocal):
 
 @triton.jit
 def too_large(x):
-    """Whether a new value may not be stored: NaN, infinite, or not below LARGEST."""
+    """Whether a new value must not be stored: NaN, infinite, or not below LARGEST."""
     return magnitude_bits(x) >= LARGEST_BITS
 
 
 @triton.jit
 def weight_too_large(w, SPEC: tl.constexpr):
-    """Whether a new weight may not be stored; fp16 holds less."""
+    """Whether a new weight must not be stored; fp16 has a lower limit."""
     return magnitude_bits(w) >= (_LARGEST_BITS_FP16 if SPEC.weight == "fp16" else LARGEST_BITS)

@@ -1,4 +1,4 @@
-"""What every Triton launch here shares: the device check, the interpreter, options, the flag word.
+"""What all Triton launches share: the device check, the interpreter, options, the flag word.
 
 Kernels are compiled with `enable_fp_fusion=False`, because a contracted multiply-add rounds once where the
 specification rounds twice; where a fused operation is wanted it is written `tl.fma`. Division and square root are
@@ -23,7 +23,7 @@ from statecodec.kernels.curves import Curve
 # Decided when the kernels are decorated, so it is read once, at import.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 
-# The interpreter pays per operation, not per element: it gets huge tiles. On a GPU 16 elements a thread, 4 warps.
+# The interpreter's time is per operation, not per element: it gets huge tiles. On a GPU 16 elements a thread, 4 warps.
 TILE = 1 << 16 if INTERPRETED else 2048
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -51,7 +51,7 @@ def flags_on_host(flags: Tensor) -> int:
 
 
 def to_host(small: Tensor) -> Tensor:
-    """A few numbers from the device, once everything before them is done; other threads have the core meanwhile."""
+    """A few numbers from the device, once all work queued before is done; other threads can use the core meanwhile."""
     if small.device.type != "cuda":
         return small
     there = small.to("cpu", non_blocking=True)

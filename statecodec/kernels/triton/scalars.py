@@ -1,4 +1,4 @@
-"""Reading the tables, and `begin`: counting a step and computing what of it depends on the count, once a parameter."""
+"""Reads the tables; `begin` counts a step and computes, once a parameter, what depends on the count."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def own_chunk(chunks):
 
 @triton.jit
 def addresses_of(fields, count):
-    """Where weight, low part, and both moments with their scales lie."""
+    """The addresses of weight, low part, and both moments with their scales."""
     return (
         entry(fields, count, t.PARAM), entry(fields, count, t.LOW), entry(fields, count, t.M_DATA),
         entry(fields, count, t.M_SCALES), entry(fields, count, t.V_DATA), entry(fields, count, t.V_SCALES),
@@ -41,7 +41,7 @@ def addresses_of(fields, count):
 
 @triton.jit
 def group_numbers(news, count):
-    """What the rules compute with and is the same for all parameters, rounded to fp32 once."""
+    """The rules' scalars that are the same for all parameters, rounded to fp32 once."""
     beta1, beta2 = number(news, count, t.BETA1), number(news, count, t.BETA2)
     return (
         beta1.to(tl.float32), (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32),
@@ -52,7 +52,7 @@ def group_numbers(news, count):
 
 @triton.jit
 def parameter_numbers(scalar_fields, count):
-    """What the rules compute with and is this parameter's own."""
+    """The rules' scalars of this parameter."""
     return (
         entry(scalar_fields, count, t.DECAY_BY), entry(scalar_fields, count, t.SIZE),
         entry(scalar_fields, count, t.ROOT), entry(scalar_fields, count, t.RECIPROCAL),

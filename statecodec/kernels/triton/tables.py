@@ -1,4 +1,4 @@
-"""What a fused launch works from: the tables, and the record of compile-time facts.
+"""The inputs of a fused launch: its tables, and the record of compile-time constants.
 
 `table` is int64 [FIELDS, parameters], fixed: addresses, shapes, how many groups a parameter has. `news` is int64
 [parameters + NUMBERS]: the gradients' addresses (0: this parameter has none in this step), then the group's numbers as

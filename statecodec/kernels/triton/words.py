@@ -1,4 +1,4 @@
-"""Four values in a word, and exact results from approximate instructions: what the fast step is made of.
+"""The fast step's building blocks: four values in a word, and exact results from approximate instructions.
 
 Four bf16 numbers lie in an int64, four codes or low parts in an int32. Byte permutations unpack them into four planes
 and pack them again; conversion instructions run at a quarter of that rate. A code c in the low byte of 2**23's bits is
@@ -101,7 +101,7 @@ def floor_in_byte_one(x, y):
 
 @triton.jit
 def larger(a, b):
-    """The larger of two; NaN wins."""
+    """The larger of two; NaN if either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -212,7 +212,7 @@ def packed_bytes(a, b, c, d, BYTE: tl.constexpr):
     return word
 
 
-# --- the plain twins' pieces
+# --- parts of the plain twins
 
 
 @triton.jit

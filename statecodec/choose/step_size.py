@@ -21,7 +21,7 @@ from statecodec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PIECE = 1 << 18  # elements that are measured at once: two tensors of them stay in the cache
+_PIECE = 1 << 19  # elements that are measured at once: smaller ones cost more calls, larger ones more memory
 _SMALL = 1 << 12  # elements of a sampled piece
 _first, _second = ThreadScratch(), ThreadScratch()
 

@@ -159,6 +159,24 @@ def test_any_codes_decode_alike_to_finite_values(few: list[int], step: float, v:
         assert all(same_bits(a, b) for a, b in zip(decoded(name), expected, strict=True))
 
 
+@pytest.mark.parametrize("step", [0.75, 1e-3, 3.1e-38])
+def test_spans_without_exact_values_are_the_same(step: float, device, same_bits) -> None:
+    """Up to the last number below the threshold, halves and zeros of both signs among them."""
+    grid = Grid(step)
+    largest = torch.arange(grid.threshold - 64, grid.threshold, dtype=torch.int32).view(torch.float32)
+    halves = (torch.arange(-500, 500) + 0.5) * grid.width
+    x = torch.cat([largest, -largest, halves, torch.tensor([0.0, -0.0, 1e-45]), largest[0] * torch.rand(4000)])
+    codes, made = run("reference", "encode_uniform", x, out=torch.int32, device=device, grid=grid)
+    found, sums = run("cpu", "encode_uniform", x, out=torch.int32, device=device, grid=grid)
+    assert same_bits(found, codes)
+    agree(sums, made)
+    one = torch.ones_like(x)
+    codes, made = run("reference", "encode_direction", x, one, out=torch.int32, device=device, grid=grid, eps=1e-8)
+    found, sums = run("cpu", "encode_direction", x, one, out=torch.int32, device=device, grid=grid, eps=1e-8)
+    assert same_bits(found, codes)
+    agree(sums, made)
+
+
 def test_codes_keep_the_order_across_the_threshold() -> None:
     grid = Grid(0.75)
     x = torch.tensor([(LIMIT - 2) * 0.75, (LIMIT - 1) * 0.75, LIMIT * 0.75, LIMIT * 0.75 + 1, 3.4028235e38])

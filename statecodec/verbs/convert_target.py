@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from statecodec.errors import UsageError
+from statecodec.operations import LAYOUTS
 
-_TARGET = re.compile(r"(torch|adamw|foam|slimadam|lorapre)\s*(?:\((.*)\))?", re.DOTALL)
-_OPENED = re.compile(r"\s*(torch|adamw|foam|slimadam|lorapre)\s*\(")
+_NAMES = ("torch", "adamw", "foam", "slimadam", "lorapre")
+_TARGET = re.compile(rf"({'|'.join(_NAMES)})\s*(?:\((.*)\))?", re.DOTALL)
+_OPENED = re.compile(rf"\s*({'|'.join(_NAMES)})\s*\(")
 _OPTION = re.compile(r"\s*(\w+)\s*=\s*([^,()\[\]]*)\s*(?:,|$)")
 
 
@@ -25,12 +27,18 @@ class Target:
     def parse(cls, text: str) -> Target | None:
         """`foam(level=2)`, `slimadam(rules=rules.json)`, `lorapre(rank=16)`, `adamw(moments=companded8)`, `torch`.
 
-        None for text that is a rule (PATTERN=CODEC). Raises UsageError for options that cannot be read.
+        None for text that is a rule (PATTERN=CODEC). Raises UsageError for text that is neither, and for options that
+        cannot be read.
         """
         match = _TARGET.fullmatch(text.strip())
         if match is None:
             if _OPENED.match(text):
                 raise UsageError(f"{text!r}: expected NAME(option=value,...), and nothing behind the closing bracket")
+            if "=" not in text:
+                layout = f"; {text} is a layout (--layout {text})" if text in LAYOUTS else ""
+                raise UsageError(
+                    f"to {text!r:.40}: expected an optimizer ({', '.join(_NAMES)}) or a rule PATTERN=CODEC{layout}"
+                )
             return None
         arguments, position, options = match.group(2) or "", 0, {}
         while position < len(arguments):

@@ -159,7 +159,7 @@ def test_what_is_there_is_not_overwritten(source: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json", "a.safetensors"]
 
 
-@pytest.mark.parametrize("options", [{}, {"to": "torch", "layout": "dcp"}, {"layout": "zip"}])
+@pytest.mark.parametrize("options", [{}, {"to": "torch", "layout": "dcp"}, {"layout": "zip"}, {"to": "dcp"}])
 def test_one_target_is_needed(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=r"layout"):
         statecodec.convert(source, tmp_path / "x", **options)

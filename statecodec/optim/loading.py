@@ -204,6 +204,8 @@ def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -
         log.notes.append(f"saved groups with different {', '.join(split)} are one group here: it stays as it was made")
     algorithm = saved.get("algorithm")
     same = algorithm == optimizer.algorithm or (algorithm is None and optimizer.takes_torch_group(saved))
+    if algorithm is None and same:
+        saved = dict(optimizer.from_torch_group(saved))
     if saved and not same:
         source = f"a {algorithm} checkpoint" if algorithm else "a checkpoint of another optimizer"
         log.notes.append(f"{source}: lr and the other hyperparameters stay as {type(optimizer).__name__} was made with")

@@ -127,6 +127,10 @@ class Muon(StateOptimizer):
     """
 
     algorithm: ClassVar[str] = "muon"
+    torch_options: ClassVar[dict[str, Any]] = {
+        "momentum": 0.95, "nesterov": True, "ns_steps": 5, "ns_coefficients": COEFFICIENTS, "eps": 1e-7,
+        "adjust_lr_fn": None,
+    }  # fmt: skip
     sees_shapes: ClassVar[bool] = True
 
     def __init__(
@@ -162,6 +166,14 @@ class Muon(StateOptimizer):
     def method(self, param: Tensor, name: str | None, group: Group) -> Method:
         matrix = is_hidden_matrix(param, name, group)
         return MuonMethod() if matrix else AdamMethod(lr_ratio=float(group["adam_lr_ratio"]))
+
+    def from_torch_group(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        ours = {k: v for k, v in group.items() if k != "eps"}  # there Muon's, here AdamW's
+        return {**ours, "adjust": group["adjust_lr_fn"] or "original"} if "adjust_lr_fn" in group else ours
+
+    def to_torch_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        shared = {k: group[k] for k in ("momentum", "nesterov", "ns_steps")}
+        return {**self.torch_options, **shared, "adjust_lr_fn": group["adjust"]}
 
     def takes_torch_group(self, group: Mapping[str, Any]) -> bool:
         return "ns_steps" in group and "nesterov" in group

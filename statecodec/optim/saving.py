@@ -38,8 +38,8 @@ def dense(optimizer: StateKeeper) -> dict[str, Any]:
         return {"step": torch.tensor(float(state["step"]), dtype=torch.float32, device="cpu"), **decoded}
 
     def torch_group(group: Group) -> Group:
-        shared = ("params", "param_names", "lr", "initial_lr", "weight_decay", "maximize", *optimizer.torch_options)
-        return {**optimizer.torch_options, **{k: group[k] for k in shared if k in group}}
+        shared = ("params", "param_names", "lr", "initial_lr", "weight_decay", "maximize")
+        return {**optimizer.to_torch_group(group), **{k: group[k] for k in shared if k in group}}
 
     return _packed(optimizer, pack, torch_group)
 

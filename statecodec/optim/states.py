@@ -39,6 +39,28 @@ class StateKeeper(torch.optim.Optimizer):
     _fused: bool | None  # as given: whether fused steps are demanded, forbidden, or used where there are any
     _backend: str | None  # as given: whose kernels encode and decode; None is the device's
 
+    def from_torch_group(self, group: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options of a torch.optim group, under the names that they have here.
+
+        Args:
+            group: a group of which `takes_torch_group` says yes.
+
+        Returns:
+            Those that mean the same here.
+        """
+        return group
+
+    def to_torch_group(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the torch.optim class that say what a group's own do.
+
+        Args:
+            group: a group of this optimizer.
+
+        Returns:
+            All that the torch.optim class needs.
+        """
+        return {**self.torch_options, **{k: group[k] for k in self.torch_options if k in group}}
+
     @abstractmethod
     def method(self, param: Tensor, name: str | None, group: Group) -> Method:
         """The update rule for one parameter.

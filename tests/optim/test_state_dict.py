@@ -15,7 +15,7 @@ from statecodec.codecs import from_config
 from statecodec.codecs.plain import from_plain, is_plain
 from statecodec.errors import FormatError, OptimizerError, StatecodecError
 from tests.contracts.optimizer import plain_only
-from tests.optim.helpers import EVERY, bits, parameters, relative, run
+from tests.optim.helpers import EVERY, bits, gradients, parameters, relative, run
 
 
 def before(value: Any) -> Any:
@@ -112,6 +112,30 @@ def test_continuing_a_torch_run(moments: str) -> None:
         assert ours.load_report.exact
 
 
+@pytest.mark.parametrize(("name", "theirs"), [("sgd", torch.optim.SGD), ("muon", torch.optim.Muon)])
+def test_dense_momentum_loads_into_torch(name: str, theirs: Any) -> None:
+    matrices = ("a.weight", "b.weight")  # torch's Muon takes nothing else
+
+    def step(optimizer: torch.optim.Optimizer, params: dict[str, nn.Parameter], at: int) -> None:
+        for k, p in params.items():
+            p.grad = gradients(at)[k]
+        optimizer.step()
+
+    params = {k: p for k, p in parameters().items() if k in matrices}
+    optimizer = EVERY[name](params.items())
+    step(optimizer, params, 0)
+    saved = optimizer.state_dict(dense=True)
+    copies = {k: nn.Parameter(p.detach().clone()) for k, p in params.items()}
+    other = theirs(copies.items())
+    assert set(saved["param_groups"][0]) >= set(other.state_dict()["param_groups"][0])
+    other.load_state_dict(copy.deepcopy(saved))
+    for i, p in enumerate(copies.values()):
+        assert torch.equal(other.state[p]["momentum_buffer"], saved["state"][i]["momentum_buffer"])
+    step(other, copies, 1)
+    step(optimizer, params, 1)
+    assert all(relative(copies[k].detach(), p.detach()) < 0.02 for k, p in params.items())
+
+
 def test_continuing_torch_sgd_and_muon() -> None:
     a, b = parameters(), parameters()
     theirs = torch.optim.SGD(a.values(), lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.01)
@@ -130,6 +154,8 @@ def test_continuing_torch_sgd_and_muon() -> None:
     muon.step()
     ours_muon = optim.Muon([p], moments="dense")
     ours_muon.load_state_dict(muon.state_dict())
+    assert ours_muon.param_groups[0]["adjust"] == "original", "which scales the step, and is torch's default"
+    assert "adjust_lr_fn" not in ours_muon.param_groups[0]
     assert torch.equal(
         ours_muon.state_dict(dense=True)["state"][0]["momentum_buffer"], muon.state[p]["momentum_buffer"]
     )

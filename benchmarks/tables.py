@@ -19,9 +19,7 @@ from typing import Any
 import scale_model
 
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = tuple(
-    ROOT.parent / "docs" / f"{name}.md" for name in ("benchmarks", "checkpoints", "optimizers", "analysis", "scaling")
-)
+DOCUMENTS = sorted((ROOT.parent / "docs").glob("*.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -265,6 +263,20 @@ def resume_zero(r: Result) -> list[str]:
     return [*lines, f"| in another data order | {' | '.join(f'held out {gap:.1e}' for gap in orders)} |"]
 
 
+def distributed_table(r: Result) -> list[str]:
+    """Size and cost of a sharded save, and who goes on from it."""
+    lines = ["| two ranks save | B/param | CPU s | even rows, loaded by 1, 2, 3 | uneven rows |", "| --- " * 5 + "|"]
+    errors = set[str]()
+    for name, c in r["contenders"].items():
+        shown = [f"{c['bytes'] / r['params']:.2f}", f"{c['save_cpu_seconds']:.3f}"]
+        for found in (c["even"].values(), c["uneven"].values()):
+            shown.append(", ".join("error" if isinstance(f, str) else f"{f:.2g}" if f else "=" for f in found))
+            errors |= {f"`{f}`" for f in found if isinstance(f, str)}
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    about = "`=` the weights are bit for bit those of a run without a break, three steps on; a number is the largest"
+    return [*lines, "", f"{about} difference, in learning rates. Errors: {'; '.join(sorted(errors))}."]
+
+
 def startup(r: Result) -> list[str]:
     """Import and help times."""
     rows = [f"| {name.removesuffix(', s')} | {value:.2f} s |" for name, value in r.items() if name != "machine"]
@@ -327,7 +339,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
     "memory": memory, "memory_layouts": memory_layouts, "averages": averages,
     "resume_zero": resume_zero, "resume": resume, "chain": chain,
-    "checkpoints": checkpoints, "startup": startup,
+    "checkpoints": checkpoints, "distributed_table": distributed_table, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A Ray cluster of two emulated nodes: a node is killed while it works. Run by test_on_ray.py, which looks at the end.
+"""A Ray cluster of two emulated nodes: a worker of one is killed, then the other node. Run by test_on_ray.py.
 
 python ray_cluster.py SRC DST SHARES
 """
@@ -10,12 +10,20 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 
 from statecodec.distributed.on_ray import compress_on_ray
 from statecodec.errors import PolicyError
+
+
+def at_work(node: Any) -> list[psutil.Process]:
+    """The processes of a node that make a share."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [p for p in raylet.children() if p.cmdline()[:1] == ["ray::_share"]]
 
 
 def main(src: str, dst: str, shares: int) -> None:
@@ -28,13 +36,15 @@ def main(src: str, dst: str, shares: int) -> None:
         error = "nothing"
     except PolicyError as found:
         error = str(found)
-    folder, killed = Path(dst).parent, threading.Event()
+    folder, killed = Path(dst).parent, list[str]()
 
     def kill() -> None:
-        while not list(folder.glob("*.share-*")):
+        while not (list(folder.glob("*.share-*")) and (workers := at_work(nodes[0]))):
             time.sleep(0.01)
+        workers[0].kill()
+        killed.append("worker")
         cluster.remove_node(nodes[1], allow_graceful=False)
-        killed.set()
+        killed.append("node")
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
@@ -42,7 +52,7 @@ def main(src: str, dst: str, shares: int) -> None:
     report = compress_on_ray(
         src, dst, shares=shares, retries=10, progress=lambda done, total, _: seen.append((done, total))
     )
-    result = {"path": report.path, "killed": killed.is_set(), "progress": len(seen), "error": error}
+    result = {"path": report.path, "killed": killed, "progress": len(seen), "error": error}
     (folder.parent / "result.json").write_text(json.dumps(result))  # ray's own processes write to standard output
     ray.shutdown()
     cluster.shutdown()

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from tests.s3_server import bucket_store, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 obstore = pytest.importorskip("obstore") if sys.version_info >= (3, 11) else None
+# s3fs asks for another botocore than moto's: who installs it beside the environment runs that, too.
 KINDS = ["memory://", "file://", "fsspec", *(["obstore", "obstore, local", "s3"] if obstore else [])]
+KINDS += ["s3fs"] if find_spec("s3fs") else []
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Any]:
+def s3() -> Iterator[str]:
     with s3_server("checkpoints") as url:
-        yield bucket_store(url, "checkpoints")
+        yield url
 
 
 @pytest.fixture
@@ -46,7 +49,13 @@ def _arguments(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]
     if kind == "fsspec":
         return {"folder": str(tmp_path / "run" / "7"), "store": fsspec.filesystem("file")}
     if kind == "s3":
-        return {"folder": "run/7", "store": request.getfixturevalue("s3")}
+        return {"folder": "run/7", "store": bucket_store(request.getfixturevalue("s3"), "checkpoints")}
+    if kind == "s3fs":
+        url = request.getfixturevalue("s3")
+        return {
+            "folder": "checkpoints/s3fs/7",
+            "store": fsspec.filesystem("s3", endpoint_url=url, key="test", secret="test"),
+        }
     if kind == "obstore":
         return {"folder": "run/7", "store": obstore.store.MemoryStore()}
     if kind == "obstore, local":

@@ -1,4 +1,4 @@
-"""Compression on a Ray cluster of emulated nodes, one of which is killed: the bytes of a single process."""
+"""Compression on a Ray cluster of emulated nodes: a worker and a node are killed; the bytes of a single process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import statecodec
 pytest.importorskip("ray")
 
 
-def test_a_killed_node_changes_nothing(tmp_path: Path) -> None:
+def test_a_killed_worker_and_a_killed_node_change_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {
         i: {"step": torch.tensor(3.0), "exp_avg": torch.randn(256, 512), "exp_avg_sq": torch.rand(256, 512)}
@@ -30,7 +30,7 @@ def test_a_killed_node_changes_nothing(tmp_path: Path) -> None:
     done = subprocess.run(call, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result["killed"], "the node was killed while there was work left"
+    assert result["killed"] == ["worker", "node"], "while there was work left"
     assert result["progress"] >= 3
     assert "weight" in result["error"], "errors of a task are those of the library"
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["whole.sc.safetensors"]

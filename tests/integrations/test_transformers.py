@@ -14,6 +14,7 @@ import torch
 import statecodec
 from statecodec import optim
 from statecodec.errors import PolicyError, UsageError
+from statecodec.integrations import replacing
 
 pytest.importorskip("transformers")
 
@@ -64,6 +65,25 @@ def raw(straight: tuple[Path, dict[int, float]], tmp_path_factory: pytest.TempPa
     return folder
 
 
+class ReplacedAtOnce:
+    """Stands for the process that compresses, whose start takes seconds; `straight` has real ones."""
+
+    done = True
+
+    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+        self.folder = folder
+        replacing.replace_by_compressed(folder, options)
+
+    def wait(self) -> str | None:
+        return None
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("statecodec.integrations.transformers.Replacing", ReplacedAtOnce)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_lossless_one_resumes_exactly_and_the_limit_counts_both_forms(straight: Any, tmp_path: Path) -> None:
     folder, wanted = straight
     assert names(folder) == [FILE.format(16), FILE.format(8)]
@@ -87,6 +107,7 @@ def test_resume_is_as_close_as_it_promises(straight: Any, raw: Path, tmp_path: P
     assert max(abs(found[step] - straight[1][step]) for step in range(9, 17)) <= 1e-5
 
 
+@pytest.mark.usefixtures("at_once")
 def test_the_live_optimizers(tmp_path: Path) -> None:
     def live(steps: int, every: int | None = None, resume: str | None = None) -> Any:
         own = (optim.AdamW, {"lr": 1e-3, "dense_below": 0})

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from statecodec.operations import PRESETS
+
 
 def _existing(text: str) -> Path:
     """A path that is there, or - for standard input."""
@@ -34,7 +36,7 @@ Force = Annotated[bool, typer.Option("--force", "-f", help="Replace an existing 
 SafeOnly = Annotated[
     bool, typer.Option("--safe-only", help="Refuse a checkpoint whose unpickling could run code; inspect shows what.")
 ]
-PRESETS = "lossless, resume, small, tiny, live or weights; `statecodec codecs` explains them."
+PRESET_NAMES = f"{', '.join(list(PRESETS)[:-1])} or {list(PRESETS)[-1]}; `statecodec codecs` explains them."
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result (or the error) as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 All = Annotated[bool, typer.Option("--all", "-a", help="List every tensor instead of a summary by role and codec.")]

@@ -24,7 +24,7 @@ from statecodec_cli.tensor_tables import (
     SHAPE,
     body,
     groups,
-    is_compressed,
+    is_of_compressed,
     numel,
     shape,
     worst,
@@ -77,7 +77,7 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
         Text.assemble((str(document.get("path") or source.get("name", "")), "bold"), f"  {console.size(after)}")
     ]
     kind = layout(source)
-    if is_compressed(document):
+    if is_of_compressed(document):
         facts.append(f"from {source.get('name', 'a checkpoint')}, {kind}, {console.size(source['bytes'])}")
         facts.append(Text(console.ratio(source["bytes"], after), style="bold green"))
     else:

@@ -34,7 +34,7 @@ ERROR = Column("rel. rms")
 
 def body(document: Document, *, every: bool) -> TextTable:
     """The tensors of a report, one by one or summed up."""
-    tensors, packed = list(_whole(document["tensors"])), is_compressed(document)
+    tensors, packed = list(_whole(document["tensors"])), is_of_compressed(document)
     return _tensors(tensors, packed=packed) if every else _summary(tensors, packed=packed)
 
 
@@ -159,6 +159,6 @@ def numel(tensor: Document) -> int:
     return math.prod(tensor["shape"])
 
 
-def is_compressed(document: Document) -> bool:
+def is_of_compressed(document: Document) -> bool:
     """Whether the report is of a compressed file."""
     return document.get("format_version") is not None

@@ -17,7 +17,7 @@ Preset = Literal["lossless", "resume", "small", "tiny", "live", "weights"]
 def run(
     src: Annotated[Path, options.source("A checkpoint file or directory; - for standard input.")],
     output: options.OutputOrStream = None,
-    preset: Annotated[Preset, typer.Option("--preset", "-p", metavar="PRESET", help=options.PRESETS)] = "resume",
+    preset: Annotated[Preset, typer.Option("--preset", "-p", metavar="PRESET", help=options.PRESET_NAMES)] = "resume",
     rule: Annotated[
         list[str] | None,
         typer.Option(

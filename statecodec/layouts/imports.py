@@ -1,9 +1,9 @@
 """What loading a checkpoint with its own framework would import, found without loading it.
 
 Every file is judged by its content, not by its name or by the layout that claims it: archives of torch.save, bare
-pickles of any protocol, several one after the other (torch before 1.6), `.metadata` and the items of DCP. What may be a
-pickle and cannot be read is reported as such. Pickles inside compressed files, tar and numpy archives are not looked
-for: no framework loads those by itself.
+pickles of any protocol, several one after the other (torch before 1.6), tar archives of early torch, `.metadata` and
+the items of DCP. What may be a pickle and cannot be read is reported as such. Pickles inside compressed files, other
+tar archives and numpy archives are not looked for: no framework loads those by itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Final
 
-from statecodec.errors import FormatError, LayoutError, LegacyTorchFile
+from statecodec.errors import FormatError, LayoutError
 from statecodec.files import ByteSource, PartOfBytes
-from statecodec.layouts import dcp, opaque
+from statecodec.layouts import dcp
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.dcp_index import DcpItem, read_index
 from statecodec.layouts.listing import HEAD, ListedFile, Listing
+from statecodec.layouts.old_tar import is_old_tar
 from statecodec.layouts.pickle.imports import Imports, imports
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES
 from statecodec.layouts.registry import claimed
@@ -82,12 +83,11 @@ def _of_file(file: ListedFile) -> FileImports | None:
         with file.open() as source:
             if is_safetensors(file.magic, file.nbytes):
                 return _of_bytes(source, file.path, sure=False)
-            found = _of_bytes(source, file.path)
-            if found is None and isinstance(opaque.refusal(file), LegacyTorchFile):
+            if is_old_tar(source):
                 return FileImports(
                     file.path, unread="a torch file from before torch 1.6, which cannot be read as a whole"
                 )
-            return found
+            return _of_bytes(source, file.path)
     except (LayoutError, FormatError) as error:
         return FileImports(file.path, unread=str(error))
 
@@ -148,7 +148,8 @@ def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | No
         read, whole = _stream_at(source, start)
         # What follows a stream may be a storage, whose size looks like the mark of one.
         marked = sure and _is_marked(head) and (not number or read.called or read.cut_off or not read.unread)
-        if marked or (read.names and (read.called or not read.unread)):
+        goes_on = not read.followed or (sure and read.cut_off and not whole)
+        if marked or goes_on or (read.names and (read.called or not read.unread)):
             found = FileImports(path, read.names, _why(read, whole)) | found
         if read.unread is not None:
             return found

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import tarfile
 import warnings
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
@@ -23,9 +24,10 @@ import torch._weights_only_unpickler as torch_safe
 from hypothesis import given
 from hypothesis import strategies as st
 
+from statecodec.layouts import imports as looked_for
 from statecodec.layouts import list_memory, list_path
 from statecodec.layouts.imports import FileImports, file_imports
-from statecodec.layouts.pickle import reader
+from statecodec.layouts.pickle import machine, reader
 from statecodec.layouts.pickle.harmless import _HARMLESS, is_harmless
 from tests.layouts.support import pickle_of, zip_of
 from tests.layouts.test_hostile import GADGETS, Runs
@@ -209,6 +211,74 @@ def test_a_later_stream_cannot_hide(before: bytes) -> None:
     """Of a torch file from before 1.6 every stream is unpickled, whatever its protocol, wherever it begins."""
     for data in (before + ATTACK_TEXT, before + pickle.dumps(ATTACK), before + ATTACK_TEXT + bytes(3000)):
         assert SYSTEM in dangerous(of_bytes(data))
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        b"I0x10\n", b"L0x10L\n", b"I1\0\n", b"NNb", b"N(e", b"N(\x90", b"N(u", b"]NaI0\nNs",
+        b"\x96" + struct.pack("<Q", 1) + b"xK\1a", b"\x96" + struct.pack("<Q", 1) + b"xK\0K\1s",
+        b"\x8b" + struct.pack("<i", 70_000) + bytes(70_000), b")0" * 6000,
+        b"S'" + b"a" * 3000 + b"'\n",
+    ],
+    ids=[
+        "a number in hexadecimal", "a long one", "a number up to a NUL", "no state", "nothing appended",
+        "nothing added", "no keys", "an element of a list", "one of a bytearray", "a key of one", "a large number",
+        "many objects", "a long text",
+    ],
+)  # fmt: skip
+def test_what_python_reads_and_this_reader_does_not_hides_nothing(
+    before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither alone nor as the fourth stream of an old torch file: it has no mark that says it is a pickle."""
+    monkeypatch.setattr(looked_for, "_PREFIXES", (64, 2048))
+    monkeypatch.setattr(machine, "_FREE_OBJECTS", 1000)
+    data = before + ATTACK_TEXT
+    assert SYSTEM in asked(data)
+    for whole in (data, pickle.dumps(MAGIC, 2) + b"I1001\n." + pickle.dumps({}, 2) + data):
+        found = of_bytes(whole)
+        assert dangerous(found) or found.unread  # type: ignore[union-attr]
+
+
+def test_objects_outside_of_a_pickle_hide_nothing() -> None:
+    """Before torch 1.6 modules were such objects, too; torch still takes them."""
+    for outside in (b"(S'module'\nNNNtQ0", b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI01\nNtQ0"):
+        found = of_bytes(pickle.dumps(MAGIC, 2) + b"I1001\n." + pickle.dumps({}, 2) + outside + ATTACK_TEXT)
+        assert dangerous(found) or found.unread  # type: ignore[union-attr]
+
+
+def tar_of(members: dict[str, bytes], form: int = tarfile.USTAR_FORMAT) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=form) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return data.getvalue()
+
+
+def test_old_tar_archives(tmp_path: Path) -> None:
+    """torch.load unpickles their member `storages`, wherever it is, whatever else the first bytes may be."""
+    storages, far = {"storages": ATTACK_TEXT}, {"large": bytes(5000)}
+    plain = tar_of(storages)
+    unmarked = bytearray(plain[:257] + bytes(8) + plain[265:])  # tar of before 1988 had no mark
+    unmarked[148:156] = b"%06o\0 " % (sum(unmarked[:148]) + 8 * ord(" ") + sum(unmarked[156:512]))
+    archives = {
+        "plain": plain, "unmarked": bytes(unmarked), "far": tar_of(far | storages),
+        "long": tar_of({"x" * 150: b""} | storages, tarfile.PAX_FORMAT), "pickle": tar_of({"N.": b""} | storages),
+        "names": tar_of({"ctorch\nFloatStorage\n.": b""} | storages),
+        "many": tar_of({f"{i}": b"" for i in range(1001)}),
+        "huge": plain[:156] + b"x" + plain[157:] + bytes(2 << 20),
+    }  # fmt: skip
+    changed = bytearray(archives["huge"])  # a header of its own for names, of 2 MiB
+    changed[124:136] = b"%011o\0" % (2 << 20)
+    changed[148:156] = b"%06o\0 " % (sum(changed[:148]) + 8 * ord(" ") + sum(changed[156:512]))
+    archives["huge"] = bytes(changed)
+    for name, data in archives.items():
+        (tmp_path / f"{name}.tar").write_bytes(data)
+    (tmp_path / "code.tar").write_bytes(tar_of(far | {"train.py": b"import torch"}))
+    (tmp_path / "empty.tar").write_bytes(bytes(10240))
+    assert unread_in(tmp_path) == {f"{name}.tar" for name in archives}
 
 
 def test_programs_and_damage_count_as_able_to_run_code(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ class Imports:
     """Whether unpickling would have called something by then."""
     cut_off: bool
     """It goes on beyond the bytes that were given."""
+    followed: bool = True
+    """Whether Python's unpickler stops where reading did. It may go on where this is false."""
 
 
 def imports(data: bytes) -> Imports:
@@ -41,4 +43,4 @@ def imports(data: bytes) -> Imports:
     except MalformedCheckpoint as error:
         unread = str(error)
         cut_off = machine.pos + _MAX_OPERAND > len(data)
-    return Imports(machine.names, machine.pos, unread, machine.called, cut_off)
+    return Imports(machine.names, machine.pos, unread, machine.called, cut_off, machine.followed)

@@ -16,7 +16,8 @@ class Machine:
     """The state of a pickle stream that is being read, and what opcodes do to it."""
 
     __slots__ = (
-        "called", "data", "globals", "limit", "made", "marks", "memo", "pos", "protocol", "stack", "storages",
+        "called", "data", "followed", "globals", "limit", "made", "marks", "memo", "pos", "protocol", "stack",
+        "storages",
     )  # fmt: skip
 
     def __init__(self, data: bytes) -> None:
@@ -24,6 +25,8 @@ class Machine:
         self.protocol = 0
         self.called = False
         """Whether something was called, if only to be described."""
+        self.followed = True
+        """False where Python's unpickler may go on. All other errors are errors there, too."""
         self.limit = _FREE_OBJECTS + len(data) // 4
         self.stack: list[Any] = []
         self.marks: list[int] = []
@@ -41,6 +44,11 @@ class Machine:
     def cut_off(self, why: str) -> MalformedCheckpoint:
         """The error for a stream that ends before its STOP."""
         self.pos = len(self.data)
+        return MalformedCheckpoint(why)
+
+    def not_followed(self, why: str) -> MalformedCheckpoint:
+        """The error for what Python's unpickler may do, and this reader does not."""
+        self.followed = False
         return MalformedCheckpoint(why)
 
     def take(self, n: int) -> bytes:
@@ -76,7 +84,7 @@ class Machine:
         """Store the top of the stack in the memo."""
         self.memo[index] = self.stack[-1]
         if len(self.memo) > self.limit:
-            raise MalformedCheckpoint(f"remembers more than {self.limit} objects")
+            raise self.not_followed(f"remembers more than {self.limit} objects")
 
     def named(self, module: Any, name: Any) -> Any:
         """The node of a global, with the spelling of Python 3."""

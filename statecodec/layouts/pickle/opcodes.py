@@ -45,11 +45,17 @@ def _binint1(m: Machine) -> None:
 
 def _int(m: Machine) -> None:
     text = m.line()
-    m.stack.append(text == b"01" if text in (b"00", b"01") else int(text))
+    m.stack.append(text == b"01" if text in (b"00", b"01") else _number(text))
 
 
 def _long(m: Machine) -> None:
-    m.stack.append(int(m.line().rstrip(b"L")))
+    m.stack.append(_number(m.line().rstrip(b"L")))
+
+
+def _number(text: bytes) -> int:
+    """A number as CPython reads it: up to a NUL, in any base that a prefix names."""
+    digits = text.partition(b"\0")[0]
+    return int(digits, 0) if digits.strip().lstrip(b"+-")[1:2].isalpha() else int(digits)
 
 
 def _float(m: Machine) -> None:
@@ -58,7 +64,7 @@ def _float(m: Machine) -> None:
 
 def _long_bytes(m: Machine, n: int) -> None:
     if not 0 <= n <= _MAX_INT_BYTES:
-        raise MalformedCheckpoint(f"holds an integer of {n} bytes; more than {_MAX_INT_BYTES} are not read")
+        raise m.not_followed(f"holds an integer of {n} bytes; more than {_MAX_INT_BYTES} are not read")
     m.stack.append(int.from_bytes(m.take(n), "little", signed=True))
 
 
@@ -134,6 +140,10 @@ def _pairs(found: list[Any]) -> list[tuple[Any, Any]]:
 
 def _set_pairs(m: Machine, pairs: list[tuple[Any, Any]]) -> None:
     target = m.stack[-1]
+    if not pairs:  # of whatever it is
+        return
+    if type(target) in (list, bytearray):
+        raise m.not_followed(f"sets elements of a {type(target).__name__}")
     if type(target) is not DictNode and type(target) is not Opaque:
         raise MalformedCheckpoint(f"sets keys of a {type(target).__name__}")
     target.items.extend(pairs)
@@ -141,10 +151,14 @@ def _set_pairs(m: Machine, pairs: list[tuple[Any, Any]]) -> None:
 
 def _extend(m: Machine, found: list[Any]) -> None:
     target = m.stack[-1]
+    if not found:  # to whatever it is
+        return
     if type(target) is list:
         target.extend(found)
     elif type(target) is Opaque:
         target.elements.extend(found)
+    elif type(target) is bytearray:
+        raise m.not_followed("appends to a bytearray")
     else:
         raise MalformedCheckpoint(f"appends to a {type(target).__name__}")
 
@@ -263,13 +277,15 @@ def _obj(m: Machine) -> None:
 
 def _persistent(m: Machine) -> None:
     pid = m.stack.pop()
-    if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
-        raise MalformedCheckpoint("refers to something outside of the pickle that is no torch storage")
+    if type(pid) is not tuple:
+        raise MalformedCheckpoint("refers to something outside of the pickle by what torch never does")
+    if len(pid) < 5 or pid[0] != "storage":
+        raise m.not_followed("refers to something outside of the pickle that is no torch storage")
     _, cls, key, location, numel = pid[:5]
     kind = storage_dtype(cls.module, cls.name) if type(cls) is Global else None
     spelled_right = type(key) is str and type(location) is str and type(numel) is int
     if kind is None or not spelled_right or not 0 <= numel < 1 << 63:
-        raise MalformedCheckpoint(f"refers to a storage that cannot be understood (class {cls!r:.80})")
+        raise m.not_followed(f"refers to a storage that cannot be understood (class {cls!r:.80})")
     dtype, untyped = kind
     known = m.storages.get(key)
     if known is None or known.dtype is not (dtype or UINT8) or known.numel != (numel if dtype else None):

@@ -53,4 +53,4 @@ def _run(machine: Machine) -> Any:
             return stack.pop()
         table[op](machine)
         if len(stack) > limit or machine.made > limit:
-            raise MalformedCheckpoint(f"makes more than {limit} objects from {len(data)} bytes")
+            raise machine.not_followed(f"makes more than {limit} objects from {len(data)} bytes")

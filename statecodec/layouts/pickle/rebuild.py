@@ -48,6 +48,8 @@ def call(func: Any, args: Any, kwargs: DictNode | None = None) -> Any:
 
 def build(node: Any, state: Any) -> None:
     """Set an object's state (what `__setstate__` or `__dict__.update` would get)."""
+    if state is None:  # nothing to set
+        return
     if type(node) not in (Opaque, DictNode, TensorNode):
         raise MalformedCheckpoint(f"pickle sets attributes on a {type(node).__name__}, which has none")
     node.state = state if node.state is None else (node.state, state)

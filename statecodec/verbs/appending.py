@@ -107,6 +107,14 @@ class _Job:
     chunk: Chunk
 
 
+class _Refused(Exception):
+    """Raised where an item's values are refused, perhaps by work ahead of its turn, which then counts for nothing."""
+
+    def __init__(self, index: int, why: str) -> None:
+        super().__init__(why)
+        self.index, self.why = index, why
+
+
 class _Restart(Exception):
     """Raised to store an item in another way: its values were refused (and why), or its error was too large."""
 
@@ -194,15 +202,20 @@ class _Run:
             for chunk in iterate(item.encoding.codec, item.shape, item.dtype):
                 job = _Job(index, chunk)
                 self._add(job, self._encoded(job).comparison)
+        except _Refused as refused:
+            return self._instead(refused)
         except _Restart as restart:
             return restart
         return None
+
+    def _instead(self, refused: _Refused) -> _Restart:
+        return _Restart(refused.index, Encoding(self.fallback(refused.index)), refused.why)
 
     def _encoded(self, job: _Job) -> EncodedChunk:
         try:
             return self.encode(job.index, self.items[job.index].encoding, job.chunk)
         except UnencodableValues as error:
-            raise _Restart(job.index, Encoding(self.fallback(job.index)), str(error)) from error
+            raise _Refused(job.index, str(error)) from error
 
     def _add(self, job: _Job, comparison: Comparison | None) -> None:
         """Count a chunk's errors. Raises _Restart after the last if they are too large."""
@@ -239,9 +252,9 @@ class _Run:
                     nbytes = (job.chunk.stop - job.chunk.start) * self.items[job.index].dtype.itemsize
                     done = {job.index: done.get(job.index, 0) + nbytes}
                     self.meter.add(nbytes)
-        except _Restart as restart:
-            self.meter.add(-done.get(restart.index, 0))
-            return restart
+        except (_Refused, _Restart) as stopped:
+            self.meter.add(-done.get(stopped.index, 0))
+            return self._instead(stopped) if isinstance(stopped, _Refused) else stopped
         return None
 
     def _jobs(self, start: int) -> Iterator[_Job]:

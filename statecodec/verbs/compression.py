@@ -192,7 +192,7 @@ class Compression:
         """The document's JSON. `digests`: file -> SHA-256."""
         source, located = self.source, self.source.located
         every = [digests.get(i) for i in range(len(located.files))]
-        kept = tuple(f"{name}: kept exact: {reason}" for name, reason in refusals.items())
+        refused = tuple(f"{name}: {self._outcome(name)}: {reason}" for name, reason in refusals.items())
         described = documents.Document(
             created_by=f"statecodec {__version__}",
             preset=self.settings.named_preset,
@@ -205,12 +205,17 @@ class Compression:
             },
             files=source.stored_files(every),
             folders=located.folders,
-            notes=(*self.choices.notes, *kept),
+            notes=(*self.choices.notes, *refused),
             base=self.base.file if self.base else None,
             tensors=tuple(source.joined.values()),
             asked=self.settings.promised.figures,
         )
         return documents.to_json(described, source.items)
+
+    def _outcome(self, name: str) -> str:
+        """What became of a tensor whose chosen codec refused its values."""
+        codec = self.recoded.get(self.source.tensors[name].index, self.choices[name].codec)
+        return "kept exact" if codec.exact else f"stored as {codec.name}"
 
 
 def verification_of(source: SourceCheckpoint, output: WriteOptions) -> Verification:

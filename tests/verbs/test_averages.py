@@ -93,8 +93,8 @@ def test_averages_take_fewer_bytes_and_come_back_as_near_as_their_weights(
 def test_a_weight_that_its_codec_refuses_takes_its_averages_along(content: dict[str, Any], tmp_path: Path) -> None:
     """NaN where no sample is taken: in a weight, beside which nothing can be stored, and in an average."""
     spoilt = copy.deepcopy(content)
-    spoilt["model"]["1.weight"][40, 3] = torch.nan
-    spoilt["slow"]["module.0.weight"][40, 3] = torch.nan
+    spoilt["model"]["1.weight"][190, 3] = torch.nan
+    spoilt["slow"]["module.0.weight"][190, 3] = torch.nan
     report = statecodec.compress(saved(spoilt, tmp_path / "x.pt"), preset="small", verify=True)
     found = kinds(report)
     assert (found["model.1.weight"], found["slow.module.1.weight"], found["fast.module.1.weight"]) == (
@@ -103,6 +103,11 @@ def test_a_weight_that_its_codec_refuses_takes_its_averages_along(content: dict[
     assert (found["model.0.weight"], found["slow.module.0.weight"], found["fast.module.0.weight"]) == (
         "uniform", "raw", "following",
     )  # fmt: skip
+    exact = {note.partition(":")[0] for note in report.notes if "kept exact" in note}
+    assert exact == {"model.1.weight", "slow.module.0.weight"}
+    assert {note.partition(":")[0] for note in report.notes if ": stored as uniform: " in note} == {
+        "slow.module.1.weight", "fast.module.1.weight",
+    }  # fmt: skip
     restored = back(report, tmp_path / "back.pt")
     assert restored["slow"]["module.0.weight"].isnan().sum() == restored["model"]["1.weight"].isnan().sum() == 1
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 import statecodec
-from statecodec.codecs import chunking, parse
+from statecodec.codecs import Codec, Encoding, chunking, parse
+from statecodec.codecs.chunking import Chunk
 from statecodec.dtypes import FLOAT32
+from statecodec.errors import UnencodableValues
+from statecodec.format import ItemSpec, Packing
+from statecodec.verbs.appending import EncodedChunk, WriteOptions, appended
 from statecodec.verbs.compression import Compression
 
 
@@ -51,6 +56,29 @@ def test_a_refused_tensor_is_stored_exactly(
     if pack == "zstd":  # tensors before the refused one are encoded once
         first = next(i for i, t in enumerate(report.tensors) if t.name == "layer.0.weight")
         assert encoded.count(first) == len(list(chunking.iterate(parse("companded"), (64, 512), FLOAT32)))
+
+
+def test_what_was_encoded_ahead_in_vain_decides_nothing(tmp_path: Path) -> None:
+    """Two tensors are refused at the same time: each of them is once asked for another codec."""
+    items = [ItemSpec(name, Encoding(parse("uniform")), (8, 8), FLOAT32) for name in ("first", "second")]
+    second, asked = threading.Event(), list[int]()
+
+    def encode(index: int, encoding: Encoding, _: Chunk) -> EncodedChunk:
+        if encoding.codec != parse("uniform"):
+            return EncodedChunk({"data": torch.zeros(8, 8)})
+        if index == 1:
+            second.set()
+        assert second.wait(60)
+        raise UnencodableValues("it holds NaN")
+
+    def fallback(index: int) -> Codec:
+        asked.append(index)
+        return parse("raw")
+
+    output = WriteOptions(tmp_path / "x.safetensors", Packing("zstd"), threads=2)
+    with appended(output, items, encode, "test", fallback=fallback) as (writer, refusals):
+        writer.finish({}).publish()
+    assert (asked, list(refusals)) == ([0, 1], ["first", "second"])
 
 
 def test_progress_ends_where_it_should(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from statecodec.errors import OptimizerError
 from statecodec.optim.sharding import is_dtensor, mesh_of
 
 
@@ -26,6 +28,21 @@ def all_say_yes(params: Iterable[Tensor], own: Sequence[bool]) -> list[bool]:
     for p in {mesh_of(p): p for p in params if is_dtensor(p)}.values():
         answers = _smallest(p, answers)
     return [bool(answer) for answer in answers]
+
+
+@contextmanager
+def on_all_ranks(params: Iterable[Tensor], message: str) -> Iterator[None]:
+    """Run a block that fails on all ranks that hold parts of the parameters, or on none; it must not communicate.
+
+    Raises OptimizerError with the message where only other ranks failed; they would not take part in what follows.
+    """
+    try:
+        yield
+    except Exception:
+        all_say_yes(params, [False])
+        raise
+    if not all(all_say_yes(params, [True])):
+        raise OptimizerError(message)
 
 
 def _smallest(p: Tensor, numbers: Sequence[int]) -> list[int]:

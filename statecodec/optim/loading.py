@@ -21,7 +21,7 @@ from statecodec.errors import OptimizerError
 from statecodec.names import bare_name
 from statecodec.optim import flashoptim, sharding
 from statecodec.optim.adopting import adopt
-from statecodec.optim.agreement import ranks_agree
+from statecodec.optim.agreement import on_all_ranks, ranks_agree
 from statecodec.optim.load_report import ChangeLog, LoadReport
 from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
@@ -35,6 +35,7 @@ STORAGE = frozenset((
 # What learning rate schedules add to a group. It does not apply to another kind of optimizer.
 SCHEDULE = frozenset(("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"))
 _WHOSE = ("params", "param_names")
+_WHOLE = "Give all ranks the whole state"
 _SHOWN = 8  # names in one message, at most
 
 
@@ -55,9 +56,10 @@ class Match:
 
 def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
     """Replace the optimizer's state and group options; nothing changes if anything is wrong. Raises OptimizerError."""
-    saved_groups, saved_state = _checked(state_dict)
     groups, log = optimizer.param_groups, ChangeLog()
-    matches = _matched(groups, saved_groups, log)
+    with on_all_ranks(optimizer.parameters(), f"another rank refused the state that it was given. {_WHOLE}"):
+        saved_groups, saved_state = _checked(state_dict)
+        matches = _matched(groups, saved_groups, log)
     _check_ranks(groups, matches, saved_state)
     shards = flashoptim.saved_shards(
         (p, saved_state[entry[0]])
@@ -124,7 +126,7 @@ def _check_ranks(groups: Sequence[Group], matches: Sequence[Match], state: Mappi
     if not all(agreed):
         raise OptimizerError(
             "the ranks were given different states. A state that only rank 0 has, of another optimizer or with other "
-            "options, cannot be broadcast by torch (broadcast_from_rank0): give all ranks the whole state"
+            f"options, cannot be broadcast by torch (broadcast_from_rank0). {_WHOLE}"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -164,6 +165,12 @@ def different_states() -> None:
     saved = get_optimizer_state_dict(model, theirs, options=options)
     with pytest.raises(OptimizerError, match="the ranks were given different states"):
         set_optimizer_state_dict(ours, optim.AdamW(ours.named_parameters(), moments="dense"), saved, options=options)
+    optimizer = optim.AdamW(ours.named_parameters())
+    train(ours, optimizer, range(1))
+    before = everything(ours, optimizer)
+    with pytest.raises(OptimizerError, match="`state` and `param_groups`" if dist.get_rank() else "another rank"):
+        optimizer.load_state_dict({} if dist.get_rank() else optimizer.state_dict())
+    assert everything(ours, optimizer) == before
 
 
 def limits() -> None:

@@ -117,17 +117,19 @@ class CompressedModelParallelStrategy(ModelParallelStrategy):
         **parallel: Of ModelParallelStrategy: data_parallel_size, tensor_parallel_size ...
 
     Raises:
-        UsageError: For options that `compress` does not take.
+        UsageError: For options that `compress` does not take, and for save_distributed_checkpoint=False.
         PolicyError: For a preset or a rule that cannot be read.
     """
 
     def __init__(self, preset: str = "resume", options: dict[str, Any] | None = None, **parallel: Any) -> None:
         super().__init__(**parallel)
+        if not self._save_distributed_checkpoint:
+            raise UsageError("save_distributed_checkpoint=False: every rank writes its own shards, into one folder")
         self._options: dict[str, Any] = {"preset": preset, **(options or {})}
         StatecodecWriter(**self._options)  # refuse wrong settings now
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write the shards of this rank; what is not sharded is the first rank's. All ranks call it.
+        """Write the shards of this rank; loops, callbacks and schedulers are the first rank's. All ranks call it.
 
         Args:
             checkpoint: What Lightning gathered; its tensors are this rank's.
@@ -140,12 +142,13 @@ class CompressedModelParallelStrategy(ModelParallelStrategy):
         """
         if storage_options is not None:
             raise UsageError("compressed checkpoints take no storage_options")
-        state = {
+        state: dict[str, Any] = {
             "state_dict": checkpoint.pop("state_dict"),
             "optimizers": _numbered(checkpoint.pop("optimizer_states", [])),
         }
-        writer = StatecodecWriter(self.broadcast(str(filepath)), **self._options)
-        save({**state, "rest": SimpleNamespace(**checkpoint)}, storage_writer=writer)
+        if self.is_global_zero:  # of what several ranks have, DCP takes any rank's
+            state["rest"] = SimpleNamespace(**checkpoint)
+        save(state, storage_writer=StatecodecWriter(self.broadcast(str(filepath)), **self._options))
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load the model and its optimizers in place. All ranks call it.

@@ -57,6 +57,13 @@ def on_lightning(folder: Path, epochs: int, dies_after: int | None = None) -> li
     from examples import lightning_train
     from statecodec.distributed import StatecodecWriter
 
+    def save(_: object, checkpoint: dict[str, str]) -> None:
+        checkpoint["saved_by"] = rank
+
+    def load(_: object, checkpoint: dict[str, str]) -> None:
+        assert checkpoint["saved_by"] == "0"
+
+    lightning_train.Net.on_save_checkpoint, lightning_train.Net.on_load_checkpoint = save, load
     if dies_after is not None:
         write, saves = StatecodecWriter.write_data, []
 

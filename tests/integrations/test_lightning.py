@@ -88,6 +88,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         CompressedModelParallelStrategy("huge")
     with pytest.raises(UsageError, match="one file"):
         CompressedModelParallelStrategy(options={"max_shard_size": "1GB"})
+    with pytest.raises(UsageError, match="save_distributed_checkpoint"):
+        CompressedModelParallelStrategy(save_distributed_checkpoint=False)
     with pytest.raises(UsageError, match="storage_options"):
         CompressedModelParallelStrategy().save_checkpoint({}, tmp_path, storage_options={})
     with pytest.raises(UsageError, match="weights_only"):

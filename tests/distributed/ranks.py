@@ -73,7 +73,7 @@ class Ranks:
             os.kill(self._processes[rank].pid, signal.SIGUSR1)
             for _ in range(100):
                 self._stack_files[rank].seek(0)
-                if "most recent call first" in (text := self._stack_files[rank].read()):
+                if " in <module>\n" in (text := self._stack_files[rank].read()):  # the last line of the main thread
                     break
                 time.sleep(0.1)
             said.append(f"rank {rank}:\n{text}")

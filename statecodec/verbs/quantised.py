@@ -52,7 +52,7 @@ def saved_shards(states: Mapping[Any, Any]) -> int:
 
 def _all(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, where they are, and their scales."""
-    return codes, torch.arange(codes.numel()).view(codes.shape), scales
+    return codes, torch.arange(codes.numel(), device=codes.device).view(codes.shape), scales
 
 
 def dense(state: Mapping[str, Any], shards: int = 1) -> dict[str, Any]:

@@ -33,11 +33,11 @@ class Silent:
     """Kernels of a device that is not there; what they would ask of it is asked as the real ones do."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        from statecodec.kernels.triton.runtime import flag_word, found
+        from statecodec.kernels.triton.runtime import flag_word, flags_on_host
 
         if name.startswith("decode"):
             return lambda *args, **options: None
-        return lambda x, *args, **options: found(flag_word(x))
+        return lambda x, *args, **options: flags_on_host(flag_word(x))
 
 
 def matrix_params(dtype: torch.dtype) -> list[nn.Parameter]:

@@ -21,7 +21,7 @@ from statecodec.checkpoint.sniff import not_compressed
 from statecodec.checkpoint.stored_report import stored_report, tensor_report, text
 from statecodec.codecs import Change, Codec, EncodedTensor, Encoding
 from statecodec.codecs.changes import add_parts, add_values
-from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, iterate
+from statecodec.codecs.chunking import PIECE_ELEMENTS, Chunk, by_rows, iterate
 from statecodec.dtypes import UINT8
 from statecodec.errors import CorruptFile, FormatError, LimitExceeded, UnencodableValues, UsageError
 from statecodec.format import Limits, Reader
@@ -282,11 +282,23 @@ class StoredCheckpoint(Checkpoint):
     def decode_range(self, item: int, start: int, stop: int) -> Tensor:
         """Elements start..stop of an item, flat."""
         pieces = [
-            self.decode_chunk(item, number).reshape(-1)[max(start - c.start, 0) : stop - c.start]
+            self._decode_part(item, number, max(start - c.start, 0), min(stop, c.stop) - c.start)
             for number, c in enumerate(self.reader.items[item].chunks)
             if c.start < stop and c.stop > start
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _decode_part(self, item: int, number: int, start: int, stop: int) -> Tensor:
+        """Elements start..stop of a chunk, flat. No others are decoded where the codec can do without."""
+        stored = self.reader.items[item]
+        codec, place = stored.encoding.codec, stored.chunks[number]
+        if not codec.in_pieces or stop - start == place.stop - place.start:
+            return self.decode_chunk(item, number).reshape(-1)[start:stop]
+        parts, out = self.parts(item, number), self._empty(item, (stop - start,), torch.device("cpu"))
+        for piece in by_rows(start, stop, codec.rows_cols(place.shape)[1]):
+            values = out[piece.start - start : piece.stop - start].view(piece.shape)
+            codec.decode_piece(parts, place.shape, piece.start, values, kernels.host())
+        return out
 
     def _in_base(self, item: int) -> int:
         """The base's item that a link's item is a change of."""

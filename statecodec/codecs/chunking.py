@@ -46,6 +46,21 @@ def chunks(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHU
     return list(iterate(codec, shape, dtype, target))
 
 
+def by_rows(start: int, stop: int, cols: int) -> Iterator[Chunk]:
+    """Cut any range of a matrix into whole rows and what lies within one row, as `Codec.decode_piece` takes them.
+
+    Args:
+        start: The first element.
+        stop: One past the last element.
+        cols: The matrix's columns.
+    """
+    while start < stop:
+        whole = (stop - start) // cols if start % cols == 0 else 0
+        end = start + whole * cols if whole else min(stop, (start // cols + 1) * cols)
+        yield Chunk(start, end, (whole, cols) if whole else (1, end - start))
+        start = end
+
+
 def iterate(codec: Codec, shape: tuple[int, ...], dtype: DType, target: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
     """Like `chunks`, one after the other."""
     total = math.prod(shape)

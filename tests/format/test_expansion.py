@@ -87,6 +87,22 @@ def test_pieces_are_those_of_the_whole(text: str, shape: tuple[int, ...], target
     torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("text", ["shared(dims=1)", "shared(dims=[0,2],inner=companded)", "lowrank(rank=2)"])
+def test_a_range_is_decoded_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """A tensor beside it is read in many chunks: each takes a few elements of one that is a single chunk."""
+    codec, shape = codecs.parse(text), (7, 3, 5)
+    encoded = codec.encode(torch.rand(shape, generator=torch.Generator().manual_seed(1)))
+    with Writer(tmp_path / "x.safetensors", [ItemSpec("w", Encoding(codec), shape, FLOAT32)]) as writer:
+        writer.append(writer.pack(0, Chunk(0, 105, shape), encoded.parts))
+        writer.close()
+    whole = encoded.decode()
+    monkeypatch.setattr(type(codec), "decode_into", lambda *_: pytest.fail("all of it was decoded"))
+    document = Document("test", None, (), {"layout": "native"}, (), (), ())
+    with StoredCheckpoint(tmp_path, Reader(tmp_path / "x.safetensors"), document) as stored:
+        for start, stop in ((0, 1), (0, 30), (3, 15), (14, 16), (17, 29), (31, 104), (45, 105)):
+            torch.testing.assert_close(stored.decode_range(0, start, stop), whole.view(-1)[start:stop])
+
+
 @pytest.mark.parametrize("codec", ["shared(dims=[0,1])", "lowrank(rank=1)"])
 def test_a_small_file_of_a_large_tensor_takes_little_memory(tmp_path: Path, codec: str) -> None:
     path, shape = tmp_path / "x.safetensors", (1 << 13, 1 << 15)  # 1 GiB

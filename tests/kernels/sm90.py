@@ -114,6 +114,7 @@ class Recorder:
                     if spec and spec.width:  # a step over tiles
                         row["step"], elements = step_name(spec), spec.count * spec.width * spec.block / 128
                     row |= self.describe(compiled, name, elements)
+                    row["faults"] += ["registers are spilled"] if row["spills"] else []
                 self.rows.append(row)
 
     def variants(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.kernels.cpu.views import array_of, bits_of, kernel
-from statecodec.kernels.reference.steps import DITHER_1, DITHER_2, GOLDEN, mix, shared_adam
+from statecodec.kernels.reference.steps import DITHER_1, DITHER_2, GOLDEN, mix
 
 __all__ = ["adam", "dither", "foam", "lion", "sgd", "shared_adam"]
 
@@ -25,6 +25,16 @@ def adam(
         flat(w), flat(g), flat(m), flat(v),
         f(1 - beta1), f(beta2), f(1 - beta2), f(eps), f(lr / c1), f(c2**0.5), f(decay),
     )  # fmt: skip
+
+
+def shared_adam(
+    w: Tensor, g: Tensor, m: Tensor, v: Tensor, *,
+    lr: float, beta1: float, eps: float, c1: float, c2: float, decay: float,
+) -> None:  # fmt: skip
+    """See `reference.steps.shared_adam`. Every operation is rounded once, as in `adam`; torch's roots need not be."""
+    divisor = torch.from_numpy(np.sqrt(v.numpy())).div_(c2**0.5).add_(eps)
+    m.add_((g - m).mul_(1 - beta1))
+    w.mul_(decay).sub_((m / divisor).mul_(lr / c1))
 
 
 def sgd(

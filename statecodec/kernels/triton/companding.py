@@ -31,7 +31,7 @@ _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFT
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
 _MAGNITUDE, _INF_BITS, _BF16_MAX = (tl.constexpr(b) for b in (0x7FFFFFFF, 0x7F800000, 0x7F7F))
 
-WIDEST = TILE if INTERPRETED else 8192  # a group up to this size is held in registers; a larger one is read twice
+WIDEST = TILE if INTERPRETED else 4096  # a group up to this size is held in registers; a larger one is read twice
 
 
 @triton.jit

@@ -51,15 +51,17 @@ def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count,
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields, count)
     here, begin = places(entry(fields, count, t.ROWS), entry(fields, count, t.COLS), start, SPEC)
     offset, inside = here[1], here[2]
+    if SPEC.method == "slim":  # while few registers are taken
+        v = shared_moment(fields, count, begin, inside, SPEC)
     w = load_weight(param, low, offset, inside, SPEC)
     g = load_gradient(gradient, offset, inside, SPEC)
-    m, v = g, g
+    m = g
     if SPEC.m.kind != "absent":
         m = load_state(m_data, m_scales, m_table, here, M, SPEC)
     if SPEC.method == "adam":
         v = load_state(v_data, v_scales, v_table, here, V, SPEC)
-    if SPEC.method == "slim":
-        v = shared_moment(fields, count, begin, inside, SPEC)
+    elif SPEC.method != "slim":
+        v = g
     w, m, v = stepped(w, g, m, v, numbers, SPEC)
     bad = weight_too_large(w, SPEC)
     if SPEC.m.kind != "absent":

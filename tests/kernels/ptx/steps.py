@@ -6,6 +6,7 @@ A script for a process of its own, like `sm90.py`: python -m tests.kernels.ptx.s
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "SGD dense": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 1e-2, "moments": "dense"}),
     "Lion stochastic": (optim.Lion, {"lr": 1e-3, "stochastic_rounding": True, "seed": 7}),
+    "SlimAdam": (optim.SlimAdam, {"lr": 1e-2, "weight_decay": 0.1}),
     "AdamW 4-bit": (optim.AdamW, {"lr": 1e-2, "moments": NIBBLES}),
 }
 SHAPES = [(5, 64), (3, 96), (32,)]
@@ -50,10 +52,15 @@ class Launches:
             self.machines[compiled.hash].run(block, params)
 
 
-def gradients(step: int, i: int, shape: tuple[int, ...]) -> Tensor:
-    """Many orders of magnitude, a row of zeros, numbers that are not finite."""
+def gradients(step: int, i: int, shape: tuple[int, ...], grid: float = 0.0) -> Tensor:
+    """Many orders of magnitude, a row of zeros, numbers that are not finite.
+
+    On a grid, the squares of a row add up without rounding, so that their order does not matter.
+    """
     g = torch.randn(shape, generator=torch.Generator().manual_seed(10 * step + i))
-    g *= 10.0 ** torch.linspace(-6, 3, shape[0]).view(-1, *[1] * (len(shape) - 1))
+    if grid:
+        g = (g / grid).round() * grid
+    g *= 2.0 ** torch.linspace(-20, 10, shape[0]).round().view(-1, *[1] * (len(shape) - 1))
     if i == 0:
         g[1] = 0
     if i == 1 and step > 0:
@@ -68,8 +75,9 @@ def main() -> None:
     runtime.INTERPRETED = True  # kernels are compiled as for a GPU, and run here
     found = {}
     for name, (make, options) in CASES.items():
+        given = partial(gradients, grid=0.125 if make is optim.SlimAdam else 0.0)
         generic, fused = (
-            train(make, torch.device("cpu"), torch.bfloat16, f, shapes=SHAPES, gradients=gradients, **options)
+            train(make, torch.device("cpu"), torch.bfloat16, f, shapes=SHAPES, gradients=given, **options)
             for f in (False, True)
         )
         found[name] = differences(generic, fused)

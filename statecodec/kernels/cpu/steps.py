@@ -32,7 +32,9 @@ def shared_adam(
     lr: float, beta1: float, eps: float, c1: float, c2: float, decay: float,
 ) -> None:  # fmt: skip
     """See `reference.steps.shared_adam`. Every operation is rounded once, as in `adam`; torch's roots need not be."""
-    divisor = torch.from_numpy(np.sqrt(v.numpy())).div_(c2**0.5).add_(eps)
+    divisor = torch.empty_like(v)
+    np.sqrt(v.numpy(), out=divisor.numpy())
+    divisor.div_(c2**0.5).add_(eps)
     m.add_((g - m).mul_(1 - beta1))
     w.mul_(decay).sub_((m / divisor).mul_(lr / c1))
 

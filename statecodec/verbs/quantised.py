@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from statecodec.buffers import has_data
 from statecodec.errors import MalformedCheckpoint, UsageError
 from statecodec.flash_groups import FlashGroups, FlashMoment, are_quantised, flash_shards
 from statecodec.layouts.objects import OpaqueObject
@@ -35,7 +36,7 @@ def has_low_bits(states: Mapping[Any, Any]) -> bool:
 def saved_shards(states: Mapping[Any, Any]) -> int:
     """In how many shards the parameters were, each with groups of its own, if FlashOptim's moments are among these.
 
-    Raises MalformedCheckpoint if no number fits all of them.
+    Raises MalformedCheckpoint if no number fits all of them, or numbers are missing.
     """
 
     def found() -> Iterator[FlashMoment]:
@@ -45,7 +46,8 @@ def saved_shards(states: Mapping[Any, Any]) -> int:
                 scales = state.get(f"{name}{FLASH_SCALES}")
                 both = isinstance(codes, torch.Tensor) and isinstance(scales, torch.Tensor)
                 if name != key and both and are_quantised(codes, scales):
-                    yield FlashMoment(tuple(codes.shape), scales.numel(), partial(_all, codes, scales))
+                    parts = _tensor(codes, name), _tensor(scales, name)
+                    yield FlashMoment(tuple(codes.shape), scales.numel(), partial(_all, *parts))
 
     return flash_shards(found())
 
@@ -148,4 +150,6 @@ def _looked_up(codes: Tensor, table: Tensor, name: str) -> Tensor:
 def _tensor(value: Any, name: str) -> Tensor:
     if not isinstance(value, torch.Tensor):
         raise MalformedCheckpoint(f"{name}: a part of the quantised state is missing, or is {type(value).__name__}")
+    if not has_data(value) or value.nbytes > value.untyped_storage().nbytes():
+        raise MalformedCheckpoint(f"{name}: fewer numbers are stored than the {value.numel()} of a quantised state")
     return value

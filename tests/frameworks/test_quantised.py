@@ -150,6 +150,8 @@ def test_parts_that_do_not_fit_are_refused(change: Any, tmp_path: Path) -> None:
     "change",
     [lambda s: s.pop("exp_avg::scales"), lambda s: s.update({"exp_avg::scales": torch.ones(1)}),
      lambda s: s.update({"exp_avg::quantized": torch.ones(128, 64)}),
+     lambda s: s.update({"exp_avg::quantized": torch.zeros(1, dtype=torch.int8).expand(2**60),
+                         "exp_avg::scales": torch.zeros(1, dtype=torch.float16).expand(2**55)}),
      lambda s: [s.pop("exp_avg_sq::quantized"), s.pop("exp_avg_sq::scales")]],
 )  # fmt: skip
 def test_the_same_of_flashoptim(change: Any, tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def file_imports(listing: Listing) -> Iterator[FileImports]:
     by_path: dict[str, FileImports] = {}
     for layout, part in claimed(listing):
         for path, file in part.files.items():
-            # A shard of DCP is a row of items; it begins as one of them does.
-            if layout is not dcp or not path.endswith(dcp.SHARD):
+            # A shard of DCP is a row of archives, of which each item is looked at; any other bytes are no shard.
+            if layout is not dcp or not path.endswith(dcp.SHARD) or not is_zip(file.magic[:4]):
                 _add(by_path, _of_file(file))
         if layout is dcp:
             _add_shards(by_path, part)

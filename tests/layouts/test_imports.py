@@ -322,6 +322,8 @@ def test_dcp_folders(dcp_alone: Path, tmp_path: Path) -> None:
 
     of_metadata(other, replaced)
     assert names_in(other) == {".metadata": set(), "__0_0.distcp": {SYSTEM}}
+    (other / "__9_0.distcp").write_bytes(ATTACK_TEXT)  # no item says that it is there
+    assert names_in(other)["__9_0.distcp"] == {SYSTEM}
     of_metadata(folder, lambda metadata: (metadata, ATTACK))
     assert names_in(folder)[".metadata"] == {SYSTEM}
     assert "__0_0.distcp" in unread_in(folder), "what is in it cannot be found"

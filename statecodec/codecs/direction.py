@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.on_grid import OnGrid, grid_bound
 from statecodec.codecs.rows import as_rows
-from statecodec.codecs.uniform import grid_bound
-from statecodec.dtypes import INT32, DType
-from statecodec.kernels.grids import MAX_STEP, MIN_STEP, Grid
+from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Direction(Codec):
+class Direction(OnGrid):
     """The direction u = exp_avg / (sqrt(exp_avg_sq) + eps) on a uniform grid: part `codes` (int32).
 
     Encoding divides by the true root, decoding multiplies by the root of the exp_avg_sq that the reader has. So the
@@ -55,17 +53,8 @@ class Direction(Codec):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        self.require(MIN_STEP <= self.step <= MAX_STEP, f"step={self.step!r}, expected {MIN_STEP} to {MAX_STEP}")
+        super().__post_init__()
         self.require(MIN_STEP <= self.eps <= 1.0, f"eps={self.eps!r}, expected {MIN_STEP} to 1")
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The grid as the kernels take it."""
-        return Grid(self.step)
-
-    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
-        self.require_float(dtype)
-        return {"codes": PartSpec(INT32, shape)}
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS

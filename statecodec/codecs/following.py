@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.on_grid import OnGrid, grid_bound
 from statecodec.codecs.rows import as_rows
-from statecodec.codecs.uniform import grid_bound
-from statecodec.dtypes import INT32, DType
 from statecodec.errors import UnencodableValues
-from statecodec.kernels.grids import MAX_STEP, MIN_STEP, Grid
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -22,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Following(Codec):
+class Following(OnGrid):
     """How many times `step` each value is away from its companion's, rounded to nearest: part `codes` (int32).
 
     The companion `weight` is what the reader decodes, so the error is that of rounding alone, rms step / sqrt(12),
@@ -45,20 +42,6 @@ class Following(Codec):
     name: ClassVar[str] = "following"
     needs: ClassVar[tuple[str, ...]] = ("weight",)
     needs_decoded: ClassVar[bool] = True
-
-    step: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.require(MIN_STEP <= self.step <= MAX_STEP, f"step={self.step!r}, expected {MIN_STEP} to {MAX_STEP}")
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The grid as the kernels take it."""
-        return Grid(self.step)
-
-    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
-        self.require_float(dtype)
-        return {"codes": PartSpec(INT32, shape)}
 
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS

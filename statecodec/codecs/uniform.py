@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.on_grid import OnGrid, grid_bound
 from statecodec.codecs.rows import as_rows
-from statecodec.dtypes import INT32, DType
-from statecodec.kernels.grids import LIMIT, MAX_STEP, MIN_STEP, Grid
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Uniform(Codec):
+class Uniform(OnGrid):
     """How many times `step` each value is, rounded to nearest: part `codes` (int32).
 
     The rms error is step / sqrt(12). Values of 2**22 cells and more are exact: there the codes go on with fp32's own
@@ -39,20 +37,6 @@ class Uniform(Codec):
 
     name: ClassVar[str] = "uniform"
 
-    step: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.require(MIN_STEP <= self.step <= MAX_STEP, f"step={self.step!r}, expected {MIN_STEP} to {MAX_STEP}")
-
-    @cached_property
-    def grid(self) -> Grid:
-        """The grid as the kernels take it."""
-        return Grid(self.step)
-
-    def parts(self, shape: tuple[int, ...], dtype: DType) -> dict[str, PartSpec]:
-        self.require_float(dtype)
-        return {"codes": PartSpec(INT32, shape)}
-
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
@@ -69,10 +53,3 @@ class Uniform(Codec):
 
     def error_bound(self, x: Tensor, companions: Companions = NO_COMPANIONS) -> Tensor:
         return rounding(grid_bound(x.to(torch.float64), self.grid), x)
-
-
-def grid_bound(x: Tensor, grid: Grid) -> Tensor:
-    """Bound on the error of fp32 values (float64) on a linear grid: half a step, and the rounding of the arithmetic."""
-    size = x.abs()
-    bound = 0.5 * grid.width + size * 2.0**-22
-    return torch.where((size == 0) | (size > grid.width * LIMIT), torch.zeros_like(size), bound)

@@ -226,6 +226,9 @@ _WEIGHTS = Option(
     "max_weight_error", "number", "The same for the weights alone.", above=0.0, at_most=1.0, example=0.01,
 )  # fmt: skip
 _STRICT = Option("strict", "flag", "Refuse a rule that matches nothing, and what another layout cannot hold.", False)
+_SHA256 = Option(
+    "sha256", "flag", "Store the original's SHA-256; by default where everything is stored exactly (lossless).",
+)  # fmt: skip
 _SAFE = Option("safe_only", "flag", "Refuse a checkpoint whose unpickling could run code.", False)
 _VERIFY = Option("verify", "flag", "Read the result back, check it, and measure the update.", False)
 _SNR = Option("snr", "flag", "Signal-to-noise ratio of the second moments, per dimension.", True)
@@ -268,7 +271,7 @@ OPERATIONS: dict[str, Operation] = {
     for item in (
         Operation(
             "compress", "Make a checkpoint small.",
-            (_PRESET, _RULES, _STEP, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS, _SAFE),
+            (_PRESET, _RULES, _STEP, _UPDATE, _WEIGHTS, _VERIFY, _STRICT, _PACK, _SHARDS, _SHA256, _SAFE),
             other="base", other_help="the previous compressed checkpoint, to store only what changed since",
             makes_files=True,
         ),

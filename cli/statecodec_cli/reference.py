@@ -45,7 +45,7 @@ def rewrite(text: str) -> str:
 def _spelled(option: ArgumentInfo | OptionInfo, kind: Any) -> str:
     if isinstance(option, ArgumentInfo):
         return f"`{option.metavar}`"
-    value = "" if kind is bool else f" {option.metavar or _value(kind)}"
+    value = "" if kind in (bool, bool | None) else f" {option.metavar or _value(kind)}"
     spellings = [
         option.default,
         *(option.param_decls or ()),

@@ -123,7 +123,11 @@ def restored(document: Document) -> list[RenderableType]:
 
 def verified(document: Document, *, against: bool) -> list[RenderableType]:
     """That `verify` found nothing wrong."""
-    verdict = "intact, and within its stated errors of the original" if against else "intact"
+    verdict = "intact"
+    if against and document["source"].get("sha256"):
+        verdict = "intact, made of this very file (the same SHA-256), and within its stated errors of it"
+    elif against:
+        verdict = "intact, and within its stated errors of the original"
     line = TextRow(
         Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
         verdict,

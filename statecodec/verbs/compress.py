@@ -48,7 +48,7 @@ def compress(
     max_update_error: float | None = None,
     max_weight_error: float | None = None,
     base: str | Path | None = None,
-    sha256: bool = True,
+    sha256: bool | None = None,
     safe_only: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -80,7 +80,8 @@ def compress(
         max_weight_error: The same for the weights alone. With `base`, `residual(...)` codecs are tried as well.
         base: An earlier compressed checkpoint in the folder of `dst`. Only what changed since is stored, where that is
             smaller. The result can be restored as long as its base lies beside it.
-        sha256: Compute the SHA-256 of the source's files and store it.
+        sha256: Store the SHA-256 of the source's files. By default where it proves something later: with `lossless`, or
+            with other settings that store everything exactly. It takes more time than anything else.
         safe_only: Refuse a source whose unpickling could run code.
         threads: Number of threads; by default the CPUs that this process may use.
         progress: Called with (bytes done, bytes in all, what is being done).

@@ -73,7 +73,7 @@ class Compression:
 
     def write(self, output: WriteOptions, verification: Verification | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        hashed = self.settings.sha256 or any(file.crcs for file in self.source.located.files)
+        hashed = self.settings.stores_sha256 or any(file.crcs for file in self.source.located.files)
         shared = SharedReads(self.source) if self.source.on_disk and hashed else None
         with self.hashing(self.source.own_files if shared else (), shared) as hashes:
 
@@ -102,7 +102,7 @@ class Compression:
         """Hash these files of the source while the block runs; the function waits for their SHA-256."""
         located = self.source.located.files
         watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs, i) for i in files]
-        hashes = FileHashes(watched, sha256=self.settings.sha256, shared=shared)
+        hashes = FileHashes(watched, sha256=self.settings.stores_sha256, shared=shared)
         hashes.start()
         try:
             yield lambda: dict(zip(files, hashes.digests(), strict=False))

@@ -33,7 +33,8 @@ class CompressSettings:
     packing: Packing
     max_shard_size: int | None
     strict: bool
-    sha256: bool
+    sha256: bool | None
+    """As asked; None leaves it to `stores_sha256`."""
 
     @classmethod
     def of(
@@ -48,7 +49,7 @@ class CompressSettings:
         max_step_error: float | None = None,
         max_update_error: float | None = None,
         max_weight_error: float | None = None,
-        sha256: bool = True,
+        sha256: bool | None = None,
     ) -> CompressSettings:
         """Read the settings in the form in which `compress` takes them. Raises UsageError, PolicyError."""
         budget = Budget.of(
@@ -91,6 +92,16 @@ class CompressSettings:
     def policy(self) -> Policy:
         """All rules, the caller's own first."""
         return Policy((*self.caller_policy.rules, *choose.preset(self.preset).rules))
+
+    @property
+    def stores_sha256(self) -> bool:
+        """Whether the SHA-256 of the source's files is stored: as asked, or else if they are restored bit for bit.
+
+        It follows from the settings alone, so that all shares of a compression agree about it.
+        """
+        if self.sha256 is not None:
+            return self.sha256
+        return not self.budget and all(rule.encoding.exact for rule in self.policy.rules)
 
     @property
     def named_preset(self) -> str | None:

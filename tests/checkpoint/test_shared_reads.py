@@ -36,7 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_digest_is_that_of_the_file(threads: int, source: Path, tmp_path: Path) -> None:
     report = statecodec.compress(
-        source, tmp_path / "c.sc.safetensors", threads=threads, rules=["*:fp32=uniform(step=0.001)"]
+        source, tmp_path / "c.sc.safetensors", threads=threads, rules=["*:fp32=uniform(step=0.001)"], sha256=True
     )
     assert [t.name for t in report.tensors if t.codec == "raw" and t.name == "b"] == ["b"]
     assert report.source["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()

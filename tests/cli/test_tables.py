@@ -122,6 +122,14 @@ def test_inspect_and_verify_say_what_was_asked_for() -> None:
     assert "preset" not in text(tables.inspected(documents.report()))  # an older file does not say whether it was kept
 
 
+def test_verify_says_whether_the_original_is_the_very_file() -> None:
+    document = documents.report()
+    assert "the same SHA-256" in text(tables.verified(document, against=True))
+    assert "SHA-256" not in text(tables.verified(document, against=False))
+    document["source"]["sha256"] = None
+    assert "intact, and within its stated errors of the original" in text(tables.verified(document, against=True))
+
+
 def test_diff_states_update_error_and_what_has_no_counterpart() -> None:
     printed = text(tables.difference(documents.difference()))
     assert row(printed, "exp_avg_sq") == ["exp_avg_sq", "1", "1,000,000", "0.00900", "0.0270"]

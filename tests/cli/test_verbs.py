@@ -155,7 +155,7 @@ def test_inspect_of_both_kinds(cli: Cli, ckpt: Path) -> None:
     plain = cli("inspect", ckpt, "--json").json()
     assert plain["format_version"] is None
     assert plain["num_params"] == 2 * (96 * 96 + 96)
-    cli("compress", ckpt)
+    cli("compress", ckpt, "--sha256")
     packed = cli("inspect", ckpt.with_name("ckpt.sc.safetensors"), "--json").json()
     assert packed["format_version"] == [2, 1]
     assert packed["preset"] == "resume"

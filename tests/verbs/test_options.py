@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -88,8 +89,8 @@ def _verified(done: Done) -> None:
     assert done.report.total is not None
 
 
-def _no_digest(done: Done) -> None:
-    assert done.report.source["sha256"] is None
+def _digest(done: Done) -> None:
+    assert done.report.source["sha256"] == hashlib.sha256(done.source.read_bytes()).hexdigest()
 
 
 OPTIONS: dict[str, tuple[Any, Callable[[Done], None]]] = {
@@ -101,7 +102,7 @@ OPTIONS: dict[str, tuple[Any, Callable[[Done], None]]] = {
     "max_shard_size": (60_000, _shards),
     "base": ("base.sc.safetensors", _linked),
     "verify": (True, _verified),
-    "sha256": (False, _no_digest),
+    "sha256": (True, _digest),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -47,6 +48,26 @@ def there_and_back(path: Path, **options: Any) -> tuple[statecodec.Report, Path]
 def test_lossless_restores_the_same_file(checkpoint: Path, pack: str) -> None:
     report, back = there_and_back(checkpoint, preset="lossless", pack=pack)
     assert sha256(back) == sha256(checkpoint) == report.source["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "stored"),
+    [
+        ({"preset": "resume"}, False),
+        ({"preset": "weights"}, False),
+        ({"preset": "live", "sha256": True}, True),
+        ({"preset": "lossless"}, True),
+        ({"preset": "lossless", "sha256": False}, False),
+        ({"preset": "lossless", "rules": ["exp_avg=companded"]}, False),
+        ({"preset": "lossless", "rules": ["exp_avg=raw"]}, True),
+        ({"preset": "lossless", "max_weight_error": 0.1}, False),
+    ],
+)
+def test_the_sha256_is_stored_where_the_restored_file_must_have_it(
+    checkpoint: Path, options: dict[str, Any], stored: bool
+) -> None:
+    report, _ = there_and_back(checkpoint, **options)
+    assert report.source["sha256"] == (sha256(checkpoint) if stored else None)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -279,6 +300,24 @@ def test_verify_against_another_original(checkpoint: Path, content: dict[str, An
         statecodec.verify(packed, against=checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("name", "hashed", "complaint"),
+    [("x.safetensors", None, None), ("x.safetensors", True, "SHA-256"), ("x.pt", None, "bytes that are not tensors")],
+)
+def test_verify_against_one_changed_bit(tmp_path: Path, name: str, hashed: bool | None, complaint: str | None) -> None:
+    """By its errors alone the changed original is as good as the first; a SHA-256 or a zip's CRCs know better."""
+    source, packed = tmp_path / name, tmp_path / "x.sc.safetensors"
+    save = save_file if name.endswith(".safetensors") else torch.save
+    weights = {"w": torch.randn(64, 128, generator=torch.Generator().manual_seed(0))}
+    save(weights, source)
+    statecodec.compress(source, packed, rules=["*=uniform(step=0.01)"], sha256=hashed)
+    statecodec.verify(packed, against=source)
+    weights["w"].view(torch.int32)[0, 0] ^= 1
+    save(weights, source)
+    with contextlib.nullcontext() if complaint is None else pytest.raises(VerificationFailed, match=complaint):
+        statecodec.verify(packed, against=source)
+
+
 def test_bit_flips_never_decode_to_other_numbers(checkpoint: Path) -> None:
     """Of random single-bit flips in our file, none may restore to anything but an error or the very same bytes."""
     packed, back = checkpoint.parent / "p.sc.safetensors", checkpoint.parent / "b.pt"
@@ -307,7 +346,7 @@ def test_a_damaged_source_is_refused(checkpoint: Path) -> None:
     data[largest.header_offset + 1000] ^= 4
     checkpoint.write_bytes(data)
     torch.load(checkpoint, weights_only=False)
-    for options in ({}, {"sha256": False}):
+    for options in ({}, {"sha256": True}):
         with pytest.raises(MalformedCheckpoint, match="CRC-32"):
             statecodec.compress(checkpoint, **options)
     assert not list(checkpoint.parent.glob("*.sc.*"))

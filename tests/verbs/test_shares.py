@@ -54,7 +54,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"preset": "lossless"},
     {"preset": "live", "pack": "none"},
-    {"preset": "tiny", "max_shard_size": 60_000, "sha256": False},
+    {"preset": "tiny", "max_shard_size": 60_000, "sha256": True},
     {"rules": ["exp_avg_sq=companded(curve=log)"], "max_step_error": 0.05},
 ]
 

@@ -68,6 +68,14 @@ def run(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Split the output into files of at most this size.")
     ] = "5GB",
+    sha256: Annotated[
+        bool | None,
+        typer.Option(
+            "--sha256/--no-sha256",
+            show_default=False,
+            help="Store the SHA-256 of the original. Default: where everything is stored exactly (lossless).",
+        ),
+    ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
@@ -125,6 +133,7 @@ def run(
             "max_weight_error": max_weight_error,
             "pack": pack,
             "max_shard_size": None if output == standard.DASH else max_shard_size,
+            "sha256": sha256,
             "base": base,
             "device": device,
             "safe_only": safe_only,

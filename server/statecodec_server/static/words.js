@@ -29,6 +29,7 @@ const OPTIONS = {
   strict: ["Refuse rules that match nothing"],
   pack: ["Packing", "zstd"],
   max_shard_size: ["Largest file of the output", "5GB"],
+  sha256: ["Store the original's SHA-256 (Lossless always does)"],
   snr: ["Signal-to-noise ratio of the second moments"],
   curve: ["Size against error of the update"],
   cutoff: ["Share only above this ratio", "1"],

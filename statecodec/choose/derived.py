@@ -9,15 +9,17 @@ from pathlib import PurePosixPath
 from typing import Final
 
 from statecodec import codecs
+from statecodec.buffers import memory
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
+from statecodec.choose.samples import sample
 from statecodec.choose.since_base import packed_size
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.chunking import Chunk
-from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from statecodec.errors import UnencodableValues
 from statecodec.format import Packing
 
@@ -25,6 +27,10 @@ _NARROW: Final = (BFLOAT16, FLOAT16)
 _ELEMENTWISE: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)
 _SAMPLE: Final = 1 << 14
 _WORTH: Final = 0.97  # of a tensor's own size: above it, depending on another tensor is not worth it
+
+
+Place = tuple[str, tuple[int, ...]]
+"""A folder and a shape."""
 
 
 def derived(
@@ -57,16 +63,49 @@ def followers(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[S
 
 
 def _rounded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:
-    """16-bit weights, and the masters that each may be a copy of: of the same folder, parameter and shape."""
-    masters: dict[tuple[str, str, tuple[int, ...]], list[SourceItem]] = defaultdict(list)
+    """16-bit weights, and the masters that each may be a copy of: of the same folder and shape, and of the same name.
+
+    A master without a name (which parameter is where in Megatron's flat buffers no file says) is one that rounds to the
+    weight wherever samples of both look. A wrong one would cost size, as what is missing to the weight is stored.
+    """
+    named: dict[tuple[str, str, tuple[int, ...]], list[SourceItem]] = defaultdict(list)
+    nameless: dict[Place, list[SourceItem]] = defaultdict(list)
     for item in source.items:
-        if item.role == "master" and item.dtype == FLOAT32 and item.param is not None:
-            masters[_folder(source, item), item.param, item.shape].append(item)
+        if item.role == "master" and item.dtype == FLOAT32 and item.numel >= MIN_NUMEL:
+            folder = _folder(source, item)
+            if item.param is None:
+                nameless[folder, item.shape].append(item)
+            else:
+                named[folder, item.param, item.shape].append(item)
+    rounded = _Rounded(source, nameless)
     for item in source.items:
         if item.role == "weight" and item.dtype in _NARROW and item.param is not None and item.numel >= MIN_NUMEL:
-            candidates = masters.get((_folder(source, item), item.param, item.shape))
+            folder = _folder(source, item)
+            candidates = named.get((folder, item.param, item.shape)) or rounded.like(item, (folder, item.shape))
             if candidates and not item.bytes_only:
                 yield item, candidates
+
+
+class _Rounded:
+    """Samples of masters as a 16-bit dtype has them, made for the shapes and dtypes that are asked for."""
+
+    def __init__(
+        self, source: SourceCheckpoint, masters: Mapping[tuple[str, tuple[int, ...]], list[SourceItem]]
+    ) -> None:
+        self._source, self._masters = source, masters
+        self._by_sample: dict[tuple[Place, DType], dict[bytes, list[SourceItem]]] = {}
+
+    def like(self, weight: SourceItem, place: Place) -> list[SourceItem]:
+        """The masters of a folder and shape whose samples round to those of the weight."""
+        if place not in self._masters:
+            return []
+        key = (place, weight.dtype)
+        if key not in self._by_sample:
+            self._by_sample[key] = defaultdict(list)
+            for master in self._masters[place]:
+                values = sample(self._source, master).to(weight.dtype.torch)
+                self._by_sample[key][bytes(memory(values))].append(master)
+        return self._by_sample[key].get(bytes(memory(sample(self._source, weight))), [])
 
 
 def _folder(source: SourceCheckpoint, item: SourceItem) -> str:

@@ -7,8 +7,9 @@ gets the files. It reads headers and pickles, never payload, and imports and run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from statecodec.layouts.base import LogicalTensor, Moments, SourceFile
@@ -100,6 +101,20 @@ class Located:
     moments: tuple[Moments, ...] = ()
     facts: tuple[Facts, ...] = ()
     framework: str | None = None
+
+
+def together(parts: Sequence[Located]) -> Located:
+    """What was found in several files of one framework, with the tensors that facts name first, as the facts are."""
+    described = [sum(len(facts.windows) for facts in located.facts) for located in parts]
+    return Located(
+        tuple(chain.from_iterable(located.files for located in parts)),
+        (
+            *chain.from_iterable(located.tensors[:n] for located, n in zip(parts, described, strict=True)),
+            *chain.from_iterable(located.tensors[n:] for located, n in zip(parts, described, strict=True)),
+        ),
+        facts=tuple(chain.from_iterable(located.facts for located in parts)),
+        framework=next((located.framework for located in parts if located.framework), None),
+    )
 
 
 class Layout(Protocol):

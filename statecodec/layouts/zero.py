@@ -16,21 +16,20 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import torch_zip
 from statecodec.layouts.base import LogicalTensor, Piece, SourceFile
+from statecodec.layouts.flat import FlatFile, Param, PartWindow
 from statecodec.layouts.graph import contiguous
 from statecodec.layouts.listing import ListedFile, Listing
 from statecodec.layouts.parts import are_whole
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
-from statecodec.layouts.protocol import Claim, Facts, Located, Read
+from statecodec.layouts.protocol import Claim, Facts, Located, Read, together
 from statecodec.layouts.walk import Names, most_tensors
 from statecodec.layouts.zero_index import WEIGHTS, ZeroIndex, read_index
-from statecodec.layouts.zero_partitions import Param
-from statecodec.layouts.zero_shards import PartWindow, UnknownForm, ZeroFile
+from statecodec.layouts.zero_shards import UnknownForm
 from statecodec.names import shown
 
 name: Final = "zero"
@@ -54,13 +53,13 @@ def locate(listing: Listing) -> Located:
     try:
         indices = _indices(listing)
     except UnknownForm:
-        return _together([torch_zip.locate(listing.of((path,))) for path in listing.files])
+        return together([torch_zip.locate(listing.of((path,))) for path in listing.files])
     names = Names()
     several = len(indices) > 1
     parts = [_located(listing, index, f"mp_rank_{i:02d}." if several else "", names) for i, index in indices.items()]
     first = next(iter(indices.values()))
     ranks = f"{first.ranks} x {len(indices)} ranks" if several else f"{first.ranks} rank{'s' * (first.ranks > 1)}"
-    return replace(_together(parts), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
+    return replace(together(parts), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
 
 
 def tree(listing: Listing, read: Read) -> Any:
@@ -83,19 +82,6 @@ def _indices(listing: Listing) -> dict[int, ZeroIndex]:
     models, states = kinds
     folder = listing.folder or "the folder"
     return {rank: read_index(models[rank], states[rank], folder) for rank in sorted({*models, *states})}
-
-
-def _together(parts: Sequence[Located]) -> Located:
-    """Everything found, with the tensors that facts name first, in the order of the facts."""
-    described = [sum(len(facts.windows) for facts in f.facts) for f in parts]
-    return Located(
-        tuple(chain.from_iterable(f.files for f in parts)),
-        (
-            *chain.from_iterable(f.tensors[:n] for f, n in zip(parts, described, strict=True)),
-            *chain.from_iterable(f.tensors[n:] for f, n in zip(parts, described, strict=True)),
-        ),
-        facts=tuple(chain.from_iterable(f.facts for f in parts)),
-    )
 
 
 # ---- one model-parallel rank
@@ -139,7 +125,7 @@ class _Placed:
         self._parts = {id(part.node) for parts in index.parts.values() for part in parts}
         self._steps = {id(node) for node in index.steps}
 
-    def add(self, shard: ZeroFile, prefix: str) -> None:
+    def add(self, shard: FlatFile, prefix: str) -> None:
         """Cut one file. Raises MalformedCheckpoint where parts and other tensors overlap."""
         with shard.file.open() as source:
             located = torch_zip.graph_of(shard.archive, shard.root, shard.added).located(

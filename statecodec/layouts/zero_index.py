@@ -14,11 +14,12 @@ from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts.base import Run
+from statecodec.layouts.flat import FlatFile, Fragment, Param, PartWindow
 from statecodec.layouts.graph import contiguous
 from statecodec.layouts.listing import ListedFile
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
-from statecodec.layouts.zero_partitions import Fragment, Param, PartitionedGroup, PartitionedParams, read_params
-from statecodec.layouts.zero_shards import Partition, PartWindow, UnknownForm, ZeroFile
+from statecodec.layouts.zero_partitions import PartitionedGroup, PartitionedParams, read_params
+from statecodec.layouts.zero_shards import Partition, UnknownForm, read_shard
 from statecodec.names import shown
 from statecodec.roles import STATE_ROLES
 
@@ -33,7 +34,7 @@ class ZeroIndex:
 
     stage: int
     ranks: int
-    shards: list[ZeroFile]
+    shards: list[FlatFile]
     params: dict[str, Param]
     """The trained ones, then the frozen ones."""
     settings: list[tuple[list[str], DictNode | None, Any]]
@@ -48,8 +49,8 @@ def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, Listed
     """Read one model-parallel rank's files, by data-parallel rank. Raises LayoutError, and UnknownForm."""
     if not models or not optimizers:
         raise MalformedCheckpoint(f"{folder}: no ..._{'optim' if models else 'model'}_states.pt beside the other files")
-    partitions = [Partition(ZeroFile.read(optimizers[rank])) for rank in sorted(optimizers)]
-    described = [ZeroFile.read(models[rank]) for rank in sorted(models)]
+    partitions = [Partition(read_shard(optimizers[rank])) for rank in sorted(optimizers)]
+    described = [read_shard(models[rank]) for rank in sorted(models)]
     first = partitions[0]
     stage = first.stage
     _check_count(optimizers, _count(first), "optim_states", folder)
@@ -84,7 +85,7 @@ def read_index(models: Mapping[int, ListedFile], optimizers: Mapping[int, Listed
 # ---- what there should be
 
 
-def _groups(described: Sequence[ZeroFile]) -> list[list[Param]]:
+def _groups(described: Sequence[FlatFile]) -> list[list[Param]]:
     """Names and shapes of the parameters of each group, the same in every file."""
     agreed: list[list[Param]] | None = None
     for shard in described:
@@ -171,7 +172,7 @@ def _check_mapping(partition: Partition, number: int, fragments: Sequence[Fragme
         )
 
 
-def _cut_weights(index: ZeroIndex, shard: ZeroFile) -> None:
+def _cut_weights(index: ZeroIndex, shard: FlatFile) -> None:
     """Cut the weights of stages 1 and 2 where their masters are cut. Names of one tied weight are cut alike."""
     kind, module = WEIGHTS[0], shard.root.get(WEIGHTS[0])
     if type(module) is not DictNode:
@@ -205,7 +206,7 @@ def _window(node: TensorNode) -> tuple[Any, ...]:
     return node.storage.key, node.dtype, node.shape, node.stride, node.offset
 
 
-def _cut_frozen(index: ZeroIndex, described: Sequence[ZeroFile], frozen: Sequence[Param]) -> None:
+def _cut_frozen(index: ZeroIndex, described: Sequence[FlatFile], frozen: Sequence[Param]) -> None:
     """Stage 3 has the frozen parameters' partitions in the files of the model, one tensor each."""
     kind = WEIGHTS[1]
     for param in frozen:

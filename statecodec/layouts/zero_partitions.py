@@ -11,44 +11,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Final
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.layouts.base import Run, Shape
+from statecodec.layouts.base import Run
+from statecodec.layouts.flat import Fragment, Param
 from statecodec.layouts.pickle.nodes import DictNode
 from statecodec.names import shown
 
 _MAX_RANK: Final = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter, as `param_shapes` names it."""
-
-    name: str
-    shape: Shape
-    numel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fragment:
-    """Elements `run` of a parameter, which lie in a flat tensor from element `at` on."""
-
-    param: Param
-    run: Run
-    at: int
-
-    @property
-    def shape(self) -> Shape:
-        """The parameter's where it is all there; rows of it where the cuts are between rows; else flat."""
-        numel, row = self.run.stop - self.run.start, math.prod(self.param.shape[1:])
-        if numel == self.param.numel:
-            return self.param.shape
-        if len(self.param.shape) > 1 and row and self.run.start % row == 0 == self.run.stop % row:
-            return (numel // row, *self.param.shape[1:])
-        return (numel,)
 
 
 class PartitionedGroup:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from statecodec.errors import LayoutError, MalformedCheckpoint
-from statecodec.layouts.base import Run
-from statecodec.layouts.graph import contiguous
+from statecodec.layouts.flat import FlatFile
 from statecodec.layouts.listing import ListedFile
-from statecodec.layouts.pickle.nodes import DictNode, Opaque, TensorNode
-from statecodec.layouts.torch_zip import Archive, read_archive
-from statecodec.layouts.zero_partitions import Fragment
+from statecodec.layouts.pickle.nodes import DictNode, Opaque
+from statecodec.layouts.torch_zip import read_archive
 
 _MASTERS: Final = {"single_partition_of_fp32_groups": (1, 2, None), "fp32_flat_groups": (3,)}
 
@@ -21,57 +17,16 @@ class UnknownForm(Exception):
     """The files are of a form that is not known; nothing is wrong with them."""
 
 
-@dataclass(frozen=True, slots=True)
-class PartWindow:
-    """A part of a tensor: a window in a file of its own."""
-
-    path: str
-    node: TensorNode
-    run: Run
-
-
-@dataclass
-class ZeroFile:
-    """A file: where its storages are, and its objects, of which flat tensors are replaced by windows on their parts."""
-
-    file: ListedFile
-    archive: Archive
-    root: DictNode
-    added: int = 0
-    """Windows that were made here."""
-
-    @classmethod
-    def read(cls, file: ListedFile) -> ZeroFile:
-        """Raises LayoutError, which names the file; UnknownForm if there is no dict in it."""
-        try:
-            with file.open() as source:
-                archive, root = read_archive(source, file.path)
-        except LayoutError as error:
-            raise MalformedCheckpoint(f"{file.path}: {error}") from None
-        if type(root) is not DictNode:
-            raise UnknownForm
-        return cls(file, archive, root)
-
-    @property
-    def path(self) -> str:
-        """The file's path."""
-        return self.file.path
-
-    def cut(self, holder: Any, key: Any, node: TensorNode, fragments: Sequence[Fragment]) -> list[PartWindow]:
-        """Replace a contiguous tensor in its list or dict by windows, one for each fragment."""
-        windows = DictNode()
-        parts = []
-        for fragment in fragments:
-            shape = fragment.shape
-            window = TensorNode(node.storage, node.dtype, shape, contiguous(shape), node.offset + fragment.at)
-            windows.items.append((fragment.param.name, window))
-            parts.append(PartWindow(self.path, window, fragment.run))
-        self.added += len(parts)
-        if type(holder) is DictNode:
-            holder.items = [(k, windows if k == key and v is node else v) for k, v in holder.items]
-        else:
-            holder[key] = windows
-        return parts
+def read_shard(file: ListedFile) -> FlatFile:
+    """Read a file's pickle. Raises LayoutError, which names the file; UnknownForm if there is no dict in it."""
+    try:
+        with file.open() as source:
+            archive, root = read_archive(source, file.path)
+    except LayoutError as error:
+        raise MalformedCheckpoint(f"{file.path}: {error}") from None
+    if type(root) is not DictNode:
+        raise UnknownForm
+    return FlatFile(file, archive, root)
 
 
 class Partition:
@@ -80,7 +35,7 @@ class Partition:
     Raises UnknownForm if that is nothing that is known.
     """
 
-    def __init__(self, shard: ZeroFile) -> None:
+    def __init__(self, shard: FlatFile) -> None:
         self.shard, self.path = shard, shard.path
         about = shard.root.get("optimizer_state_dict")
         if type(about) is not DictNode:

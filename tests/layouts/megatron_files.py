@@ -56,16 +56,23 @@ def legacy(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def flat_buffer(weights: list[torch.Tensor]) -> dict[str, Any]:
+    """Masters and moments of parameters, each from a multiple of 64 on."""
+    flat: dict[str, list[torch.Tensor]] = {"param": [], "exp_avg": [], "exp_avg_sq": []}
+    for weight in weights:
+        for key, tensor in {"param": weight, **moments(weight)}.items():
+            flat[key] += [torch.zeros(-sum(t.numel() for t in flat[key]) % 64), tensor.flatten()]
+    buffer: dict[str, Any] = {key: torch.cat(parts) for key, parts in flat.items()}
+    return {**buffer, "numel_unpadded": buffer["param"].numel()}
+
+
 def distributed_optimizer(folder: Path, shapes: dict[str, Any] = SHAPES) -> Path:
     """A rank's folder with settings in model_optim_rng.pt, and one flat buffer of each kind in distrib_optim.pt.
 
-    Parameters stand in the reverse of the model's order, each from a multiple of 64 on.
+    Parameters stand in the reverse of the model's order.
     """
     weights = masters(shapes)
-    flat: dict[str, list[torch.Tensor]] = {"param": [], "exp_avg": [], "exp_avg_sq": []}
-    for weight in reversed(weights.values()):
-        for key, tensor in {"param": weight, **moments(weight)}.items():
-            flat[key] += [tensor.flatten(), torch.zeros(-weight.numel() % 64)]
+    buffer = flat_buffer(list(reversed(weights.values())))
     rank = folder / "iter_0000010" / "mp_rank_00"
     rank.mkdir(parents=True)
     groups = [{**SETTINGS, "weight_decay": decay, "step": 10} for decay in (0.1, 0.0)]
@@ -73,8 +80,6 @@ def distributed_optimizer(folder: Path, shapes: dict[str, Any] = SHAPES) -> Path
     optimizer = {"optimizer": {"param_groups": groups}, "grad_scaler": {}}
     saved = {"iteration": 10, "checkpoint_version": 3.0, "model": model, "optimizer": optimizer}
     torch.save(saved, rank / "model_optim_rng.pt")
-    buffer: dict[str, Any] = {key: torch.cat(parts) for key, parts in flat.items()}
-    buffer["numel_unpadded"] = buffer["param"].numel()
     state = {"buckets_coalesced": True, 0: {(torch.bfloat16, torch.float32): buffer}}
     torch.save(state, rank / "distrib_optim.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text("10")

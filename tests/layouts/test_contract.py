@@ -71,8 +71,8 @@ class TestMegatron(LayoutContract):
 
     def write(self, folder: Path) -> Any:
         rank = distributed_optimizer(folder, {"a": (4, 8), "b": (8,)})
-        loaded = {str(path.relative_to(folder)): torch.load(path) for path in sorted(rank.iterdir())}
-        return {**loaded, "latest_checkpointed_iteration.txt": b"10"}
+        loaded = {path.name: torch.load(path) for path in sorted(rank.iterdir())}
+        return {"iter_0000010/mp_rank_00": loaded, "latest_checkpointed_iteration.txt": b"10"}
 
 
 def test_every_registered_layout_has_a_contract() -> None:

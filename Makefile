@@ -61,7 +61,9 @@ demo: $(LIBRARY)
 	@$(BIN)/statecodec demo --dir $(DEMO) --plot $(DEMO)/losses.svg --force
 	@echo "The losses are drawn in $(DEMO)/losses.svg. To call statecodec by its name: . $(BIN)/activate"
 
+# Where that triton cannot be had, the test that compiles with it is skipped, and says so.
 test: $(STAMP)
+	@$(MAKE) --no-print-directory $(OLDEST_TRITON) || true
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
@@ -80,7 +82,9 @@ sm90: $(STAMP) $(OLDEST_TRITON)
 
 # The triton that the oldest supported torch (2.10) brings; alone it is enough to compile.
 $(OLDEST_TRITON):
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$(notdir $@)
+	@rm -rf $@.part
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(notdir $@)
+	@mv $@.part $@
 
 torchtitan: $(STAMP) .torchtitan
 	PYTHONPATH=$(CURDIR)/.torchtitan $(BIN)/python -m pytest tests/frameworks/test_torchtitan.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -32,6 +33,9 @@ def device_of(rehearse: bool) -> torch.device:
     """The device to measure; the CPU in a rehearsal. Exits without either."""
     if rehearse and not INTERPRETED:
         sys.exit("a rehearsal needs TRITON_INTERPRET=1, set before Python starts")
+    if rehearse:
+        sys.path.append(str(RESULTS.parents[1]))
+        importlib.import_module("tests.kernels.ptx.assembly").install()
     if not rehearse and (INTERPRETED or not torch.cuda.is_available()):
         sys.exit("needs a CUDA device, and no TRITON_INTERPRET; without one, --rehearse shows that it runs")
     return torch.device("cpu" if rehearse else "cuda")

@@ -280,6 +280,9 @@ def test_ranks_round_with_draws_of_their_own(ranks: Ranks) -> None:
 
 def fused() -> None:
     """Kernels are given this rank's part, here two rows or none; interpreted, as there is no GPU."""
+    from tests.kernels.ptx import assembly
+
+    assembly.install()
     mesh = init_device_mesh("cpu", (4,))
     own = parameters(torch.bfloat16)["conv.weight"]
     cut = nn.Parameter(placed(own.detach(), mesh, [Shard(0)]))

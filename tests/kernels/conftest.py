@@ -23,6 +23,9 @@ SENTINEL = 0x5A
 if not CUDA:
     from triton.runtime.interpreter import InterpretedFunction
 
+    from tests.kernels.ptx import assembly
+
+    assembly.install()
     _plain_call, _patched = InterpretedFunction.__call__, set[str]()
 
     def _call(self: InterpretedFunction, *args: object, **kwargs: object) -> object:

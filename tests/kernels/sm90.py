@@ -9,7 +9,7 @@ at the architecture, and a kernel has many launches.
 
     python tests/kernels/sm90.py            everything
     python tests/kernels/sm90.py --keep DIR also leave the PTX and the machine code in DIR
-    python tests/kernels/sm90.py --only few|codecs|steps|fast|adam --arch 90
+    python tests/kernels/sm90.py --only ends|few|codecs|steps|fast|adam --arch 90
     python tests/kernels/sm90.py --plain    only as the real launches are, for every architecture named
 """
 
@@ -302,10 +302,20 @@ def fused_step(
     backend.prepare(method, [slot], formats)([torch.zeros(shape, dtype=grad or dtype)], hyper)
 
 
+def ends() -> None:
+    """One call of each kernel that steps, and of an encoder and a decoder: what an old triton may not understand."""
+    flash_adam()
+    foam = {name: replace(stored, block=4) for name, stored in ADAM.items()}
+    fused_step("foam", foam, FP16, torch.int8, Hyper(1e-3, stochastic=True), shape=(64, 99))
+    fused_step("slim", {"exp_avg": StateStorage(), "exp_avg_sq": StateStorage(dims=(1,))}, BF16, None, Hyper(1e-3))
+    companded(curves()[7], 4, 200, 128)
+    master_weights(torch.float16, torch.int16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--keep", type=Path)
-    parser.add_argument("--only", choices=("few", "codecs", "steps", "fast", "adam"))
+    parser.add_argument("--only", choices=("ends", "few", "codecs", "steps", "fast", "adam"))
     parser.add_argument("--arch", type=lambda text: [int(a) for a in text.split(",")], default=[80, 90, 100])
     parser.add_argument("--plain", action="store_true")
     options = parser.parse_args()
@@ -315,6 +325,8 @@ def main() -> None:
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
     for module in (companding, folding, grid, launch, runtime, splitting):
         module.on = lambda tensor: contextlib.nullcontext()
+    if options.only == "ends":
+        ends()
     if options.only == "few":
         few()
     if options.only in (None, "codecs"):
@@ -325,6 +337,7 @@ def main() -> None:
         fast_steps()
     if options.only == "adam":
         flash_adam()
+    print(f"triton {triton.__version__}", file=sys.stderr)
     print(json.dumps(recorder.rows, indent=1))
     sys.exit(any(row["faults"] for row in recorder.rows))
 

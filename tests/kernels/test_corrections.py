@@ -1,6 +1,6 @@
 """Codes come out right although division and roots start from approximations: emulated, with those a few ulps off.
 
-The interpreter divides exactly, so it cannot show this. What a GPU computes is followed here in wider numbers, rounded
+What a GPU computes is followed here in wider numbers, rounded
 to fp32 after every operation, around every threshold between two codes.
 """
 

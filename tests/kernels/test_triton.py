@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,11 +40,26 @@ def test_cpu_tensors_are_refused_outside_the_interpreter() -> None:
     assert run("-c", REFUSAL, TRITON_INTERPRET="1").stdout == ""
 
 
-def compiled(only: str) -> list[dict[str, Any]]:
-    done = run(str(HERE / "sm90.py"), "--only", only, "--arch", "90")
+def compiled(*arguments: str, **environment: str) -> tuple[list[dict[str, Any]], str]:
+    """What `sm90.py` found, and what it says beside."""
+    done = run(str(HERE / "sm90.py"), "--arch", "90", "--only", *arguments, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout), done.stderr
+
+
+def test_compiles_under_the_oldest_triton() -> None:
+    """`make test` fetches the oldest triton that pyproject.toml allows: an old one understands less of the language."""
+    root = HERE.parents[1]
+    oldest = re.search(r"triton>=([\d.]+)", (root / "pyproject.toml").read_text())[1]  # type: ignore[index]
+    found = sorted((root / ".triton").glob(f"{oldest}.*"))
+    if not found:
+        pytest.skip(f"no triton {oldest} in .triton, where `make test` puts it")
+    rows, said = compiled("ends", "--plain", PYTHONPATH=str(found[0]))
+    assert f"triton {found[0].name}" in said
+    assert {row["kernel"] for row in rows} == {
+        "begin", "step_words", "step_elements", "squares", "share", "_encode", "_decode"
+    }  # fmt: skip
+    assert all(row["faults"] == [] for row in rows), rows
 
 
 @pytest.mark.slow
@@ -53,7 +69,7 @@ def test_compiles_for_sm90() -> None:
     No flushed subnormals, no approximate division, and no contraction beyond the fused operations that are written. The
     whole list, for three architectures and the oldest triton too, takes minutes: `make sm90`.
     """
-    rows = compiled("few")
+    rows, _ = compiled("few")
     assert rows
     assert all(row["faults"] == [] for row in rows), rows
     for kernel, slots in (("_encode uniform", 36), ("_encode logarithmic", 44), ("_encode compare", 20)):
@@ -68,7 +84,7 @@ def test_compiles_for_sm90() -> None:
 @pytest.mark.slow
 def test_the_fast_steps_stay_within_their_budget() -> None:
     """Without a GPU, from the machine code: at copy speed an H100 has about 98 issue slots an element."""
-    rows = [row for row in compiled("fast") if row["kernel"] == "step_words" and row["as_launched"]]
+    rows = [row for row in compiled("fast")[0] if row["kernel"] == "step_words" and row["as_launched"]]
     assert len(rows) == 5
     for row in rows:
         assert row["slots_per_element"] <= 90, row

@@ -6,7 +6,7 @@ the number 2**23 + c, so a subtraction finishes the conversion.
 
 Division and square root start from the hardware's approximations (within 1 ulp, subnormals flushed to zero) and add a
 correction step that makes the result correctly rounded for the operands that occur; each function says for which.
-Triton's interpreter knows no inline assembly, so every assembly here has a plain twin beside it.
+Triton's interpreter knows no inline assembly: tests bring an interpreter of PTX.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from statecodec.kernels.triton.runtime import INTERPRETED
-
-_PLAIN = tl.constexpr(INTERPRETED)
 _PLANES = tl.constexpr((tl.float32, tl.float32, tl.float32, tl.float32))
 
 
@@ -44,19 +41,19 @@ def _assembly(x, TEXT: tl.constexpr, SOURCE: tl.constexpr):
 @triton.jit
 def negated(x):
     """-x as a sign change; Triton's own is 0 - x, an addition that the compiler must keep."""
-    return -x if _PLAIN else _assembly(x, "neg.f32 $0, $1;", "f")
+    return _assembly(x, "neg.f32 $0, $1;", "f")
 
 
 @triton.jit
 def reciprocal(x):
     """1 / x within 1 ulp; results below 2**-126 are 0."""
-    return tl.div_rn(x * 0.0 + 1.0, x) if _PLAIN else _assembly(x, "rcp.approx.ftz.f32 $0, $1;", "f")
+    return _assembly(x, "rcp.approx.ftz.f32 $0, $1;", "f")
 
 
 @triton.jit
 def reciprocal_root(x):
     """1 / sqrt(x) within 1 ulp."""
-    return reciprocal(tl.sqrt_rn(x)) if _PLAIN else _assembly(x, "rsqrt.approx.ftz.f32 $0, $1;", "f")
+    return _assembly(x, "rsqrt.approx.ftz.f32 $0, $1;", "f")
 
 
 @triton.jit
@@ -84,19 +81,15 @@ def root(x):
 @triton.jit
 def is_positive(x):
     """1.0 for x >= 2**-120, 0.0 for x = 0: a saturating product, not a comparison."""
-    return tl.where(x > 0, 1.0, 0.0) if _PLAIN else _assembly(x, "mul.sat.f32 $0, $1, 0f7B800000;", "f")
+    return _assembly(x, "mul.sat.f32 $0, $1, 0f7B800000;", "f")
 
 
 @triton.jit
 def floor_in_byte_one(x, y):
     """A word whose byte 1 is floor(x * y + 0.5), for results from 0 to 255."""
-    if _PLAIN:
-        word = tl.floor(x.to(tl.float64) * y.to(tl.float64) + 0.5).to(tl.int32) << 8
-    else:
-        word = tl.inline_asm_elementwise(
-            "fma.rz.f32 $0, $1, $2, 0f47000080;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return word
+    return tl.inline_asm_elementwise(
+        "fma.rz.f32 $0, $1, $2, 0f47000080;", "=r,f,f", [x, y], dtype=tl.int32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -111,11 +104,7 @@ def looked_up(table_ptr, index):
 
     A load of Triton's own would choose a layout and convert to it. The table must not be written meanwhile.
     """
-    if _PLAIN:
-        y = tl.load(table_ptr + index)
-    else:
-        y = _assembly(table_ptr.to(tl.int64) + index.to(tl.int64) * 4, "ld.global.nc.f32 $0, [$1];", "l")
-    return y
+    return _assembly(table_ptr.to(tl.int64) + index.to(tl.int64) * 4, "ld.global.nc.f32 $0, [$1];", "l")
 
 
 # --- unpacking and packing
@@ -126,110 +115,56 @@ def codes(word, SIGNED: tl.constexpr):
     """int32 of four int8 codes, or of four uint8 codes -> four fp32."""
     if SIGNED:  # moved up, to be unsigned
         word = word ^ -0x7F7F7F80
-    ZERO: tl.constexpr = 128.0 if SIGNED else 0.0
-    if _PLAIN:
-        a, b, c, d = (
-            _byte(word, 0) + 2.0**23,
-            _byte(word, 1) + 2.0**23,
-            _byte(word, 2) + 2.0**23,
-            _byte(word, 3) + 2.0**23,
-        )
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;"
-            " prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;}",
-            "=f,=f,=f,=f,r", [word], dtype=_PLANES, is_pure=True, pack=1,
-        )  # fmt: skip
-    zero = 2.0**23 + ZERO
+    a, b, c, d = tl.inline_asm_elementwise(
+        "{prmt.b32 $0, $4, 0x4B000000, 0x7440; prmt.b32 $1, $4, 0x4B000000, 0x7441;"
+        " prmt.b32 $2, $4, 0x4B000000, 0x7442; prmt.b32 $3, $4, 0x4B000000, 0x7443;}",
+        "=f,=f,=f,=f,r", [word], dtype=_PLANES, is_pure=True, pack=1,
+    )  # fmt: skip
+    zero = 2.0**23 + (128.0 if SIGNED else 0.0)
     return a - zero, b - zero, c - zero, d - zero
 
 
 @triton.jit
 def bf16_values(word):
     """int64 of four bf16 -> four fp32."""
-    if _PLAIN:
-        a, b, c, d = _half(word, 0), _half(word, 1), _half(word, 2), _half(word, 3)
-        a, b, c, d = value(a << 16), value(b << 16), value(c << 16), value(d << 16)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{.reg .b32 a, c; mov.b64 {a, c}, $4; shl.b32 $0, a, 16; and.b32 $1, a, 0xFFFF0000; shl.b32 $2, c, 16;"
-            " and.b32 $3, c, 0xFFFF0000;}",
-            "=f,=f,=f,=f,l", [word], dtype=_PLANES, is_pure=True, pack=1,
-        )  # fmt: skip
-    return a, b, c, d
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 a, c; mov.b64 {a, c}, $4; shl.b32 $0, a, 16; and.b32 $1, a, 0xFFFF0000; shl.b32 $2, c, 16;"
+        " and.b32 $3, c, 0xFFFF0000;}",
+        "=f,=f,=f,=f,l", [word], dtype=_PLANES, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def joined(high, low):
     """(int64 of four bf16, int32 of four int8 low parts) -> four fp32: bits = (high << 16) + (low << 8)."""
-    if _PLAIN:
-        a, b, c, d = _half(high, 0), _half(high, 1), _half(high, 2), _half(high, 3)
-        p, q, r, s = _byte(low, 0), _byte(low, 1), _byte(low, 2), _byte(low, 3)
-        a, b = _join(a, p), _join(b, q)
-        c, d = _join(c, r), _join(d, s)
-    else:
-        a, b, c, d = tl.inline_asm_elementwise(
-            "{.reg .b32 t, a, c, p, q, r, s, h, i; mov.b64 {h, i}, $4; xor.b32 t, $5, 0x80808080;"
-            " prmt.b32 a, t, 0, 0x1404; prmt.b32 c, t, 0, 0x3424;"
-            " prmt.b32 p, h, a, 0x1054; prmt.b32 q, h, a, 0x3276; prmt.b32 r, i, c, 0x1054; prmt.b32 s, i, c, 0x3276;"
-            " add.s32 $0, p, 0xFFFF8000; add.s32 $1, q, 0xFFFF8000; add.s32 $2, r, 0xFFFF8000;"
-            " add.s32 $3, s, 0xFFFF8000;}",
-            "=f,=f,=f,=f,l,r", [high, low], dtype=_PLANES, is_pure=True, pack=1,
-        )  # fmt: skip
-    return a, b, c, d
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 t, a, c, p, q, r, s, h, i; mov.b64 {h, i}, $4; xor.b32 t, $5, 0x80808080;"
+        " prmt.b32 a, t, 0, 0x1404; prmt.b32 c, t, 0, 0x3424;"
+        " prmt.b32 p, h, a, 0x1054; prmt.b32 q, h, a, 0x3276; prmt.b32 r, i, c, 0x1054; prmt.b32 s, i, c, 0x3276;"
+        " add.s32 $0, p, 0xFFFF8000; add.s32 $1, q, 0xFFFF8000; add.s32 $2, r, 0xFFFF8000;"
+        " add.s32 $3, s, 0xFFFF8000;}",
+        "=f,=f,=f,=f,l,r", [high, low], dtype=_PLANES, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def divided(a, b, c, d):
     """The inverse of `joined`: four fp32 to 24 bits each, half away from zero, in (high, low)."""
-    if _PLAIN:
-        a, b, c, d = bits(a) + 0x80, bits(b) + 0x80, bits(c) + 0x80, bits(d) + 0x80
-        low = packed_bytes(a >> 8, b >> 8, c >> 8, d >> 8, 0)
-        high = _word(a + 0x8000, b + 0x8000) | (_word(c + 0x8000, d + 0x8000) << 32)
-    else:
-        high, low = tl.inline_asm_elementwise(
-            "{.reg .b32 a, c, d, e, p, q; add.s32 a, $2, 0x80; add.s32 c, $3, 0x80; add.s32 d, $4, 0x80;"
-            " add.s32 e, $5, 0x80; prmt.b32 p, a, c, 0x0051; prmt.b32 q, d, e, 0x0051; prmt.b32 $1, p, q, 0x5410;"
-            " add.s32 a, a, 0x8000; add.s32 c, c, 0x8000; add.s32 d, d, 0x8000; add.s32 e, e, 0x8000;"
-            " prmt.b32 p, a, c, 0x7632; prmt.b32 q, d, e, 0x7632; mov.b64 $0, {p, q};}",
-            "=l,=r,r,r,r,r", [a, b, c, d], dtype=(tl.int64, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    return high, low
+    return tl.inline_asm_elementwise(
+        "{.reg .b32 a, c, d, e, p, q; add.s32 a, $2, 0x80; add.s32 c, $3, 0x80; add.s32 d, $4, 0x80;"
+        " add.s32 e, $5, 0x80; prmt.b32 p, a, c, 0x0051; prmt.b32 q, d, e, 0x0051; prmt.b32 $1, p, q, 0x5410;"
+        " add.s32 a, a, 0x8000; add.s32 c, c, 0x8000; add.s32 d, d, 0x8000; add.s32 e, e, 0x8000;"
+        " prmt.b32 p, a, c, 0x7632; prmt.b32 q, d, e, 0x7632; mov.b64 $0, {p, q};}",
+        "=l,=r,r,r,r,r", [a, b, c, d], dtype=(tl.int64, tl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
 def packed_bytes(a, b, c, d, BYTE: tl.constexpr):
     """Byte BYTE (0 or 1) of four words as one word."""
-    if _PLAIN:
-        word = _byte(a, BYTE) | (_byte(b, BYTE) << 8) | (_byte(c, BYTE) << 16) | (_byte(d, BYTE) << 24)
-    else:
-        PAIR: tl.constexpr = "0x0051" if BYTE else "0x0040"
-        TEXT: tl.constexpr = (
-            "{.reg .b32 p, q; prmt.b32 p, $1, $2, " + PAIR + "; prmt.b32 q, $3, $4, " + PAIR + ";"
-            " prmt.b32 $0, p, q, 0x5410;}"
-        )  # fmt: skip
-        word = tl.inline_asm_elementwise(TEXT, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)
-    return word
-
-
-# --- parts of the plain twins
-
-
-@triton.jit
-def _byte(word, INDEX: tl.constexpr):
-    return (word >> (8 * INDEX)) & 0xFF
-
-
-@triton.jit
-def _half(word, INDEX: tl.constexpr):
-    return ((word >> (16 * INDEX)) & 0xFFFF).to(tl.int32)
-
-
-@triton.jit
-def _join(high, low):
-    return value((high << 16) + (((low ^ 0x80) - 0x80) << 8))
-
-
-@triton.jit
-def _word(low, high):
-    return ((low >> 16) & 0xFFFF).to(tl.int64) | (((high >> 16) & 0xFFFF).to(tl.int64) << 16)
+    PAIR: tl.constexpr = "0x0051" if BYTE else "0x0040"
+    TEXT: tl.constexpr = (
+        "{.reg .b32 p, q; prmt.b32 p, $1, $2, " + PAIR + "; prmt.b32 q, $3, $4, " + PAIR + ";"
+        " prmt.b32 $0, p, q, 0x5410;}"
+    )  # fmt: skip
+    return tl.inline_asm_elementwise(TEXT, "=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=1)

@@ -8,7 +8,7 @@ understood raises NotImplementedError, and branches that threads take differentl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,6 +115,18 @@ class Machine:
         for statement in re.split(r"[;\n]", re.sub(r"(\$\w+):", r"\1:;", body)):
             self._add(re.sub(r"^[{}\s]*(?=[.a-z@$]|$)", "", statement.strip()))
 
+    @classmethod
+    def of_assembly(cls, text: str) -> Machine:
+        """A machine for some inline assembly, whose operands $0, $1, ... are its registers."""
+        return cls(".reqntid 1\n{" + re.sub(r"\$(\d+)", r"%operand\1", text) + ";ret\n}", 0)
+
+    def assembly(self, inputs: Sequence[Array], outputs: Sequence[np.dtype[Any]]) -> list[Array]:
+        """What the operands that come first are afterwards, given those that follow; one thread an element."""
+        self.threads = inputs[0].size
+        given = {f"%operand{len(outputs) + i}": x.view(f"u{x.itemsize}") for i, x in enumerate(inputs)}
+        self.run(0, (), given)
+        return [self.registers[f"%operand{i}"].view(dtype) for i, dtype in enumerate(outputs)]
+
     def _add(self, statement: str) -> None:
         """One statement of the body, after the braces of an inline assembly's scope."""
         if label := re.fullmatch(r"(\$\w+):", statement):
@@ -125,9 +137,9 @@ class Machine:
             operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s]+", found[3])
             self.code.append((found[1] or "", found[2], operands))
 
-    def run(self, block: int, params: Sequence[int]) -> None:
+    def run(self, block: int, params: Sequence[int], registers: Mapping[str, Array] | None = None) -> None:
         """Execute one block of the kernel; `params` are its arguments, integers and addresses."""
-        self.block, self.params, self.registers = block, params, dict[str, Array]()
+        self.block, self.params, self.registers = block, params, dict(registers or {})
         at = 0
         with np.errstate(all="ignore"):
             while True:

@@ -18,6 +18,9 @@ from typing import Any, Protocol
 
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout
 
+_BEHIND = 16 << 20  # bytes that wait in memory before the disk is told of them
+_SYNC_FILE_RANGE_WRITE = 2
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -219,7 +222,8 @@ def reserve(fd: int, nbytes: int) -> None:
     Writing then costs less, and a full disk shows before the work is done.
     """
     os.ftruncate(fd, nbytes)
-    fallocate = _fallocate()
+    # Python's os.posix_fallocate writes to every block where a file system does not have it.
+    fallocate = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
     if fallocate is None or not nbytes or fallocate(fd, 0, 0, nbytes) == 0:
         return
     code = ctypes.get_errno()
@@ -227,16 +231,33 @@ def reserve(fd: int, nbytes: int) -> None:
         raise OSError(code, os.strerror(code))
 
 
-@cache
-def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """The system call `fallocate`.
+class WriteBehind:
+    """Has the disk write a file's bytes while more are made, so that fsync has little left to wait for at the end.
 
-    Python's os.posix_fallocate writes to every block where a file system does not have it.
+    Where the system cannot, nothing happens, and fsync writes them.
     """
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._waiting = fd, 0
+
+    def wrote(self, nbytes: int) -> None:
+        """So many bytes more have been written to the file."""
+        self._waiting += nbytes
+        if self._waiting < _BEHIND:
+            return
+        self._waiting = 0
+        start = _system_call("sync_file_range", ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong, ctypes.c_uint)
+        if start is not None:
+            start(self._fd, 0, 0, _SYNC_FILE_RANGE_WRITE)  # what goes wrong here goes wrong again in fsync
+
+
+@cache
+def _system_call(name: str, *arguments: Any) -> Callable[..., int] | None:
+    """A function of the C library that Python does not have; None on a system without it."""
     try:
-        function: Any = ctypes.CDLL(None, use_errno=True).fallocate
-    except (AttributeError, OSError):  # a system without it
+        function: Any = getattr(ctypes.CDLL(None, use_errno=True), name)
+    except (AttributeError, OSError):
         return None
-    function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-    fallocate: Callable[[int, int, int, int], int] = function
-    return fallocate
+    function.argtypes = arguments
+    call: Callable[..., int] = function
+    return call

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from statecodec.errors import OutputExists, OutputFailed
+from statecodec.files import WriteBehind, write_exactly
 
 Data: TypeAlias = bytes | memoryview
 Taken: TypeAlias = tuple[Path, Path]  # (where it was moved to, where it was)
@@ -207,14 +208,14 @@ class StagedFile:
         self.staging, self.path = staging, staging.folder / name
         with os_errors(staging.destination):
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._behind = WriteBehind(self.fd)
 
     def write_at(self, data: Data, offset: int) -> None:
         """Write all of `data` at a file offset. Raises OutputFailed."""
         view = data if isinstance(data, memoryview) else memoryview(data)
         with os_errors(self.staging.destination):
-            while len(view):
-                done = os.pwrite(self.fd, view, offset)
-                view, offset = view[done:], offset + done
+            write_exactly(self.fd, offset, view)
+        self._behind.wrote(len(view))
 
     def finish(self, size: int, mode: int | None) -> None:
         """Set the final size and permissions, and wait until the bytes are on the disk. Raises OutputFailed."""

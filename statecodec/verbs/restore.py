@@ -24,7 +24,7 @@ from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
-from statecodec.files import read_exactly, reserve, write_exactly
+from statecodec.files import WriteBehind, read_exactly, reserve, write_exactly
 from statecodec.layouts import Crc32, Folder
 from statecodec.parallel import Workers, default_threads, ordered_map
 from statecodec.progress import Meter, Progress
@@ -164,11 +164,12 @@ def _restore_file(
         reserve(fd, file.nbytes)
         _write_skeleton(stored, file, fd, threads, meter)
         crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
-        writing = _Writing(stored, file, fd, where, checked=bool(lossy))
+        behind, writing = WriteBehind(fd), _Writing(stored, file, fd, where, checked=bool(lossy))
         with ordered_map(writing.write, writing.jobs(), threads) as written:
             for start, nbytes, crc in writing.in_order(written):
                 crcs.add(start, nbytes, crc)
                 hashes.advance(start + nbytes)
+                behind.wrote(nbytes)
                 meter.add(nbytes)
         crcs.finish()
         hashes.advance(file.nbytes)

@@ -154,11 +154,11 @@ def measured(case: Case, folder: Path) -> dict[str, Any]:
 def seen(saved: Path, report: Report) -> dict[str, Any]:
     """Files, and what of their tensors is known and stored once; a moment in pieces counts once."""
     files = [p.relative_to(saved).as_posix() for p in sorted(saved.rglob("*")) if p.is_file()] or [saved.name]
-    moments = {
-        (t.name.rpartition("@")[0] or t.name) if t.state is None else t.state.name: t.param
-        for t in report.tensors
-        if (t.role if t.state is None else t.state.role) in ("exp_avg", "exp_avg_sq")
-    }
+    moments: dict[str, str | None] = {}
+    for t in report.tensors:  # a table that many quantised moments share has no parameter's name
+        if (t.role if t.state is None else t.state.role) in ("exp_avg", "exp_avg_sq"):
+            key = (t.name.rpartition("@")[0] or t.name) if t.state is None else t.state.name
+            moments[key] = t.param or moments.get(key)
     once = [t for t in report.tensors if t.codec.partition("(")[0] in ("same", "ulps")]
     return {
         "files": files, "bytes": report.source["bytes"], "params": report.num_params,

@@ -19,7 +19,8 @@ from statecodec.lazy import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-_GROUP: Final = 32
+GROUP: Final = 32
+"""Codes in flat order that share a scale."""
 
 
 def are_quantised(codes: Tensor, scales: Tensor) -> bool:
@@ -46,17 +47,17 @@ class FlashGroups:
 
     @property
     def _in_a_shard(self) -> int:
-        return math.ceil(self.numel // self.shards / _GROUP)
+        return math.ceil(self.numel // self.shards / GROUP)
 
     @property
     def are_flat(self) -> bool:
         """Whether they are those of one shard."""
-        return self.shards == 1 or self.numel // self.shards % _GROUP == 0
+        return self.shards == 1 or self.numel // self.shards % GROUP == 0
 
     def of(self, places: Tensor) -> Tensor:
         """The group of every place in the flattened tensor."""
         size = max(self.numel // self.shards, 1)
-        return places // size * self._in_a_shard + places % size // _GROUP
+        return places // size * self._in_a_shard + places % size // GROUP
 
     def explain(self, codes: Tensor, places: Tensor, scales: Tensor) -> bool:
         """Whether every group has a code of the largest size.
@@ -70,8 +71,8 @@ class FlashGroups:
         groups = self.of(places.reshape(-1))
         none = torch.zeros(self.count, dtype=torch.int32, device=codes.device)
         largest = none.scatter_reduce(0, groups, codes.reshape(-1).int().abs(), "amax")
-        begins = torch.arange(self.count, device=codes.device) % max(self._in_a_shard, 1) * _GROUP
-        sizes = (self.numel // self.shards - begins).clamp(max=_GROUP)
+        begins = torch.arange(self.count, device=codes.device) % max(self._in_a_shard, 1) * GROUP
+        sizes = (self.numel // self.shards - begins).clamp(max=GROUP)
         told = (torch.bincount(groups, minlength=self.count) == sizes) & scales.isfinite() & (scales > 0)
         return bool((largest[told] == (255 if codes.dtype == torch.uint8 else 127)).all())
 
@@ -87,9 +88,14 @@ class FlashMoment:
     @property
     def possible(self) -> set[int]:
         """The numbers of shards that give so many scales."""
-        rows, numel = self.shape[0] if self.shape else 1, math.prod(self.shape)
-        divisors = (n for k in range(1, math.isqrt(rows) + 1) if rows % k == 0 for n in (k, rows // k))
-        return {n for n in divisors if FlashGroups(numel, n).count == self.scales}
+        return possible_shards(self.shape, self.scales)
+
+
+def possible_shards(shape: tuple[int, ...], scales: int) -> set[int]:
+    """The numbers of shards of a moment of that shape that give so many scales."""
+    rows, numel = shape[0] if shape else 1, math.prod(shape)
+    divisors = (n for k in range(1, math.isqrt(rows) + 1) if rows % k == 0 for n in (k, rows // k))
+    return {n for n in divisors if FlashGroups(numel, n).count == scales}
 
 
 def flash_shards(

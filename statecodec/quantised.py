@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from statecodec.errors import MalformedCheckpoint
-from statecodec.flash_groups import FlashGroups, are_quantised, fp32_scales
+from statecodec.flash_groups import GROUP, FlashGroups, are_quantised, fp32_scales, possible_shards
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ TORCHAO: Final = {"OptimState8bit": 8, "OptimState4bit": 4, "OptimStateFp8": 8}
 """torchao's subclasses of Tensor -> bits a number; their module has moved between versions."""
 
 PACKAGES: Final = ("bitsandbytes", "torchao", "flashoptim")
+
+
+_BLOCKS: Final = (256, 2048)  # of bitsandbytes today, and before 0.45
 
 
 def of_flashoptim(name: str, codes: Tensor, places: Tensor, scales: Tensor, groups: FlashGroups) -> Tensor:
@@ -50,7 +55,66 @@ def of_flashoptim(name: str, codes: Tensor, places: Tensor, scales: Tensor, grou
     return softsign / (2 - softsign.abs()) * own
 
 
-def scaled(numbers: Tensor, scales: Tensor, block: int) -> Tensor:
-    """Each block of numbers, in flat order, times its scale; the last one may be short."""
-    flat = numbers.reshape(-1)
-    return (flat * scales.reshape(-1).float().repeat_interleave(block)[: flat.numel()]).reshape(numbers.shape)
+@dataclass(frozen=True)
+class Blocks:
+    """How a quantised state is divided into blocks that have a scale each.
+
+    Args:
+        package: of PACKAGES.
+        bits: of a number.
+        shape: of the state.
+        scales: how many scales.
+    """
+
+    package: str
+    bits: int
+    shape: tuple[int, ...]
+    scales: int
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the state has."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int | None:
+        """Numbers of a block, in flat order; None where so many scales do not say."""
+        if self.package == "flashoptim":
+            shards = possible_shards(self.shape, self.scales)
+            flat = shards and all(FlashGroups(self.numel, n).are_flat for n in shards)
+            return GROUP if flat else None
+        if self.package == "bitsandbytes":
+            return next((size for size in _BLOCKS if math.ceil(self.numel / size) == self.scales), None)
+        return self.numel // self.scales if self.scales and self.numel % self.scales == 0 else None
+
+    def decode(self, name: str, codes: Tensor, scales: Tensor, table: Tensor | None) -> Tensor:
+        """Numbers of whole blocks, as flat fp32.
+
+        Args:
+            name: what messages call the state.
+            codes: of some blocks, and perhaps of the last, which may be short.
+            scales: of these blocks.
+            table: what codes stand for, unless they are numbers themselves.
+
+        Raises MalformedCheckpoint for parts that do not fit together.
+        """
+        codes = codes.reshape(-1)
+        if self.package == "flashoptim":
+            places = torch.arange(codes.numel(), device=codes.device)
+            return of_flashoptim(name, codes, places, scales, FlashGroups(codes.numel(), 1))
+        if self.bits == 4:
+            codes = torch.stack([codes >> 4, codes & 15], dim=-1).reshape(-1)
+        size = self.size
+        if size is None or math.ceil(codes.numel() / size) != scales.numel():
+            raise MalformedCheckpoint(
+                f"{name}: {self.scales} scales for {self.numel} numbers of {self.package} are not one a block"
+            )
+        numbers = codes.float() if codes.dtype.is_floating_point else _looked_up(codes, table, name)
+        return numbers * scales.reshape(-1).float().repeat_interleave(size)[: numbers.numel()]
+
+
+def _looked_up(codes: Tensor, table: Tensor | None, name: str) -> Tensor:
+    entries = 0 if table is None or table.dim() != 1 else table.numel()
+    if table is None or codes.dtype is not torch.uint8 or (codes.numel() and int(codes.max()) >= entries):
+        raise MalformedCheckpoint(f"{name}: {codes.dtype} codes that are not all in their table of {entries}")
+    return table.float()[codes.int()]

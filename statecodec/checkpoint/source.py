@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from statecodec.layouts import (
     LogicalTensor,
     Moments,
     Momentum,
+    QuantisedMoments,
     Run,
     Source,
     locate,
@@ -143,6 +145,17 @@ class SourceCheckpoint(Checkpoint):
             for (of_m, m), (of_w, w) in zip(self._stored[single.momentum], self._stored[single.weight], strict=False)
             if of_m == of_w
         )
+
+    @cached_property
+    def quantised(self) -> tuple[QuantisedMoments, ...]:
+        """The pairs of Adam's moments that another package keeps quantised; tensors have the names of items."""
+        return tuple(m.renamed(lambda name: self._stored[name][0][1]) for m in self.located.quantised)
+
+    @cached_property
+    def trained(self) -> frozenset[str | None]:
+        """The weights that states of an optimizer train, with None if the weight of any is not known."""
+        weights = ([update.weight for update in of] for of in (self.moments, self.momenta, self.quantised))
+        return frozenset(chain.from_iterable(weights))
 
     @property
     def listing(self) -> tuple[str, ...]:

@@ -43,7 +43,6 @@ class _Weights:
 
     def __init__(self, source: SourceCheckpoint) -> None:
         self.source = source
-        trained = {m.weight for m in source.moments} | {m.weight for m in source.momenta}
         self._at: dict[Place, list[SourceItem]] = defaultdict(list)
         self._samples: dict[Place, Tensor] = {}
         for item in source.items:
@@ -51,7 +50,7 @@ class _Weights:
                 for place in {(item.param, item.shape), (None, item.shape)}:
                     self._at[place].append(item)
         for items in self._at.values():
-            items[:] = [item for item in items if item.name in trained] or items
+            items[:] = [item for item in items if item.name in source.trained] or items
 
     def nearest(self, average: SourceItem) -> SourceItem | None:
         """The nearest weight of the average's name; if no weight has it, the nearest of any name, if it is near."""

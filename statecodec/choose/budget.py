@@ -27,14 +27,14 @@ from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
-from statecodec.choose.step_size import StepSize, size
+from statecodec.choose.step_size import StepSize, quantised_moments, size, stored_moments
 from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
-from statecodec.errors import UsageError
+from statecodec.errors import MalformedCheckpoint, UsageError
 from statecodec.kernels.grids import MAX_STEP, MIN_STEP
 from statecodec.kernels.reference.statistics import Comparison
-from statecodec.layouts import Moments, Momentum
+from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
 from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -129,6 +129,10 @@ def by_budget(
         for moments, chosen in parameters:
             chooser.chosen.update(chosen)
             meter.add(2 * source.tensors[moments.exp_avg].nbytes)
+    beside = [m for m in source.quantised if only is None or m.weight in only]
+    with ordered_map(chooser.beside_quantised, beside, threads) as weights:
+        for _, chosen in weights:
+            chooser.chosen.update(chosen)
     largest = _largest(source.momenta)
     for single in source.momenta:
         if only is None or single.weight in only:
@@ -159,7 +163,7 @@ class _Chooser:
         self.notes: list[str] = []
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
         self._momenta = {m.momentum: m for m in source.momenta}
-        self._largest_rate = _largest(source.moments)
+        self._largest_rate = _largest((*source.moments, *source.quantised))
         self._followed = followed(source)
         self._one_step: dict[str, float] = {}
         """Of weights, by name."""
@@ -170,7 +174,7 @@ class _Chooser:
         weight = self._item(moments.weight) if moments.weight else None
         if first.shape != second.shape or not any(self._open(item) for item in (first, second, weight or first)):
             return moments, {}
-        unit = StepSize.measured(self.source, first, second, moments)
+        unit = StepSize.measured(stored_moments(self.source, first, second), moments)
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
             if self._open(second):
@@ -178,13 +182,29 @@ class _Chooser:
             # A direction decodes to the same update whatever a caller's rule did to the second moment.
             if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
                 chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
-        if weight is not None and unit is not None and self.budget.weights is not None:
-            one_step = _rate(moments.lr, self._largest_rate) * unit.update
-            self._one_step[weight.name] = one_step
-            choice = self._weight(weight, one_step, self.budget.weights)
-            if choice is not None:
-                chosen[weight.name] = choice
+        if weight is not None and unit is not None:
+            chosen.update(self._trained(weight, moments, unit))
         return moments, chosen
+
+    def beside_quantised(self, moments: QuantisedMoments) -> tuple[QuantisedMoments, dict[str, Choice]]:
+        """The choice for a weight whose moments another package keeps quantised: they are kept, and tell its step."""
+        weight = self._item(moments.weight)
+        if not self._open(weight) or weight.shape != moments.exp_avg.shape or self.budget.weights is None:
+            return moments, {}
+        try:
+            unit = StepSize.measured(quantised_moments(self.source, moments), moments)
+        except MalformedCheckpoint:  # what cannot be decoded is kept all the same
+            unit = None
+        return moments, {} if unit is None else self._trained(weight, moments, unit)
+
+    def _trained(self, weight: SourceItem, settings: AdamSettings, unit: StepSize) -> dict[str, Choice]:
+        """The choice for a weight that Adam trains."""
+        if self.budget.weights is None:
+            return {}
+        one_step = _rate(settings.lr, self._largest_rate) * unit.update
+        self._one_step[weight.name] = one_step
+        choice = self._weight(weight, one_step, self.budget.weights)
+        return {} if choice is None else {weight.name: choice}
 
     def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
         """The choice for a weight that is trained by a momentum without a second moment."""
@@ -228,7 +248,7 @@ class _Chooser:
     def rest(self, only: Container[str] | None) -> None:
         """The choices for tensors that belong to no pair of moments."""
         # Weights without moments: trained by moments whose parameter is not known, or not trained at all.
-        trained = {m.weight for m in self.source.moments} | {m.weight for m in self.source.momenta}
+        trained = self.source.trained
         alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
         unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
         for item in self.source.items:
@@ -274,7 +294,7 @@ def _is_momentum(item: SourceItem) -> bool:
     return item.role in ("momentum", "exp_avg")
 
 
-def _largest(trained: Iterable[Moments | Momentum]) -> float:
+def _largest(trained: Iterable[AdamSettings | Momentum]) -> float:
     return max((_rate(m.lr, 0.0) for m in trained), default=0.0)
 
 

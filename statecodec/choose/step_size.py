@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,17 +12,20 @@ from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs import Raw
-from statecodec.codecs.chunking import iterate
+from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import UpdateSize
-from statecodec.layouts import Moments
+from statecodec.layouts import AdamSettings, QuantisedMoments, QuantisedState
 from statecodec.lazy import torch
+from statecodec.quantised import Blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PIECE = 1 << 19  # elements that are measured at once: smaller ones cost more calls, larger ones more memory
 _SMALL = 1 << 12  # elements of a sampled piece
+_TABLE = 1 << 16  # most entries of what codes stand for
 _first, _second = ThreadScratch(), ThreadScratch()
 
 
@@ -35,16 +38,14 @@ class StepSize:
     eps: float
 
     @classmethod
-    def measured(
-        cls, source: SourceCheckpoint, first: SourceItem, second: SourceItem, moments: Moments
-    ) -> StepSize | None:
-        """Measure it on all elements; None where nothing moves.
+    def measured(cls, values: Iterable[tuple[Tensor, Tensor]], moments: AdamSettings) -> StepSize | None:
+        """Measure it on all elements of both moments, which come piece by piece; None where nothing moves.
 
         Rows that are rarely trained would make a sample misleading.
         """
         correction1, correction2 = corrections(moments)
         eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
-        measured = _update_size(source, first, second, eps)
+        measured = _update_size(values, eps)
         direction = math.sqrt(measured.sum_sq / measured.numel) if measured.numel else 0.0
         if not direction or not math.isfinite(direction):
             return None
@@ -72,22 +73,57 @@ def _spread(source: SourceCheckpoint, item: SourceItem, pieces: int) -> Iterator
     yield source.sample(item, starts, _SMALL, _first)
 
 
-def _update_size(source: SourceCheckpoint, first: SourceItem, second: SourceItem, eps: float) -> UpdateSize:
-    numel, sum_sq = 0, 0.0
+def stored_moments(source: SourceCheckpoint, first: SourceItem, second: SourceItem) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both moments of a parameter, piece by piece, in scratch memory."""
     for chunk in iterate(Raw(), first.shape, first.dtype, _PIECE):
-        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
+        yield source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
+
+
+def quantised_moments(source: SourceCheckpoint, moments: QuantisedMoments) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of moments that another package keeps quantised. Raises MalformedCheckpoint if they do not decode."""
+    return zip(*(_dequantised(source, state) for state in (moments.exp_avg, moments.exp_avg_sq)), strict=True)
+
+
+def _dequantised(source: SourceCheckpoint, state: QuantisedState) -> Iterator[Tensor]:
+    """A quantised state, piece by piece."""
+
+    def item(name: str) -> SourceItem:
+        return source.items[source.tensors[name].index]
+
+    codes, scales = item(state.codes), item(state.scales)
+    table = None if state.table is None else item(state.table)
+    numel, in_a_byte = math.prod(state.shape), 8 // state.bits
+    if codes.numel * in_a_byte != numel or (table is not None and table.numel > _TABLE):
+        raise MalformedCheckpoint(f"{codes.name}: {codes.numel} codes for {numel} numbers")
+    blocks = Blocks(state.package, state.bits, state.shape, scales.numel)
+    if blocks.size is None or _PIECE % blocks.size:
+        raise MalformedCheckpoint(f"{codes.name}: {scales.numel} scales for {numel} numbers")
+    meaning = None if table is None else source.chunk(table, Chunk(0, table.numel, table.shape))
+
+    def part(of: SourceItem, start: int, stop: int) -> Tensor:
+        return source.chunk(of, Chunk(start, stop, (stop - start,)))
+
+    for start in range(0, numel, _PIECE):
+        stop = min(start + _PIECE, numel)
+        own = part(scales, start // blocks.size, -(-stop // blocks.size))
+        yield blocks.decode(codes.name, part(codes, start // in_a_byte, stop // in_a_byte), own, meaning)
+
+
+def _update_size(values: Iterable[tuple[Tensor, Tensor]], eps: float) -> UpdateSize:
+    numel, sum_sq = 0, 0.0
+    for m, v in values:
         part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
         numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
     return UpdateSize(numel, sum_sq)
 
 
-def update_settings(moments: Moments) -> dict[str, float]:
+def update_settings(moments: AdamSettings) -> dict[str, float]:
     """Keyword arguments of `compare_updates` for one parameter."""
     correction1, correction2 = corrections(moments)
     return {"correction1": correction1, "correction2": correction2, "eps": moments.eps}
 
 
-def corrections(moments: Moments) -> tuple[float, float]:
+def corrections(moments: AdamSettings) -> tuple[float, float]:
     """Adam's bias corrections of both moments of one parameter."""
     step = moments.step if moments.step and moments.step > 0 else math.inf
     return correction(moments.beta1, step), correction(moments.beta2, step)

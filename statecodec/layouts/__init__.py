@@ -12,8 +12,6 @@ from statecodec.layouts.base import (
     Crc32,
     Folder,
     LogicalTensor,
-    Moments,
-    Momentum,
     Piece,
     Region,
     Run,
@@ -24,11 +22,13 @@ from statecodec.layouts.base import (
 )
 from statecodec.layouts.listing import ListedFile, Listing, list_memory, list_path
 from statecodec.layouts.locate import locate
+from statecodec.layouts.moments import AdamSettings, Moments, Momentum, QuantisedMoments, QuantisedState
 from statecodec.layouts.objects import OpaqueObject, window
 from statecodec.layouts.protocol import Claim, Layout, Located, Read
 from statecodec.layouts.tree import tree, tree_from_pickle
 
 __all__ = [
+    "AdamSettings",
     "Box",
     "Claim",
     "Crc32",
@@ -42,6 +42,8 @@ __all__ = [
     "Momentum",
     "OpaqueObject",
     "Piece",
+    "QuantisedMoments",
+    "QuantisedState",
     "Read",
     "Region",
     "Run",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from statecodec.dtypes import DType
 from statecodec.files import IN_MEMORY, Identity
+from statecodec.layouts.moments import Moments, Momentum, QuantisedMoments
 from statecodec.roles import Role
 
 Shape = tuple[int, ...]
@@ -157,83 +158,6 @@ class Crc32:
     at: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class AdamSettings:
-    """The numbers of one parameter's Adam update.
-
-    Args:
-        param: Name of the parameter, if it is known.
-        beta1: Decay rate of exp_avg.
-        beta2: Decay rate of exp_avg_sq.
-        eps: What is added to the root.
-        lr: Learning rate; None where the file does not say.
-        weight_decay: Per unit of lr; None where the file does not say.
-        step: Number of steps done; None where the file does not say.
-    """
-
-    param: str | None
-    beta1: float
-    beta2: float
-    eps: float
-    lr: float | None
-    weight_decay: float | None
-    step: float | None
-
-
-@dataclass(frozen=True)
-class Moments(AdamSettings):
-    """What the Adam update of one parameter needs.
-
-    Args:
-        param: Name of the parameter, if it is known.
-        beta1: Decay rate of exp_avg.
-        beta2: Decay rate of exp_avg_sq.
-        eps: What is added to the root.
-        lr: Learning rate; None where the file does not say.
-        weight_decay: Per unit of lr; None where the file does not say.
-        step: Number of steps done; None where the file does not say.
-        exp_avg: Name of the first moment.
-        exp_avg_sq: Name of the second moment.
-        weight: Name of the weight; None where it is not among the tensors.
-    """
-
-    exp_avg: str
-    exp_avg_sq: str
-    weight: str | None
-
-
-@dataclass(frozen=True)
-class MomentumSettings:
-    """How one step moves a weight that is trained by a momentum alone.
-
-    Args:
-        lr: Learning rate; None where the file does not say.
-        update: The rms of the update, of which lr times as much is added to the weight; None if the update is the
-            momentum itself.
-        orthogonal: The update is the momentum with all its singular values made equal: small ones are amplified.
-    """
-
-    lr: float | None
-    update: float | None
-    orthogonal: bool
-
-
-@dataclass(frozen=True)
-class Momentum(MomentumSettings):
-    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's.
-
-    Args:
-        lr: Learning rate; None where the file does not say.
-        update: The rms of the update; None if the update is the momentum itself.
-        orthogonal: The update is the momentum with all its singular values made equal.
-        momentum: Name of the momentum.
-        weight: Name of the weight.
-    """
-
-    momentum: str
-    weight: str
-
-
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file of a checkpoint, located.
@@ -290,6 +214,7 @@ class Source:
         tensors: Sorted by file and offset of their first piece. Every region belongs to exactly one of them.
         moments: The pairs of Adam's moments.
         momenta: The momenta without a second moment.
+        quantised: The pairs of Adam's moments that another package keeps quantised.
         folders: The directory itself and all subdirectories, sorted by path, empty ones included; empty for a single
             file.
         framework: What wrote it, as far as a layout can tell.
@@ -301,6 +226,7 @@ class Source:
     tensors: tuple[LogicalTensor, ...] = ()
     moments: tuple[Moments, ...] = ()
     momenta: tuple[Momentum, ...] = ()
+    quantised: tuple[QuantisedMoments, ...] = ()
     folders: tuple[Folder, ...] = ()
     framework: str | None = None
 

@@ -73,8 +73,8 @@ def locate_listing(listing: Listing, root: Path) -> Source:
         LayoutError: As for `locate`.
     """
     parts = [_located(layout, part) for layout, part in claimed(listing)]
-    tensors, moments, momenta = named(parts)
-    tensors.sort(key=_position)
+    found = named(parts)
+    tensors = sorted(found.tensors, key=_position)
     files = {file.path: file for located in parts for file in located.files}
     files.update(_links(listing, files))
     return Source(
@@ -82,8 +82,9 @@ def locate_listing(listing: Listing, root: Path) -> Source:
         listing.is_directory,
         tuple(files[path] for path in sorted(files)),
         tuple(tensors),
-        tuple(moments),
-        tuple(momenta),
+        tuple(found.moments),
+        tuple(found.momenta),
+        tuple(found.quantised),
         listing.folders,
         frameworks(parts, tensors, listing),
     )

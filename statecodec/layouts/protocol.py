@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from statecodec.layouts.base import LogicalTensor, Moments, SourceFile
+from statecodec.layouts.base import LogicalTensor, SourceFile
 from statecodec.layouts.listing import Listing
+from statecodec.layouts.moments import Moments
 from statecodec.layouts.pickle.nodes import TensorNode
 
 if TYPE_CHECKING:

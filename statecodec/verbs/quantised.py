@@ -12,7 +12,7 @@ from statecodec.errors import MalformedCheckpoint, UsageError
 from statecodec.flash_groups import FlashGroups, FlashMoment, are_quantised, flash_shards
 from statecodec.layouts.objects import OpaqueObject
 from statecodec.lazy import torch
-from statecodec.quantised import FLASH_CODES, FLASH_LOW_BITS, FLASH_SCALES, TORCHAO, WRAPPED, of_flashoptim, scaled
+from statecodec.quantised import FLASH_CODES, FLASH_LOW_BITS, FLASH_SCALES, TORCHAO, WRAPPED, Blocks, of_flashoptim
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 LOW_BITS_ARE_LEFT_OUT: Final = (
     "FlashOptim's error_bits (low bits of master weights) are left out: weights stay as they are"
 )
-_BLOCKS: Final = (256, 2048)  # of bitsandbytes today, and before 0.45
 
 
 def is_quantised(states: Mapping[Any, Any]) -> bool:
@@ -116,35 +115,19 @@ def _of_bitsandbytes(flat: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield name, codes.float()
             continue
         scales, table = (_tensor(flat.get(f"{key}{number}"), name) for key in ("absmax", "qmap"))
-        block = next((b for b in _BLOCKS if math.ceil(codes.numel() / b) == scales.numel()), None)
-        if block is None:
-            raise MalformedCheckpoint(f"{name}: {scales.numel()} scales for {codes.numel()} numbers of bitsandbytes")
-        yield name, scaled(_looked_up(codes, table, name), scales, block)
+        blocks = Blocks("bitsandbytes", 8, tuple(codes.shape), scales.numel())
+        yield name, blocks.decode(name, codes, scales, table).reshape(codes.shape)
 
 
 def _of_torchao(name: str, value: OpaqueObject) -> Tensor:
     attributes = value.state if isinstance(value.state, Mapping) else {}
     codes, scales = (_tensor(attributes.get(key), name) for key in ("codes", "scale"))
-    shape = tuple(codes.shape)
-    if TORCHAO[value.name] == 4:
-        codes = torch.stack([codes.reshape(-1) >> 4, codes.reshape(-1) & 15], dim=-1)
-        shape = tuple(attributes.get("_shape", ()))
-    if math.prod(shape) != codes.numel() or not scales.numel() or codes.numel() % scales.numel():
-        raise MalformedCheckpoint(
-            f"{name}: {codes.numel()} codes and {scales.numel()} scales of torchao, shape {shape}"
-        )
-    numbers = (
-        codes.float()
-        if value.name == "OptimStateFp8"
-        else _looked_up(codes, _tensor(attributes.get("qmap"), name), name)
-    )
-    return scaled(numbers, scales, codes.numel() // scales.numel()).reshape(shape)
-
-
-def _looked_up(codes: Tensor, table: Tensor, name: str) -> Tensor:
-    if codes.dtype is not torch.uint8 or table.dim() != 1 or (codes.numel() and int(codes.max()) >= table.numel()):
-        raise MalformedCheckpoint(f"{name}: {codes.dtype} codes that are not all in their table of {table.numel()}")
-    return table.float()[codes.int()]
+    bits = TORCHAO[value.name]
+    shape = tuple(attributes.get("_shape", ())) if bits == 4 else tuple(codes.shape)
+    if math.prod(shape) != codes.numel() * 8 // bits:
+        raise MalformedCheckpoint(f"{name}: {codes.numel()} codes of torchao of {bits} bits, shape {shape}")
+    table = None if codes.dtype.is_floating_point else _tensor(attributes.get("qmap"), name)
+    return Blocks("torchao", bits, shape, scales.numel()).decode(name, codes, scales, table).reshape(shape)
 
 
 def _tensor(value: Any, name: str) -> Tensor:

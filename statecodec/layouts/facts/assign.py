@@ -7,27 +7,37 @@ shapes (match.py); a parameter whose weight is not certain stays anonymous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
-from statecodec.layouts.base import LogicalTensor, Moments, Momentum
+from statecodec.layouts.base import LogicalTensor
 from statecodec.layouts.facts.averages import is_average
 from statecodec.layouts.facts.file_roles import AdamNodes, FileRoles, MomentumNodes, WeightNode, Weights
 from statecodec.layouts.facts.local_shards import with_local_shards
 from statecodec.layouts.facts.names import name_all
-from statecodec.layouts.facts.quantised import is_shared
+from statecodec.layouts.facts.quantised import QuantisedNodes, is_shared
 from statecodec.layouts.facts.scopes import Scopes
 from statecodec.layouts.facts.survey import Optimizer, Survey, encoded_parts, parameter_name, survey
-from statecodec.layouts.facts.updates import adam_nodes, common_settings, momentum_nodes
+from statecodec.layouts.facts.updates import adam_nodes, common_settings, momentum_nodes, quantised_nodes
+from statecodec.layouts.moments import Moments, Momentum, QuantisedMoments, QuantisedState
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Located
 from statecodec.roles import STATE_ROLES, family
 
 
-def named(parts: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments], list[Momentum]]:
+class Named(NamedTuple):
     """All tensors, with roles and parameter names where facts give them; moments and weights that belong together."""
+
+    tensors: list[LogicalTensor]
+    moments: list[Moments]
+    momenta: list[Momentum]
+    quantised: list[QuantisedMoments]
+
+
+def named(parts: Sequence[Located]) -> Named:
+    """Name the tensors of all files of a checkpoint."""
     files = [[FileRoles(facts) for facts in located.facts] for located in parts]
     _assign([file for group in files for file in group])
     tensors: list[LogicalTensor] = []
@@ -42,7 +52,8 @@ def named(parts: Sequence[Located]) -> tuple[list[LogicalTensor], list[Moments],
     flat = [file for group in files for file in group]
     for file in flat:
         moments += filter(None, (_moments(file, adam) for adam in file.adam))
-    return tensors, moments, [m for file in flat for m in filter(None, (_momentum(file, s) for s in file.single))]
+    momenta = [m for file in flat for m in filter(None, (_momentum(file, s) for s in file.single))]
+    return Named(tensors, moments, momenta, [q for file in flat for q in _quantised_moments(file)])
 
 
 def _tensor(file: FileRoles, tensor: LogicalTensor, number: int) -> LogicalTensor:
@@ -67,6 +78,24 @@ def _moments(file: FileRoles, adam: AdamNodes) -> Moments | None:
         return None
     weight = adam.weight[0].tensors.get(adam.weight[1].index) if adam.weight else None
     return Moments(**{**vars(adam), "exp_avg": first, "exp_avg_sq": second, "weight": weight})
+
+
+def _quantised_moments(file: FileRoles) -> Iterator[QuantisedMoments]:
+    for adam in file.quantised:
+        first, second = (_quantised(file, nodes) for nodes in (adam.exp_avg, adam.exp_avg_sq))
+        weight = adam.weight[0].tensors.get(adam.weight[1].index)
+        if first is not None and second is not None and weight is not None:
+            yield QuantisedMoments(**{**vars(adam), "exp_avg": first, "exp_avg_sq": second, "weight": weight})
+
+
+def _quantised(file: FileRoles, nodes: QuantisedNodes) -> QuantisedState | None:
+    """A state by the names of its tensors, if each is a tensor by itself."""
+    codes, scales, *table = nodes.parts.values()
+    names = [file.tensors.get(n.index) if type(n) is TensorNode else None for n in (codes, scales)]
+    named_table = [file.tensors.get(n.index) if type(n) is TensorNode else None for n in table if n is not None]
+    if names[0] is None or names[1] is None or None in named_table:
+        return None
+    return QuantisedState(nodes.package, nodes.bits, nodes.shape, names[0], names[1], *(named_table or [None]))
 
 
 def _momentum(file: FileRoles, single: MomentumNodes) -> Momentum | None:
@@ -147,6 +176,9 @@ def _describe_state(
     adam = adam_nodes(file, values, settings, name, weight)
     if adam is not None:
         file.adam.append(adam)
+    quantised = quantised_nodes(file, state, settings, name, weight)
+    if quantised is not None:
+        file.quantised.append(quantised)
     single = momentum_nodes(file, values, settings, weight)
     if single is not None:
         file.single.append(single)

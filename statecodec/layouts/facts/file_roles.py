@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TypeAlias
 
-from statecodec.layouts.base import AdamSettings, MomentumSettings, StatePart
+from statecodec.layouts.base import StatePart
+from statecodec.layouts.facts.quantised import QuantisedNodes
+from statecodec.layouts.moments import AdamSettings, MomentumSettings
 from statecodec.layouts.pickle.nodes import TensorNode
 from statecodec.layouts.protocol import Facts
 from statecodec.roles import Role
@@ -23,6 +25,15 @@ class AdamNodes(AdamSettings):
     exp_avg: TensorNode
     exp_avg_sq: TensorNode
     weight: WeightNode | None
+
+
+@dataclass(frozen=True)
+class QuantisedAdamNodes(AdamSettings):
+    """The same of moments that another package keeps quantised."""
+
+    exp_avg: QuantisedNodes
+    exp_avg_sq: QuantisedNodes
+    weight: WeightNode
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,7 @@ class FileRoles:
     params: dict[int, str] = field(default_factory=dict)
     """Names of parameters."""
     adam: list[AdamNodes] = field(default_factory=list)
+    quantised: list[QuantisedAdamNodes] = field(default_factory=list)
     single: list[MomentumNodes] = field(default_factory=list)
     tensors: dict[int, str] = field(default_factory=dict)
     """Names of the logical tensors that are the node's, wholly and alone."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, TypeGuard
 
-from statecodec.layouts.base import StatePart
+from statecodec.layouts.base import Shape, StatePart
 from statecodec.layouts.pickle.nodes import DictNode, Opaque, TensorNode
 from statecodec.quantised import FLASH_CODES, FLASH_SCALES, TORCHAO, WRAPPED
-from statecodec.roles import STATE_ROLES
+from statecodec.roles import STATE_ROLES, Role
 
 _MAX_DIMS: Final = 64
 
@@ -35,8 +36,33 @@ def unwrapped(state: DictNode) -> DictNode:
     return bare
 
 
+@dataclass(frozen=True)
+class QuantisedNodes:
+    """A quantised state: by their keys the codes, the scales and, where there is one, the table."""
+
+    package: str
+    bits: int
+    name: str
+    shape: Shape
+    parts: Mapping[str, Any]
+
+    @property
+    def role(self) -> Role:
+        """What the state is to the optimizer."""
+        return STATE_ROLES.get(self.name, "other")
+
+
 def quantised_parts(state: DictNode, settings: Mapping[str, Any]) -> Iterator[tuple[TensorNode, StatePart]]:
     """The parts of the quantised states of one parameter; `settings` are those of its group."""
+    for found in quantised_states(state, settings):
+        config = json.dumps({"name": found.package, "bits": found.bits, "state": found.name})
+        for key, node in found.parts.items():
+            if type(node) is TensorNode:
+                yield node, StatePart(key, found.role, config, found.shape, "float32")
+
+
+def quantised_states(state: DictNode, settings: Mapping[str, Any]) -> Iterator[QuantisedNodes]:
+    """The quantised states of one parameter; parts may be missing, or be no tensors."""
     values = state.strings()
     for key, value in values.items():
         if key.endswith(FLASH_CODES):
@@ -47,9 +73,8 @@ def quantised_parts(state: DictNode, settings: Mapping[str, Any]) -> Iterator[tu
         codes, scales = values.get(f"state{number}"), values.get(f"absmax{number}")
         if type(codes) is TensorNode and codes.dtype.itemsize == 1 and type(scales) is TensorNode:
             name = _of_bitsandbytes(number, "state2" in values, settings)
-            parts = {key: values.get(f"{key}{number}") for key in ("state", "absmax", "qmap")}
-            numbered = {f"{key}{number}": part for key, part in parts.items()}
-            yield from _parts("bitsandbytes", 8, name, codes.shape, numbered)
+            parts = {f"{key}{number}": values.get(f"{key}{number}") for key in ("state", "absmax", "qmap")}
+            yield QuantisedNodes("bitsandbytes", 8, name, codes.shape, parts)
 
 
 def _of_bitsandbytes(number: int, two: bool, settings: Mapping[str, Any]) -> str:
@@ -62,14 +87,14 @@ def _of_bitsandbytes(number: int, two: bool, settings: Mapping[str, Any]) -> str
     return "exp_avg" if betas[1] else "momentum_buffer"
 
 
-def _flash(name: str, values: dict[str, Any]) -> Iterator[tuple[TensorNode, StatePart]]:
+def _flash(name: str, values: dict[str, Any]) -> Iterator[QuantisedNodes]:
     codes, scales = values[name + FLASH_CODES], values.get(name + FLASH_SCALES)
     if type(codes) is TensorNode and type(scales) is TensorNode:
         parts = {name + FLASH_CODES: codes, name + FLASH_SCALES: scales}
-        yield from _parts("flashoptim", 8, name, codes.shape, parts)
+        yield QuantisedNodes("flashoptim", 8, name, codes.shape, parts)
 
 
-def _torchao(name: str, value: Opaque) -> Iterator[tuple[TensorNode, StatePart]]:
+def _torchao(name: str, value: Opaque) -> Iterator[QuantisedNodes]:
     attributes = value.state.strings() if type(value.state) is DictNode else {}
     codes, shape = attributes.get("codes"), attributes.get("_shape")
     if type(codes) is not TensorNode:
@@ -77,22 +102,12 @@ def _torchao(name: str, value: Opaque) -> Iterator[tuple[TensorNode, StatePart]]
     whole = tuple(shape) if isinstance(shape, (tuple, list)) else codes.shape
     if len(whole) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 40 for n in whole):
         parts = {f"{name}.{key}": attributes.get(key) for key in ("codes", "scale", "qmap")}
-        yield from _parts("torchao", TORCHAO[value.name], name, whole, parts)
+        yield QuantisedNodes("torchao", TORCHAO[value.name], name, whole, parts)
 
 
 def is_shared(part: StatePart) -> bool:
     """Whether it may be one table for many parameters."""
     return part.part.endswith(("qmap", "qmap1", "qmap2"))
-
-
-def _parts(
-    package: str, bits: int, name: str, shape: tuple[int, ...], parts: Mapping[str, Any]
-) -> Iterator[tuple[TensorNode, StatePart]]:
-    config = json.dumps({"name": package, "bits": bits, "state": name})
-    role = STATE_ROLES.get(name, "other")
-    for part, node in parts.items():
-        if type(node) is TensorNode:
-            yield node, StatePart(part, role, config, shape, "float32")
 
 
 def _is_float(node: Any) -> TypeGuard[TensorNode]:

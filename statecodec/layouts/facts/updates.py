@@ -7,7 +7,10 @@ import struct
 from typing import Any, Final
 
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, INT8, INT16, INT32, INT64, UINT8, DType
-from statecodec.layouts.facts.file_roles import AdamNodes, FileRoles, MomentumNodes, WeightNode
+from statecodec.layouts.facts.file_roles import AdamNodes, FileRoles, MomentumNodes, QuantisedAdamNodes, WeightNode
+from statecodec.layouts.facts.quantised import quantised_states
+from statecodec.layouts.graph import contiguous
+from statecodec.layouts.moments import AdamSettings
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 
 _SCALARS: Final[dict[DType, str]] = {
@@ -27,17 +30,41 @@ def adam_nodes(
     m, v = state.get("exp_avg"), state.get("exp_avg_sq")
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
         return None
+    settings = _adam_settings(file, state, group, name)
+    if settings is None or not m.dtype.is_floating_point or not v.dtype.is_floating_point:
+        return None
+    if weight is not None and (weight[1].shape, weight[1].stride) != (m.shape, m.stride):
+        weight = None
+    return AdamNodes(**vars(settings), exp_avg=m, exp_avg_sq=v, weight=weight)
+
+
+def quantised_nodes(
+    file: FileRoles, state: DictNode, group: dict[str, Any], name: str | None, weight: WeightNode | None
+) -> QuantisedAdamNodes | None:
+    """The moments of one parameter's Adam state where both are quantised, if its weight is known."""
+    moments = {found.role: found for found in quantised_states(state, group)}
+    settings = _adam_settings(file, state.strings(), group, name)
+    if weight is None or settings is None or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
+        return None
+    first, second = moments["exp_avg"], moments["exp_avg_sq"]
+    if not first.shape == second.shape == weight[1].shape or weight[1].stride != contiguous(weight[1].shape):
+        return None
+    return QuantisedAdamNodes(**vars(settings), exp_avg=first, exp_avg_sq=second, weight=weight)
+
+
+def _adam_settings(
+    file: FileRoles, state: dict[str, Any], group: dict[str, Any], name: str | None
+) -> AdamSettings | None:
+    """The settings of one parameter's Adam update; None if they are not Adam's."""
     betas = group.get("betas")
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         return None
     beta1, beta2, eps = (_number(file, value) for value in (*betas, group.get("eps")))
-    if beta1 is None or beta2 is None or eps is None or not m.dtype.is_floating_point or not v.dtype.is_floating_point:
+    if beta1 is None or beta2 is None or eps is None:
         return None
-    if weight is not None and (weight[1].shape, weight[1].stride) != (m.shape, m.stride):
-        weight = None
     lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
     step = _number(file, state.get("step", group.get("step")))
-    return AdamNodes(name, beta1, beta2, eps, lr, decay, step, m, v, weight)
+    return AdamSettings(name, beta1, beta2, eps, lr, decay, step)
 
 
 def momentum_nodes(

@@ -56,12 +56,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def service(tmp_path_factory: pytest.TempPathFactory, kernels: Path) -> Iterator[Any]:
     """A real service with the library behind it."""
     pytest.importorskip("fastapi", reason="the service's packages are not installed")
     from tests.server.service import Service
 
-    with Service(tmp_path_factory.mktemp("service") / "data", backend="statecodec") as running:
+    with Service(tmp_path_factory.mktemp("service") / "data", backend="statecodec", kernels=kernels) as running:
         yield running
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,8 @@ import torch
 
 import statecodec
 
-pytest.importorskip("ray")
 
-
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 def test_a_killed_worker_and_a_killed_node_change_nothing(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = {

@@ -400,10 +400,10 @@ def test_what_is_not_finite_stays_local_as_in_the_generic_path(make: Any, option
 
 
 @pytest.mark.parametrize("make", [optim.AdamW, optim.Lion, optim.SGD], ids=lambda m: m.__name__)
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(exponents=st.lists(st.integers(-44, 22), min_size=3, max_size=3), seed=st.integers(0, 99))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(exponents=st.lists(st.integers(-44, 22), min_size=6, max_size=6), seed=st.integers(0, 99))
 def test_any_scale_of_gradients(make: Any, exponents: list[int], seed: int, device) -> None:
-    """From fp32's subnormal numbers to where squares leave its range, rows of zeros between: still bit for bit."""
+    """From fp32's subnormal numbers to where squares leave its range, by row, rows of zeros between: bit for bit."""
     options = (
         {"momentum": 0.9}
         if make is optim.SGD
@@ -411,14 +411,16 @@ def test_any_scale_of_gradients(make: Any, exponents: list[int], seed: int, devi
         if make is optim.AdamW
         else {}
     )
+    scales = torch.tensor([10.0**e for e in exponents], dtype=torch.float64)
 
     def gradients(k: int, i: int, shape: tuple[int, ...]) -> Tensor:
-        g = torch.randn(shape, generator=torch.Generator().manual_seed(seed + k)) * 10.0 ** exponents[i]
-        g[::3] = 0
-        return g
+        g = torch.zeros(shape)
+        g[: len(scales)] = torch.randn(len(scales), 64, generator=torch.Generator().manual_seed(seed + k))
+        g[: len(scales)] *= scales[:, None]
+        return g[torch.randperm(len(g), generator=torch.Generator().manual_seed(seed))]
 
     generic, fused = (
-        train(make, device, torch.bfloat16, f, shapes=[(9, 64)] * 3, gradients=gradients, steps=2, **options)
+        train(make, device, torch.bfloat16, f, shapes=[(9, 64)], gradients=gradients, steps=2, **options)
         for f in (False, True)
     )
     assert differences(generic, fused) == []

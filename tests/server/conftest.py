@@ -11,15 +11,29 @@ collect_ignore_glob = []
 if sys.version_info < (3, 11):
     collect_ignore_glob = ["test_*.py"]  # the service's packages need Python 3.11
 else:
+    import service as services
     from service import Service
 
 ARTEFACTS = Path(os.environ.get("STATECODEC_ARTEFACTS", "build/artefacts"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_kernels_once(kernels):
+    """All services share compiled kernels."""
+    services.KERNELS = kernels
 
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory):
     """A running service with one worker and the fast double of the library."""
     with Service(tmp_path_factory.mktemp("service") / "data") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """A running service with the library itself."""
+    with Service(tmp_path_factory.mktemp("real") / "data", backend="statecodec") as running:
         yield running
 
 

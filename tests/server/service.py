@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 
 HERE = Path(__file__).parent
+KERNELS = None
+"""A folder of compiled kernels for all services of a run of pytest; without it each service compiles its own."""
 
 
 def free_port():
@@ -37,15 +39,21 @@ class Service:
             "disk_reserve": "1MB",
             "log_level": "INFO",
         }
+        if KERNELS is not None:
+            defaults["kernels"] = KERNELS
         self.settings = {**defaults, "workers": workers, "backend": backend, **settings}
         self.token = None
         self.process = None
         self.output = []
 
     def environment(self):
-        """What the server's processes see."""
+        """What the server's processes see; a setting that is None is not given."""
         env = {name: value for name, value in os.environ.items() if not name.startswith("STATECODEC_SERVER_")}
-        env |= {f"STATECODEC_SERVER_{name.upper()}": str(value) for name, value in self.settings.items()}
+        env |= {
+            f"STATECODEC_SERVER_{name.upper()}": str(value)
+            for name, value in self.settings.items()
+            if value is not None
+        }
         env["STATECODEC_SERVER_DATA"] = str(self.data)
         env["STATECODEC_SERVER_PORT"] = str(self.port)
         env["PYTHONPATH"] = os.pathsep.join([*self.path, env.get("PYTHONPATH", "")])
@@ -113,11 +121,17 @@ class Service:
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, **options)
 
     def add_token(self, name):
-        """A further token."""
-        command = [sys.executable, "-m", self.module, "token", "add", name]
-        return subprocess.run(
-            command, env=self.environment(), check=True, capture_output=True, text=True
-        ).stdout.strip()
+        """A further token: what `token add NAME` does, without starting a process for it."""
+        from statecodec_server.database import Database
+        from statecodec_server.settings import Settings
+        from statecodec_server.tokens import Tokens
+
+        place = Settings(data=self.data, database_url=self.settings.get("database_url"))
+        database = Database(place.database, pool_size=1)
+        try:
+            return Tokens(database, b"").create(name)
+        finally:
+            database.close()
 
     def __enter__(self):
         return self.start()

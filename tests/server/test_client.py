@@ -209,13 +209,6 @@ with Client("http://127.0.0.1:9", "sct_x", patience=0.2) as client:
     assert done.stdout == "unreachable {'preset': 'small'}\n", done.stderr
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A service with the real library."""
-    with Service(tmp_path_factory.mktemp("real") / "data", backend="statecodec") as running:
-        yield running
-
-
 def test_remote_prints_what_the_local_verb_prints(real, tmp_path):
     import torch
 

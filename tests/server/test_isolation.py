@@ -101,11 +101,14 @@ def test_tokens_are_stored_hashed(service):
 
 
 def test_revoking_takes_effect(service):
-    token = service.add_token("leaver")
-    with service.client(token) as client:
+    def token(action):
+        command = [sys.executable, "-m", "statecodec_server", "token", action, "leaver"]
+        done = subprocess.run(command, env=service.environment(), check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    with service.client(token("add")) as client:
         assert client.get("/v1/jobs").status_code == 200
-        command = [sys.executable, "-m", "statecodec_server", "token", "revoke", "leaver"]
-        subprocess.run(command, env=service.environment(), check=True, capture_output=True)
+        token("revoke")
         time.sleep(CACHE_SECONDS + 0.1)
         assert client.get("/v1/jobs").status_code == 401
 

@@ -275,14 +275,14 @@ def test_an_unfinished_upload_is_no_input(client):
     assert (answer.status_code, answer.json()["code"]) == (409, "upload.incomplete")
 
 
-def test_the_real_library_works_inside_the_sandbox(tmp_path):
+def test_the_real_library_works_inside_the_sandbox(real, tmp_path):
     """Everything the page and the client do, with nothing left over: folders, chains, restore."""
     import torch
 
     file = tmp_path / "ckpt.pt"
     torch.save({"optimizer": {"state": {0: {"exp_avg": torch.randn(64, 64), "exp_avg_sq": torch.rand(64, 64)}}}}, file)
     data = file.read_bytes()
-    with Service(tmp_path / "data", backend="statecodec") as service, service.client() as client:
+    with real.client() as client:
         upload = put(client, data)
         first = wait(client, submit(client, "compress", upload, options={"preset": "lossless"})["id"])
         assert first["state"] == "succeeded", first

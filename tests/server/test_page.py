@@ -11,7 +11,6 @@ import time
 
 import pytest
 from playwright.sync_api import expect, sync_playwright
-from service import Service
 
 CHROMIUM = os.environ.get("STATECODEC_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -53,13 +52,6 @@ def page(browser):
     assert [item for item in trouble if not item.startswith(("blob:", "data:"))] == []
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    """A service with the real library."""
-    with Service(tmp_path_factory.mktemp("page") / "data", backend="statecodec") as running:
-        yield running
-
-
 def checkpoint(path):
     """A small AdamW checkpoint."""
     import torch
@@ -81,7 +73,7 @@ def test_from_a_dropped_file_to_a_smaller_one_that_restores(real, page, tmp_path
     import statecodec
 
     source = checkpoint(tmp_path / "ckpt.pt")
-    page.goto(f"{real.url}/#token={real.token}")
+    page.goto(f"{real.url}/#token={real.add_token('page')}")
     expect(page.locator("#health")).to_have_class(re.compile("good"), timeout=PATIENCE)
     assert "token" not in page.url
     page.get_by_role("radio", name=re.compile("Resume")).check()

@@ -10,7 +10,6 @@ import re
 
 import pytest
 from playwright.sync_api import expect
-from service import Service
 from test_page import PATIENCE, browser, checkpoint, pytestmark  # noqa: F401
 
 TUS = {"Tus-Resumable": "1.0.0"}
@@ -18,12 +17,6 @@ LONG = "transformer.encoder.block_17.self_attention.query_key_value_projection"
 FITS = "document.documentElement.scrollWidth <= innerWidth"
 ONE_LINE = """[...document.querySelectorAll('button')].filter((one) => one.offsetParent)
     .filter((one) => one.getClientRects()[0].height > 52).map((one) => one.textContent)"""
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory):
-    with Service(tmp_path_factory.mktemp("states") / "data", backend="statecodec") as running:
-        yield running
 
 
 @pytest.fixture(params=[375, 1280])

@@ -3,13 +3,16 @@
 import hashlib
 import json
 import platform
+import shutil
 import socket
 import sys
 
 import pytest
 from service import Service, put, submit, wait
 
+from statecodec_server import kernels as compiled
 from statecodec_server import landlock, seccomp
+from statecodec_server.settings import Settings
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the walls are Linux's")
 needs_landlock = pytest.mark.skipif(landlock.version() == 0, reason="this kernel has no Landlock")
@@ -20,8 +23,12 @@ def digests(folder):
 
 
 @pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    with Service(tmp_path_factory.mktemp("hostile") / "data", backend="hostile", workers=1) as running:
+def hostile(tmp_path_factory, kernels):
+    """The library with something hostile in it; the kernels in the folder of its data are copies of the library's."""
+    data = tmp_path_factory.mktemp("hostile") / "data"
+    library = compiled.prepare(Settings(backend="statecodec", kernels=kernels))
+    shutil.copytree(library, compiled.folder(Settings(backend="hostile", data=data)))
+    with Service(data, backend="hostile", kernels=None) as running:
         yield running
 
 
@@ -78,14 +85,15 @@ def test_a_hostile_job_and_then_another(hostile, tmp_path):
     assert "seccomp" in walls[0]["walls"]
 
 
-def test_kernels_are_compiled_before_any_job_and_only_read_afterwards(hostile, tmp_path):
-    kernels = next(path for path in (hostile.data / "kernels").iterdir() if path.is_dir())
-    before = digests(kernels)
-    with hostile.client() as client:
+def test_kernels_are_compiled_before_any_job_and_only_read_afterwards(real, kernels, tmp_path):
+    mine = compiled.folder(Settings(backend="statecodec", kernels=kernels))
+    before = digests(mine)
+    assert [name for name in before if name.endswith(".nbi")]
+    with real.client() as client:
         job = wait(client, submit(client, "compress", put(client, checkpoint(tmp_path / "ckpt.pt")))["id"])
         assert job["state"] == "succeeded", job
-    assert digests(kernels) == before
-    assert not [path for path in (kernels, *kernels.rglob("*")) if path.stat().st_mode & 0o222]
+    assert digests(mine) == before
+    assert not [path for path in (mine, *mine.rglob("*")) if path.stat().st_mode & 0o222]
 
 
 def test_kernels_that_do_not_compile_are_a_log_line_and_not_the_end(fresh, tmp_path):

@@ -22,7 +22,7 @@ from common import CACHE, grown
 
 import statecodec
 from statecodec import staging
-from statecodec.checkpoint import digests, source
+from statecodec.checkpoint import digests, source, source_crcs, span_crcs
 from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.format import finished, packing, planes, reader, writer
@@ -46,7 +46,9 @@ STAGES: list[tuple[str, Any, str]] = [
     ("reading", source, "read_exactly"),
     ("Python: read a chunk", SharedReads, "read"),
     ("Python: read a chunk", source.SourceCheckpoint, "chunk"),
-    ("hashing and CRCs", digests.FileHashes, "run"),
+    ("SHA-256", digests.FileHashes, "run"),
+    ("CRCs", source_crcs.SourceCrcs, "add"),
+    ("CRCs", source_crcs.SourceCrcs, "finish"),
     ("Python: encode a chunk", compression.Compression, "encode"),
     ("Python: encode a chunk", processors.Cpu, "encode"),
     ("Python: pack a chunk", writer.Writer, "pack"),
@@ -67,8 +69,8 @@ STAGES: list[tuple[str, Any, str]] = [
     ("Python: decode a chunk", StoredCheckpoint, "decode_chunk"),
     ("Python: write a chunk", restore._Writing, "write"),
     ("Python: write a chunk", restore._Writing, "_put"),
-    ("CRCs", restore._Crcs, "add"),
-    ("CRCs", restore._Crcs, "finish"),
+    ("CRCs", span_crcs.SpanCrcs, "add"),
+    ("CRCs", span_crcs.SpanCrcs, "finish"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 and zip CRCs of whole files, computed on a thread while the conversion runs."""
+"""SHA-256 of whole files, computed on a thread while the conversion runs."""
 
 from __future__ import annotations
 
@@ -9,49 +9,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from zlib_ng import zlib_ng
-
 from statecodec.checkpoint.shared_reads import SharedReads
-from statecodec.checkpoint.source_files import check_crc
 from statecodec.files import opened, read_exactly
-from statecodec.layouts import Crc32
 
 _BLOCK = 4 << 20
 
 
 @dataclass(frozen=True)
 class FileToHash:
-    """A file to read once, from its start.
-
-    `crcs` are zip CRCs that must hold (torch.load itself never checks them); `number` is that of the file in the source
-    whose reads are shared.
-    """
+    """A file to read once, from its start; `number` is that of the file in the source whose reads are shared."""
 
     path: Path
     nbytes: int
-    crcs: tuple[Crc32, ...] = ()
     number: int = 0
 
 
 class FileHashes(threading.Thread):
-    """Hashes files, one after the other, and checks their CRCs, holding no more than one block.
+    """Hashes files, one after the other, holding no more than one block.
 
     Where a conversion's reads are shared, it hashes the buffers that it is lent, and reads only what is in none of
     them. A file that is still being written is hashed up to where `advance` says that it is complete.
     """
 
     def __init__(
-        self,
-        files: Sequence[FileToHash],
-        *,
-        sha256: bool = True,
-        growing: bool = False,
-        shared: SharedReads | None = None,
+        self, files: Sequence[FileToHash], *, growing: bool = False, shared: SharedReads | None = None
     ) -> None:
         """With `growing`, nothing is read before `advance` allows it (one file only)."""
         super().__init__(name="statecodec-digests", daemon=True)
-        self.files = [file for file in files if sha256 or file.crcs]
-        self._sha256, self._shared = sha256, shared
+        self.files, self._shared = files, shared
         self._digests: list[str] = []
         self._error: BaseException | None = None
         self._stopped = False
@@ -84,27 +69,25 @@ class FileHashes(threading.Thread):
             self._shared.close()
 
     def digests(self) -> list[str]:
-        """SHA-256 of each file in hexadecimal (none without `sha256`), once the thread is done.
+        """SHA-256 of each file in hexadecimal, once the thread is done.
 
         Raises:
-            MalformedCheckpoint: If a CRC does not hold.
+            MalformedCheckpoint: If a file is shorter than it was.
             OSError: If a file cannot be read.
         """
         self._nothing_more()
         self.join()
         if self._error is not None:
             raise self._error
-        return self._digests if self._sha256 else []
+        return self._digests
 
     def _hash(self, file: FileToHash) -> str:
-        sha, crcs, offset = hashlib.sha256(), _CrcCheck(file), 0
+        sha, offset = hashlib.sha256(), 0
         # The file that is encoded, even if another one has its name by now.
         with self._opened(file) as fd:
             while offset < file.nbytes and not self._stopped:
                 with self._piece(file, fd, offset) as piece:
-                    if self._sha256:
-                        sha.update(piece)
-                    crcs.feed(fd, offset, piece)
+                    sha.update(piece)
                     offset += len(piece)
         return sha.hexdigest()
 
@@ -140,25 +123,3 @@ class FileHashes(threading.Thread):
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._readable >= readable)
         return not self._stopped
-
-
-class _CrcCheck:
-    """Compares the CRCs of a file's disjoint spans with what the file says, while it is read from start to end."""
-
-    def __init__(self, file: FileToHash) -> None:
-        self._path = file.path
-        self._spans = sorted((c for c in file.crcs if c.nbytes), key=lambda c: -c.offset)
-        self._value = 0
-
-    def feed(self, fd: int, start: int, data: memoryview) -> None:
-        """File bytes from `start` are `data`, which follows what came before."""
-        stop = start + len(data)
-        while self._spans and self._spans[-1].offset < stop:
-            span = self._spans[-1]
-            end = span.offset + span.nbytes
-            self._value = zlib_ng.crc32(data[max(span.offset - start, 0) : end - start], self._value)
-            if end > stop:
-                return
-            check_crc(fd, span, self._value, str(self._path))
-            self._spans.pop()
-            self._value = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.shared_reads import SharedReads
 from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_crcs import SourceCrcs
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose.budget import finer
@@ -70,22 +71,24 @@ class Compression:
     """Of items whose chosen codec refused their values, or missed the promise: the codec that they have instead."""
     shared: SharedReads | None = None
     """With whom reads of the source are shared, if with anybody."""
+    crcs: SourceCrcs | None = None
+    """Checks what is read."""
 
     def write(self, output: WriteOptions, verification: Verification | None = None) -> Report:
         """Write the compressed checkpoint; the source's digests are taken meanwhile. Raises as `compress` does."""
-        hashed = self.settings.stores_sha256 or any(file.crcs for file in self.source.located.files)
-        shared = SharedReads(self.source) if self.source.on_disk and hashed else None
+        shared = SharedReads(self.source) if self.source.on_disk and self.settings.stores_sha256 else None
+        work = replace(self, shared=shared).checked(range(len(self.source.items)))
         with self.hashing(self.source.own_files if shared else (), shared) as hashes:
 
             def document(refusals: Mapping[str, str]) -> dict[str, Any]:
                 digests = hashes()
-                self.source.files.check_unchanged()
+                work.finish_reading()
                 return self.document(digests, refusals)
 
             outcome = write(
                 output,
                 [self.item(i) for i in range(len(self.source.items))],
-                replace(self, shared=shared).encode,
+                work.encode,
                 document,
                 "compressing",
                 fallback=self.instead,
@@ -95,14 +98,24 @@ class Compression:
         report = outcome.report(output)
         return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
 
+    def checked(self, items: Collection[int]) -> Compression:
+        """The same, with the CRCs of the records of these items checked while they are read."""
+        return replace(self, crcs=SourceCrcs(self.source, items) if self.source.on_disk else None)
+
+    def finish_reading(self) -> None:
+        """Check the CRCs of what was not read, and that no file changed. Raises MalformedCheckpoint, LayoutError."""
+        if self.crcs is not None:
+            self.crcs.finish()
+        self.source.files.check_unchanged()
+
     @contextlib.contextmanager
     def hashing(
         self, files: Sequence[int], shared: SharedReads | None = None
     ) -> Iterator[Callable[[], dict[int, str]]]:
         """Hash these files of the source while the block runs; the function waits for their SHA-256."""
         located = self.source.located.files
-        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, located[i].crcs, i) for i in files]
-        hashes = FileHashes(watched, sha256=self.settings.stores_sha256, shared=shared)
+        watched = [FileToHash(self.source.files.path(i), located[i].nbytes, i) for i in files]
+        hashes = FileHashes(watched, shared=shared)
         hashes.start()
         try:
             yield lambda: dict(zip(files, hashes.digests(), strict=False))
@@ -125,6 +138,8 @@ class Compression:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
         x = (self.shared.read if self.shared else self.source.chunk)(item, chunk, self.processor.scratch)
+        if self.crcs is not None:
+            self.crcs.add(item, chunk, x)
         if encoding.change is None:
             return self._encoded(item, codec, x, chunk)
         assert self.base is not None  # `linked` chose the change

@@ -9,6 +9,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -21,6 +22,7 @@ from statecodec.checkpoint.digests import FileHashes, FileToHash
 from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.skeleton import Skeleton
+from statecodec.checkpoint.span_crcs import SpanCrcs
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import CorruptFile
@@ -34,8 +36,6 @@ from statecodec.verbs.processors import Processor, processor
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CRC_BLOCK = 1 << 20
 
 
 def restore(
@@ -163,7 +163,11 @@ def _restore_file(
     try:
         reserve(fd, file.nbytes)
         _write_skeleton(stored, file, fd, threads, meter)
-        crcs = _Crcs(fd, [c for c in file.crcs if _touches(c, lossy)], str(path))
+        crcs = SpanCrcs(
+            (c for c in file.crcs if _touches(c, lossy)),
+            lambda offset, target: read_exactly(fd, offset, target, str(path)),
+            partial(_write_crc, fd),
+        )
         behind, writing = WriteBehind(fd), _Writing(stored, file, fd, where, checked=bool(lossy))
         with ordered_map(writing.write, writing.jobs(), threads) as written:
             for start, nbytes, crc in writing.in_order(written):
@@ -273,45 +277,9 @@ class _Writing:
                 yield waiting.pop((index, chunk))
 
 
-class _Crcs:
-    """Recomputes zip CRCs while regions are written in file order; bytes between the regions are read back."""
-
-    def __init__(self, fd: int, crcs: list[Crc32], name: str) -> None:
-        self.fd, self.name = fd, name
-        self._spans: Iterator[Crc32] = iter(sorted(crcs, key=lambda c: c.offset))
-        self._span: Crc32 | None = next(self._spans, None)
-        self._value, self._at = 0, self._span.offset if self._span else 0
-
-    def add(self, start: int, nbytes: int, crc: int) -> None:
-        """File bytes from `start` have been written; `crc` is their CRC-32. They lie in one span or in none."""
-        while self._span is not None and start >= self._span.offset + self._span.nbytes:
-            self._close()
-        if self._span is None or not nbytes or start < self._span.offset:
-            return
-        self._fill(start)
-        self._value = zlib_ng.crc32_combine(self._value, crc, nbytes)
-        self._at = start + nbytes
-
-    def finish(self) -> None:
-        """Finish the spans that are not complete yet."""
-        while self._span is not None:
-            self._close()
-
-    def _close(self) -> None:
-        assert self._span is not None
-        self._fill(self._span.offset + self._span.nbytes)
-        for at in self._span.at:
-            write_exactly(self.fd, at, memoryview(struct.pack("<I", self._value)))
-        self._span = next(self._spans, None)
-        self._value, self._at = 0, self._span.offset if self._span else 0
-
-    def _fill(self, stop: int) -> None:
-        block = memoryview(bytearray(min(_CRC_BLOCK, max(stop - self._at, 0))))
-        while self._at < stop:
-            piece = block[: min(len(block), stop - self._at)]
-            read_exactly(self.fd, self._at, piece, self.name)
-            self._value = zlib_ng.crc32(piece, self._value)
-            self._at += len(piece)
+def _write_crc(fd: int, span: Crc32, crc: int) -> None:
+    for at in span.at:
+        write_exactly(fd, at, memoryview(struct.pack("<I", crc)))
 
 
 def _touches(crc: Crc32, lossy: list[tuple[int, int]]) -> bool:

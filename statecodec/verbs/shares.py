@@ -188,8 +188,9 @@ def _write(
     work: Compression, output: WriteOptions, indices: Sequence[int], share: Share, header: Mapping[str, Any]
 ) -> int:
     """Write a share; returns its bytes."""
-    files = work.source.own_files[share.number - 1 :: share.count]  # this share's part of the hashing
-    with work.hashing(files) as hashes:
+    work = work.checked(frozenset(indices))
+    own = work.source.own_files if work.settings.stores_sha256 else []
+    with work.hashing(own[share.number - 1 :: share.count]) as hashes:  # this share's part of it
         appending = appended(
             output,
             [work.item(i) for i in indices],
@@ -203,7 +204,7 @@ def _write(
         )
         with appending as (writer, refusals):
             digests = {str(file): digest for file, digest in hashes().items()}
-            work.source.files.check_unchanged()
+            work.finish_reading()
             announced = {item.name: item.announced.config() for item in writer.items if item.announced is not None}
             results = {
                 "refusals": dict(refusals), "announced": announced, "sums": dict(work.totals.sums), "digests": digests,

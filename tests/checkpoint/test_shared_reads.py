@@ -115,7 +115,7 @@ def test_reads_in_any_order_give_the_same_digest(order: list[int], left: int, so
         assert len(jobs) == 7
         shared, scratch = SharedReads(checkpoint), ThreadScratch()
         located = checkpoint.located.files[0]
-        hashes = FileHashes([FileToHash(source, located.nbytes, located.crcs, 0)], shared=shared)
+        hashes = FileHashes([FileToHash(source, located.nbytes, 0)], shared=shared)
         hashes.start()
         for number in order[:left]:
             item, chunk = jobs[number + 1]

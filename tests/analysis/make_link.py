@@ -44,9 +44,8 @@ def write_links(folder: Path, packing: str) -> list[Path]:
         source.chmod(0o644)
         os.utime(source, ns=(10**18, 10**18))
         links.append(folder / f"{packing}{i}.sc.safetensors")
-        statecodec.compress(
-            source, links[-1], preset="lossless", pack=packing, base=links[-2] if i else None, rules=RULES if i else ()
-        )
+        base, rules = (links[-2], RULES) if i else (None, ())
+        statecodec.compress(source, links[-1], preset="lossless", pack=packing, base=base, rules=rules, sha256=True)
         w = w + 1e-4 * torch.randn(40, 120, generator=generator)
     return links[1:]
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from statecodec import codecs
 from statecodec.buffers import memory
+from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.samples import sample
-from statecodec.choose.since_base import packed_size
+from statecodec.choose.since_base import first_and_middle, packed_size
 from statecodec.codecs import Change, Codec, Encoding
-from statecodec.codecs.chunking import Chunk
+from statecodec.codecs.changes import subtract_parts
+from statecodec.codecs.chunking import Chunk, chunks
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
-from statecodec.errors import UnencodableValues
+from statecodec.errors import FormatError, UnencodableValues
 from statecodec.format import Packing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NARROW: Final = (BFLOAT16, FLOAT16)
 _ELEMENTWISE: Final = (codecs.Raw, codecs.Uniform, codecs.Split, codecs.Logarithmic, codecs.Cast)
@@ -34,13 +39,19 @@ Place = tuple[str, tuple[int, ...]]
 
 
 def derived(
-    source: SourceCheckpoint, choices: Choices, packing: Packing, only: Container[str] | None = None
+    source: SourceCheckpoint,
+    choices: Choices,
+    base: BaseCheckpoint | None,
+    packing: Packing,
+    only: Container[str] | None = None,
 ) -> Choices:
     """The same choices, with tensors stored beside others where samples of both pack smaller that way.
 
-    With packing `none` nothing changes: nothing would be smaller, and a file that is mapped would not hold the tensor.
-    `only`: the names that are looked at, where not all are.
+    Of a link of a chain: smaller than what changed since the base, where that is what was chosen. With packing `none`
+    nothing changes: nothing would be smaller, and a file that is mapped would not hold the tensor. `only`: the names
+    that are looked at, where not all are.
     """
+    sizes = _Sizes(source, choices, base, packing)
     beside: dict[str, Choice] = {}
     for item, others in followers(source) if packing.method != "none" else ():
         if choices[item.name].settled or (only is not None and item.name not in only):
@@ -49,7 +60,7 @@ def derived(
             chosen = _beside(choices[item.name], item, other)
             if chosen is None or other.name in beside or not _is_elementwise(choices[other.name]):
                 continue
-            if _is_smaller(source, item, other, choices, chosen.codec, packing):
+            if sizes.are_smaller(item, other, chosen.codec):
                 beside[item.name] = chosen
                 break
     return choices.updated(beside)
@@ -137,32 +148,43 @@ def _beside(choice: Choice, item: SourceItem, other: SourceItem) -> Choice | Non
     )
 
 
-def _is_smaller(
-    source: SourceCheckpoint,
-    item: SourceItem,
-    other: SourceItem,
-    choices: Mapping[str, Choice],
-    codec: Codec,
-    packing: Packing,
-) -> bool:
-    """Whether two samples of a tensor pack smaller beside the other, as the reader will have it."""
-    (role,) = codec.needs
-    now, before = choices[item.name].codec, choices[other.name].codec
-    alone = beside = 0
-    for chunk in _samples(item.numel):
-        x = source.chunk(item, chunk)
+@dataclass(frozen=True)
+class _Sizes:
+    """What samples of a tensor pack to."""
+
+    source: SourceCheckpoint
+    choices: Choices
+    base: BaseCheckpoint | None
+    packing: Packing
+
+    def are_smaller(self, item: SourceItem, other: SourceItem, codec: Codec) -> bool:
+        """Whether a tensor is smaller in this codec, beside the other as the reader will have it, than as chosen."""
+        alone = beside = 0
         try:
-            decoded = before.encode(source.chunk(other, chunk)).decode()
-            parts = codec.encode(x, companions={role: decoded}).parts
-            alone += packed_size(now.encode(x).parts, packing)
-        except UnencodableValues:
+            for chunk in self._samples(item):
+                x = self.source.chunk(item, chunk)
+                alone += packed_size(self._chosen(item, chunk, x), self.packing)
+                beside += packed_size(self._beside(other, codec, chunk, x), self.packing)
+        except (UnencodableValues, FormatError):
             return False
-        beside += packed_size(parts, packing)
-    return beside < _WORTH * alone
+        return beside < _WORTH * alone
 
+    def _samples(self, item: SourceItem) -> list[Chunk]:
+        """Pieces from the beginning and the middle; whole chunks where they are compared with the base's."""
+        choice = self.choices[item.name]
+        if choice.encoding.change is not None:
+            return first_and_middle(list(chunks(choice.codec, item.shape, item.dtype)))
+        size = min(item.numel, _SAMPLE)
+        return [Chunk(start, start + size, (1, size)) for start in {0, (item.numel - size) // 2}]
 
-def _samples(numel: int) -> Iterator[Chunk]:
-    """Pieces from the beginning and the middle of a tensor."""
-    size = min(numel, _SAMPLE)
-    for start in {0, (numel - size) // 2}:
-        yield Chunk(start, start + size, (1, size))
+    def _chosen(self, item: SourceItem, chunk: Chunk, x: Tensor) -> Mapping[str, Tensor]:
+        choice = self.choices[item.name]
+        parts = choice.codec.encode(x).parts
+        if choice.encoding.change is None or self.base is None:
+            return parts
+        return subtract_parts(parts, self.base.parts(item, choice.codec, chunk))
+
+    def _beside(self, other: SourceItem, codec: Codec, chunk: Chunk, x: Tensor) -> Mapping[str, Tensor]:
+        (role,) = codec.needs
+        decoded = self.choices[other.name].codec.encode(self.source.chunk(other, chunk)).decode()
+        return codec.encode(x, companions={role: decoded}).parts

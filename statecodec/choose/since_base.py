@@ -75,7 +75,7 @@ def _smallest(
     if not _can_change(codec, stored, pieces):
         return None
     before = after = 0
-    for chunk in {0: pieces[0], len(pieces) // 2: pieces[len(pieces) // 2]}.values():
+    for chunk in first_and_middle(pieces):
         try:
             parts = codec.encode(source.chunk(item, chunk)).parts
             changed = subtract_parts(parts, base.parts(item, codec, chunk))
@@ -84,6 +84,11 @@ def _smallest(
         before += packed_size(parts, packing)
         after += packed_size(changed, packing)
     return Change.PARTS if after < _WORTH * before else None
+
+
+def first_and_middle(pieces: Sequence[Chunk]) -> list[Chunk]:
+    """The chunks that are encoded to tell how large all of them are."""
+    return [pieces[number] for number in {0, len(pieces) // 2}]
 
 
 def _can_change(codec: Codec, stored: StoredItem, pieces: Sequence[Chunk]) -> bool:

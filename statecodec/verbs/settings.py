@@ -136,7 +136,8 @@ class CompressSettings:
         choices = by_rules(source, self.caller_policy, self.preset, strict=self.strict)
         if self.budget:
             choices = by_budget(source, choices, self.budget, threads, progress, only)
-        choices = linked(source, derived(source, choices, self.packing, only), base, self.packing, only)
+        choices = linked(source, choices, base, self.packing, only)
+        choices = derived(source, choices, base, self.packing, only)
         return repeated(source, choices, self.packing, only)
 
 

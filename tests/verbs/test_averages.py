@@ -136,7 +136,7 @@ def test_sixteen_bit_averages_are_exact_beside_their_weights(content: dict[str, 
         assert equal(back(report, tmp_path / "back.pt"), halves)
 
 
-def test_shares_links_and_conversions(content: dict[str, Any], tmp_path: Path) -> None:
+def test_shares_and_conversions(content: dict[str, Any], tmp_path: Path) -> None:
     path = saved(content, tmp_path / "x.pt")
     whole = statecodec.compress(path, tmp_path / "whole.sc.safetensors")
     for number in (2, 1):
@@ -144,29 +144,47 @@ def test_shares_links_and_conversions(content: dict[str, Any], tmp_path: Path) -
     joined = statecodec.finalize(path, tmp_path / "joined.sc.safetensors")
     assert Path(joined.path).read_bytes() == Path(whole.path).read_bytes()
 
-    moved = copy.deepcopy(content)
-    for key in ("slow", "model", "fast"):
-        for t in moved[key].values():
-            t += 1e-5 if t.is_floating_point() else 1
-    saved(moved, path)
-    alone = statecodec.compress(path, tmp_path / "alone.sc.safetensors")
-    link = statecodec.compress(path, tmp_path / "link.sc.safetensors", base=whole.path)
-    assert any(t.codec.startswith("delta") for t in link.tensors)
-    expected = back(alone, tmp_path / "a.pt")
-    assert equal(back(link, tmp_path / "b.pt"), expected)
-
-    kept = statecodec.convert(link.path, tmp_path / "kept.sc.safetensors", to=["exp_avg=companded"])
+    kept = statecodec.convert(whole.path, tmp_path / "kept.sc.safetensors", to=["exp_avg=companded"])
     assert set(kinds(kept).values()) == {"following", "uniform"}
-    other = statecodec.convert(link.path, tmp_path / "other.sc.safetensors", to=["weight:fp32,numel>=4096=raw"])
+    other = statecodec.convert(whole.path, tmp_path / "other.sc.safetensors", to=["weight:fp32,numel>=4096=raw"])
     assert set(kinds(other).values()) == {"raw"}, "rules for weights are for their copies too"
+    expected = back(whole, tmp_path / "a.pt")
     for report in (kept, other):
         assert equal(back(report, tmp_path / "b.pt"), expected)
+
+
+def test_a_link_has_averages_as_the_smaller_of_distance_and_change(content: dict[str, Any], tmp_path: Path) -> None:
+    """One that has hardly moved since the base, and one that has moved as far as its weights."""
+    base = statecodec.compress(saved(content, tmp_path / "base.pt"))
+    moved = copy.deepcopy(content)
+    for name, weight in moved["model"].items():
+        weight += LR * torch.randn_like(weight)
+        moved["slow"][f"module.{name}"] += 1e-5
+        moved["fast"][f"module.{name}"] = weight + 1e-5
+    path = saved(moved, tmp_path / "x.pt")
+    alone = statecodec.compress(path, tmp_path / "alone.sc.safetensors")
+    link = statecodec.compress(path, tmp_path / "link.sc.safetensors", base=base.path, verify=True)
+    found = kinds(link)
+    assert {found[name] for name in found if name.startswith("slow")} == {"delta"}
+    assert {found[name] for name in found if name.startswith("fast")} == {"following"}
+    before, after = ({t.name: t.bytes_after for t in report.tensors} for report in (alone, link))
+    assert all(after[name] < 0.5 * before[name] for name in found if name.startswith("slow"))
+
+    expected, linked = back(alone, tmp_path / "a.pt"), back(link, tmp_path / "b.pt")
+    assert all(torch.equal(expected["model"][name], linked["model"][name]) for name in moved["model"])
+    for name in ("0.weight", "1.weight", "3.weight"):
+        of_weight = distance(linked["model"][name], moved["model"][name])
+        assert distance(linked["slow"][f"module.{name}"], moved["slow"][f"module.{name}"]) <= 1.05 * of_weight
+    converted = statecodec.convert(link.path, tmp_path / "c.sc.safetensors", to=["exp_avg=companded"])
+    assert {kind for name, kind in kinds(converted).items() if not name.startswith("fast")} == {"uniform"}
+    assert equal(back(converted, tmp_path / "c.pt"), linked)
+
     compared = statecodec.diff(path, link.path)
     told = {t.name: t.error["step_error"] for t in link.tensors if t.error and "step_error" in t.error}
-    found = {t.name: t.step_error for t in compared.tensors if t.step_error}
+    errors = {t.name: t.step_error for t in compared.tensors if t.step_error}
     assert compared.total["weight_step_error"] == pytest.approx(link.total["weight_step_error"], rel=0.01)  # type: ignore[index]
     for name in ("model.1.weight", "slow.module.1.weight", "fast.module.3.weight"):
-        assert found[name] == pytest.approx(told[name], rel=1e-3)
+        assert errors[name] == pytest.approx(told[name], rel=1e-3)
 
 
 def test_averages_without_names_follow_the_nearest_weight_of_their_shape(tmp_path: Path) -> None:

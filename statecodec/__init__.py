@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 from statecodec._version import __version__
 
 if TYPE_CHECKING:
+    from statecodec import distributed as distributed
+    from statecodec import errors as errors
+    from statecodec import optim as optim
     from statecodec.checkpoint.base import Checkpoint
     from statecodec.checkpoint.open import load
     from statecodec.checkpoint.open import open_checkpoint as open
@@ -78,11 +81,16 @@ _HOMES = {
 }
 
 
+_MODULES = ("distributed", "errors", "optim")
+
+
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_MODULES})
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_HOMES[name]}")

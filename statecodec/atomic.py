@@ -28,7 +28,7 @@ def check(target: Path, *, directory: bool = False, force: bool = False) -> None
         kind = "directory" if directory else "regular file"
         raise UsageError(f"{target} exists and is not a {kind}; it is not replaced by one")
     if not force:
-        raise OutputExists(f"{target} exists; use force to replace it")
+        raise OutputExists(f"{target} exists; force (--force) replaces it")
 
 
 class AtomicOutput:

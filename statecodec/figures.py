@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from statecodec.roles import family
 
 
 def size(nbytes: float) -> str:
@@ -51,20 +53,34 @@ def error(value: Any) -> str:
     return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"
 
 
-def asked(preset: str | None, errors: Mapping[str, float] | None) -> str:
+def asked(preset: str | None, errors: Mapping[str, float] | None, weights_at: float | None = None) -> str:
     """The errors that a file was made to keep to (see `Report.asked`), in words; "" where they are not known.
 
     >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.01})
     'preset resume, errors up to 1 % of a step'
     >>> asked(None, {"u_rms": 0.05, "weight_step_error": 0.003})
     'updates off by up to 5 % of a step, weights off by up to 0.3 % of a step'
+
+    `weights_at` is the largest error of a weight, in its steps. It is above what was asked for where 24 bits, the
+    finest that is stored, are coarser than that.
+
+    >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.01}, 0.26)
+    'preset resume, errors up to 1 % of a step, but weights in 24 bits up to 26 %'
     """
     if errors is None:
         return ""
     update, weights = errors.get("u_rms"), errors.get("weight_step_error")
     halves = [("errors", update)] if update == weights else [("updates off by", update), ("weights off by", weights)]
     words = [f"{label} up to {100 * most:.3g} % of a step" for label, most in halves if most]
+    if weights and weights_at and weights_at > 1.01 * weights:
+        words.append(f"but weights in 24 bits up to {100 * weights_at:.3g} %")
     return ", ".join([*([f"preset {preset}"] if preset else []), *words])
+
+
+def worst_weight(errors: Iterable[tuple[str, Mapping[str, float] | None]]) -> float | None:
+    """The largest error of a weight in its steps, of tensors' roles and errors (see `TensorReport.error`)."""
+    of_weights = [error for role, error in errors if error and family(role) == "weight"]
+    return max((error["step_error"] for error in of_weights if "step_error" in error), default=None)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:

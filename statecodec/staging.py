@@ -161,7 +161,7 @@ class Staging:
         try:
             os.link(self.folder / target.name, target)
         except FileExistsError:
-            raise OutputExists(f"{target} was created meanwhile; use force to replace it") from None
+            raise OutputExists(f"{target} was created meanwhile; force (--force) replaces it") from None
         except OSError as error:
             if error.errno not in (*_CANNOT, errno.EPERM, errno.EMLINK):
                 raise
@@ -170,7 +170,7 @@ class Staging:
     def rename(self, source: Path, target: Path) -> None:
         """Rename to a name that seems to be free. Raises OutputExists, OSError."""
         if os.path.lexists(target):
-            raise OutputExists(f"{target} was created meanwhile; use force to replace it")
+            raise OutputExists(f"{target} was created meanwhile; force (--force) replaces it")
         os.rename(source, target)
 
     def take_away(self, *targets: Path) -> list[Taken]:

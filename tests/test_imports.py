@@ -37,6 +37,10 @@ def test_the_public_names_are_there_and_still_light() -> None:
     assert loaded_by(program).isdisjoint(set(HEAVY) - {"numba"})
 
 
+def test_the_optimizers_are_there_once_the_package_is() -> None:
+    assert "torch" in loaded_by("import statecodec; statecodec.optim.AdamW, statecodec.errors.UsageError")
+
+
 def imported(path: Path) -> set[str]:
     """Top-level names of what a module imports as soon as it is imported, type checkers' imports left out."""
     tree = ast.parse(path.read_text())

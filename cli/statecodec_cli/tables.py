@@ -83,8 +83,8 @@ def inspected(document: Document, *, every: bool = False) -> list[RenderableType
     else:
         facts.append(kind)
     details = [f"{document['num_params']:,} parameters", f"{_count(document):,} tensors"]
-    if asked := console.asked(document.get("preset"), document.get("asked")):
-        details.append(asked)
+    if promise := _promise(document):
+        details.append(promise)
     if document.get("format_version"):
         details.append("format " + ".".join(str(n) for n in document["format_version"]))
     if source.get("sha256"):
@@ -131,7 +131,7 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
     line = TextRow(
         Text.assemble(("ok  ", "bold green"), (str(document["path"]), "bold")),
         verdict,
-        console.asked(document.get("preset"), document.get("asked")),
+        _promise(document),
         f"{_count(document):,} tensors, {console.size(document['bytes'])} checked",
     )
     return [line, *_updates(document), *_notes(document)]
@@ -255,6 +255,12 @@ def _updates(document: Document) -> list[TextRow]:
         Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
     )
     return [line]
+
+
+def _promise(document: Document) -> str:
+    """The errors that the file was made to keep to, in words; "" where they are not known."""
+    worst = console.worst_weight((t["role"], t.get("error")) for t in document["tensors"])
+    return console.asked(document.get("preset"), document.get("asked"), worst)
 
 
 def _asked(fraction: float | None) -> str:

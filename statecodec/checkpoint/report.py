@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from statecodec.checkpoint.states import EncodedState
-from statecodec.figures import asked, error, ratio, size, table
+from statecodec.figures import asked, error, ratio, size, table, worst_weight
 
 _T = TypeVar("_T")
 _NOTES = 10  # printed at most
@@ -283,7 +283,8 @@ def _report_text(report: Report) -> str:
         line += [f"from {size(before)}", ratio(before, report.bytes)]
     line += [report.source["framework"]] if report.source.get("framework") else []
     line += [f"{per_param:.2f} B/param"] if per_param else []
-    line += [words] if (words := asked(report.preset, report.asked)) else []
+    worst = worst_weight((t.role, t.error) for t in report.tensors)
+    line += [words] if (words := asked(report.preset, report.asked, worst)) else []
     rows = []
     for (role, codec), group in _grouped(report.tensors, lambda t: (t.role, t.codec.partition("(")[0])):
         sizes = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)

@@ -19,7 +19,7 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from statecodec.checkpoint.source import SourceCheckpoint
@@ -138,7 +138,7 @@ def by_budget(
         if only is None or single.weight in only:
             chooser.chosen.update(chooser.single(single, largest))
     chooser.rest(only)
-    return choices.updated(chooser.chosen, tuple(chooser.notes))
+    return choices.updated(chooser.chosen, tuple(chooser.notes()))
 
 
 def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
@@ -160,13 +160,14 @@ class _Chooser:
     def __init__(self, source: SourceCheckpoint, choices: Choices, budget: Budget) -> None:
         self.source, self.choices, self.budget = source, choices, budget
         self.chosen: dict[str, Choice] = {}
-        self.notes: list[str] = []
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
         self._momenta = {m.momentum: m for m in source.momenta}
         self._largest_rate = _largest((*source.moments, *source.quantised))
         self._followed = followed(source)
         self._one_step: dict[str, float] = {}
         """Of weights, by name."""
+        self._coarser: set[str] = set()
+        """Names of weights whose 24 bits are coarser than what was asked for."""
 
     def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
         """The choices for one parameter's moments and its weight."""
@@ -241,6 +242,8 @@ class _Chooser:
         most = fraction * one_step
         step = min(max(_grid(most, item, rms), finest), coarsest)
         if step == finest:
+            if 0 < _grid(most, item, rms) < finest:
+                self._coarser.add(item.name)
             return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
         reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
         return Choice(Encoding(Uniform(step)), reason, unit=one_step, most=most)
@@ -280,6 +283,14 @@ class _Chooser:
             encoding = Encoding(Uniform(_grid(most, item, rms)))
             return Choice(encoding, f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
+
+    def notes(self) -> Iterator[str]:
+        """What is not as near as was asked for."""
+        if self._coarser:
+            yield (
+                f"{len(self._coarser)} weights are off by more than {self.budget.weights:.4g} of a step, because their "
+                "steps are small beside their values: 24 bits are the finest that is stored, lossless aside"
+            )
 
     def _item(self, name: str) -> SourceItem:
         return self.source.items[self.source.tensors[name].index]

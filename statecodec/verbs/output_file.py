@@ -30,5 +30,5 @@ def output_file(dst: str | Path | None, default: Path | None, *, force: bool) ->
     if force:
         refuse_base(target)
     elif target.exists() or target.with_name(target.name + INDEX_SUFFIX).exists():
-        raise OutputExists(f"{target} exists; use force to replace it")
+        raise OutputExists(f"{target} exists; force (--force) replaces it")
     return target

@@ -121,7 +121,7 @@ def write_tensors_and_json(parts: TensorsAndValues, target: Path, used: Used, *,
     """Write `target` and, beside it, NAME.json; both or neither. Raises OutputExists, OutputFailed."""
     other = target.with_name(target.name.removesuffix(".safetensors") + ".json")
     if other.exists() and not force:
-        raise OutputExists(f"{other} exists; use force to replace it")
+        raise OutputExists(f"{other} exists; force (--force) replaces it")
     text = json.dumps({"format": "statecodec.values", "values": parts.tree}, indent=1, allow_nan=False).encode()
     staging = Staging(target)
     try:

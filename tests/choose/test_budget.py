@@ -145,6 +145,28 @@ def test_a_learning_rate_of_zero_counts_as_the_largest_of_the_file(tmp_path: Pat
     assert 0.05 < errors(path, back)["0.weight"][1] <= 0.1002
 
 
+def test_at_the_end_of_a_schedule_the_rate_counts_that_it_began_with(tmp_path: Path) -> None:
+    path = trained(tmp_path / "ckpt.pt", lr=0.0)
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["param_groups"][0]["initial_lr"] = LR
+    torch.save(content, path)
+    report, back = restored(path, max_step_error=0.1)
+    assert 0.05 < errors(path, back)["0.weight"][1] <= 0.1002
+    assert report.total is not None
+    assert report.total["weight_step_error"] == pytest.approx(0.1, rel=0.1)
+
+
+def test_weights_whose_steps_are_finer_than_24_bits_are_said_to_be_off_by_more(tmp_path: Path) -> None:
+    """A promise that is not kept is not printed as if it were."""
+    report, _ = restored(trained(tmp_path / "ckpt.pt", lr=1e-6))
+    assert any("off by more than 0.01 of a step" in note for note in report.notes)
+    verified = statecodec.verify(report.path)
+    assert "but weights in 24 bits up to" in str(verified)
+    near, _ = restored(trained(tmp_path / "ckpt.pt"), max_step_error=0.1)
+    assert not near.notes
+    assert "but weights" not in str(near)
+
+
 def test_moments_where_nothing_was_seen_stay_zero(tmp_path: Path) -> None:
     """Twenty rows of the embedding never had a gradient, and v = 0 with m != 0 is kept to a step of m / eps."""
     path = trained(tmp_path / "ckpt.pt")

@@ -422,6 +422,27 @@ def test_averages_are_told_by_what_stands_beside_them(kind: str, tmp_path: Path)
         assert set(roles.values()) == {"weight"}, "where nothing else is"
 
 
+@pytest.mark.parametrize("kind", ["an optimizer", "an average of its own"])
+def test_a_file_called_ema_that_tells_itself_is_not_one_average(kind: str, tmp_path: Path) -> None:
+    model, optimizer = trained()
+    ema = {k: v.clone() for k, v in model.state_dict().items()}
+    more = {"optimizer": optimizer.state_dict()} if kind == "an optimizer" else {"ema": ema}
+    torch.save({"model": model.state_dict(), **more}, tmp_path / "ema.pt")
+    roles = {t.name: t.role for t in locate(tmp_path / "ema.pt").tensors}
+    assert roles["model.fc.weight"] == "weight"
+    assert roles.get("ema.fc.weight", "ema") == "ema"
+
+
+def test_steps_are_no_weights_where_all_tensors_lie_in_one_dict(tmp_path: Path) -> None:
+    save_file(
+        {"model.fc.weight": torch.ones(4, 4), "optimizer.state.0.step": torch.tensor(3.0)}, tmp_path / "m.safetensors"
+    )
+    assert {t.name: t.role for t in locate(tmp_path / "m.safetensors").tensors} == {
+        "model.fc.weight": "weight",
+        "optimizer.state.0.step": "step",
+    }
+
+
 def test_words_that_only_contain_ema_are_no_averages(saved: Any) -> None:
     _, file = saved({"model": {"schema.weight": torch.ones(4, 4), "cinema.weight": torch.ones(2, 4)}})
     assert {r.role for r in file.regions} == {"weight"}

@@ -127,11 +127,17 @@ def _assign(files: list[FileRoles]) -> None:
 def _averages(files: list[FileRoles], surveys: list[Survey]) -> None:
     """Give weights that anything calls running averages the role `ema`, if there are others that they follow."""
     pairs = list(zip(files, surveys, strict=True))
-    weights = [(surveyed, w.node, w.average or is_average(f.path)) for f, surveyed in pairs for w in surveyed.weights]
+    named = {id(surveyed) for f, surveyed in pairs if is_average(f.path) and not _tells_itself(surveyed)}
+    weights = [(s, w.node, w.average or id(s) in named) for s in surveys for w in s.weights]
     followed = any(not average for _, _, average in weights)
     averages = [(surveyed, node) for surveyed, node, average in weights if average]
     for of_file, node in [*averages, *((surveyed, node) for _, surveyed in pairs for node in surveyed.nameless)]:
         of_file.roles[node.index] = "ema" if followed else "weight"
+
+
+def _tells_itself(surveyed: Survey) -> bool:
+    """Whether a file's own keys tell averages from weights, or its optimizer trains them, whatever its own name."""
+    return bool(surveyed.optimizers or surveyed.nameless) or any(w.average for w in surveyed.weights)
 
 
 def _describe(

@@ -193,6 +193,9 @@ def _tensor(surveyed: Survey, path: KeyPath, node: TensorNode, bare: bool) -> No
         if node.dtype.is_floating_point:
             surveyed.roles[node.index] = STATE_ROLES[leaf]
         return
+    if leaf == "step" and math.prod(node.shape) == 1:
+        surveyed.roles[node.index] = "step"
+        return
     if (
         (path.inside not in _STATE_DICTS and not node.is_parameter)
         or not _has_fractions(node.dtype)

@@ -62,7 +62,7 @@ def _adam_settings(
     beta1, beta2, eps = (_number(file, value) for value in (*betas, group.get("eps")))
     if beta1 is None or beta2 is None or eps is None:
         return None
-    lr, decay = _number(file, group.get("lr")), _number(file, group.get("weight_decay"))
+    lr, decay = _rate(file, group), _number(file, group.get("weight_decay"))
     step = _number(file, state.get("step", group.get("step")))
     return AdamSettings(name, beta1, beta2, eps, lr, decay, step)
 
@@ -77,7 +77,7 @@ def momentum_nodes(
     keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
     if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
         return None
-    m, lr = state[keys[0]], _number(file, group.get("lr"))
+    m, lr = state[keys[0]], _rate(file, group)
     if (weight[1].shape, weight[1].stride) != (m.shape, m.stride) or not m.dtype.is_floating_point:
         return None
     if keys[0] == "exp_avg":
@@ -88,6 +88,12 @@ def momentum_nodes(
     like_adam = "match_rms_adamw" in (group.get("adjust_lr_fn"), group.get("adjust"))
     columns = max(math.prod(m.shape[1:]), 1)
     return MomentumNodes(lr, 0.2 if like_adam else 1 / math.sqrt(columns), True, m, weight)
+
+
+def _rate(file: FileRoles, group: dict[str, Any]) -> float | None:
+    """The learning rate; where a schedule has it at 0, the one that the schedule began with."""
+    lr = _number(file, group.get("lr"))
+    return lr or _number(file, group.get("initial_lr")) or lr
 
 
 def _number(file: FileRoles, value: Any) -> float | None:

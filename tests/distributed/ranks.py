@@ -27,7 +27,8 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
+        self._context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
         self._stack_files: list[Any] = []

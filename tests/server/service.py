@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 HERE = Path(__file__).parent
+PLAIN = {"verify": False}  # http on this machine: each client would read all certificates otherwise
 KERNELS = None
 """A folder of compiled kernels for all services of a run of pytest; without it each service compiles its own."""
 
@@ -70,17 +71,18 @@ class Service:
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
         until = time.monotonic() + timeout
         path = "/readyz" if ready and self.settings["workers"] else "/livez"
-        while time.monotonic() < until:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the service ended: {self.log()[-2000:]}")
-            try:
-                if httpx.get(self.url + path, timeout=5).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.03)
-        else:
-            raise TimeoutError(self.log()[-3000:])
+        with httpx.Client(base_url=self.url, timeout=5, **PLAIN) as client:
+            while time.monotonic() < until:
+                if self.process.poll() is not None:
+                    raise RuntimeError(f"the service ended: {self.log()[-2000:]}")
+                try:
+                    if client.get(path).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.03)
+            else:
+                raise TimeoutError(self.log()[-3000:])
         while self.token is None and self.settings.get("auth", True):
             time.sleep(0.01)
         return self
@@ -118,7 +120,7 @@ class Service:
     def client(self, token=None, **options):
         """An httpx client with a token."""
         headers = {"Authorization": f"Bearer {token or self.token}"} if (token or self.token) else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=30, **options)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, **PLAIN | options)
 
     def add_token(self, name):
         """A further token: what `token add NAME` does, without starting a process for it."""

@@ -104,25 +104,26 @@ def test_a_job_that_outlives_the_drain_goes_on_after_the_restart(fresh):
         assert (found["state"], found["attempt"]) == ("succeeded", 2)
 
 
-@pytest.mark.parametrize("state", ["running", "queued"])
-def test_a_job_that_the_queue_has_given_up_is_failed(fresh, state):
-    """However that came: nobody waits for ever."""
+def test_jobs_that_the_queue_has_given_up_are_failed(fresh):
+    """One that runs and one that is queued, however that came: nobody waits for ever."""
     service = fresh(lease_seconds=1)
     with service.client() as client:
-        job = submit(client, "compress", put(client, b"BEHAVE slow 1000\n" + b"x" * 1000))
+        upload = put(client, b"BEHAVE slow 1000\n" + b"x" * 1000)
+        running = submit(client, "compress", upload)["id"]
         until = time.monotonic() + 20
-        while client.get(f"/v1/jobs/{job['id']}").json()["progress"]["done"] == 0 and time.monotonic() < until:
+        while client.get(f"/v1/jobs/{running}").json()["progress"]["done"] == 0 and time.monotonic() < until:
             time.sleep(0.05)
+        queued = submit(client, "compress", upload)["id"]
     service.kill()
     time.sleep(0.5)  # its worker notices
     with sqlite3.connect(service.data / "jobs.sqlite") as engine:
-        engine.execute("UPDATE workflow_status SET status = 'ERROR' WHERE workflow_uuid = ?", (job["id"],))
-    if state == "queued":
-        with sqlite3.connect(service.data / "service.sqlite") as database:
-            database.execute(
-                "UPDATE service_jobs SET state = 'queued', created = created - 60 WHERE id = ?", (job["id"],)
-            )
+        engine.execute("UPDATE workflow_status SET status = 'ERROR'")
+    with sqlite3.connect(service.data / "service.sqlite") as database:
+        states = database.execute("SELECT id, state FROM service_jobs").fetchall()
+        database.execute("UPDATE service_jobs SET created = created - 60 WHERE id = ?", (queued,))
+    assert dict(states) == {running: "running", queued: "queued"}
     service.start()
     with service.client() as client:
-        found = wait(client, job["id"])
-        assert (found["state"], found["error"]["code"]) == ("failed", "internal")
+        for job in (running, queued):
+            found = wait(client, job)
+            assert (found["state"], found["error"]["code"]) == ("failed", "internal")

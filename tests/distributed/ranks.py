@@ -20,6 +20,13 @@ from typing import Any
 PATIENCE = 300  # seconds, of a collective and then of the caller: only against waiting for ever
 
 
+def forks() -> Any:
+    """Like the module multiprocessing; its processes are forked from one that has imported torch, once for all."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
+    return context
+
+
 class Ranks:
     """`run(n, function, *args)` calls the function, which must be importable, on n ranks of a new process group.
 
@@ -27,8 +34,7 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")  # which imports torch once for all of them
-        self._context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
+        self._context = forks()
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
         self._stack_files: list[Any] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from statecodec.distributed.folders import InStore, folder_at
 from statecodec.errors import OutputFailed, UsageError
 from tests.contracts.layout import same
 from tests.distributed.one_process import load, rank_files, save, state
+from tests.distributed.ranks import forks
 from tests.s3_server import bucket_store, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -161,7 +161,7 @@ def killed_while_it_writes_the_index(folder: str) -> None:
 
 def test_a_killed_save_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     kills = [killed_while_it_writes, killed_while_it_uploads, killed_while_it_writes_the_index]
-    first, context = state(0), multiprocessing.get_context("spawn")
+    first, context = state(0), forks()
     processes = []
     for kill in kills:
         save(first, tmp_path / kill.__name__, preset="lossless")

@@ -30,23 +30,25 @@ def saved(tmp_path: Path) -> Any:
     return save
 
 
-def saved_by_dcp(folder: Path, ranks: int, width: int) -> Path:
-    script = Path(__file__).with_name("save_dcp.py")
-    command = [sys.executable, "-W", "ignore", str(script), str(folder), str(ranks), str(width)]
+@pytest.fixture(scope="session")
+def saved_by_dcp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What save_dcp.py writes."""
+    folder, script = tmp_path_factory.mktemp("dcp"), Path(__file__).with_name("save_dcp.py")
+    command = [sys.executable, "-W", "ignore", str(script), str(folder)]
     subprocess.run(command, check=True, capture_output=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return folder
 
 
 @pytest.fixture(scope="session")
-def dcp_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """DCP folders `nested` and `flat` that one rank saved (see save_dcp.py)."""
-    return saved_by_dcp(tmp_path_factory.mktemp("alone"), 1, 8)
+def dcp_alone(saved_by_dcp: Path) -> Path:
+    """DCP folders `nested` and `flat` that one rank saved."""
+    return saved_by_dcp / "alone"
 
 
 @pytest.fixture(scope="session")
-def dcp_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dcp_sharded(saved_by_dcp: Path) -> Path:
     """The same, sharded over two ranks, with tensors large enough for lossy codecs."""
-    return saved_by_dcp(tmp_path_factory.mktemp("sharded"), 2, 64)
+    return saved_by_dcp / "sharded"
 
 
 @pytest.fixture(scope="session")

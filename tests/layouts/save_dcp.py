@@ -1,14 +1,16 @@
-"""Trains a small model on some ranks and saves it with torch.distributed.checkpoint, as its own process.
+"""Trains small models and saves them with torch.distributed.checkpoint, as its own process.
 
-    python save_dcp.py FOLDER RANKS WIDTH
+    python save_dcp.py FOLDER
 
-FOLDER/nested and FOLDER/flat get the checkpoints (the optimizer's state nested, or flattened as torchtitan does it),
-FOLDER/nested.pt and FOLDER/flat.pt what torch's own converter makes of them. On several ranks FOLDER/fsdp1 gets what
-FSDP1 saves of such a model: each rank's sharded_R.pt and local_R.pt, and DCP folders called as accelerate calls them.
+FOLDER/alone is what one rank saves, and FOLDER/sharded two of a model that is large enough for lossy codecs. Each has
+checkpoints `nested` and `flat` (the optimizer's state nested, or flattened as torchtitan does it) and, as nested.pt and
+flat.pt, what torch's own converter makes of them. FOLDER/sharded/fsdp1 is what FSDP1 saves of such a model: each rank's
+sharded_R.pt and local_R.pt, and DCP folders called as accelerate calls them.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import warnings
 from pathlib import Path
@@ -35,8 +37,15 @@ class Net(nn.Module):
         return self.ln(self.fc(self.emb(tokens)))
 
 
-def work(rank: int, folder: str, ranks: int, width: int) -> None:
+def work(rank: int, folder: str) -> None:
     warnings.simplefilter("ignore")
+    if rank == 0:
+        save(0, f"{folder}/alone", 1, 8)
+    save(rank, f"{folder}/sharded", 2, 64)
+
+
+def save(rank: int, folder: str, ranks: int, width: int) -> None:
+    Path(folder).mkdir(exist_ok=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     torch.manual_seed(0)
     model = Net(width)
@@ -83,4 +92,8 @@ def fsdp1(rank: int, folder: Path, width: int) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1], int(sys.argv[2]), int(sys.argv[3])), nprocs=int(sys.argv[2]))
+    other = multiprocessing.get_context("fork").Process(target=work, args=(1, sys.argv[1]))  # it need not import torch
+    other.start()
+    work(0, sys.argv[1])
+    other.join()
+    sys.exit(other.exitcode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -92,22 +93,28 @@ def test_the_checkpoint_is_nanogpt_style(corpus: Corpus, tmp_path: Path) -> None
     assert checkpoint["iter_num"] == 1
 
 
-def test_the_example_resumes(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "gpt.py"),
-        "--n-layer=1",
-        "--n-head=2",
-        "--n-embd=16",
-        "--block-size=16",
-    ]
+def test_the_example_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a process of its own, what others began: those run in this one, which need not import torch again."""
+    monkeypatch.chdir(tmp_path)
+    command = [str(ROOT / "examples" / "gpt.py"), "--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=16"]
+    command += ["--batch-size=2"]
 
-    def losses(*words: str) -> list[float]:
-        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
-        return [entry["loss"] for line in done.stdout.splitlines() if "loss" in (entry := json.loads(line))]
+    def here(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [*command, *words])
+        runpy.run_path(command[0], run_name="__main__")
+        return capsys.readouterr().out
 
-    whole = losses("--steps=4", "--out=whole.pt")
-    assert whole == losses("--steps=2", "--out=half.pt") + losses("--steps=2", "--resume=half.pt", "--out=rest.pt")
+    def apart(*words: str) -> str:
+        call = [sys.executable, *command, *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    def losses(printed: str) -> list[float]:
+        return [entry["loss"] for line in printed.splitlines() if "loss" in (entry := json.loads(line))]
+
+    whole, half = (losses(here(f"--steps={n}", f"--out={n}.pt")) for n in (4, 2))
+    assert whole == half + losses(apart("--steps=2", "--resume=2.pt", "--out=rest.pt"))
 
 
 def test_the_demo_tells_the_whole_story(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

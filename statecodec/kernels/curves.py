@@ -79,6 +79,11 @@ class Curve:
         negative = -self.levels[np.minimum(np.arange(half, 0, -1), self.top)]
         return np.concatenate([positive, negative])
 
+    @property
+    def half_lowest(self) -> float:
+        """Half of the lowest level: below it, a signed logarithmic curve rounds to 0."""
+        return float(self.levels[1]) * 0.5
+
     @cached_property
     def min_scale(self) -> int:
         """bf16 bits of the smallest scale: a normal number, whose lowest level is a positive fp32 number."""

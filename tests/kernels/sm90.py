@@ -37,7 +37,7 @@ from statecodec.kernels import triton as backend
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.grids import Grid, LogGrid
-from statecodec.kernels.triton import companding, folding, grid, launch, runtime, splitting
+from statecodec.kernels.triton import companding, folding, grid, launch, runtime
 from statecodec.kernels.triton.tables import Spec
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -74,7 +74,11 @@ def form(function: JITFunction[Any], args: tuple[Any, ...], number: int) -> tupl
 
 def step_name(spec: Spec) -> str:
     """Method, weight and states of a fused step."""
-    states = [f"{form.kind}{form.bits or ''}" for form in (spec.m, spec.v) if form.kind != "absent"]
+    states = [
+        f"companded{state.curve.bits}" if state.curve else "shared" if state.dims else "dense"
+        for state in (spec.m, spec.v)
+        if state
+    ]
     return " ".join([spec.method, f"{spec.weight}+{spec.low}", *states])
 
 
@@ -323,7 +327,7 @@ def main() -> None:
     recorder = Recorder(driver, options.arch, options.keep, options.plain)
     triton.runtime.driver.set_active(driver)
     JITFunction.run = lambda function, *args, **kwargs: recorder.run(function, *args, **kwargs)
-    for module in (companding, folding, grid, launch, runtime, splitting):
+    for module in (companding, folding, grid, launch, runtime):
         module.on = lambda tensor: contextlib.nullcontext()
     if options.only == "ends":
         ends()

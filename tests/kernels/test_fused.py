@@ -202,10 +202,7 @@ def test_unaligned_parameters(device) -> None:
     assert differences(generic, fused) == []
 
 
-def test_narrow_rows_get_their_own_tiles(device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from statecodec.kernels.triton import geometry
-
-    monkeypatch.setattr(geometry, "NARROW", 64)
+def test_rows_shorter_than_a_group(device) -> None:
     shapes = [(300, 3), (64, 8), (50, 1), (4, 256)]
     generic, fused = (train(optim.AdamW, device, torch.bfloat16, f, shapes=shapes) for f in (False, True))
     assert differences(generic, fused) == []

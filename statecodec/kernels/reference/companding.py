@@ -120,4 +120,4 @@ def _log_codes(r: Tensor, curve: Curve) -> Tensor:
     within = (log2 * float(curve.per_octave) + 0.5).floor().to(torch.int64)
     code = curve.top + ((bits >> 23).to(torch.int64) - 127) * curve.per_octave + within
     code = code.clamp(1, curve.top)
-    return torch.where(r >= float(curve.levels[1]) * 0.5, code, torch.zeros_like(code))
+    return torch.where(r >= curve.half_lowest, code, torch.zeros_like(code))

@@ -1,7 +1,7 @@
 """Companded quantisation in Triton: the device arithmetic, shared with the fused steps, and the stand-alone kernels.
 
-Same bits as `reference.companding`. A tile is [groups, width]: `width` is the group size rounded up to a power of two,
-and the lanes beyond a group or a row are masked. Addresses are 64-bit.
+Same bits as `reference.companding`, which takes groups of more than WIDEST values itself: its torch operations round
+alike on every device.
 """
 
 from __future__ import annotations
@@ -14,24 +14,16 @@ from torch import Tensor
 from statecodec import kernels
 from statecodec.kernels import curves
 from statecodec.kernels.curves import Curve
-from statecodec.kernels.triton.runtime import (
-    INTERPRETED,
-    OPTIONS,
-    TILE,
-    decode_table,
-    flag_word,
-    flags_on_host,
-    on,
-    power_of_two,
-)
-from statecodec.kernels.triton.tables import Form
+from statecodec.kernels.reference import companding as reference
+from statecodec.kernels.triton.runtime import decode_table, flag_word, flags_on_host, on, run
+from statecodec.kernels.triton.tiles import places, pointer, tiled
 from statecodec.kernels.triton.words import looked_up, quotient, root, rounded_reciprocal
 
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
 _MAGNITUDE, _INF_BITS, _BF16_MAX = (tl.constexpr(b) for b in (0x7FFFFFFF, 0x7F800000, 0x7F7F))
 
-WIDEST = TILE if INTERPRETED else 4096  # a group up to this size is held in registers; a larger one is read twice
+WIDEST = 4096  # a group up to this size is held in registers
 
 
 @triton.jit
@@ -84,32 +76,32 @@ def ratio(magnitude, scale_bits):
 
 
 @triton.jit
-def codes_of(r, FORM: tl.constexpr):
+def codes_of(r, CURVE: tl.constexpr):
     """Codes 0..top (int32) of magnitudes r in [0, 1]."""
-    if FORM.curve == _LOG:
+    if CURVE.kind == _LOG:
         bits = r.to(tl.int32, bitcast=True)
-        within = (log2_of_mantissa(bits) * FORM.per_octave + 0.5).to(tl.int32)
-        code = FORM.top + ((bits >> 23) - 127) * FORM.per_octave + within
-        code = tl.minimum(tl.maximum(code, 1), FORM.top)
-        if FORM.signed:  # without a sign nothing but 0 becomes 0, so there is no half of the lowest level
-            code = tl.where(r >= FORM.half_lowest, code, 0)
+        within = (log2_of_mantissa(bits) * CURVE.per_octave + 0.5).to(tl.int32)
+        code = CURVE.top + ((bits >> 23) - 127) * CURVE.per_octave + within
+        code = tl.minimum(tl.maximum(code, 1), CURVE.top)
+        if CURVE.signed:  # without a sign nothing but 0 becomes 0, so there is no half of the lowest level
+            code = tl.where(r >= CURVE.half_lowest, code, 0)
     else:
-        if FORM.curve == _LINEAR:
+        if CURVE.kind == _LINEAR:
             y = r
-        elif FORM.curve == _SOFTSIGN:
+        elif CURVE.kind == _SOFTSIGN:
             above = 1.0 + r
             y = quotient(r + r, above, rounded_reciprocal(above))
         else:
             y = root(r)
-        code = (y * FORM.top + 0.5).to(tl.int32)
+        code = (y * CURVE.top + 0.5).to(tl.int32)
     return code
 
 
 @triton.jit
-def quantise(x, scale_bits, FORM: tl.constexpr):
+def quantise(x, scale_bits, CURVE: tl.constexpr):
     """Codes (int32, signed) of fp32 `x` under scales that broadcast over it."""
-    code = codes_of(ratio(tl.abs(x), scale_bits), FORM)
-    if FORM.signed:
+    code = codes_of(ratio(tl.abs(x), scale_bits), CURVE)
+    if CURVE.signed:
         code = tl.where(x < 0, -code, code)
     else:
         code = tl.where(magnitude_bits(x) > 0, tl.maximum(code, 1), 0)
@@ -130,112 +122,73 @@ def unpack_nibbles(packed, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def group_bounds(rows, cols, groups, start, group, COUNT: tl.constexpr, EVEN: tl.constexpr):
-    """For COUNT groups from `start` on: element offset of each, and how many elements it has (0 past the last row)."""
-    index = start + tl.arange(0, COUNT)
-    if EVEN:
-        begin = index * group
-        size = tl.where(index < rows * groups, group, 0)
-    else:
-        row = index // groups
-        first = (index - row * groups) * group
-        begin = row * cols + first
-        size = tl.where(row < rows, tl.minimum(cols - first, group), 0)
-    return index, begin, size
+def largest_bits(x, SIGNED: tl.constexpr):
+    """The largest bits in each group (uint32): from those of infinity on, the group holds what is refused."""
+    return tl.max(magnitude_bits(x).to(tl.uint32, bitcast=True) if SIGNED else unsigned_bits(x), axis=1)
 
 
 @triton.jit
-def inside_groups(column, size, WHOLE: tl.constexpr):
-    """Which lanes of a tile hold an element."""
-    # With whole groups the mask is the same along a group: so the compiler can use wide loads and stores.
-    if WHOLE:
-        inside = (size > 0)[:, None] & (column >= 0)[None, :]
+def load_groups(codes, scales, table, here, BITS: tl.constexpr, TILE: tl.constexpr):
+    """fp32 values [count, width] of companded groups; `here` is what `places` found."""
+    index, offset, inside, packed, packed_inside, exists = here
+    WIDE: tl.constexpr = TILE.whole
+    COUNT: tl.constexpr = TILE.count
+    WIDTH: tl.constexpr = TILE.width
+    if BITS == 4:
+        pairs = tl.load(pointer(codes, tl.uint8, WIDE) + packed, mask=packed_inside, other=0)
+        code = unpack_nibbles(pairs.to(tl.int32), COUNT, WIDTH)
     else:
-        inside = column[None, :] < size[:, None]
-    return inside
+        code = tl.load(pointer(codes, tl.uint8, WIDE) + offset, mask=inside, other=0).to(tl.int32)
+    scale = tl.load(pointer(scales, tl.int16, WIDE) + index, mask=exists, other=0).to(tl.int32)
+    return looked_up(table, code) * scale_value(scale)[:, None]
 
 
 @triton.jit
-def codes_at(
-    index, begin, size, cols, groups, CHUNK: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
-):  # fmt: skip
-    """Where the codes of groups lie, in bytes, and which of these bytes there are."""
-    if NIBBLES:
-        pair = tl.arange(0, WIDTH // 2) + CHUNK * (WIDTH // 2)
-        if EVEN:
-            first = index * (GROUP // 2)
-        else:
-            row = index // groups
-            first = row * ((cols + 1) // 2) + (begin - row * cols) // 2
-        offset, inside = first[:, None] + pair[None, :], inside_groups(pair if WHOLE else 2 * pair, size, WHOLE)
+def store_groups(x, largest, good, codes, scales, here, CURVE: tl.constexpr, TILE: tl.constexpr):
+    """The inverse of `load_groups`, for `good` groups; `largest` holds their largest bits."""
+    index, offset, inside, packed, packed_inside, _ = here
+    WIDE: tl.constexpr = TILE.whole
+    COUNT: tl.constexpr = TILE.count
+    WIDTH: tl.constexpr = TILE.width
+    scale = scale_bits(largest.to(tl.int32, bitcast=True), CURVE.min_scale)
+    tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=good)
+    code = quantise(x, scale[:, None], CURVE)
+    if CURVE.bits == 4:
+        pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
+        tl.store(pointer(codes, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & good[:, None])
     else:
-        lane = CHUNK * WIDTH + tl.arange(0, WIDTH)
-        offset, inside = begin[:, None] + lane[None, :], inside_groups(lane, size, WHOLE)
-    return offset, inside
+        tl.store(pointer(codes, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & good[:, None])
 
 
 @triton.jit
-def _encode(
-    x_ptr, codes_ptr, scales_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64,
-    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE: tl.constexpr, FORM: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * COUNT
-    index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
-    top = tl.zeros([COUNT], tl.uint32)
-    for chunk in tl.static_range(CHUNKS):
-        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
-        x = tl.load(x_ptr + at, mask=inside, other=0.0)
-        bits = magnitude_bits(x).to(tl.uint32, bitcast=True) if FORM.signed else unsigned_bits(x)
-        top = tl.maximum(top, tl.max(bits, axis=1))
+def _encode(x_ptr, codes, scales, refused, rows: tl.int64, cols: tl.int64, CURVE: tl.constexpr, TILE: tl.constexpr):
+    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    index, offset, inside, _, _, exists = here
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    largest = largest_bits(x, CURVE.signed)
     # This notes only that a value is refused; `flags_of` then computes the flags. All threads of a group write the
     # same value: no atomic, no barrier.
-    tl.store(flags_ptr + index * 0, 1, mask=top >= _INF_BITS)
-    scale = scale_bits(top.to(tl.int32, bitcast=True), FORM.min_scale)
-    tl.store(scales_ptr + index, scale.to(tl.int16), mask=size > 0)
-    for chunk in tl.static_range(CHUNKS):
-        if CHUNKS > 1:  # a wide group is read a second time, mostly from L2
-            at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
-            x = tl.load(x_ptr + at, mask=inside, other=0.0)
-        code = quantise(x, scale[:, None], FORM)
-        if FORM.bits == 4:
-            code = pack_nibbles(code, COUNT, WIDTH)
-        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, FORM.bits == 4)
-        tl.store(codes_ptr + at, code.to(tl.uint8), mask=inside)
+    tl.store(refused + index * 0, 1, mask=largest >= _INF_BITS)
+    store_groups(x, largest, exists, codes, scales, here, CURVE, TILE)
 
 
 @triton.jit
-def _decode(
-    codes_ptr, scales_ptr, table_ptr, out_ptr, rows: tl.int64, cols: tl.int64, groups: tl.int64,
-    GROUP: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
-    WHOLE: tl.constexpr, NIBBLES: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * COUNT
-    index, begin, size = group_bounds(rows, cols, groups, start, GROUP, COUNT, EVEN)
-    scale = scale_value(tl.load(scales_ptr + index, mask=size > 0, other=0).to(tl.int32))
-    for chunk in tl.static_range(CHUNKS):
-        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, NIBBLES)
-        code = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.int32)
-        if NIBBLES:
-            code = unpack_nibbles(code, COUNT, WIDTH)
-        at, inside = codes_at(index, begin, size, cols, groups, chunk, GROUP, WIDTH, EVEN, WHOLE, False)
-        tl.store(out_ptr + at, looked_up(table_ptr, code) * scale[:, None], mask=inside)
+def _decode(codes, scales, table, out, rows: tl.int64, cols: tl.int64, BITS: tl.constexpr, TILE: tl.constexpr):
+    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    tl.store(out + here[1], load_groups(codes, scales, table, here, BITS, TILE), mask=here[2])
 
 
 def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, group: int) -> int:
     """See `reference.companding.encode_companded`. Reading the flags synchronises with the device, once."""
-    rows, cols = x.shape
+    group = within_row(group, x)
     with on(x):
-        if not rows or not cols:
-            return 0
-        flags = flag_word(x)
-        shape = _shape(rows, cols, group, curve.bits)
-        _encode[_grid(rows, cols, group, shape["COUNT"])](
-            x, codes.view(torch.uint8), scales.view(torch.int16), flags, rows, cols, -(-cols // group), **shape,
-            FORM=Form.of(curve), **OPTIONS,
-        )  # fmt: skip
-        return flags_of(x, signed=curve.signed) if flags_on_host(flags) else 0
+        if group > WIDEST:
+            return reference.encode_companded(x, codes, scales, curve=curve, group=group)
+        tile, programs = tiled(group, x, codes, scales)
+        refused = flag_word(x)
+        parts = codes.view(torch.uint8), scales.view(torch.int16)
+        run(_encode, programs, x, *parts, refused, *x.shape, CURVE=curve, TILE=tile)
+        return flags_of(x, signed=curve.signed) if flags_on_host(refused) else 0
 
 
 def flags_of(x: Tensor, *, signed: bool) -> int:
@@ -246,30 +199,17 @@ def flags_of(x: Tensor, *, signed: bool) -> int:
 
 def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve, group: int) -> None:
     """See `reference.companding.decode_companded`."""
-    rows, cols = out.shape
+    group = within_row(group, out)
     with on(out):
-        if not rows or not cols:
+        if group > WIDEST:
+            reference.decode_companded(codes, scales, out, curve=curve, group=group)
             return
-        shape = _shape(rows, cols, group, curve.bits)
-        _decode[_grid(rows, cols, group, shape["COUNT"])](
-            codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device), out,
-            rows, cols, -(-cols // group), **shape, NIBBLES=curve.bits == 4, **OPTIONS,
-        )  # fmt: skip
+        tile, programs = tiled(group, out, codes, scales)
+        parts = codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device)
+        run(_decode, programs, *parts, out, *out.shape, BITS=curve.bits, TILE=tile)
 
 
-def _shape(rows: int, cols: int, group: int, bits: int) -> dict[str, int | bool]:
-    """The tile for this shape. A group wider than its row is the row."""
-    size = min(group, cols + cols % 2)
-    width = min(max(power_of_two(size), 2), WIDEST)
-    count = max(1, min(TILE // width, power_of_two(rows * -(-cols // group))))
-    # The tables of nibbles run to whole bytes at each row's end, so flat addressing needs even rows.
-    even = cols % group == 0 and (bits == 8 or cols % 2 == 0)
-    chunks = -(-size // width)
-    return {
-        "GROUP": group, "COUNT": count, "WIDTH": width, "CHUNKS": chunks, "EVEN": even,
-        "WHOLE": even and group == width * chunks,
-    }  # fmt: skip
-
-
-def _grid(rows: int, cols: int, group: int, count: int | bool) -> tuple[int]:
-    return (-(-rows * -(-cols // group) // count),)
+def within_row(group: int, x: Tensor) -> int:
+    """The group size, or the row if that is smaller; even, because two codes of 4 bits share a byte."""
+    cols = x.shape[1]
+    return max(2, min(group, cols + cols % 2))

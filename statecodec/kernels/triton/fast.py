@@ -17,6 +17,7 @@ from statecodec.kernels.triton import words
 from statecodec.kernels.triton.rules import LARGEST_BITS, UP, UP_BITS, stepped
 from statecodec.kernels.triton.runtime import INTERPRETED
 from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, parameter_numbers
+from statecodec.kernels.triton.tiles import pointer
 
 GROUP, COUNT, RUN = 32, 1024 if INTERPRETED else 32, 8
 THREADS = tl.constexpr(4)  # of a group
@@ -36,8 +37,9 @@ def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, 
         first = first * SPEC.count
         param, low, m, m_scales, v, v_scales = addresses_of(fields, count)
         places = (
-            pointer(param, tl.int64), pointer(low, tl.int32), pointer(gradient, tl.int64), pointer(m, tl.int32),
-            m_scales.to(tl.pointer_type(tl.int16)), pointer(v, tl.int32), v_scales.to(tl.pointer_type(tl.int16)),
+            pointer(param, tl.int64, True), pointer(low, tl.int32, True), pointer(gradient, tl.int64, True),
+            pointer(m, tl.int32, True), pointer(m_scales, tl.int16, False), pointer(v, tl.int32, True),
+            pointer(v_scales, tl.int16, False),
         )  # fmt: skip
         numbers = parameter_numbers(scalars + at, count), group_numbers(news, count)
         tiles = tl.minimum((groups - first + SPEC.count - 1) // SPEC.count, SPEC.run)
@@ -51,12 +53,6 @@ def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, 
             first = following
         skipped = entry(fields, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
         tl.atomic_add(skipped + tl.zeros_like(kept), kept.to(tl.float32), mask=kept > 0, sem="relaxed")
-
-
-@triton.jit
-def pointer(address, DTYPE: tl.constexpr):
-    """A pointer that is known to be aligned to 16 bytes."""
-    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 
 @triton.jit
@@ -80,7 +76,7 @@ def fetch(places, first, groups, SPEC: tl.constexpr):
     g = tl.load(gradient + at + within, mask=mask)
     mc = tl.load(m + at + within, mask=mask)
     ms = tl.load(m_scales + start + group, mask=live)
-    if SPEC.v.kind == "companded":
+    if SPEC.v is not None:
         vc = tl.load(v + at + within, mask=mask)
         vs = tl.load(v_scales + start + group, mask=live)
     else:
@@ -105,7 +101,7 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     w3, m3, v3 = plane(w3, g3, c3, d3, scales, numbers, SPEC)
     w_top, m_top = largest(w0, w1, w2, w3, SPEC), largest(m0, m1, m2, m3, SPEC)
     bad = (w_top >= LARGEST_BITS) | (m_top >= LARGEST_BITS)
-    if SPEC.v.kind == "companded":
+    if SPEC.v is not None:
         v_top = largest(v0, v1, v2, v3, SPEC)
         bad = bad | (v_top >= LARGEST_BITS + UP_BITS)
     bad = bad & live
@@ -119,7 +115,7 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     scale = bf16_scale(m_top, _SCALE)
     tl.store(m + at + within, first_codes(m0, m1, m2, m3, words.value(scale)), mask=mask)
     tl.store(m_scales + start + group, tl.where(m_top > 0, scale >> 16, 0).to(tl.int16), mask=good & once)
-    if SPEC.v.kind == "companded":
+    if SPEC.v is not None:
         scale = bf16_scale(v_top, _SCALE_UP)
         tl.store(v + at + within, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
         scale = tl.where(v_top > 0, (scale - UP_BITS) >> 16, 0)
@@ -135,8 +131,6 @@ def plane(w, g, c, d, scales, numbers, SPEC: tl.constexpr):
     m = words.quotient(c, denominator, words.reciprocal(denominator)) * m_scale
     square = d * d
     v = tl.fma(square, _SQUARE, square * _SQUARE_REST) * v_scale
-    if SPEC.maximize:
-        g = words.negated(g)
     w, m, v = stepped(w, g, m, v, numbers, SPEC)
     return w, m, v * UP
 

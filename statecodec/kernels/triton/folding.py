@@ -1,22 +1,23 @@
 """Block means in Triton: the device tree sum, shared with the fused FOAM step, and the stand-alone kernels.
 
-Same bits as `reference.folding`: sums are a binary tree over neighbours. A hardware reduction guarantees no order.
+Same bits as `reference.folding`, which takes blocks of more than WIDEST values itself: sums are a binary tree over
+neighbours, where a hardware reduction guarantees no order.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from statecodec import kernels
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, flags_on_host, on, power_of_two
+from statecodec.kernels.reference import folding as reference
+from statecodec.kernels.triton.companding import flags_of, largest_bits
+from statecodec.kernels.triton.runtime import flag_word, flags_on_host, on, run
+from statecodec.kernels.triton.tiles import places, tiled
 
-_NAN, _INF, _INF_BITS = tl.constexpr(kernels.NAN), tl.constexpr(kernels.INF), tl.constexpr(0x7F800000)
+_INF_BITS = tl.constexpr(0x7F800000)
 
-WIDEST = 4096  # a block is summed in pieces of at most this many elements
-PIECE = 128  # a mean is repeated in pieces of at most this many
+WIDEST = 4096  # a block up to this size is held in registers
 
 
 @triton.jit
@@ -32,92 +33,52 @@ def tree_sum(x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _sum(
-    x_ptr, out_ptr, flags_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, length: tl.int64, span: tl.int64,
-    share, BLOCK: tl.constexpr, COUNT: tl.constexpr, DIVIDE: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """out = tree sums of BLOCK neighbours; DIVIDE: over the true count of a block of `span` in a row of `length`.
-
-    EVEN: whole blocks fill every row, and each mean is its `share` of a sum.
-    """
-    index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    there = index < rows * blocks
-    if EVEN:
-        # The mask is the same along a block: so the compiler can use wide loads.
-        lane = tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_ptr + index[:, None] * BLOCK + lane, mask=there[:, None] & (lane >= 0), other=0.0)
-    else:
-        row = index // blocks
-        block = index - row * blocks
-        col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(x_ptr + row[:, None] * cols + col, mask=there[:, None] & (col < cols), other=0.0)
+def mean_of(x, size, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Means over the last dimension of x [COUNT, BLOCK]; WHOLE: all blocks have BLOCK elements, else `size` each."""
     total = tree_sum(x, COUNT, BLOCK)
-    if DIVIDE:
-        bits = total.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        flag = tl.where(bits > _INF_BITS, _NAN, _INF)
-        tl.atomic_or(flags_ptr + index * 0, flag, mask=there & (bits >= _INF_BITS), sem="relaxed")
-        if EVEN:  # a power of two: the product is the quotient
-            total *= share
-        else:
-            count = tl.minimum(length - block * span, span).to(tl.float32)
-            total = tl.div_rn(total, tl.where(there, count, 1.0))
-    tl.store(out_ptr + index, total, mask=there)
+    if WHOLE:  # a power of two: the product is the quotient
+        mean = total * (1.0 / BLOCK)
+    else:
+        mean = tl.div_rn(total, tl.maximum(size, 1).to(tl.float32))
+    return mean
 
 
 @triton.jit
-def _repeat(
-    mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, blocks: tl.int64, block: tl.int64, BLOCK: tl.constexpr,
-    PIECES: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """Each mean as often as its block is long. EVEN: whole blocks fill every row; each is PIECES times BLOCK long."""
-    index = tl.program_id(0).to(tl.int64) * COUNT + tl.arange(0, COUNT)
-    if EVEN:
-        there = index < rows * blocks * PIECES
-        mean = tl.load(mean_ptr + index // PIECES, mask=there, other=0.0)
-        lane = tl.arange(0, BLOCK)[None, :]
-        value = tl.broadcast_to(mean[:, None], [COUNT, BLOCK])
-        tl.store(out_ptr + index[:, None] * BLOCK + lane, value, mask=there[:, None] & (lane >= 0))
-    else:
-        row = index // cols
-        source = row * blocks + (index - row * cols) // block
-        tl.store(out_ptr + index, tl.load(mean_ptr + source, mask=row < rows), mask=row < rows)
+def _fold(x_ptr, out_ptr, refused, rows: tl.int64, cols: tl.int64, TILE: tl.constexpr):
+    """The mean of every group of a tile."""
+    here, _, size = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    index, offset, inside, _, _, exists = here
+    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    mean = mean_of(x, size, TILE.count, TILE.width, TILE.whole)
+    tl.store(refused + index * 0, 1, mask=exists & (largest_bits(mean[:, None], True) >= _INF_BITS))
+    tl.store(out_ptr + index, mean, mask=exists)
+
+
+@triton.jit
+def _unfold(mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, TILE: tl.constexpr):
+    """Each mean as often as its group is long."""
+    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    index, offset, inside, _, _, exists = here
+    mean = tl.load(mean_ptr + index, mask=exists, other=0.0)
+    tl.store(out_ptr + offset, tl.broadcast_to(mean[:, None], [TILE.count, TILE.width]), mask=inside)
 
 
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
     """See `reference.folding.fold_mean`. Reading the flags synchronises with the device, once."""
-    rows, cols = x.shape
     with on(x):
-        if not out.numel():
-            return 0
-        flags = flag_word(x)
-        span, piece = block, min(block, WIDEST)
-        while span > piece:  # sums of pieces, then sums of those: still one tree
-            partial = torch.empty(rows, -(-x.shape[1] // piece), dtype=torch.float32, device=x.device)
-            _launch_sum(x, partial, flags, cols, block, piece, divide=False)
-            x, span = partial, span // piece
-            piece = min(span, WIDEST)
-        _launch_sum(x, out, flags, cols, block, piece, divide=True)
-        return flags_on_host(flags)
+        if block > WIDEST:
+            return reference.fold_mean(x, out, block=block)
+        tile, programs = tiled(block, x, out)
+        refused = flag_word(x)
+        run(_fold, programs, x, out, refused, *x.shape, TILE=tile)
+        return flags_of(out, signed=True) if flags_on_host(refused) else 0
 
 
 def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:
     """See `reference.folding.unfold`."""
-    rows, cols = out.shape
     with on(out):
-        if out.numel():
-            even = cols % block == 0
-            piece = min(block, PIECE) if even else 1
-            _repeat[(-(-out.numel() // TILE),)](
-                mean, out, rows, cols, mean.shape[1], block, BLOCK=piece, PIECES=block // piece if even else 1,
-                COUNT=TILE // piece, EVEN=even, **OPTIONS,
-            )  # fmt: skip
-
-
-def _launch_sum(x: Tensor, out: Tensor, flags: Tensor, length: int, span: int, block: int, *, divide: bool) -> None:
-    rows, cols = x.shape
-    count = max(1, min(TILE // block, power_of_two(out.numel())))
-    even = cols % block == 0 and (not divide or length % span == 0)
-    _sum[(-(-out.numel() // count),)](
-        x, out, flags, rows, cols, out.shape[1], length, span, 1.0 / span, BLOCK=block, COUNT=count, DIVIDE=divide,
-        EVEN=even, **OPTIONS,
-    )  # fmt: skip
+        if block > WIDEST:
+            reference.unfold(mean, out, block=block)
+            return
+        tile, programs = tiled(block, out, mean)
+        run(_unfold, programs, mean, out, *out.shape, TILE=tile)

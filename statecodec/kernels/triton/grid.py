@@ -21,7 +21,7 @@ from statecodec.kernels.grids import Grid, LogGrid
 from statecodec.kernels.reference import statistics as reference
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.kernels.triton.companding import flags_of, log2_of_mantissa, magnitude_bits, unsigned_bits
-from statecodec.kernels.triton.runtime import INTERPRETED, OPTIONS, TILE, on, to_host
+from statecodec.kernels.triton.runtime import INTERPRETED, TILE, on, run, to_host
 from statecodec.kernels.triton.words import looked_up
 
 _LIMIT, _LARGEST_BITS, _INF_BITS = (tl.constexpr(n) for n in (grids.LIMIT, grids.LARGEST_BITS, 0x7F800000))
@@ -198,9 +198,9 @@ def _measure(
         sums = torch.empty(min(PROGRAMS, -(-n // TILE)), 4, dtype=torch.float64, device=x.device)
         per_octave, top = (grid.per_octave, grid.top) if isinstance(grid, LogGrid) else (0, 0)
         table, width, per_unit, threshold = _numbers(grid, x)
-        _encode[(len(sums),)](
-            x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind, PER_OCTAVE=per_octave, TOP=top,
-            TILE=TILE, SIDE=16 // codes.element_size(), **OPTIONS,
+        run(
+            _encode, len(sums), x, other, codes, table, sums, n, width, per_unit, threshold, eps, KIND=kind,
+            PER_OCTAVE=per_octave, TOP=top, TILE=TILE, SIDE=16 // codes.element_size(),
         )  # fmt: skip
         totals = to_host(sums)
     if totals[:, 3].max() >= _INF_BITS.value:
@@ -210,14 +210,9 @@ def _measure(
 
 def _fill(kind: str, codes: Tensor, v: Tensor, out: Tensor, grid: Grid | LogGrid, eps: float = 0.0) -> None:
     """Launch `_decode`."""
-    n = out.numel()
-    with on(out):
-        if n:
-            table, width, _, threshold = _numbers(grid, out)
-            top = grid.top if isinstance(grid, LogGrid) else 0
-            _decode[(-(-n // TILE),)](
-                codes, v, table, out, n, width, threshold, eps, KIND=kind, TOP=top, TILE=TILE, **OPTIONS
-            )
+    n, top = out.numel(), grid.top if isinstance(grid, LogGrid) else 0
+    table, width, _, threshold = _numbers(grid, out)
+    run(_decode, -(-n // TILE), codes, v, table, out, n, width, threshold, eps, KIND=kind, TOP=top, TILE=TILE)
 
 
 def _numbers(grid: Grid | LogGrid | None, like: Tensor) -> tuple[Tensor, float, float, int]:

@@ -20,14 +20,10 @@ from torch import Tensor
 
 from statecodec.errors import UsageError
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
-from statecodec.kernels.triton import fast, general, runtime, scalars, sharing
-from statecodec.kernels.triton.geometry import Geometry, Traits, check_dense, geometry
+from statecodec.kernels.triton import fast, general, runtime, scalars, sharing, tables
+from statecodec.kernels.triton.geometry import DTYPES, Geometry, specified
 from statecodec.kernels.triton.runtime import OPTIONS, on
-from statecodec.kernels.triton.tables import NUMBERS, SCALARS, Form, Spec
-
-KINDS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
-Chunks = NDArray[np.int32]
+from statecodec.kernels.triton.tables import NUMBERS, SCALARS, Spec
 
 
 def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> TritonLaunch:
@@ -35,30 +31,27 @@ def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStora
 
     Raises BackendUnavailable for tensors that Triton cannot reach, UsageError for what `supports` refuses.
     """
-    first = slots[0]
-    low = None if first.low is None else first.low.dtype
-    traits = Traits.of(method, formats, first.param.dtype, low)
-    if traits is None:
-        raise UsageError(f"no fused {method} step for {first.param.dtype} with {dict(formats)}; ask `supports` first")
-    check_dense(slots)
-    with on(first.param):
-        return TritonLaunch(traits, slots)
+    param, low = slots[0].param, slots[0].low
+    spec = specified(method, formats, param.dtype, None if low is None else low.dtype)
+    if spec is None:
+        raise UsageError(f"no fused {method} step for {param.dtype} with {dict(formats)}; ask `supports` first")
+    with on(param):
+        return TritonLaunch(Geometry.of(spec, slots, list(formats)), param)
 
 
 class TritonLaunch:
     """One step of a group of slots, each time it is called. Does not synchronise."""
 
-    def __init__(self, traits: Traits, slots: Sequence[Slot]) -> None:
-        self.traits, self.device, self.count = traits, slots[0].param.device, len(slots)
-        self.param = slots[0].param
-        self.low = LOW_BITS[None if slots[0].low is None else slots[0].low.dtype]
-        self.geometry: Geometry = geometry(traits, slots)
-        self.scratch = torch.zeros(self.geometry.scratch, dtype=torch.float32, device=self.device)
-        table = self.geometry.table(slots, self.scratch)
-        self.table = torch.from_numpy(table).to(self.device)
+    def __init__(self, geometry: Geometry, param: Tensor) -> None:
+        self.geometry, self.param, self.device = geometry, param, param.device
+        spec, self.count = geometry.spec, geometry.table.shape[1]
+        self.scratch = torch.zeros(geometry.scratch // 4, dtype=torch.float32, device=self.device)
+        geometry.table[tables.SCRATCH] += self.scratch.data_ptr()
+        self.table = self._there(geometry.table)
         self.scalars = torch.zeros(SCALARS, self.count, dtype=torch.float32, device=self.device)
         self.news = News(self.count + len(NUMBERS), self.device)
-        self.tables = [runtime.decode_table(c, self.device) if c else self.scalars for c in traits.curves]
+        curves = (state.curve if state else None for state in (spec.m, spec.v))
+        self.tables = [runtime.decode_table(curve, self.device) if curve else self.scalars for curve in curves]
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)
         self.numbers: tuple[float, ...] = ()
         self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
@@ -78,14 +71,14 @@ class TritonLaunch:
         with on(self.param):
             if numbers != self.numbers or not np.array_equal(addresses, self.addresses) or self.news.uncertain():
                 self._send(addresses, numbers)
-            spec = self._spec(hyper, KINDS[dtype])
+            spec = self._spec(hyper, dtype)
             lr = hyper.lr if live else self.scalars
             begin = -(-self.count // scalars.LANES)
             scalars.begin[(begin,)](
                 self.news.there, self.table, self.scalars, lr, self.count, LANES=scalars.LANES, METHOD=spec.method,
                 LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
             )  # fmt: skip
-            if self.traits.dims is not None:
+            if spec.shared:
                 self._share(spec)
             for kernel, part, chunks in self._parts(spec):
                 kernel[(chunks.shape[0],)](
@@ -99,29 +92,21 @@ class TritonLaunch:
         self.aligned = addresses % 16 == 0
         self.addresses, self.numbers = addresses, numbers
 
-    def _spec(self, hyper: Hyper, gradient: str) -> Spec:
+    def _spec(self, hyper: Hyper, gradient: torch.dtype) -> Spec:
         """The record for this step, but for the tiles."""
-        t = self.traits
-        second = Form("shared") if t.dims is not None else t.forms[1]
-        return Spec(
-            method=t.method, weight=KINDS[self.param.dtype], low=self.low, gradient=gradient, m=t.forms[0], v=second,
-            block=t.block, maximize=hyper.maximize, l2=hyper.l2 != 0, nesterov=hyper.nesterov,
-            stochastic=hyper.stochastic, mean_of_squares=hyper.mean_of_squares, true_tail=hyper.true_tail,
-            decay_first=hyper.decay_first,
+        return replace(
+            self.geometry.spec, gradient=DTYPES[gradient], maximize=hyper.maximize, l2=hyper.l2 != 0,
+            nesterov=hyper.nesterov, stochastic=hyper.stochastic, mean_of_squares=hyper.mean_of_squares,
+            true_tail=hyper.true_tail, decay_first=hyper.decay_first,
         )  # fmt: skip
 
     def _parts(self, spec: Spec) -> list[tuple[Any, Spec, Tensor]]:
         """The launches of a step: kernel, its record, its chunks. One, unless parameters differ in their geometry."""
         key = (spec, self.aligned.tobytes())
         if key not in self.kept:
-            words = spec.gradient == "bf16" and not spec.stochastic
             self.kept[key] = [
-                (
-                    fast.step_words if tile["words"] else general.step_elements,
-                    replace(spec, **tile),
-                    self._there(chunks),
-                )
-                for tile, chunks in self.geometry.parts(self.aligned, words)
+                (fast.step_words if part.words else general.step_elements, part, self._there(chunks))
+                for part, chunks in self.geometry.parts(spec, self.aligned)
             ]
         return self.kept[key]
 
@@ -137,8 +122,8 @@ class TritonLaunch:
         sharing.squares[(squares.shape[0],)](there, self.table, squares, self.count, SPEC=spec, **OPTIONS)
         sharing.share[(values.shape[0],)](there, self.table, values, self.count, **OPTIONS)
 
-    def _there(self, chunks: Chunks) -> Tensor:
-        return torch.from_numpy(chunks).to(self.device)
+    def _there(self, here: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(here).to(self.device)
 
 
 class News:

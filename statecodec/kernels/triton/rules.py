@@ -26,6 +26,8 @@ def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
     of_param, common = numbers
     decay, size, root, reciprocal, gain = of_param
     keep_1, rate_1, keep_2, rate_2, eps, l2, heavy, _residual = common
+    if SPEC.maximize:
+        g = words.negated(g)
     if SPEC.l2:
         g = tl.fma(w, l2, g)  # torch's add(alpha=) is a fused operation, on CPUs and on GPUs
     if SPEC.method == "adam" or SPEC.method == "slim":
@@ -37,7 +39,7 @@ def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
         u = average(g, m, keep_1)
         w = w * decay - tl.where(u > 0, size, tl.where(u < 0, 0.0 - size, 0.0))
         m = average(m, g, rate_2)
-    elif SPEC.m.kind == "absent":
+    elif SPEC.m is None:
         w = tl.fma(g, 0.0 - size, w * decay)
     else:
         m = m * heavy + gain * g
@@ -83,4 +85,4 @@ def too_large(x):
 @triton.jit
 def weight_too_large(w, SPEC: tl.constexpr):
     """Whether a new weight must not be stored; fp16 has a lower limit."""
-    return magnitude_bits(w) >= (_LARGEST_BITS_FP16 if SPEC.weight == "fp16" else LARGEST_BITS)
+    return magnitude_bits(w) >= (_LARGEST_BITS_FP16 if SPEC.weight == tl.float16 else LARGEST_BITS)

@@ -40,8 +40,15 @@ def on(tensor: Tensor) -> AbstractContextManager[Any]:
     )
 
 
+def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Launch so many programs of a kernel, if any, on the device of its first argument, a tensor."""
+    with on(args[0]):
+        if programs:
+            kernel[(programs,)](*args, **constants, **OPTIONS)
+
+
 def flag_word(like: Tensor) -> Tensor:
-    """A zeroed int32 on the device, which kernels OR their findings into; `flags_on_host` reads it."""
+    """A zeroed int32 on the device, where kernels write their findings; `flags_on_host` reads it."""
     return torch.zeros(1, dtype=torch.int32, device=like.device)
 
 

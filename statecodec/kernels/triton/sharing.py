@@ -15,21 +15,22 @@ from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton.rules import too_large
 from statecodec.kernels.triton.runtime import INTERPRETED
 from statecodec.kernels.triton.scalars import entry, number, own_chunk
-from statecodec.kernels.triton.stored import load_gradient
+from statecodec.kernels.triton.stored import load_float
 
-# Pieces: HIGH rows of WIDE elements, or TALL rows of BROAD columns. VALUES: moments of one program of `share`.
-HIGH, WIDE, TALL, BROAD, VALUES = (64, 256, 128, 128, 4096) if INTERPRETED else (16, 2048, 512, 64, 1024)
-_HIGH, _WIDE, _TALL, _BROAD = (tl.constexpr(n) for n in (HIGH, WIDE, TALL, BROAD))
-_VALUES, _LANES, _LINES = tl.constexpr(VALUES), tl.constexpr(128), tl.constexpr(32)
+# A piece: so many values that are kept, and so many rows of neighbours (or neighbours in a row) that they are means of,
+# of which a tile has PART. VALUES: moments of one program of `share`.
+ROWS, ROW_PARTS, COLUMNS, COLUMN_PARTS, VALUES = (64, 2, 128, 4, 4096) if INTERPRETED else (16, 16, 64, 16, 1024)
+_ROWS, _ROW_PARTS, _COLUMNS, _COLUMN_PARTS, _VALUES = (
+    tl.constexpr(n) for n in (ROWS, ROW_PARTS, COLUMNS, COLUMN_PARTS, VALUES)
+)
+LANES, LINES = tl.constexpr(128), tl.constexpr(32)
 
 
 def pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
     """How many programs of `squares` look at such a parameter, and how many partial sums they leave of each value."""
-    if inner == 1:
-        along = -(-shared // WIDE)
-        return max(1, -(-outer // HIGH) * along), along
-    along = -(-shared // TALL)
-    return max(1, outer * along * -(-inner // BROAD)), along
+    along = -(-shared // (ROW_PARTS * LANES.value if inner == 1 else COLUMN_PARTS * LINES.value))
+    kept = -(-outer // ROWS) if inner == 1 else outer * -(-inner // COLUMNS)
+    return max(1, kept * along), along
 
 
 @triton.jit
@@ -39,47 +40,37 @@ def squares(news, table, chunks, count: tl.int64, SPEC: tl.constexpr):
     piece = piece.to(tl.int64)
     fields, gradient = table + at, tl.load(news + at)
     if gradient != 0:
-        if entry(fields, count, t.INNER) == 1:
-            _of_rows(gradient, fields, count, piece, SPEC)
+        outer, shared, inner = (
+            entry(fields, count, t.OUTER),
+            entry(fields, count, t.SHARED),
+            entry(fields, count, t.INNER),
+        )
+        scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+        if inner == 1:
+            _sum(gradient, scratch, piece, 1, outer, shared, shared, 1, _ROWS, _ROW_PARTS, LANES, SPEC)
         else:
-            _of_columns(gradient, fields, count, piece, SPEC)
+            _sum(gradient, scratch, piece, outer, inner, shared, 1, inner, _COLUMNS, _COLUMN_PARTS, LINES, SPEC)
 
 
 @triton.jit
-def _of_rows(gradient, fields, count, tile, SPEC: tl.constexpr):
-    """HIGH rows, WIDE elements of each. Scratch: [pieces along a row, OUTER]."""
-    outer, shared = entry(fields, count, t.OUTER), entry(fields, count, t.SHARED)
-    scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
-    along = (shared + _WIDE - 1) // _WIDE
-    piece = tile % along
-    line = (tile // along) * _HIGH + tl.arange(0, _HIGH)
-    total = tl.zeros([_HIGH, _LANES], tl.float32)
-    for part in range(_WIDE // _LANES):
-        lane = piece * _WIDE + part * _LANES + tl.arange(0, _LANES)
-        inside = (line < outer)[:, None] & (lane < shared)[None, :]
-        g = load_gradient(gradient, line[:, None] * shared + lane[None, :], inside, SPEC)
+def _sum(
+    gradient, scratch, tile, planes, values, shared, values_apart, shared_apart, VALUES: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, SPEC: tl.constexpr,
+):  # fmt: skip
+    """VALUES sums over PARTS times PART squares each. Scratch: [pieces of a sum, planes, values]."""
+    along = (shared + PARTS * PART - 1) // (PARTS * PART)
+    stripes = (values + VALUES - 1) // VALUES
+    value = (tile // along % stripes) * VALUES + tl.arange(0, VALUES)
+    piece, plane = tile % along, tile // (along * stripes)
+    total = tl.zeros([VALUES, PART], tl.float32)
+    GRADIENT: tl.constexpr = SPEC.gradient
+    for part in range(PARTS):
+        line = (piece * PARTS + part) * PART + tl.arange(0, PART)
+        at = plane * values * shared + value[:, None] * values_apart + line[None, :] * shared_apart
+        inside = (value < values)[:, None] & (line < shared)[None, :]
+        g = load_float(gradient, at, inside, GRADIENT, SPEC)
         total += g * g
-    tl.store(scratch + piece * outer + line, tl.sum(total, axis=1), mask=line < outer)
-
-
-@triton.jit
-def _of_columns(gradient, fields, count, tile, SPEC: tl.constexpr):
-    """TALL rows of BROAD neighbouring columns. Scratch: [pieces along a column, OUTER, INNER]."""
-    outer, shared = entry(fields, count, t.OUTER), entry(fields, count, t.SHARED)
-    inner = entry(fields, count, t.INNER)
-    scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
-    stripes = (inner + _BROAD - 1) // _BROAD
-    along = (shared + _TALL - 1) // _TALL
-    column = (tile % stripes) * _BROAD + tl.arange(0, _BROAD)
-    piece = (tile // stripes) % along
-    plane = tile // (stripes * along)
-    total = tl.zeros([_LINES, _BROAD], tl.float32)
-    for part in range(_TALL // _LINES):
-        line = piece * _TALL + part * _LINES + tl.arange(0, _LINES)
-        inside = (line < shared)[:, None] & (column < inner)[None, :]
-        g = load_gradient(gradient, (plane * shared + line)[:, None] * inner + column[None, :], inside, SPEC)
-        total += g * g
-    tl.store(scratch + (piece * outer + plane) * inner + column, tl.sum(total, axis=0), mask=column < inner)
+    tl.store(scratch + (piece * planes + plane) * values + value, tl.sum(total, axis=1), mask=value < values)
 
 
 @triton.jit
@@ -92,12 +83,10 @@ def share(news, table, chunks, count: tl.int64):
         scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
         moments = entry(fields, count, t.V_DATA).to(tl.pointer_type(tl.float32))
         values = entry(fields, count, t.OUTER) * inner
-        along = (shared + _TALL - 1) // _TALL
-        if inner == 1:
-            along = (shared + _WIDE - 1) // _WIDE
+        length = tl.where(inner == 1, _ROW_PARTS * LANES, _COLUMN_PARTS * LINES)
         lane = block.to(tl.int64) * _VALUES + tl.arange(0, _VALUES)
         total = tl.zeros([_VALUES], tl.float32)
-        for piece in range(along):
+        for piece in range((shared + length - 1) // length):
             total += tl.load(scratch + piece * values + lane, mask=lane < values, other=0.0)
         mean = tl.div_rn(total, tl.full([_VALUES], 1.0, tl.float32) * shared.to(tl.float32))
         v = tl.load(moments + lane, mask=lane < values, other=0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from statecodec import kernels
 from statecodec.kernels.reference import splitting as spec
-from statecodec.kernels.triton.runtime import OPTIONS, TILE, flag_word, flags_on_host, on
+from statecodec.kernels.triton.runtime import TILE, flag_word, flags_on_host, run
 
 _INF, _NAN, _FP16_MIN_NORMAL, _FP16_BIAS, _FP16_LIMIT = (
     tl.constexpr(b) for b in (spec.INF_BITS, spec.NAN_BITS, spec.FP16_MIN_NORMAL, spec.FP16_BIAS, 0x477FF000)
@@ -80,27 +80,25 @@ def _fp16_fixed(magnitude, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _encode(
-    x_ptr, high_ptr, low_ptr, flags_ptr, n: tl.int64, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr
-):
+def _encode(x_ptr, high_ptr, low_ptr, flags_ptr, n: tl.int64, TILE: tl.constexpr, BF16: tl.constexpr):
+    LOW: tl.constexpr = low_ptr.dtype.element_ty
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     bits = tl.load(x_ptr + offset, mask=offset < n, other=0)
-    high, low = split(bits, WIDTH, BF16)
+    high, low = split(bits, LOW.primitive_bitwidth, BF16)
     tl.store(high_ptr + offset, high.to(tl.int16), mask=offset < n)
-    tl.store(low_ptr + offset, low.to(tl.int8 if WIDTH == 8 else tl.int16), mask=offset < n)
+    tl.store(low_ptr + offset, low.to(LOW), mask=offset < n)
     if not BF16:
         magnitude = bits & _MAGNITUDE
-        beyond = (magnitude >= _FP16_LIMIT) & (magnitude < _INF)
-        if tl.max(beyond.to(tl.int32), axis=0) > 0:
-            tl.atomic_or(flags_ptr, _OUT_OF_RANGE)
+        tl.store(flags_ptr + offset * 0, _OUT_OF_RANGE, mask=(magnitude >= _FP16_LIMIT) & (magnitude < _INF))
 
 
 @triton.jit
-def _decode(high_ptr, low_ptr, out_ptr, n: tl.int64, TILE: tl.constexpr, WIDTH: tl.constexpr, BF16: tl.constexpr):
+def _decode(high_ptr, low_ptr, out_ptr, n: tl.int64, TILE: tl.constexpr, BF16: tl.constexpr):
     offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     high = tl.load(high_ptr + offset, mask=offset < n, other=0).to(tl.int32)
     low = tl.load(low_ptr + offset, mask=offset < n, other=0).to(tl.int32)
-    tl.store(out_ptr + offset, join(high, low, WIDTH, BF16), mask=offset < n)
+    joined = join(high, low, low_ptr.dtype.element_ty.primitive_bitwidth, BF16)
+    tl.store(out_ptr + offset, joined, mask=offset < n)
 
 
 def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
@@ -108,25 +106,13 @@ def encode_split(x: Tensor, high: Tensor, low: Tensor) -> int:
 
     Only an fp16 `high` can raise a flag, so only then does it synchronise.
     """
-    n = x.numel()
-    with on(x):
-        if not n:
-            return 0
-        bf16 = high.dtype == torch.bfloat16
-        flags = flag_word(x)
-        _encode[(-(-n // TILE),)](
-            x.view(torch.int32), high.view(torch.int16), low, flags, n,
-            TILE=TILE, WIDTH=8 * low.element_size(), BF16=bf16, **OPTIONS,
-        )  # fmt: skip
-        return 0 if bf16 else flags_on_host(flags)
+    n, bf16, flags = x.numel(), high.dtype == torch.bfloat16, flag_word(x)
+    parts = high.view(torch.int16), low
+    run(_encode, -(-n // TILE), x.view(torch.int32), *parts, flags, n, TILE=TILE, BF16=bf16)
+    return 0 if bf16 else flags_on_host(flags)
 
 
 def decode_split(high: Tensor, low: Tensor, out: Tensor) -> None:
     """See `reference.splitting.decode_split`."""
-    n = out.numel()
-    with on(out):
-        if n:
-            _decode[(-(-n // TILE),)](
-                high.view(torch.int16), low, out.view(torch.int32), n,
-                TILE=TILE, WIDTH=8 * low.element_size(), BF16=high.dtype == torch.bfloat16, **OPTIONS,
-            )  # fmt: skip
+    n, bf16 = out.numel(), high.dtype == torch.bfloat16
+    run(_decode, -(-n // TILE), high.view(torch.int16), low, out.view(torch.int32), n, TILE=TILE, BF16=bf16)

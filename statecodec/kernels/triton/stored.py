@@ -9,15 +9,9 @@ import triton
 import triton.language as tl
 
 from statecodec.kernels.reference import steps as spec
-from statecodec.kernels.triton.companding import (
-    magnitude_bits,
-    pack_nibbles,
-    quantise,
-    scale_bits,
-    scale_value,
-    unpack_nibbles,
-)  # fmt: skip
+from statecodec.kernels.triton.companding import largest_bits, load_groups, store_groups
 from statecodec.kernels.triton.splitting import join, split
+from statecodec.kernels.triton.tiles import pointer
 
 _GOLDEN, _MIX_1, _MIX_2 = (tl.constexpr(c) for c in (spec.GOLDEN, spec.DITHER_1, spec.DITHER_2))
 _INF = tl.constexpr(0x7F800000)
@@ -50,114 +44,67 @@ def dither(bits, element, key, DROP: tl.constexpr):
 
 
 @triton.jit
-def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """A pointer from the table of addresses. ALIGNED promises 16 bytes, without which there are no wide accesses."""
-    typed = address.to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        typed = tl.multiple_of(typed, 16)
-    return typed
+def load_float(address, offset, inside, DTYPE: tl.constexpr, SPEC: tl.constexpr):
+    """fp32 values of floating point numbers."""
+    return tl.load(pointer(address, DTYPE, SPEC.whole) + offset, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_weight(param, low, offset, inside, SPEC: tl.constexpr):
     """fp32 values of a weight."""
+    WEIGHT: tl.constexpr = SPEC.weight  # triton 3.6 passes on constants only under a name
     WIDE: tl.constexpr = SPEC.whole
     BITS: tl.constexpr = SPEC.low
-    BF16: tl.constexpr = SPEC.weight == "bf16"
-    if SPEC.weight == "fp32":
-        value = tl.load(pointer(param, tl.float32, WIDE) + offset, mask=inside, other=0.0)
-    else:
+    if BITS > 0:
+        LOW: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
         high = tl.load(pointer(param, tl.int16, WIDE) + offset, mask=inside, other=0)
-        if BITS > 0:
-            KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
-            rest = tl.load(pointer(low, KIND, WIDE) + offset, mask=inside, other=0)
-            value = join(high.to(tl.int32), rest.to(tl.int32), BITS, BF16)
-            value = value.to(tl.float32, bitcast=True)
-        elif SPEC.weight == "bf16":
-            value = (high.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        else:
-            value = high.to(tl.float16, bitcast=True).to(tl.float32)
+        rest = tl.load(pointer(low, LOW, WIDE) + offset, mask=inside, other=0)
+        bits = join(high.to(tl.int32), rest.to(tl.int32), BITS, SPEC.weight == tl.bfloat16)
+        value = bits.to(tl.float32, bitcast=True)
+    else:
+        value = load_float(param, offset, inside, WEIGHT, SPEC)
     return value
 
 
 @triton.jit
 def store_weight(value, param, low, offset, inside, key, SPEC: tl.constexpr):
     """The inverse of `load_weight`: rounds to nearest, or stochastically where bits are dropped."""
+    WEIGHT: tl.constexpr = SPEC.weight
     WIDE: tl.constexpr = SPEC.whole
     BITS: tl.constexpr = SPEC.low
-    BF16: tl.constexpr = SPEC.weight == "bf16"
-    if SPEC.weight == "fp32":
-        tl.store(pointer(param, tl.float32, WIDE) + offset, value, mask=inside)
-    else:
-        bits = value.to(tl.int32, bitcast=True)
-        if SPEC.stochastic and BITS < 16:
-            DROP: tl.constexpr = 16 - BITS
-            bits = dither(bits, offset, key.to(tl.uint32, bitcast=True), DROP)
-        if BITS > 0:
-            KIND: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
-            high, rest = split(bits, BITS, BF16)
-            tl.store(pointer(low, KIND, WIDE) + offset, rest.to(KIND), mask=inside)
-        elif SPEC.weight == "bf16":
-            # To nearest even in integers, because the interpreter truncates.
-            high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        else:
-            high = bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    bits = value.to(tl.int32, bitcast=True)
+    if SPEC.stochastic and BITS < 16 and SPEC.weight != tl.float32:
+        bits = dither(bits, offset, key.to(tl.uint32, bitcast=True), 16 - BITS)
+    if BITS > 0:
+        LOW: tl.constexpr = tl.int8 if BITS == 8 else tl.int16
+        high, rest = split(bits, BITS, SPEC.weight == tl.bfloat16)
+        tl.store(pointer(low, LOW, WIDE) + offset, rest.to(LOW), mask=inside)
         tl.store(pointer(param, tl.int16, WIDE) + offset, high.to(tl.int16), mask=inside)
+    elif SPEC.weight == tl.bfloat16:
+        high = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # nearest even; the interpreter's own conversion truncates
+        tl.store(pointer(param, tl.int16, WIDE) + offset, high.to(tl.int16), mask=inside)
+    else:
+        value = bits.to(tl.float32, bitcast=True)
+        tl.store(pointer(param, WEIGHT, WIDE) + offset, value.to(WEIGHT), mask=inside)
 
 
 @triton.jit
-def load_gradient(gradient, offset, inside, SPEC: tl.constexpr):
-    """fp32 values of a gradient, negated to ascend."""
-    WIDE: tl.constexpr = SPEC.whole
-    if SPEC.gradient == "fp32":
-        value = tl.load(pointer(gradient, tl.float32, WIDE) + offset, mask=inside, other=0.0)
-    elif SPEC.gradient == "bf16":
-        high = tl.load(pointer(gradient, tl.int16, WIDE) + offset, mask=inside, other=0)
-        value = (high.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+def load_state(data, scales, table, here, STATE: tl.constexpr, SPEC: tl.constexpr):
+    """fp32 values [count, width] of a state; `here` is what `places` found."""
+    if STATE.curve is None:
+        value = load_float(data, here[1], here[2], tl.float32, SPEC)
     else:
-        value = tl.load(pointer(gradient, tl.float16, WIDE) + offset, mask=inside, other=0.0).to(tl.float32)
-    if SPEC.maximize:
-        value = -value
+        value = load_groups(data, scales, table, here, STATE.curve.bits, SPEC)
     return value
 
 
 @triton.jit
-def load_state(data, scales, table, places, FORM: tl.constexpr, SPEC: tl.constexpr):
-    """fp32 values [count, width] of a state; `places` is what `general.places` found."""
-    index, offset, inside, packed, packed_inside, exists = places
-    WIDE: tl.constexpr = SPEC.whole
-    COUNT: tl.constexpr = SPEC.count
-    WIDTH: tl.constexpr = SPEC.width
-    if FORM.kind == "dense":
-        value = tl.load(pointer(data, tl.float32, WIDE) + offset, mask=inside, other=0.0)
-    else:
-        if FORM.bits == 4:
-            pairs = tl.load(pointer(data, tl.uint8, WIDE) + packed, mask=packed_inside, other=0)
-            code = unpack_nibbles(pairs.to(tl.int32), COUNT, WIDTH)
-        else:
-            code = tl.load(pointer(data, tl.uint8, WIDE) + offset, mask=inside, other=0).to(tl.int32)
-        scale = tl.load(pointer(scales, tl.int16, WIDE) + index, mask=exists, other=0).to(tl.int32)
-        value = tl.load(table + code) * scale_value(scale)[:, None]
-    return value
-
-
-@triton.jit
-def store_state(value, data, scales, places, good, FORM: tl.constexpr, SPEC: tl.constexpr):
+def store_state(value, data, scales, here, good, STATE: tl.constexpr, SPEC: tl.constexpr):
     """The inverse of `load_state`, for `good` groups (or, of a dense state, good elements) only."""
-    index, offset, inside, packed, packed_inside, exists = places
-    WIDE: tl.constexpr = SPEC.whole
-    COUNT: tl.constexpr = SPEC.count
-    WIDTH: tl.constexpr = SPEC.width
-    if FORM.kind == "dense":
-        tl.store(pointer(data, tl.float32, WIDE) + offset, value, mask=inside & good)
+    if STATE.curve is None:
+        tl.store(pointer(data, tl.float32, SPEC.whole) + here[1], value, mask=here[2] & good)
     else:
-        group_good = exists & (tl.min(good.to(tl.int32), axis=1) != 0)
-        value = tl.where(inside & group_good[:, None], value, 0.0)
-        scale = scale_bits(tl.max(magnitude_bits(value), axis=1), FORM.min_scale)
-        code = quantise(value, scale[:, None], FORM)
-        tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=group_good)
-        if FORM.bits == 4:
-            pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
-            tl.store(pointer(data, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & group_good[:, None])
-        else:
-            tl.store(pointer(data, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & group_good[:, None])
+        CURVE: tl.constexpr = STATE.curve
+        good_groups = here[5] & (tl.min(good.to(tl.int32), axis=1) != 0)
+        value = tl.where(good_groups[:, None], value, 0.0)  # saves registers
+        store_groups(value, largest_bits(value, CURVE.signed), good_groups, data, scales, here, CURVE, SPEC)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from statecodec.kernels.curves import Curve
+from statecodec.kernels.fused import StateStorage
+from statecodec.kernels.triton.tiles import Tile
 
 # OUTER x SHARED x INNER is the parameter as a shared second moment sees it: one value per outer and inner index, whose
 # partial sums and new value lie at SCRATCH.
@@ -33,51 +34,33 @@ SCALARS = 6
 DECAY_BY, SIZE, ROOT, RECIPROCAL, GAIN, KEY = map(tl.constexpr, range(SCALARS))
 
 
-@dataclass(frozen=True)
-class Form:
-    """How one state is stored: `absent`, `dense` (fp32), `shared` (dense, broadcast) or `companded` by a curve."""
-
-    kind: str = "absent"
-    bits: int = 0
-    curve: int = 0
-    top: int = 0
-    signed: bool = False
-    min_scale: int = 0
-    per_octave: int = 0
-    half_lowest: float = 0.0
-
-    @staticmethod
-    def of(curve: Curve | None) -> Form:
-        """The form of a state with this curve; None: dense."""
-        if curve is None:
-            return Form("dense")
-        return Form(
-            "companded", curve.bits, curve.kind, curve.top, curve.signed, curve.min_scale, curve.per_octave,
-            float(curve.levels[1]) * 0.5,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is known when a fused step is compiled. A tile is `count` groups of `width` lanes, a program `run` tiles."""
+@dataclass(frozen=True, kw_only=True)
+class Spec(Tile):
+    """What is known when a fused step is compiled. A program takes `run` tiles."""
 
     method: str  # adam, lion, sgd, foam, slim
-    weight: str  # fp32, bf16, fp16
+    weight: tl.dtype
     low: int  # bits that extend the weight: 0, 8, 16
-    gradient: str  # fp32, bf16, fp16
-    m: Form
-    v: Form
+    m: StateStorage | None
+    v: StateStorage | None
     block: int  # weights per folded moment
-    maximize: bool
-    l2: bool
-    nesterov: bool
-    stochastic: bool
-    mean_of_squares: bool
-    true_tail: bool
-    decay_first: bool
-    words: bool = False  # the fast step
-    whole: bool = False  # groups tile aligned memory: rows do not matter and accesses are wide
-    group: int = 0
-    width: int = 0
-    count: int = 0
+    gradient: tl.dtype = tl.float32
+    maximize: bool = False
+    l2: bool = False
+    nesterov: bool = False
+    stochastic: bool = False
+    mean_of_squares: bool = True
+    true_tail: bool = True
+    decay_first: bool = True
+    words: bool = False  # the fast step; of a group, whether formats allow it
     run: int = 0
+
+    @property
+    def companded(self) -> bool:
+        """Whether a moment is companded, so that its groups are units."""
+        return any(state and state.curve for state in (self.m, self.v))
+
+    @property
+    def shared(self) -> bool:
+        """Whether the second moment is shared along dimensions."""
+        return self.v is not None and bool(self.v.dims)

@@ -250,11 +250,15 @@ class Machine:
             self.put(low, value.astype(TYPES[f"b{half}"]), mask)
             self.put(high, (value >> whole.type(half)).astype(TYPES[f"b{half}"]), mask)
         else:
-            parts = [self.get(x, f"b{half}").astype(whole) for x in (low, high)]
+            # A half that is not looked at later may be a register that was never set.
+            unset = np.full(self.threads, -1, TYPES[f"s{half}"]).view(TYPES[f"b{half}"])
+            parts = [(self.get(x, f"b{half}") if x in self.registers else unset).astype(whole) for x in (low, high)]
             self.put(o[0], parts[0] | parts[1] << whole.type(half), mask)
 
     def _value(self, kind: str, rest: list[str], o: list[str]) -> Array:
         last = rest[-1]
+        if kind == "cvt" and last == "bf16":
+            return (self.get(o[0], "b16").astype(np.uint32) << np.uint32(16)).view(np.float32)
         if kind == "cvt":
             x, to = self.get(o[0], last), TYPES[rest[-2]]
             return to_integer(x, to) if x.dtype.kind == "f" and to.kind != "f" else x.astype(to)

@@ -49,7 +49,7 @@ class Costs:
     @classmethod
     def of(cls, preset: str, quality: Result, speed: Result) -> Costs:
         """Of a preset, from results/*.json."""
-        rates = speed["contenders"][f"statecodec {preset}, no sha256"]
+        rates = speed["contenders"][f"statecodec {preset}"]
         return cls(
             quality["presets"][preset]["bytes_per_param"], rates["compress_cpu"] * 1e9, rates["restore_cpu"] * 1e9
         )

@@ -86,8 +86,7 @@ def speed(r: Result) -> list[str]:
     return [
         *lines, "",
         "`copy` reads and writes every byte; only a tool that writes or reads fewer of them can pass it. With two "
-        f"threads `resume` takes {compress:.2f} of the wall time of one to compress, whose SHA-256 runs on a thread of "
-        f"its own either way, and {restore:.2f} to restore.",
+        f"threads `resume` takes {compress:.2f} of the wall time of one to compress, and {restore:.2f} to restore.",
     ]  # fmt: skip
 
 

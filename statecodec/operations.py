@@ -206,9 +206,9 @@ _RULES = Option(
 _PACK = Option(
     "pack",
     "text",
-    "Entropy packing: none or zstd[:LEVEL].",
+    "Entropy packing: none, zstd[:LEVEL], or predicted[:LEVEL], which is smaller and takes longer.",
     "zstd",
-    pattern=r"none|zstd(:-?[0-9]{1,2})?",
+    pattern=r"none|(zstd|predicted)(:-?[0-9]{1,2})?",
     example="zstd:9",
 )
 _SHARDS = Option(

@@ -23,8 +23,8 @@ from statecodec.format.entry_types import ITEMSIZE
 from statecodec.limits import Limits
 from statecodec.strict import Fields, dump_json, hexadecimal, parse_json
 
-VERSION = (2, 1)  # what is written
-READ = {1: 1, 2: 1}  # major version -> the newest minor that this reader knows
+VERSION = (2, 2)  # what is written
+READ = {1: 1, 2: 2}  # major version -> the newest minor that this reader knows
 MANIFEST_ENTRY = "__manifest__"
 METADATA = "__metadata__"
 ALIGNMENT = 64  # of the first data byte in the file

@@ -3,8 +3,8 @@
     record  = table payload*                table = one row per plane, parts in order, planes from the least significant
     row     = method u8, length u32 (little-endian)
 
-What a plane may be is in `planes`. Integer codes may be stored narrowed instead: the whole part is the payload of
-its first row, and is a record itself.
+What a plane may be is in `planes`. Integer codes may be stored narrowed, or as what is left after a prediction,
+instead: the whole part is the payload of its first row, and is a record itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import zstandard
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec, rows_cols
 from statecodec.errors import FormatError, UsageError
-from statecodec.format import narrowed
+from statecodec.format import narrowed, predicted
 from statecodec.format.planes import (
     CENTRED,
     CENTRED_NIBBLES,
@@ -40,10 +40,12 @@ from statecodec.limits import MAX_WINDOW
 if TYPE_CHECKING:
     from torch import Tensor
 
-NARROWED, WITHIN = 5, 6  # a part of codes: its first row, and its others
+NARROWED, WITHIN, PREDICTED = 5, 6, 7  # a part of codes: its first row, its others, its first row
 ROW = struct.Struct("<BI")
 Row: TypeAlias = tuple[int, int]  # method, length
+Methods: TypeAlias = tuple[int, ...]  # of whole parts, those that a record may hold
 P = TypeVar("P", "Tensor", PartSpec)
+_ANY, _AFTER_PREDICTION, _AFTER_NARROWING = (NARROWED, PREDICTED), (NARROWED,), ()
 _local = threading.local()
 
 
@@ -52,7 +54,7 @@ class Packing:
     """How parts are compressed at rest.
 
     Args:
-        method: `none` or `zstd`.
+        method: `none`, `zstd`, or `predicted`: zstd after a low-rank prediction of codes, where that is worth it.
         level: The zstd level; None for the measured parameters.
 
     Raises:
@@ -63,8 +65,8 @@ class Packing:
     level: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("none", "zstd") or (self.method == "none" and self.level is not None):
-            raise UsageError(f"packing {self}: expected none, zstd or zstd:LEVEL")
+        if self.method not in ("none", "zstd", "predicted") or (self.method == "none" and self.level is not None):
+            raise UsageError(f"packing {self}: expected none, zstd[:LEVEL] or predicted[:LEVEL]")
         if self.level is not None and not -50 <= self.level <= 22:
             raise UsageError(f"packing {self}: zstd levels are -50 to 22")
 
@@ -73,7 +75,7 @@ class Packing:
         """Make a packing from its text.
 
         Args:
-            text: `none`, `zstd` or `zstd:LEVEL`.
+            text: `none`, `zstd`, `predicted`, or one of these two with `:LEVEL`.
 
         Returns:
             The packing.
@@ -114,22 +116,29 @@ class Packing:
 def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tuple[Bytes, int]:
     """Pack contiguous CPU tensors into a pooled buffer; returns it and the record's length."""
     buffer = pool.take(_room(parts))
-    return buffer, _write_record(parts, buffer, packing, pool, codes=True)
+    methods = _ANY if packing.method == "predicted" else _AFTER_PREDICTION
+    return buffer, _write_record(parts, buffer, packing, pool, methods)
 
 
 def _room(parts: Sequence[Tensor]) -> int:
     """Bytes that are enough to make a record in. A code can take three bytes until its part turns out not to narrow."""
     rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
-    return rows + sum(p.nbytes + narrowed.slack(p) for p in parts)
+    return rows + sum(p.nbytes + _slack(p) for p in parts)
 
 
-def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, *, codes: bool) -> int:
-    """Write a record and return its length. Without `codes` integers are stored as planes, whatever they hold."""
+def _slack(part: Tensor) -> int:
+    if not narrowed.takes(part):
+        return 0
+    return narrowed.slack(part) + predicted.slack(*rows_cols(tuple(part.shape)))
+
+
+def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> int:
+    """Write a record and return its length."""
     table, position = list[Row](), ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
     compressor, view = packing.compressor(), out.data
     for part in parts:
         rest = out[position:]
-        rows = (_pack_codes(part, rest, packing, pool) if codes else None) or _pack_planes(part, rest, compressor, pool)
+        rows = _pack_codes(part, rest, packing, pool, methods) or _pack_planes(part, rest, compressor, pool)
         position += _length(rows)
         table += rows
     for number, row in enumerate(table):
@@ -159,17 +168,35 @@ def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[
     return rows
 
 
-def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool) -> list[Row] | None:
-    """Write a part as narrowed codes if nearly all of them are small; returns its rows."""
-    if not narrowed.takes(part):
+def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
+    """Write a part as narrowed codes if nearly all of them are small, predicted where that pays; returns its rows."""
+    if not methods or not narrowed.takes(part):
         return None
-    narrowing = cpu_kernels().form_of(part.view(rows_cols(tuple(part.shape))))
+    matrix = part.view(rows_cols(tuple(part.shape)))
+    narrowing = cpu_kernels().form_of(matrix)
     if narrowing is None:
         return None
-    length = _write_narrowed(part, narrowing, out, packing, pool)
+    method, length = (
+        PREDICTED,
+        _write_predicted(matrix, narrowing, out, packing, pool) if PREDICTED in methods else None,
+    )
+    if length is None:
+        method, length = NARROWED, _write_narrowed(part, narrowing, out, packing, pool)
     if length is None or length >= part.nbytes:
         return None
-    return [(NARROWED, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
+    return [(method, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
+
+
+def _write_predicted(
+    matrix: Tensor, narrowing: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool
+) -> int | None:
+    """Write the payload of codes after a prediction and return its length; None where that would save too little."""
+    with predicted.split(matrix, narrowing, pool) as found:
+        if found is None:
+            return None
+        header, parts = found
+        out.data[: len(header)] = header
+        return len(header) + _write_record(parts, out[len(header) :], packing, pool, _AFTER_PREDICTION)
 
 
 def _write_narrowed(
@@ -183,7 +210,7 @@ def _write_narrowed(
             return None
         header, parts = narrow
         out.data[:head] = header
-        return head + _write_record(parts, out[head:], packing, pool, codes=False)
+        return head + _write_record(parts, out[head:], packing, pool, _AFTER_NARROWING)
 
 
 def _address(buffer: Bytes) -> int:
@@ -198,11 +225,13 @@ def _matrix(part: Tensor, n: int) -> tuple[int, int]:
     return rows, n // rows
 
 
-def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
+def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool, methods: Methods = _ANY) -> None:
     """Unpack a record into contiguous CPU tensors, in a few times the memory that they take. Raises FormatError."""
-    for out, rows, payload in _split(record, outs, codes=True):
+    for out, rows, payload in _split(record, outs, methods):
         if rows[0][0] == NARROWED:
             narrowed.join(payload, out, pool, lambda rest, parts: _unpack_narrowed(rest, parts, pool))
+        elif rows[0][0] == PREDICTED:
+            predicted.join(payload, out, lambda rest, parts: decode_record(rest, parts, pool, _AFTER_PREDICTION))
         else:
             _unpack_planes(payload, rows, out, pool)
 
@@ -210,7 +239,7 @@ def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
 def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[Tensor]:
     """Unpack the record within narrowed codes; bytes that are stored uncompressed are not copied."""
     vectors = []
-    for out, rows, payload in _split(record, outs, codes=False):
+    for out, rows, payload in _split(record, outs, _AFTER_NARROWING):
         if out.dtype == torch.uint8 and rows[0][0] == STORED:
             vectors.append(torch.from_numpy(payload))
         else:
@@ -221,16 +250,16 @@ def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[
 
 def decode_bytes(record: Bytes, specs: Sequence[PartSpec], part: int, pool: Pool) -> Bytes:
     """Unpack one vector of uint8 among the parts of a record, for which torch is not needed. Raises FormatError."""
-    _, ((method, length),), payload = next(islice(_split(record, specs, codes=True), part, None))
+    _, ((method, length),), payload = next(islice(_split(record, specs, _ANY), part, None))
     plane = np.empty(specs[part].nbytes, np.uint8)
     if length:
         unpack_plane(method, payload, plane.reshape(1, -1), pool)
     return plane
 
 
-def _split(record: Bytes, outs: Sequence[P], *, codes: bool) -> Iterator[tuple[P, list[Row], Bytes]]:
+def _split(record: Bytes, outs: Sequence[P], methods: Methods) -> Iterator[tuple[P, list[Row], Bytes]]:
     """Each part with its rows and its payload."""
-    table = _rows(record, outs, codes)
+    table = _rows(record, outs, methods)
     position = ROW.size * sum(map(len, table))
     for out, rows in zip(outs, table, strict=True):
         stop = position + _length(rows)
@@ -269,7 +298,7 @@ def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool
         pool.give(scratch)
 
 
-def _rows(record: Bytes, outs: Sequence[P], codes: bool) -> list[list[Row]]:
+def _rows(record: Bytes, outs: Sequence[P], methods: Methods) -> list[list[Row]]:
     """The table's rows, part by part, checked against the record and what the parts are."""
     widths = [plane_layout(out.dtype)[0] for out in outs]
     table = ROW.size * sum(widths)
@@ -279,9 +308,9 @@ def _rows(record: Bytes, outs: Sequence[P], codes: bool) -> list[list[Row]]:
     rows, first, total = list[list[Row]](), 0, table
     for out, width in zip(outs, widths, strict=True):
         part_rows: list[Row] = fields[first : first + width]
-        if codes and part_rows[0][0] == NARROWED and narrowed.takes(out):
+        if part_rows[0][0] in methods and narrowed.takes(out):
             if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (width - 1):
-                raise FormatError(f"chunk record: rows {part_rows} of narrowed codes of {out.nbytes} bytes")
+                raise FormatError(f"chunk record: rows {part_rows} of codes of {out.nbytes} bytes")
         else:
             for method, length in part_rows:
                 _check_plane(method, length, out.nbytes // width)

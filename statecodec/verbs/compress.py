@@ -69,7 +69,7 @@ def compress(
         rules: Rules `PATTERN=CODEC`, or Rule objects.
         rules_file: A JSON file of rules, as `analyze` writes them.
         strict: Refuse a rule that matches no tensor. Otherwise the notes name it.
-        pack: `none`, `zstd` or `zstd:LEVEL`.
+        pack: `none`, `zstd`, `predicted` (smaller, and takes longer), or one of these two with `:LEVEL`.
         device: `cpu`, `cuda`, or `auto`: the CPU unless a card is there and was measured to be faster.
         max_shard_size: Largest size of one output file, in bytes or as text such as `5GB`; None for a single file.
         verify: Read the result back and compare it with the source before it gets its name.

@@ -51,7 +51,7 @@ def convert(
             beside it a JSON file of all other values), `dcp` (a folder of torch.distributed.checkpoint), or `zero-fp32`
             (one torch.save file of the fp32 parameters by name of a DeepSpeed ZeRO directory, as its zero_to_fp32.py
             makes it).
-        pack: `none`, `zstd` or `zstd:LEVEL`, of a compressed `dst`.
+        pack: As for `compress`, of a compressed `dst`.
         strict: Refuse a rule that matches no tensor, and values that the layout cannot hold, such as objects of unknown
             classes. Otherwise the notes name them.
         force: Replace a file that is there.

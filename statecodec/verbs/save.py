@@ -43,7 +43,7 @@ def save(
     Args:
         obj: The value.
         path: The file to write.
-        pack: How to pack: `none`, `zstd` or `zstd:LEVEL`.
+        pack: How to pack: As for `compress`: `none`, `zstd`, `predicted`.
         force: Replace a file that is there.
         progress: Called with (bytes done, bytes in all, what is being done).
 

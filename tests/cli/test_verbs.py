@@ -157,7 +157,7 @@ def test_inspect_of_both_kinds(cli: Cli, ckpt: Path) -> None:
     assert plain["num_params"] == 2 * (96 * 96 + 96)
     cli("compress", ckpt, "--sha256")
     packed = cli("inspect", ckpt.with_name("ckpt.sc.safetensors"), "--json").json()
-    assert packed["format_version"] == [2, 1]
+    assert packed["format_version"] == [2, 2]
     assert packed["preset"] == "resume"
     assert packed["source"]["sha256"] == sha256(ckpt)
     assert sorted(t["name"] for t in packed["tensors"]) == sorted(t["name"] for t in plain["tensors"])

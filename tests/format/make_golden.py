@@ -45,8 +45,10 @@ FILES = {
     "same-2.0.safetensors": ("zstd", None),
     "example-2.1.safetensors": ("zstd", None),
     "following-2.1.safetensors": ("zstd", None),
+    "example-2.2.safetensors": ("zstd", None),
+    "predicted-2.2.safetensors": ("predicted", None),
 }
-EXAMPLE = "example-2.1.safetensors"  # on the page
+EXAMPLE = "example-2.2.safetensors"  # on the page
 
 
 def values(*shape: int, scale: float = 0.02, seed: int = 1) -> Tensor:
@@ -160,6 +162,22 @@ def averages() -> dict[str, tuple[Tensor, Codec]]:
     }
 
 
+def low_rank() -> dict[str, tuple[Tensor, Codec]]:
+    """Codes close to a few outer products: around 0, and around a row term plus a column term."""
+    direction = values(240, 3, scale=1.0) @ values(3, 192, scale=1.0, seed=2) + values(240, 192, scale=0.1, seed=3)
+    direction[7], direction[:, 5], direction[9, 9] = 0.0, 0.0, 1e4
+    terms = values(240, 1, scale=9.0).exp() * values(1, 192, scale=9.0, seed=2).exp()
+    second = (2.0 * direction.clamp(-4, 4)).exp() * terms
+    second[7], second[:, 5] = 0.0, 0.0
+    return {
+        "uniform": (direction, parse("uniform(step=0.03125)")),
+        "logarithmic": (second, parse("logarithmic")),
+        "raw.int32": (parse("uniform(step=0.03125)").encode(direction).parts["codes"], parse("raw")),
+        "raw.int16": (parse("logarithmic").encode(second).parts["codes"], parse("raw")),
+        "raw.conv": (parse("uniform(step=0.0625)").encode(direction.view(240, 16, 4, 3)).parts["codes"], parse("raw")),
+    }
+
+
 COMPANIONS = {
     **{name: {"weight": "weight"} for name in ("following", "following.float16")},
     "following.equal": {"weight": "raw"},
@@ -176,6 +194,7 @@ def example() -> dict[str, tuple[Tensor, Codec]]:
 
 CONTENTS: dict[str, Callable[[], dict[str, tuple[Tensor, Codec]]]] = {
     "example": example, "ulps": mixed_precision, "same": copies, "following": averages,
+    "predicted": low_rank,
 }  # fmt: skip
 """By the first word of a file's name; all others hold `tensors`."""
 

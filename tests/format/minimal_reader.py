@@ -130,11 +130,12 @@ class MinimalReader:
 
     def _record(self, record: bytes, dtype: str, shape: list[int]) -> bytes:  # section 5
         width = WIDTH.get(dtype, 1)
-        if record[0] == 5 and dtype in ("int16", "int32"):
+        if record[0] in (5, 7) and dtype in ("int16", "int32"):
             (length,) = struct.unpack_from("<I", record, 1)
             assert record[5 : 5 * width] == (b"\6" + bytes(4)) * (width - 1)
             assert len(record) == 5 * width + length
-            return self._narrowed(record[5 * width :], dtype, int(np.prod(shape)))
+            codes = self._narrowed if record[0] == 5 else self._predicted
+            return codes(record[5 * width :], dtype, int(np.prod(shape)))
         rows = int(np.prod(shape[:-1]))
         n = int(np.prod(shape)) * (2 if dtype.startswith("complex") else 1)
         at, planes = 5 * width, []
@@ -157,15 +158,26 @@ class MinimalReader:
             words = (words >> np.array(1, words.dtype)) | (words << top)
         return words.tobytes()
 
-    def _parts(self, record: bytes, specs: list[tuple[str, int]]) -> list[bytes]:
+    def _predicted(self, payload: bytes, dtype: str, n: int) -> bytes:  # section 5.2
+        rank, shift, columns = struct.unpack_from("<BBI", payload)
+        rows = n // columns
+        specs = [("int16", [rank * (rows + columns)]), (dtype, [rows, columns])]
+        numbers, rest = self._parts(payload[6:], specs)
+        factors = np.frombuffer(numbers, "<i2").astype(np.int64)
+        left, right = factors[: rank * rows].reshape(rank, rows), factors[rank * rows :].reshape(rank, columns)
+        prediction = (left.T @ right + (1 << shift >> 1)) >> shift
+        value = np.frombuffer(rest, f"<i{WIDTH[dtype]}").reshape(rows, columns) + prediction
+        return value.astype(f"<i{WIDTH[dtype]}").tobytes()
+
+    def _parts(self, record: bytes, specs: list[tuple[str, list[int]]]) -> list[bytes]:
         """The parts of a record within a record."""
         at = 5 * sum(WIDTH.get(dtype, 1) for dtype, _ in specs)
         row, parts = 0, []
-        for dtype, n in specs:
+        for dtype, shape in specs:
             width = WIDTH.get(dtype, 1)
             rows = record[row : row + 5 * width]
             size = sum(struct.unpack_from("<BI", rows, 5 * k)[1] for k in range(width))
-            parts.append(self._record(rows + record[at : at + size], dtype, [n]))
+            parts.append(self._record(rows + record[at : at + size], dtype, shape))
             row, at = row + 5 * width, at + size
         assert at == len(record)
         return parts
@@ -181,7 +193,8 @@ class MinimalReader:
             -(-n // 2) if flags else n,
             count,
         ]
-        specs = list(zip(["int16", "int16", "uint8", "uint8", "uint8", dtype], sizes, strict=True))
+        dtypes = ["int16", "int16", "uint8", "uint8", "uint8", dtype]
+        specs = [(dtype, [size]) for dtype, size in zip(dtypes, sizes, strict=True)]
         parts = self._parts(payload[10:], specs)
         terms, lines = (np.frombuffer(p, "<u2").astype(np.int64) for p in parts[:2])
         whole, few, symbols = (np.frombuffer(p, np.uint8).astype(np.int64) for p in parts[2:5])

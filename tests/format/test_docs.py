@@ -55,10 +55,14 @@ def test_golden_files_are_complete() -> None:
         with Reader(GOLDEN / f"{name}.safetensors") as reader:
             found |= {item.encoding.codec.name for item in reader.items}
     assert found == set(codecs.names()), "every codec has a golden"  # changes have theirs in tests/analysis
-    with Reader(GOLDEN / "packed-2.0.safetensors") as reader:
-        used = [methods(reader, i) for i, item in enumerate(reader.items) if item.storage == "packed"]
-        assert {method for some in used for method in some} == set(range(7)), "every method has a golden"
-        assert {item.storage for item in reader.items} == {"plain", "packed", "shared"}
+    used, stored = set[int](), set[str]()
+    for name in ("packed-2.0", "predicted-2.2"):
+        with Reader(GOLDEN / f"{name}.safetensors") as reader:
+            packed = [i for i, item in enumerate(reader.items) if item.storage == "packed"]
+            used |= {method for i in packed for method in methods(reader, i)}
+            stored |= {item.storage for item in reader.items}
+    assert used == set(range(8)), "every method has a golden"
+    assert stored == {"plain", "packed", "shared"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -358,6 +358,60 @@ def test_narrowed_codes_that_lie() -> None:
         unpack(small, 63)
 
 
+def predicted() -> tuple[bytearray, torch.Tensor]:
+    """A record of predicted codes, 200 x 180, and the codes."""
+    generator = torch.Generator().manual_seed(0)
+    product = torch.randn(200, 2, generator=generator) @ torch.randn(2, 180, generator=generator)
+    codes = (30 * product + 3 * torch.randn(200, 180, generator=generator)).round().to(torch.int16)
+    buffer, length = encode_record([codes], Packing("predicted"), Pool())
+    assert buffer[0] == 7
+    return bytearray(buffer[:length].tobytes()), codes
+
+
+def test_predicted_codes_that_lie() -> None:
+    record, codes = predicted()
+    n, head, inner = codes.numel(), 10, 16  # two rows, and the header behind them
+    assert torch.equal(unpack(record, n), codes.view(-1))
+    rank, shift, cols = struct.unpack_from("<BBI", record, head)
+    for lie in (
+        (0, shift, cols), (65, shift, cols), (255, shift, cols), (rank, 24, cols), (rank, 255, cols), (rank, shift, 0),
+        (rank, shift, 181), (rank, shift, 1), (rank, shift, n), (rank, shift, (1 << 32) - 1), (64, shift, 2),
+        (rank + 1, shift, cols), (rank, shift, 360),
+    ):  # fmt: skip
+        wrong = bytearray(record)
+        struct.pack_into("<BBI", wrong, head, *lie)
+        with pytest.raises(FormatError):
+            unpack(wrong, n)
+    for at, method in ((0, 6), (5, 7), (5, 5), (inner, 7), (inner + 10, 7), (inner + 15, 7)):  # where it must not be
+        wrong = bytearray(record)
+        wrong[at] = method
+        with pytest.raises(FormatError):
+            unpack(wrong, n)
+    for short in (record[: head + 3], record[:inner], record[:-1]):
+        with pytest.raises(FormatError):
+            unpack(short, n)
+    with pytest.raises(FormatError):
+        unpack(record, n // 2)
+    large = torch.full((2 * 380,), 2048, dtype=torch.int16)  # numbers that fit, and products that do not
+    for factors, fits in ((large, False), (large // 2, True)):
+        body, length = encode_record([factors, codes], Packing(), Pool())
+        forged = row(7, struct.pack("<BBI", 2, 0, cols) + body[:length].tobytes())
+        forged = bytearray(forged[:5] + row(6, b"") + forged[5:])
+        with contextlib.nullcontext() if fits else pytest.raises(FormatError, match="out of range"):
+            unpack(forged, n)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_damaged_predicted_codes_are_errors_or_codes(data: st.DataObject) -> None:
+    record, codes = predicted()
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, 60) | st.integers(0, len(record) - 1))
+        record[at] = data.draw(st.integers(0, 255))
+    with contextlib.suppress(FormatError):
+        unpack(record[: data.draw(st.integers(0, len(record)))] if data.draw(st.booleans()) else record, codes.numel())
+
+
 @settings(max_examples=300)
 @given(st.data())
 def test_damaged_narrowed_codes_are_errors_or_codes(data: st.DataObject) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from statecodec import codecs
 from statecodec.buffers import Pool
-from statecodec.format.packing import NARROWED, Packing, decode_record, encode_record
+from statecodec.format.packing import NARROWED, PREDICTED, Packing, decode_record, encode_record
 from statecodec.kernels.reference import forms as reference
 
 INTEGERS = st.sampled_from([torch.int16, torch.int32])
@@ -17,20 +20,25 @@ INTEGERS = st.sampled_from([torch.int16, torch.int32])
 @settings(max_examples=100)
 @given(
     dtype=INTEGERS,
-    shape=st.sampled_from([(64,), (5000,), (70, 90), (16, 3, 3, 40), (200, 17)]),
+    shape=st.sampled_from([(64,), (5000,), (70, 90), (16, 3, 3, 40), (200, 17), (190, 180), (96, 24, 5, 3)]),
     scale=st.floats(0, 20),
     base=st.integers(-5000, 5000),
     outliers=st.integers(0, 30),
+    rank=st.integers(0, 5),
     seed=st.integers(0, 5),
 )
 def test_packing_gives_any_integers_back(
-    dtype: torch.dtype, shape: tuple[int, ...], scale: float, base: int, outliers: int, seed: int
+    dtype: torch.dtype, shape: tuple[int, ...], scale: float, base: int, outliers: int, rank: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = (torch.randn(shape, generator=generator) * 2**scale + base).round().clamp(-(2**31), 2**31 - 129).to(torch.int32)
+    x = torch.randn(shape, generator=generator) * 2**scale + base
+    if rank:
+        left, right = (torch.randn(n, rank, generator=generator) for n in (shape[0], x.numel() // shape[0]))
+        x += 2**scale * (left @ right.T).view(shape)
+    x = x.round().clamp(-(2**31), 2**31 - 129).to(torch.int32)
     x.view(-1)[torch.randint(x.numel(), (outliers,), generator=generator)] = -(2**31) + 5
     x = x.to(dtype)
-    for packing in (Packing(), Packing("zstd", 3)):
+    for packing in (Packing(), Packing("zstd", 3), Packing("predicted")):
         buffer, length = encode_record([x], packing, Pool())
         out = torch.full_like(x, 9)
         decode_record(buffer[:length].copy(), [out], Pool())
@@ -76,3 +84,49 @@ def test_low_bytes_that_pack_make_room_for_the_bits_after_them() -> None:
     out = torch.empty_like(x)
     decode_record(buffer[:length].copy(), [out], Pool())
     assert torch.equal(out, x)
+
+
+def low_rank(rows: int, cols: int, rank: int, deviation: float) -> torch.Tensor:
+    """A matrix of that rank, of deviation 30, and noise."""
+    generator = torch.Generator().manual_seed(3)
+    left, right = (torch.randn(n, rank, generator=generator) for n in (rows, cols))
+    return 30 * (left @ right.T) / max(rank, 1) ** 0.5 + deviation * torch.randn(rows, cols, generator=generator)
+
+
+def lengths(x: torch.Tensor) -> tuple[int, int, int]:
+    """Bytes without and with a prediction, and the method of the second."""
+    (_, plain), (buffer, predicted) = (encode_record([x], Packing(way), Pool()) for way in ("zstd", "predicted"))
+    return plain, predicted, int(buffer[0])
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_a_prediction_leaves_the_noise_and_the_factors(rank: int) -> None:
+    rows, cols, noise = 400, 300, 6.0
+    codes = low_rank(rows, cols, rank, noise).round().to(torch.int32)
+    plain, predicted, method = lengths(codes)
+    noise_bits = math.log2(noise * math.sqrt(2 * math.pi * math.e))
+    factor_bits = math.log2(30 / noise * math.sqrt(cols / rank)) + 2  # as coarse as the noise lets them be
+    ideal = noise_bits + rank * (1 / rows + 1 / cols) * factor_bits
+    assert method == PREDICTED
+    assert 8 * predicted / codes.numel() < ideal + 0.25
+    assert predicted < 0.8 * plain
+
+
+def test_a_prediction_is_taken_out_beside_row_and_column_terms() -> None:
+    """Of second moments, with dead rows and columns."""
+    generator = torch.Generator().manual_seed(4)
+    row, column = torch.randn(300, 1, generator=generator) * 9, torch.randn(1, 400, generator=generator) * 3
+    v = torch.exp2(row + column + low_rank(300, 400, 3, 2.0) / 16 - 40)
+    v[:, ::7], v[::9] = 0.0, 0.0
+    plain, predicted, method = lengths(codecs.Logarithmic(8).encode(v).parts["codes"])
+    assert method == PREDICTED
+    assert predicted < 0.75 * plain
+
+
+@pytest.mark.parametrize("outliers", [0, 20, 2000])
+def test_what_has_no_low_rank_is_stored_as_without_a_prediction(outliers: int) -> None:
+    codes = low_rank(300, 300, 0, 30.0)
+    codes.view(-1)[torch.randperm(codes.numel(), generator=torch.Generator().manual_seed(5))[:outliers]] *= 1000
+    plain, predicted, method = lengths(codes.round().to(torch.int32))
+    assert method == NARROWED
+    assert predicted == plain

@@ -63,7 +63,12 @@ def run(
         ),
     ] = None,
     pack: Annotated[
-        str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
+        str,
+        typer.Option(
+            "--pack",
+            metavar="none|zstd|predicted",
+            help="Entropy packing of what packs; predicted is smaller and takes longer. zstd:LEVEL sets its level.",
+        ),
     ] = "zstd",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Split the output into files of at most this size.")

@@ -35,7 +35,12 @@ def run(
     ] = None,
     strict: options.Strict = False,
     pack: Annotated[
-        str, typer.Option("--pack", metavar="none|zstd[:LEVEL]", help="Entropy packing of what packs.")
+        str,
+        typer.Option(
+            "--pack",
+            metavar="none|zstd|predicted",
+            help="Entropy packing of what packs; predicted is smaller and takes longer. zstd:LEVEL sets its level.",
+        ),
     ] = "zstd",
     threads: options.Threads = None,
     safe_only: options.SafeOnly = False,

@@ -12,10 +12,12 @@ from statecodec.kernels.cpu.grid import decode_direction, decode_uniform, encode
 from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.cpu.narrowing import narrow, widen
 from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
+from statecodec.kernels.cpu.prediction import add_prediction, factors_of
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates, size, update_size
 
 __all__ = [
+    "add_prediction",
     "byte_counts",
     "centre",
     "compare",
@@ -31,6 +33,7 @@ __all__ = [
     "encode_logarithmic",
     "encode_split",
     "encode_uniform",
+    "factors_of",
     "fold_mean",
     "form_of",
     "merge_planes",

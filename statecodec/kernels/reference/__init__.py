@@ -8,10 +8,12 @@ from statecodec.kernels.reference.grid import decode_direction, decode_uniform, 
 from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.reference.narrowing import narrow, widen
 from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
+from statecodec.kernels.reference.prediction import add_prediction, factors_of
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 from statecodec.kernels.reference.statistics import compare, compare_updates, size, update_size
 
 __all__ = [
+    "add_prediction",
     "byte_counts",
     "centre",
     "compare",
@@ -27,6 +29,7 @@ __all__ = [
     "encode_logarithmic",
     "encode_split",
     "encode_uniform",
+    "factors_of",
     "fold_mean",
     "form_of",
     "merge_planes",

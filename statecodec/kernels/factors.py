@@ -1,0 +1,170 @@
+"""The low-rank part of a matrix of codes, as integers: the search that every backend shares.
+
+First moments, and second moments after their row and column terms, are close to a sum of a few outer products. A
+prediction from integer factors is the same number on every machine, so what is left after it can be stored in its
+place without a loss. The factors are found by a random sketch of some rows and one power iteration on them, and are
+as coarse as the rest allows: their rounding adds to every code about as much as one more bit for each of them would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+RANK: Final = 24  # components at most
+MOST_RANK: Final = 64  # that a file may have
+RANGE: Final = 1 << 23  # of a prediction before it is shifted: with a half below 2**24, so fp32 sums are exact
+MOST_SHIFT: Final = 23
+SMALLEST: Final = 48  # rows and columns
+FEWEST: Final = 1 << 15  # codes: of fewer the search takes too long for what it saves
+WORTH: Final = 0.1  # bits a code that must be saved: less is not worth the time
+
+_SKETCH = 32  # vectors of a sketch: the components and a few more
+_SAMPLED = 192  # rows of a sketch: so many, evenly spaced, and less than twice as many
+_FEW = 64  # rows that means and scale are taken from
+_OUTLIER = 8.0  # mean magnitudes from which a code counts as no more
+_GRID = 1 / 12  # variance of a rounding
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A prediction: the sum over k of left[k, i] * right[k, j], divided by 2**shift and rounded half up.
+
+    Args:
+        left: int16 (rank, rows).
+        right: int16 (rank, columns).
+        shift: 0 to MOST_SHIFT.
+    """
+
+    left: Array
+    right: Array
+    shift: int
+
+    @property
+    def in_range(self) -> bool:
+        """Whether sums of fp32 products are exact in any order."""
+        most = [np.abs(factor.astype(np.float64)).max(axis=1, initial=0) for factor in (self.left, self.right)]
+        return bool(most[0] @ most[1] < RANGE)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Codes as the search sees them: `value` of code c in column j is c - means[j], kept within `most`.
+
+    With means, codes of 0 have the value 0 whatever the mean, and a row's other values are less their own mean.
+
+    Args:
+        codes: int16 or int32 (rows, columns).
+        means: fp32, one a column, or none at all.
+        most: The largest magnitude of a value.
+    """
+
+    codes: Array
+    means: Array
+    most: float
+
+
+Project: TypeAlias = Callable[[Matrix, Array, int, int], "tuple[Array, float]"]
+"""(matrix, basis, start, step) -> rows times basis, fp32 (rows taken, vectors), and the energy of those rows."""
+Mix: TypeAlias = Callable[[Matrix, Array, int, int], Array]
+"""(matrix, weights, start, step) -> weights, transposed, times those rows: fp32 (vectors, columns)."""
+
+
+def find(codes: Array, project: Project, mix: Mix) -> Factors | None:
+    """The factors that are worth taking out of a matrix of codes.
+
+    Args:
+        codes: int16 (log codes, whose row and column means are left to the terms of narrowing) or int32.
+        project: See `Project`.
+        mix: See `Mix`.
+
+    Returns:
+        The factors; None if they would save less than WORTH bits a code.
+    """
+    rows, cols = codes.shape
+    if min(rows, cols) < SMALLEST or codes.size < FEWEST:
+        return None
+    matrix = _matrix(codes)
+    every = max(rows // _SAMPLED, 1)
+    sketch = mix(matrix, _signs()[: -(-rows // every)], 0, every)
+    sampled, _ = project(matrix, sketch, 0, every)
+    basis = _orthonormal(mix(matrix, sampled, 0, every))
+    left, energy = project(matrix, basis, 0, 1)
+    squares, turn = np.linalg.eigh(left.T.astype(np.float64) @ left)
+    squares, turn = np.maximum(squares[::-1][:RANK], 0.0), turn[:, ::-1]
+    rank, rest = _rank(squares, energy, rows, cols)
+    if not rank:
+        return None
+    turn = turn[:, :rank].astype(np.float32)
+    return _rounded((left @ turn).T, turn.T @ basis, np.sqrt(squares[:rank]), rest)
+
+
+def _matrix(codes: Array) -> Matrix:
+    """Means and scale from some of the rows."""
+    sample = codes[:: -(-len(codes) // _FEW)].astype(np.float32)
+    means = np.empty(0, np.float32)
+    if codes.itemsize == 2:
+        there = sample != 0
+        means = sample.sum(0) / np.maximum(there.sum(0, dtype=np.float32), 1.0)
+        sample = np.where(there, sample - means, 0.0)
+        sample -= np.where(there, sample.mean(1, keepdims=True), 0.0)
+    return Matrix(codes, means, max(_OUTLIER * float(np.abs(sample).mean()), _OUTLIER))
+
+
+@cache
+def _signs() -> Array:
+    signs: Array = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (2 * _SAMPLED, _SKETCH))
+    return signs
+
+
+def _orthonormal(vectors: Array) -> Array:
+    """An orthonormal basis of the space of some vectors; what is not there is zero."""
+    wide = vectors.astype(np.float64)
+    squares, turn = np.linalg.eigh(wide @ wide.T)
+    there = squares > squares[-1] * 1e-10
+    scale = np.where(there, 1 / np.sqrt(np.where(there, squares, 1.0)), 0.0)
+    basis: Array = ((turn * scale).T @ wide).astype(np.float32)
+    return basis
+
+
+def _rank(squares: Array, energy: float, rows: int, cols: int) -> tuple[int, float]:
+    """How many components save the most bits, each less its own, and the rms that is left; 0 if it is too little."""
+    n, ranks = rows * cols, np.arange(1, len(squares) + 1)
+    rest = np.maximum(energy - np.cumsum(squares), 0.0) / n + _GRID
+    after = rest * (1 + ranks * (1 / rows + 1 / cols))  # with what rounding the factors adds
+    sizes = squares / (12 * rest)
+    bits = np.cumsum(_entropy(sizes / rows) * rows + _entropy(sizes / cols) * cols)
+    saved = 0.5 * np.log2((energy / n + _GRID) / after) - bits / n
+    best = int(saved.argmax())
+    return (best + 1 if saved[best] > WORTH else 0), math.sqrt(rest[best])
+
+
+def _entropy(variance: Array) -> Array:
+    """About how many bits a normally distributed number takes, rounded to an integer."""
+    bits: Array = 0.5 * np.log2(2 * math.pi * math.e * (variance + _GRID))
+    return bits
+
+
+def _rounded(left: Array, right: Array, sizes: Array, rest: float) -> Factors | None:
+    """Integer factors.
+
+    `sizes` are the singular values. The steps are so wide that the rounding of one factor of one component is an error
+    of rms `rest`, divided by the root of how many codes share the factor.
+    """
+    coarse = math.sqrt(12) * rest
+    product = coarse**2 / sizes  # of the steps of both factors
+    shift = min(max(math.ceil(-float(np.log2(product).mean())), 0), MOST_SHIFT)
+    balance = np.sqrt(product * 2.0**shift)  # the product of both steps has to be 2**-shift for every component
+    whole = [np.rint(left / (coarse / balance)[:, None]), np.rint(right / (coarse / sizes / balance)[:, None])]
+    if max(float(np.abs(factor).max()) for factor in whole) > np.iinfo(np.int16).max:
+        return None
+    factors = Factors(whole[0].astype(np.int16, order="C"), whole[1].astype(np.int16, order="C"), shift)
+    return factors if factors.in_range else None

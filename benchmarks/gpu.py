@@ -111,9 +111,10 @@ def run(name: str, limit: float, rehearse: Path | None) -> bool:
 
 def run_all(names: list[str], seconds: float, rehearse: Path | None) -> int:
     """Run stages until the time is used up; how many failed or were not run."""
-    finish, failed = time.monotonic() + seconds, 0
+    finish, failed = time.monotonic() + seconds * (10 if rehearse else 1), 0
     for name in names:
-        limit = min(STAGES[name].seconds, finish - time.monotonic())
+        # The interpreter on a busy machine is no measure of a card.
+        limit = finish - time.monotonic() if rehearse else min(STAGES[name].seconds, finish - time.monotonic())
         if limit < 5:
             print(f"=== {name}: not run, the {seconds:.0f} s are used up", flush=True)
         failed += limit < 5 or not run(name, limit, rehearse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -92,3 +93,11 @@ def test_the_fast_steps_stay_within_their_budget() -> None:
         assert row["spills"] == row["loop_calls"] == row["loop_barriers"] == row["loop_branches"] == 0, row
         assert row["loads_of_16_bytes"] >= 2, row
         assert row["faults"] == [], row
+
+
+def test_kernels_of_steps_take_few_arguments() -> None:
+    """What is known when they are compiled is one record, what changes from step to step lies in tables."""
+    from statecodec.kernels.triton import fast, general, scalars, sharing
+
+    for kernel in (scalars.begin, sharing.squares, sharing.share, fast.step_words, general.step_elements):
+        assert len(inspect.signature(kernel.fn).parameters) <= 9, kernel

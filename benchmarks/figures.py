@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib import rc_context
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from statecodec.choose import PRESETS
 from statecodec_cli.plots import BEFORE, INK, PAPER, QUIET, STYLE
 
 ROOT = Path(__file__).resolve().parent
 FIGURES = ROOT.parent / "docs" / "figures"
+
+Point: TypeAlias = tuple[float, float, float]
 
 
 def main() -> None:
@@ -53,35 +56,27 @@ def presets(result: dict[str, Any]) -> Figure:
 
 
 def resumed(result: dict[str, Any]) -> Figure:
-    """Step error against size, and as colour the loss gap after resuming: the largest of all data orders."""
+    """Error against size, and as colour the loss gap after resuming: the largest of all data orders."""
     last = str(result["after"][-1])
     figure = Figure(figsize=(8.0, 4.2), layout="constrained")
     axes = figure.subplots()
+    style: dict[str, Any] = {
+        "cmap": "viridis_r",
+        "norm": LogNorm(1e-6, 1e-2),
+        "edgecolors": INK,
+        "linewidths": 0.5,
+        "zorder": 2,
+    }
     starts: dict[str, float] = {}
     for task in result["tasks"].values():
-        found: dict[float, list[dict[str, Any]]] = {}
-        for order in task["orders"].values():
-            for variant, run in order.items():
-                if variant[0].isdigit():
-                    found.setdefault(float(variant), []).append(run)
-        errors = sorted(found)
-        if not errors:
+        alike, presets = _points(task, last)
+        if not alike:
             continue
-        sizes = [found[f][0]["bytes_per_param"] for f in errors]
-        gaps = [max(abs(run["held_out_minus_exact"][last]) for run in found[f]) for f in errors]
-        axes.plot([100 * f for f in errors], sizes, color=BEFORE, zorder=1)
-        points = axes.scatter(
-            [100 * f for f in errors],
-            sizes,
-            c=gaps,
-            s=60,
-            zorder=2,
-            cmap="viridis_r",
-            norm=LogNorm(1e-6, 1e-2),
-            edgecolors=INK,
-            linewidths=0.5,
-        )
-        starts[task["about"]] = sizes[0]
+        axes.plot(*zip(*((100 * error, size) for error, size, _ in alike), strict=True), color=BEFORE, zorder=1)
+        for found, marker in ((alike, "o"), (presets, "s")):
+            errors, sizes, gaps = zip(*found, strict=True) if found else ((), (), ())
+            points = axes.scatter([100 * error for error in errors], sizes, c=gaps, s=60, marker=marker, **style)
+        starts[task["about"]] = alike[0][1]
     lowest = 0.0
     for about, size in sorted(starts.items(), key=lambda start: start[1]):
         lowest = max(size - 0.1, lowest + 0.14)  # one label above the other
@@ -91,10 +86,29 @@ def resumed(result: dict[str, Any]) -> Figure:
     axes.set_xlim(0.02, 150)
     axes.set_xticks([0.3, 1, 3, 10, 30, 100], ["0.3 %", "1 %", "3 %", "10 %", "30 %", "100 %"])
     axes.minorticks_off()
-    axes.set_xlabel("error of weights and moments, in optimizer steps")
+    axes.set_xlabel(
+        "error of updates, in optimizer steps; that of weights is the same, at squares (presets) three times it"
+    )
     axes.set_ylabel("bytes per parameter")
     axes.set_title("Size, error, and what is left of the error in the loss after training on")
     return figure
+
+
+def _points(task: dict[str, Any], last: str) -> tuple[list[Point], list[Point]]:
+    """Error of the update, bytes a parameter and loss gap: where weights are off by as much, and of the presets."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for order in task["orders"].values():
+        for variant in order.keys() - {"exact"}:
+            runs.setdefault(variant, []).append(order[variant])
+    alike, presets = list[Point](), list[Point]()
+    for variant, found in runs.items():
+        if "bytes_per_param" in found[0]:  # what was compressed
+            size, gap = found[0]["bytes_per_param"], max(abs(run["held_out_minus_exact"][last]) for run in found)
+            if variant in PRESETS:
+                presets.append((PRESETS[variant].budget.moments or 0.0, size, gap))
+            else:
+                alike.append((float(variant), size, gap))
+    return sorted(alike), sorted(presets)
 
 
 def _error(name: str, preset: dict[str, Any]) -> str:

@@ -1,14 +1,14 @@
 """Does training go on as if nothing had happened?
 
-Resume from restored checkpoints, at step errors from 0.3 % to a whole step, beside the exact checkpoint, under several
-data orders. Every task (tasks.py) is trained once and saved. The checkpoint is compressed and restored at every step
-error, and each restored one is trained on in the same data order as the exact one. Two yardsticks: the spread of exact
-resumes over data orders, and what one ulp does, a checkpoint whose weights were all moved to a neighbouring fp32
-number.
+Resume from restored checkpoints, under every preset and at step errors from 0.3 % to a whole step, beside the exact
+checkpoint, under several data orders. Every task (tasks.py) is trained once and saved. The checkpoint is compressed and
+restored in each way, and each restored one is trained on in the same data order as the exact one. Two yardsticks: the
+spread of exact resumes over data orders, and what one ulp does, a checkpoint whose weights were all moved to a
+neighbouring fp32 number.
 
 What is there already is not measured again: results are written after each run, and a second start goes on.
 
-    python benchmarks/resume.py [--orders 3] [--fractions 0.01 0.1 ...] [TASK ...]    -> benchmarks/results/resume.json
+    python benchmarks/resume.py [--orders 3] [--variants small 0.1 ...] [TASK ...]    -> benchmarks/results/resume.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tasks import TASKS, TRAINED, Task, TaskRun
 
 import statecodec
 
-FRACTIONS = (0.01, 0.1, 0.3, 1.0, 0.003, 0.03)  # in the order of their importance
+VARIANTS = ("resume", "small", "tiny", "0.01", "0.1", "0.3", "1.0", "0.003", "0.03")  # in the order of their importance
 ULP = "one ulp"
 BEFORE, AFTER = 200, (8, 200)  # steps before the checkpoint is saved; steps after it at which to look
 FOLDER = CACHE / "resume"
@@ -35,7 +35,7 @@ def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--orders", type=int, default=3)
-    parser.add_argument("--fractions", type=float, nargs="*", default=FRACTIONS)
+    parser.add_argument("--variants", nargs="*", default=VARIANTS)
     parser.add_argument("tasks", nargs="*", default=[task.name for task in TASKS])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -43,13 +43,13 @@ def main() -> None:
     tasks = [task for task in TASKS if task.name in arguments.tasks]
     for order in range(arguments.orders):
         for task in tasks:
-            one_order(task, order, arguments.fractions)
+            one_order(task, order, arguments.variants)
 
 
-def one_order(task: Task, order: int, fractions: Sequence[float]) -> None:
-    """The exact resume in one data order, one from a neighbouring checkpoint, one at every step error."""
+def one_order(task: Task, order: int, variants: Sequence[str]) -> None:
+    """The exact resume in one data order, one from a neighbouring checkpoint, one from every way to compress it."""
     exact = resumed(task, saved(task), order, FOLDER / f"{task.name}-{order}.exact.pt")
-    for variant in (ULP, *map(str, fractions)):
+    for variant in (ULP, *variants):
         if variant not in known()["tasks"].get(task.name, {}).get("orders", {}).get(str(order), {}):
             source, stored = made(task, variant)
             run = stored | compared(resumed(task, source, order), exact)
@@ -83,7 +83,8 @@ def made(task: Task, variant: str) -> tuple[Path, dict[str, Any]]:
         run.save(path)
         return path, {}
     packed = FOLDER / f"{task.name}.sc.safetensors"
-    report = statecodec.compress(saved(task), packed, max_step_error=float(variant), force=True)
+    how: dict[str, Any] = {"max_step_error": float(variant)} if variant[0].isdigit() else {"preset": variant}
+    report = statecodec.compress(saved(task), packed, force=True, **how)
     statecodec.restore(packed, path, force=True)
     total = {k: v for k, v in (report.total or {}).items() if k in ("u_rms", "weight_step_error")}
     return path, {"ratio": report.ratio, "bytes_per_param": report.bytes_per_param, **total}

@@ -18,6 +18,8 @@ from typing import Any
 
 import scale_model
 
+from statecodec.choose import PRESETS
+
 ROOT = Path(__file__).resolve().parent
 DOCUMENTS = sorted((ROOT.parent / "docs").glob("*.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -134,10 +136,10 @@ def memory(r: Result) -> list[str]:
 
 
 def resume(r: Result) -> list[str]:
-    """What resuming from every step error did to the losses, and to the path of the weights."""
+    """What resuming from every preset and step error did to the losses, and to the path of the weights."""
     first, last = r["after"]
     lines = [
-        f"| trained | step error | ratio | B/param | training loss, largest gap in {first} steps "
+        f"| trained | errors of a step | ratio | B/param | training loss, largest gap in {first} steps "
         f"| held-out loss minus exact after {first} | after {last} | path deviation |",
         "| --- " * 8 + "|",
     ]
@@ -147,7 +149,7 @@ def resume(r: Result) -> list[str]:
             own = [order[variant] for order in orders if variant in order]
             gaps = [", ".join(f"{f['held_out_minus_exact'][str(n)]:+.1e}" for f in own) for n in (first, last)]
             sizes = f"{own[0]['ratio']:.2f} | {own[0]['bytes_per_param']:.2f}" if "ratio" in own[0] else "- | -"
-            shown = f"{float(variant) * 100:g} %" if _fraction(variant) else variant
+            shown = _shown(variant)
             largest, path = max(f["largest_loss_gap"] for f in own), statistics.mean(f["path_deviation"] for f in own)
             lines.append(
                 f"| {task['about']} | {shown} | {sizes} | {largest:.1e} | {gaps[0]} | {gaps[1]} | {path:.1e} |"
@@ -164,9 +166,19 @@ def resume(r: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def _fraction(variant: str) -> float:
-    """A step error; 0 for one ulp."""
-    return float(variant) if variant[0].isdigit() else 0.0
+def _fraction(variant: str) -> tuple[bool, float]:
+    """Presets last; by the error of the update, which one ulp has none of."""
+    if variant in PRESETS:
+        return True, PRESETS[variant].budget.moments or 0.0
+    return False, float(variant) if variant[0].isdigit() else 0.0
+
+
+def _shown(variant: str) -> str:
+    """A step error in percent, a preset with its two, or what else was done."""
+    if variant in PRESETS:
+        errors = PRESETS[variant].budget.figures.values()
+        return f"`{variant}`: {', '.join(f'{100 * error:g} %' for error in errors)}"
+    return f"{float(variant) * 100:g} %" if variant[0].isdigit() else variant
 
 
 def chain(r: Result) -> list[str]:
@@ -251,7 +263,7 @@ def resume_zero(r: Result) -> list[str]:
     """Loss gaps after resuming ZeRO from checkpoints that were changed in some way; over seeds."""
     ways = {
         "again": "unchanged", "ulp": "every master one fp32 number off", "bf16 moments": "first moments through bf16",
-        "0.001": "0.1 % of a step", "0.01": "1 %, `resume`", "0.1": "10 %, `small`", "0.3": "30 %, `tiny`",
+        "0.001": "0.1 % of a step", "0.01": "1 %", "0.1": "10 %", "0.3": "30 %",
     }  # fmt: skip
     lines = [f"| resumed from | {' | '.join(r['cases'])} |", "| --- " * (len(r["cases"]) + 1) + "|"]
     for way, shown in ways.items():

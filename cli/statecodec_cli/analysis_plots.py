@@ -85,7 +85,7 @@ def _saved(axes: Axes, document: Document) -> None:
 
 
 def _curve(axes: Axes, curve: Sequence[Document]) -> None:
-    """Estimated size against step error; presets as labelled points."""
+    """Estimated size against step error, and the presets, whose weights may be off by more, as labelled points."""
     line = [p for p in curve if p["label"] is None]
     axes.plot([p["step_error"] for p in line], [p["bytes_per_param"] for p in line], color=INK)
     for point in (p for p in curve if p["label"] is not None):
@@ -93,11 +93,11 @@ def _curve(axes: Axes, curve: Sequence[Document]) -> None:
         axes.scatter([position[0]], [position[1]], s=32, color="#0072b2", zorder=3)
         axes.annotate(point["label"], position, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set_xscale("log")
-    axes.set_xlabel("error of weights and moments, as a fraction of one optimizer step")
+    axes.set_xlabel("error of the update, as a fraction of one optimizer step")
     axes.set_ylabel("bytes per parameter")
     axes.set_ylim(bottom=0)
     axes.grid(axis="both", color=GRID)
-    axes.set_title("Size against step error (points: presets)")
+    axes.set_title("Size against step error, weights off by as much (points: presets)")
 
 
 def _number(value: Any) -> float:

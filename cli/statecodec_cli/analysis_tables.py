@@ -130,11 +130,8 @@ def _saved(document: Document) -> TextTable:
 
 
 def _curve(curve: Sequence[Document]) -> RenderableType:
-    """The estimated size at some step errors, and which of them are presets."""
-    labels = {p["step_error"]: p["label"] for p in curve if p["label"] is not None}
-    rows = [
-        (console.error(p["step_error"]), f"{p['bytes_per_param']:.3f}", labels.get(p["step_error"], ""))
-        for p in curve
-        if p["label"] is None
-    ]
-    return TextTable([Column("step error"), Column("B/param"), Column("preset", text=True)], rows)
+    """The estimated size at some step errors, and at those of the presets."""
+    errors = ("step_error", "weight_step_error")
+    rows = [(*(console.error(p[k]) for k in errors), f"{p['bytes_per_param']:.3f}", p["label"] or "") for p in curve]
+    heads = [Column("update, of a step"), Column("weights, of a step"), Column("B/param"), Column("preset", text=True)]
+    return TextTable(heads, rows)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
-from statecodec.choose.budget import Budget, by_budget
+from statecodec.choose.budget import Budget
 from statecodec.choose.choices import Choice, by_rules
+from statecodec.choose.chooser import by_budget
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
 from statecodec.codecs import Direction, Logarithmic, Uniform
@@ -40,21 +41,22 @@ _EXACT_BITS = 0.83 * 8  # a byte of fp32 or bf16 numbers, packed without loss; m
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The estimated size of a whole checkpoint at an error of its weights and moments, as a fraction of one step.
+    """The estimated size of a whole checkpoint at errors of its moments and weights, as fractions of one step.
 
-    `label` names a preset; points of the curve have none.
+    `label` names a preset. Points of the curve have none, and the same error of both.
     """
 
     nbytes: int
     bytes_per_param: float
     step_error: float
+    weight_step_error: float
     label: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
             "bytes": self.nbytes, "bytes_per_param": self.bytes_per_param, "step_error": self.step_error,
-            "label": self.label,
+            "weight_step_error": self.weight_step_error, "label": self.label,
         }  # fmt: skip
 
 
@@ -68,26 +70,21 @@ def measure_curve(src: str | Path, *, threads: int | None = None, progress: Prog
             raise UsageError(f"{src} is compressed: its curve would be that of errors already made; give the original")
         if not source.moments:
             raise UsageError(f"{src}: no pairs of exp_avg and exp_avg_sq here, so no optimizer step to count in")
-        labels = {preset.step_error: name for name, preset in PRESETS.items() if preset.step_error is not None}
-        fractions = sorted({*_FRACTIONS, *labels})
-        meter = Meter(progress, len(fractions) * source.nbytes, "estimating sizes")
+        named: list[tuple[Budget, str | None]] = [(preset.budget, name) for name, preset in PRESETS.items()]
+        budgets = [(Budget(fraction, fraction), None) for fraction in _FRACTIONS] + [(b, n) for b, n in named if b]
+        meter = Meter(progress, len(budgets) * source.nbytes, "estimating sizes")
         points = []
-        for fraction in fractions:
-            points.append(_point(source, fraction, threads or default_threads()))
+        for budget, name in budgets:
+            points.append(_point(source, budget, name, threads or default_threads()))
             meter.add(source.nbytes)
-        named = [
-            CurvePoint(p.nbytes, p.bytes_per_param, p.step_error, labels[p.step_error])
-            for p in points
-            if p.step_error in labels
-        ]
-        return [*points, *named]
+        return points
 
 
-def _point(source: SourceCheckpoint, fraction: float, threads: int) -> CurvePoint:
-    choices = by_budget(source, by_rules(source, Policy(()), "lossless"), Budget(fraction, fraction), threads)
+def _point(source: SourceCheckpoint, budget: Budget, label: str | None, threads: int) -> CurvePoint:
+    choices = by_budget(source, by_rules(source, Policy(()), "lossless"), budget, threads)
     bits = sum(_bits(source, item, choices[item.name]) for item in source.items)
     numel = sum(source.tensors[m.exp_avg].numel for m in source.moments)
-    return CurvePoint(round(bits / 8), bits / 8 / max(numel, 1), fraction)
+    return CurvePoint(round(bits / 8), bits / 8 / max(numel, 1), budget.moments or 0.0, budget.weights or 0.0, label)
 
 
 def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:

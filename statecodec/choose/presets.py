@@ -1,4 +1,8 @@
-"""The presets: named fractions of one optimizer step, and two that are rules instead.
+"""The presets: named errors in optimizer steps, and two that are rules instead.
+
+Weights may be off by three times as much as updates. Their error is made once, but what exp_avg is off by goes into the
+next 1 / (1 - beta1) updates and what exp_avg_sq is off by into 1 / (1 - beta2) of them, so a finer grid for weights
+costs bytes and changes nothing that can be measured (docs/decisions/0027-weights-are-off-once.md).
 
 Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most
 sensitive. docs/codecs.md says what each preset costs and where that was measured.
@@ -6,9 +10,10 @@ sensitive. docs/codecs.md says what each preset costs and where that was measure
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from statecodec import operations
+from statecodec.choose.budget import Budget
 from statecodec.choose.rules import Rule, parse_rule
 from statecodec.errors import PolicyError
 
@@ -31,13 +36,13 @@ class Preset:
 
     Args:
         about: One sentence for people.
-        step_error: The error of weights and moments, as a fraction of one optimizer step; None if the preset is its
-            rules alone.
-        rules: Rules that go before the step error.
+        budget: The errors of moments and weights, as fractions of one optimizer step; empty if the preset is its rules
+            alone.
+        rules: Rules that go before the budget.
     """
 
     about: str
-    step_error: float | None = None
+    budget: Budget = field(default_factory=Budget)
     rules: tuple[Rule, ...] = ()
 
 
@@ -45,10 +50,11 @@ def _rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
     return tuple(parse_rule(text) for text in texts)
 
 
-_STEP_ERRORS = {"resume": 0.01, "small": 0.1, "tiny": 0.3}
+_BUDGETS = {"resume": Budget(0.01, 0.03), "small": Budget(0.1, 0.3), "tiny": Budget(0.2, 0.6)}
 _RULES = {"live": _rules(_LIVE), "weights": _rules(_MOMENTS_GONE)}
 PRESETS: dict[str, Preset] = {
-    name: Preset(about, _STEP_ERRORS.get(name), _RULES.get(name, ())) for name, about in operations.PRESETS.items()
+    name: Preset(about, _BUDGETS.get(name, Budget()), _RULES.get(name, ()))
+    for name, about in operations.PRESETS.items()
 }
 
 

@@ -102,8 +102,11 @@ class Analysis:
                 for basis, share in self.saved.items()
             ]
         if self.curve:
-            points = [[error(p.step_error), f"{p.bytes_per_param:.3f}", p.label or ""] for p in self.curve]
-            lines.append(table(["step error", "B/param", "preset"], points, 0))
+            points = [
+                [error(p.step_error), error(p.weight_step_error), f"{p.bytes_per_param:.3f}", p.label or ""]
+                for p in self.curve
+            ]
+            lines.append(table(["update, of a step", "weights, of a step", "B/param", "preset"], points, 0))
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def rules(self, basis: str = "type", cutoff: float | None = None) -> dict[str, Any]:

@@ -152,20 +152,20 @@ def output_of(source: SourceCheckpoint, dst: str | Path | None, *, force: bool) 
 
 def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
     """Notes about the caller's own rules, where they change the Adam update by far more than the preset stands for."""
-    step_error = choose.preset(settings.preset).step_error
+    most = choose.preset(settings.preset).budget.moments
     if not settings.caller_policy.rules:
         return
     u_rms = (report.total or {}).get("u_rms")
     if u_rms is None:
         if any(t.role in ("exp_avg", "exp_avg_sq") and t.codec not in ("raw", "dropped") for t in report.tensors):
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
-    elif step_error is not None and u_rms > _FAR * step_error:
+    elif most is not None and u_rms > _FAR * most:
         yield (
             f"the rules cost {100 * u_rms:.3g} % in the Adam update, preset {settings.preset} alone stands for "
-            f"{100 * step_error:g} %"
+            f"{100 * most:g} %"
         )
     errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
-    usual = 0.0 if step_error is None else 0.2 / codes_per_octave(step_error)
+    usual = 0.0 if most is None else 0.2 / codes_per_octave(most)
     if usual and max(errors, default=0.0) > _FAR * usual:
         yield (
             f"the rules put second moments off by up to {100 * max(errors):.3g} %, preset {settings.preset} alone by "

@@ -20,8 +20,8 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_crcs import SourceCrcs
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
-from statecodec.choose.budget import finer
 from statecodec.choose.choices import Choices
+from statecodec.choose.chooser import finer
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values

@@ -11,8 +11,9 @@ from statecodec import choose
 from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Policy, Rule, load_rules, parse_rule
-from statecodec.choose.budget import Budget, by_budget
+from statecodec.choose.budget import Budget
 from statecodec.choose.choices import Choices, by_rules
+from statecodec.choose.chooser import by_budget
 from statecodec.choose.copies import repeated
 from statecodec.choose.derived import derived
 from statecodec.choose.since_base import linked
@@ -53,7 +54,7 @@ class CompressSettings:
     ) -> CompressSettings:
         """Read the settings in the form in which `compress` takes them. Raises UsageError, PolicyError."""
         budget = Budget.of(
-            choose.preset(preset).step_error,
+            choose.preset(preset).budget,
             max_step_error=max_step_error,
             max_update_error=max_update_error,
             max_weight_error=max_weight_error,

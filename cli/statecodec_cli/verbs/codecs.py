@@ -79,7 +79,7 @@ def _describe_change(change: Any) -> dict[str, Any]:
 
 
 def _preset(preset: Any) -> dict[str, Any]:
-    return {"about": preset.about, "step_error": preset.step_error, "rules": [str(rule) for rule in preset.rules]}
+    return {"about": preset.about, "errors": preset.budget.figures, "rules": [str(rule) for rule in preset.rules]}
 
 
 def _written(value: Any) -> Any:

@@ -1,0 +1,284 @@
+"""Codecs by the budget: errors of stated fractions of one optimizer step, the same for every tensor.
+
+One step moves a parameter by lr * u, where u = m_hat / (sqrt(v_hat) + eps) is Adam's update direction. Its rms over a
+tensor, U, is the unit of that tensor:
+
+    exp_avg      `direction`, a grid of fraction * U * sqrt(12) in u: the error of u is the fraction, by construction
+    exp_avg_sq   `logarithmic`: decoding exp_avg multiplies by the decoded root, so its error is not in u at all
+    weights      `uniform`, a grid of fraction * lr * U * sqrt(12)
+    averages     the same grid as the weights that they go after
+    momenta      `uniform`, without second moments: a fraction of their own rms, which is what SGD's step multiplies by
+                 lr; Lion's steps are lr, Muon's lr times its orthogonal update
+
+A uniform quantiser before an entropy coder is the best there is at these rates, and among the moments, as among the
+weights, the same fraction everywhere is the optimal allocation: nothing is searched. That the fraction is kept is not
+left to the formula: encoding sums the error that it makes, and a tensor whose values do not spread over the grid's
+cells is encoded again on a finer one (`finer`).
+Where there is no step to count in, `_Chooser` says what is done instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import replace
+
+from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.source_items import SourceItem
+from statecodec.choose.averages import followed
+from statecodec.choose.budget import Budget, codes_per_octave
+from statecodec.choose.choices import Choice, Choices
+from statecodec.choose.presets import MIN_NUMEL
+from statecodec.choose.step_size import StepSize, quantised_moments, size, stored_moments
+from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
+from statecodec.codecs.base import FLOATS
+from statecodec.dtypes import FLOAT32
+from statecodec.errors import MalformedCheckpoint, UsageError
+from statecodec.kernels.grids import MAX_STEP, MIN_STEP
+from statecodec.kernels.reference.statistics import Comparison
+from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
+from statecodec.lazy import torch
+from statecodec.parallel import ordered_map
+from statecodec.progress import Meter, Progress
+from statecodec.roles import MOMENT_ROLES, family
+
+_SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
+_SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
+_NARROW = 0.2  # relative rms error of rounding to a dtype, in its eps
+_SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
+_FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
+_ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
+_COARSEST = 2.0**-7  # coarsest grid, in the largest weight: as coarse as bf16 there
+
+
+def by_budget(
+    source: SourceCheckpoint,
+    choices: Choices,
+    budget: Budget,
+    threads: int,
+    progress: Progress | None = None,
+    only: Container[str] | None = None,
+) -> Choices:
+    """The same choices, with tensors that no rule of the caller settled stored as finely as the budget asks.
+
+    `only`: the names that are looked at, where not all are.
+
+    Raises UsageError if an option of the budget finds no tensor to bound.
+    """
+    _require_something(source, budget)
+    chooser = _Chooser(source, choices, budget)
+    measured = [
+        m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight))
+    ]
+    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in measured), "measuring the step")
+    with ordered_map(chooser.parameter, measured, threads) as parameters:
+        for moments, chosen in parameters:
+            chooser.chosen.update(chosen)
+            meter.add(2 * source.tensors[moments.exp_avg].nbytes)
+    beside = [m for m in source.quantised if only is None or m.weight in only]
+    with ordered_map(chooser.beside_quantised, beside, threads) as weights:
+        for _, chosen in weights:
+            chooser.chosen.update(chosen)
+    largest = _largest(source.momenta)
+    for single in source.momenta:
+        if only is None or single.weight in only:
+            chooser.chosen.update(chooser.single(single, largest))
+    chooser.rest(only)
+    return choices.updated(chooser.chosen, tuple(chooser.notes()))
+
+
+def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
+    bounds = {
+        "max_update_error": ("optimizer states", MOMENT_ROLES),
+        "max_weight_error": ("weights", ("weight",)),
+        "max_step_error": ("weights and no optimizer states", ("weight", *MOMENT_ROLES)),
+    }
+    roles = {family(item.role) for item in source.items if item.dtype in FLOATS}
+    for name in budget.asked:
+        tensors, needed = bounds[name]
+        if roles.isdisjoint(needed):
+            raise UsageError(f"{name}: no {tensors} are known in {source.path}, so there is nothing to bound")
+
+
+class _Chooser:
+    """Chooses for one checkpoint: pairs of moments with their weights first, then the rest."""
+
+    def __init__(self, source: SourceCheckpoint, choices: Choices, budget: Budget) -> None:
+        self.source, self.choices, self.budget = source, choices, budget
+        self.chosen: dict[str, Choice] = {}
+        self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
+        self._momenta = {m.momentum: m for m in source.momenta}
+        self._largest_rate = _largest((*source.moments, *source.quantised))
+        self._followed = followed(source)
+        self._one_step: dict[str, float] = {}
+        """Of weights, by name."""
+        self._coarser: set[str] = set()
+        """Names of weights whose 24 bits are coarser than what was asked for."""
+
+    def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
+        """The choices for one parameter's moments and its weight."""
+        first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
+        weight = self._item(moments.weight) if moments.weight else None
+        if first.shape != second.shape or not any(self._open(item) for item in (first, second, weight or first)):
+            return moments, {}
+        unit = StepSize.measured(stored_moments(self.source, first, second), moments)
+        chosen: dict[str, Choice] = {}
+        if self.budget.moments is not None:
+            if self._open(second):
+                chosen[second.name] = self._second_moment(self.budget.moments)
+            # A direction decodes to the same update whatever a caller's rule did to the second moment.
+            if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
+                chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
+        if weight is not None and unit is not None:
+            chosen.update(self._trained(weight, moments, unit))
+        return moments, chosen
+
+    def beside_quantised(self, moments: QuantisedMoments) -> tuple[QuantisedMoments, dict[str, Choice]]:
+        """The choice for a weight whose moments another package keeps quantised: they are kept, and tell its step."""
+        weight = self._item(moments.weight)
+        if not self._open(weight) or weight.shape != moments.exp_avg.shape or self.budget.weights is None:
+            return moments, {}
+        try:
+            unit = StepSize.measured(quantised_moments(self.source, moments), moments)
+        except MalformedCheckpoint:  # what cannot be decoded is kept all the same
+            unit = None
+        return moments, {} if unit is None else self._trained(weight, moments, unit)
+
+    def _trained(self, weight: SourceItem, settings: AdamSettings, unit: StepSize) -> dict[str, Choice]:
+        """The choice for a weight that Adam trains."""
+        if self.budget.weights is None:
+            return {}
+        one_step = _rate(settings.lr, self._largest_rate) * unit.update
+        self._one_step[weight.name] = one_step
+        choice = self._weight(weight, one_step, self.budget.weights)
+        return {} if choice is None else {weight.name: choice}
+
+    def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
+        """The choice for a weight that is trained by a momentum without a second moment."""
+        item = self._item(single.weight)
+        if self.budget.weights is None or item.dtype != FLOAT32 or not self._open(item):
+            return {}
+        update = single.update
+        if update is None:
+            update, _ = size(self.source, self._item(single.momentum))
+        one_step = _rate(single.lr, largest_rate) * update
+        self._one_step[item.name] = one_step
+        choice = self._weight(item, one_step, self.budget.weights)
+        return {} if choice is None else {item.name: choice}
+
+    def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
+        most = fraction * unit.direction
+        codec = Direction(_grid(most, first, unit.direction), unit.eps)
+        reason = f"{fraction:.4g} of the update's rms"
+        companions = {"exp_avg_sq": second.name}
+        return Choice(Encoding(codec), reason, unit=unit.update / unit.direction, most=most, companions=companions)
+
+    def _second_moment(self, fraction: float) -> Choice:
+        per_octave = codes_per_octave(fraction)
+        return Choice(Encoding(Logarithmic(per_octave)), f"{per_octave} codes an octave, for {fraction:.4g} of a step")
+
+    def _weight(self, item: SourceItem, one_step: float, fraction: float) -> Choice | None:
+        """A grid as fine as a fraction of the step that trains the weight; 24 bits where that is finer, or unknown."""
+        if item.dtype != FLOAT32 or not self._open(item):
+            return None
+        rms, largest = size(self.source, item, _SOME)  # only for bounds: the step comes from the moments
+        if not rms:
+            return None
+        finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
+        most = fraction * one_step
+        step = min(max(_grid(most, item, rms), finest), coarsest)
+        if step == finest:
+            if 0 < _grid(most, item, rms) < finest:
+                self._coarser.add(item.name)
+            return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
+        reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
+        return Choice(Encoding(Uniform(step)), reason, unit=one_step, most=most)
+
+    def rest(self, only: Container[str] | None) -> None:
+        """The choices for tensors that belong to no pair of moments."""
+        # Weights without moments: trained by moments whose parameter is not known, or not trained at all.
+        trained = self.source.trained
+        alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
+        unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
+        for item in self.source.items:
+            if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
+                continue
+            choice = self._without_step(item, unnamed)
+            if choice is not None:
+                self.chosen[item.name] = choice
+
+    def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
+        if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
+            weight = self._followed.get(item.name)
+            if weight is not None and weight.name in self._one_step:
+                return self._weight(item, self._one_step[weight.name], self.budget.weights)
+            if not unnamed or item.role == "ema":
+                return Choice(self.choices[item.name].encoding, "exact: it has no moments, so no step trains it")
+            return Choice(Encoding(Split(high="bf16", low_bits=8)), "24 bits: the step that trains it is not known")
+        fraction = self.budget.moments
+        if fraction is None:
+            return None
+        if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
+            return self._second_moment(fraction)
+        if _is_momentum(item) and item.name not in self._paired:
+            single = self._momenta.get(item.name)
+            if single is not None and single.orthogonal:
+                fraction *= _ORTHOGONAL
+            rms, _ = size(self.source, item)
+            most = fraction * rms
+            encoding = Encoding(Uniform(_grid(most, item, rms)))
+            return Choice(encoding, f"{fraction:.4g} of its rms", unit=rms, most=most)
+        return None
+
+    def notes(self) -> Iterator[str]:
+        """What is not as near as was asked for."""
+        if self._coarser:
+            yield (
+                f"{len(self._coarser)} weights are off by more than {self.budget.weights:.4g} of a step, because their "
+                "steps are small beside their values: 24 bits are the finest that is stored, lossless aside"
+            )
+
+    def _item(self, name: str) -> SourceItem:
+        return self.source.items[self.source.tensors[name].index]
+
+    def _open(self, item: SourceItem) -> bool:
+        choice = self.choices[item.name]
+        large = item.numel >= MIN_NUMEL and item.dtype in FLOATS and not item.bytes_only
+        return large and not choice.settled and not isinstance(choice.codec, Dropped)
+
+
+def _is_momentum(item: SourceItem) -> bool:
+    return item.role in ("momentum", "exp_avg")
+
+
+def _largest(trained: Iterable[AdamSettings | Momentum]) -> float:
+    return max((_rate(m.lr, 0.0) for m in trained), default=0.0)
+
+
+def _rate(lr: float | None, largest: float) -> float:
+    """A learning rate; the file's largest where it is 0 or not known."""
+    return lr if lr is not None and lr > 0 else largest
+
+
+def _grid(most: float, item: SourceItem, rms: float) -> float:
+    """The step of a grid with a rounding error of rms `most`, for values of that rms that spread over its cells."""
+    narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # decoded values are also rounded to the tensor's dtype
+    error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
+    return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
+
+
+def finer(codec: Codec, most: float, sums: Comparison, numel: int) -> Codec | None:
+    """The codec to encode a tensor with again that came out with an rms error above `most`; None if it did not.
+
+    A few tries come near; then follows a step that is certain, as no rounding error is larger than half of it.
+    """
+    rms = math.sqrt(sums.sum_sq_diff / numel) if numel else 0.0
+    certain = 2 * 0.999 * most
+    if not isinstance(codec, Uniform | Following | Direction) or rms <= most or codec.step <= certain:
+        return None
+    near = 0.97 * codec.step * most / rms
+    return replace(codec, step=_legal(near if codec.step > 1.5 * certain else min(near, certain)))
+
+
+def _legal(step: float) -> float:
+    return min(max(step, MIN_STEP), MAX_STEP)

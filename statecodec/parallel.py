@@ -24,29 +24,30 @@ def default_threads() -> int:
 class Workers:
     """Threads that serve one `ordered_map` after the other, so that their scratch memory is allocated once.
 
-    A context manager; the threads end with the block.
+    A context manager; the threads end with the block. The thread that asks for results is one of them: instead of
+    waiting it works, because waking a thread up costs as much as a small piece of work.
     """
 
     def __init__(self, threads: int) -> None:
-        """With one thread no thread is started: the caller does the work when it asks for results."""
+        """With one thread no thread is started."""
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="statecodec") if threads > 1 else None
+        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="statecodec") if threads > 1 else None
 
     def results(self, function: Callable[[T], R], work: Iterable[T]) -> Generator[R, None, None]:
         """See `ordered_map`; closing the generator waits for what is running."""
         if self._pool is None:
             yield from map(function, work)
             return
-        window: deque[Future[R]] = deque()
+        window: deque[tuple[T, Future[R]]] = deque()
         try:
             for piece in work:
-                window.append(self._pool.submit(function, piece))
+                window.append((piece, self._pool.submit(function, piece)))
                 if len(window) >= 2 * self.threads:
-                    yield window.popleft().result()
+                    yield _oldest(function, window)
             while window:
-                yield window.popleft().result()
+                yield _oldest(function, window)
         finally:
-            wait([future for future in window if not future.cancel()])
+            wait([future for _, future in window if not future.cancel()])
 
     def __enter__(self) -> Workers:
         return self
@@ -71,3 +72,18 @@ def ordered_map(function: Callable[[T], R], work: Iterable[T], threads: int | Wo
         closing(workers.results(function, work)) as results,
     ):
         yield results
+
+
+def _oldest(function: Callable[[T], R], window: deque[tuple[T, Future[R]]]) -> R:
+    """The result of the oldest piece. Until it is there, this thread works on what no other has begun."""
+    while not window[0][1].done():
+        taken = next((k for k, (_, future) in enumerate(window) if future.cancel()), None)
+        if taken is None:
+            break
+        piece, done = window[taken][0], Future[R]()
+        try:
+            done.set_result(function(piece))
+        except Exception as error:  # it is raised when it is the piece's turn
+            done.set_exception(error)
+        window[taken] = piece, done
+    return window.popleft()[1].result()

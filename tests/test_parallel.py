@@ -75,6 +75,22 @@ def test_workers_go_on_with_other_work_after_an_error() -> None:
     assert len(threads) <= 2
 
 
+def test_who_asks_for_results_works_for_them() -> None:
+    """Two pieces that each need the other to have begun: with two threads both begin."""
+    both, threads = threading.Barrier(2), set[threading.Thread]()
+
+    def work(piece: int) -> int:
+        threads.add(threading.current_thread())
+        if piece < 2:
+            both.wait(timeout=60)
+        return piece
+
+    with ordered_map(work, range(10), 2) as results:
+        assert list(results) == list(range(10))
+    assert len(threads) == 2
+    assert threading.current_thread() in threads
+
+
 def test_there_is_no_way_to_use_it_without_a_block() -> None:
     unsafe: Any = ordered_map(len, [], 2)
     with pytest.raises(TypeError):

@@ -256,6 +256,22 @@ def checkpoints(r: Result) -> list[str]:
     return [*lines, "", f"With {', '.join(f'{package} {v}' for package, v in versions.items())}."]
 
 
+def predicted(r: Result) -> list[str]:
+    """Sizes and times with and without predictions."""
+    cases = r["cases"]
+    fractions = next(iter(cases.values()))["fractions"]
+    lines = [
+        f"| checkpoint | MB | {' | '.join(f'{float(f) * 100:g} %' for f in fractions)} | compress | restore |",
+        "| --- " * (4 + len(fractions)) + "|",
+    ]
+    for name, case in cases.items():
+        ratios = [f"{f['zstd']['ratio']:.2f}, **{f['predicted']['ratio']:.2f}**" for f in case["fractions"].values()]
+        times = zip(case["seconds"]["predicted"], case["seconds"]["zstd"], strict=True)
+        shown = [f"{a / b:.2f}" for a, b in times]
+        lines.append(f"| {name} | {case['bytes'] / 1e6:.1f} | {' | '.join([*ratios, *shown])} |")
+    return lines
+
+
 _FILES = 4  # of a checkpoint, in the table
 
 
@@ -353,7 +369,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "quality": quality, "speed": speed, "codec_speed": codec_speed,
     "memory": memory, "memory_layouts": memory_layouts, "averages": averages,
     "resume_zero": resume_zero, "resume": resume, "chain": chain,
-    "checkpoints": checkpoints, "distributed_table": distributed_table, "startup": startup,
+    "checkpoints": checkpoints, "predicted": predicted, "distributed_table": distributed_table, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,
 }  # fmt: skip

@@ -31,6 +31,7 @@ _SKETCH = 32  # vectors of a sketch: the components and a few more
 _SAMPLED = 192  # rows of a sketch: so many, evenly spaced, and less than twice as many
 _FEW = 64  # rows that means and scale are taken from
 _OUTLIER = 8.0  # mean magnitudes from which a code counts as no more
+_LARGEST = 2.0**20  # beyond it products of three sums would leave fp32's range
 _GRID = 1 / 12  # variance of a rounding
 
 
@@ -116,7 +117,7 @@ def _matrix(codes: Array) -> Matrix:
         means = sample.sum(0) / np.maximum(there.sum(0, dtype=np.float32), 1.0)
         sample = np.where(there, sample - means, 0.0)
         sample -= np.where(there, sample.mean(1, keepdims=True), 0.0)
-    return Matrix(codes, means, max(_OUTLIER * float(np.abs(sample).mean()), _OUTLIER))
+    return Matrix(codes, means, min(max(_OUTLIER * float(np.abs(sample).mean()), _OUTLIER), _LARGEST))
 
 
 @cache

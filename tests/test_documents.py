@@ -43,8 +43,21 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `statecodec` is served: see warm.py."""
+    path = str(tmp_path_factory.mktemp("warm") / "socket")
+    command = [sys.executable, str(ROOT / "tests" / "warm.py"), path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield path
+        process.kill()
+
+
 @pytest.fixture
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory, warm: str) -> dict[str, str]:
     """PATH with stand-ins first: see stand_in.py."""
     stand_ins = tmp_path_factory.mktemp("bin")
     for name in COMMANDS:
@@ -52,7 +65,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         script.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/stand_in.py {name} "$@"\n')
         script.chmod(0o755)
     path = f"{stand_ins}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "STAND_INS": str(stand_ins), "PYTHONPATH": f"{ROOT}"}
+    return {**os.environ, "PATH": path, "STAND_INS": str(stand_ins), "WARM": warm, "PYTHONPATH": f"{ROOT}"}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -143,9 +144,15 @@ def _describe(error: OSError) -> str:
 def _terminable() -> Iterator[list[int]]:
     """Make SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed; yields what was received."""
     received: list[int] = []
+    again: list[threading.Timer] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
+            # It has callbacks in which Python ignores exceptions: the same signal again, a little later.
+            again.append(threading.Timer(0.01, os.kill, (os.getpid(), number)))
+            again[-1].start()
+            return
         raise KeyboardInterrupt
 
     try:
@@ -156,5 +163,7 @@ def _terminable() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        for timer in again:
+            timer.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)

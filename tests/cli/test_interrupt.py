@@ -6,10 +6,13 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import statecodec
+from statecodec_cli.main import _terminable
 from tests.cli.run import finished, process
 
 
@@ -41,6 +44,16 @@ def test_an_interruption_while_importing_is_no_traceback(tmp_path: Path) -> None
     assert (done.code, done.out, done.err) == (130, "", "")
 
 
+def test_an_interruption_where_exceptions_are_ignored_comes_again() -> None:
+    """In callbacks of the import system."""
+    inside = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"))
+    with _terminable() as received:
+        signal.getsignal(signal.SIGTERM)(signal.SIGTERM, inside)
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(60)
+    assert received == [signal.SIGTERM] * 2
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_compress_leaves_nothing(big: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     returned, err = interrupt_when_writing("compress", big, tmp_path / "out.sc.safetensors", number)
@@ -52,7 +65,7 @@ def test_an_interrupted_compress_leaves_nothing(big: Path, tmp_path: Path, numbe
 def test_an_interrupted_restore_leaves_nothing(big: Path, tmp_path: Path) -> None:
     packed = tmp_path / "in" / "packed.sc.safetensors"
     packed.parent.mkdir()
-    assert finished("compress", big, "-o", packed, "-q").code == 0
+    statecodec.compress(big, packed)
     output = tmp_path / "out" / "ckpt.pt"
     output.parent.mkdir()
     code, err = interrupt_when_writing("restore", packed, output, signal.SIGINT)

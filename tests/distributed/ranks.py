@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,14 +16,9 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests.forks import forks
+
 PATIENCE = 300  # seconds, of a collective and then of the caller: only against waiting for ever
-
-
-def forks() -> Any:
-    """Like the module multiprocessing; its processes are forked from one that has imported torch, once for all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.checkpoint", "torch.distributed.fsdp"])
-    return context
 
 
 class Ranks:

@@ -21,7 +21,7 @@ from statecodec.distributed.folders import InStore, folder_at
 from statecodec.errors import OutputFailed, UsageError
 from tests.contracts.layout import same
 from tests.distributed.one_process import load, rank_files, save, state
-from tests.distributed.ranks import forks
+from tests.forks import forks
 from tests.s3_server import bucket_store, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -7,9 +7,6 @@ import os
 import random
 import signal
 import stat
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +20,7 @@ from statecodec.codecs import Codec, Encoding, Raw
 from statecodec.dtypes import FLOAT32, of
 from statecodec.errors import OutputExists, OutputFailed, UsageError
 from statecodec.format import ItemSpec, Reader, Writer
+from tests.forks import forks
 from tests.format.support import write
 
 SIZES = [None, 60_000]
@@ -222,35 +220,31 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same(contents(tmp_path / "x"), values)
 
 
-KILLED = """
-    import sys, torch
-    from pathlib import Path
-    from tests.format.support import write
-    from statecodec.codecs import Raw
-    torch.manual_seed(0)
+def write_until_killed(ready: Any, place: Path, shard: int | None) -> None:
+    torch.set_num_threads(1)
     tensors = {f"t{i}": (torch.randn(400, 400), Raw()) for i in range(4)}
-    shard = int(sys.argv[2]) or None
-    write(Path(sys.argv[1]) / "warm", tensors, max_shard_size=shard)
-    print("ready", flush=True)
+    write(place / "warm", tensors, max_shard_size=shard)
+    ready.set()
     for i in range(1000):
-        write(Path(sys.argv[1]) / f"x{i}.safetensors", tensors, max_shard_size=shard)
-"""
+        write(place / f"x{i}.safetensors", tensors, max_shard_size=shard)
 
 
 @pytest.mark.parametrize("shard", [0, 700_000])
 def test_kill_at_any_moment(tmp_path: Path, shard: int) -> None:
     """After SIGKILL every visible output is whole; the next writer of that name removes what the killed one left."""
     rng = random.Random(shard)
-    root = Path(__file__).parents[2]
+    context = forks()
     for attempt in range(KILLS):
         place = tmp_path / str(attempt)
         place.mkdir()
-        script = [sys.executable, "-c", textwrap.dedent(KILLED), str(place), str(shard)]
-        with subprocess.Popen(script, cwd=root, stdout=subprocess.PIPE) as child:
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0.0, 0.3))
-            child.send_signal(signal.SIGKILL)
+        ready = context.Event()
+        child = context.Process(target=write_until_killed, args=(ready, place, shard or None), daemon=True)
+        child.start()
+        assert ready.wait(100)
+        time.sleep(rng.uniform(0.0, 0.3))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         found = names(place)
         whole = (
             [n for n in found if n.endswith(".index.json")]

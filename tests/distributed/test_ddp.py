@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from statecodec import optim
+from tests.distributed.ranks import Ranks
 
 OPTIMIZERS: dict[str, Any] = {
     "adamw": lambda p: optim.AdamW(p, lr=1e-2, dense_below=0, stochastic_rounding=True),
@@ -39,23 +38,20 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, rank: int | None) ->
         optimizer.zero_grad()
 
 
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def worker(folder: Path) -> None:
+    rank = dist.get_rank()
     for name, make in OPTIMIZERS.items():
         net = model()
         wrapped = nn.parallel.DistributedDataParallel(net)
         optimizer = make(wrapped.named_parameters())
         train(wrapped, optimizer, rank)
-        torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, Path(folder) / f"{name}{rank}.pt")
-    dist.destroy_process_group()
+        torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, folder / f"{name}{rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ddp")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    mp.spawn(worker, (str(path),), nprocs=2)
+    ranks.run(2, worker, path)
     return path
 
 

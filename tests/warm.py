@@ -1,28 +1,31 @@
-"""`statecodec` without its start: forked from a process that has imported torch, with the caller's streams.
+"""Programs without their start: forked from a process that has imported torch, with the caller's streams.
 
     python warm.py SOCKET     serves calls until it is killed; says "ready" when it can
 
-`call(SOCKET, words)` runs one command line in the caller's folder and environment, and gives its exit code.
+`call(SOCKET, words)` runs one command line of `statecodec` in the caller's folder and environment, or one of a Python
+script, and gives its exit code.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 
 STREAMS = (0, 1, 2)
 
 
-def call(path: str, words: Sequence[str]) -> int:
-    """Run `statecodec WORDS` there."""
+def call(path: str, words: Sequence[str], script: str | None = None) -> int:
+    """Run `statecodec WORDS`, or `python SCRIPT WORDS`, there."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
         socket.send_fds(connection, [b"!"], STREAMS)
-        request = {"words": words, "folder": os.getcwd(), "environment": dict(os.environ)}
+        request = {"words": words, "script": script, "folder": os.getcwd(), "environment": dict(os.environ)}
         connection.sendall(json.dumps(request).encode())
         connection.shutdown(socket.SHUT_WR)
         answer = connection.recv(1)
@@ -51,7 +54,7 @@ def serve(path: str) -> None:
     os._exit(0)
 
 
-def _run(main: object, connection: socket.socket) -> int:
+def _run(main: Callable[[], int], connection: socket.socket) -> int:
     _, streams, *_ = socket.recv_fds(connection, 1, len(STREAMS))
     with connection.makefile("rb") as file:
         request = json.load(file)
@@ -62,11 +65,22 @@ def _run(main: object, connection: socket.socket) -> int:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    sys.argv = ["statecodec", *request["words"]]
-    code = main()  # type: ignore[operator]
+    sys.argv = [request["script"] or "statecodec", *request["words"]]
+    code: object = 1
+    try:
+        if request["script"]:
+            sys.path.insert(0, os.path.dirname(request["script"]))
+            runpy.run_path(request["script"], run_name="__main__")
+            code = 0
+        else:
+            code = main()
+    except SystemExit as end:
+        code = end.code
+    except Exception:
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    return int(code)
+    return code if isinstance(code, int) else int(code is not None)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,10 @@ def prepare(settings: Settings) -> Path:
     A failure is logged, and conversions then compile what they need themselves, each anew.
     """
     target = folder(settings)
+    if target.is_dir():
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "lock").open("w") as lock:
+    with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target

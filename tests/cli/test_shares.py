@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +11,12 @@ import pytest
 import torch
 
 from statecodec_cli.main import main
+from tests.cli.run import finished
+from tests.forks import forks
 
-COMMAND = [sys.executable, "-m", "statecodec_cli"]
+
+def program(words: list[str]) -> None:
+    sys.exit(main(words))
 
 
 @pytest.fixture
@@ -31,17 +33,21 @@ def checkpoint(tmp_path: Path) -> Path:
 
 def test_processes_side_by_side_one_of_them_killed(checkpoint: Path, tmp_path: Path) -> None:
     assert main(["compress", str(checkpoint), "-o", str(tmp_path / "whole"), "-q", "--json"]) == 0
-    calls = [[*COMMAND, "compress", str(checkpoint), "--shard", f"{i}/3", "-q"] for i in (1, 2, 3)]
-    running = [subprocess.Popen(call, stdout=subprocess.DEVNULL) for call in calls]
-    while running[1].poll() is None and not list(tmp_path.glob(".ckpt.sc.safetensors.share-2-*")):
+    calls = [["compress", str(checkpoint), "--shard", f"{i}/3", "-q"] for i in (1, 2, 3)]
+    running = [forks().Process(target=program, args=(call,)) for call in calls]
+    for process in running:
+        process.start()
+    while running[1].is_alive() and not list(tmp_path.glob(".ckpt.sc.safetensors.share-2-*")):
         time.sleep(0.005)  # until it writes
-    running[1].send_signal(signal.SIGKILL)
-    assert [process.wait(120) for process in (running[0], running[2])] == [0, 0]
-    if running[1].wait() == 0:  # it was done before it could be killed
+    running[1].kill()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in (running[0], running[2])] == [0, 0]
+    if running[1].exitcode == 0:  # it was done before it could be killed
         (tmp_path / "ckpt.sc.safetensors.share-2-of-3").unlink()
-    refused = subprocess.run([*COMMAND, "finalize", str(checkpoint), "--json"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "1 of 3 shares" in refused.stderr + refused.stdout
+    refused = finished("finalize", checkpoint, "--json")
+    assert refused.code == 2
+    assert "1 of 3 shares" in refused.err + refused.out
     assert main(["compress", str(checkpoint), "--shard", "2/3", "-q"]) == 0
     assert main(["finalize", str(checkpoint), "--verify", "-q"]) == 0
     assert (tmp_path / "ckpt.sc.safetensors").read_bytes() == (tmp_path / "whole").read_bytes()

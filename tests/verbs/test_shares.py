@@ -59,9 +59,14 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(
+    ("count", "settings"),
+    [
+        *itertools.product((1, 3), SETTINGS),
+        *itertools.product((40,), (SETTINGS[0], SETTINGS[3])),  # more than there are tensors
+    ],
+)
 @pytest.mark.parametrize("make", [trained, folder, mixed])
-@pytest.mark.parametrize("count", [1, 3, 40])
 def test_the_joined_file_is_that_of_one_process(
     make: Any, settings: dict[str, Any], count: int, tmp_path: Path
 ) -> None:

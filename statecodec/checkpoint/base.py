@@ -98,6 +98,11 @@ class Checkpoint(ABC):
     def moments(self) -> tuple[Moments, ...]:
         """The pairs of exp_avg and exp_avg_sq, by name, with the settings of their optimizer."""
 
+    @cached_property
+    def trained(self) -> frozenset[str | None]:
+        """The weights that states of an optimizer train, with None if the weight of any is not known."""
+        return frozenset(moments.weight for moments in self.moments)
+
     @property
     @abstractmethod
     def listing(self) -> tuple[str, ...]:
@@ -122,6 +127,23 @@ class Checkpoint(ABC):
 
         Returns:
             Flat tensors of the item's dtype, one chunk after the other.
+
+        Raises:
+            FormatError: If a compressed file is damaged.
+            LayoutError: If an uncompressed one is.
+        """
+
+    @abstractmethod
+    def elements(self, tensor: TensorInfo, start: int, stop: int) -> Tensor:
+        """Read some elements of a stored tensor, checked and decoded.
+
+        Args:
+            tensor: One of `items`.
+            start: The first element.
+            stop: One past the last element.
+
+        Returns:
+            The elements, flat, in the item's dtype.
 
         Raises:
             FormatError: If a compressed file is damaged.

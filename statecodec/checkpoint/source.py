@@ -153,7 +153,6 @@ class SourceCheckpoint(Checkpoint):
 
     @cached_property
     def trained(self) -> frozenset[str | None]:
-        """The weights that states of an optimizer train, with None if the weight of any is not known."""
         weights = ([update.weight for update in of] for of in (self.moments, self.momenta, self.quantised))
         return frozenset(chain.from_iterable(weights))
 
@@ -226,6 +225,9 @@ class SourceCheckpoint(Checkpoint):
         item = self.items[tensor.index]
         for chunk in iterate(codecs.Raw(), item.shape, item.dtype):
             yield self.chunk(item, chunk).reshape(-1)
+
+    def elements(self, tensor: TensorInfo, start: int, stop: int) -> Tensor:
+        return self.chunk(self.items[tensor.index], Chunk(start, stop, (stop - start,)))
 
     def decode(self, index: int) -> Tensor:
         item = self.items[index]

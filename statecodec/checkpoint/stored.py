@@ -279,6 +279,9 @@ class StoredCheckpoint(Checkpoint):
             raise FormatError(f"{self.path}: {self.reader.items[item].name} is cut differently from its base")
         return index
 
+    def elements(self, tensor: TensorInfo, start: int, stop: int) -> Tensor:
+        return self.decode_range(tensor.index, start, stop)
+
     def decode_range(self, item: int, start: int, stop: int) -> Tensor:
         """Elements start..stop of an item, flat."""
         pieces = [

@@ -8,11 +8,10 @@ answer costs size, and the average's error is then counted in another weight's s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.source_items import SourceItem
+from statecodec.checkpoint.base import Checkpoint, TensorInfo
 from statecodec.choose.presets import MIN_NUMEL
 from statecodec.choose.samples import sample
 from statecodec.codecs.base import FLOATS
@@ -28,12 +27,16 @@ _MOST: Final = 4096  # weights of one shape that are compared
 Place = tuple[str | None, tuple[int, ...]]
 
 
-def followed(source: SourceCheckpoint) -> Mapping[str, SourceItem]:
-    """Name of each running average -> the weight that it follows; averages without a certain weight are left out."""
-    averages = [item for item in source.items if item.role == "ema" and _is_large(item)]
+def followed(checkpoint: Checkpoint, at_least: int = MIN_NUMEL) -> Mapping[str, str]:
+    """Name of each running average -> that of the weight that it follows, in whatever file that is.
+
+    Averages without a certain weight are left out, and tensors of fewer than `at_least` elements.
+    """
+    large = [item for item in checkpoint.items if item.numel >= max(at_least, 1) and item.dtype in FLOATS]
+    averages = [item for item in large if item.role == "ema"]
     if not averages:
         return {}
-    weights = _Weights(source)
+    weights = _Weights(checkpoint, [item for item in large if family(item.role) == "weight" and item.role != "ema"])
     nearest = ((average.name, weights.nearest(average)) for average in averages)
     return {name: weight for name, weight in nearest if weight is not None}
 
@@ -41,39 +44,33 @@ def followed(source: SourceCheckpoint) -> Mapping[str, SourceItem]:
 class _Weights:
     """The weights that an average may follow, by shape and by name: the trained ones, where there are any."""
 
-    def __init__(self, source: SourceCheckpoint) -> None:
-        self.source = source
-        self._at: dict[Place, list[SourceItem]] = defaultdict(list)
+    def __init__(self, checkpoint: Checkpoint, weights: Iterable[TensorInfo]) -> None:
+        self._checkpoint = checkpoint
+        self._at: dict[Place, list[TensorInfo]] = defaultdict(list)
         self._samples: dict[Place, Tensor] = {}
-        for item in source.items:
-            if family(item.role) == "weight" and item.role != "ema" and _is_large(item):
-                for place in {(item.param, item.shape), (None, item.shape)}:
-                    self._at[place].append(item)
+        for weight in weights:
+            for place in {(weight.param, weight.shape), (None, weight.shape)}:
+                self._at[place].append(weight)
         for items in self._at.values():
-            items[:] = [item for item in items if item.name in source.trained] or items
+            items[:] = [item for item in items if item.name in checkpoint.trained] or items
 
-    def nearest(self, average: SourceItem) -> SourceItem | None:
+    def nearest(self, average: TensorInfo) -> str | None:
         """The nearest weight of the average's name; if no weight has it, the nearest of any name, if it is near."""
         named = (average.param, average.shape)
         place = named if average.param is not None and named in self._at else (None, average.shape)
         candidates = self._at.get(place, [])[:_MOST]
         if not candidates:
             return None
-        own = _values(self.source, average)
+        own = self._values(average)
         distances = (self._sampled(place, candidates) - own).square().mean(dim=1).nan_to_num(nan=torch.inf)
         least, index = distances.min(dim=0)
         certain = place[0] is not None or bool(least < _NEAR**2 * own.square().mean())
-        return candidates[int(index)] if certain else None
+        return candidates[int(index)].name if certain else None
 
-    def _sampled(self, place: Place, items: Sequence[SourceItem]) -> Tensor:
+    def _sampled(self, place: Place, items: Sequence[TensorInfo]) -> Tensor:
         if place not in self._samples:
-            self._samples[place] = torch.stack([_values(self.source, item) for item in items])
+            self._samples[place] = torch.stack([self._values(item) for item in items])
         return self._samples[place]
 
-
-def _values(source: SourceCheckpoint, item: SourceItem) -> Tensor:
-    return sample(source, item).to(torch.float64)
-
-
-def _is_large(item: SourceItem) -> bool:
-    return item.numel >= MIN_NUMEL and item.dtype in FLOATS and not item.bytes_only
+    def _values(self, item: TensorInfo) -> Tensor:
+        return sample(self._checkpoint, item).to(torch.float64)

@@ -210,8 +210,8 @@ class _Chooser:
     def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
         if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
             weight = self._followed.get(item.name)
-            if weight is not None and weight.name in self._one_step:
-                return self._weight(item, self._one_step[weight.name], self.budget.weights)
+            if weight is not None and weight in self._one_step:
+                return self._weight(item, self._one_step[weight], self.budget.weights)
             if not unnamed or item.role == "ema":
                 return Choice(self.choices[item.name].encoding, "exact: it has no moments, so no step trains it")
             return Choice(Encoding(Split(high="bf16", low_bits=8)), "24 bits: the step that trains it is not known")

@@ -69,8 +69,8 @@ def derived(
 def followers(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:
     """Each tensor that may be stored beside another one, and that other one."""
     yield from _rounded(source)
-    weights = followed(source)
-    yield from ((item, [weights[item.name]]) for item in source.items if item.name in weights)
+    for average, weight in followed(source).items():
+        yield source.items[source.tensors[average].index], [source.items[source.tensors[weight].index]]
 
 
 def _rounded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[SourceItem]]]:

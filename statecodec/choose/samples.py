@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from statecodec.checkpoint.source import SourceCheckpoint
-from statecodec.checkpoint.source_items import SourceItem
-from statecodec.codecs.chunking import Chunk
+from statecodec.checkpoint.base import Checkpoint, TensorInfo
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -15,8 +13,8 @@ if TYPE_CHECKING:
 _SAMPLE: Final = 64
 
 
-def sample(source: SourceCheckpoint, item: SourceItem) -> Tensor:
+def sample(checkpoint: Checkpoint, item: TensorInfo) -> Tensor:
     """Its first, middle and last 64 elements, or all three times where there are fewer."""
     size = min(item.numel, _SAMPLE)
     starts = (0, (item.numel - size) // 2, item.numel - size)
-    return torch.cat([source.chunk(item, Chunk(at, at + size, (1, size))).view(-1) for at in starts])
+    return torch.cat([checkpoint.elements(item, at, at + size) for at in starts])

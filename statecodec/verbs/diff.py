@@ -14,6 +14,7 @@ from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport, ValueDiff
+from statecodec.choose.averages import followed
 from statecodec.choose.step_size import update_settings
 from statecodec.errors import StatecodecError
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
@@ -129,16 +130,14 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
 class _Units:
     """The size of one optimizer step of every weight: lr times the rms of its exact update.
 
-    A running average has the one of the weight of its name.
+    A running average has the one of the weight that it follows.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._rate = max((m.lr for m in checkpoint.moments if m.lr is not None), default=0.0)
-        self._tensors = checkpoint.tensors
-        self._averages: dict[tuple[str | None, tuple[int, ...]], list[str]] = defaultdict(list)
-        for tensor in checkpoint.items:
-            if tensor.role == "ema" and tensor.param is not None:
-                self._averages[tensor.param, tensor.shape].append(tensor.name)
+        self._averages: dict[str, list[str]] = defaultdict(list)
+        for average, weight in followed(checkpoint, at_least=1).items():
+            self._averages[weight].append(average)
         self._step_sizes: dict[str, float] = {}
         self._error = self._numel = 0.0
 
@@ -146,9 +145,7 @@ class _Units:
         """Add one parameter's update. Where its learning rate is 0 or not known, the largest of the file counts."""
         step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
         if m.weight is not None and step > 0:
-            weight = self._tensors[m.weight]
-            for name in (weight.name, *self._averages.get((weight.param, weight.shape), ())):
-                self._step_sizes[name] = step
+            self._step_sizes.update(dict.fromkeys((m.weight, *self._averages.get(m.weight, ())), step))
 
     def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
         """The same tensors, with the errors of weights and averages in steps."""

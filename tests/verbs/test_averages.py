@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import statecodec
-from statecodec.checkpoint.source import SourceCheckpoint
+from statecodec.checkpoint.open import open_checkpoint
 from statecodec.choose.averages import followed
 from statecodec.codecs import chunking
 from statecodec.format import Reader
@@ -188,7 +188,7 @@ def test_a_link_has_averages_as_the_smaller_of_distance_and_change(content: dict
 
 
 def test_averages_without_names_follow_the_nearest_weight_of_their_shape(tmp_path: Path) -> None:
-    """As diffusers keeps them; one of them is near none."""
+    """As diffusers keeps them, in a file of their own; one of them is near none."""
     torch.manual_seed(1)
     weights = [nn.Parameter(0.02 * torch.randn(80, 60)) for _ in range(4)]
     optimizer = torch.optim.AdamW(weights, lr=LR)
@@ -198,14 +198,24 @@ def test_averages_without_names_follow_the_nearest_weight_of_their_shape(tmp_pat
     shadows = [w.detach() + 1e-3 * torch.randn(80, 60) for w in reversed(weights)]
     shadows[2] = 0.02 * torch.randn(80, 60)
     model = {f"{i}.weight": w.detach() for i, w in enumerate(weights)}
-    path = saved(
-        {"ema": {"shadow_params": shadows}, "model": model, "optimizer": optimizer.state_dict()}, tmp_path / "x"
-    )
-    with SourceCheckpoint(path) as source:
-        found = {name.rpartition(".")[2]: weight.name for name, weight in followed(source).items()}
-    assert found == {"0": "model.3.weight", "1": "model.2.weight", "3": "model.0.weight"}
-    report = statecodec.compress(path, verify=True)
-    assert [kinds(report)[f"ema.shadow_params.{i}"] for i in range(4)] == ["following", "following", "raw", "following"]
+    (tmp_path / "run").mkdir()
+    saved({"model": model, "optimizer": optimizer.state_dict()}, tmp_path / "run" / "model.pt")
+    saved({"shadow_params": shadows}, tmp_path / "run" / "ema.pt")
+    report = statecodec.compress(tmp_path / "run", tmp_path / "x.sc.safetensors", verify=True)
+    own = [f"ema.pt:shadow_params.{i}" for i in range(4)]
+    for path in (tmp_path / "run", report.path):
+        with open_checkpoint(path) as checkpoint:
+            found = {
+                name.rpartition(".")[2]: weight.rpartition(":")[2] for name, weight in followed(checkpoint).items()
+            }
+        assert found == {"0": "model.3.weight", "1": "model.2.weight", "3": "model.0.weight"}
+    own = [f"ema.pt:shadow_params.{i}" for i in range(4)]
+    assert [kinds(report)[name] for name in own] == ["following", "following", "raw", "following"]
+    errors = {t.name: t.error["step_error"] for t in report.tensors if t.error and "step_error" in t.error}
+    told = {name: pytest.approx(errors[name], rel=0.02) for name in own if name in errors}
+    assert len(told) == 3
+    for sides in ((tmp_path / "run", report.path), (report.path, tmp_path / "run")):
+        assert {t.name: t.step_error for t in statecodec.diff(*sides).tensors if t.name in own and t.step_error} == told
 
 
 def test_a_rule_cannot_name_a_codec_whose_weight_it_does_not(content: dict[str, Any], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def _of_stream(source: ByteSource, path: str, *, sure: bool) -> FileImports | No
         read, whole = _stream_at(source, start)
         # What follows a stream may be a storage, whose size looks like the mark of one.
         marked = sure and _is_marked(head) and (not number or read.called or read.cut_off or not read.unread)
-        goes_on = not read.followed or (sure and read.cut_off and not whole)
+        goes_on = not read.followed or (read.cut_off and not whole)
         if marked or goes_on or (read.names and (read.called or not read.unread)):
             found = FileImports(path, read.names, _why(read, whole)) | found
         if read.unread is not None:

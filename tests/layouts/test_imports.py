@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch._weights_only_unpickler as torch_safe
 from hypothesis import given
@@ -238,6 +239,30 @@ def test_what_python_reads_and_this_reader_does_not_hides_nothing(
     for whole in (data, pickle.dumps(MAGIC, 2) + b"I1001\n." + pickle.dumps({}, 2) + data):
         found = of_bytes(whole)
         assert dangerous(found) or found.unread  # type: ignore[union-attr]
+
+
+def safetensors_of(header_bytes: int, data: bytes) -> bytes:
+    header = b'{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (len(data), len(data))
+    return struct.pack("<Q", header_bytes) + header.ljust(header_bytes) + data
+
+
+@pytest.mark.parametrize("end", [b"\n", b"'\n"])
+@pytest.mark.parametrize("size", [100, 5000])
+def test_a_safetensors_file_can_be_a_pickle_too(end: bytes, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The length of its header is one of text, which goes on to a newline in a tensor: further than is read, perhaps."""
+    monkeypatch.setattr(looked_for, "_PREFIXES", (64, 2048))
+    opcode = int.from_bytes(b"V\1" if end == b"\n" else b"S'", "little")
+    data = safetensors_of(opcode, b"a" * size + end + ATTACK_TEXT)
+    assert set(safetensors.torch.load(data)) == {"a"}
+    assert SYSTEM in asked(data)
+    found = of_bytes(data)
+    assert dangerous(found) or found.unread  # type: ignore[union-attr]
+
+
+def test_a_safetensors_file_of_zeros_is_no_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length of its header, which writers make a multiple of 8."""
+    monkeypatch.setattr(looked_for, "_PREFIXES", (64, 2048))
+    assert [n for n in range(256, 512, 8) if of_bytes(safetensors_of(n, bytes(5000)))] == []
 
 
 def test_objects_outside_of_a_pickle_hide_nothing() -> None:

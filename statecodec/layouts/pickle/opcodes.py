@@ -209,6 +209,12 @@ def _get(m: Machine) -> None:
     m.stack.append(m.memo[int(m.line())])
 
 
+def _put(m: Machine) -> None:
+    if not m.stack:
+        raise MalformedCheckpoint("remembers what is not there")
+    m.remember(int(m.line()))
+
+
 def _pop(m: Machine) -> None:
     if m.marks and m.marks[-1] == len(m.stack):
         m.marks.pop()
@@ -319,7 +325,7 @@ _OPCODES: Final[dict[bytes, Callable[[Machine], None]]] = {
     b"a": lambda m: _extend(m, [m.stack.pop()]), b"e": lambda m: _extend(m, m.since_mark()), b"\x90": _additems,
     b"s": _setitem, b"u": lambda m: _set_pairs(m, _pairs(m.since_mark())),
     b"h": _binget, b"j": _long_binget, b"g": _get, b"q": _binput, b"r": _long_binput,
-    b"p": lambda m: m.remember(int(m.line())), b"\x94": lambda m: m.remember(len(m.memo)),
+    b"p": _put, b"\x94": lambda m: m.remember(len(m.memo)),
     b"0": _pop, b"1": lambda m: m.since_mark().clear(), b"2": lambda m: m.stack.append(m.stack[-1]),
     b"c": _global, b"\x93": _stack_global, b"R": _reduce, b"\x81": _reduce, b"\x92": _newobj_ex, b"b": _build,
     b"i": _inst, b"o": _obj, b"Q": _persistent, b"\x80": _protocol, b"\x95": _frame,

@@ -51,7 +51,9 @@ def measured(name: str, source: Path, layouts: tuple[str, ...]) -> dict[str, flo
         ("restore", "restore", packed, made, {}),
     ]
     calls += [
-        (f"convert to {each}", "convert", source, made.with_suffix(ENDINGS[each]), {"layout": each}) for each in layouts
+        (f"convert{words} to {each}", "convert", path, made.with_suffix(ENDINGS[each]), {"layout": each})
+        for words, path in (("", source), (" compressed", packed))
+        for each in layouts
     ]
     found = {}
     for what, verb, a, b, options in calls:

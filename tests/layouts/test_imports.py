@@ -249,7 +249,7 @@ def safetensors_of(header_bytes: int, data: bytes) -> bytes:
 @pytest.mark.parametrize("end", [b"\n", b"'\n"])
 @pytest.mark.parametrize("size", [100, 5000])
 def test_a_safetensors_file_can_be_a_pickle_too(end: bytes, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The length of its header is one of text, which goes on to a newline in a tensor: further than is read, perhaps."""
+    """Its header's length begins a text, which goes on to a newline in a tensor: further than is read, perhaps."""
     monkeypatch.setattr(looked_for, "_PREFIXES", (64, 2048))
     opcode = int.from_bytes(b"V\1" if end == b"\n" else b"S'", "little")
     data = safetensors_of(opcode, b"a" * size + end + ATTACK_TEXT)

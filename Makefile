@@ -34,7 +34,7 @@ GPU_EXTRAS ?= flashoptim
 OLDEST_TRITON := .triton/3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint check format campaign sm90 torchtitan gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
+.PHONY: help venv demo test lint style types types-of-scripts contracts check format campaign sm90 torchtitan gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -67,11 +67,20 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs=2 style types types-of-scripts contracts
+
+style:
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+types:
 	$(BIN)/mypy
+
+types-of-scripts:
 	MYPYPATH=benchmarks:examples:tests/server:cli:server $(BIN)/mypy --config-file= --cache-dir .mypy_cache/scripts --python-version 3.11 \
 	    --ignore-missing-imports --check-untyped-defs --explicit-package-bases benchmarks/*.py examples/*.py
+
+contracts:
 	$(BIN)/lint-imports
 
 check: lint test

@@ -93,7 +93,7 @@ def find(codes: Array, project: Project, mix: Mix) -> Factors | None:
     rows, cols = codes.shape
     if min(rows, cols) < SMALLEST or codes.size < FEWEST:
         return None
-    matrix = _matrix(codes)
+    matrix, mean = _matrix(codes)
     every = max(rows // _SAMPLED, 1)
     sketch = mix(matrix, _signs()[: -(-rows // every)], 0, every)
     sampled, _ = project(matrix, sketch, 0, every)
@@ -101,15 +101,15 @@ def find(codes: Array, project: Project, mix: Mix) -> Factors | None:
     left, energy = project(matrix, basis, 0, 1)
     squares, turn = np.linalg.eigh(left.T.astype(np.float64) @ left)
     squares, turn = np.maximum(squares[::-1][:RANK], 0.0), turn[:, ::-1]
-    rank, rest = _rank(squares, energy, rows, cols)
+    rank, rest = _rank(squares, energy, mean, rows, cols)
     if not rank:
         return None
     turn = turn[:, :rank].astype(np.float32)
     return _rounded((left @ turn).T, turn.T @ basis, np.sqrt(squares[:rank]), rest)
 
 
-def _matrix(codes: Array) -> Matrix:
-    """Means and scale from some of the rows."""
+def _matrix(codes: Array) -> tuple[Matrix, float]:
+    """Means and scale from some of the rows, and the mean of all values."""
     sample = codes[:: -(-len(codes) // _FEW)].astype(np.float32)
     means = np.empty(0, np.float32)
     if codes.itemsize == 2:
@@ -117,7 +117,8 @@ def _matrix(codes: Array) -> Matrix:
         means = sample.sum(0) / np.maximum(there.sum(0, dtype=np.float32), 1.0)
         sample = np.where(there, sample - means, 0.0)
         sample -= np.where(there, sample.mean(1, keepdims=True), 0.0)
-    return Matrix(codes, means, min(max(_OUTLIER * float(np.abs(sample).mean()), _OUTLIER), _LARGEST))
+    most = min(max(_OUTLIER * float(np.abs(sample).mean()), _OUTLIER), _LARGEST)
+    return Matrix(codes, means, most), float(np.clip(sample, -most, most).mean())
 
 
 @cache
@@ -136,14 +137,18 @@ def _orthonormal(vectors: Array) -> Array:
     return basis
 
 
-def _rank(squares: Array, energy: float, rows: int, cols: int) -> tuple[int, float]:
-    """How many components save the most bits, each less its own, and the rms that is left; 0 if it is too little."""
+def _rank(squares: Array, energy: float, mean: float, rows: int, cols: int) -> tuple[int, float]:
+    """How many components save the most bits, each less its own, and the rms that is left; 0 if it is too little.
+
+    That codes are around a mean, as what changed since a base is, costs no bits, and taking it out saves none.
+    """
     n, ranks = rows * cols, np.arange(1, len(squares) + 1)
     rest = np.maximum(energy - np.cumsum(squares), 0.0) / n + _GRID
     after = rest * (1 + ranks * (1 / rows + 1 / cols))  # with what rounding the factors adds
     sizes = squares / (12 * rest)
     bits = np.cumsum(_entropy(sizes / rows) * rows + _entropy(sizes / cols) * cols)
-    saved = 0.5 * np.log2((energy / n + _GRID) / after) - bits / n
+    before = max(energy / n - mean**2, 0.0) + _GRID
+    saved = 0.5 * np.log2(before / after) - bits / n
     best = int(saved.argmax())
     return (best + 1 if saved[best] > WORTH else 0), math.sqrt(rest[best])
 

@@ -401,7 +401,7 @@ def test_predicted_codes_that_lie() -> None:
             unpack(forged, n)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data())
 def test_damaged_predicted_codes_are_errors_or_codes(data: st.DataObject) -> None:
     record, codes = predicted()

@@ -104,6 +104,7 @@ def test_rows_and_columns_of_zeros_stay_zero() -> None:
     "codes",
     [
         low_rank(300, 300, [], 30.0),
+        low_rank(300, 300, [], 30.0).abs(),  # their mean is a component, and no gain
         torch.zeros(300, 300),
         low_rank(SMALLEST - 1, 900, [30.0], 3.0),
         low_rank(100, (FEWEST - 1) // 100, [30.0], 3.0),

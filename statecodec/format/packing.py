@@ -123,13 +123,7 @@ def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tupl
 def _room(parts: Sequence[Tensor]) -> int:
     """Bytes that are enough to make a record in. A code can take three bytes until its part turns out not to narrow."""
     rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
-    return rows + sum(p.nbytes + _slack(p) for p in parts)
-
-
-def _slack(part: Tensor) -> int:
-    if not narrowed.takes(part):
-        return 0
-    return narrowed.slack(part) + predicted.slack(*rows_cols(tuple(part.shape)))
+    return rows + sum(p.nbytes + narrowed.slack(p) for p in parts)
 
 
 def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> int:
@@ -169,19 +163,20 @@ def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[
 
 
 def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
-    """Write a part as narrowed codes if nearly all of them are small, predicted where that pays; returns its rows."""
+    """Write a part as narrowed codes if nearly all of them are small, or predicted where that is shorter; its rows."""
     if not methods or not narrowed.takes(part):
         return None
     matrix = part.view(rows_cols(tuple(part.shape)))
     narrowing = cpu_kernels().form_of(matrix)
     if narrowing is None:
         return None
-    method, length = (
-        PREDICTED,
-        _write_predicted(matrix, narrowing, out, packing, pool) if PREDICTED in methods else None,
-    )
-    if length is None:
-        method, length = NARROWED, _write_narrowed(part, narrowing, out, packing, pool)
+    method, length = NARROWED, _write_narrowed(part, narrowing, out, packing, pool)
+    if PREDICTED in methods:
+        buffer = pool.take(_room([part]) + predicted.slack(*matrix.shape))
+        shorter = _write_predicted(matrix, narrowing, buffer, packing, pool)
+        if shorter is not None and (length is None or shorter < length):
+            method, length, out[:shorter] = PREDICTED, shorter, buffer[:shorter]
+        pool.give(buffer)
     if length is None or length >= part.nbytes:
         return None
     return [(method, length), *[(WITHIN, 0)] * (part.element_size() - 1)]

@@ -188,7 +188,7 @@ class _Chooser:
         most = fraction * one_step
         step = min(max(_grid(most, item, rms), finest), coarsest)
         if step == finest:
-            if 0 < _grid(most, item, rms) < finest:
+            if 0 < most < finest / _SQRT12:
                 self._coarser.add(item.name)
             return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
         reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
@@ -234,8 +234,8 @@ class _Chooser:
         """What is not as near as was asked for."""
         if self._coarser:
             yield (
-                f"{len(self._coarser)} weights are off by more than {self.budget.weights:.4g} of a step, because their "
-                "steps are small beside their values: 24 bits are the finest that is stored, lossless aside"
+                f"weights off by more than {self.budget.weights:.4g} of a step, because their steps are small beside "
+                f"their values: {len(self._coarser)}; 24 bits are the finest that is stored, lossless aside"
             )
 
     def _item(self, name: str) -> SourceItem:

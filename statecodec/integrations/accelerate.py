@@ -63,7 +63,7 @@ def load_state(accelerator: Accelerator, path: str | Path, **keywords: Any) -> N
 
     Args:
         accelerator: The accelerator whose state to load.
-        path: The compressed file, or the folder.
+        path: The compressed file, or the folder; the folder's name will do where only the file is there.
         **keywords: Passed to `accelerator.load_state`.
 
     Raises:
@@ -71,6 +71,8 @@ def load_state(accelerator: Accelerator, path: str | Path, **keywords: Any) -> N
         OutputFailed: If the copy cannot be written.
     """
     source = Path(path)
+    if not source.exists() and compressed_path(source).exists():
+        source = compressed_path(source)
     if not is_compressed(source):
         accelerator.load_state(str(source), **keywords)
         return

@@ -196,6 +196,11 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[str] | None:
 # --- which options
 
 
+def own_settings(kind: type) -> str:
+    """The note that another optimizer's hyperparameters were not taken over."""
+    return f"lr and the other hyperparameters stay as {kind.__name__} was made with"
+
+
 def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -> Group:
     """The options to use from now on: saved ones where they mean the same here, and what schedulers and users added.
 
@@ -210,7 +215,7 @@ def _merge(optimizer: StateKeeper, group: Group, match: Match, log: ChangeLog) -
         saved = dict(optimizer.from_torch_group(saved))
     if saved and not same:
         source = f"a {algorithm} checkpoint" if algorithm else "a checkpoint of another optimizer"
-        log.notes.append(f"{source}: lr and the other hyperparameters stay as {type(optimizer).__name__} was made with")
+        log.notes.append(f"{source}: {own_settings(type(optimizer))}")
         foreign = {*_option_names(), *SCHEDULE, *group}
     else:
         foreign = set(optimizer.torch_options) - set(optimizer.defaults)

@@ -96,7 +96,8 @@ class Compression:
                 errors=ErrorRules(self.figures, self.finer),
             )
         report = outcome.report(output)
-        return replace(report, unmet=self.choices.unmet, total=report.total or self.totals.figures())
+        total = {**(self.totals.figures() or {}), **(report.total or {})}
+        return replace(report, unmet=self.choices.unmet, total=total or None)
 
     def checked(self, items: Collection[int]) -> Compression:
         """The same, with the CRCs of the records of these items checked while they are read."""

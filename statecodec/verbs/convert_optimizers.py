@@ -24,6 +24,7 @@ from statecodec.errors import UsageError
 from statecodec.lazy import torch
 from statecodec.optim import FOAM, AdamW, LoadReport, LoRAPre, SlimAdam, StateOptimizer
 from statecodec.optim.adamw import Adam
+from statecodec.optim.loading import own_settings
 from statecodec.progress import Meter, Progress
 from statecodec.verbs.convert_target import Target
 from statecodec.verbs.inspect import inspect
@@ -97,6 +98,7 @@ def _converted(
         target = replace(target, options={"moments": "dense"})
     if kind is None:
         raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
+    idle = _idle_rules(kind, saved, names, target)
     meter = Meter(progress, sum(map(tensor_bytes, saved["state"].values())), "converting states")
     state: dict[int, Any] = {}
     groups: list[dict[str, Any]] = []
@@ -120,6 +122,8 @@ def _converted(
             spill.used(tensor_bytes(alone["state"]))
             meter.add(tensor_bytes(alone["state"]))
         groups.append(parameters or dict(group))
+    if reports:
+        reports[0] = replace(reports[0], notes=(*reports[0].notes, *idle))
     return {"state": state, "param_groups": groups}, reports
 
 
@@ -137,17 +141,31 @@ def _converted_one(
     kind: type[StateOptimizer], saved: dict[str, Any], names: Mapping[int, str], target: Target
 ) -> tuple[dict[str, Any], LoadReport]:
     """A state dict in the target's form, and what loading it lost."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of rules that do not match this parameter: `_idle_rules` looks at all of them
         optimizer = _build(kind, saved, names, target.options)
     optimizer.load_state_dict(saved)
     report = optimizer.load_report
-    notes = (*report.notes, *(str(w.message) for w in caught))
+    notes = tuple(note for note in report.notes if own_settings(kind) not in note)  # it was made with the checkpoint's
     return optimizer.state_dict(dense=target.name == "torch"), replace(report, notes=notes)
 
 
+def _idle_rules(
+    kind: type[StateOptimizer], saved: Mapping[str, Any], names: Mapping[int, str], target: Target
+) -> list[str]:
+    """What the optimizer warns of when it is made for all parameters."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _build(kind, saved, names, target.options, device="meta")
+    return [str(w.message) for w in caught]
+
+
 def _build(
-    kind: type[StateOptimizer], saved: Mapping[str, Any], names: Mapping[int, str], options: Mapping[str, Any]
+    kind: type[StateOptimizer],
+    saved: Mapping[str, Any],
+    names: Mapping[int, str],
+    options: Mapping[str, Any],
+    device: str = "cpu",
 ) -> StateOptimizer:
     """The optimizer on made-up parameters of the checkpoint's names, shapes and groups."""
     groups = []
@@ -158,7 +176,7 @@ def _build(
             named = (group.get("param_names") or [])[position : position + 1]
             name = named[0] if named else names.get(index, f"param.{index}")
             shape = _shape(saved["state"].get(index, {}))
-            weight = torch.zeros(shape, dtype=torch.float32, device="cpu")
+            weight = torch.zeros(shape, dtype=torch.float32, device=device)
             params.append((name, torch.nn.Parameter(weight, requires_grad=bool(saved["state"].get(index)))))
         kept = ("lr", "weight_decay", "betas", "eps", *(storage if group.get("algorithm") == kind.algorithm else ()))
         plain = {k: tuple(v) if k == "betas" else v for k in kept if (v := group.get(k)) is not None}

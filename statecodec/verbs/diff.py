@@ -140,6 +140,7 @@ class _Units:
             self._averages[weight].append(average)
         self._step_sizes: dict[str, float] = {}
         self._error = self._numel = 0.0
+        self._others_differ = False
 
     def add(self, m: Moments, c: UpdateComparison, numel: int) -> None:
         """Add one parameter's update. Where its learning rate is 0 or not known, the largest of the file counts."""
@@ -154,14 +155,16 @@ class _Units:
     def _counted(self, tensor: TensorDiff) -> TensorDiff:
         step = self._step_sizes.get(tensor.name)
         if step is None:
+            self._others_differ |= family(tensor.role) == "weight" and tensor.role != "ema" and tensor.rms != 0
             return tensor
         numel = 0 if tensor.role == "ema" else math.prod(tensor.shape)  # nothing is trained by it
         self._error, self._numel = self._error + numel * (tensor.rms / step) ** 2, self._numel + numel
         return replace(tensor, step_error=tensor.rms / step)
 
     def total(self) -> dict[str, float]:
-        """The error of all weights that have a step, in optimizer steps."""
-        return {"weight_step_error": math.sqrt(self._error / self._numel)} if self._numel else {}
+        """The error of all weights that have a step, in optimizer steps; nothing where only others differ."""
+        known = self._numel and (self._error or not self._others_differ)
+        return {"weight_step_error": math.sqrt(self._error / self._numel)} if known else {}
 
 
 class _Compared(NamedTuple):

@@ -88,7 +88,7 @@ def finalize(
         report = outcome.report(output)
     for share in shares:
         share.path.unlink()
-    total = report.total or joined.totals.figures()
+    total = {**(joined.totals.figures() or {}), **(report.total or {})} or None
     return replace(report, unmet=choices.unmet, total=total, seconds=time.perf_counter() - started)
 
 

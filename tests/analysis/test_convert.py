@@ -207,6 +207,20 @@ def test_rules_that_share_nothing_are_a_note_and_a_frozen_parameter_is_no_loss(t
     assert not any("missing" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("to", ["foam(level=2)", "slimadam"])
+def test_notes_are_of_the_whole_optimizer_not_of_its_parameters_one_by_one(
+    checkpoint: Path, to: str, tmp_path: Path
+) -> None:
+    """Settings are the checkpoint's, and SlimAdam's rules match some parameters: nothing needs to be said."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["optimizer"]["param_groups"][0] |= {"lr": 3e-4, "weight_decay": 0.2}
+    torch.save(content, checkpoint)
+    report = statecodec.convert(checkpoint, tmp_path / "b.pt", to)
+    (group,) = torch.load(tmp_path / "b.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["lr"], group["weight_decay"], tuple(group["betas"])) == (3e-4, 0.2, (0.9, 0.95))
+    assert not report.notes
+
+
 @pytest.mark.parametrize(("to", "ending"), [("foam(level=2)", "pt"), ("adamw(moments=dense)", "sc.safetensors")])
 def test_the_memory_does_not_grow_with_the_checkpoint(
     to: str, ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

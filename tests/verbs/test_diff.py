@@ -127,3 +127,18 @@ def test_a_saved_value_differs_in_its_settings(tmp_path: Path) -> None:
     found = statecodec.diff(tmp_path / "a.sc.safetensors", tmp_path / "b.sc.safetensors")
     assert found.tensors_equal
     assert not found.identical
+
+
+def test_weights_whose_steps_are_not_known_do_not_count_as_exact(tmp_path: Path) -> None:
+    """Moments of one weight, which is exact, say nothing of the error of another."""
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.ones(4, 4), "exp_avg_sq": torch.ones(4, 4)}
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "params": [0], "param_names": ["known"]}
+    content = {
+        "model": {"known": torch.ones(4, 4), "other": torch.ones(5, 4)},
+        "optimizer": {"state": {0: state}, "param_groups": [group]},
+    }
+    torch.save(content, tmp_path / "a.pt")
+    content["model"]["other"] += 0.5
+    torch.save(content, tmp_path / "b.pt")
+    assert statecodec.diff(tmp_path / "a.pt", tmp_path / "a.pt").total["weight_step_error"] == 0.0
+    assert "weight_step_error" not in statecodec.diff(tmp_path / "a.pt", tmp_path / "b.pt").total

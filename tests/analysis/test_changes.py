@@ -38,7 +38,7 @@ def test_a_link_is_written_as_ever(packing: str, tmp_path: Path) -> None:
     """Against what the code wrote when changes were codecs: forms, items and parts; and unpacked, every byte.
 
     The digests of whole files were renewed when stored errors got seven digits, when the document got `asked`, when
-    `companded` got version 3, and when the format became 2.1: but for these the files were those of before.
+    `companded` got version 3, and when the format became 2.1 and 2.2: but for these the files were those of before.
     """
     known, links = json.loads(EXPECTED.read_text()), write_links(tmp_path, packing)
     same = packing == "none" and known["statecodec"] == __version__

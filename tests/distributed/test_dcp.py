@@ -49,7 +49,7 @@ def test_averages_are_stored_beside_their_weights_and_load_without_them(tmp_path
     }  # fmt: skip
     like = {"ema": {k: torch.zeros_like(w) for k, w in value["ema"].items()}}
     found = load(tmp_path / "ckpt", like)["ema"]["0.weight"]
-    assert 0 < float((found - value["ema"]["0.weight"]).square().mean().sqrt()) < 1e-4, "a tenth of lr"
+    assert 0 < float((found - value["ema"]["0.weight"]).square().mean().sqrt()) < 3e-4, "three tenths of lr"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_torch_reads_what_a_lossy_preset_restores(dcp_sharded: Path, tmp_path: P
     dcp_to_torch_save(tmp_path / "back", tmp_path / "back.pt")
     exact, back = object_of(dcp_sharded / "flat"), torch.load(tmp_path / "back.pt", weights_only=False)
     weight = exact["model"]["fc.weight"]
-    assert (back["model"]["fc.weight"] - weight).norm() < 1e-4 * weight.norm()
+    assert (back["model"]["fc.weight"] - weight).norm() < 3e-4 * weight.norm()
     second = exact["optimizer"]["state.fc.weight.exp_avg_sq"]
     error = (back["optimizer"]["state.fc.weight.exp_avg_sq"] - second).abs()
     assert 0 < error.max() < 0.1 * second.max()

@@ -24,7 +24,7 @@ from common import record
 from torch import nn
 
 from statecodec import optim
-from statecodec.kernels.triton import fast, general, scalars
+from statecodec.kernels.triton import fast, general, tables
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    fast.step_words = general.step_elements = scalars.begin = Nothing()
+    fast.step_words = general.step_elements = tables.begin = Nothing()
     rows: list[dict[str, Any]] = []
     for name, (make, dtype) in CONTENDERS.items():
         for count in (200, 2000):

@@ -212,14 +212,14 @@ def test_rows_shorter_than_a_group(device) -> None:
 @pytest.mark.parametrize("make", [optim.AdamW, optim.SGD, optim.Lion, optim.FOAM, optim.SlimAdam])
 def test_a_fused_step_never_waits_for_the_gpu(make: Any, lr: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors without values, without kernels: whatever asks for one fails, where a CUDA graph could not be made."""
-    from statecodec.kernels.triton import fast, general, launch, scalars, sharing
+    from statecodec.kernels.triton import fast, general, launch, sharing, tables
 
     class Nothing:
         def __getitem__(self, grid: Any) -> Any:
             return lambda *args, **options: None
 
     for module, name in (
-        (fast, "step_words"), (general, "step_elements"), (scalars, "begin"), (sharing, "squares"), (sharing, "share"),
+        (fast, "step_words"), (general, "step_elements"), (tables, "begin"), (sharing, "squares"), (sharing, "share"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(launch, "on", lambda tensor: contextlib.nullcontext())
@@ -605,7 +605,7 @@ def test_a_graph_and_steps_beside_it_each_see_their_own_gradients(device, cuda: 
         optimizer.step()
         news = next(iter(optimizer._launches.values()))._launches[0][1].news
         news._cuda = True
-        return news.there[: len(params)].tolist()
+        return news.there[-len(params) :].tolist()
 
     def addresses(gradients: list[Tensor]) -> list[int]:
         return [g.data_ptr() for g in gradients]

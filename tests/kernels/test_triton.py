@@ -97,7 +97,7 @@ def test_the_fast_steps_stay_within_their_budget() -> None:
 
 def test_kernels_of_steps_take_few_arguments() -> None:
     """What is known when they are compiled is one record, what changes from step to step lies in tables."""
-    from statecodec.kernels.triton import fast, general, scalars, sharing
+    from statecodec.kernels.triton import fast, general, sharing, tables
 
-    for kernel in (scalars.begin, sharing.squares, sharing.share, fast.step_words, general.step_elements):
+    for kernel in (tables.begin, sharing.squares, sharing.share, fast.step_words, general.step_elements):
         assert len(inspect.signature(kernel.fn).parameters) <= 9, kernel

@@ -16,7 +16,7 @@ from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton import words
 from statecodec.kernels.triton.rules import LARGEST_BITS, UP, UP_BITS, stepped
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, parameter_numbers
+from statecodec.kernels.triton.tables import addresses_of, own_chunk, rule_numbers
 from statecodec.kernels.triton.tiles import pointer
 
 GROUP, COUNT, RUN = 32, 1024 if INTERPRETED else 32, 8
@@ -28,20 +28,19 @@ _SCALE, _SCALE_UP = tl.constexpr(1 << 23), tl.constexpr((1 + 56) << 23)  # bits 
 
 
 @triton.jit
-def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
+def step_words(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
-    at, first = own_chunk(chunks)
-    fields, gradient = table + at, tl.load(news + at)
+    at, fields, gradient, first = own_chunk(news, table, chunks)
     if gradient != 0:
-        groups = entry(fields, count, t.GROUPS).to(tl.int32)
+        groups = tl.load(fields + t.GROUPS).to(tl.int32)
         first = first * SPEC.count
-        param, low, m, m_scales, v, v_scales = addresses_of(fields, count)
+        param, low, m, m_scales, v, v_scales = addresses_of(fields)
         places = (
             pointer(param, tl.int64, True), pointer(low, tl.int32, True), pointer(gradient, tl.int64, True),
             pointer(m, tl.int32, True), pointer(m_scales, tl.int16, False), pointer(v, tl.int32, True),
             pointer(v_scales, tl.int16, False),
         )  # fmt: skip
-        numbers = parameter_numbers(scalars + at, count), group_numbers(news, count)
+        numbers = rule_numbers(scalars + at * t.SCALARS)
         tiles = tl.minimum((groups - first + SPEC.count - 1) // SPEC.count, SPEC.run)
         now, kept = fetch(places, first, groups, SPEC), tl.zeros([SPEC.count * THREADS], tl.int32)
         for tile in range(tiles):
@@ -51,7 +50,7 @@ def step_words(news, table, chunks, scalars, m_table, v_table, count: tl.int64, 
             kept += finish(now, places, numbers, first, groups, SPEC)
             now = after
             first = following
-        skipped = entry(fields, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+        skipped = tl.load(fields + t.SKIPPED).to(tl.pointer_type(tl.float32))
         tl.atomic_add(skipped + tl.zeros_like(kept), kept.to(tl.float32), mask=kept > 0, sem="relaxed")
 
 
@@ -113,11 +112,11 @@ def finish(now, places, numbers, first, groups, SPEC: tl.constexpr):
     tl.store(weight + at + within, high, mask=mask)
     tl.store(low + at + within, rest, mask=mask)
     scale = bf16_scale(m_top, _SCALE)
-    tl.store(m + at + within, first_codes(m0, m1, m2, m3, words.value(scale)), mask=mask)
+    tl.store(m + at + within, packed_codes(m0, m1, m2, m3, words.value(scale), True), mask=mask)
     tl.store(m_scales + start + group, tl.where(m_top > 0, scale >> 16, 0).to(tl.int16), mask=good & once)
     if SPEC.v is not None:
         scale = bf16_scale(v_top, _SCALE_UP)
-        tl.store(v + at + within, second_codes(v0, v1, v2, v3, words.value(scale)), mask=mask)
+        tl.store(v + at + within, packed_codes(v0, v1, v2, v3, words.value(scale), False), mask=mask)
         scale = tl.where(v_top > 0, (scale - UP_BITS) >> 16, 0)
         tl.store(v_scales + start + group, scale.to(tl.int16), mask=good & once)
     return (bad & once).to(tl.int32)
@@ -151,28 +150,23 @@ def bf16_scale(top, LOWEST: tl.constexpr):
 
 
 @triton.jit
-def two_parts(scale):
-    """1 / scale in two parts, for divisions by one number of many others."""
+def packed_codes(a, b, c, d, scale, FIRST: tl.constexpr):
+    """Codes of four planes, as a word: softsign codes of FIRST moments, square-root codes of second ones."""
     y = words.rounded_reciprocal(scale)
-    return y[:, None], (tl.fma(words.negated(scale), y, 1.0) * y)[:, None]
-
-
-@triton.jit
-def first_codes(a, b, c, d, scale):
-    """Softsign codes of four planes, as a word."""
-    y, rest = two_parts(scale)
-    return words.packed_bytes(
-        softsign_code(a, y, rest), softsign_code(b, y, rest), softsign_code(c, y, rest), softsign_code(d, y, rest), 0
-    )
-
-
-@triton.jit
-def second_codes(a, b, c, d, scale):
-    """Square-root codes of four planes, as a word."""
-    y, rest = two_parts(scale)
-    return words.packed_bytes(
-        root_code(a, y, rest), root_code(b, y, rest), root_code(c, y, rest), root_code(d, y, rest), 1
-    )
+    rest = (tl.fma(words.negated(scale), y, 1.0) * y)[:, None]  # 1 / scale in two parts
+    y = y[:, None]
+    if FIRST:
+        a, b, c, d = (
+            softsign_code(a, y, rest),
+            softsign_code(b, y, rest),
+            softsign_code(c, y, rest),
+            softsign_code(d, y, rest),
+        )
+        word = words.packed_bytes(a, b, c, d, 0)
+    else:
+        a, b, c, d = root_code(a, y, rest), root_code(b, y, rest), root_code(c, y, rest), root_code(d, y, rest)
+        word = words.packed_bytes(a, b, c, d, 1)
+    return word
 
 
 @triton.jit

@@ -12,32 +12,29 @@ from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton import words
 from statecodec.kernels.triton.folding import mean_of
 from statecodec.kernels.triton.rules import average, direction, stepped, too_large, weight_too_large
-from statecodec.kernels.triton.scalars import addresses_of, entry, group_numbers, own_chunk, parameter_numbers
 from statecodec.kernels.triton.stored import load_float, load_state, load_weight, store_state, store_weight
+from statecodec.kernels.triton.tables import addresses_of, own_chunk, rule_numbers
 from statecodec.kernels.triton.tiles import places
 
 
 @triton.jit
-def step_elements(news, table, chunks, scalars, m_table, v_table, count: tl.int64, SPEC: tl.constexpr):
+def step_elements(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
     """One chunk: SPEC.run tiles of SPEC.count groups, from the first of the chunk on."""
-    at, first = own_chunk(chunks)
-    fields, scalar_fields, gradient = table + at, scalars + at, tl.load(news + at)
+    at, fields, gradient, first = own_chunk(news, table, chunks)
+    scalars += at * t.SCALARS
     if gradient != 0:
-        common = group_numbers(news, count)
-        tiles = (entry(fields, count, t.GROUPS) + SPEC.count - 1) // SPEC.count
+        tiles = (tl.load(fields + t.GROUPS) + SPEC.count - 1) // SPEC.count
         tiles = tl.minimum(tiles.to(tl.int32) - first, SPEC.run)
         for tile in range(tiles):
             start = (first + tile).to(tl.int64) * SPEC.count
-            # Read for each tile: kept in registers, Lion's step would spill.
-            numbers = parameter_numbers(scalar_fields, count), common
-            kept = step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC)
+            kept = step_tile(gradient, fields, scalars, m_table, v_table, start, SPEC)
             if kept > 0:
-                skipped = entry(fields, count, t.SKIPPED).to(tl.pointer_type(tl.float32))
+                skipped = tl.load(fields + t.SKIPPED).to(tl.pointer_type(tl.float32))
                 tl.atomic_add(skipped, kept.to(tl.float32), sem="relaxed")
 
 
 @triton.jit
-def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count, start, SPEC: tl.constexpr):
+def step_tile(gradient, fields, scalars, m_table, v_table, start, SPEC: tl.constexpr):
     """Step the groups from `start` on, with the blocks of weights that folded moments stand for.
 
     Returns how many units kept their old bytes.
@@ -45,14 +42,14 @@ def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count,
     M: tl.constexpr = SPEC.m  # triton 3.6 passes on constants only under a name
     V: tl.constexpr = SPEC.v
     GRADIENT: tl.constexpr = SPEC.gradient
-    param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields, count)
-    rows, cols = entry(fields, count, t.ROWS), entry(fields, count, t.COLS)
+    param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields)
+    rows, cols = tl.load(fields + t.ROWS), tl.load(fields + t.COLS)
     here, begin, _ = places(rows, (cols + SPEC.block - 1) // SPEC.block, start, SPEC)
     offset, inside = here[1], here[2]
     if SPEC.method == "foam":
         length, offset, inside = blocks_of(rows, cols, start, SPEC)
     if SPEC.shared:  # while few registers are taken
-        v = shared_moment(fields, count, begin, inside, SPEC)
+        v = shared_moment(fields, begin, inside, SPEC)
     w = load_weight(param, low, offset, inside, SPEC)
     g = load_float(gradient, offset, inside, GRADIENT, SPEC)
     m = g
@@ -62,6 +59,7 @@ def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count,
         v = g
     elif not SPEC.shared:
         v = load_state(v_data, v_scales, v_table, here, V, SPEC)
+    numbers = rule_numbers(scalars)  # for each tile: kept in registers, Lion's step would spill
     if SPEC.method == "foam":
         w, m, v = stepped_blocks(w, g, m, v, length, numbers, SPEC)
         bad = tl.max((weight_too_large(w, SPEC) & inside).to(tl.int32), axis=1)
@@ -81,7 +79,7 @@ def step_tile(gradient, fields, scalar_fields, numbers, m_table, v_table, count,
             store_state(v, v_data, v_scales, here, good, V, SPEC)
     if SPEC.method == "foam":
         good = tl.reshape(tl.broadcast_to(good, [SPEC.count, SPEC.width]), [SPEC.count * SPEC.width])[:, None]
-    store_weight(w, param, low, offset, inside & good, entry(scalar_fields, count, t.KEY), SPEC)
+    store_weight(w, param, low, offset, inside & good, tl.load(scalars + t.KEY), SPEC)
     return kept
 
 
@@ -91,9 +89,7 @@ def stepped_blocks(w, g, m, v, length, numbers, SPEC: tl.constexpr):
     BLOCK: tl.constexpr = SPEC.block
     TALL: tl.constexpr = SPEC.count * SPEC.width
     FULL: tl.constexpr = SPEC.whole or not SPEC.true_tail  # every mean is over BLOCK weights
-    of_param, common = numbers
-    decay, size, root, reciprocal, _gain = of_param
-    _keep_1, rate_1, keep_2, rate_2, eps, _l2, _heavy, residual = common
+    decay, size, root, reciprocal, _gain, _keep_1, rate_1, keep_2, rate_2, eps, _l2, _heavy, residual = numbers
     if SPEC.maximize:
         g = words.negated(g)
     mean = mean_of(g, length, TALL, BLOCK, FULL)
@@ -120,15 +116,15 @@ def judged(bad, SPEC: tl.constexpr):
 
 
 @triton.jit
-def shared_moment(fields, count, begin, inside, SPEC: tl.constexpr):
+def shared_moment(fields, begin, inside, SPEC: tl.constexpr):
     """Load the second moments that groups share.
 
     A group lies in one row. Mostly it needs one value, or neighbours in a row of them; in a convolution kernel it may
     need any.
     """
     lane = tl.arange(0, SPEC.width)[None, :]
-    shared, inner, cols = entry(fields, count, t.SHARED), entry(fields, count, t.INNER), entry(fields, count, t.COLS)
-    moments = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+    shared, inner, cols = tl.load(fields + t.SHARED), tl.load(fields + t.INNER), tl.load(fields + t.COLS)
+    moments = tl.load(fields + t.SCRATCH).to(tl.pointer_type(tl.float32))
     if (inner >= cols) | ((inner == 1) & (shared >= cols)):
         first = begin // (shared * inner) * inner + begin % inner
         at = first[:, None] + tl.where(inner > 1, lane, 0)

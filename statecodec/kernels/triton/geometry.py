@@ -84,11 +84,13 @@ class Geometry:
         sizes = [outer * inner * sharing.pieces(outer, shared, inner)[1] for outer, shared, inner in planes.T.tolist()]
         ends = 4 * np.cumsum([0, *sizes], dtype=np.int64)
         index = np.array([slot.index for slot in slots], np.int64)
-        table = np.stack((*addresses, rows, cols, rows * -(-blocks // spec.group), index, *planes, ends[:-1]))
+        columns = (*addresses, rows, cols, rows * -(-blocks // spec.group), index, *planes, ends[:-1])
         even = (cols % spec.block == 0) & (rows * blocks % 16 == 0) & (spec.group == spec.width)
         whole = even & ((blocks % spec.group == 0) | (rows == 1)) & (addresses[:6] % 16 == 0).all(0)
         # The last tile in words must end between groups.
-        return Geometry(spec, table, whole, whole & spec.words & (rows * cols % fast.GROUP == 0), int(ends[-1]))
+        return Geometry(
+            spec, np.stack(columns, 1), whole, whole & spec.words & (rows * cols % fast.GROUP == 0), int(ends[-1])
+        )
 
     def parts(self, spec: Spec, aligned: NDArray[np.bool_]) -> Iterator[tuple[Spec, NDArray[np.int32]]]:
         """The launches of a step if these gradients are aligned: the record of each, and its chunks."""
@@ -97,13 +99,13 @@ class Geometry:
         for in_words, is_whole in ((True, True), (False, True), (False, False)):
             members = np.flatnonzero((words == in_words) & (whole == is_whole))
             count, run = (fast.COUNT, fast.RUN) if in_words else (max(1, TILE // (spec.width * spec.block)), RUN)
-            chunks = cut(members, -(-self.table[t.GROUPS, members] // (count * run)), run)
+            chunks = cut(members, -(-self.table[members, t.GROUPS] // (count * run)), run)
             if len(chunks):
                 yield replace(spec, words=in_words, whole=is_whole, count=count, run=run), chunks
 
     def sums(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Chunks of the sums behind shared second moments, and of the moments themselves."""
-        planes = self.table[t.OUTER : t.SCRATCH].T.tolist()
+        planes = self.table[:, t.OUTER : t.SCRATCH].tolist()
         programs = np.array([sharing.pieces(*plane)[0] for plane in planes])
         values = np.array([-(-outer * inner // sharing.VALUES) for outer, _, inner in planes])
         every = np.arange(len(planes))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from statecodec.errors import UsageError
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
-from statecodec.kernels.triton import fast, general, runtime, scalars, sharing, tables
+from statecodec.kernels.triton import fast, general, runtime, sharing, tables
 from statecodec.kernels.triton.geometry import DTYPES, Geometry, specified
 from statecodec.kernels.triton.runtime import OPTIONS, on
 from statecodec.kernels.triton.tables import NUMBERS, SCALARS, Spec
@@ -44,12 +44,12 @@ class TritonLaunch:
 
     def __init__(self, geometry: Geometry, param: Tensor) -> None:
         self.geometry, self.param, self.device = geometry, param, param.device
-        spec, self.count = geometry.spec, geometry.table.shape[1]
+        spec, self.count = geometry.spec, len(geometry.table)
         self.scratch = torch.zeros(geometry.scratch // 4, dtype=torch.float32, device=self.device)
-        geometry.table[tables.SCRATCH] += self.scratch.data_ptr()
+        geometry.table[:, tables.SCRATCH] += self.scratch.data_ptr()
         self.table = self._there(geometry.table)
-        self.scalars = torch.zeros(SCALARS, self.count, dtype=torch.float32, device=self.device)
-        self.news = News(self.count + len(NUMBERS), self.device)
+        self.scalars = torch.zeros(self.count, SCALARS.value, dtype=torch.float32, device=self.device)
+        self.news = News(len(NUMBERS) + self.count, self.device)
         curves = (state.curve if state else None for state in (spec.m, spec.v))
         self.tables = [runtime.decode_table(curve, self.device) if curve else self.scalars for curve in curves]
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)
@@ -73,22 +73,22 @@ class TritonLaunch:
                 self._send(addresses, numbers)
             spec = self._spec(hyper, dtype)
             lr = hyper.lr if live else self.scalars
-            begin = -(-self.count // scalars.LANES)
-            scalars.begin[(begin,)](
-                self.news.there, self.table, self.scalars, lr, self.count, LANES=scalars.LANES, METHOD=spec.method,
+            begin = -(-self.count // tables.LANES)
+            tables.begin[(begin,)](
+                self.news.there, self.table, self.scalars, lr, self.count, LANES=tables.LANES, METHOD=spec.method,
                 LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
             )  # fmt: skip
             if spec.shared:
                 self._share(spec)
             for kernel, part, chunks in self._parts(spec):
                 kernel[(chunks.shape[0],)](
-                    self.news.there, self.table, chunks, self.scalars, *self.tables, self.count, SPEC=part, **OPTIONS
+                    self.news.there, self.table, chunks, self.scalars, *self.tables, SPEC=part, **OPTIONS
                 )
 
     def _send(self, addresses: NDArray[np.int64], numbers: tuple[float, ...]) -> None:
         *floats, seed = numbers
         bits = np.array(floats, np.float64).view(np.int64)
-        self.news.send(np.concatenate((addresses, bits, [int(seed) & 0xFFFFFFFF])))
+        self.news.send(np.concatenate((bits, [int(seed) & 0xFFFFFFFF], addresses)))
         self.aligned = addresses % 16 == 0
         self.addresses, self.numbers = addresses, numbers
 
@@ -119,8 +119,8 @@ class TritonLaunch:
     def _share(self, spec: Spec) -> None:
         """The shared second moments of this step."""
         (squares, values), there = self._sums, self.news.there
-        sharing.squares[(squares.shape[0],)](there, self.table, squares, self.count, SPEC=spec, **OPTIONS)
-        sharing.share[(values.shape[0],)](there, self.table, values, self.count, **OPTIONS)
+        sharing.squares[(squares.shape[0],)](there, self.table, squares, SPEC=spec, **OPTIONS)
+        sharing.share[(values.shape[0],)](there, self.table, values, **OPTIONS)
 
     def _there(self, here: NDArray[Any]) -> Tensor:
         return torch.from_numpy(here).to(self.device)

@@ -1,7 +1,7 @@
 """The update rules, shared by both fused steps.
 
 They are those of `reference.steps`, in the order of operations of `cpu.steps`, every operation rounded separately.
-`numbers` are `scalars.parameter_numbers` and `group_numbers`.
+`numbers` are `tables.rule_numbers`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ _ROOT_UP, _ROOT_DOWN = tl.constexpr(2.0**28), tl.constexpr(2.0**-28)
 @triton.jit
 def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
     """Weight and moments after one step of adam, slim (whose v is new already), lion or sgd."""
-    of_param, common = numbers
-    decay, size, root, reciprocal, gain = of_param
-    keep_1, rate_1, keep_2, rate_2, eps, l2, heavy, _residual = common
+    decay, size, root, reciprocal, gain, keep_1, rate_1, keep_2, rate_2, eps, l2, heavy, _residual = numbers
     if SPEC.maximize:
         g = words.negated(g)
     if SPEC.l2:

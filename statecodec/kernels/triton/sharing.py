@@ -14,8 +14,8 @@ import triton.language as tl
 from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton.rules import too_large
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.scalars import entry, number, own_chunk
 from statecodec.kernels.triton.stored import load_float
+from statecodec.kernels.triton.tables import number, own_chunk
 
 # A piece: so many values that are kept, and so many rows of neighbours (or neighbours in a row) that they are means of,
 # of which a tile has PART. VALUES: moments of one program of `share`.
@@ -34,18 +34,17 @@ def pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
 
 
 @triton.jit
-def squares(news, table, chunks, count: tl.int64, SPEC: tl.constexpr):
+def squares(news, table, chunks, SPEC: tl.constexpr):
     """The sums of squares of one piece of a gradient, seen as OUTER x SHARED x INNER, over SHARED."""
-    at, piece = own_chunk(chunks)
+    _, fields, gradient, piece = own_chunk(news, table, chunks)
     piece = piece.to(tl.int64)
-    fields, gradient = table + at, tl.load(news + at)
     if gradient != 0:
         outer, shared, inner = (
-            entry(fields, count, t.OUTER),
-            entry(fields, count, t.SHARED),
-            entry(fields, count, t.INNER),
+            tl.load(fields + t.OUTER),
+            tl.load(fields + t.SHARED),
+            tl.load(fields + t.INNER),
         )
-        scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
+        scratch = tl.load(fields + t.SCRATCH).to(tl.pointer_type(tl.float32))
         if inner == 1:
             _sum(gradient, scratch, piece, 1, outer, shared, shared, 1, _ROWS, _ROW_PARTS, LANES, SPEC)
         else:
@@ -74,15 +73,14 @@ def _sum(
 
 
 @triton.jit
-def share(news, table, chunks, count: tl.int64):
+def share(news, table, chunks):
     """VALUES new second moments, from the partial sums: into scratch memory as they are, into the state if finite."""
-    at, block = own_chunk(chunks)
-    fields = table + at
-    if tl.load(news + at) != 0:
-        shared, inner = entry(fields, count, t.SHARED), entry(fields, count, t.INNER)
-        scratch = entry(fields, count, t.SCRATCH).to(tl.pointer_type(tl.float32))
-        moments = entry(fields, count, t.V_DATA).to(tl.pointer_type(tl.float32))
-        values = entry(fields, count, t.OUTER) * inner
+    _, fields, gradient, block = own_chunk(news, table, chunks)
+    if gradient != 0:
+        shared, inner = tl.load(fields + t.SHARED), tl.load(fields + t.INNER)
+        scratch = tl.load(fields + t.SCRATCH).to(tl.pointer_type(tl.float32))
+        moments = tl.load(fields + t.V_DATA).to(tl.pointer_type(tl.float32))
+        values = tl.load(fields + t.OUTER) * inner
         length = tl.where(inner == 1, _ROW_PARTS * LANES, _COLUMN_PARTS * LINES)
         lane = block.to(tl.int64) * _VALUES + tl.arange(0, _VALUES)
         total = tl.zeros([_VALUES], tl.float32)
@@ -90,7 +88,7 @@ def share(news, table, chunks, count: tl.int64):
             total += tl.load(scratch + piece * values + lane, mask=lane < values, other=0.0)
         mean = tl.div_rn(total, tl.full([_VALUES], 1.0, tl.float32) * shared.to(tl.float32))
         v = tl.load(moments + lane, mask=lane < values, other=0.0)
-        beta2 = number(news, count, t.BETA2)
+        beta2 = number(news, t.BETA2)
         v = tl.fma(mean, (1.0 - beta2).to(tl.float32), v * beta2.to(tl.float32))
         tl.store(scratch + lane, v, mask=lane < values)
         tl.store(moments + lane, v, mask=(lane < values) & (too_large(v) == 0))

@@ -1,18 +1,20 @@
-"""The inputs of a fused launch: its tables, and the record of compile-time constants.
+"""The inputs of a fused launch: its tables, the record of what is known when it is compiled, and what reads them.
 
-`table` is int64 [FIELDS, parameters], fixed: addresses, shapes, how many groups a parameter has. `news` is int64
-[parameters + NUMBERS]: the gradients' addresses (0: this parameter has none in this step), then the group's numbers as
-the bits of float64. `scalars` is fp32 [SCALARS, parameters]: what depends on a parameter's count of steps, made by
-`begin`. `chunks` is int32 [programs, 2]: parameter, first tile.
+`table` is int64 [parameters, FIELDS], fixed: addresses, shapes, how many groups a parameter has. `news` is int64
+[NUMBERS + parameters]: the group's numbers as the bits of float64, then the gradients' addresses (0: this parameter has
+none in this step). `scalars` is fp32 [parameters, SCALARS]: what the rules compute with, made by `begin`. `chunks` is
+int32 [programs, 2]: parameter, first tile.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import triton
 import triton.language as tl
 
 from statecodec.kernels.fused import StateStorage
+from statecodec.kernels.triton.stored import dither_key
 from statecodec.kernels.triton.tiles import Tile
 
 # OUTER x SHARED x INNER is the parameter as a shared second moment sees it: one value per outer and inner index, whose
@@ -28,10 +30,10 @@ LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, S
     tl.constexpr, range(len(NUMBERS))
 )
 
-# DECAY_BY: what decoupled decay multiplies a weight with. SIZE: the step's. ROOT: of the second moment's bias
-# correction, and its reciprocal. GAIN: of SGD's gradient. KEY: of the dither, as bits.
-SCALARS = 6
-DECAY_BY, SIZE, ROOT, RECIPROCAL, GAIN, KEY = map(tl.constexpr, range(SCALARS))
+# What a rule computes with, in the order of `rule_numbers`; then KEY, of the dither, as bits.
+SCALARS, KEY = tl.constexpr(14), tl.constexpr(13)
+_FIELDS, _NUMBERS = tl.constexpr(FIELDS), tl.constexpr(len(NUMBERS))
+LANES = 128  # parameters a program of `begin` looks at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +66,92 @@ class Spec(Tile):
     def shared(self) -> bool:
         """Whether the second moment is shared along dimensions."""
         return self.v is not None and bool(self.v.dims)
+
+
+@triton.jit
+def number(news, NUMBER: tl.constexpr):
+    """One of the group's numbers, in float64."""
+    return tl.load(news + NUMBER).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def own_chunk(news, table, chunks):
+    """This program's chunk: parameter, its row of the table, its gradient's address (0: none), first tile."""
+    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    at = tl.load(chunk).to(tl.int64)
+    return at, table + at * _FIELDS, tl.load(news + _NUMBERS + at), tl.load(chunk + 1)
+
+
+@triton.jit
+def addresses_of(fields):
+    """The addresses of weight, low part, and both moments with their scales."""
+    return (
+        tl.load(fields + PARAM), tl.load(fields + LOW), tl.load(fields + M_DATA),
+        tl.load(fields + M_SCALES), tl.load(fields + V_DATA), tl.load(fields + V_SCALES),
+    )  # fmt: skip
+
+
+@triton.jit
+def rule_numbers(scalars):
+    """The rules' scalars of this parameter, rounded to fp32 once.
+
+    What decoupled decay multiplies a weight with; the step's size; the root of the second moment's bias correction, and
+    its reciprocal; the gain of SGD's gradient; beta1, 1 - beta1, beta2, 1 - beta2; eps; l2; momentum; FOAM's residual.
+    """
+    return (
+        tl.load(scalars + 0), tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3),
+        tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7),
+        tl.load(scalars + 8), tl.load(scalars + 9), tl.load(scalars + 10), tl.load(scalars + 11),
+        tl.load(scalars + 12),
+    )  # fmt: skip
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent in float64, for integers 0 <= exponent < 2**25: an fp32 counter counts no further."""
+    result = exponent.to(tl.float64) * 0.0 + 1.0
+    for bit in tl.static_range(25):
+        result = tl.where((exponent >> bit) & 1 == 1, result * base, result)
+        base = base * base
+    return result
+
+
+@triton.jit
+def begin(
+    news, table, scalars, lr_tensor, count: tl.int64, LANES: tl.constexpr, METHOD: tl.constexpr,
+    LR_TENSOR: tl.constexpr, TORCH_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Count this step in every parameter that has a gradient; its scalars, in float64, rounded to fp32 once."""
+    at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
+    live = at < count
+    live = live & (tl.load(news + _NUMBERS + at, mask=live, other=0) != 0)
+    counter = tl.load(table + at * _FIELDS + STEP, mask=live, other=0).to(tl.pointer_type(tl.float32))
+    steps = tl.load(counter, mask=live, other=0.0) + 1.0
+    tl.store(counter, steps, mask=live)
+    lr = number(news, LR)
+    if LR_TENSOR:
+        lr = tl.load(lr_tensor).to(tl.float64)
+    n = steps.to(tl.int32)
+    beta1, beta2 = number(news, BETA1), number(news, BETA2)
+    c1 = 1.0 - _power(beta1, n)
+    root = tl.sqrt(1.0 - _power(beta2, n))
+    size, gain = lr, c1 * 0.0 + 1.0
+    if METHOD == "adam" or METHOD == "slim":
+        size = lr / c1
+    if METHOD == "foam":
+        size = lr * number(news, SCALE) / c1
+        if not TORCH_BIAS:
+            size = lr * number(news, SCALE) * root / c1
+            root = root * 0.0 + 1.0
+    if METHOD == "sgd":
+        gain = tl.where(n == 1, 1.0, 1.0 - number(news, DAMPENING))
+    root = root.to(tl.float32)
+    found = (
+        1.0 - lr * number(news, WEIGHT_DECAY), size, root, tl.div_rn(root * 0.0 + 1.0, root), gain,
+        beta1, 1.0 - beta1, beta2, 1.0 - beta2, number(news, EPS), number(news, L2),
+        number(news, MOMENTUM), number(news, RESIDUAL),
+    )  # fmt: skip
+    for row in tl.static_range(KEY):
+        tl.store(scalars + at * SCALARS + row, found[row].to(tl.float32), mask=live)
+    key = dither_key(tl.load(news + SEED), tl.load(table + at * _FIELDS + INDEX, mask=live, other=0), n)
+    tl.store(scalars + at * SCALARS + KEY, key.to(tl.float32, bitcast=True), mask=live)

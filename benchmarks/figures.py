@@ -87,7 +87,7 @@ def resumed(result: dict[str, Any]) -> Figure:
     axes.set_xticks([0.3, 1, 3, 10, 30, 100], ["0.3 %", "1 %", "3 %", "10 %", "30 %", "100 %"])
     axes.minorticks_off()
     axes.set_xlabel(
-        "error of updates, in optimizer steps; that of weights is the same, at squares (presets) three or four times it"
+        "error of updates, in optimizer steps; that of weights is the same, at squares (presets) two to four times it"
     )
     axes.set_ylabel("bytes per parameter")
     axes.set_title("Size, error, and what is left of the error in the loss after training on")

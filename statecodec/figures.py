@@ -56,8 +56,8 @@ def error(value: Any) -> str:
 def asked(preset: str | None, errors: Mapping[str, float] | None, weights_at: float | None = None) -> str:
     """The errors that a file was made to keep to (see `Report.asked`), in words; "" where they are not known.
 
-    >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.03})
-    'preset resume, updates off by up to 1 % of a step, weights off by up to 3 % of a step'
+    >>> asked("resume", {"u_rms": 0.01, "weight_step_error": 0.02})
+    'preset resume, updates off by up to 1 % of a step, weights off by up to 2 % of a step'
     >>> asked(None, {"u_rms": 0.05, "weight_step_error": 0.003})
     'updates off by up to 5 % of a step, weights off by up to 0.3 % of a step'
 

@@ -192,7 +192,7 @@ def _shown(value: Any) -> str:
 
 PRESETS = {
     "lossless": "bit for bit the same file",
-    "resume": "updates off by 1 % of an optimizer step, weights by 3 %: training goes on as before",
+    "resume": "updates off by 1 % of an optimizer step, weights by 2 %: training goes on as before",
     "small": "10 % and 30 % of an optimizer step: smaller, at a small and reported cost",
     "tiny": "16 % and 64 % of an optimizer step: for keeping many",
     "live": "the form that the live optimizers hold: split weights, 8-bit moments",

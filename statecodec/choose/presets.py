@@ -1,6 +1,6 @@
 """The presets: named errors in optimizer steps, and two that are rules instead.
 
-Weights may be off by three times as much as updates, in `tiny` by four times. Their error is made once, but what
+Weights may be off by two to four times as much as updates. Their error is made once, but what
 exp_avg is off by goes into the next 1 / (1 - beta1) updates and what exp_avg_sq is off by into 1 / (1 - beta2) of them,
 so a finer grid for weights costs bytes and changes nothing that can be measured
 (docs/decisions/0027-weights-are-off-once.md).
@@ -51,7 +51,7 @@ def _rules(texts: tuple[str, ...]) -> tuple[Rule, ...]:
     return tuple(parse_rule(text) for text in texts)
 
 
-_BUDGETS = {"resume": Budget(0.01, 0.03), "small": Budget(0.1, 0.3), "tiny": Budget(0.16, 0.64)}
+_BUDGETS = {"resume": Budget(0.01, 0.02), "small": Budget(0.1, 0.3), "tiny": Budget(0.16, 0.64)}
 _RULES = {"live": _rules(_LIVE), "weights": _rules(_MOMENTS_GONE)}
 PRESETS: dict[str, Preset] = {
     name: Preset(about, _BUDGETS.get(name, Budget()), _RULES.get(name, ()))

@@ -446,8 +446,8 @@ def test_a_promise_that_was_missed_is_an_error(tmp_path: Path, monkeypatch: pyte
         (
             {},
             "resume",
-            (0.01, 0.03),
-            "preset resume, updates off by up to 1 % of a step, weights off by up to 3 % of a step",
+            (0.01, 0.02),
+            "preset resume, updates off by up to 1 % of a step, weights off by up to 2 % of a step",
         ),
         ({"max_step_error": 0.05}, None, (0.05, 0.05), "errors up to 5 % of a step"),
         (
@@ -484,7 +484,7 @@ def test_what_was_asked_for_is_gone_once_a_file_is_converted(tmp_path: Path) -> 
     report = statecodec.convert(first, second, "exp_avg=raw")
     assert (report.preset, report.asked) == (None, None)
     report = statecodec.convert(first, second, "nothing=raw", force=True)
-    assert (report.preset, report.asked) == ("resume", {"u_rms": 0.01, "weight_step_error": 0.03})
+    assert (report.preset, report.asked) == ("resume", {"u_rms": 0.01, "weight_step_error": 0.02})
 
 
 def test_codes_per_octave() -> None:

@@ -73,7 +73,7 @@ def test_they_are_decoded_piece_by_piece(quantised: Quantised, monkeypatch: pyte
                 assert torch.equal(torch.cat(of), quantised.states[i][key].reshape(-1))
 
 
-def test_weights_beside_them_are_off_by_three_hundredths_of_their_step(quantised: Quantised, tmp_path: Path) -> None:
+def test_weights_beside_them_are_off_by_two_hundredths_of_their_step(quantised: Quantised, tmp_path: Path) -> None:
     """The next update is worked out in float64 from what the package itself decodes."""
     made = statecodec.compress(quantised.path, tmp_path / "packed.sc.safetensors", preset="resume")
     statecodec.restore(made.path, tmp_path / "back.pt")
@@ -84,10 +84,10 @@ def test_weights_beside_them_are_off_by_three_hundredths_of_their_step(quantised
             u = (m / (1 - 0.9**2)) / ((v / (1 - 0.999**2)).sqrt() + 1e-8)
             one_step = 1e-3 * u[v > 0].square().mean().sqrt()
             error = (before.read(name).double() - after.read(name).double()).square().mean().sqrt()
-            assert 0.02 * one_step < error <= 0.0301 * one_step
+            assert 0.01 * one_step < error <= 0.0201 * one_step
     errors = [t.error["step_error"] for t in made.tensors if t.role == "weight" and t.error]
     assert len(errors) == 2
-    assert max(errors) <= 0.0301
+    assert max(errors) <= 0.0201
 
 
 def test_they_become_dense_states_of_torch(quantised: Quantised, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _resume(done: Done) -> None:
     if "max_update_error" not in done.options:
         assert done.error["u_rms"] < 0.01001
     if "max_weight_error" not in done.options:
-        assert done.error["weight_step_error"] < 0.03003
+        assert done.error["weight_step_error"] < 0.02002
 
 
 def _rule(done: Done) -> None:

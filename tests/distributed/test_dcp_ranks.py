@@ -276,5 +276,6 @@ def test_a_killed_rank_leaves_the_checkpoint_before(ranks: Ranks, tmp_path: Path
     others = Ranks()
     with pytest.raises(AssertionError, match=r"rank \d of 2"):
         others.run(2, save_then_die, tmp_path)
-    assert sum(path.name.endswith(".tmp") for path in tmp_path.iterdir()) == 1, "it was killed in its file"
+    # The other rank is stopped once this one is found dead, in its file or after it.
+    assert any(path.name.endswith(".tmp") for path in tmp_path.iterdir()), "it was killed in its file"
     ranks.run(3, load_first, tmp_path)

@@ -94,7 +94,7 @@ def test_from_a_dropped_file_to_a_smaller_one_that_restores(real, page, tmp_path
     before, after = (torch.load(path, weights_only=True) for path in (source, tmp_path / "restored.pt"))
     assert before["optimizer"]["param_groups"] == after["optimizer"]["param_groups"]
     for name, tensor in before["model"].items():
-        torch.testing.assert_close(after["model"][name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after["model"][name], tensor, rtol=1e-4, atol=5e-5)  # 2 % of a step, in rms
     page.reload()
     expect(page.locator(".state.succeeded")).to_be_visible(timeout=PATIENCE)  # what was started survives the page
 

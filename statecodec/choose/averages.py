@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from statecodec.checkpoint.base import Checkpoint, TensorInfo
-from statecodec.choose.presets import MIN_NUMEL
+from statecodec.choose.presets import is_small
 from statecodec.choose.samples import sample
 from statecodec.codecs.base import FLOATS
 from statecodec.lazy import torch
@@ -27,16 +27,16 @@ _MOST: Final = 4096  # weights of one shape that are compared
 Place = tuple[str | None, tuple[int, ...]]
 
 
-def followed(checkpoint: Checkpoint, at_least: int = MIN_NUMEL) -> Mapping[str, str]:
+def followed(checkpoint: Checkpoint, *, small: bool = False) -> Mapping[str, str]:
     """Name of each running average -> that of the weight that it follows, in whatever file that is.
 
-    Averages without a certain weight are left out, and tensors of fewer than `at_least` elements.
+    Averages without a certain weight are left out, and those that stay exact for their size unless `small`.
     """
-    large = [item for item in checkpoint.items if item.numel >= max(at_least, 1) and item.dtype in FLOATS]
-    averages = [item for item in large if item.role == "ema"]
+    able = [i for i in checkpoint.items if i.numel and i.dtype in FLOATS and (small or not is_small(i.shape))]
+    averages = [item for item in able if item.role == "ema"]
     if not averages:
         return {}
-    weights = _Weights(checkpoint, [item for item in large if family(item.role) == "weight" and item.role != "ema"])
+    weights = _Weights(checkpoint, [item for item in able if family(item.role) == "weight" and item.role != "ema"])
     nearest = ((average.name, weights.nearest(average)) for average in averages)
     return {name: weight for name, weight in nearest if weight is not None}
 

@@ -28,7 +28,7 @@ from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.choose.choices import Choice, Choices
-from statecodec.choose.presets import MIN_NUMEL
+from statecodec.choose.presets import is_small
 from statecodec.choose.step_size import StepSize, quantised_moments, size, stored_moments
 from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
@@ -243,8 +243,8 @@ class _Chooser:
 
     def _open(self, item: SourceItem) -> bool:
         choice = self.choices[item.name]
-        large = item.numel >= MIN_NUMEL and item.dtype in FLOATS and not item.bytes_only
-        return large and not choice.settled and not isinstance(choice.codec, Dropped)
+        has_grid = item.dtype in FLOATS and not item.bytes_only and not is_small(item.shape)
+        return has_grid and not choice.settled and not isinstance(choice.codec, Dropped)
 
 
 def _is_momentum(item: SourceItem) -> bool:

@@ -15,7 +15,7 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.choices import Choice, Choices
-from statecodec.choose.presets import MIN_NUMEL
+from statecodec.choose.presets import is_small
 from statecodec.choose.samples import sample
 from statecodec.choose.since_base import first_and_middle, packed_size
 from statecodec.codecs import Change, Codec, Encoding
@@ -82,7 +82,7 @@ def _rounded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[So
     named: dict[tuple[str, str, tuple[int, ...]], list[SourceItem]] = defaultdict(list)
     nameless: dict[Place, list[SourceItem]] = defaultdict(list)
     for item in source.items:
-        if item.role == "master" and item.dtype == FLOAT32 and item.numel >= MIN_NUMEL:
+        if item.role == "master" and item.dtype == FLOAT32 and not is_small(item.shape):
             folder = _folder(source, item)
             if item.param is None:
                 nameless[folder, item.shape].append(item)
@@ -90,7 +90,7 @@ def _rounded(source: SourceCheckpoint) -> Iterator[tuple[SourceItem, Sequence[So
                 named[folder, item.param, item.shape].append(item)
     rounded = _Rounded(source, nameless)
     for item in source.items:
-        if item.role == "weight" and item.dtype in _NARROW and item.param is not None and item.numel >= MIN_NUMEL:
+        if item.role == "weight" and item.dtype in _NARROW and item.param is not None and not is_small(item.shape):
             folder = _folder(source, item)
             candidates = named.get((folder, item.param, item.shape)) or rounded.like(item, (folder, item.shape))
             if candidates and not item.bytes_only:

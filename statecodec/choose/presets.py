@@ -5,12 +5,14 @@ exp_avg is off by goes into the next 1 / (1 - beta1) updates and what exp_avg_sq
 so a finer grid for weights costs bytes and changes nothing that can be measured
 (docs/decisions/0027-weights-are-off-once.md).
 
-Small tensors (biases, norms, anything under 4096 elements) stay exact: they are a thousandth of the bytes and the most
-sensitive. docs/codecs.md says what each preset costs and where that was measured.
+Small tensors stay exact (`is_small`): biases and norms are a thousandth of the bytes and the most sensitive.
+docs/codecs.md says what each preset costs and where that was measured.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from statecodec import operations
@@ -19,6 +21,7 @@ from statecodec.choose.rules import Rule, parse_rule
 from statecodec.errors import PolicyError
 
 MIN_NUMEL = 4096
+_MIN_MATRIX = 1024  # elements: smaller ones are no share of any net's bytes
 _BIG = f"numel>={MIN_NUMEL}"
 
 _LIVE = (
@@ -57,6 +60,19 @@ PRESETS: dict[str, Preset] = {
     name: Preset(about, _BUDGETS.get(name, Budget()), _RULES.get(name, ()))
     for name, about in operations.PRESETS.items()
 }
+
+
+def is_small(shape: Sequence[int]) -> bool:
+    """Whether a tensor stays exact for its size.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        True under 4096 elements; where more than one dimension is longer than 1, under 1024.
+    """
+    is_matrix = sum(length > 1 for length in shape) > 1
+    return math.prod(shape) < (_MIN_MATRIX if is_matrix else MIN_NUMEL)
 
 
 def preset(name: str) -> Preset:

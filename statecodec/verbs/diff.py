@@ -136,7 +136,7 @@ class _Units:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._rate = max((m.lr for m in checkpoint.moments if m.lr is not None), default=0.0)
         self._averages: dict[str, list[str]] = defaultdict(list)
-        for average, weight in followed(checkpoint, at_least=1).items():
+        for average, weight in followed(checkpoint, small=True).items():
             self._averages[weight].append(average)
         self._step_sizes: dict[str, float] = {}
         self._error = self._numel = 0.0

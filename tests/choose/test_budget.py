@@ -304,6 +304,51 @@ def test_averages_of_weights_are_off_by_the_same_fraction_of_the_step_of_their_w
         assert told[f"model_ema.{name}"]["step_error"] == pytest.approx(error, rel=1e-4)  # type: ignore[index]
 
 
+SMALL = ((4095,), (1, 1, 2048), (31, 33), (5, 200))
+LARGE = ((4096,), (32, 32), (16, 64), (64, 3, 3, 3), (10, 256))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda p: torch.optim.AdamW(p, lr=LR), lambda p: torch.optim.SGD(p, LR, momentum=0.9)]
+)
+def test_small_vectors_and_smaller_matrices_are_exact(make: Any, tmp_path: Path) -> None:
+    """Weights, their averages and their moments, of two or of one; of all others none."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape) * 0.02) for shape in SMALL + LARGE]
+    optimizer = make(params)
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn_like(p) * 1e-3
+        optimizer.step()
+    model = {f"{i}.weight": p.detach() for i, p in enumerate(params)}
+    average = {name: w + 1e-2 * torch.randn_like(w) for name, w in model.items()}
+    saved = {"model": model, "model_ema": average, "optimizer": optimizer.state_dict()}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    report, back = restored(tmp_path / "ckpt.pt", max_step_error=0.01)
+    found = torch.load(back, weights_only=True)
+    assert report.total is not None
+    for i, p in enumerate(params):
+        same = [torch.equal(found[of][f"{i}.weight"], saved[of][f"{i}.weight"]) for of in ("model", "model_ema")]
+        states = saved["optimizer"]["state"][i]
+        same += [torch.equal(found["optimizer"]["state"][i][k], x) for k, x in states.items() if k != "step"]
+        assert set(same) == {tuple(p.shape) in SMALL}, p.shape
+
+
+def test_small_matrices_take_less_than_half_of_their_exact_size(tmp_path: Path) -> None:
+    """A record for each of them, and its entries, included."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(16, 64) * 0.02) for _ in range(300)]
+    optimizer = torch.optim.AdamW(params, lr=LR)
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    optimizer.step()
+    model = {f"{i}.weight": p.detach() for i, p in enumerate(params)}
+    torch.save({"model": model, "optimizer": optimizer.state_dict()}, tmp_path / "ckpt.pt")
+    report, _ = restored(tmp_path / "ckpt.pt")
+    exact, _ = restored(tmp_path / "ckpt.pt", preset="lossless")
+    assert report.bytes < exact.bytes / 2
+
+
 def test_averages_are_exact_where_no_step_is_known_or_a_rule_says_so(tmp_path: Path) -> None:
     path = trained(tmp_path / "ckpt.pt")
     content = torch.load(path, weights_only=True)

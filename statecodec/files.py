@@ -216,19 +216,22 @@ def write_exactly(fd: int, offset: int, data: memoryview) -> None:
         done += os.pwrite(fd, data[done:], offset + done)
 
 
-def reserve(fd: int, nbytes: int) -> None:
-    """Give a new file its size, and room on the disk where the file system can. Raises OSError.
+def reserve(fd: int, nbytes: int) -> bool:
+    """Give a file its size, and room on the disk where the file system can; whether it has that. Raises OSError.
 
     Writing then costs less, and a full disk shows before the work is done.
     """
     os.ftruncate(fd, nbytes)
     # Python's os.posix_fallocate writes to every block where a file system does not have it.
     fallocate = _system_call("fallocate", ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-    if fallocate is None or not nbytes or fallocate(fd, 0, 0, nbytes) == 0:
-        return
+    if fallocate is None or not nbytes:
+        return not nbytes
+    if fallocate(fd, 0, 0, nbytes) == 0:
+        return True
     code = ctypes.get_errno()
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise OSError(code, os.strerror(code))
+    return False
 
 
 class WriteBehind:

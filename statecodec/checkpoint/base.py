@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
@@ -24,15 +24,6 @@ from statecodec.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-Keep: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Where a loaded storage shall be: its bytes -> the same bytes there."""
-
-
-def unchanged(storage: Tensor) -> Tensor:
-    """Leave a storage where it is."""
-    return storage
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from statecodec.checkpoint.base import Checkpoint, Keep, unchanged
+from statecodec.checkpoint.base import Checkpoint
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.restored_bytes import load_files
@@ -13,6 +13,7 @@ from statecodec.checkpoint.sniff import is_compressed
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import UsageError
+from statecodec.layouts.payload import MEMORY, Room
 from statecodec.lazy import torch
 
 
@@ -75,13 +76,13 @@ def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, sa
         return loaded(checkpoint, device)
 
 
-def loaded(checkpoint: Checkpoint, device: torch.device, keep: Keep = unchanged) -> Any:
+def loaded(checkpoint: Checkpoint, device: torch.device, room: Room = MEMORY) -> Any:
     """The nested object that an open checkpoint holds; on the device `meta` without reading its tensors.
 
     Args:
         checkpoint: The open checkpoint.
         device: Where the tensors go.
-        keep: Takes the bytes of every storage as they are read, and gives the bytes that the object shall have.
+        room: Where tensors are put before that. What `save` wrote is loaded into memory.
 
     Returns:
         The object, as for `load`.
@@ -91,10 +92,10 @@ def loaded(checkpoint: Checkpoint, device: torch.device, keep: Keep = unchanged)
         LayoutError: If an uncompressed one cannot.
     """
     if isinstance(checkpoint, SourceCheckpoint):
-        return checkpoint.load(device, keep)
+        return checkpoint.load(device, room)
     assert isinstance(checkpoint, StoredCheckpoint)
     native = checkpoint.document.source["layout"] == "native"
-    return load_native(checkpoint, device) if native else load_files(checkpoint, device, keep)
+    return load_native(checkpoint, device) if native else load_files(checkpoint, device, room)
 
 
 def _device(map_location: torch.device | str | int) -> torch.device:

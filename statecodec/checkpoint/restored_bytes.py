@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from statecodec.buffers import Bytes
-from statecodec.checkpoint.base import Keep, unchanged
 from statecodec.checkpoint.skeleton import Skeleton
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.errors import FormatError, LayoutError, MalformedCheckpoint
 from statecodec.files import ByteSource
 from statecodec.layouts import ListedFile, Listing, opaque, tree
-from statecodec.layouts.protocol import KeptRead
+from statecodec.layouts.payload import MEMORY, Payload, Room
 from statecodec.layouts.registry import LAYOUTS
 from statecodec.lazy import torch
 
@@ -37,7 +37,7 @@ def original_listing(stored: StoredCheckpoint) -> Listing:
     return Listing(files, document.is_directory, document.folders, same_as)
 
 
-def load_files(stored: StoredCheckpoint, device: torch.device | str, keep: Keep = unchanged) -> Any:
+def load_files(stored: StoredCheckpoint, device: torch.device | str, room: Room = MEMORY) -> Any:
     """The object that the original file holds; of a directory {path: object}. Raises FormatError."""
     document = stored.document
     unknown = {f.layout for f in document.files} - {opaque.name, *(layout.name for layout in LAYOUTS)}
@@ -48,15 +48,13 @@ def load_files(stored: StoredCheckpoint, device: torch.device | str, keep: Keep 
         )
     listing = original_listing(stored)
 
-    def read(path: str, offset: int, nbytes: int) -> Tensor:
-        if torch.device(device).type == "meta":  # its tensors have no numbers to read
-            return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+    def fill(path: str, offset: int, out: Tensor) -> Iterator[int]:
         with listing.files[path].open() as content:
             assert isinstance(content, _RestoredBytes)
-            return content.tensor(offset, nbytes).to(device)
+            yield from content.fill(offset, out)
 
     try:
-        return tree(listing, KeptRead(read, keep))
+        return tree(listing, Payload(fill, room, torch.device(device)))
     except LayoutError as error:
         raise FormatError(f"{stored.path}: what is stored beside the tensors is no checkpoint: {error}") from error
 
@@ -82,31 +80,38 @@ class _RestoredBytes:
             raise MalformedCheckpoint(f"needs bytes {offset}..{offset + nbytes} but the file has {self.size}")
         return self._bytes(offset, nbytes).tobytes()
 
-    def tensor(self, offset: int, nbytes: int) -> Tensor:
-        """A range of the file, as a fresh 1-D uint8 tensor."""
+    def fill(self, offset: int, out: Tensor) -> Iterator[int]:
+        """Decode a range of the file into 1-D uint8 memory; gives the number of bytes of each piece as it is there."""
         first = max(bisect_right(self._starts, offset) - 1, 0)
-        if self._regions and self._regions[first][:2] == (offset, nbytes):
-            return self.stored.decode(self._regions[first][2]).reshape(-1).view(torch.uint8)
-        return torch.from_numpy(self._bytes(offset, nbytes))
+        if self._regions and self._regions[first][:2] == (offset, out.numel()):
+            item = self._regions[first][2]
+            yield from self.stored.decode_into(item, out.view(self.stored.items[item].dtype.torch))
+        else:
+            self._copy(offset, out.numpy())
+            yield out.numel()
 
     def _bytes(self, offset: int, nbytes: int) -> Bytes:
-        """A range of the file; torch is not needed as long as no region has a part in it."""
         out = np.empty(nbytes, np.uint8)
+        self._copy(offset, out)
+        return out
+
+    def _copy(self, offset: int, out: Bytes) -> None:
+        """Decode a range of the file; torch is not needed as long as no region has a part in it."""
+        stop = offset + len(out)
         first = max(bisect_right(self._starts, offset) - 1, 0)
         for index in range(first, len(self._regions)):
             start, length, item = self._regions[index]
-            if start >= offset + nbytes:
+            if start >= stop:
                 break
-            low, high = max(start, offset), min(start + length, offset + nbytes)
+            low, high = max(start, offset), min(start + length, stop)
             if low < high:
                 size = self.stored.items[item].dtype.itemsize
                 first_element = (low - start) // size
                 data = self.stored.decode_range(item, first_element, -(-(high - start) // size)).view(torch.uint8)
                 skip = low - start - first_element * size
                 out[low - offset : high - offset] = data[skip : skip + high - low].numpy()
-        for low, length in self._skeleton.within(offset, offset + nbytes):
+        for low, length in self._skeleton.within(offset, stop):
             self._copy_skeleton(self._skeleton.position(low), out[low - offset : low - offset + length])
-        return out
 
     def _copy_skeleton(self, start: int, out: Bytes) -> None:
         """Skeleton bytes from `start` on; only the chunks that they are in are decoded."""

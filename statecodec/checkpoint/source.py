@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from statecodec import codecs
 from statecodec.buffers import ThreadScratch, memory
-from statecodec.checkpoint.base import Checkpoint, Keep, TensorInfo, Window, unchanged
+from statecodec.checkpoint.base import Checkpoint, TensorInfo, Window
 from statecodec.checkpoint.joined import NamedTensor
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.skeleton import Skeleton
@@ -36,13 +36,15 @@ from statecodec.layouts import (
     Source,
     locate,
 )
-from statecodec.layouts.protocol import KeptRead
+from statecodec.layouts.payload import MEMORY, Payload, Room
 from statecodec.layouts.tree import tree
 from statecodec.lazy import torch
 from statecodec.names import shown
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_PIECE = 16 << 20  # bytes
 
 
 class SourceCheckpoint(Checkpoint):
@@ -278,18 +280,17 @@ class SourceCheckpoint(Checkpoint):
         same_as = {f.path: f.same_as for f in located.files if f.same_as is not None}
         return Listing(files, located.is_directory, located.folders, same_as)
 
-    def load(self, device: torch.device | str = "cpu", keep: Keep = unchanged) -> Any:
+    def load(self, device: torch.device | str = "cpu", room: Room = MEMORY) -> Any:
         numbers = {f.path: i for i, f in enumerate(self.located.files)}
 
-        def read(path: str, offset: int, nbytes: int) -> Tensor:
-            if torch.device(device).type == "meta":  # its tensors have no numbers to read
-                return torch.empty(nbytes, dtype=torch.uint8, device="meta")
-            out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        def fill(path: str, offset: int, out: Tensor) -> Iterator[int]:
+            view = memory(out)
             with self.files.open(numbers[path]) as fd:
-                read_exactly(fd, offset, memory(out), path)
-            return out.to(device)
+                for at in range(0, len(view), _PIECE):
+                    read_exactly(fd, offset + at, view[at : at + _PIECE], path)
+                    yield len(view[at : at + _PIECE])
 
-        return tree(self.original_listing(), KeptRead(read, keep))
+        return tree(self.original_listing(), Payload(fill, room, torch.device(device)))
 
     @contextmanager
     def _opened(self, file: int, crcs: bool) -> Iterator[FileBytes]:

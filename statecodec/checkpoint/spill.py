@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
-from statecodec.buffers import memory
 from statecodec.errors import OutputFailed
-from statecodec.files import write_exactly
+from statecodec.files import reserve, write_exactly
+from statecodec.layouts.payload import MEMORY
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 """glibc keeps what is freed, and an aligned tensor does not fit into the hole that one of its size left."""
 _LARGE = 1 << 20  # bytes of a tensor that is worth a place on disk
 _BETWEEN = 32 << 20  # bytes read or written between two releases
+_ZEROS = bytes(_LARGE)
 
 
 class Spill:
@@ -36,21 +36,30 @@ class Spill:
         self._maps: list[mmap.mmap] = []
         self._size = self._since = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Move a tensor into the file, if it is large, contiguous and on the CPU; returns it."""
-        if tensor.nbytes < _LARGE or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            return tensor
-        nbytes, offset, fd = tensor.nbytes, self._size, self._file.fileno()
+    def take(self, nbytes: int) -> Tensor:
+        """So many bytes, 1-D uint8 with arbitrary contents: in the file, if they are many. Raises OutputFailed."""
+        if nbytes < _LARGE:
+            return MEMORY.take(nbytes)
+        offset, fd = self._size, self._file.fileno()
         try:
-            os.ftruncate(fd, offset + nbytes)
-            write_exactly(fd, offset, memory(tensor.detach()))
+            if not reserve(fd, offset + nbytes):  # writing into mapped memory without room kills the process
+                for at in range(0, nbytes, _LARGE):
+                    write_exactly(fd, offset + at, memoryview(_ZEROS)[: nbytes - at])
             mapped = mmap.mmap(fd, nbytes, offset=offset)
         except OSError as error:
             raise OutputFailed(f"no room for {nbytes:,} bytes beside the output: {error.strerror or error}") from error
         self._maps.append(mapped)
-        self.used(nbytes)
         self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        return torch.frombuffer(mapped, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+        return torch.frombuffer(mapped, dtype=torch.uint8)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Move a tensor into the file, if it is large, contiguous and on the CPU; returns it."""
+        if tensor.nbytes < _LARGE or not tensor.is_contiguous() or tensor.device.type != "cpu":
+            return tensor
+        there = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        there.copy_(tensor.detach())
+        self.used(tensor.nbytes)
+        return there
 
     def keep_all(self, value: Any) -> Any:
         """The same nested dict with its large tensors in the file."""

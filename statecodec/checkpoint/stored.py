@@ -42,7 +42,7 @@ class StoredCheckpoint(Checkpoint):
     def __init__(self, path: Path, reader: Reader, document: documents.Document, beside: Path | None = None) -> None:
         self.path, self.reader, self.document = path, reader, document
         self.beside = path.parent if beside is None else beside
-        self._kept = DecodedChunks()
+        self._kept, self._scratch = DecodedChunks(), ThreadScratch()
         self._bases: list[StoredCheckpoint] = []
         self._lock = threading.Lock()
         self.items = tuple(
@@ -325,10 +325,16 @@ class StoredCheckpoint(Checkpoint):
         if len(stored.chunks) == 1:
             return self.decode_chunk(item, 0).view(stored.shape)
         out = self._empty(item, stored.shape)
-        flat = out.view(-1)
-        for number, chunk in enumerate(stored.chunks):
-            flat[chunk.start : chunk.stop] = self.decode_chunk(item, number).view(-1)
+        for _ in self.decode_into(item, out.view(-1)):
+            pass
         return out
+
+    def decode_into(self, item: int, out: Tensor) -> Iterator[int]:
+        """Decode a whole item into 1-D memory of its dtype; gives the number of bytes of each piece as it is there."""
+        for number in self.chunks(item):
+            for start, piece in self.decode_pieces(item, number, Decoding(scratch=self._scratch)):
+                out[start : start + piece.numel()] = piece.reshape(-1)
+                yield piece.nbytes
 
 
 def _open_base(stored: StoredCheckpoint) -> StoredCheckpoint:

@@ -24,7 +24,8 @@ from statecodec.layouts.listing import ListedFile, Listing, list_memory, list_pa
 from statecodec.layouts.locate import locate
 from statecodec.layouts.moments import AdamSettings, Moments, Momentum, QuantisedMoments, QuantisedState
 from statecodec.layouts.objects import OpaqueObject, window
-from statecodec.layouts.protocol import Claim, Layout, Located, Read
+from statecodec.layouts.payload import Payload, Read
+from statecodec.layouts.protocol import Claim, Layout, Located
 from statecodec.layouts.tree import tree, tree_from_pickle
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "Moments",
     "Momentum",
     "OpaqueObject",
+    "Payload",
     "Piece",
     "QuantisedMoments",
     "QuantisedState",

@@ -21,9 +21,11 @@ from statecodec.layouts.dcp_object import as_torch_saves, graph
 from statecodec.layouts.graph import contiguous, storages
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
+from statecodec.layouts.parts import is_run
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.nodes import StorageNode, TensorNode
 from statecodec.layouts.pickle.reader import read_pickle
-from statecodec.layouts.protocol import Claim, Facts, Located, Read, kept, unkept
+from statecodec.layouts.protocol import Claim, Facts, Located
 from statecodec.layouts.regions import physical_shape, stored_region
 from statecodec.layouts.torch_zip import Archive, is_zip, open_archive, settle_storages
 from statecodec.layouts.walk import Names, most_tensors
@@ -58,7 +60,7 @@ def locate(listing: Listing) -> Located:
         return _located(listing, reading.index, items)
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """The nested dict that was saved, as torch.distributed.checkpoint.format_utils.dcp_to_torch_save gives it."""
     with ExitStack() as stack:
         reading = _Reading(listing, stack)
@@ -90,7 +92,7 @@ def tree(listing: Listing, read: Read) -> Any:
     return build(graph(nested(index, values)), tensor)
 
 
-def _bytes(item: DcpItem, read: Read) -> bytes:
+def _bytes(item: DcpItem, read: Payload) -> bytes:
     return read(item.file, item.offset, item.nbytes).cpu().numpy().tobytes()
 
 
@@ -161,29 +163,34 @@ class _Reading:
             opened.value = source.read(entry.offset + node.offset * node.dtype.itemsize, node.dtype.itemsize)
 
 
-def _storage(each: _OpenItem, key: str, read: Read) -> Tensor:
+def _storage(each: _OpenItem, key: str, read: Payload) -> Tensor:
     """The bytes of a storage in an item's archive."""
     assert each.archive is not None
     entry = each.archive.storages[key]
     return read(each.item.file, each.item.offset + entry.offset, entry.nbytes)
 
 
-def _whole(about: TensorAbout, chunks: list[_OpenItem], read: Read) -> Tensor:
-    """A tensor put together from its chunks, of which one at a time is in memory beside it."""
+def _whole(about: TensorAbout, chunks: list[_OpenItem], read: Payload) -> Tensor:
+    """A tensor put together from its chunks: from rows of it without a copy, from other parts of it one at a time."""
     if len(chunks) == 1:
         return _chunk(chunks[0], read)
-    whole: Tensor | None = None
+    size = about.dtype.itemsize
+    storage = read.take(math.prod(about.size) * size)
+    whole = window(storage, about.dtype, about.size, contiguous(about.size), 0)
     for each in chunks:
-        chunk, box = _chunk(each, unkept(read)), each.item.box
+        region, box = _region(each), each.item.box
         assert box is not None
-        if whole is None:
-            whole = torch.empty(about.size, dtype=about.dtype.torch, device=chunk.device)
-        whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = chunk
-        del chunk
-    return torch.empty(about.size, dtype=about.dtype.torch, device="cpu") if whole is None else kept(read, whole)
+        if region is not None and is_run(box, about.size):
+            start = sum(o * step for o, step in zip(box.offset, contiguous(about.size), strict=True)) * size
+            read.into(storage[start : start + region.nbytes], each.item.file, region.offset)
+        else:
+            chunk = _chunk(each, read.aside)
+            whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = chunk
+            read.room.used(chunk.nbytes)
+    return read.moved(whole)
 
 
-def _chunk(each: _OpenItem, read: Read) -> Tensor:
+def _chunk(each: _OpenItem, read: Payload) -> Tensor:
     node = each.chunk()
     if node is None:
         raise MalformedCheckpoint(

@@ -22,8 +22,9 @@ from statecodec.layouts import opaque, torch_zip
 from statecodec.layouts.flat import FlatFile
 from statecodec.layouts.listing import ListedFile, Listing
 from statecodec.layouts.megatron_order import BufferOrder
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
-from statecodec.layouts.protocol import Claim, Located, Read, together
+from statecodec.layouts.protocol import Claim, Located, together
 from statecodec.layouts.walk import most_tensors, walk
 
 name: Final = "megatron"
@@ -58,7 +59,7 @@ def locate(listing: Listing) -> Located:
     return replace(together(parts), framework="Megatron-LM")
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """What torch.load gives; of two files by their names."""
     if listing.only is not None:
         return torch_zip.tree(listing, read)

@@ -7,7 +7,8 @@ from typing import Any
 from statecodec.errors import LayoutError, LegacyTorchFile, MalformedCheckpoint, UnknownLayout
 from statecodec.layouts.base import SourceFile
 from statecodec.layouts.listing import ListedFile, Listing
-from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.payload import Payload
+from statecodec.layouts.protocol import Claim, Located
 
 name = "opaque"
 
@@ -30,7 +31,7 @@ def carried(file: ListedFile, why: LayoutError | None) -> SourceFile:
     return SourceFile(file.path, file.nbytes, file.mode, name, note=note, identity=file.identity)
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """The bytes of the file."""
     file = listing.only
     assert file is not None  # opaque files are taken one by one

@@ -1,4 +1,4 @@
-"""Checks that parts of a tensor cover all of it exactly once."""
+"""Parts of a tensor: whether they cover all of it exactly once, and whether one is a single run of it."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def are_whole(shape: Shape, parts: Sequence[Box] | Sequence[Run]) -> bool:
         for o, n, whole in zip(box.offset, box.shape, shape, strict=True)
     )
     return inside and sum(math.prod(box.shape) for box in boxes) == numel and not _overlap(boxes)
+
+
+def is_run(box: Box, shape: Shape) -> bool:
+    """Whether a box of a row-major tensor is one run of its elements: whole along every dimension but its first."""
+    first = next((k for k, n in enumerate(box.shape) if n != 1), len(shape))
+    return box.shape[first + 1 :] == shape[first + 1 :]
 
 
 def _overlap(boxes: Sequence[Box]) -> bool:

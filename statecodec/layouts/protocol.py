@@ -7,47 +7,16 @@ gets the files. It reads headers and pickles, never payload, and imports and run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from statecodec.layouts.base import LogicalTensor, SourceFile
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.moments import Moments
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.nodes import TensorNode
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Read: TypeAlias = "Callable[[str, int, int], Tensor]"
-"""(path, offset, nbytes) -> those bytes of a file as a 1-D uint8 tensor, writable and owned by the caller."""
-
-
-@dataclass(frozen=True)
-class KeptRead:
-    """A Read whose caller also says where tensors shall be that stay.
-
-    Args:
-        read: Supplies bytes.
-        keep: Takes a tensor and gives the same values where they shall be.
-    """
-
-    read: Read
-    keep: Callable[[Tensor], Tensor]
-
-    def __call__(self, path: str, offset: int, nbytes: int) -> Tensor:
-        return self.keep(self.read(path, offset, nbytes))
-
-
-def unkept(read: Read) -> Read:
-    """The same for bytes that are used once: to put a tensor together."""
-    return read.read if isinstance(read, KeptRead) else read
-
-
-def kept(read: Read, tensor: Tensor) -> Tensor:
-    """A tensor that was put together from what `read` gave, moved to where the caller of `read` wants it."""
-    return read.keep(tensor) if isinstance(read, KeptRead) else tensor
 
 
 @dataclass(frozen=True)
@@ -151,12 +120,12 @@ class Layout(Protocol):
         """
         ...
 
-    def tree(self, listing: Listing, read: Read) -> Any:
+    def tree(self, listing: Listing, read: Payload) -> Any:
         """The nested object that a user would have loaded from the claimed files.
 
         Args:
             listing: The claimed files; they may be the skeletons of compressed ones.
-            read: Supplies the payload: (path, offset, nbytes) -> uint8 tensor.
+            read: Supplies the numbers: called with (path, offset, nbytes) it gives a 1-D uint8 tensor.
 
         Returns:
             The object.

@@ -16,8 +16,9 @@ from statecodec.files import ByteSource
 from statecodec.layouts.graph import Graph, Span, contiguous
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import window
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
-from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.protocol import Claim, Located
 from statecodec.layouts.walk import most_tensors
 from statecodec.limits import Limits
 from statecodec.strict import parse_json
@@ -132,7 +133,7 @@ def locate(listing: Listing) -> Located:
         return graph.located(name, file, source, listing.prefix(file.path))
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """{name: tensor}, as safetensors.torch.load_file gives it. Raises MalformedCheckpoint."""
     file = listing.only
     assert file is not None

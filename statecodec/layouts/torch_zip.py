@@ -20,8 +20,9 @@ from statecodec.layouts.base import Crc32
 from statecodec.layouts.graph import Graph, Span, storages
 from statecodec.layouts.listing import Listing
 from statecodec.layouts.objects import build, window
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.reader import MAX_PICKLE_BYTES, read_pickle
-from statecodec.layouts.protocol import Claim, Located, Read
+from statecodec.layouts.protocol import Claim, Located
 from statecodec.layouts.walk import most_tensors
 from statecodec.layouts.zip_reader import ZipEntry, read_checked, read_entries
 from statecodec.lazy import torch
@@ -72,7 +73,7 @@ def graph_of(archive: Archive, root: Any, added: int = 0) -> Graph:
     return Graph(root, spans, most_tensors(len(archive.pickle)) + added, ordered=True, crcs=crcs)
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """What torch.load would give. Raises MalformedCheckpoint."""
     file = listing.only
     assert file is not None

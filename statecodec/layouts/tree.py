@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,10 +13,9 @@ from statecodec.layouts import opaque
 from statecodec.layouts.collecting import collector_paused
 from statecodec.layouts.listing import Listing, list_path
 from statecodec.layouts.objects import TensorSource, build
+from statecodec.layouts.payload import Payload, Read
 from statecodec.layouts.pickle.reader import read_pickle
-from statecodec.layouts.protocol import Read
 from statecodec.layouts.registry import claimed
-from statecodec.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,12 +41,12 @@ def tree_from_pickle(data: bytes, tensor: TensorSource) -> Any:
 
 
 @collector_paused()
-def tree(source: str | os.PathLike[str] | Listing, read: Read | None = None) -> Any:
+def tree(source: str | os.PathLike[str] | Listing, read: Read | Payload | None = None) -> Any:
     """The content of a checkpoint: torch files as torch.load would give them, safetensors as {name: tensor}.
 
     Args:
         source: A file, a directory, or a listing of files of which only the skeleton is read.
-        read: Supplies the payload: (path, offset, nbytes) -> uint8 tensor. By default it comes from the same files.
+        read: Supplies the numbers: (path, offset, nbytes) -> uint8 tensor. By default they come from the same files.
 
     Returns:
         Of a single file its content. Of a directory {relative path: content}, with the bytes of files that are not
@@ -56,7 +57,8 @@ def tree(source: str | os.PathLike[str] | Listing, read: Read | None = None) -> 
         LayoutError: If a file is damaged, or a single one is not understood.
     """
     listing = source if isinstance(source, Listing) else list_path(Path(source))
-    payload = read or (lambda path, offset, nbytes: _read_tensor(listing, path, offset, nbytes))
+    read = read or Payload(partial(_fill, listing))
+    payload = read if isinstance(read, Payload) else Payload.of(read)
     content: dict[str, Any] = {}
     for layout, part in claimed(listing):
         only = part.only
@@ -79,11 +81,10 @@ def tree(source: str | os.PathLike[str] | Listing, read: Read | None = None) -> 
     return {path: content[path] for path in sorted(content)}
 
 
-def _read_tensor(listing: Listing, path: str, offset: int, nbytes: int) -> Tensor:
-    out = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+def _fill(listing: Listing, path: str, offset: int, out: Tensor) -> Iterator[int]:
     view = out.numpy()
     with listing.files[path].open() as source:
-        for at in range(0, nbytes, _PIECE):
-            piece = source.read(offset + at, min(_PIECE, nbytes - at))
+        for at in range(0, len(view), _PIECE):
+            piece = source.read(offset + at, min(_PIECE, len(view) - at))
             view[at : at + len(piece)] = memoryview(piece)
-    return out
+            yield len(piece)

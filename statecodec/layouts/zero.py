@@ -25,8 +25,9 @@ from statecodec.layouts.flat import FlatFile, Param, PartWindow
 from statecodec.layouts.graph import contiguous
 from statecodec.layouts.listing import ListedFile, Listing
 from statecodec.layouts.parts import are_whole
+from statecodec.layouts.payload import Payload
 from statecodec.layouts.pickle.nodes import DictNode, StorageNode, TensorNode
-from statecodec.layouts.protocol import Claim, Facts, Located, Read, together
+from statecodec.layouts.protocol import Claim, Facts, Located, together
 from statecodec.layouts.walk import Names, most_tensors
 from statecodec.layouts.zero_index import WEIGHTS, ZeroIndex, read_index
 from statecodec.layouts.zero_shards import UnknownForm
@@ -62,7 +63,7 @@ def locate(listing: Listing) -> Located:
     return replace(together(parts), framework=f"DeepSpeed ZeRO-{first.stage}, {ranks}")
 
 
-def tree(listing: Listing, read: Read) -> Any:
+def tree(listing: Listing, read: Payload) -> Any:
     """What torch.load gives for each file, by the file's name."""
     return {path.rpartition("/")[2]: torch_zip.tree(listing.of((path,)), read) for path in sorted(listing.files)}
 

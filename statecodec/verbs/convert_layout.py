@@ -79,7 +79,7 @@ def convert_layout(
 def _values(src: Path, spill: Spill) -> Any:
     """What a user would have loaded, with its large tensors on disk."""
     with open_checkpoint(src) as checkpoint:
-        value = loaded(checkpoint, torch.device("cpu"), spill.keep)
+        value = loaded(checkpoint, torch.device("cpu"), spill)
     spill.release()
     return value
 

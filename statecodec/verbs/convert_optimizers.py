@@ -48,7 +48,7 @@ def convert_optimizers(
     started = time.perf_counter()
     with Spill(dst.parent) as spill:
         with open_checkpoint(src) as checkpoint:
-            value = loaded(checkpoint, torch.device("cpu"), spill.keep)
+            value = loaded(checkpoint, torch.device("cpu"), spill)
         spill.release()
         paths = list(_optimizers(value, ()))
         if not paths:

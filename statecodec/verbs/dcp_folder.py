@@ -1,40 +1,79 @@
-"""Writes a dict as a DCP folder, with torch.distributed.checkpoint itself, in this one process."""
+"""Writes a dict as a DCP folder, with torch.distributed.checkpoint itself, in this one process.
+
+torch.save of an item looks at all of it at once, so large tensors are cut into pieces of some rows, each an item of its
+own, as many ranks would have written them.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
-from statecodec.lazy import torch
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save
 
-if TYPE_CHECKING:
-    from torch.distributed.checkpoint.planner import SavePlanner
+from statecodec.buffers import memory
+
+_PIECE: Final = 64 << 20  # bytes
 
 
 def write_dcp(value: dict[str, Any], folder: Path, used: Callable[[int], None]) -> None:
-    """Write `value` into `folder`; `used` is called with the bytes of every tensor that was written. Raises OSError."""
-    from torch.distributed.checkpoint.filesystem import FileSystemWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
+    """Write `value` into `folder`; `used` is called with the bytes of everything that was written. Raises OSError."""
     writer = FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that nothing is distributed
-        save(value, storage_writer=writer, planner=_planner(used), no_dist=True)
+        save(value, storage_writer=writer, planner=_Planner(used), no_dist=True)
 
 
-def _planner(used: Callable[[int], None]) -> SavePlanner:
-    """torch's own planner, which calls `used` when a tensor is asked for: the one before it is written then."""
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+class _Planner(DefaultSavePlanner):
+    """torch's own planner, for pieces. `used` is called when an item is asked for: the one before is written then."""
 
-    class Telling(DefaultSavePlanner):
-        before = 0
+    def __init__(self, used: Callable[[int], None]) -> None:
+        super().__init__()
+        self._used, self._before = used, 0
 
-        def resolve_data(self, write_item: Any) -> Any:
-            used(self.before)
-            data = super().resolve_data(write_item)
-            self.before = data.nbytes if isinstance(data, torch.Tensor) else 0
-            return data
+    def create_local_plan(self) -> SavePlan:
+        """All items, large ones in pieces."""
+        plan = super().create_local_plan()
+        self.plan = replace(plan, items=[piece for item in plan.items for piece in self._pieces(item)])
+        return self.plan
 
-    return Telling()
+    def _pieces(self, item: WriteItem) -> Iterator[WriteItem]:
+        whole = None if item.tensor_data is None else self.lookup_object(item.index)
+        if item.tensor_data is None or whole is None or whole.nbytes <= _PIECE or not whole.is_contiguous():
+            yield item
+            return
+        count = max(1, _PIECE * len(whole) // whole.nbytes)
+        for start in range(0, len(whole), count):
+            offsets = torch.Size([start, *[0] * (whole.ndim - 1)])
+            chunk = ChunkStorageMetadata(offsets, torch.Size([min(count, len(whole) - start), *whole.shape[1:]]))
+            yield replace(
+                item,
+                index=replace(item.index, offset=offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=replace(item.tensor_data, chunk=chunk),
+            )
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """What an item holds."""
+        self._used(self._before)
+        data = self.lookup_object(replace(write_item.index, offset=None, index=None))
+        if write_item.type is WriteItemType.SHARD:
+            assert write_item.tensor_data is not None
+            data = _rows(data, write_item.tensor_data.chunk)
+        self._before = data.nbytes if isinstance(data, Tensor) else 0
+        return self.transform_object(write_item, data)
+
+
+def _rows(whole: Tensor, chunk: ChunkStorageMetadata) -> Tensor:
+    """Rows of a contiguous tensor, in the same memory, on a storage that holds no more: torch copies them otherwise."""
+    data = memory(whole.detach()[chunk.offsets[0] : chunk.offsets[0] + chunk.sizes[0]])
+    return torch.frombuffer(data, dtype=torch.uint8).view(whole.dtype).view(chunk.sizes)

@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import statecodec
 from statecodec.checkpoint.spill import Spill
+from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import LayoutError, MalformedCheckpoint, UnknownLayout, UsageError
 from statecodec.layouts import Box, dcp, list_path, locate, tree
+from statecodec.layouts.payload import Memory
 from tests.contracts.layout import check_located, same
 
 PARAMS = {"emb.weight", "fc.weight", "fc.bias", "ln.weight", "ln.bias"}
@@ -68,13 +77,47 @@ def test_the_content_is_what_torch_converts_it_to(
         assert same(statecodec.load(packed), object_of(folder))
 
 
-def test_it_becomes_one_torch_file(dcp_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spilled: list[tuple[int, ...]] = []
-    monkeypatch.setattr(Spill, "keep", lambda self, tensor: spilled.append(tuple(tensor.shape)) or tensor)
-    statecodec.convert(dcp_sharded / "nested", tmp_path / "one.pt", layout="torch")
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_becomes_one_torch_file(
+    packed: bool, dcp_sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dcp_sharded / "nested"
+    if packed:
+        statecodec.compress(source, tmp_path / "x.sc.safetensors", preset="lossless")
+        source = tmp_path / "x.sc.safetensors"
+    on_disk, in_memory = [], []
+    monkeypatch.setattr(Spill, "take", lambda self, n: on_disk.append(n) or torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(Memory, "take", lambda self, n: in_memory.append(n) or torch.empty(n, dtype=torch.uint8))
+    monkeypatch.setattr(StoredCheckpoint, "decode", lambda self, item: pytest.fail("a whole item is in memory"))
+    statecodec.convert(source, tmp_path / "one.pt", layout="torch")
     assert same(torch.load(tmp_path / "one.pt", weights_only=True), object_of(dcp_sharded / "nested"))
-    assert spilled.count((192, 64)) >= 3, "a weight and its moments, put together, do not wait in memory"
-    assert not [shape for shape in spilled if len(shape) == 1 and shape[0] >= 96 * 64 * 4], "nor do its chunks on disk"
+    assert on_disk.count(192 * 64 * 4) >= 3, "a weight and its moments are put together on disk"
+    assert 96 * 64 * 4 not in on_disk + in_memory, "of their halves no copy is made"
+
+
+def test_columns_are_put_together_as_well(tmp_path: Path) -> None:
+    """Chunks that are not runs of rows."""
+    whole = torch.randn(6, 8)
+    folder = tmp_path / "columns"
+    folder.mkdir()
+    boxes = {(0, 0): whole[:, :3], (0, 3): whole[:4, 3:], (4, 3): whole[4:, 3:]}
+    chunks, stored, content = [], {}, b""
+    for (row, column), part in boxes.items():
+        buffer = io.BytesIO()
+        torch.save(part.clone(), buffer)
+        offset = torch.Size((row, column))
+        chunks.append(ChunkStorageMetadata(offset, part.size()))
+        stored[MetadataIndex("w", offset)] = _StorageInfo("__0_0.distcp", len(content), len(buffer.getvalue()))
+        content += buffer.getvalue()
+    (folder / "__0_0.distcp").write_bytes(content)
+    about = TensorStorageMetadata(TensorProperties(dtype=torch.float32), whole.size(), chunks)
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"w": about}, None, stored)))
+    assert torch.equal(statecodec.load(folder)["w"], whole)
+    packed = tmp_path / "packed.sc.safetensors"
+    statecodec.compress(folder, packed, preset="lossless")
+    for source in (folder, packed):
+        statecodec.convert(source, tmp_path / "one.pt", layout="torch", force=True)
+        assert torch.equal(torch.load(tmp_path / "one.pt", weights_only=True)["w"], whole)
 
 
 def test_sharded_tensors_have_one_name_and_are_read_whole(dcp_sharded: Path, tmp_path: Path) -> None:

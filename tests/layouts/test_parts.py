@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,17 @@ from statecodec.checkpoint.joined import NamedTensor
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import FormatError
 from statecodec.layouts import Box, Run
-from statecodec.layouts.parts import are_whole
+from statecodec.layouts.parts import are_whole, is_run
+
+
+@given(st.data())
+def test_runs_against_counting(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), max_size=3)))
+    offset = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+    box = Box(offset, tuple(data.draw(st.integers(1, n - o)) for o, n in zip(offset, shape, strict=True)))
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    inside = numbers[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))].reshape(-1)
+    assert is_run(box, shape) == (inside == np.arange(inside[0], inside[0] + len(inside))).all()
 
 
 @given(st.data())

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import statecodec
 from statecodec.errors import OutputExists, UsageError
 from statecodec.operations import LAYOUTS
-from statecodec.verbs import tensors_and_json
+from statecodec.verbs import dcp_folder, tensors_and_json
 from statecodec.verbs.convert_layout import TARGETS
 from tests.contracts.layout import same
 
@@ -96,6 +96,28 @@ def test_to_dcp_and_back(value: dict[str, Any], source: Path, tmp_path: Path, co
     statecodec.convert(tmp_path / "folder", tmp_path / "ours.pt", layout="torch")
     theirs, ours = (torch.load(tmp_path / name, weights_only=True) for name in ("torch.pt", "ours.pt"))
     assert same(ours, theirs)
+
+
+def test_a_large_tensor_goes_to_dcp_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save of one looks at all of it; and what torch copies, it holds until the end."""
+    monkeypatch.setattr(dcp_folder, "_PIECE", 5000)
+    value = {
+        "large": torch.randn(700, 3, 5), "half": torch.randn(4000).half(), "turned": torch.randn(90, 80).t(),
+        "scalar": torch.tensor(2.0), "parameter": torch.nn.Parameter(torch.randn(1300, 2)), "small": torch.randn(3),
+    }  # fmt: skip
+    torch.save({"model": value, "step": 7}, tmp_path / "x.pt")
+    statecodec.convert(tmp_path / "x.pt", tmp_path / "folder", layout="dcp")
+    index = dcp.FileSystemReader(tmp_path / "folder").read_metadata().state_dict_metadata
+    assert {name: len(index[f"model.{name}"].chunks) for name in value} == {
+        "large": 9, "half": 2, "turned": 1, "scalar": 1, "parameter": 3, "small": 1
+    }  # fmt: skip
+    dcp_to_torch_save(tmp_path / "folder", tmp_path / "torch.pt")
+    theirs = torch.load(tmp_path / "torch.pt", weights_only=True)
+    assert theirs["step"] == 7
+    assert all(torch.equal(theirs["model"][name], each) for name, each in value.items())
+    assert same(statecodec.load(tmp_path / "folder"), theirs)
+    written = sum(p.stat().st_size for p in (tmp_path / "folder").glob("*.distcp"))
+    assert written < 1.3 * (tmp_path / "x.pt").stat().st_size + 40_000, "a piece is stored with the whole behind it"
 
 
 def test_to_one_torch_file_keeps_types_and_sharing(source: Path, value: dict[str, Any], tmp_path: Path) -> None:

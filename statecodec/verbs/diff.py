@@ -23,6 +23,7 @@ from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import SKELETON_ROLES, family
+from statecodec.verbs.rest_diff import without_checksums
 from statecodec.verbs.value_diff import value_diffs
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
 
     Tensors are matched by name. For each parameter whose exp_avg and exp_avg_sq are in both, the Adam update direction
     u = m_hat / (sqrt(v_hat) + eps) of both is compared, with A's betas, eps and step. What is not a tensor is compared
-    byte by byte, file by file.
+    byte by byte, file by file, but for checksums of tensors.
 
     Args:
         a: The checkpoint that errors are measured against.
@@ -64,8 +65,10 @@ def diff(a: str | Path, b: str | Path, *, threads: int | None = None, progress: 
         return compare(first, second, threads or default_threads(), progress)
 
 
-def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | None = None) -> DiffReport:
-    """`diff` of open checkpoints."""
+def compare(
+    a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | None = None, *, checksums: bool = False
+) -> DiffReport:
+    """`diff` of open checkpoints; `checksums`: what follows from tensors counts as bytes outside of them, too."""
     started = time.perf_counter()
     pairs_by_name = [(t, b.tensors[name]) for name, t in a.tensors.items() if name in b.tensors]
     shared = [t for t, other in pairs_by_name if _comparable(t, other)]
@@ -87,7 +90,7 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
             if tensor.role not in SKELETON_ROLES:
                 tensors.append(_tensor_diff(tensor, result))
                 sums.add_tensor(family(tensor.role), result.numbers)
-            elif result.differing:
+            elif result.differing and (checksums or _rest_differs(a, b, tensor)):
                 rest.add(_file(a, tensor))
 
     def update(m: Moments) -> tuple[Moments, UpdateComparison]:
@@ -103,6 +106,9 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
             units.add(moments, change, numel)
             if change.nonfinite:
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
+    values = _values(a, b) if rest else None
+    if values == ():
+        notes.append("outside tensors every value is the same; it is only written differently")
     return DiffReport(
         a=str(a.path),
         b=str(b.path),
@@ -113,18 +119,18 @@ def compare(a: Checkpoint, b: Checkpoint, threads: int, progress: Progress | Non
         only_in_b=_missing(b, a),
         not_comparable=tuple(t.name for t, _ in unlike),
         rest_differs=tuple(sorted(rest)),
-        values=_values(a, b) if rest else (),
+        values=values or (),
         notes=tuple(notes),
         seconds=time.perf_counter() - started,
     )
 
 
-def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...]:
-    """The values beside the tensors that differ, as far as both checkpoints can be loaded."""
+def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...] | None:
+    """The values beside the tensors that differ; None if one of the checkpoints cannot be loaded."""
     try:
         return value_diffs(*(loaded(side, torch.device("meta")) for side in (a, b)))
-    except StatecodecError:  # one of them cannot be loaded
-        return ()
+    except StatecodecError:
+        return None
 
 
 class _Units:
@@ -205,6 +211,12 @@ def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateCompariso
         comparison = kernels.host().compare_updates(first, second, other_first, other_second, **update_settings(m))
         total = total.merged(comparison)
     return total
+
+
+def _rest_differs(a: Checkpoint, b: Checkpoint, skeleton: TensorInfo) -> bool:
+    """Whether bytes outside tensors differ that do not follow from the tensors."""
+    sides = ((a, skeleton), (b, b.tensors[skeleton.name]))
+    return bool(_unequal(*(without_checksums(side, of) for side, of in sides)))
 
 
 def _unequal(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> int:

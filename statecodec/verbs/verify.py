@@ -105,7 +105,7 @@ def report_against(
     stored: StoredCheckpoint, original: Checkpoint, threads: int, progress: Progress | None = None
 ) -> Report:
     """The report of a compressed checkpoint, with the errors against its original. Raises VerificationFailed."""
-    report, comparison = stored.report(), compare(original, stored, threads, progress)
+    report, comparison = stored.report(), compare(original, stored, threads, progress, checksums=True)
     _refuse([*_complaints(stored, comparison), *_update_complaints(stored, comparison)], original.path)
     _check_promise(stored, comparison)
     return replace(report, updates=comparison.updates, total=comparison.total)

@@ -75,6 +75,34 @@ def test_identical_means_every_byte_of_a_directory(run: Path, tmp_path: Path, ki
         assert (document["identical"], document["tensors_equal"]) == (False, True)
 
 
+@pytest.mark.parametrize("directory", [False, True], ids=["file", "directory"])
+def test_checksums_of_tensors_are_not_something_else(run: Path, tmp_path: Path, directory: bool) -> None:
+    """A zip's CRCs, and torch's text made of them, follow from the tensors."""
+    original = run if directory else run / "ckpt.pt"
+    packed, restored, trained = tmp_path / "x.sc.safetensors", tmp_path / "restored", tmp_path / "on" / original.name
+    statecodec.compress(original, packed)
+    statecodec.restore(packed, restored)
+    trained.parent.mkdir()
+    (shutil.copytree if directory else shutil.copy)(original, trained)
+    resave(trained / "ckpt.pt" if directory else trained, lambda c: next(iter(c["model"].values())).add_(1.0))
+    for other in (restored, trained):
+        for pair in ((original, other), (other, original), (packed, other), (other, packed)):
+            found = statecodec.diff(*pair)
+            assert found.rest_differs == ()
+            assert found.identical == (set(pair) == {packed, restored})
+    with pytest.raises(VerificationFailed, match="not tensors differ"):
+        statecodec.verify(packed, against=restored)
+
+
+def test_the_same_values_written_differently(checkpoint: Path, tmp_path: Path) -> None:
+    """torch.save names its archive after the file."""
+    other = tmp_path / "other.pt"
+    torch.save(torch.load(checkpoint, weights_only=False), other)
+    found = statecodec.diff(checkpoint, other)
+    assert (found.rest_differs, found.values) == (("ckpt.pt",), ())
+    assert "only written differently" in str(found.notes)
+
+
 def test_another_learning_rate_is_not_identical(checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.pt"
     shutil.copy(checkpoint, other)

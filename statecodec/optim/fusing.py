@@ -20,6 +20,7 @@ from statecodec.kernels.fused import FusedBackend, Launch, Slot
 from statecodec.optim import sharding
 from statecodec.optim.method import LOW, Group, Method
 from statecodec.optim.states import StateKeeper
+from statecodec.optim.watched import Watched
 
 _gradient = attrgetter("grad")
 
@@ -95,10 +96,12 @@ class GroupLaunches:
         # Positions of these parameters' states among all. Skipping the others takes less time than hashing a tensor,
         # unless they are many.
         self._among = [id(state) in own for state in every] if len(every) < 8 * len(params) else None
+        self._latest = Watched.latest
         self._states = list(self._found_states(optimizer))
         # Views: they show later changes of a state.
         self._views = [state.values() for state in self._states if state is not None]
         self._values = list(chain.from_iterable(self._views))
+        self._watched = all(isinstance(state, Watched) for state in self._states if state is not None)
 
     def suits(
         self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -110,12 +113,18 @@ class GroupLaunches:
             and all(map(is_, params, self._params))
             and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
-            # The optimizer's states are the same objects.
             and len(optimizer.state) >= len(self._among or ())
             and all(map(is_, self._found_states(optimizer), self._states))
-            and len(values := list(chain.from_iterable(self._views))) == len(self._values)
-            and all(map(is_, values, self._values))
+            and ((self._watched and self._latest is Watched.latest) or self._same_values())
         )
+
+    def _same_values(self) -> bool:
+        """Whether the states hold the same tensors; notes that they were looked at."""
+        latest, values = Watched.latest, list(chain.from_iterable(self._views))
+        same = len(values) == len(self._values) and all(map(is_, values, self._values))
+        if same:
+            self._latest = latest
+        return same
 
     def _where(self, params: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, map(sharding.local, params) if self._sharded else params))

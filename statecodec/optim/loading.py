@@ -26,6 +26,7 @@ from statecodec.optim.load_report import ChangeLog, LoadReport
 from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
 from statecodec.optim.states import StateKeeper
+from statecodec.optim.watched import Watched
 
 # Options of storage, which loading a checkpoint never changes.
 STORAGE = frozenset((
@@ -80,7 +81,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
             used.add(entry[0])
             recipe = optimizer.recipe(p, group)
             values = dict(flashoptim.dense_moments(values, recipe.label, p, shards))
-            states[p] = adopt(recipe, p, {**group, **options}, values, entry[1], log)
+            states[p] = Watched(adopt(recipe, p, {**group, **options}, values, entry[1], log))
     names = dict(zip((k for g in saved_groups for k in g["params"]), _names(saved_groups) or (), strict=False))
     for key in saved_state.keys() - used:
         if saved_state[key]:

@@ -25,6 +25,7 @@ from statecodec.optim.load_report import ChangeLog
 from statecodec.optim.method import LOW, Group, Method, Recipe, StateSpec, made_for
 from statecodec.optim.options import without_numpy
 from statecodec.optim.tiles import TileBuffers
+from statecodec.optim.watched import Watched
 from statecodec.optim.weights import split_codec
 
 
@@ -153,9 +154,9 @@ class StateKeeper(torch.optim.Optimizer):
             return state
         cast = seen is not None and seen[0].split != recipe.split
         if not state:
-            state = self.state[p] = fresh(recipe, p, group)
+            state = self.state[p] = Watched(fresh(recipe, p, group))
         elif cast or not in_place(state, recipe, p):
-            state = self.state[p] = self._brought_over(p, group, recipe, seen[0] if seen and cast else None)
+            state = self.state[p] = Watched(self._brought_over(p, group, recipe, seen[0] if seen and cast else None))
         self._seen[p] = recipe, tuple((k, state[k]) for k in (*COUNTERS, *recipe.stored))
         return state
 

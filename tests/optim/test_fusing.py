@@ -6,6 +6,7 @@ The kernels have tests of their own.
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -93,11 +94,33 @@ def test_prepared_again_when_something_is_replaced(recorder: Recorder) -> None:
     assert [prepared([0, 1, 2]), prepared([0, 1, 2])] == [1, 0]
     optimizer.state[params[1]]["exp_avg"] = torch.ones(64, 64)
     assert [prepared([0, 1, 2]), prepared([0, 1, 2])] == [1, 0]
+    optimizer.state[params[0]].update(step=torch.ones(()))
+    assert [prepared([0, 1, 2]), prepared([0, 1, 2])] == [1, 0]
     optimizer.load_state_dict(optimizer.state_dict())
+    assert [prepared([0, 1, 2]), prepared([0, 1, 2])] == [1, 0]
+    optimizer.state[params[0]]["step"] = torch.full_like(optimizer.state[params[0]]["step"], 0)  # an equal one
     assert [prepared([0, 1, 2]), prepared([0, 1, 2])] == [1, 0]
     optimizer.step_param(params[2])
     optimizer.step_param(params[2])
     assert [len(slots) for _, slots, _ in recorder.prepared[-2:]] == [3, 1]
+
+
+def test_other_optimizers_may_change_their_states(recorder: Recorder) -> None:
+    """Then the tensors themselves are looked at, once."""
+    p, q = (nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16)) for _ in range(2))
+    fused, generic = optim.AdamW([p], dense_below=0, fused=True), optim.AdamW([q], dense_below=0, fused=False)
+    for at in range(3):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        fused.step()
+        generic.step()
+        generic.state[q]["step"] = torch.full((), float(at))
+    assert len(recorder.prepared) == 1
+    (launches,) = fused._launches.values()
+    looked = Mock(side_effect=launches._same_values)
+    launches._same_values = looked
+    for _ in range(3):
+        fused.step()
+    assert looked.call_count == 1
 
 
 def test_a_demand_that_cannot_be_met_is_an_error(recorder: Recorder) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from statecodec.errors import UsageError
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Slot, StateStorage
-from statecodec.kernels.triton import fast, sharing
+from statecodec.kernels.triton import fast, general, sharing
 from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton.runtime import INTERPRETED, power_of_two
 from statecodec.kernels.triton.tables import Spec
@@ -92,8 +93,15 @@ class Geometry:
             spec, np.stack(columns, 1), whole, whole & spec.words & (rows * cols % fast.GROUP == 0), int(ends[-1])
         )
 
-    def parts(self, spec: Spec, aligned: NDArray[np.bool_]) -> Iterator[tuple[Spec, NDArray[np.int32]]]:
-        """The launches of a step if these gradients are aligned: the record of each, and its chunks."""
+    def parts(self, spec: Spec, aligned: NDArray[np.bool_]) -> Iterator[tuple[Any, Spec, NDArray[np.int32]]]:
+        """The launches of a step if these gradients are aligned: kernel, its record, its chunks.
+
+        The step itself is one, unless parameters differ in their geometry.
+        """
+        if spec.shared:
+            every, planes = np.arange(len(self.table)), self.table[:, t.OUTER : t.SCRATCH].tolist()
+            yield sharing.squares, spec, cut(every, [sharing.pieces(*plane)[0] for plane in planes])
+            yield sharing.share, spec, cut(every, [-(-outer * inner // sharing.VALUES) for outer, _, inner in planes])
         whole = self.whole & aligned
         words = self.words & aligned & (spec.gradient == tl.bfloat16 and not spec.stochastic)
         for in_words, is_whole in ((True, True), (False, True), (False, False)):
@@ -101,18 +109,11 @@ class Geometry:
             count, run = (fast.COUNT, fast.RUN) if in_words else (max(1, TILE // (spec.width * spec.block)), RUN)
             chunks = cut(members, -(-self.table[members, t.GROUPS] // (count * run)), run)
             if len(chunks):
-                yield replace(spec, words=in_words, whole=is_whole, count=count, run=run), chunks
-
-    def sums(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Chunks of the sums behind shared second moments, and of the moments themselves."""
-        planes = self.table[:, t.OUTER : t.SCRATCH].tolist()
-        programs = np.array([sharing.pieces(*plane)[0] for plane in planes])
-        values = np.array([-(-outer * inner // sharing.VALUES) for outer, _, inner in planes])
-        every = np.arange(len(planes))
-        return cut(every, programs, 1), cut(every, values, 1)
+                part = replace(spec, words=in_words, whole=is_whole, count=count, run=run)
+                yield fast.step_words if in_words else general.step_elements, part, chunks
 
 
-def cut(slots: NDArray[np.int64], programs: NDArray[np.int64], step: int) -> NDArray[np.int32]:
+def cut(slots: NDArray[np.int64], programs: Any, step: int = 1) -> NDArray[np.int32]:
     """[(slot, 0), (slot, step), ...]: as many as `programs` says, slot after slot."""
     at = np.repeat(slots, programs)
     begin = np.repeat(np.cumsum(programs) - programs, programs)

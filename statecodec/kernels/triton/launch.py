@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
@@ -20,10 +19,12 @@ from torch import Tensor
 
 from statecodec.errors import UsageError
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
-from statecodec.kernels.triton import fast, general, runtime, sharing, tables
+from statecodec.kernels.triton import runtime, tables
 from statecodec.kernels.triton.geometry import DTYPES, Geometry, specified
 from statecodec.kernels.triton.runtime import OPTIONS, on
-from statecodec.kernels.triton.tables import NUMBERS, SCALARS, Spec
+from statecodec.kernels.triton.tables import FLAGS, NUMBERS, SCALARS, Spec
+
+_flags, _numbers = attrgetter(*FLAGS), attrgetter(*NUMBERS[1:])
 
 
 def prepare(method: str, slots: Sequence[Slot], formats: Mapping[str, StateStorage | None]) -> TritonLaunch:
@@ -55,7 +56,7 @@ class TritonLaunch:
         self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)
         self.numbers: tuple[float, ...] = ()
         self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
-        self.kept: dict[tuple[Spec, bytes], list[tuple[Any, Spec, Tensor]]] = {}
+        self.kept: dict[Any, list[tuple[Any, Spec, Tensor]]] = {}
 
     def __call__(self, gradients: Sequence[Tensor | None], hyper: Hyper) -> None:
         present, dtype = usable([g for g in gradients if g is not None])
@@ -67,22 +68,19 @@ class TritonLaunch:
             of_present, addresses = addresses, np.zeros(self.count, np.int64)
             addresses[there] = of_present
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
-        numbers = (0.0 if live else float(hyper.lr), *(getattr(hyper, name) for name in NUMBERS[1:]))
+        numbers = (0.0 if live else float(hyper.lr), *_numbers(hyper))
         with on(self.param):
             if numbers != self.numbers or not np.array_equal(addresses, self.addresses) or self.news.uncertain():
                 self._send(addresses, numbers)
-            spec = self._spec(hyper, dtype)
             lr = hyper.lr if live else self.scalars
             begin = -(-self.count // tables.LANES)
             tables.begin[(begin,)](
-                self.news.there, self.table, self.scalars, lr, self.count, LANES=tables.LANES, METHOD=spec.method,
-                LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
+                self.news.there, self.table, self.scalars, lr, self.count, LANES=tables.LANES,
+                METHOD=self.geometry.spec.method, LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
             )  # fmt: skip
-            if spec.shared:
-                self._share(spec)
-            for kernel, part, chunks in self._parts(spec):
+            for kernel, spec, chunks in self._parts(hyper, dtype):
                 kernel[(chunks.shape[0],)](
-                    self.news.there, self.table, chunks, self.scalars, *self.tables, SPEC=part, **OPTIONS
+                    self.news.there, self.table, chunks, self.scalars, *self.tables, SPEC=spec, **OPTIONS
                 )
 
     def _send(self, addresses: NDArray[np.int64], numbers: tuple[float, ...]) -> None:
@@ -92,35 +90,16 @@ class TritonLaunch:
         self.aligned = addresses % 16 == 0
         self.addresses, self.numbers = addresses, numbers
 
-    def _spec(self, hyper: Hyper, gradient: torch.dtype) -> Spec:
-        """The record for this step, but for the tiles."""
-        return replace(
-            self.geometry.spec, gradient=DTYPES[gradient], maximize=hyper.maximize, l2=hyper.l2 != 0,
-            nesterov=hyper.nesterov, stochastic=hyper.stochastic, mean_of_squares=hyper.mean_of_squares,
-            true_tail=hyper.true_tail, decay_first=hyper.decay_first,
-        )  # fmt: skip
-
-    def _parts(self, spec: Spec) -> list[tuple[Any, Spec, Tensor]]:
-        """The launches of a step: kernel, its record, its chunks. One, unless parameters differ in their geometry."""
-        key = (spec, self.aligned.tobytes())
-        if key not in self.kept:
-            self.kept[key] = [
-                (fast.step_words if part.words else general.step_elements, part, self._there(chunks))
-                for part, chunks in self.geometry.parts(spec, self.aligned)
-            ]
-        return self.kept[key]
-
-    @cached_property
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        """The chunks of both launches that make shared second moments."""
-        squares, values = map(self._there, self.geometry.sums())
-        return squares, values
-
-    def _share(self, spec: Spec) -> None:
-        """The shared second moments of this step."""
-        (squares, values), there = self._sums, self.news.there
-        sharing.squares[(squares.shape[0],)](there, self.table, squares, SPEC=spec, **OPTIONS)
-        sharing.share[(values.shape[0],)](there, self.table, values, **OPTIONS)
+    def _parts(self, hyper: Hyper, gradient: torch.dtype) -> list[tuple[Any, Spec, Tensor]]:
+        """The launches after `begin`: kernel, its record, its chunks; made for each kind of step once."""
+        flags = _flags(hyper)
+        kind = gradient, hyper.l2 != 0, flags, self.aligned.tobytes()
+        if kind not in self.kept:
+            options = dict(zip(FLAGS, flags, strict=True))
+            spec = replace(self.geometry.spec, gradient=DTYPES[gradient], l2=hyper.l2 != 0, **options)
+            parts = self.geometry.parts(spec, self.aligned)
+            self.kept[kind] = [(kernel, part, self._there(chunks)) for kernel, part, chunks in parts]
+        return self.kept[kind]
 
     def _there(self, here: NDArray[Any]) -> Tensor:
         return torch.from_numpy(here).to(self.device)
@@ -129,15 +108,15 @@ class TritonLaunch:
 class News:
     """A small array that changes from step to step, on the device.
 
-    It goes through a ring of pinned buffers; one is not written again before its copy is done. A buffer that a CUDA
-    graph copies from at each replay leaves the ring.
+    It goes through pinned memory, of which torch uses none again before the copy from it is done. What a CUDA graph
+    copies from, at each replay, is kept; it comes from a few buffers in reserve, as none can be made in a capture.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.there = torch.zeros(size, dtype=torch.int64, device=device)
         self._cuda = device.type == "cuda"
-        self._ring = [self._buffer() for _ in range(4)] if self._cuda else []
-        self._captured: list[Any] = []
+        self._reserve = [self._pinned() for _ in range(4)] if self._cuda else []
+        self._captured = list[Tensor]()
 
     def uncertain(self) -> bool:
         """Whether the device may hold other values than those sent last: a graph sends its own at every replay."""
@@ -145,21 +124,16 @@ class News:
 
     def send(self, here: NDArray[np.int64]) -> None:
         """Copy `here` to the device, without waiting for it."""
-        if not self._cuda:
-            self.there.copy_(torch.from_numpy(here))
-            return
-        capturing = torch.cuda.is_current_stream_capturing()
-        buffer, event = self._ring.pop(0) if self._ring else self._buffer()
-        if not capturing:
-            event.synchronize()
-        (self._captured if capturing else self._ring).append((buffer, event))
-        buffer.numpy()[:] = here
-        self.there.copy_(buffer, non_blocking=True)
-        if not capturing:
-            event.record()
+        source = torch.from_numpy(here)
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._reserve.pop() if self._reserve else self._pinned())
+            source = self._captured[-1].copy_(source)
+        elif self._cuda:
+            source = source.pin_memory()
+        self.there.copy_(source, non_blocking=True)
 
-    def _buffer(self) -> tuple[Tensor, Any]:
-        return torch.zeros(self.there.shape, dtype=torch.int64, device="cpu", pin_memory=True), torch.cuda.Event()
+    def _pinned(self) -> Tensor:
+        return torch.zeros(self.there.shape, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def usable(gradients: list[Tensor]) -> tuple[list[Tensor], torch.dtype]:

@@ -34,7 +34,7 @@ def pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
 
 
 @triton.jit
-def squares(news, table, chunks, SPEC: tl.constexpr):
+def squares(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
     """The sums of squares of one piece of a gradient, seen as OUTER x SHARED x INNER, over SHARED."""
     _, fields, gradient, piece = own_chunk(news, table, chunks)
     piece = piece.to(tl.int64)
@@ -73,7 +73,7 @@ def _sum(
 
 
 @triton.jit
-def share(news, table, chunks):
+def share(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
     """VALUES new second moments, from the partial sums: into scratch memory as they are, into the state if finite."""
     _, fields, gradient, block = own_chunk(news, table, chunks)
     if gradient != 0:

@@ -30,6 +30,9 @@ LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, S
     tl.constexpr, range(len(NUMBERS))
 )
 
+# Options of a group that are fields of a `Spec`, too.
+FLAGS = ("maximize", "nesterov", "stochastic", "mean_of_squares", "true_tail", "decay_first")
+
 # What a rule computes with, in the order of `rule_numbers`; then KEY, of the dither, as bits.
 SCALARS, KEY = tl.constexpr(14), tl.constexpr(13)
 _FIELDS, _NUMBERS = tl.constexpr(FIELDS), tl.constexpr(len(NUMBERS))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from zipfile import ZipFile
 
 import pytest
 
@@ -60,3 +61,34 @@ def test_all_stages_fit_into_one_call(gpu: ModuleType) -> None:
     """What a machine for GPUs allows a command is ten minutes at most; the whole plan stops before eight."""
     assert sum(gpu.STAGES[name].seconds for name in gpu.PLAN) <= 470
     assert set(gpu.STAGES) - set(gpu.PLAN) == {"tune"}
+
+
+def wheel(folder: Path, name: str, version: str, *needs: str) -> None:
+    """A package of one module that asks for others."""
+    module = name.replace("-", "_")
+    stem = f"{module}-{version}"
+    metadata = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {other}" for other in needs)]
+    members = {
+        f"{module}.py": "",
+        f"{stem}.dist-info/METADATA": "\n".join(["Metadata-Version: 2.1", *metadata]),
+        f"{stem}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{stem}.dist-info/RECORD": "",
+    }
+    with ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as archive:
+        for path, text in members.items():
+            archive.writestr(path, text)
+
+
+def test_nothing_travels_along_that_was_not_named(tmp_path: Path) -> None:
+    """torch above all, which flashoptim asks for: it is several GB, and would hide the one that is there."""
+    versions = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
+    named = ("zstandard", "zlib-ng", "safetensors", "flashoptim")
+    for name in (*named, "torch"):
+        wheel(tmp_path, name, versions.get(name, "2.13.0"), *(("torch",) if name == "flashoptim" else ()))
+    (tmp_path / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    env = os.environ | {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path)}
+    command = ["make", "-f", str(ROOT / "Makefile"), "gpu-packages", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    travelling = {path.stem for path in (tmp_path / ".gpu-packages").glob("*.py")}
+    assert travelling == {name.replace("-", "_") for name in named}

@@ -48,15 +48,21 @@ def compiled(*arguments: str, **environment: str) -> tuple[list[dict[str, Any]],
     return json.loads(done.stdout), done.stderr
 
 
-def test_compiles_under_the_oldest_triton() -> None:
-    """`make test` fetches the oldest triton that pyproject.toml allows: an old one understands less of the language."""
+def oldest_triton() -> Path:
+    """Where the oldest triton that pyproject.toml allows lies; `make test` fetches it."""
     root = HERE.parents[1]
     oldest = re.search(r"triton>=([\d.]+)", (root / "pyproject.toml").read_text())[1]  # type: ignore[index]
     found = sorted((root / ".triton").glob(f"{oldest}.*"))
     if not found:
         pytest.skip(f"no triton {oldest} in .triton, where `make test` puts it")
-    rows, said = compiled("ends", "--plain", PYTHONPATH=str(found[0]))
-    assert f"triton {found[0].name}" in said
+    return found[0]
+
+
+def test_compiles_under_the_oldest_triton() -> None:
+    """An old one understands less of the language."""
+    oldest = oldest_triton()
+    rows, said = compiled("ends", "--plain", PYTHONPATH=str(oldest))
+    assert f"triton {oldest.name}" in said
     assert {row["kernel"] for row in rows} == {
         "begin", "step_words", "step_elements", "squares", "share", "_encode", "_decode"
     }  # fmt: skip

@@ -73,15 +73,15 @@ def to_integer(x: Array, dtype: np.dtype[Any]) -> Array:
     return whole.clip(limits.min, limits.max).astype(dtype)
 
 
-def permuted(a: Array, b: Array, selector: int) -> Array:
-    """prmt.b32."""
+def permuted(a: Array, b: Array, selector: int | Array) -> Array:
+    """prmt.b32, whose selector is the same in all threads (an int) or not."""
     pool = [x >> np.uint32(8 * i) & np.uint32(0xFF) for x in (a, b) for i in range(4)]
     result = np.zeros_like(a)
     for i in range(4):
         choice = selector >> 4 * i & 0xF
-        byte = pool[choice & 7]
-        if choice & 8:
-            byte = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        byte = pool[choice & 7] if isinstance(choice, int) else np.choose(choice & 7, pool)
+        if np.any(choice & 8):
+            byte = np.where(choice & 8, np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0)), byte)
         result |= byte << np.uint32(8 * i)
     return result
 
@@ -200,12 +200,8 @@ class Machine:
         last = rest[-1]
         if kind in ("ld", "st"):
             self._access(kind, rest, o, mask)
-        elif kind == "red":
-            assert rest[-2] == "add"
-            held, at = self._place(o[0], "global", 4)
-            chosen = slice(None) if mask is None else mask
-            for place, value in zip(at[chosen], self.get(o[1], last)[chosen], strict=True):
-                held.view(TYPES[last])[place] += value
+        elif kind in ("red", "atom"):
+            self._add_to_memory(rest, o, mask)
         elif kind in ("ldmatrix", "stmatrix"):
             self._access_matrices(kind, rest, o)
         elif kind == "mov" and "{" in o[0] + o[1]:
@@ -228,6 +224,19 @@ class Machine:
                 self.put(register, value, mask)
             else:
                 held[at[chosen] + i] = self.get(register, f"b{8 * size}")[chosen]
+
+    def _add_to_memory(self, rest: list[str], o: list[str], mask: Array | None) -> None:
+        """Thread after thread; an `atom` has a first operand, for what was there before."""
+        assert rest[-2] == "add"
+        *before, place, value = o
+        held, at = self._place(place, "global", 4)
+        held, added = held.view(TYPES[rest[-1]]), self.get(value, rest[-1])
+        found = np.zeros_like(added)
+        for thread in np.flatnonzero(np.ones(self.threads, bool) if mask is None else mask):
+            found[thread] = held[at[thread]]
+            held[at[thread]] += added[thread]
+        for register in before:
+            self.put(register, found, mask)
 
     def _access_matrices(self, kind: str, rest: list[str], o: list[str]) -> None:
         """8 x 8 numbers of 16 bits, by warp and register: lane l has the address of row l, two numbers of row l / 4."""
@@ -277,7 +286,8 @@ class Machine:
             reduce = {"add": np.add, "max": np.maximum, "min": np.minimum, "or": np.bitwise_or}[rest[1]].reduce
             return reduce(self.get(o[0], last).reshape(-1, 32), 1, dtype=TYPES[last]).repeat(32)
         if kind == "prmt":
-            return permuted(self.get(o[0], "b32"), self.get(o[1], "b32"), int(o[2].rstrip("U"), 0))
+            selector = self.get(o[2], "s32") if o[2][0] == "%" else int(o[2].rstrip("U"), 0)
+            return permuted(self.get(o[0], "b32"), self.get(o[1], "b32"), selector)
         if kind in ("mul", "mad") and last[0] != "f":
             wide = TYPES[f"{last[0]}{2 * int(last[1:])}"] if rest[0] == "wide" else TYPES[last]
             product = self.get(o[0], last).astype(wide) * self.get(o[1], last).astype(wide)

@@ -1,11 +1,12 @@
 """Fused steps as compiled for sm_90, interpreted, against the generic path: prints where they differ, as JSON.
 
-A script for a process of its own, like `sm90.py`: python -m tests.kernels.ptx.steps
+A script for a process of its own, like `sm90.py`: python -m tests.kernels.ptx.steps [CASE ...]
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from typing import Any
 
@@ -74,7 +75,8 @@ def main() -> None:
     JITFunction.run = lambda function, *args, **kwargs: launches.run(function, *args, **kwargs)
     runtime.INTERPRETED = True  # kernels are compiled as for a GPU, and run here
     found = {}
-    for name, (make, options) in CASES.items():
+    for name in sys.argv[1:] or CASES:
+        make, options = CASES[name]
         given = partial(gradients, grid=0.125 if make is optim.SlimAdam else 0.0)
         generic, fused = (
             train(make, torch.device("cpu"), torch.bfloat16, f, shapes=SHAPES, gradients=given, **options)

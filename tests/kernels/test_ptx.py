@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import pytest
 
 from tests.kernels.ptx.machine import Machine, fused, toward_zero

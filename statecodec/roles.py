@@ -23,6 +23,7 @@ STATE_ROLES: Final[dict[str, Role]] = {
     "max_exp_avg_sq": "max_exp_avg_sq",
     "max_exp_avg_sqs": "max_exp_avg_sq",
     "momentum_buffer": "momentum",
+    "ax": "ema",  # of ASGD: the average, equal to the weight as long as averaging has not begun
     "master_param": "master",
     "fp32_param": "master",  # Megatron's distributed optimizer
 }

@@ -38,11 +38,15 @@ def repeated(
         return choices
     originals: dict[str, str] = {}
     repeats: dict[str, Choice] = {}
+    made_exact: dict[str, Choice] = {}
     pairs = [pair for group in copies(source, only) for pair in _with_original(group, choices)]
     # Tensors with companions come last: the originals of their companions are known then.
     for item, other in sorted(pairs, key=lambda pair: bool(choices[pair[0].name].companions)):
-        choice, first = choices[item.name], choices[other.name]
+        choice, first = choices[item.name], made_exact.get(other.name, choices[other.name])
         follows = _has_no_step(item, choice) and family(other.role) == "weight" and first.unit is not None
+        if not follows and _shall_be_exact(choice, first):  # one exact tensor is smaller than a lossy and an exact one
+            reason = f"{item.name} is the same, and kept exact"
+            first = made_exact[other.name] = replace(choice, reason=reason, unit=first.unit)
         if _is_alike(first if follows else choice, first, tuple(item.shape), originals):
             originals[item.name] = other.name
             reason = f"it is the same as {other.name}"
@@ -53,6 +57,7 @@ def repeated(
                 companions={"original": other.name},
                 otherwise=codecs.Raw() if choice.codec.needs else choice.codec,
             )
+    choices = replace(choices, by_name={**choices.by_name, **made_exact})
     for name, choice in choices.items():  # a companion must need no other tensor
         if name not in repeats:
             for needed in choice.companions.values():
@@ -93,6 +98,12 @@ def _has_no_step(item: SourceItem, choice: Choice) -> bool:
     """
     is_copy = family(item.role) == "weight" and item.role != "ema"
     return is_copy and choice.exact and not choice.settled and choice.unit is None and not choice.companions
+
+
+def _shall_be_exact(choice: Choice, first: Choice) -> bool:
+    """Whether an original that may be lossy is stored exactly, because a copy of it has to be exact anyway."""
+    lossy = not (first.exact or first.settled or first.encoding.change or isinstance(first.codec, codecs.Dropped))
+    return lossy and not choice.settled and choice.encoding == Encoding(codecs.Raw())
 
 
 def _is_alike(choice: Choice, first: Choice, shape: tuple[int, ...], originals: Mapping[str, str]) -> bool:

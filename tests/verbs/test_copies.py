@@ -100,6 +100,58 @@ def test_a_tied_weight_under_its_second_name_costs_nothing(second: str, tmp_path
     assert codecs_of(other)[f"model.{second}"] == "raw", "it is another tensor after all"
 
 
+@pytest.mark.parametrize("preset", ["resume", "small", "tiny", "live", "weights"])
+def test_a_copy_that_is_exact_makes_the_original_exact(preset: str, tmp_path: Path) -> None:
+    """A lossy tensor and an exact one would be larger than the exact one alone."""
+    content = trained()
+    content["backup"] = {"of nobody knows what": content["model"]["0.weight"].clone(), "n": 3}
+    content["old"] = {"exp_avg_sq of before": content["optimizer"]["state"][0]["exp_avg_sq"].clone(), "n": 3}
+    torch.save(content, tmp_path / "x.pt")
+    report = statecodec.compress(tmp_path / "x.pt", preset=preset, pack="zstd", verify=True)
+    assert codecs_of(report)["backup.of nobody knows what"] == "same"
+    back = statecodec.load(report.path)
+    for copy, original in (
+        (back["backup"]["of nobody knows what"], content["model"]["0.weight"]),
+        (back["model"]["0.weight"], content["model"]["0.weight"]),
+        (back["old"]["exp_avg_sq of before"], content["optimizer"]["state"][0]["exp_avg_sq"]),
+    ):
+        assert torch.equal(copy, original)
+    assert back["optimizer"]["state"][0]["exp_avg_sq"].any() == (preset != "weights")
+    exact = statecodec.compress(tmp_path / "x.pt", tmp_path / "exact.sc.safetensors", preset="lossless")
+    assert report.bytes < exact.bytes
+    for number in (1, 2, 3):
+        share = f"{number}/3"
+        statecodec.compress_share(tmp_path / "x.pt", tmp_path / "j.sc.safetensors", share=share, preset=preset)
+    joined = statecodec.finalize(tmp_path / "x.pt", tmp_path / "j.sc.safetensors")
+    assert Path(joined.path).read_bytes() == Path(report.path).read_bytes()
+
+
+@pytest.mark.parametrize("preset", ["resume", "tiny"])
+def test_the_average_of_asgd_is_the_weight_as_long_as_averaging_has_not_begun(preset: str, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.Linear(80, 96))
+    optimizer = torch.optim.ASGD(model.parameters())
+    model(torch.randn(16, 96)).square().mean().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt")
+    exact = statecodec.compress(tmp_path / "x.pt", tmp_path / "exact.sc.safetensors", preset="lossless")
+    report = statecodec.compress(tmp_path / "x.pt", preset=preset, verify=True)
+    roles = {t.name: t.role for t in report.tensors}
+    assert (roles["model.0.weight"], roles["optimizer.state.0.ax"]) == ("weight", "ema")
+    assert codecs_of(report)["optimizer.state.0.ax"] == "same"
+    assert report.bytes <= exact.bytes * 1.002
+
+
+@pytest.mark.parametrize("names", [("model", "model_ema"), ("model_ema", "model")])
+def test_a_weight_that_is_its_own_average_is_a_weight(names: tuple[str, str], tmp_path: Path) -> None:
+    """Two tensors on one memory, as `state_dict()` called twice gives them."""
+    content = trained()
+    saved = {name: {key: value.detach() for key, value in content["model"].items()} for name in names}
+    torch.save({**saved, "optimizer": content["optimizer"]}, tmp_path / "x.pt")
+    report = statecodec.compress(tmp_path / "x.pt", verify=True)
+    (weight,) = (t for t in report.tensors if t.name.endswith(".0.weight"))
+    assert (weight.role, weight.codec.partition("(")[0]) == ("weight", "uniform")
+
+
 def test_what_differs_where_no_sample_is_taken_is_stored_itself(twice: Path, tmp_path: Path) -> None:
     for key, change in (("0.weight", 1.0), ("1.weight", -0.0)):
         content = torch.load(twice / "last.pt")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from statecodec.layouts.base import LogicalTensor
 from statecodec.layouts.facts.averages import is_average
@@ -24,7 +24,9 @@ from statecodec.layouts.facts.updates import adam_nodes, common_settings, moment
 from statecodec.layouts.moments import Moments, Momentum, QuantisedMoments, QuantisedState
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 from statecodec.layouts.protocol import Located
-from statecodec.roles import STATE_ROLES, family
+from statecodec.roles import STATE_ROLES, Role, family
+
+_WEIGHTS: Final[set[Role]] = {"weight", "master", "ema"}
 
 
 class Named(NamedTuple):
@@ -63,13 +65,20 @@ def _tensor(file: FileRoles, tensor: LogicalTensor, number: int) -> LogicalTenso
         file.tensors.update((node.index, tensor.name) for node in nodes)
     roles = {file.roles.get(node.index, "other") for node in nodes}
     names = [file.params[node.index] for node in nodes if node.index in file.params]
-    role = roles.pop() if len(roles) == 1 else "other"
+    role = roles.pop() if len(roles) == 1 else _role_of_several(roles)
     # Tied weights have several names, and the first is the one that Module.parameters() knows. Where windows differ
     # (FSDP1's flat parameters, and those in them), none is the name of the whole.
     tied = family(role) == "weight" and number not in file.facts.shared
     certain = names and (tied or len(set(names)) == 1)
     state = file.encoded.get(nodes[0].index) if len(nodes) == 1 else None
     return replace(tensor, role=role, param=names[0] if certain else None, state=state)
+
+
+def _role_of_several(roles: set[Role]) -> Role:
+    """The role of a tensor that is saved as several things: a weight that is its own master or average is a weight."""
+    if not roles <= _WEIGHTS:
+        return "other"
+    return "weight" if "weight" in roles else "master"
 
 
 def _moments(file: FileRoles, adam: AdamNodes) -> Moments | None:

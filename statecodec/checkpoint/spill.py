@@ -5,10 +5,13 @@ from __future__ import annotations
 import ctypes
 import mmap
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from statecodec.buffers import memory
 from statecodec.errors import OutputFailed
 from statecodec.files import reserve, write_exactly
 from statecodec.layouts.payload import MEMORY
@@ -33,6 +36,7 @@ class Spill:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         except OSError as error:
             raise OutputFailed(f"cannot write into {folder}: {error.strerror or error}") from error
+        self._fd = self._file.fileno()
         self._maps: list[mmap.mmap] = []
         self._size = self._since = 0
 
@@ -40,26 +44,34 @@ class Spill:
         """So many bytes, 1-D uint8 with arbitrary contents: in the file, if they are many. Raises OutputFailed."""
         if nbytes < _LARGE:
             return MEMORY.take(nbytes)
-        offset, fd = self._size, self._file.fileno()
-        try:
-            if not reserve(fd, offset + nbytes):  # writing into mapped memory without room kills the process
+        with self._room(nbytes) as offset:
+            if not reserve(self._fd, offset + nbytes):  # writing into mapped memory without room kills the process
                 for at in range(0, nbytes, _LARGE):
-                    write_exactly(fd, offset + at, memoryview(_ZEROS)[: nbytes - at])
-            mapped = mmap.mmap(fd, nbytes, offset=offset)
-        except OSError as error:
-            raise OutputFailed(f"no room for {nbytes:,} bytes beside the output: {error.strerror or error}") from error
-        self._maps.append(mapped)
-        self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        return torch.frombuffer(mapped, dtype=torch.uint8)
+                    write_exactly(self._fd, offset + at, memoryview(_ZEROS)[: nbytes - at])
+            return self._mapped(offset, nbytes)
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Move a tensor into the file, if it is large, contiguous and on the CPU; returns it."""
         if tensor.nbytes < _LARGE or not tensor.is_contiguous() or tensor.device.type != "cpu":
             return tensor
-        there = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        there.copy_(tensor.detach())
+        with self._room(tensor.nbytes) as offset:
+            write_exactly(self._fd, offset, memory(tensor.detach()))
+            there = self._mapped(offset, tensor.nbytes)
         self.used(tensor.nbytes)
-        return there
+        return there.view(tensor.dtype).view(tensor.shape)
+
+    @contextmanager
+    def _room(self, nbytes: int) -> Iterator[int]:
+        """The offset of the next bytes of the file. Raises OutputFailed if writing there fails."""
+        try:
+            yield self._size
+        except OSError as error:
+            raise OutputFailed(f"no room for {nbytes:,} bytes beside the output: {error.strerror or error}") from error
+        self._size += -(-nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+    def _mapped(self, offset: int, nbytes: int) -> Tensor:
+        self._maps.append(mmap.mmap(self._fd, nbytes, offset=offset))
+        return torch.frombuffer(self._maps[-1], dtype=torch.uint8)
 
     def keep_all(self, value: Any) -> Any:
         """The same nested dict with its large tensors in the file."""

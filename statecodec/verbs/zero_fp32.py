@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from statecodec.checkpoint.base import Checkpoint
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.spill import Spill
 from statecodec.errors import UsageError
+from statecodec.layouts import Run
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,10 +43,27 @@ def zero_fp32(src: Path, spill: Spill) -> dict[str, Tensor]:
             if name in module
         }
         for param, name in _parameters(checkpoint, prefix).items():
-            weights[param] = spill.keep(checkpoint.read(name).float())
+            weights[param] = _in_fp32(checkpoint, name, spill)
     weights.update({name: weights[held] for name, held in shared.items() if held in weights})
     order = {name: i for i, name in enumerate(module)}
     return {name: weights[name] for name in sorted(weights, key=lambda name: order.get(name, len(order)))}
+
+
+def _in_fp32(checkpoint: Checkpoint, name: str, spill: Spill) -> Tensor:
+    """A tensor, put together in the spill from the pieces that the ranks hold."""
+    whole = checkpoint.joined.get(name)
+    if whole is None or not all(isinstance(part, Run) for _, part in whole.pieces):
+        return spill.keep(checkpoint.read(name).float())
+    values = spill.take(4 * math.prod(whole.shape)).view(torch.float32)
+    for index, part in whole.pieces:
+        assert isinstance(part, Run)
+        at = part.start
+        for piece in checkpoint.stream(checkpoint.items[index]):
+            piece = piece.view(torch.uint8).view(whole.dtype.torch)
+            values[at : at + piece.numel()] = piece
+            at += piece.numel()
+            spill.used(4 * piece.numel())
+    return values.view(whole.shape)
 
 
 def _of(model: Any, key: str, kind: type) -> Any:

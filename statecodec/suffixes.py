@@ -1,9 +1,11 @@
-"""Endings of file names: of compressed checkpoints, and of those that frameworks write."""
+"""Names of files: endings of compressed checkpoints and of those that frameworks write, and the index of many ranks."""
 
 from __future__ import annotations
 
 SUFFIX = ".sc.safetensors"
 """Of compressed checkpoints."""
+INDEX = "statecodec.json"
+"""Of the file of a folder that StatecodecWriter writes last: where it is, the checkpoint of all ranks is whole."""
 TORCH_SUFFIXES = (".pth.tar", ".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (SUFFIX, ".safetensors", *TORCH_SUFFIXES, ".tar")  # the longer one of two that fit comes first
 

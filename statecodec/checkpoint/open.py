@@ -9,7 +9,7 @@ from statecodec.checkpoint.base import Checkpoint
 from statecodec.checkpoint.native import load_native
 from statecodec.checkpoint.pickles import safe_pickles
 from statecodec.checkpoint.restored_bytes import load_files
-from statecodec.checkpoint.sniff import is_compressed
+from statecodec.checkpoint.sniff import is_compressed, of_many_ranks
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.errors import UsageError
@@ -28,7 +28,7 @@ def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint 
         The open checkpoint, a context manager.
 
     Raises:
-        FormatError: If a compressed file cannot be read.
+        FormatError: If a compressed file cannot be read, and for a folder that StatecodecWriter wrote.
         LayoutError: If an uncompressed one cannot.
 
     Example:
@@ -40,7 +40,12 @@ def open_checkpoint(path: str | Path, *, crcs: bool = True) -> SourceCheckpoint 
         (['model.w'], tensor([[1., 1.],
                 [1., 1.]]))
     """
-    return StoredCheckpoint.open(path) if is_compressed(path) else SourceCheckpoint(path, crcs=crcs)
+    if is_compressed(path):
+        return StoredCheckpoint.open(path)
+    ranks = of_many_ranks(Path(path))
+    if ranks is not None:
+        raise ranks
+    return SourceCheckpoint(path, crcs=crcs)
 
 
 def load(path: str | Path, map_location: torch.device | str | int = "cpu", *, safe_only: bool = False) -> Any:

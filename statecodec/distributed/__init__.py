@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from statecodec.suffixes import INDEX
+
 if TYPE_CHECKING:
     from statecodec.distributed.reader import StatecodecReader
     from statecodec.distributed.writer import StatecodecWriter
 
 __all__ = ["INDEX", "StatecodecReader", "StatecodecWriter"]
-
-INDEX = "statecodec.json"
-"""The file of a folder that is written last: where it is, the checkpoint is whole."""
 
 
 def __getattr__(name: str) -> Any:

@@ -74,6 +74,26 @@ def test_every_file_is_a_compressed_checkpoint(tmp_path: Path) -> None:
     assert {t.role for t in report.tensors} >= {"weight", "exp_avg", "exp_avg_sq", "step"}
 
 
+def test_verbs_say_what_the_folder_is_and_what_reads_it(tmp_path: Path) -> None:
+    folder, one = tmp_path / "ckpt", tmp_path / "x.pt"
+    save(state(), folder)
+    (file,) = rank_files(folder)
+    torch.save({"w": torch.ones(3)}, one)
+    verbs = [statecodec.inspect, statecodec.load, statecodec.open, statecodec.restore, statecodec.verify]
+    calls = [lambda verb=verb: verb(folder) for verb in verbs]
+    calls += [
+        lambda: statecodec.compress(folder),
+        lambda: statecodec.convert(folder, tmp_path / "y.pt", layout="torch"),
+        lambda: statecodec.diff(one, folder),
+        lambda: statecodec.analyze(folder),
+    ]
+    for call in calls:
+        with pytest.raises(FormatError, match=r"StatecodecWriter wrote.*StatecodecReader\('.*ckpt'\).*" + file.name):
+            call()
+    (folder / INDEX).write_text("{}")
+    assert statecodec.inspect(folder).source["layout"] == "directory", "the name alone says nothing"
+
+
 def test_a_rank_decodes_only_the_chunks_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunking.iterate, "__defaults__", (4096,))
     monkeypatch.setattr(chunking.chunks, "__defaults__", (4096,))

@@ -18,11 +18,11 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.budget import Budget
-from statecodec.choose.choices import Choice, by_rules
+from statecodec.choose.choices import Choice, Choices, by_rules
 from statecodec.choose.chooser import by_budget
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
-from statecodec.codecs import Direction, Logarithmic, Uniform
+from statecodec.codecs import Direction, Logarithmic, Split, Uniform
 from statecodec.codecs.chunking import Chunk
 from statecodec.errors import UsageError
 from statecodec.lazy import torch
@@ -36,6 +36,7 @@ Values: TypeAlias = NDArray[np.float64]
 
 _SAMPLE, _PIECE = 1 << 16, 1 << 11  # a larger tensor is sampled by 32 pieces, evenly spread
 _FRACTIONS = (0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+_GRIDS = (Uniform, Direction, Logarithmic)
 _EXACT_BITS = 0.83 * 8  # a byte of fp32 or bf16 numbers, packed without loss; measured in docs/benchmarks.md
 
 
@@ -63,34 +64,40 @@ class CurvePoint:
 def measure_curve(src: str | Path, *, threads: int | None = None, progress: Progress | None = None) -> list[CurvePoint]:
     """The curve of one checkpoint, with the presets as labelled points.
 
-    Raises UsageError for a compressed checkpoint or one without Adam moments.
+    Raises UsageError for a compressed checkpoint, or one in which nothing has an error that is counted in steps.
     """
     with open_checkpoint(src) as source:
         if not isinstance(source, SourceCheckpoint):
             raise UsageError(f"{src} is compressed: its curve would be that of errors already made; give the original")
-        if not source.moments:
-            raise UsageError(f"{src}: no pairs of exp_avg and exp_avg_sq here, so no optimizer step to count in")
         named: list[tuple[Budget, str | None]] = [(preset.budget, name) for name, preset in PRESETS.items()]
         budgets = [(Budget(fraction, fraction), None) for fraction in _FRACTIONS] + [(b, n) for b, n in named if b]
         meter = Meter(progress, len(budgets) * source.nbytes, "estimating sizes")
         points = []
         for budget, name in budgets:
-            points.append(_point(source, budget, name, threads or default_threads()))
+            choices = by_budget(source, by_rules(source, Policy(()), "lossless"), budget, threads or default_threads())
+            if not any(isinstance(choice.codec, _GRIDS) for choice in choices.values()):
+                raise UsageError(
+                    f"{src}: no large tensor here has an error that is counted in optimizer steps; such are moments of "
+                    "Adam and its kin, momenta, and the weights that either trains"
+                )
+            points.append(_point(source, choices, budget, name))
             meter.add(source.nbytes)
         return points
 
 
-def _point(source: SourceCheckpoint, budget: Budget, label: str | None, threads: int) -> CurvePoint:
-    choices = by_budget(source, by_rules(source, Policy(()), "lossless"), budget, threads)
-    bits = sum(_bits(source, item, choices[item.name]) for item in source.items)
-    numel = sum(source.tensors[m.exp_avg].numel for m in source.moments)
-    return CurvePoint(round(bits / 8), bits / 8 / max(numel, 1), budget.moments or 0.0, budget.weights or 0.0, label)
+def _point(source: SourceCheckpoint, choices: Choices, budget: Budget, label: str | None) -> CurvePoint:
+    nbytes = sum(_bits(source, item, choices[item.name]) for item in source.items) / 8
+    numel = max(source.report().num_params, 1)
+    return CurvePoint(round(nbytes), nbytes / numel, budget.moments or 0.0, budget.weights or 0.0, label)
 
 
 def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
     """Estimated bits of one tensor under its codec."""
     codes = _codes(source, item, choice)
-    return item.numel * _entropy(codes) if codes is not None else item.nbytes * _EXACT_BITS
+    if codes is not None:
+        return item.numel * _entropy(codes)
+    dropped = 16 - choice.codec.low_bits if isinstance(choice.codec, Split) else 0  # of 32: noise, that packs to itself
+    return item.nbytes * _EXACT_BITS - item.numel * dropped
 
 
 def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values | None:

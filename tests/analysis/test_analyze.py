@@ -118,6 +118,27 @@ def test_the_curve_is_what_encoding_gives(run: list[Path], name: str, tmp_path: 
     assert points[name].nbytes == pytest.approx(sum(t.bytes_after for t in made.tensors), rel=0.15)
 
 
+@pytest.mark.parametrize("preset", ["resume", "tiny"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Muon", "RMSprop"])
+def test_the_curve_of_other_optimizers(optimizer: str, preset: str, tmp_path: Path) -> None:
+    """Momenta count in fractions of their own rms; weights without a known step keep 24 bits."""
+    torch.manual_seed(0)
+    options = {"SGD": {"lr": 0.1, "momentum": 0.9}, "Muon": {"lr": 1e-3}, "RMSprop": {"lr": 1e-3}}
+    model = torch.nn.Sequential(
+        torch.nn.Linear(96, 80, bias=False), torch.nn.Tanh(), torch.nn.Linear(80, 96, bias=False)
+    )
+    trained = getattr(torch.optim, optimizer)(model.parameters(), **options[optimizer])
+    for _ in range(20):
+        model(torch.randn(16, 96)).square().mean().backward()
+        trained.step()
+        trained.zero_grad()
+    torch.save({"model": model.state_dict(), "optimizer": trained.state_dict()}, tmp_path / "x.pt")
+    points = {p.label: p for p in statecodec.analyze(tmp_path / "x.pt", snr=False, curve=True).curve}
+    made = statecodec.compress(tmp_path / "x.pt", preset=preset)
+    assert points[preset].nbytes == pytest.approx(sum(t.bytes_after for t in made.tensors), rel=0.15)
+    assert points[preset].bytes_per_param == pytest.approx(points[preset].nbytes / made.num_params, rel=1e-3)
+
+
 def test_tables_are_taken_like_checkpoints() -> None:
     found = statecodec.analyze(TABLE, TABLE)
     assert found.saved["layer"] == pytest.approx(0.994, abs=5e-4)
@@ -126,8 +147,10 @@ def test_tables_are_taken_like_checkpoints() -> None:
 
 def test_what_it_refuses(runs: dict[str, list[Path]], tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.randn(4, 4)}}, tmp_path / "weights.pt")
-    with pytest.raises(UsageError, match="no second moments"):
+    with pytest.raises(UsageError, match=r"no second moments.*--curve needs none"):
         statecodec.analyze(tmp_path / "weights.pt")
+    with pytest.raises(UsageError, match="counted in optimizer steps"):
+        statecodec.analyze(tmp_path / "weights.pt", snr=False, curve=True)
     with pytest.raises(UsageError, match="at least one"):
         statecodec.analyze()
     with pytest.raises(UsageError, match="either checkpoints or SNR tables"):

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 sys.path.insert(0, str(ROOT.parent))  # the writers that tests have, too
 
-BEFORE, AFTER, RANKS, BATCH, LR = 60, 8, 2, 8, 6e-4
+BEFORE, AFTER, RANKS, BATCH, LR = 60, 8, 2, 64, 6e-4
 Run: TypeAlias = Callable[[Path, "Path | None"], "tuple[Path, list[float]]"]
 
 

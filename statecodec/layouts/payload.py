@@ -60,7 +60,14 @@ class Payload:
 
     @classmethod
     def of(cls, read: Read) -> Payload:
-        """From a function that gives tensors of its own."""
+        """From a function that gives tensors of its own.
+
+        Args:
+            read: The function; its tensors are copied.
+
+        Returns:
+            What reads with it, into memory.
+        """
 
         def fill(path: str, offset: int, out: Tensor) -> Iterator[int]:
             out.copy_(read(path, offset, out.numel()))
@@ -75,19 +82,39 @@ class Payload:
         return self.moved(out)
 
     def take(self, nbytes: int) -> Tensor:
-        """Where a tensor of so many bytes is put together; `moved` then gives the tensor."""
+        """Where a tensor is put together; `moved` then gives the tensor.
+
+        Args:
+            nbytes: Its size.
+
+        Returns:
+            1-D uint8 with arbitrary contents, on the CPU or the device `meta`.
+        """
         if self._is_meta:
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
         return self.room.take(nbytes)
 
     def into(self, out: Tensor, path: str, offset: int) -> None:
-        """Read bytes of a file into a part of what `take` gave."""
+        """Read bytes of a file.
+
+        Args:
+            out: A part of what `take` gave; it says how many bytes.
+            path: The file.
+            offset: Where in the file they begin.
+        """
         if not self._is_meta:
             for nbytes in self.fill(path, offset, out):
                 self.room.used(nbytes)
 
     def moved(self, tensor: Tensor) -> Tensor:
-        """A tensor of `take`'s bytes on the device where it shall be."""
+        """Bring a tensor to the device where it shall be.
+
+        Args:
+            tensor: A view of `take`'s bytes.
+
+        Returns:
+            The same tensor if it is there.
+        """
         return tensor if self.device is None or self._is_meta else tensor.to(self.device)
 
     @property

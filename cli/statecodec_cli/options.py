@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,11 +10,17 @@ import typer
 
 from statecodec.operations import PRESETS
 
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_NO_URL = (
+    "URLs are not opened: give a file, a directory, or - for standard input (`curl -fsS URL | statecodec inspect -`)."
+)
+
 
 def _existing(text: str) -> Path:
     """A path that is there, or - for standard input."""
     if text != "-" and not Path(text).exists():
-        raise typer.BadParameter(f"path {text!r} does not exist.")
+        more = f" {_NO_URL}" if _URL.match(text) else ""
+        raise typer.BadParameter(f"path {text!r} does not exist.{more}")
     return Path(text)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 DASH = "-"
+_INPUT, _OUTPUT = "standard input", "standard output"
 _PIECE = 1 << 20  # bytes copied at a time
 
 
@@ -35,7 +36,8 @@ def source(path: Path) -> Iterator[Path]:
         spooled = Path(folder) / "stdin"
         with spooled.open("wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file, _PIECE)
-        yield spooled
+        with _called(spooled, _INPUT):
+            yield spooled
 
 
 @contextmanager
@@ -49,9 +51,26 @@ def sources(paths: Sequence[Path]) -> Iterator[list[Path]]:
         yield [stack.enter_context(source(path)) for path in paths]
 
 
+@contextmanager
+def _called(file: Path, name: str) -> Iterator[None]:
+    """Errors name the stream that the user knows, not the temporary file."""
+    from statecodec.errors import StatecodecError
+
+    try:
+        yield
+    except StatecodecError as error:
+        error.args = (str(error).replace(str(file), name),)
+        raise
+
+
 def named(src: Path, document: dict[str, Any]) -> dict[str, Any]:
-    """The report with the name that the user knows, not that of the temporary file."""
-    return {**document, "path": "standard input"} if str(src) == DASH else document
+    """The report of a source, under the name that the user knows."""
+    return {**document, "path": _INPUT} if str(src) == DASH else document
+
+
+def written(output: str | None, document: dict[str, Any]) -> dict[str, Any]:
+    """The report of an output, under the name that the user knows."""
+    return {**document, "path": _OUTPUT} if output == DASH else document
 
 
 @contextmanager
@@ -73,7 +92,8 @@ def output(name: str | None, *, src: Path, as_json: bool) -> Iterator[str | None
         raise UsageError("-o - writes a binary file to standard output, which is a terminal here: redirect it")
     with tempfile.TemporaryDirectory(prefix="statecodec-") as folder:
         result = Path(folder) / "stdout"
-        yield str(result)
+        with _called(result, _OUTPUT):
+            yield str(result)
         if result.is_dir():
             raise UsageError("a directory cannot be written to standard output: give -o a name")
         with result.open("rb") as file:

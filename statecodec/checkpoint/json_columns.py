@@ -48,9 +48,9 @@ def integer(value: Any, low: int, high: int, where: str) -> int:
     return value
 
 
-def integers(value: Any, where: str) -> tuple[int, ...]:
+def integers(value: Any, most: int, where: str) -> tuple[int, ...]:
     """A list of sizes, none negative. Raises FormatError."""
-    return tuple(integer(n, 0, MAX_FILE, where) for n in sequence(value, where))
+    return tuple(integer(n, 0, most, where) for n in sequence(value, where))
 
 
 def sequence(value: Any, where: str) -> list[Any]:

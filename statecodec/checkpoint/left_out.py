@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statecodec.errors import UsageError
 from statecodec.layouts.objects import OpaqueObject
 from statecodec.lazy import torch
 from statecodec.names import shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 MAX_DEPTH = 100
+
+
+_LONGEST = 64 << 20  # bytes of a view that are written although its memory is smaller
 
 
 def without_opaque(value: Any) -> tuple[Any, list[str]]:
@@ -23,8 +30,18 @@ def without_opaque(value: Any) -> tuple[Any, list[str]]:
     return pruning.pruned(value, "", 0), pruning.left_out
 
 
+def written_out(value: Any) -> tuple[Any, list[str]]:
+    """Like `without_opaque`, for files that hold every element of a tensor.
+
+    Without large views whose elements are at the same place many times, too: one number may be a tensor of any size.
+    """
+    pruning = _Pruning(written_out=True)
+    return pruning.pruned(value, "", 0), pruning.left_out
+
+
 class _Pruning:
-    def __init__(self) -> None:
+    def __init__(self, *, written_out: bool = False) -> None:
+        self._written_out = written_out
         self.left_out: list[str] = []
         self._made: dict[int, tuple[Any, Any]] = {}
         """Identity of a container -> it, so that it lives on, and what was made of it."""
@@ -36,6 +53,8 @@ class _Pruning:
             return self._made[id(value)][1]
         if isinstance(value, OpaqueObject):
             return self._gone(value, path)
+        if self._written_out and isinstance(value, torch.Tensor) and _is_stretched(value):
+            return self._gone(f"a tensor {list(value.shape)} that repeats the elements of a smaller one", path)
         if isinstance(value, dict):
             return self._dict(value, path, depth)
         if type(value) in (list, tuple):
@@ -68,8 +87,15 @@ class _Pruning:
 
     def _gone(self, value: Any, path: str) -> Any:
         """Note what was left out; returns the None that replaces it."""
-        self.left_out.append(f"{path or 'all of it'}: {value!r:.120}")
+        self.left_out.append(f"{path or 'all of it'}: {value if type(value) is str else repr(value):.120}")
         return None
+
+
+def _is_stretched(tensor: Tensor) -> bool:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return False
+    nbytes = math.prod(tensor.shape) * tensor.itemsize
+    return nbytes > max(_LONGEST, tensor.untyped_storage().nbytes())
 
 
 def joined(path: str, key: Any) -> str:

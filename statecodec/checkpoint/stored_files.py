@@ -31,7 +31,7 @@ from statecodec.names import shown
 from statecodec.strict import Fields
 
 MAX_TIME = (1 << 63) - 1  # nanoseconds since 1970
-_MAX_NUMEL = 1 << 62  # elements of a view, which may repeat elements (expand)
+_MAX_NUMEL = (1 << 63) - 1  # elements of a view, which may repeat elements (expand)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _view(row: Sequence[Any], whole: _Own, where: str) -> View:
     if not isinstance(name, str) or dtype is None:
         raise FormatError(f"{where}: {str(name)[:80]!r} has unknown dtype {str(dtype_name)[:40]!r}")
     integer(region, 0, len(whole) - 1, where)
-    dims, strides = integers(shape, where), integers(stride, where)
+    dims, strides = integers(shape, _MAX_NUMEL, where), integers(stride, _MAX_NUMEL, where)
     start = integer(offset, 0, MAX_FILE, where)
     reach = sum((n - 1) * s for n, s in zip(dims, strides, strict=False)) + 1 if 0 not in dims else 0
     fits = start + reach <= whole.nbytes(region) // dtype.itemsize

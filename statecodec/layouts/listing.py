@@ -211,7 +211,9 @@ def _list_directory(root: Path) -> Listing:
             for entry in entries:
                 path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_symlink():
-                    raise UnknownLayout(f"{path} is a symbolic link; replace it by what it points to, or leave it out")
+                    raise UnknownLayout(
+                        f"{path} is a symbolic link; leave it out, or make a copy with what it points to (cp -rL)"
+                    )
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(path)
                 elif entry.is_file(follow_symlinks=False):

@@ -57,5 +57,6 @@ def refusal(file: ListedFile) -> LayoutError:
     if b"PK\x03\x04" in head:
         return MalformedCheckpoint("unknown bytes before what looks like a zip archive")
     return UnknownLayout(
-        "neither a torch.save file nor a safetensors file (those are known, DCP folders, and directories of any files)"
+        "neither a torch.save file nor a safetensors file. Those are read, DCP folders, and directories of any files, "
+        "in which a file like this is kept byte for byte: give its directory, or save what is in it with torch.save"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from statecodec.atomic import AtomicOutput
-from statecodec.checkpoint.left_out import tensor_bytes, without_opaque
+from statecodec.checkpoint.left_out import tensor_bytes, without_opaque, written_out
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.spill import Releasing, Spill
@@ -85,7 +85,7 @@ def _values(src: Path, spill: Spill) -> Any:
 
 
 def _apart(value: Any) -> tuple[TensorsAndValues, list[str]]:
-    value, opaque = without_opaque(value)
+    value, opaque = written_out(value)
     parts, strange = taken_apart(value)
     return parts, opaque + strange
 
@@ -115,7 +115,7 @@ def _write_dcp(value: Any, work: ConversionRun) -> None:
 TARGETS = {
     "torch": TargetLayout(_values, without_opaque, _write_torch),
     "safetensors": TargetLayout(_values, _apart, _write_safetensors),
-    "dcp": TargetLayout(_values, without_opaque, _write_dcp, folder=True),
+    "dcp": TargetLayout(_values, written_out, _write_dcp, folder=True),
     "zero-fp32": TargetLayout(zero_fp32, without_opaque, _write_torch),
 }
 """A row for every one of `operations.LAYOUTS`."""

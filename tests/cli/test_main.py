@@ -28,7 +28,8 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     ("words", "complaint"),
     [
         (["compress"], "Missing argument"),
-        (["compress", "nowhere.pt"], "does not exist"),
+        (["compress", "nowhere.pt"], "does not exist."),
+        (["inspect", "s3://bucket/ckpt.pt"], "URLs are not opened: give a file, a directory, or - for standard input"),
         (["compress", __file__, "--preset", "enormous"], "enormous"),
         (["compress", __file__, "--threads", "0"], "--threads"),
         (["inspect", __file__, "--plot", "x.pdf"], "must end in .svg or .png"),

@@ -80,6 +80,29 @@ def test_comparisons_and_analyses_read_standard_input(ckpt: Path, temporary: Pat
     assert list(temporary.iterdir()) == []
 
 
+def test_nobody_sees_the_temporary_files(ckpt: Path, temporary: Path) -> None:
+    content = ckpt.read_bytes()
+    packed = call("compress", "-", "-o", "-", data=content, folder=temporary)
+    calls = [
+        packed,
+        call("restore", "-", "-o", "-", data=packed.stdout, folder=temporary),
+        call("convert", ckpt, "-", "--layout", "torch", folder=temporary),
+    ]
+    for done in calls:
+        assert (done.returncode, b"standard output" in done.stderr) == (0, True), done.stderr
+    refused = [
+        call("inspect", "-", data=b"garbage", folder=temporary),
+        call("restore", "-", "-o", "-", data=content, folder=temporary),
+        call("verify", "-", data=packed.stdout[:-9000], folder=temporary),
+        call("diff", ckpt, "-", data=b"garbage", folder=temporary),
+    ]
+    for done in refused:
+        assert done.returncode == 1
+        assert done.stderr.startswith((b"error: standard input", b"error: stdin")), done.stderr
+    for done in (*calls, *refused):
+        assert str(temporary).encode() not in done.stderr
+
+
 def test_what_makes_no_sense_says_so(ckpt: Path, temporary: Path) -> None:
     content = ckpt.read_bytes()
     nameless = call("compress", "-", data=content, folder=temporary)

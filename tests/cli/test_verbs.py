@@ -63,7 +63,7 @@ def test_everything_fits_the_terminal(cli: Cli, ckpt: Path, monkeypatch: pytest.
     packed = "ckpt.sc.safetensors"
     calls = (
         ("compress", ckpt.name, "--rule", "*.misspelt=raw"), ("compress", ckpt.name),
-        ("inspect", packed), ("inspect", packed, "-a"),
+        ("inspect", packed), ("inspect", packed, "-a"), ("inspect", packed, "-q"),
         ("inspect", ckpt.name), ("diff", ckpt.name, packed), ("diff", ckpt.name, packed, "-a"),
         ("verify", packed, "--against", ckpt.name), ("restore", packed, "-o", "again.pt"), ("restore", ckpt.name),
         ("analyze", ckpt.name, "--snr", "--curve"), ("convert", ckpt.name, "x.sc.safetensors", "--to", "exp_avg=raw"),

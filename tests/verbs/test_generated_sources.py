@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 import statecodec
-from statecodec.errors import StatecodecError
+from statecodec.errors import StatecodecError, UsageError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 PRESETS = ["lossless", "resume", "tiny", "weights"]
@@ -155,10 +155,32 @@ def test_the_sources_these_are_made_of_are_taken(tmp_path: Path) -> None:
         assert statecodec.compress(tmp_path / "x.pt", tmp_path / f"{preset}.sc.safetensors", preset=preset).bytes
 
 
-@pytest.mark.parametrize("shape", [(1 << 25, 1 << 25), (1 << 40,)])
-def test_a_view_that_repeats_its_elements(tmp_path: Path, shape: tuple[int, ...]) -> None:
-    torch.save({"x": torch.tensor([1.5]).expand(shape), "w": torch.ones(9)}, tmp_path / "x.pt")
+STRETCHED = {
+    "square": torch.tensor([1.5]).expand(1 << 25, 1 << 25),
+    "long": torch.tensor([1.5]).expand(1 << 40),
+    "longer than a file": torch.tensor([1.5]).expand(1 << 51),
+    "the longest": torch.tensor([1.5]).expand(1 << 40, (1 << 23) - 1),
+    "a stride that no step is made with": torch.ones(1, 1).as_strided((1, 1), (1 << 60, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHED)
+def test_a_view_that_repeats_its_elements(tmp_path: Path, kind: str) -> None:
+    view = STRETCHED[kind]
+    torch.save({"x": view, "w": torch.ones(9)}, tmp_path / "x.pt")
     report = statecodec.compress(tmp_path / "x.pt", preset="lossless")
-    assert statecodec.load(report.path)["x"].shape == shape
+    loaded = statecodec.load(report.path)["x"]
+    assert (loaded.shape, loaded.stride()) == (view.shape, view.stride())
     statecodec.restore(report.path, tmp_path / "y.pt")
     assert (tmp_path / "y.pt").read_bytes() == (tmp_path / "x.pt").read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "dcp"])
+def test_what_one_number_claims_to_be_is_not_written_out(tmp_path: Path, layout: str) -> None:
+    stretched = {name: view for name, view in STRETCHED.items() if view.numel() > 1}
+    torch.save({**stretched, "wide": torch.arange(3.0).expand(4, 3), "w": torch.ones(9)}, tmp_path / "x.pt")
+    report = statecodec.convert(tmp_path / "x.pt", tmp_path / "made", layout=layout)
+    assert sum("repeats the elements" in note for note in report.notes) == len(stretched)
+    assert {t.name for t in report.tensors if t.role not in ("skeleton", "file")} == {"wide", "w"}
+    with pytest.raises(UsageError, match="repeats the elements"):
+        statecodec.convert(tmp_path / "x.pt", tmp_path / "made", layout=layout, strict=True, force=True)

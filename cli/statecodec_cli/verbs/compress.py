@@ -155,7 +155,7 @@ def run(
             report = compress_on_ray(source, target, address=ray, verify=verify, **settings)
         else:
             report = statecodec.compress(source, target, verify=verify, threads=threads, **settings)
-    document = report.to_json()
+    document = standard.written(output, report.to_json())
     if plot:
         plots.save(plots.report(document), plot)
     if as_json:

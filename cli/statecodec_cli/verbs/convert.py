@@ -82,7 +82,7 @@ def run(
             threads=threads,
             progress=progress,
         )
-    document = report.to_json()
+    document = standard.written(dst, report.to_json())
     if as_json:
         console.emit(document)
     else:

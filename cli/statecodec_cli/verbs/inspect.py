@@ -14,6 +14,7 @@ def run(
     every: options.All = False,
     plot: options.Plot = None,
     as_json: options.AsJson = False,
+    quiet: options.Quiet = False,  # as every verb on checkpoints; nothing here takes long enough for progress
 ) -> None:
     """Show what is in a checkpoint.
 

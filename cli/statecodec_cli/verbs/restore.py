@@ -50,7 +50,7 @@ def run(
             progress=progress,
             threads=threads,
         )
-    document = report.to_json()
+    document = standard.written(output, report.to_json())
     if as_json:
         console.emit(document)
     else:

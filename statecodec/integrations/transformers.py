@@ -58,6 +58,18 @@ class CompressCheckpoints(TrainerCallback):
         self._waiting: list[Path] = []
         self._running: Replacing | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the whole checkpoints that a killed run left as folders, up to the step that this one goes on from.
+
+        Later ones are written again. What is resumed from was read when the first step is done.
+        """
+        folder = Path(args.output_dir)
+        if state.is_world_process_zero and folder.is_dir():
+            left = [
+                path for step, forms in sorted(_steps(folder).items()) if step <= state.global_step for path in forms
+            ]
+            self._waiting += [path for path in left if path.is_dir() and _is_whole(path) and path not in self._waiting]
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note that a checkpoint was written, and remove the oldest ones."""
         if state.is_world_process_zero:

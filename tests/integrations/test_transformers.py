@@ -108,6 +108,21 @@ def test_resume_is_as_close_as_it_promises(straight: Any, raw: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("at_once")
+def test_what_a_killed_run_left_is_compressed_when_it_goes_on(straight: Any, raw: Path, tmp_path: Path) -> None:
+    for step in (4, 6, 8, 12):
+        shutil.copytree(raw, tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()  # killed while it was written
+    run = trainer(tmp_path, steps=16)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert {step: losses(run)[step] for step in range(9, 17)} == {step: straight[1][step] for step in range(9, 17)}
+    assert names(tmp_path) == sorted([FILE.format(4), FILE.format(8), "checkpoint-12", "checkpoint-6"])
+    statecodec.restore(tmp_path / FILE.format(8), tmp_path / "back")
+    assert statecodec.diff(raw, tmp_path / "back").identical
+    trainer(tmp_path, steps=1).train()
+    assert "checkpoint-12" in names(tmp_path), "a run that begins anew touches nothing"
+
+
+@pytest.mark.usefixtures("at_once")
 def test_the_live_optimizers(tmp_path: Path) -> None:
     def live(steps: int, every: int | None = None, resume: str | None = None) -> Any:
         own = (optim.AdamW, {"lr": 1e-3, "dense_below": 0})

@@ -105,7 +105,7 @@ class Recorder:
     def run(self, function: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         assert not warmup
         assert all(size > 0 for size in grid)
-        kind = kwargs.get("KIND") if kwargs.get("KIND") in LOOPS else None
+        kind = kwargs["TASK"].kind if "TASK" in kwargs else None
         name = f"{function.__name__} {kind}" if kind else function.__name__
         for arch, some, as_launched in self.variants(function, args):
             self.driver.arch = arch

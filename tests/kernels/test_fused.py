@@ -275,7 +275,7 @@ def test_one_launch_for_a_group_of_many_tensors(device, launched: list[str], mon
 
     sent = list[int]()
     send = News.send
-    monkeypatch.setattr(News, "send", lambda self, here: sent.append(len(here)) or send(self, here))
+    monkeypatch.setattr(News, "send", lambda self, here, *rest: sent.append(len(here)) or send(self, here, *rest))
     shapes = [(8, 64), (64,), (70, 32)] * 4
     params = [nn.Parameter(torch.ones(s, device=device, dtype=torch.bfloat16)) for s in shapes]
     for dense_below, expected in ((0, ["step_words"]), (100, ["step_words", "step_elements"])):
@@ -583,9 +583,9 @@ def test_what_captured_graphs_copy_from_is_never_written_again(cuda: Any) -> Non
     news._cuda = True
     for at in range(12):
         if at < 6:
-            news.send(np.array([-1, at]))
+            news.tell(np.array([-1, at]))
         cuda.capturing = True
-        news.send(np.array([at, at]))
+        news.tell(np.array([at, at]))
         cuda.capturing = False
         assert news.there.tolist() == [at, at]
     assert [buffer.tolist() for buffer in news._captured] == [[at, at] for at in range(12)]

@@ -17,7 +17,7 @@ from statecodec.kernels.triton.grid import (
     encode_uniform,
 )
 from statecodec.kernels.triton.launch import prepare
-from statecodec.kernels.triton.splitting import decode_split, encode_split
+from statecodec.kernels.triton.weights import decode_split, encode_split
 
 __all__ = [
     "compare", "decode_companded", "decode_direction", "decode_logarithmic", "decode_split", "decode_uniform",

@@ -1,4 +1,4 @@
-"""Companded quantisation in Triton: the device arithmetic, shared with the fused steps, and the stand-alone kernels.
+"""Companded quantisation in Triton: how states are stored, for the fused steps and for the stand-alone kernels.
 
 Same bits as `reference.companding`, which takes groups of more than WIDEST values itself: its torch operations round
 alike on every device.
@@ -6,7 +6,6 @@ alike on every device.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,62 +14,45 @@ from statecodec import kernels
 from statecodec.kernels import curves
 from statecodec.kernels.curves import Curve
 from statecodec.kernels.reference import companding as reference
+from statecodec.kernels.triton import words
 from statecodec.kernels.triton.runtime import decode_table, flag_word, flags_on_host, on, run
-from statecodec.kernels.triton.tiles import places, pointer, tiled
-from statecodec.kernels.triton.words import looked_up, quotient, root, rounded_reciprocal
+from statecodec.kernels.triton.tiles import WIDEST, load_float, places, pointer, tiled
+from statecodec.kernels.triton.words import INF_BITS, bits, magnitude_bits, quotient, rounded_reciprocal, value
 
 _LINEAR, _SOFTSIGN, _LOG = (tl.constexpr(k) for k in (curves.LINEAR, curves.SOFTSIGN, curves.LOG))
 _C0, _C1, _C2, _C3 = (tl.constexpr(c) for c in curves.LOG2)
-_MAGNITUDE, _INF_BITS, _BF16_MAX = (tl.constexpr(b) for b in (0x7FFFFFFF, 0x7F800000, 0x7F7F))
-
-WIDEST = 4096  # a group up to this size is held in registers
+_BF16_MAX = tl.constexpr(0x7F7F)
 
 
-@triton.jit
-def magnitude_bits(x):
-    """Bits of |x|: they order like the magnitudes, with infinity and NaN on top."""
-    return x.to(tl.int32, bitcast=True) & _MAGNITUDE
+# --- arithmetic
 
 
 @triton.jit
-def unsigned_bits(x):
-    """Bits of fp32 `x` as uint32: from those of infinity on they are what is not a number from 0 on (-0.0 is one)."""
-    return (x + 0.0).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def log2_of_mantissa(bits):
+def log2_of_mantissa(x_bits):
     """log2 of an fp32 number's mantissa, from 1 to 2: the polynomial of `curves.LOG2`, every operation rounded."""
-    f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    f = value((x_bits & 0x7FFFFF) | 0x3F800000) - 1.0
     return f * (_C0 + f * (_C1 + f * (_C2 + f * _C3)))
 
 
 @triton.jit
 def scale_bits(absmax_bits, MIN_SCALE: tl.constexpr):
     """bf16 bits of a group's scale: nearest even, finite, never 0 for a group that is not all zero."""
-    bits = tl.minimum(absmax_bits, _INF_BITS)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(bits > 0, tl.minimum(tl.maximum(rounded, MIN_SCALE), _BF16_MAX), 0)
+    top = tl.minimum(absmax_bits, INF_BITS)
+    return tl.where(top > 0, tl.minimum(tl.maximum(words.nearest_bf16(top), MIN_SCALE), _BF16_MAX), 0)
 
 
 @triton.jit
-def scale_value(bits):
-    """The fp32 value of bf16 bits held in an int32."""
-    return (bits << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def ratio(magnitude, scale_bits):
+def ratio(magnitude, scale):
     """min(magnitude / scale, 1), correctly rounded wherever a code could depend on it; 0 in a group of zeros.
 
-    `scale_bits` broadcasts. Division by one number of many others (Markstein): both sides are brought near 1 by an
-    exact power of two, the reciprocal is rounded once per group, and one fused remainder step makes the quotient
-    correctly rounded. Only quotients below 2**-60 can be off by an ulp, far below every curve's lowest threshold. A
-    bf16 divisor is never the theorem's exception.
+    `scale` are bf16 bits that broadcast. Division by one number of many others (Markstein): both sides are brought near
+    1 by an exact power of two, the reciprocal is rounded once per group, and one fused remainder step makes the
+    quotient correctly rounded. Only quotients below 2**-60 can be off by an ulp, far below every curve's lowest
+    threshold. A bf16 divisor is never the theorem's exception.
     """
-    exponent = tl.minimum(tl.maximum(254 - (scale_bits >> 7), 1), 253)
-    power = (exponent << 23).to(tl.float32, bitcast=True)
-    divisor = tl.where(scale_bits > 0, scale_value(scale_bits) * power, 1.0)  # the magnitudes of such a group are all 0
+    exponent = tl.minimum(tl.maximum(254 - (scale >> 7), 1), 253)
+    power = value(exponent << 23)
+    divisor = tl.where(scale > 0, value(scale << 16) * power, 1.0)  # the magnitudes of such a group are all 0
     result = quotient(magnitude * power, divisor, rounded_reciprocal(divisor))
     return tl.minimum(result, 1.0)  # 1 for NaN too, which only a refused tensor can hold
 
@@ -79,9 +61,8 @@ def ratio(magnitude, scale_bits):
 def codes_of(r, CURVE: tl.constexpr):
     """Codes 0..top (int32) of magnitudes r in [0, 1]."""
     if CURVE.kind == _LOG:
-        bits = r.to(tl.int32, bitcast=True)
-        within = (log2_of_mantissa(bits) * CURVE.per_octave + 0.5).to(tl.int32)
-        code = CURVE.top + ((bits >> 23) - 127) * CURVE.per_octave + within
+        within = (log2_of_mantissa(bits(r)) * CURVE.per_octave + 0.5).to(tl.int32)
+        code = CURVE.top + ((bits(r) >> 23) - 127) * CURVE.per_octave + within
         code = tl.minimum(tl.maximum(code, 1), CURVE.top)
         if CURVE.signed:  # without a sign nothing but 0 becomes 0, so there is no half of the lowest level
             code = tl.where(r >= CURVE.half_lowest, code, 0)
@@ -92,15 +73,15 @@ def codes_of(r, CURVE: tl.constexpr):
             above = 1.0 + r
             y = quotient(r + r, above, rounded_reciprocal(above))
         else:
-            y = root(r)
+            y = words.root(r)
         code = (y * CURVE.top + 0.5).to(tl.int32)
     return code
 
 
 @triton.jit
-def quantise(x, scale_bits, CURVE: tl.constexpr):
-    """Codes (int32, signed) of fp32 `x` under scales that broadcast over it."""
-    code = codes_of(ratio(tl.abs(x), scale_bits), CURVE)
+def quantise(x, scale, CURVE: tl.constexpr):
+    """Codes (int32, signed) of fp32 `x` under scales (bf16 bits) that broadcast over it."""
+    code = codes_of(ratio(tl.abs(x), scale), CURVE)
     if CURVE.signed:
         code = tl.where(x < 0, -code, code)
     else:
@@ -109,38 +90,26 @@ def quantise(x, scale_bits, CURVE: tl.constexpr):
 
 
 @triton.jit
-def pack_nibbles(codes, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """[ROWS, WIDTH] codes to [ROWS, WIDTH / 2] bytes (int32), even elements in the low nibble."""
-    even, odd = tl.split(tl.reshape(codes & 0xF, [ROWS, WIDTH // 2, 2]))
-    return even | (odd << 4)
-
-
-@triton.jit
-def unpack_nibbles(packed, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The inverse of `pack_nibbles`, on int32."""
-    return tl.reshape(tl.join(packed & 0xF, packed >> 4), [ROWS, WIDTH])
-
-
-@triton.jit
 def largest_bits(x, SIGNED: tl.constexpr):
     """The largest bits in each group (uint32): from those of infinity on, the group holds what is refused."""
-    return tl.max(magnitude_bits(x).to(tl.uint32, bitcast=True) if SIGNED else unsigned_bits(x), axis=1)
+    return tl.max(magnitude_bits(x).to(tl.uint32, bitcast=True) if SIGNED else words.unsigned_bits(x), axis=1)
+
+
+# --- in memory; `here` is what `places` found
 
 
 @triton.jit
 def load_groups(codes, scales, table, here, BITS: tl.constexpr, TILE: tl.constexpr):
-    """fp32 values [count, width] of companded groups; `here` is what `places` found."""
+    """fp32 values [count, width] of companded groups."""
     index, offset, inside, packed, packed_inside, exists = here
     WIDE: tl.constexpr = TILE.whole
-    COUNT: tl.constexpr = TILE.count
-    WIDTH: tl.constexpr = TILE.width
-    if BITS == 4:
-        pairs = tl.load(pointer(codes, tl.uint8, WIDE) + packed, mask=packed_inside, other=0)
-        code = unpack_nibbles(pairs.to(tl.int32), COUNT, WIDTH)
+    if BITS == 4:  # even elements lie in the low nibble
+        pair = tl.load(pointer(codes, tl.uint8, WIDE) + packed, mask=packed_inside, other=0).to(tl.int32)
+        code = tl.reshape(tl.join(pair & 0xF, pair >> 4), [TILE.count, TILE.width])
     else:
         code = tl.load(pointer(codes, tl.uint8, WIDE) + offset, mask=inside, other=0).to(tl.int32)
     scale = tl.load(pointer(scales, tl.int16, WIDE) + index, mask=exists, other=0).to(tl.int32)
-    return looked_up(table, code) * scale_value(scale)[:, None]
+    return words.looked_up(table, code) * value(scale << 16)[:, None]
 
 
 @triton.jit
@@ -148,33 +117,56 @@ def store_groups(x, largest, good, codes, scales, here, CURVE: tl.constexpr, TIL
     """The inverse of `load_groups`, for `good` groups; `largest` holds their largest bits."""
     index, offset, inside, packed, packed_inside, _ = here
     WIDE: tl.constexpr = TILE.whole
-    COUNT: tl.constexpr = TILE.count
-    WIDTH: tl.constexpr = TILE.width
     scale = scale_bits(largest.to(tl.int32, bitcast=True), CURVE.min_scale)
     tl.store(pointer(scales, tl.int16, WIDE) + index, scale.to(tl.int16), mask=good)
     code = quantise(x, scale[:, None], CURVE)
     if CURVE.bits == 4:
-        pairs = pack_nibbles(code, COUNT, WIDTH).to(tl.uint8)
-        tl.store(pointer(codes, tl.uint8, WIDE) + packed, pairs, mask=packed_inside & good[:, None])
+        even, odd = tl.split(tl.reshape(code & 0xF, [TILE.count, TILE.width // 2, 2]))
+        pair = (even | (odd << 4)).to(tl.uint8)
+        tl.store(pointer(codes, tl.uint8, WIDE) + packed, pair, mask=packed_inside & good[:, None])
     else:
         tl.store(pointer(codes, tl.uint8, WIDE) + offset, code.to(tl.uint8), mask=inside & good[:, None])
 
 
 @triton.jit
+def load_state(data, scales, table, here, STATE: tl.constexpr, SPEC: tl.constexpr):
+    """fp32 values [count, width] of a state, dense or companded."""
+    if STATE.curve is None:
+        state = load_float(data, here[1], here[2], tl.float32, SPEC.whole)
+    else:
+        state = load_groups(data, scales, table, here, STATE.curve.bits, SPEC)
+    return state
+
+
+@triton.jit
+def store_state(state, data, scales, here, good, STATE: tl.constexpr, SPEC: tl.constexpr):
+    """The inverse of `load_state`, for `good` groups (or, of a dense state, good elements) only."""
+    if STATE.curve is None:
+        tl.store(pointer(data, tl.float32, SPEC.whole) + here[1], state, mask=here[2] & good)
+    else:
+        CURVE: tl.constexpr = STATE.curve
+        good_groups = here[5] & (tl.min(good.to(tl.int32), axis=1) != 0)
+        state = tl.where(good_groups[:, None], state, 0.0)  # saves registers
+        store_groups(state, largest_bits(state, CURVE.signed), good_groups, data, scales, here, CURVE, SPEC)
+
+
+# --- alone
+
+
+@triton.jit
 def _encode(x_ptr, codes, scales, refused, rows: tl.int64, cols: tl.int64, CURVE: tl.constexpr, TILE: tl.constexpr):
-    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
-    index, offset, inside, _, _, exists = here
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    here, _, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    x = tl.load(x_ptr + here[1], mask=here[2], other=0.0)
     largest = largest_bits(x, CURVE.signed)
     # This notes only that a value is refused; `flags_of` then computes the flags. All threads of a group write the
     # same value: no atomic, no barrier.
-    tl.store(refused + index * 0, 1, mask=largest >= _INF_BITS)
-    store_groups(x, largest, exists, codes, scales, here, CURVE, TILE)
+    tl.store(refused + here[0] * 0, 1, mask=largest >= INF_BITS)
+    store_groups(x, largest, here[5], codes, scales, here, CURVE, TILE)
 
 
 @triton.jit
 def _decode(codes, scales, table, out, rows: tl.int64, cols: tl.int64, BITS: tl.constexpr, TILE: tl.constexpr):
-    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    here, _, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
     tl.store(out + here[1], load_groups(codes, scales, table, here, BITS, TILE), mask=here[2])
 
 
@@ -186,8 +178,7 @@ def encode_companded(x: Tensor, codes: Tensor, scales: Tensor, *, curve: Curve, 
             return reference.encode_companded(x, codes, scales, curve=curve, group=group)
         tile, programs = tiled(group, x, codes, scales)
         refused = flag_word(x)
-        parts = codes.view(torch.uint8), scales.view(torch.int16)
-        run(_encode, programs, x, *parts, refused, *x.shape, CURVE=curve, TILE=tile)
+        run(_encode, programs, x, codes, scales, refused, *x.shape, CURVE=curve, TILE=tile)
         return flags_of(x, signed=curve.signed) if flags_on_host(refused) else 0
 
 
@@ -203,10 +194,10 @@ def decode_companded(codes: Tensor, scales: Tensor, out: Tensor, *, curve: Curve
     with on(out):
         if group > WIDEST:
             reference.decode_companded(codes, scales, out, curve=curve, group=group)
-            return
-        tile, programs = tiled(group, out, codes, scales)
-        parts = codes.view(torch.uint8), scales.view(torch.int16), decode_table(curve, out.device)
-        run(_decode, programs, *parts, out, *out.shape, BITS=curve.bits, TILE=tile)
+        else:
+            tile, programs = tiled(group, out, codes, scales)
+            table = decode_table(curve, out.device)
+            run(_decode, programs, codes, scales, table, out, *out.shape, BITS=curve.bits, TILE=tile)
 
 
 def within_row(group: int, x: Tensor) -> int:

@@ -75,11 +75,8 @@ def fetch(places, first, groups, SPEC: tl.constexpr):
     g = tl.load(gradient + at + within, mask=mask)
     mc = tl.load(m + at + within, mask=mask)
     ms = tl.load(m_scales + start + group, mask=live)
-    if SPEC.v is not None:
-        vc = tl.load(v + at + within, mask=mask)
-        vs = tl.load(v_scales + start + group, mask=live)
-    else:
-        vc, vs = mc, ms
+    vc = tl.load(v + at + within, mask=mask) if SPEC.v is not None else mc
+    vs = tl.load(v_scales + start + group, mask=live) if SPEC.v is not None else ms
     return high, rest, g, mc, ms, vc, vs
 
 
@@ -146,7 +143,7 @@ def largest(a, b, c, d, SPEC: tl.constexpr):
 @triton.jit
 def bf16_scale(top, LOWEST: tl.constexpr):
     """A scale in bf16, as fp32 bits: nearest even, not below LOWEST."""
-    return tl.maximum((top + 0x7FFF + ((top >> 16) & 1)) & -0x10000, LOWEST)
+    return tl.maximum(words.nearest_bf16(top) << 16, LOWEST)
 
 
 @triton.jit
@@ -156,17 +153,12 @@ def packed_codes(a, b, c, d, scale, FIRST: tl.constexpr):
     rest = (tl.fma(words.negated(scale), y, 1.0) * y)[:, None]  # 1 / scale in two parts
     y = y[:, None]
     if FIRST:
-        a, b, c, d = (
-            softsign_code(a, y, rest),
-            softsign_code(b, y, rest),
-            softsign_code(c, y, rest),
-            softsign_code(d, y, rest),
-        )
-        word = words.packed_bytes(a, b, c, d, 0)
+        a, b = softsign_code(a, y, rest), softsign_code(b, y, rest)
+        c, d = softsign_code(c, y, rest), softsign_code(d, y, rest)
     else:
-        a, b, c, d = root_code(a, y, rest), root_code(b, y, rest), root_code(c, y, rest), root_code(d, y, rest)
-        word = words.packed_bytes(a, b, c, d, 1)
-    return word
+        a, b = root_code(a, y, rest), root_code(b, y, rest)
+        c, d = root_code(c, y, rest), root_code(d, y, rest)
+    return words.packed_bytes(a, b, c, d, 0 if FIRST else 1)
 
 
 @triton.jit

@@ -11,24 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from statecodec.kernels.reference import folding as reference
-from statecodec.kernels.triton.companding import flags_of, largest_bits
+from statecodec.kernels.triton.companding import flags_of
 from statecodec.kernels.triton.runtime import flag_word, flags_on_host, on, run
-from statecodec.kernels.triton.tiles import places, tiled
-
-_INF_BITS = tl.constexpr(0x7F800000)
-
-WIDEST = 4096  # a block up to this size is held in registers
+from statecodec.kernels.triton.tiles import WIDEST, places, tiled
+from statecodec.kernels.triton.words import INF_BITS, magnitude_bits
 
 
 @triton.jit
 def tree_sum(x, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Sums over the last dimension of x [COUNT, BLOCK], as a binary tree of neighbours."""
-    width: tl.constexpr = BLOCK
-    if width == 1:
+    if BLOCK == 1:
         total = tl.reshape(x, [COUNT])
     else:
-        even, odd = tl.split(tl.reshape(x, [COUNT, width // 2, 2]))
-        total = tree_sum(even + odd, COUNT, width // 2)
+        even, odd = tl.split(tl.reshape(x, [COUNT, BLOCK // 2, 2]))
+        total = tree_sum(even + odd, COUNT, BLOCK // 2)
     return total
 
 
@@ -46,21 +42,19 @@ def mean_of(x, size, COUNT: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constex
 @triton.jit
 def _fold(x_ptr, out_ptr, refused, rows: tl.int64, cols: tl.int64, TILE: tl.constexpr):
     """The mean of every group of a tile."""
-    here, _, size = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
-    index, offset, inside, _, _, exists = here
-    x = tl.load(x_ptr + offset, mask=inside, other=0.0)
+    here, _, _, size = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    x = tl.load(x_ptr + here[1], mask=here[2], other=0.0)
     mean = mean_of(x, size, TILE.count, TILE.width, TILE.whole)
-    tl.store(refused + index * 0, 1, mask=exists & (largest_bits(mean[:, None], True) >= _INF_BITS))
-    tl.store(out_ptr + index, mean, mask=exists)
+    tl.store(refused + here[0] * 0, 1, mask=here[5] & (magnitude_bits(mean) >= INF_BITS))
+    tl.store(out_ptr + here[0], mean, mask=here[5])
 
 
 @triton.jit
 def _unfold(mean_ptr, out_ptr, rows: tl.int64, cols: tl.int64, TILE: tl.constexpr):
     """Each mean as often as its group is long."""
-    here, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
-    index, offset, inside, _, _, exists = here
-    mean = tl.load(mean_ptr + index, mask=exists, other=0.0)
-    tl.store(out_ptr + offset, tl.broadcast_to(mean[:, None], [TILE.count, TILE.width]), mask=inside)
+    here, _, _, _ = places(rows, cols, tl.program_id(0).to(tl.int64) * TILE.count, TILE)
+    mean = tl.load(mean_ptr + here[0], mask=here[5], other=0.0)
+    tl.store(out_ptr + here[1], tl.broadcast_to(mean[:, None], [TILE.count, TILE.width]), mask=here[2])
 
 
 def fold_mean(x: Tensor, out: Tensor, *, block: int) -> int:
@@ -79,6 +73,6 @@ def unfold(mean: Tensor, out: Tensor, *, block: int) -> None:
     with on(out):
         if block > WIDEST:
             reference.unfold(mean, out, block=block)
-            return
-        tile, programs = tiled(block, out, mean)
-        run(_unfold, programs, mean, out, *out.shape, TILE=tile)
+        else:
+            tile, programs = tiled(block, out, mean)
+            run(_unfold, programs, mean, out, *out.shape, TILE=tile)

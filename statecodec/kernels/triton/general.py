@@ -10,11 +10,12 @@ import triton.language as tl
 
 from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton import words
+from statecodec.kernels.triton.companding import load_state, store_state
 from statecodec.kernels.triton.folding import mean_of
 from statecodec.kernels.triton.rules import average, direction, stepped, too_large, weight_too_large
-from statecodec.kernels.triton.stored import load_float, load_state, load_weight, store_state, store_weight
 from statecodec.kernels.triton.tables import addresses_of, own_chunk, rule_numbers
-from statecodec.kernels.triton.tiles import places
+from statecodec.kernels.triton.tiles import load_float, places
+from statecodec.kernels.triton.weights import load_weight, store_weight
 
 
 @triton.jit
@@ -44,17 +45,15 @@ def step_tile(gradient, fields, scalars, m_table, v_table, start, SPEC: tl.const
     GRADIENT: tl.constexpr = SPEC.gradient
     param, low, m_data, m_scales, v_data, v_scales = addresses_of(fields)
     rows, cols = tl.load(fields + t.ROWS), tl.load(fields + t.COLS)
-    here, begin, _ = places(rows, (cols + SPEC.block - 1) // SPEC.block, start, SPEC)
+    here, row, first, size = places(rows, (cols + SPEC.block - 1) // SPEC.block, start, SPEC)
     offset, inside = here[1], here[2]
     if SPEC.method == "foam":
-        length, offset, inside = blocks_of(rows, cols, start, SPEC)
+        length, offset, inside = blocks_of(here, row, first, size, cols, SPEC)
     if SPEC.shared:  # while few registers are taken
-        v = shared_moment(fields, begin, inside, SPEC)
+        v = shared_moment(fields, row * cols + first, inside, SPEC)
     w = load_weight(param, low, offset, inside, SPEC)
-    g = load_float(gradient, offset, inside, GRADIENT, SPEC)
-    m = g
-    if M is not None:
-        m = load_state(m_data, m_scales, m_table, here, M, SPEC)
+    g = load_float(gradient, offset, inside, GRADIENT, SPEC.whole)
+    m = load_state(m_data, m_scales, m_table, here, M, SPEC) if M is not None else g
     if V is None:
         v = g
     elif not SPEC.shared:
@@ -74,9 +73,8 @@ def step_tile(gradient, fields, scalars, m_table, v_table, start, SPEC: tl.const
     good, kept = judged((bad & here[2]).to(tl.int32), SPEC)
     if M is not None:
         store_state(m, m_data, m_scales, here, good, M, SPEC)
-    if V is not None:
-        if not SPEC.shared:
-            store_state(v, v_data, v_scales, here, good, V, SPEC)
+    if V is not None and not SPEC.shared:
+        store_state(v, v_data, v_scales, here, good, V, SPEC)
     if SPEC.method == "foam":
         good = tl.reshape(tl.broadcast_to(good, [SPEC.count, SPEC.width]), [SPEC.count * SPEC.width])[:, None]
     store_weight(w, param, low, offset, inside & good, tl.load(scalars + t.KEY), SPEC)
@@ -135,23 +133,19 @@ def shared_moment(fields, begin, inside, SPEC: tl.constexpr):
 
 
 @triton.jit
-def blocks_of(rows, cols, start, SPEC: tl.constexpr):
-    """The weights under the folded moments from group `start` on: per block its length; offsets, which are inside."""
-    WIDTH: tl.constexpr = SPEC.width
+def blocks_of(here, row, first, size, cols, SPEC: tl.constexpr):
+    """The weights under the folded moments that `places` found: their number per moment, offsets, which are inside."""
     BLOCK: tl.constexpr = SPEC.block
     TALL: tl.constexpr = SPEC.count * SPEC.width
-    line, lane = tl.arange(0, TALL), tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)[None, :]
     if SPEC.whole:
-        length = tl.full([TALL], BLOCK, tl.int64)
-        offset = (start * WIDTH + line)[:, None] * BLOCK + lane[None, :]
-        inside = offset < tl.multiple_of(rows * cols, 16)
+        length = tl.full([TALL], BLOCK, tl.int32)
+        offset = tl.reshape(here[1], [TALL])[:, None] * BLOCK + lane
+        inside = tl.reshape(here[2], [TALL])[:, None] & (lane < BLOCK)
     else:
-        blocks = (cols + BLOCK - 1) // BLOCK
-        groups = (blocks + SPEC.group - 1) // SPEC.group
-        group, within = start + line // WIDTH, line % WIDTH
-        block = (group % groups) * SPEC.group + within
-        here = (group // groups < rows) & (within < SPEC.group) & (block < blocks)
-        length = tl.where(here, tl.minimum(cols - block * BLOCK, BLOCK), 0)
-        offset = ((group // groups) * cols + block * BLOCK)[:, None] + lane[None, :]
-        inside = lane[None, :] < length[:, None]
+        begin = tl.arange(0, SPEC.width)[None, :] * BLOCK
+        left = tl.minimum(size * BLOCK, cols - first * BLOCK).to(tl.int32)  # of the row, for this group
+        length = tl.reshape(tl.minimum(left[:, None] - begin, BLOCK), [TALL])
+        offset = tl.reshape((row * cols + first * BLOCK)[:, None] + begin, [TALL])[:, None] + lane
+        inside = lane < length[:, None]
     return length, offset, inside

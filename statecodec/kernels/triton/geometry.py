@@ -18,11 +18,10 @@ from statecodec.kernels.curves import Curve
 from statecodec.kernels.fused import Slot, StateStorage
 from statecodec.kernels.triton import fast, general, sharing
 from statecodec.kernels.triton import tables as t
-from statecodec.kernels.triton.runtime import INTERPRETED, power_of_two
+from statecodec.kernels.triton.runtime import DTYPES, INTERPRETED, power_of_two
 from statecodec.kernels.triton.tables import Spec
 
 METHODS = {"adam": (2,), "foam": (2,), "lion": (1,), "sgd": (0, 1), "slim": (2,)}  # how many states they may keep
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 LOW_BITS = {None: 0, torch.int8: 8, torch.int16: 16}
 WIDEST = 2048  # elements of the largest group that is fused
 TILE, RUN = 1 << 14 if INTERPRETED else 1024, 4  # elements of a tile, tiles of a program, of the general step

@@ -20,8 +20,8 @@ from torch import Tensor
 from statecodec.errors import UsageError
 from statecodec.kernels.fused import Hyper, Slot, StateStorage
 from statecodec.kernels.triton import runtime, tables
-from statecodec.kernels.triton.geometry import DTYPES, Geometry, specified
-from statecodec.kernels.triton.runtime import OPTIONS, on
+from statecodec.kernels.triton.geometry import Geometry, specified
+from statecodec.kernels.triton.runtime import DTYPES, OPTIONS, on
 from statecodec.kernels.triton.tables import FLAGS, NUMBERS, SCALARS, Spec
 
 _flags, _numbers = attrgetter(*FLAGS), attrgetter(*NUMBERS[1:])
@@ -53,51 +53,39 @@ class TritonLaunch:
         self.news = News(len(NUMBERS) + self.count, self.device)
         curves = (state.curve if state else None for state in (spec.m, spec.v))
         self.tables = [runtime.decode_table(curve, self.device) if curve else self.scalars for curve in curves]
-        self.addresses: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.numbers: tuple[float, ...] = ()
-        self.aligned: NDArray[np.bool_] = np.zeros(self.count, np.bool_)
         self.kept: dict[Any, list[tuple[Any, Spec, Tensor]]] = {}
 
     def __call__(self, gradients: Sequence[Tensor | None], hyper: Hyper) -> None:
         present, dtype = usable([g for g in gradients if g is not None])
         if not present:
             return
-        addresses = np.fromiter(map(Tensor.data_ptr, present), np.int64, len(present))
-        if len(present) != self.count:
-            there = np.fromiter((g is not None for g in gradients), np.bool_, self.count)
-            of_present, addresses = addresses, np.zeros(self.count, np.int64)
-            addresses[there] = of_present
         live = isinstance(hyper.lr, Tensor) and hyper.lr.device == self.device
-        numbers = (0.0 if live else float(hyper.lr), *_numbers(hyper))
+        *floats, seed = (0.0 if live else float(hyper.lr), *_numbers(hyper))
+        news = np.zeros(len(NUMBERS) + self.count, np.int64)
+        news.view(np.float64)[: len(floats)] = floats
+        news[len(floats)] = seed & 0xFFFFFFFF
+        addresses = news[len(NUMBERS) :]
+        there = slice(None) if len(present) == self.count else [g is not None for g in gradients]
+        addresses[there] = np.fromiter(map(Tensor.data_ptr, present), np.int64, len(present))
         with on(self.param):
-            if numbers != self.numbers or not np.array_equal(addresses, self.addresses) or self.news.uncertain():
-                self._send(addresses, numbers)
-            lr = hyper.lr if live else self.scalars
-            begin = -(-self.count // tables.LANES)
-            tables.begin[(begin,)](
-                self.news.there, self.table, self.scalars, lr, self.count, LANES=tables.LANES,
+            self.news.tell(news)
+            tables.begin[(-(-self.count // tables.LANES.value),)](
+                self.news.there, self.table, self.scalars, hyper.lr if live else self.scalars, self.count,
                 METHOD=self.geometry.spec.method, LR_TENSOR=live, TORCH_BIAS=hyper.torch_bias, **OPTIONS,
             )  # fmt: skip
-            for kernel, spec, chunks in self._parts(hyper, dtype):
+            for kernel, spec, chunks in self._parts(hyper, dtype, addresses & 15 == 0):
                 kernel[(chunks.shape[0],)](
                     self.news.there, self.table, chunks, self.scalars, *self.tables, SPEC=spec, **OPTIONS
                 )
 
-    def _send(self, addresses: NDArray[np.int64], numbers: tuple[float, ...]) -> None:
-        *floats, seed = numbers
-        bits = np.array(floats, np.float64).view(np.int64)
-        self.news.send(np.concatenate((bits, [int(seed) & 0xFFFFFFFF], addresses)))
-        self.aligned = addresses % 16 == 0
-        self.addresses, self.numbers = addresses, numbers
-
-    def _parts(self, hyper: Hyper, gradient: torch.dtype) -> list[tuple[Any, Spec, Tensor]]:
+    def _parts(self, hyper: Hyper, gradient: torch.dtype, aligned: NDArray[np.bool_]) -> list[tuple[Any, Spec, Tensor]]:
         """The launches after `begin`: kernel, its record, its chunks; made for each kind of step once."""
         flags = _flags(hyper)
-        kind = gradient, hyper.l2 != 0, flags, self.aligned.tobytes()
+        kind = gradient, hyper.l2 != 0, flags, aligned.tobytes()
         if kind not in self.kept:
             options = dict(zip(FLAGS, flags, strict=True))
             spec = replace(self.geometry.spec, gradient=DTYPES[gradient], l2=hyper.l2 != 0, **options)
-            parts = self.geometry.parts(spec, self.aligned)
+            parts = self.geometry.parts(spec, aligned)
             self.kept[kind] = [(kernel, part, self._there(chunks)) for kernel, part, chunks in parts]
         return self.kept[kind]
 
@@ -117,15 +105,22 @@ class News:
         self._cuda = device.type == "cuda"
         self._reserve = [self._pinned() for _ in range(4)] if self._cuda else []
         self._captured = list[Tensor]()
+        self._told: NDArray[np.int64] = np.zeros(0, np.int64)
 
-    def uncertain(self) -> bool:
-        """Whether the device may hold other values than those sent last: a graph sends its own at every replay."""
-        return self._cuda and (bool(self._captured) or torch.cuda.is_current_stream_capturing())
+    def tell(self, here: NDArray[np.int64]) -> None:
+        """Copy `here` to the device, without waiting for it, unless it is there.
 
-    def send(self, here: NDArray[np.int64]) -> None:
-        """Copy `here` to the device, without waiting for it."""
+        What is there is not known once there are graphs: each sends its own at every replay.
+        """
+        capturing = self._cuda and torch.cuda.is_current_stream_capturing()
+        if capturing or self._captured or not np.array_equal(here, self._told):
+            self._told = here
+            self.send(here, capturing)
+
+    def send(self, here: NDArray[np.int64], capturing: bool) -> None:
+        """Copy `here` to the device; in a capture, at every replay."""
         source = torch.from_numpy(here)
-        if self._cuda and torch.cuda.is_current_stream_capturing():
+        if capturing:
             self._captured.append(self._reserve.pop() if self._reserve else self._pinned())
             source = self._captured[-1].copy_(source)
         elif self._cuda:

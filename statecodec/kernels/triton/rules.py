@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from statecodec.kernels.triton import words
-from statecodec.kernels.triton.companding import magnitude_bits
+from statecodec.kernels.triton.words import magnitude_bits
 
 LARGEST_BITS = tl.constexpr((127 + 64) << 23)  # of `kernels.fused.LARGEST`
 _LARGEST_BITS_FP16 = tl.constexpr(0x477FF000)  # of LARGEST_FP16
@@ -41,10 +41,7 @@ def stepped(w, g, m, v, numbers, SPEC: tl.constexpr):
         w = tl.fma(g, 0.0 - size, w * decay)
     else:
         m = m * heavy + gain * g
-        if SPEC.nesterov:
-            w = w * decay - size * (g + heavy * m)
-        else:
-            w = w * decay - size * m
+        w = w * decay - size * (g + heavy * m if SPEC.nesterov else m)
     return w, m, v
 
 
@@ -58,20 +55,11 @@ def average(m, g, rate):
 def direction(m, v, root, reciprocal, eps, FAST: tl.constexpr):
     """m / (sqrt(v) / root + eps). FAST: from approximations, exact where moments come from 8-bit codes."""
     if FAST:
-        divisor = _quotient_by(words.root(v * UP), root * _ROOT_UP, reciprocal * _ROOT_DOWN) + eps
-        y = words.reciprocal(divisor)
-        y = tl.fma(tl.fma(words.negated(divisor), y, 1.0), y, y)
-        u = words.quotient(m, divisor, y)
+        divisor = words.quotient(words.root(v * UP), root * _ROOT_UP, reciprocal * _ROOT_DOWN) + eps
+        u = words.quotient(m, divisor, words.rounded_reciprocal(divisor))
     else:
-        u = tl.div_rn(m, _quotient_by(tl.sqrt_rn(v), root, reciprocal) + eps)
+        u = tl.div_rn(m, words.quotient(tl.sqrt_rn(v), root, reciprocal) + eps)
     return u
-
-
-@triton.jit
-def _quotient_by(x, divisor, reciprocal):
-    """x / divisor, from its correctly rounded reciprocal: by one number of many others, see `companding.ratio`."""
-    q = x * reciprocal
-    return tl.fma(tl.fma(words.negated(q), divisor, x), reciprocal, q)
 
 
 @triton.jit

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from statecodec import kernels
 from statecodec.errors import BackendUnavailable
 from statecodec.kernels.curves import Curve
+from statecodec.kernels.grids import LogGrid
 
 # Decided when the kernels are decorated, so it is read once, at import.
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -26,6 +28,7 @@ INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 # The interpreter's time is per operation, not per element: it gets huge tiles. On a GPU 16 elements a thread, 4 warps.
 TILE = 1 << 16 if INTERPRETED else 2048
 OPTIONS: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -73,7 +76,7 @@ def power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@lru_cache(maxsize=64)
-def decode_table(curve: Curve, device: torch.device) -> Tensor:
-    """`curve.table` on the device; 1 KiB at most, so it stays in the L1 caches."""
-    return torch.from_numpy(curve.table).to(device)
+@lru_cache(maxsize=128)
+def decode_table(coded: Curve | LogGrid, device: torch.device) -> Tensor:
+    """The values of all codes, on the device; those of a curve are 1 KiB at most and stay in the L1 caches."""
+    return torch.from_numpy(coded.table).to(device)

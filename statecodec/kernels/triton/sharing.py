@@ -14,22 +14,21 @@ import triton.language as tl
 from statecodec.kernels.triton import tables as t
 from statecodec.kernels.triton.rules import too_large
 from statecodec.kernels.triton.runtime import INTERPRETED
-from statecodec.kernels.triton.stored import load_float
 from statecodec.kernels.triton.tables import number, own_chunk
+from statecodec.kernels.triton.tiles import load_float
 
-# A piece: so many values that are kept, and so many rows of neighbours (or neighbours in a row) that they are means of,
-# of which a tile has PART. VALUES: moments of one program of `share`.
-ROWS, ROW_PARTS, COLUMNS, COLUMN_PARTS, VALUES = (64, 2, 128, 4, 4096) if INTERPRETED else (16, 16, 64, 16, 1024)
-_ROWS, _ROW_PARTS, _COLUMNS, _COLUMN_PARTS, _VALUES = (
-    tl.constexpr(n) for n in (ROWS, ROW_PARTS, COLUMNS, COLUMN_PARTS, VALUES)
-)
-LANES, LINES = tl.constexpr(128), tl.constexpr(32)
+# What a program of `squares` adds up: so many sums, of so many parts of so many squares each. ROW is for values of a
+# row that share a moment, COLUMN for values of a column; both are wide along what lies in a row.
+ROW, COLUMN = ((64, 2, 128), (128, 4, 32)) if INTERPRETED else ((16, 16, 128), (64, 16, 32))
+VALUES = 4096 if INTERPRETED else 1024  # moments of a program of `share`
+_ROW, _COLUMN, _VALUES = tl.constexpr(ROW), tl.constexpr(COLUMN), tl.constexpr(VALUES)
 
 
 def pieces(outer: int, shared: int, inner: int) -> tuple[int, int]:
     """How many programs of `squares` look at such a parameter, and how many partial sums they leave of each value."""
-    along = -(-shared // (ROW_PARTS * LANES.value if inner == 1 else COLUMN_PARTS * LINES.value))
-    kept = -(-outer // ROWS) if inner == 1 else outer * -(-inner // COLUMNS)
+    sums, parts, part = ROW if inner == 1 else COLUMN
+    along = -(-shared // (parts * part))
+    kept = -(-outer // sums) if inner == 1 else outer * -(-inner // sums)
     return max(1, kept * along), along
 
 
@@ -39,35 +38,32 @@ def squares(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
     _, fields, gradient, piece = own_chunk(news, table, chunks)
     piece = piece.to(tl.int64)
     if gradient != 0:
-        outer, shared, inner = (
-            tl.load(fields + t.OUTER),
-            tl.load(fields + t.SHARED),
-            tl.load(fields + t.INNER),
-        )
+        outer, shared, inner = tl.load(fields + t.OUTER), tl.load(fields + t.SHARED), tl.load(fields + t.INNER)
         scratch = tl.load(fields + t.SCRATCH).to(tl.pointer_type(tl.float32))
         if inner == 1:
-            _sum(gradient, scratch, piece, 1, outer, shared, shared, 1, _ROWS, _ROW_PARTS, LANES, SPEC)
+            _sum(gradient, scratch, piece, (1, outer, shared, shared, 1), _ROW, SPEC)
         else:
-            _sum(gradient, scratch, piece, outer, inner, shared, 1, inner, _COLUMNS, _COLUMN_PARTS, LINES, SPEC)
+            _sum(gradient, scratch, piece, (outer, inner, 1, shared, inner), _COLUMN, SPEC)
 
 
 @triton.jit
-def _sum(
-    gradient, scratch, tile, planes, values, shared, values_apart, shared_apart, VALUES: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr, SPEC: tl.constexpr,
-):  # fmt: skip
-    """VALUES sums over PARTS times PART squares each. Scratch: [pieces of a sum, planes, values]."""
-    along = (shared + PARTS * PART - 1) // (PARTS * PART)
-    stripes = (values + VALUES - 1) // VALUES
-    value = (tile // along % stripes) * VALUES + tl.arange(0, VALUES)
-    piece, plane = tile % along, tile // (along * stripes)
-    total = tl.zeros([VALUES, PART], tl.float32)
+def _sum(gradient, scratch, place, view, PIECE: tl.constexpr, SPEC: tl.constexpr):
+    """The sums of the piece at this place. Scratch: [pieces of a sum, planes, values]."""
+    planes, values, values_apart, shared, shared_apart = view
+    SUMS: tl.constexpr = PIECE[0]
+    PARTS: tl.constexpr = PIECE[1]
+    PART: tl.constexpr = PIECE[2]
     GRADIENT: tl.constexpr = SPEC.gradient
+    along = (shared + PARTS * PART - 1) // (PARTS * PART)
+    stripes = (values + SUMS - 1) // SUMS
+    value = (place // along % stripes) * SUMS + tl.arange(0, SUMS)
+    piece, plane = place % along, place // (along * stripes)
+    total = tl.zeros([SUMS, PART], tl.float32)
     for part in range(PARTS):
         line = (piece * PARTS + part) * PART + tl.arange(0, PART)
         at = plane * values * shared + value[:, None] * values_apart + line[None, :] * shared_apart
         inside = (value < values)[:, None] & (line < shared)[None, :]
-        g = load_float(gradient, at, inside, GRADIENT, SPEC)
+        g = load_float(gradient, at, inside, GRADIENT, SPEC.whole)
         total += g * g
     tl.store(scratch + (piece * planes + plane) * values + value, tl.sum(total, axis=1), mask=value < values)
 
@@ -81,7 +77,7 @@ def share(news, table, chunks, scalars, m_table, v_table, SPEC: tl.constexpr):
         scratch = tl.load(fields + t.SCRATCH).to(tl.pointer_type(tl.float32))
         moments = tl.load(fields + t.V_DATA).to(tl.pointer_type(tl.float32))
         values = tl.load(fields + t.OUTER) * inner
-        length = tl.where(inner == 1, _ROW_PARTS * LANES, _COLUMN_PARTS * LINES)
+        length = tl.where(inner == 1, _ROW[1] * _ROW[2], _COLUMN[1] * _COLUMN[2])
         lane = block.to(tl.int64) * _VALUES + tl.arange(0, _VALUES)
         total = tl.zeros([_VALUES], tl.float32)
         for piece in range((shared + length - 1) // length):

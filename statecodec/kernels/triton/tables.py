@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 
 from statecodec.kernels.fused import StateStorage
-from statecodec.kernels.triton.stored import dither_key
-from statecodec.kernels.triton.tiles import Tile
+from statecodec.kernels.triton.weights import Stored, dither_key
 
 # OUTER x SHARED x INNER is the parameter as a shared second moment sees it: one value per outer and inner index, whose
 # partial sums and new value lie at SCRATCH.
@@ -26,9 +25,7 @@ FIELDS = 16
 ) = map(tl.constexpr, range(FIELDS))  # fmt: skip
 
 NUMBERS = ("lr", "decay", "beta1", "beta2", "eps", "l2", "momentum", "dampening", "scale", "residual", "seed")
-LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, SEED = map(
-    tl.constexpr, range(len(NUMBERS))
-)
+LR, WEIGHT_DECAY, BETA1, BETA2, EPS, L2, MOMENTUM, DAMPENING, SCALE, RESIDUAL, SEED = map(tl.constexpr, range(11))
 
 # Options of a group that are fields of a `Spec`, too.
 FLAGS = ("maximize", "nesterov", "stochastic", "mean_of_squares", "true_tail", "decay_first")
@@ -36,16 +33,14 @@ FLAGS = ("maximize", "nesterov", "stochastic", "mean_of_squares", "true_tail", "
 # What a rule computes with, in the order of `rule_numbers`; then KEY, of the dither, as bits.
 SCALARS, KEY = tl.constexpr(14), tl.constexpr(13)
 _FIELDS, _NUMBERS = tl.constexpr(FIELDS), tl.constexpr(len(NUMBERS))
-LANES = 128  # parameters a program of `begin` looks at
+LANES = tl.constexpr(128)  # parameters that a program of `begin` looks at
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec(Tile):
+class Spec(Stored):
     """What is known when a fused step is compiled. A program takes `run` tiles."""
 
     method: str  # adam, lion, sgd, foam, slim
-    weight: tl.dtype
-    low: int  # bits that extend the weight: 0, 8, 16
     m: StateStorage | None
     v: StateStorage | None
     block: int  # weights per folded moment
@@ -53,7 +48,6 @@ class Spec(Tile):
     maximize: bool = False
     l2: bool = False
     nesterov: bool = False
-    stochastic: bool = False
     mean_of_squares: bool = True
     true_tail: bool = True
     decay_first: bool = True
@@ -88,10 +82,10 @@ def own_chunk(news, table, chunks):
 @triton.jit
 def addresses_of(fields):
     """The addresses of weight, low part, and both moments with their scales."""
-    return (
-        tl.load(fields + PARAM), tl.load(fields + LOW), tl.load(fields + M_DATA),
-        tl.load(fields + M_SCALES), tl.load(fields + V_DATA), tl.load(fields + V_SCALES),
-    )  # fmt: skip
+    addresses = ()
+    for field in tl.static_range(PARAM, STEP):
+        addresses += (tl.load(fields + field),)
+    return addresses
 
 
 @triton.jit
@@ -101,12 +95,10 @@ def rule_numbers(scalars):
     What decoupled decay multiplies a weight with; the step's size; the root of the second moment's bias correction, and
     its reciprocal; the gain of SGD's gradient; beta1, 1 - beta1, beta2, 1 - beta2; eps; l2; momentum; FOAM's residual.
     """
-    return (
-        tl.load(scalars + 0), tl.load(scalars + 1), tl.load(scalars + 2), tl.load(scalars + 3),
-        tl.load(scalars + 4), tl.load(scalars + 5), tl.load(scalars + 6), tl.load(scalars + 7),
-        tl.load(scalars + 8), tl.load(scalars + 9), tl.load(scalars + 10), tl.load(scalars + 11),
-        tl.load(scalars + 12),
-    )  # fmt: skip
+    numbers = ()
+    for at in tl.static_range(KEY):
+        numbers += (tl.load(scalars + at),)
+    return numbers
 
 
 @triton.jit
@@ -121,8 +113,8 @@ def _power(base, exponent):
 
 @triton.jit
 def begin(
-    news, table, scalars, lr_tensor, count: tl.int64, LANES: tl.constexpr, METHOD: tl.constexpr,
-    LR_TENSOR: tl.constexpr, TORCH_BIAS: tl.constexpr,
+    news, table, scalars, lr_tensor, count: tl.int64, METHOD: tl.constexpr, LR_TENSOR: tl.constexpr,
+    TORCH_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Count this step in every parameter that has a gradient; its scalars, in float64, rounded to fp32 once."""
     at = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)

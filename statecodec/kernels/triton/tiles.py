@@ -10,6 +10,8 @@ from torch import Tensor
 
 from statecodec.kernels.triton.runtime import TILE, power_of_two
 
+WIDEST = 4096  # a group up to this size is held in registers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tile:
@@ -44,11 +46,17 @@ def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def load_float(address, offset, inside, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """fp32 values of floating point numbers."""
+    return tl.load(pointer(address, DTYPE, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def places(rows, cols, start, TILE: tl.constexpr):
     """Where the groups from `start` on lie in a rows x cols tensor.
 
     Returns `here`: their index, elements, which are inside, bytes of nibbles, which are inside, whether the group
-    exists; where each group begins; and its size.
+    exists; and of each group its row, where in the row it begins, and its size.
     """
     WIDTH: tl.constexpr = TILE.width
     HALF: tl.constexpr = (TILE.width + 1) // 2
@@ -56,9 +64,9 @@ def places(rows, cols, start, TILE: tl.constexpr):
     lane, pair = tl.arange(0, WIDTH)[None, :], tl.arange(0, HALF)[None, :]
     if TILE.whole:  # whole groups follow each other through the rows: the tensor is one row to this code
         numel = tl.multiple_of(rows * cols, 16)
-        begin = index * WIDTH
-        size = tl.minimum(numel - begin, WIDTH)
-        offset = begin[:, None] + lane
+        row, first = index * 0, index * WIDTH
+        size = tl.minimum(numel - first, WIDTH)
+        offset = first[:, None] + lane
         inside = offset < numel
         packed = index[:, None] * HALF + pair
         packed_inside = packed < tl.multiple_of(rows * cols // 2, 8)
@@ -66,10 +74,9 @@ def places(rows, cols, start, TILE: tl.constexpr):
         groups = (cols + TILE.group - 1) // TILE.group
         row = index // groups
         first = (index - row * groups) * TILE.group
-        begin = row * cols + first
         size = tl.where(row < rows, tl.minimum(cols - first, TILE.group), 0)
-        offset = begin[:, None] + lane
+        offset = (row * cols + first)[:, None] + lane
         inside = lane < size[:, None]
         packed = (row * ((cols + 1) // 2) + first // 2)[:, None] + pair
         packed_inside = 2 * pair < size[:, None]
-    return (index, offset, inside, packed, packed_inside, size > 0), begin, size
+    return (index, offset, inside, packed, packed_inside, size > 0), row, first, size

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INF_BITS = tl.constexpr(0x7F800000)
 _PLANES = tl.constexpr((tl.float32, tl.float32, tl.float32, tl.float32))
 
 
@@ -27,6 +28,24 @@ def bits(x):
 def value(x):
     """The fp32 with these bits."""
     return x.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of |x|: they order like the magnitudes, with infinity and NaN on top."""
+    return bits(x) & 0x7FFFFFFF
+
+
+@triton.jit
+def unsigned_bits(x):
+    """Bits of fp32 `x` as uint32: from those of infinity on they are what is not a number from 0 on (-0.0 is one)."""
+    return (x + 0.0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def nearest_bf16(bits):
+    """The bits of the bf16 that is nearest to an fp32 number, or the even one of two, from its bits."""
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
 @triton.jit
@@ -58,14 +77,14 @@ def reciprocal_root(x):
 
 @triton.jit
 def rounded_reciprocal(x):
-    """1 / x, correctly rounded for bf16 numbers from 2**-126 to 2**125."""
+    """1 / x within an ulp, correctly rounded for bf16 numbers from 2**-126 to 2**125."""
     y = reciprocal(x)
     return tl.fma(tl.fma(negated(x), y, 1.0), y, y)
 
 
 @triton.jit
 def quotient(x, d, y):
-    """x / d from y, an approximate reciprocal of d: one remainder step."""
+    """x / d from y, the reciprocal of d: one remainder step, which rounds correctly if y is rounded correctly."""
     q = x * y
     return tl.fma(tl.fma(negated(q), d, x), y, q)
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from statecodec import kernels
 from statecodec.errors import OptimizerError
@@ -103,6 +104,7 @@ class StateOptimizer(StateKeeper):
 
     # --- stepping
 
+    @_disable_dynamo  # its kernels are compiled already: torch.compile leaves the step as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.
@@ -124,6 +126,7 @@ class StateOptimizer(StateKeeper):
             self._step_params(group["params"], group, id(group))
         return loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def step_param(self, param: Tensor) -> None:
         """Step one parameter from its `.grad`; gradient release calls it during the backward pass.

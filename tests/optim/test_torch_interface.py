@@ -190,6 +190,32 @@ def test_compiled_models_are_known_by_their_own_names() -> None:
     assert kinds["lm_head.weight"] == kinds["layer.bias"] == {"exp_avg"}
 
 
+@pytest.mark.filterwarnings("ignore:SlimAdam rules that match no parameter")
+@pytest.mark.parametrize("name", EVERY)
+def test_a_compiled_step_is_the_step(name: str) -> None:
+    """Its kernels are compiled already: torch breaks the graph there."""
+    results, (x, y) = [], data()
+    for compiled in ("not", "the step", "what calls it"):
+        model = mlp()
+        optimizer = EVERY[name](model.named_parameters())
+
+        def train(model: nn.Module = model, step: Any = optimizer.step) -> None:
+            (model(x) - y).square().mean().backward()
+            step()
+
+        if compiled == "the step":
+            step = torch.compile(optimizer.step, backend="eager")
+            call: Any = lambda train=train, step=step: train(step=step)  # noqa: E731
+        else:
+            call = torch.compile(train, backend="eager") if compiled == "what calls it" else train
+        for _ in range(2):
+            optimizer.zero_grad()
+            call()
+        results.append([p.detach().clone() for p in model.parameters()])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
 def test_a_compiled_model_trains_like_an_eager_one() -> None:
     results = []
     for compiled in (False, True):

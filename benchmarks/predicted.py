@@ -18,7 +18,7 @@ import frameworks
 import resume
 import torch
 from common import CACHE, record, spent
-from tasks import TASKS
+from tasks import HALF_PRECISION, TASKS
 
 import statecodec
 
@@ -39,7 +39,7 @@ def main() -> None:
 
 def checkpoints() -> Iterator[tuple[str, Path]]:
     """What they are, and where they lie."""
-    for task in TASKS:
+    for task in (*TASKS, HALF_PRECISION):
         yield task.about, resume.saved(task)
     folder = CACHE / "llama"
     shutil.rmtree(folder, ignore_errors=True)

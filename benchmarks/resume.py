@@ -123,6 +123,7 @@ def known() -> dict[str, Any]:
     """What was measured so far, if with the same settings."""
     path = RESULTS / "resume.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    found.pop("machine", None)  # the one that is added to it is named instead
     settings = {"before": BEFORE, "after": list(AFTER)}
     return found if {k: found.get(k) for k in settings} == settings else {**settings, "tasks": {}}
 

@@ -147,6 +147,11 @@ def gpt(layers: int, width: int) -> nn.Module:
     return Logits(GPTConfig(block_size=BLOCK, n_layer=layers, n_head=6, n_embd=width))
 
 
+def half_precision(layers: int, width: int) -> nn.Module:
+    """The same, all in bf16: so are the moments, and there are no masters."""
+    return gpt(layers, width).bfloat16()
+
+
 def conv() -> nn.Module:
     """A convolutional net with batch norm, 0.4 M parameters."""
     layers: list[nn.Module] = []
@@ -205,6 +210,14 @@ GPTS = tuple(
     )
     for beta2 in (0.95, 0.999)
 )
+HALF_PRECISION = Task(
+    "gpt-bf16",
+    partial(half_precision, 12, 384),
+    partial(adamw, 6e-4, 0.95),
+    partial(text, 8),
+    "GPT in bf16, AdamW, beta2 0.95",
+)
+"""For sizes and times; no resume is measured from it."""
 TASKS = (
     *GPTS,
     Task("conv-sgd", conv, sgd, stripes, "conv net, SGD with momentum"),

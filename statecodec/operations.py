@@ -206,9 +206,9 @@ _RULES = Option(
 _PACK = Option(
     "pack",
     "text",
-    "Entropy packing: none, zstd[:LEVEL], or predicted[:LEVEL], which is smaller and takes longer.",
-    "zstd",
-    pattern=r"none|(zstd|predicted)(:-?[0-9]{1,2})?",
+    "Entropy packing: none, zstd[:LEVEL], predicted (smaller, takes longer), auto (that for 16-bit moments).",
+    "auto",
+    pattern=r"none|(auto|zstd|predicted)(:-?[0-9]{1,2})?",
     example="zstd:9",
 )
 _SHARDS = Option(

@@ -1,7 +1,8 @@
 """Size against step error, estimated from the entropy of the codes that a fraction of a step would give.
 
 Samples of every tensor are rounded to the grids that `by_budget` would choose, and their order-0 entropy is what an
-entropy coder needs. `benchmarks/step_budget.py` compares it with real files.
+entropy coder needs. Of tensors whose codes are predicted by default a chunk is packed. `benchmarks/step_budget.py`
+compares the curve with real files.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.budget import Budget
 from statecodec.choose.choices import Choice, Choices, by_rules
 from statecodec.choose.chooser import by_budget
+from statecodec.choose.low_rank import is_low_rank
 from statecodec.choose.presets import PRESETS
 from statecodec.choose.rules import Policy
+from statecodec.choose.since_base import packed_size
 from statecodec.codecs import Direction, Logarithmic, Split, Uniform
-from statecodec.codecs.chunking import Chunk
-from statecodec.errors import UsageError
+from statecodec.codecs.chunking import Chunk, chunks
+from statecodec.errors import UnencodableValues, UsageError
+from statecodec.format import Packing
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads
 from statecodec.progress import Meter, Progress
@@ -93,11 +97,33 @@ def _point(source: SourceCheckpoint, choices: Choices, budget: Budget, label: st
 
 def _bits(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
     """Estimated bits of one tensor under its codec."""
+    if is_low_rank(item) and not choice.exact:
+        return _packed(source, item, choice)
     codes = _codes(source, item, choice)
     if codes is not None:
         return item.numel * _entropy(codes)
     dropped = 16 - choice.codec.low_bits if isinstance(choice.codec, Split) else 0  # of 32: noise, that packs to itself
     return item.nbytes * _EXACT_BITS - item.numel * dropped
+
+
+def _packed(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> float:
+    """Bits of a tensor if all chunks of its predicted codes pack like the middle one."""
+    pieces = chunks(choice.codec, item.shape, item.dtype)
+    middle = pieces[len(pieces) // 2]
+
+    def values(of: SourceItem) -> Tensor:
+        return source.chunk(of, middle)
+
+    companions = {role: values(_named(source, name)) for role, name in choice.companions.items()}
+    try:
+        parts = choice.codec.encode(values(item), companions=companions).parts
+    except UnencodableValues:
+        return item.nbytes * _EXACT_BITS
+    return 8.0 * packed_size(parts, Packing("predicted")) * item.numel / (middle.stop - middle.start)
+
+
+def _named(source: SourceCheckpoint, name: str) -> SourceItem:
+    return source.items[source.tensors[name].index]
 
 
 def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values | None:
@@ -106,7 +132,7 @@ def _codes(source: SourceCheckpoint, item: SourceItem, choice: Choice) -> Values
         rounded: Values = np.rint(_sampled(source, item) / codec.step)
         return rounded
     if isinstance(codec, Direction):
-        other = source.items[source.tensors[choice.companions["exp_avg_sq"]].index]
+        other = _named(source, choice.companions["exp_avg_sq"])
         root = np.sqrt(np.maximum(_sampled(source, other), 0.0))
         turned: Values = np.rint(_sampled(source, item) / (root + codec.eps) / codec.step)
         return turned

@@ -12,6 +12,7 @@ from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.choices import Choices
+from statecodec.choose.low_rank import is_low_rank
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.changes import subtract_parts
 from statecodec.codecs.chunking import Chunk, chunks
@@ -46,7 +47,7 @@ def linked(
         if choice.encoding.change is not None:
             _require(item, base)
         elif only is None or item.name in only:
-            change = _smallest(source, item, choice.codec, base, packing)
+            change = _smallest(source, item, choice.codec, base, packing.settled(is_low_rank(item)))
             changed[item.name] = replace(choice, encoding=Encoding(choice.codec, change))
     return replace(choices, by_name={**choices.by_name, **changed})
 

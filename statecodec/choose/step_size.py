@@ -13,11 +13,11 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs import Raw
 from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.elementwise import as_fp32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import UpdateSize
 from statecodec.layouts import AdamSettings, QuantisedMoments, QuantisedState
-from statecodec.lazy import torch
 from statecodec.quantised import Blocks
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[f
     """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
     numel, sum_sq, largest = 0, 0.0, 0.0
     for values in _spread(source, item, pieces) if pieces else _everything(source, item):
-        part = kernels.host().size(values.reshape(-1).to(torch.float32))
+        part = kernels.host().size(as_fp32(values.reshape(-1)))
         numel, sum_sq, largest = numel + values.numel(), sum_sq + part.sum_sq, max(largest, part.largest)
     return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
 
@@ -112,7 +112,7 @@ def _dequantised(source: SourceCheckpoint, state: QuantisedState) -> Iterator[Te
 def _update_size(values: Iterable[tuple[Tensor, Tensor]], eps: float) -> UpdateSize:
     numel, sum_sq = 0, 0.0
     for m, v in values:
-        part = kernels.host().update_size(m.reshape(-1).to(torch.float32), v.reshape(-1).to(torch.float32), eps=eps)
+        part = kernels.host().update_size(as_fp32(m.reshape(-1)), as_fp32(v.reshape(-1)), eps=eps)
         numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
     return UpdateSize(numel, sum_sq)
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from statecodec import dtypes, kernels
 from statecodec.codecs.rows import FIRST, LAST, rows_cols
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
+from statecodec.elementwise import as_fp32
 from statecodec.errors import FormatError, InvalidCodec, UnencodableValues, UnsupportedTensor, UsageError
 from statecodec.kernels.fused import StateStorage
 from statecodec.kernels.reference.statistics import Comparison
@@ -342,7 +343,7 @@ class Codec(ABC):
         if values is None or values.numel() != like.numel():
             there = "nothing" if values is None else f"{values.numel()} elements"
             raise UsageError(f"{self.name} needs the {role} of the same {like.numel()} elements, found {there}")
-        return values.detach().to(like.device, torch.float32).contiguous().view(-1)
+        return as_fp32(values.detach().to(like.device).contiguous()).view(-1)
 
     def require_float(self, dtype: DType) -> None:
         """Refuse a dtype other than fp32, fp16, bf16 and fp64.

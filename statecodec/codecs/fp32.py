@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from statecodec.elementwise import pieces
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ def store(values: Tensor, out: Tensor) -> None:
     if values is out:
         return
     largest = min(torch.finfo(out.dtype).max, torch.finfo(values.dtype).max)
-    out.copy_(values.clamp_(-largest, largest))
+    source, target = values.view(-1), out.view(-1)
+    for piece in pieces(out):
+        target[piece].copy_(source[piece].clamp_(-largest, largest))
 
 
 def rounding(bound: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from statecodec.lazy import torch
+from statecodec.elementwise import as_fp32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,4 +49,4 @@ def in_rows(shape: tuple[int, ...], cols: int, rows: str = FIRST) -> tuple[int, 
 
 def as_rows(x: Tensor, rows: str = FIRST) -> Tensor:
     """`x` (contiguous) as an fp32 matrix of rows: a view if it is fp32 already."""
-    return x.to(torch.float32).view(rows_cols(tuple(x.shape), rows))
+    return as_fp32(x).view(rows_cols(tuple(x.shape), rows))

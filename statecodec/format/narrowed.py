@@ -18,13 +18,13 @@ from statecodec.codecs import PartSpec
 from statecodec.dtypes import name_of
 from statecodec.errors import FormatError
 from statecodec.format.planes import cpu_kernels
-from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Narrowing
+from statecodec.kernels.reference.narrowing import LOW_BITS, MOST_EXCEPTIONS, Form, Narrowing
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LOW_BITS", "Narrowing", "join", "split", "takes"]
+__all__ = ["LOW_BITS", "Form", "Narrowing", "join", "split", "takes"]
 
 Unpack: TypeAlias = "Callable[[Bytes, Sequence[Tensor]], list[Tensor]]"  # record, memory for its parts -> its parts
 

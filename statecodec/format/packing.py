@@ -12,7 +12,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -46,6 +46,8 @@ Row: TypeAlias = tuple[int, int]  # method, length
 Methods: TypeAlias = tuple[int, ...]  # of whole parts, those that a record may hold
 P = TypeVar("P", "Tensor", PartSpec)
 _ANY, _AFTER_PREDICTION, _AFTER_NARROWING = (NARROWED, PREDICTED), (NARROWED,), ()
+_METHODS = ("none", "auto", "zstd", "predicted")
+_EXPECTED = "none, or auto, zstd or predicted, each with or without :LEVEL"
 _local = threading.local()
 
 
@@ -54,7 +56,8 @@ class Packing:
     """How parts are compressed at rest.
 
     Args:
-        method: `none`, `zstd`, or `predicted`: zstd after a low-rank prediction of codes, where that is worth it.
+        method: `none`, `zstd`, `predicted` (zstd after a low-rank prediction of codes, where that is worth it), or
+            `auto`: `predicted` for items that are of low rank, `zstd` for others.
         level: The zstd level; None for the measured parameters.
 
     Raises:
@@ -65,8 +68,8 @@ class Packing:
     level: int | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in ("none", "zstd", "predicted") or (self.method == "none" and self.level is not None):
-            raise UsageError(f"packing {self}: expected none, zstd[:LEVEL] or predicted[:LEVEL]")
+        if self.method not in _METHODS or (self.method == "none" and self.level is not None):
+            raise UsageError(f"packing {self}: expected {_EXPECTED}")
         if self.level is not None and not -50 <= self.level <= 22:
             raise UsageError(f"packing {self}: zstd levels are -50 to 22")
 
@@ -75,7 +78,7 @@ class Packing:
         """Make a packing from its text.
 
         Args:
-            text: `none`, `zstd`, `predicted`, or one of these two with `:LEVEL`.
+            text: `none`; `auto`, `zstd` or `predicted`, or one of these three with `:LEVEL`.
 
         Returns:
             The packing.
@@ -85,16 +88,27 @@ class Packing:
         """
         method, colon, level = text.partition(":")
         if colon and not level.removeprefix("-").isdecimal():
-            raise UsageError(f"packing {text!r}: expected none, zstd or zstd:LEVEL")
+            raise UsageError(f"packing {text!r}: expected {_EXPECTED}")
         return cls(method, int(level) if colon else None)
 
     def __str__(self) -> str:
         return self.method if self.level is None else f"{self.method}:{self.level}"
 
+    def settled(self, low_rank: bool) -> Packing:
+        """Settle what `auto` is for an item.
+
+        Args:
+            low_rank: Whether its codes are close to a matrix of low rank.
+
+        Returns:
+            The packing, in which nothing is left open.
+        """
+        return replace(self, method="predicted" if low_rank else "zstd") if self.method == "auto" else self
+
     def compressor(self) -> Any:
         """This thread's zstd compressor."""
-        compressors: dict[Packing, Any] = _local.__dict__.setdefault("compressors", {})
-        if self not in compressors:
+        compressors: dict[int | None, Any] = _local.__dict__.setdefault("compressors", {})
+        if self.level not in compressors:
             make = zstandard.ZstdCompressionParameters
             if self.level is None:
                 parameters = make(
@@ -109,21 +123,22 @@ class Packing:
             else:
                 window = make.from_level(self.level).window_log
                 parameters = make.from_level(self.level, window_log=min(window, MAX_WINDOW.bit_length() - 1))
-            compressors[self] = zstandard.ZstdCompressor(compression_params=parameters)
-        return compressors[self]
+            compressors[self.level] = zstandard.ZstdCompressor(compression_params=parameters)
+        return compressors[self.level]
 
 
 def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tuple[Bytes, int]:
     """Pack contiguous CPU tensors into a pooled buffer; returns it and the record's length."""
-    buffer = pool.take(_room(parts))
     methods = _ANY if packing.method == "predicted" else _AFTER_PREDICTION
+    buffer = pool.take(_room(parts, methods))
     return buffer, _write_record(parts, buffer, packing, pool, methods)
 
 
-def _room(parts: Sequence[Tensor]) -> int:
+def _room(parts: Sequence[Tensor], methods: Methods) -> int:
     """Bytes that are enough to make a record in. A code can take three bytes until its part turns out not to narrow."""
     rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
-    return rows + sum(p.nbytes + narrowed.slack(p) for p in parts)
+    factors = sum(predicted.slack(p) for p in parts) if PREDICTED in methods else 0
+    return rows + factors + sum(p.nbytes + narrowed.slack(p) for p in parts)
 
 
 def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> int:
@@ -163,30 +178,24 @@ def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[
 
 
 def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
-    """Write a part as narrowed codes if nearly all of them are small, or predicted where that is shorter; its rows."""
+    """Write a part as narrowed codes if nearly all of them are small, or predicted where that is less; its rows."""
     if not methods or not narrowed.takes(part):
         return None
     matrix = part.view(rows_cols(tuple(part.shape)))
-    narrowing = cpu_kernels().form_of(matrix)
-    if narrowing is None:
+    form = cpu_kernels().form_of(matrix)
+    if form is None:
         return None
-    method, length = NARROWED, _write_narrowed(part, narrowing, out, packing, pool)
-    if PREDICTED in methods:
-        buffer = pool.take(_room([part]) + predicted.slack(*matrix.shape))
-        shorter = _write_predicted(matrix, narrowing, buffer, packing, pool)
-        if shorter is not None and (length is None or shorter < length):
-            method, length, out[:shorter] = PREDICTED, shorter, buffer[:shorter]
-        pool.give(buffer)
+    method, length = PREDICTED, _write_predicted(matrix, form, out, packing, pool) if PREDICTED in methods else None
+    if length is None:
+        method, length = NARROWED, _write_narrowed(part, form.narrowing, out, packing, pool)
     if length is None or length >= part.nbytes:
         return None
     return [(method, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
 
 
-def _write_predicted(
-    matrix: Tensor, narrowing: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool
-) -> int | None:
+def _write_predicted(matrix: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
     """Write the payload of codes after a prediction and return its length; None where that would save too little."""
-    with predicted.split(matrix, narrowing, pool) as found:
+    with predicted.split(matrix, form, pool) as found:
         if found is None:
             return None
         header, parts = found

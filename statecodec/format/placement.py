@@ -40,6 +40,7 @@ class ItemSpec:
         attributes: JSON that is carried verbatim.
         companions: Role -> name of the item whose tensor the codec needs.
         text: Its bytes repeat each other, as those of headers and pickles do: they are packed accordingly.
+        low_rank: Its codes are close to a matrix of low rank: what packing `auto` has to know.
         announced: The encoding that it had when the files were divided, where it has got another one since.
     """
 
@@ -50,6 +51,7 @@ class ItemSpec:
     attributes: dict[str, Any] = field(default_factory=dict)
     companions: Mapping[str, str] = field(default_factory=dict)
     text: bool = False
+    low_rank: bool = False
     announced: Encoding | None = None
 
     def recoded(self, encoding: Encoding) -> ItemSpec:

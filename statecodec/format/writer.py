@@ -116,7 +116,8 @@ class Writer:
             UsageError: If the chunk or the parts are not those of the item.
         """
         planned = self._plan.items[item]
-        packing = TEXT_PACKING if planned.item.text and self.packing.level is None else self.packing
+        of_text = planned.item.text and self.packing.level is None
+        packing = TEXT_PACKING if of_text else self.packing.settled(planned.item.low_rank)
         return pack_chunk(planned, (item, self._index(item, chunk)), parts, packing, self._pool)
 
     def repacked(self, item: int, chunk: Chunk, record: VerifiedRecord) -> PackedChunk:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ _FEW = 64  # rows that means and scale are taken from
 _OUTLIER = 8.0  # mean magnitudes from which a code counts as no more
 _LARGEST = 2.0**20  # beyond it products of three sums would leave fp32's range
 _GRID = 1 / 12  # variance of a rounding
+ABSENT: Final = 1e-6  # of a vector's length: what is no longer after others are taken out is rounding, not a direction
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,26 @@ class Matrix:
     most: float
 
 
-Project: TypeAlias = Callable[[Matrix, Array, int, int], "tuple[Array, float]"]
-"""(matrix, basis, start, step) -> rows times basis, fp32 (rows taken, vectors), and the energy of those rows."""
-Mix: TypeAlias = Callable[[Matrix, Array, int, int], Array]
-"""(matrix, weights, start, step) -> weights, transposed, times those rows: fp32 (vectors, columns)."""
+class Passes(NamedTuple):
+    """The passes over codes and vectors that a backend makes for the search: see `reference.prediction`.
+
+    LAPACK's and BLAS's would be divided among threads of their own, which wait for each other far longer than work of
+    this size takes.
+    """
+
+    project: Callable[[Matrix, Array, int], tuple[Array, float]]
+    mix: Callable[[Matrix, Array, int], Array]
+    orthonormal: Callable[[Array], Array]
+    principal: Callable[[Array], tuple[Array, Array]]
+    combine: Callable[[Array, Array], Array]
 
 
-def find(codes: Array, project: Project, mix: Mix) -> Factors | None:
+def find(codes: Array, passes: Passes) -> Factors | None:
     """The factors that are worth taking out of a matrix of codes.
 
     Args:
         codes: int16 (log codes, whose row and column means are left to the terms of narrowing) or int32.
-        project: See `Project`.
-        mix: See `Mix`.
+        passes: Those of the backend.
 
     Returns:
         The factors; None if they would save less than WORTH bits a code.
@@ -95,17 +103,16 @@ def find(codes: Array, project: Project, mix: Mix) -> Factors | None:
         return None
     matrix, mean = _matrix(codes)
     every = max(rows // _SAMPLED, 1)
-    sketch = mix(matrix, _signs()[: -(-rows // every)], 0, every)
-    sampled, _ = project(matrix, sketch, 0, every)
-    basis = _orthonormal(mix(matrix, sampled, 0, every))
-    left, energy = project(matrix, basis, 0, 1)
-    squares, turn = np.linalg.eigh(left.T.astype(np.float64) @ left)
-    squares, turn = np.maximum(squares[::-1][:RANK], 0.0), turn[:, ::-1]
-    rank, rest = _rank(squares, energy, mean, rows, cols)
+    sketch = passes.mix(matrix, _signs()[:, : -(-rows // every)], every)
+    sampled, _ = passes.project(matrix, sketch, every)
+    basis = passes.orthonormal(passes.mix(matrix, sampled, every))
+    left, energy = passes.project(matrix, basis, 1)
+    squares, turn = passes.principal(left)
+    rank, rest = _rank(np.maximum(squares[:RANK], 0.0), energy, mean, rows, cols)
     if not rank:
         return None
-    turn = turn[:, :rank].astype(np.float32)
-    return _rounded((left @ turn).T, turn.T @ basis, np.sqrt(squares[:rank]), rest)
+    turn, sizes = turn[:rank], np.sqrt(squares[:rank])
+    return _rounded(passes.combine(turn, left), passes.combine(turn, basis), sizes, rest)
 
 
 def _matrix(codes: Array) -> tuple[Matrix, float]:
@@ -123,18 +130,8 @@ def _matrix(codes: Array) -> tuple[Matrix, float]:
 
 @cache
 def _signs() -> Array:
-    signs: Array = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (2 * _SAMPLED, _SKETCH))
+    signs: Array = np.random.default_rng(0).choice(np.array([-1, 1], np.float32), (_SKETCH, 2 * _SAMPLED))
     return signs
-
-
-def _orthonormal(vectors: Array) -> Array:
-    """An orthonormal basis of the space of some vectors; what is not there is zero."""
-    wide = vectors.astype(np.float64)
-    squares, turn = np.linalg.eigh(wide @ wide.T)
-    there = squares > squares[-1] * 1e-10
-    scale = np.where(there, 1 / np.sqrt(np.where(there, squares, 1.0)), 0.0)
-    basis: Array = ((turn * scale).T @ wide).astype(np.float32)
-    return basis
 
 
 def _rank(squares: Array, energy: float, mean: float, rows: int, cols: int) -> tuple[int, float]:

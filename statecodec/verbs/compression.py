@@ -22,6 +22,7 @@ from statecodec.checkpoint.source_items import SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose.choices import Choices
 from statecodec.choose.chooser import finer
+from statecodec.choose.low_rank import is_low_rank
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values
@@ -132,8 +133,16 @@ class Compression:
             attributes["param"] = item.param
             if item.state is not None:
                 attributes[states.ATTRIBUTE] = states.to_json(item.state)
-        text = item.region is None
-        return ItemSpec(item.name, choice.encoding, item.shape, item.dtype, attributes, choice.companions, text=text)
+        return ItemSpec(
+            item.name,
+            choice.encoding,
+            item.shape,
+            item.dtype,
+            attributes,
+            choice.companions,
+            text=item.region is None,
+            low_rank=is_low_rank(item),
+        )
 
     def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         """A chunk of an item of the source."""

@@ -24,7 +24,7 @@ def convert(
     to: str | Rule | Sequence[str | Rule] = (),
     *,
     layout: str | None = None,
-    pack: str = "zstd",
+    pack: str = "auto",
     strict: bool = False,
     force: bool = False,
     safe_only: bool = False,

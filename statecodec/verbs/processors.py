@@ -19,8 +19,9 @@ from statecodec import codecs, dtypes, kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.codecs import Codec
 from statecodec.codecs.base import Companions
+from statecodec.elementwise import as_fp32, pieces, root
 from statecodec.errors import BackendUnavailable, UsageError
-from statecodec.kernels.reference.statistics import Comparison
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -156,12 +157,16 @@ def compared(
     codec: Codec, x: Tensor, decoded: Tensor, companions: Companions, backend: kernels.Backend | None = None
 ) -> Comparison:
     """Sums of the error between values; for a direction, between update directions."""
-    if x.dtype not in (torch.float32, torch.float64):
-        x, decoded = x.to(torch.float32), decoded.to(torch.float32)
-    if isinstance(codec, codecs.Direction):
-        divisor = companions["exp_avg_sq"].reshape(x.shape).to(x.dtype).sqrt() + codec.eps
-        x, decoded = x / divisor, decoded / divisor
-    return (backend or kernels.host()).compare(x.reshape(-1), decoded.reshape(-1))
+    compare, total = (backend or kernels.host()).compare, NO_DIFFERENCE
+    x, decoded = x.reshape(-1), decoded.reshape(-1)
+    if not isinstance(codec, codecs.Direction):
+        return compare(*(values if values.dtype == torch.float64 else as_fp32(values) for values in (x, decoded)))
+    second = companions["exp_avg_sq"].reshape(-1)
+    for piece in pieces(x):
+        a, b = (values[piece] if values.dtype == torch.float64 else as_fp32(values[piece]) for values in (x, decoded))
+        divisor = root(second[piece].to(a.dtype)) + codec.eps
+        total = total.merged(compare(a / divisor, b / divisor))
+    return total
 
 
 def processor(device: str, nbytes: int, threads: int) -> Processor:

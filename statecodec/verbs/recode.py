@@ -15,6 +15,7 @@ from statecodec.checkpoint.open import open_checkpoint
 from statecodec.checkpoint.report import Report, TensorReport
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose import Policy, Rule, parse_rule
+from statecodec.choose.low_rank import is_low_rank
 from statecodec.choose.rules import unmatched_notes
 from statecodec.codecs import Codec, Encoding
 from statecodec.codecs.chunking import Chunk
@@ -37,7 +38,7 @@ def convert_codecs(
     dst: str | Path,
     to: Sequence[str | Rule],
     *,
-    pack: str = "zstd",
+    pack: str = "auto",
     strict: bool = False,
     force: bool = False,
     threads: int | None = None,
@@ -100,8 +101,16 @@ class Recoding:
     def write(self, output: WriteOptions, verification: Verification) -> Report:
         """Write the result, and give its report as checked before publishing. Raises as `convert_codecs` does."""
         items = [
-            ItemSpec(item.name, Encoding(codec), item.shape, item.dtype, self._attributes(index), item.companions)
-            for index, (item, codec) in enumerate(zip(self.stored.reader.items, self._chosen, strict=True))
+            ItemSpec(
+                item.name,
+                Encoding(codec),
+                item.shape,
+                item.dtype,
+                self._attributes(tensor.index),
+                item.companions,
+                low_rank=is_low_rank(tensor),
+            )
+            for tensor, item, codec in zip(self.stored.items, self.stored.reader.items, self._chosen, strict=True)
         ]
         outcome = write(
             output,

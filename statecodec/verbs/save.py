@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def save(
-    obj: Any, path: str | Path, *, pack: str = "zstd", force: bool = False, progress: Progress | None = None
+    obj: Any, path: str | Path, *, pack: str = "auto", force: bool = False, progress: Progress | None = None
 ) -> Report:
     """Save nested dicts, lists and tuples of tensors and plain values as a compressed checkpoint, losslessly.
 
@@ -43,7 +43,7 @@ def save(
     Args:
         obj: The value.
         path: The file to write.
-        pack: How to pack: As for `compress`: `none`, `zstd`, `predicted`.
+        pack: As for `compress`. `auto` is `zstd` here.
         force: Replace a file that is there.
         progress: Called with (bytes done, bytes in all, what is being done).
 

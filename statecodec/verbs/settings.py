@@ -45,7 +45,7 @@ class CompressSettings:
         rules: Sequence[str | Rule] = (),
         rules_file: str | Path | None = None,
         strict: bool = False,
-        pack: str = "zstd",
+        pack: str = "auto",
         max_shard_size: str | int | None = "5GB",
         max_step_error: float | None = None,
         max_update_error: float | None = None,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from statecodec import codecs
 from statecodec.buffers import Pool
 from statecodec.format.packing import NARROWED, PREDICTED, Packing, decode_record, encode_record
+from statecodec.kernels import cpu
 from statecodec.kernels.reference import forms as reference
 
 INTEGERS = st.sampled_from([torch.int16, torch.int32])
@@ -124,6 +125,19 @@ def test_a_prediction_is_taken_out_beside_row_and_column_terms() -> None:
     plain, predicted, method = lengths(codecs.Logarithmic(8).encode(v).parts["codes"])
     assert method == PREDICTED
     assert predicted < 0.75 * plain
+
+
+@pytest.mark.parametrize("spread", [0.3, 0.6, 1.0])
+def test_what_is_folded_promises_gains_that_its_codes_do_not_have(spread: float) -> None:
+    """As changes since a base are: their mean is a large component, around which they are as they were."""
+    generator = torch.Generator().manual_seed(6)
+    row, column = torch.randn(300, 1, generator=generator), torch.randn(1, 300, generator=generator)
+    scale = torch.exp(spread * (row + column))
+    codes = (30 * scale * torch.randn(300, 300, generator=generator)).abs().round().to(torch.int32)
+    assert cpu.factors_of(codes) is not None
+    plain, predicted, method = lengths(codes)
+    assert method == NARROWED
+    assert predicted == plain
 
 
 @pytest.mark.parametrize("outliers", [0, 20, 2000])

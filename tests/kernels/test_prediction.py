@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -88,6 +90,44 @@ def test_what_is_left_is_near_what_the_best_factors_leave(rows: int, cols: int, 
         backend.add_prediction(rest, factors, sign=-1)
         rounding = 1 + len(factors.left) * (1 / rows + 1 / cols)
         assert float(left_over(rest).square().sum()) < 1.08 * rounding * best
+
+
+@pytest.mark.parametrize("passes", [reference.prediction, cpu.prediction])
+def test_a_basis_is_orthonormal_and_what_is_not_there_is_zero(passes: Any) -> None:
+    """Vectors that are nearly the same, a multiple of another, and none at all among them."""
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((13, 700)).astype(np.float32)
+    vectors[3] = vectors[2] + 1e-3 * vectors[3]
+    vectors[7], vectors[9] = 3 * vectors[5], 0
+    basis = passes.orthonormal(vectors).astype(np.float64)
+    there = np.ones(13)
+    there[[7, 9]] = 0
+    assert np.abs(basis @ basis.T - np.diag(there)).max() < 1e-6
+    left_out = vectors - (vectors @ basis.T) @ basis
+    assert np.abs(left_out).max() < 1e-5
+
+
+@pytest.mark.parametrize("passes", [reference.prediction, cpu.prediction])
+@pytest.mark.parametrize("count", [1, 7, 32])
+def test_principal_sums_have_the_energies_that_numpy_finds(passes: Any, count: int) -> None:
+    generator = np.random.default_rng(1)
+    vectors = (generator.standard_normal((count, 500)) * np.logspace(0, -4, count)[:, None]).astype(np.float32)
+    vectors[count // 2] = 0
+    squares, turn = passes.principal(vectors)
+    wide = vectors.astype(np.float64)
+    expected = np.linalg.eigvalsh(wide @ wide.T)[::-1]
+    assert np.allclose(squares, expected, rtol=1e-6, atol=1e-12 * expected[0])
+    assert np.allclose(turn @ turn.T, np.eye(count))
+    sums = passes.combine(turn, vectors)
+    assert np.allclose(sums, turn @ wide, atol=1e-6)
+    assert np.allclose(np.square(sums, dtype=np.float64).sum(1), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_the_search_on_a_cpu_wakes_no_threads_of_lapack(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = low_rank(200, 300, [30.0, 20.0], 3.0).round().to(torch.int32)
+    for name in ("eigh", "eigvalsh", "qr", "svd", "solve", "norm"):
+        monkeypatch.setattr(np.linalg, name, None)
+    assert cpu.factors_of(codes) is not None
 
 
 def test_rows_and_columns_of_zeros_stay_zero() -> None:

@@ -66,10 +66,11 @@ def run(
         str,
         typer.Option(
             "--pack",
-            metavar="none|zstd|predicted",
-            help="Entropy packing of what packs; predicted is smaller and takes longer. zstd:LEVEL sets its level.",
+            metavar="auto|none|zstd|predicted",
+            help="Entropy packing. predicted is smaller and takes longer, auto is that for 16-bit moments. "
+            "zstd:LEVEL sets its level.",
         ),
-    ] = "zstd",
+    ] = "auto",
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Split the output into files of at most this size.")
     ] = "5GB",

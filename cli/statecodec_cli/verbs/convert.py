@@ -38,10 +38,11 @@ def run(
         str,
         typer.Option(
             "--pack",
-            metavar="none|zstd|predicted",
-            help="Entropy packing of what packs; predicted is smaller and takes longer. zstd:LEVEL sets its level.",
+            metavar="auto|none|zstd|predicted",
+            help="Entropy packing. predicted is smaller and takes longer, auto is that for 16-bit moments. "
+            "zstd:LEVEL sets its level.",
         ),
-    ] = "zstd",
+    ] = "auto",
     threads: options.Threads = None,
     safe_only: options.SafeOnly = False,
     force: options.Force = False,

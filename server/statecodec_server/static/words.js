@@ -27,7 +27,7 @@ const OPTIONS = {
   verify: ["Read the result back, check it, and measure the update"],
   safe_only: ["Refuse files whose unpickling could run code"],
   strict: ["Refuse rules that match nothing"],
-  pack: ["Packing", "zstd"],
+  pack: ["Packing", "auto"],
   max_shard_size: ["Largest file of the output", "5GB"],
   sha256: ["Store the original's SHA-256 (Lossless always does)"],
   snr: ["Signal-to-noise ratio of the second moments"],

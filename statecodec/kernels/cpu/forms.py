@@ -25,25 +25,25 @@ from statecodec.kernels.reference.forms import (
     RARE,
     sample,
 )
-from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
+from statecodec.kernels.reference.narrowing import LOW_BITS, Form, Narrowing
 
 _BIAS = 1 / (2 * math.log(2))
 _NOTHING = np.empty((0, 0), np.int16)
 
 
-def form_of(codes: Tensor) -> Narrowing | None:
+def form_of(codes: Tensor) -> Form | None:
     """See `reference.forms.form_of`."""
     array = array_of(codes)
     top, left, height, width = sample(*array.shape)
     sampled = np.ascontiguousarray(array[top : top + height, left : left + width])
     centre = array.itemsize == 2 and min(height, width) >= CENTRE_FROM
-    low, nibbles, terms = _form_of(sampled.reshape(-1).astype(np.int32), sampled if centre else _NOTHING)
-    return Narrowing(array.shape[1] if terms else 0, low, nibbles) if low >= 0 else None
+    low, nibbles, terms, cost = _form_of(sampled.reshape(-1).astype(np.int32), sampled if centre else _NOTHING)
+    return Form(Narrowing(array.shape[1] if terms else 0, low, nibbles), cost / sampled.size) if low >= 0 else None
 
 
 @kernel
 def _form_of(sampled: NDArray[Any], matrix: NDArray[Any]) -> Any:
-    """Low bits, whether nibbles, and whether terms are taken out; `matrix` is the sample again, or has no rows."""
+    """Low bits, whether nibbles, whether terms are taken out, and the cost; `matrix` is the sample, or has no rows."""
     folded = np.empty(sampled.size, np.uint32)
     for i in range(sampled.size):
         folded[i] = zigzag(sampled[i])
@@ -58,10 +58,10 @@ def _form_of(sampled: NDArray[Any], matrix: NDArray[Any]) -> Any:
             residuals[i] = flat[i]
         shorter = _lengths(residuals)
         if _mean(shorter) + CENTRE_WORTH < _mean(lengths):
-            low, nibbles = _best(residuals, shorter)
-            return low, nibbles, True
-    low, nibbles = _best(folded, lengths)
-    return low, nibbles, False
+            low, nibbles, cost = _best(residuals, shorter)
+            return low, nibbles, True, cost
+    low, nibbles, cost = _best(folded, lengths)
+    return low, nibbles, False, cost
 
 
 @kernel
@@ -85,7 +85,7 @@ def _mean(lengths: NDArray[Any]) -> Any:
 
 @kernel
 def _best(folded: NDArray[Any], lengths: NDArray[Any]) -> Any:
-    """Low bits (-1: no form) and whether nibbles."""
+    """Low bits (-1: no form), whether nibbles, and the cost."""
     best, least, nibbles = -1, np.inf, False
     for few in (False, True):
         before = -1
@@ -96,7 +96,7 @@ def _best(folded: NDArray[Any], lengths: NDArray[Any]) -> Any:
                 if cost < least:
                     best, least, nibbles = low, cost, few
             before = low
-    return best, nibbles
+    return best, nibbles, least
 
 
 @kernel

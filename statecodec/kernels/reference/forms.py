@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing, centred, zigzag
+from statecodec.kernels.reference.narrowing import LOW_BITS, Form, Narrowing, centred, zigzag
 from statecodec.lazy import torch
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ FEW, MATCHES = 3.2, 1.08  # bytes of so few bits match by chance, which costs si
 FASTER = 0.997  # of the size of bytes, or less: nibbles
 
 
-def form_of(codes: Tensor) -> Narrowing | None:
+def form_of(codes: Tensor) -> Form | None:
     """Choose the form that integer codes are narrowed to.
 
     Args:
@@ -47,7 +47,7 @@ def form_of(codes: Tensor) -> Narrowing | None:
     if not candidates:
         return None
     costs = [_bits(folded, narrowing) * (FASTER if narrowing.nibbles else 1.0) for narrowing in candidates]
-    return replace(candidates[costs.index(min(costs))], cols=cols)
+    return Form(replace(candidates[costs.index(min(costs))], cols=cols), min(costs) / len(folded))
 
 
 def sample(rows: int, cols: int) -> tuple[int, int, int, int]:

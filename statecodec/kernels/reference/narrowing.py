@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from statecodec.lazy import torch
 
@@ -44,6 +44,13 @@ class Narrowing:
             "bits": (torch.uint8, -(-n * (self.low % 8) // 8)),
             "symbols": (torch.uint8, -(-n // 2) if self.nibbles else n),
         }
+
+
+class Form(NamedTuple):
+    """How codes are narrowed, and about how many bits each of them then takes, the terms not counted."""
+
+    narrowing: Narrowing
+    bits: float
 
 
 def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:

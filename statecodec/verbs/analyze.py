@@ -125,7 +125,7 @@ def _measure(
                     pieces.setdefault(layer.name, {}).setdefault(part, []).append(ratios)
     if not by_name:
         _refuse_encoded(sources[0])
-        raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq) in it, of which the SNR is; --curve needs none")
+        raise UsageError(f"{sources[0]}: no second moments (exp_avg_sq), which the SNR is of; --curve alone needs none")
     missing = [name for name, group in by_name.items() if len(group) != len(sources)]
     if missing:
         notes.append(f"not in every checkpoint: {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}")

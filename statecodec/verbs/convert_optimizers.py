@@ -96,8 +96,12 @@ def _converted(
     kind = _OPTIMIZERS.get(target.name) or _CLASSES.get("adamw" if foreign else str(algorithm))
     if foreign and target.name == "torch":  # without encoding in between
         target = replace(target, options={"moments": "dense"})
+    if kind is None and algorithm is None:
+        raise UsageError("the state is torch.optim's already; `restore` or --layout torch gives a torch file of it")
     if kind is None:
-        raise UsageError(f"the state is {algorithm or 'torch.optim'}'s already, or of no class that convert knows")
+        known = ", ".join(_CLASSES)
+        raise UsageError(f"the state is that of {algorithm}, from which convert makes no dense one: it knows {known}")
+    _refuse_settings(saved["param_groups"], target)
     idle = _idle_rules(kind, saved, names, target)
     meter = Meter(progress, sum(map(tensor_bytes, saved["state"].values())), "converting states")
     state: dict[int, Any] = {}
@@ -125,6 +129,14 @@ def _converted(
     if reports:
         reports[0] = replace(reports[0], notes=(*reports[0].notes, *idle))
     return {"state": state, "param_groups": groups}, reports
+
+
+def _refuse_settings(groups: Sequence[Mapping[str, Any]], target: Target) -> None:
+    """Raise UsageError for settings that have another meaning elsewhere, such as both eps of Adafactor."""
+    for key in ("lr", "eps", "weight_decay"):
+        value = next((g[key] for g in groups if isinstance(g.get(key), (list, tuple))), None)
+        if value is not None:
+            raise UsageError(f"{key} is {value} here, as in Adafactor: {target.name} cannot go on from such a state")
 
 
 def _alone(saved: Mapping[str, Any], group: Mapping[str, Any], index: int, shards: int) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def test_tables_are_taken_like_checkpoints() -> None:
 
 def test_what_it_refuses(runs: dict[str, list[Path]], tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.randn(4, 4)}}, tmp_path / "weights.pt")
-    with pytest.raises(UsageError, match=r"no second moments.*--curve needs none"):
+    with pytest.raises(UsageError, match=r"no second moments.*--curve alone needs none"):
         statecodec.analyze(tmp_path / "weights.pt")
     with pytest.raises(UsageError, match="counted in optimizer steps"):
         statecodec.analyze(tmp_path / "weights.pt", snr=False, curve=True)

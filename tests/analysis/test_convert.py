@@ -189,6 +189,21 @@ def test_what_it_refuses(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExists):
         statecodec.convert(checkpoint, checkpoint, "foam")
     torch.save({"model": {"w": torch.ones(3)}}, tmp_path / "weights.pt")
+    net = nn.Linear(8, 8)
+    for made, target, message in (
+        (torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), "torch", "torch.optim's already; `restore`"),
+        (statecodec.optim.Lion(net.parameters(), lr=0.1), "torch", "that of lion, .* it knows adamw"),
+        (
+            torch.optim.Adafactor(net.parameters()),
+            "adamw",
+            r"eps is \(None, 0.001\) here, as in Adafactor: adamw",
+        ),
+    ):
+        net(torch.ones(1, 8)).sum().backward()
+        made.step()
+        torch.save({"optimizer": made.state_dict()}, tmp_path / "other.pt")
+        with pytest.raises(UsageError, match=message):
+            statecodec.convert(tmp_path / "other.pt", tmp_path / "never.pt", target)
     with pytest.raises(UsageError, match="no optimizer state"):
         statecodec.convert(tmp_path / "weights.pt", tmp_path / "b.pt", "foam")
     assert not (tmp_path / "b.pt").exists()

@@ -17,8 +17,8 @@ _NO_URL = (
 
 
 def _existing(text: str) -> Path:
-    """A path that is there, or - for standard input."""
-    if text != "-" and not Path(text).exists():
+    """A path that is there, under its own name or as the files that its index lists, or - for standard input."""
+    if text != "-" and not Path(text).exists() and not Path(f"{text}.index.json").exists():
         more = f" {_NO_URL}" if _URL.match(text) else ""
         raise typer.BadParameter(f"path {text!r} does not exist.{more}")
     return Path(text)

@@ -59,6 +59,8 @@ def analyze(
     started = time.perf_counter()
     if not sources:
         raise UsageError("analyze needs at least one checkpoint")
+    if math.isnan(cutoff):
+        raise UsageError("cutoff=nan: expected a number, 1 by default")
     tables = [Path(s) for s in sources if str(s).lower().endswith(".csv")]
     if tables and len(tables) != len(sources):
         raise UsageError("analyze takes either checkpoints or SNR tables (.csv), not both at once")

@@ -81,7 +81,9 @@ def convert(
         [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     """
     codecs_or_targets = [to] if isinstance(to, str | Rule) else list(to)
-    if bool(codecs_or_targets) == (layout is not None):
+    if codecs_or_targets and layout is not None:
+        raise UsageError("convert to a layout, or by rules or to an optimizer (to), not both at once")
+    if not codecs_or_targets and layout is None:
         raise UsageError("convert needs to be told to what: rules or one optimizer (to), or a layout")
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"layout {layout!r:.40}: expected {', '.join(LAYOUTS)}")

@@ -177,6 +177,8 @@ def test_what_it_refuses(runs: dict[str, list[Path]], tmp_path: Path) -> None:
         statecodec.analyze(tmp_path / "weights.pt", snr=False, curve=True)
     with pytest.raises(UsageError, match="at least one"):
         statecodec.analyze()
+    with pytest.raises(UsageError, match="cutoff=nan"):
+        statecodec.analyze(runs["mlp"][0], cutoff=float("nan"))
     with pytest.raises(UsageError, match="either checkpoints or SNR tables"):
         statecodec.analyze(TABLE, runs["mlp"][0])
     with pytest.raises(UsageError, match="curve needs a checkpoint"):

@@ -180,6 +180,8 @@ def test_targets() -> None:
 def test_what_it_refuses(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not both"):
         statecodec.convert(checkpoint, tmp_path / "b.pt", ["foam", "exp_avg=raw"])
+    with pytest.raises(UsageError, match=r"to a layout, or .* not both"):
+        statecodec.convert(checkpoint, tmp_path / "b.pt", "foam", layout="torch")
     with pytest.raises(UsageError, match="to what"):
         statecodec.convert(checkpoint, tmp_path / "b.pt", [])
     with pytest.raises(OptimizerError, match="altitude"):

@@ -151,6 +151,17 @@ def test_what_is_no_checkpoint_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt"]
 
 
+def test_what_is_in_several_files_goes_by_the_name_that_was_given(cli: Cli, ckpt: Path) -> None:
+    packed = ckpt.with_name("cut.sc.safetensors")
+    assert cli("compress", ckpt, "-o", packed, "--preset", "lossless", "--max-shard-size", "20kB").code == 0
+    assert not packed.exists()
+    restored = packed.parent / "b"
+    for words in (("inspect", packed), ("verify", packed, "--against", ckpt), ("restore", packed, "-o", restored)):
+        done = cli(*words)
+        assert done.code == 0, done.err
+    assert restored.read_bytes() == ckpt.read_bytes()
+
+
 def test_inspect_of_both_kinds(cli: Cli, ckpt: Path) -> None:
     plain = cli("inspect", ckpt, "--json").json()
     assert plain["format_version"] is None

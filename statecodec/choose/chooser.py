@@ -45,6 +45,7 @@ from statecodec.roles import MOMENT_ROLES, family
 _SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
 _SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
 _NARROW = 0.2  # relative rms error of rounding to a dtype, in its eps
+_ROUNDED = math.sqrt(0.5)  # share of an error that rounding to a dtype may have; beyond it a tensor is kept exact
 _SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
 _FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
 _ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
@@ -124,14 +125,23 @@ class _Chooser:
         unit = StepSize.measured(stored_moments(self.source, first, second), moments)
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
-            if self._open(second):
-                chosen[second.name] = self._second_moment(self.budget.moments)
-            # A direction decodes to the same update whatever a caller's rule did to the second moment.
-            if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
-                chosen[first.name] = self._first_moment(first, unit, self.budget.moments, second)
+            chosen = self._pair(first, second, unit, self.budget.moments)
         if weight is not None and unit is not None:
             chosen.update(self._trained(weight, moments, unit))
         return moments, chosen
+
+    def _pair(self, first: SourceItem, second: SourceItem, unit: StepSize | None, fraction: float) -> dict[str, Choice]:
+        """The choices for a pair of moments."""
+        if unit is not None and _narrow(first, 1.0) > fraction * _ROUNDED:
+            reason = f"exact: {first.dtype} is hardly finer than {fraction:.4g} of a step"
+            return {i.name: Choice(self.choices[i.name].encoding, reason) for i in (first, second) if self._open(i)}
+        chosen: dict[str, Choice] = {}
+        if self._open(second):
+            chosen[second.name] = self._second_moment(fraction)
+        # A direction decodes to the same update whatever a caller's rule did to the second moment.
+        if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
+            chosen[first.name] = self._first_moment(first, unit, fraction, second)
+        return chosen
 
     def beside_quantised(self, moments: QuantisedMoments) -> tuple[QuantisedMoments, dict[str, Choice]]:
         """The choice for a weight whose moments another package keeps quantised: they are kept, and tell its step."""
@@ -262,8 +272,7 @@ def _rate(lr: float | None, largest: float) -> float:
 
 def _grid(most: float, item: SourceItem, rms: float) -> float:
     """The step of a grid with a rounding error of rms `most`, for values of that rms that spread over its cells."""
-    narrow = _NARROW * torch.finfo(item.dtype.torch).eps * rms  # decoded values are also rounded to the tensor's dtype
-    error = math.sqrt(max(most**2 - narrow**2, most**2 / 2))
+    error = math.sqrt(max(most**2 - _narrow(item, rms) ** 2, (most * _ROUNDED) ** 2))
     return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
 
 
@@ -282,3 +291,8 @@ def finer(codec: Codec, most: float, sums: Comparison, numel: int) -> Codec | No
 
 def _legal(step: float) -> float:
     return min(max(step, MIN_STEP), MAX_STEP)
+
+
+def _narrow(item: SourceItem, rms: float) -> float:
+    """The rms error of rounding decoded values of that rms to the tensor's dtype."""
+    return _NARROW * torch.finfo(item.dtype.torch).eps * rms

@@ -27,6 +27,7 @@ from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
+from statecodec.dtypes import FLOAT32
 from statecodec.format import ItemSpec
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.verbs.appending import EncodedChunk, ErrorRules, WriteOptions
@@ -166,7 +167,9 @@ class Compression:
         if codec.repeats:
             codec.encode_into(x, {}, kernels.host(), companions)
             return EncodedChunk({})
-        return EncodedChunk(*self.processor.encode(codec, x, companions))
+        # What is decoded in 16 bits is rounded beside the companion that the reader has.
+        beside = self._as_read(item, companions) if codec.needs and item.dtype != FLOAT32 else companions
+        return EncodedChunk(*self.processor.encode(codec, x, companions, beside))
 
     def instead(self, index: int) -> Codec:
         """The codec for an item whose chosen codec refused its values."""
@@ -176,15 +179,22 @@ class Compression:
 
     def _companions(self, item: SourceItem, codec: Codec, chunk: Chunk) -> Companions:
         """The companions' values of the same elements: from the source, or as the reader will decode them."""
-        names = self.choices[item.name].companions
+        values = {
+            role: self.source.chunk(self._companion(item, role), chunk, self.processor.scratch, role)
+            for role in codec.needs
+        }
+        return self._as_read(item, values) if codec.needs_decoded else values
+
+    def _as_read(self, item: SourceItem, companions: Companions) -> Companions:
+        """Companions of the source as the reader will decode them."""
         values = {}
-        for role in codec.needs:
-            other = self.source.items[self.source.tensors[names[role]].index]
-            values[role] = self.source.chunk(other, chunk, self.processor.scratch, role)
-            if codec.needs_decoded:
-                chosen = self.recoded.get(other.index, self.choices[other.name].codec)
-                values[role] = self.processor.decoded(chosen, values[role])
+        for role, x in companions.items():
+            other = self._companion(item, role)
+            values[role] = self.processor.decoded(self.recoded.get(other.index, self.choices[other.name].codec), x)
         return values
+
+    def _companion(self, item: SourceItem, role: str) -> SourceItem:
+        return self.source.items[self.source.tensors[self.choices[item.name].companions[role]].index]
 
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
         """The error of one tensor: of its values, or, if it is stored as a direction, of the update alone."""

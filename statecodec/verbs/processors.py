@@ -47,8 +47,11 @@ class Processor(Protocol):
     def workers(self, threads: int) -> int:
         """How many workers keep `threads` cores busy."""
 
-    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
-        """Parts, and the error made (None: no error). Raises UnencodableValues."""
+    def encode(self, codec: Codec, x: Tensor, companions: Companions, beside: Companions | None = None) -> Encoded:
+        """Parts, and the error made (None: no error). Raises UnencodableValues.
+
+        `beside`: the companions as the reader will have them, if they may be others.
+        """
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
         """What `x` is after encoding and decoding; given to `encode` as a companion."""
@@ -68,14 +71,14 @@ class Cpu:
     def workers(self, threads: int) -> int:
         return threads
 
-    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
+    def encode(self, codec: Codec, x: Tensor, companions: Companions, beside: Companions | None = None) -> Encoded:
         specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
         parts = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         comparison = codec.encode_into(x, parts, kernels.host(), companions)
         if comparison is None and not codec.exact:
             decoded = self.scratch.take("decoded", x.dtype, tuple(x.shape))
-            codec.decode_into(parts, decoded, kernels.host(), companions)
-            comparison = compared(codec, x, decoded, companions)
+            codec.decode_into(parts, decoded, kernels.host(), beside or companions)
+            comparison = compared(codec, x, decoded, companions, beside)
         return parts, comparison
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
@@ -128,22 +131,23 @@ class Cuda:
     def workers(self, threads: int) -> int:
         return 2 * threads
 
-    def encode(self, codec: Codec, x: Tensor, companions: Companions) -> Encoded:
+    def encode(self, codec: Codec, x: Tensor, companions: Companions, beside: Companions | None = None) -> Encoded:
+        beside = beside or companions
         if not codec.portable:
-            return self._cpu.encode(codec, x, {role: values.to("cpu") for role, values in companions.items()})
+            return self._cpu.encode(codec, x, _on(self._cpu.device, companions), _on(self._cpu.device, beside))
         specs = codec.parts(tuple(x.shape), dtypes.of(x.dtype))
         back = {name: self.scratch.take("part", s.dtype.torch, s.shape, name) for name, s in specs.items()}
         with self.running():
             values = x.to(self.device, non_blocking=True)
-            beside = {role: other.to(self.device, non_blocking=True) for role, other in companions.items()}
+            companions, beside = _on(self.device, companions), _on(self.device, beside)
             parts = {name: torch.empty_like(part, device=self.device) for name, part in back.items()}
-            comparison = codec.encode_into(values, parts, self._backend, beside)
+            comparison = codec.encode_into(values, parts, self._backend, companions)
             for name, part in parts.items():
                 back[name].copy_(part, non_blocking=True)
             if comparison is None and not codec.exact:
                 decoded = torch.empty_like(values)
                 codec.decode_into(parts, decoded, self._backend, beside)
-                comparison = compared(codec, values, decoded, beside, self._backend)
+                comparison = compared(codec, values, decoded, companions, beside, self._backend)
         return back, comparison
 
     def decoded(self, codec: Codec, x: Tensor) -> Tensor:
@@ -153,19 +157,31 @@ class Cuda:
             return codec.encode(x.to(self.device, non_blocking=True), "triton").decode(backend="triton")
 
 
+def _on(device: torch.device, tensors: Companions) -> Companions:
+    return {role: tensor.to(device, non_blocking=True) for role, tensor in tensors.items()}
+
+
 def compared(
-    codec: Codec, x: Tensor, decoded: Tensor, companions: Companions, backend: kernels.Backend | None = None
+    codec: Codec,
+    x: Tensor,
+    decoded: Tensor,
+    companions: Companions,
+    beside: Companions | None = None,
+    backend: kernels.Backend | None = None,
 ) -> Comparison:
-    """Sums of the error between values; for a direction, between update directions."""
+    """Sums of the error between values; for a direction, between update directions.
+
+    `beside`: the companions of `decoded`, if they are others.
+    """
     compare, total = (backend or kernels.host()).compare, NO_DIFFERENCE
     x, decoded = x.reshape(-1), decoded.reshape(-1)
     if not isinstance(codec, codecs.Direction):
         return compare(*(values if values.dtype == torch.float64 else as_fp32(values) for values in (x, decoded)))
-    second = companions["exp_avg_sq"].reshape(-1)
+    seconds = [moments["exp_avg_sq"].reshape(-1) for moments in (companions, beside or companions)]
     for piece in pieces(x):
         a, b = (values[piece] if values.dtype == torch.float64 else as_fp32(values[piece]) for values in (x, decoded))
-        divisor = root(second[piece].to(a.dtype)) + codec.eps
-        total = total.merged(compare(a / divisor, b / divisor))
+        first, second = (root(values[piece].to(a.dtype)) + codec.eps for values in seconds)
+        total = total.merged(compare(a / first, b / second))
     return total
 
 

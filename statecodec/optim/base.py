@@ -33,6 +33,7 @@ from statecodec.optim.options import (
 )
 from statecodec.optim.owners import step_matrices
 from statecodec.optim.states import StateKeeper
+from statecodec.optim.watched import WatchedStates
 from statecodec.optim.weights import MASTER_WEIGHTS, Dither, StoredWeight, whole
 
 
@@ -79,6 +80,7 @@ class StateOptimizer(StateKeeper):
         self.load_report = LoadReport()
         self._reset_runtime()
         super().__init__(params, {**defaults, **settings, "algorithm": self.algorithm})
+        self.state = WatchedStates(dict)
         if self.sees_shapes:
             check_whole(self.parameters())
 

@@ -7,8 +7,8 @@ checks that parameters, states and gradients are still the same tensors.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import chain, compress
+from collections.abc import Sequence
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, cast
 
@@ -92,16 +92,12 @@ class GroupLaunches:
             launch = backend.prepare(recipe.method.name, [slots[at] for at in positions], recipe.formats)
             self._launches.append((recipe.method, launch, positions))
         self._addresses = self._where(params)
-        every, own = optimizer.state.values(), {id(optimizer.state[p]) for p in params if p in optimizer.state}
-        # Positions of these parameters' states among all. Skipping the others takes less time than hashing a tensor,
-        # unless they are many.
-        self._among = [id(state) in own for state in every] if len(every) < 8 * len(params) else None
-        self._latest = Watched.latest
-        self._states = list(self._found_states(optimizer))
+        self._latest, self._mapping = Watched.latest, optimizer.state
+        self._states = [optimizer.state.get(p) for p in params]
         # Views: they show later changes of a state.
         self._views = [state.values() for state in self._states if state is not None]
         self._values = list(chain.from_iterable(self._views))
-        self._watched = all(isinstance(state, Watched) for state in self._states if state is not None)
+        self._watched = all(isinstance(d, Watched) for d in (optimizer.state, *filter(None, self._states)))
 
     def suits(
         self, optimizer: StateKeeper, group: Group, params: Sequence[Tensor], gradients: Sequence[Tensor | None]
@@ -113,27 +109,22 @@ class GroupLaunches:
             and all(map(is_, params, self._params))
             and self._where(params) == self._addresses
             and all(gradients[at] is None for at in self._absent)
-            and len(optimizer.state) >= len(self._among or ())
-            and all(map(is_, self._found_states(optimizer), self._states))
-            and ((self._watched and self._latest is Watched.latest) or self._same_values())
+            and self._same_states(optimizer)
         )
 
-    def _same_values(self) -> bool:
-        """Whether the states hold the same tensors; notes that they were looked at."""
+    def _same_states(self, optimizer: StateKeeper) -> bool:
+        """Whether the optimizer's states are the same tensors, which are looked at only after a change."""
+        if self._watched and self._latest is Watched.latest and self._mapping is optimizer.state:
+            return True
         latest, values = Watched.latest, list(chain.from_iterable(self._views))
-        same = len(values) == len(self._values) and all(map(is_, values, self._values))
-        if same:
+        same = all(map(is_, map(optimizer.state.get, self._params), self._states))
+        same = same and len(values) == len(self._values) and all(map(is_, values, self._values))
+        if same and self._mapping is optimizer.state:
             self._latest = latest
         return same
 
     def _where(self, params: Sequence[Tensor]) -> list[int]:
         return list(map(Tensor.data_ptr, map(sharding.local, params) if self._sharded else params))
-
-    def _found_states(self, optimizer: StateKeeper) -> Iterable[dict[str, Any] | None]:
-        """The states of these parameters, as they are now."""
-        if self._among is None:
-            return map(optimizer.state.get, self._params)
-        return compress(optimizer.state.values(), self._among)
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         """Launch; returns the parameters that were not stepped."""

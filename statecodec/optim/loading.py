@@ -26,7 +26,7 @@ from statecodec.optim.load_report import ChangeLog, LoadReport
 from statecodec.optim.method import Group
 from statecodec.optim.options import without_numpy
 from statecodec.optim.states import StateKeeper
-from statecodec.optim.watched import Watched
+from statecodec.optim.watched import Watched, WatchedStates
 
 # Options of storage, which loading a checkpoint never changes.
 STORAGE = frozenset((
@@ -69,7 +69,7 @@ def load(optimizer: StateKeeper, state_dict: Mapping[str, Any]) -> LoadReport:
         if entry is not None and saved_state.get(entry[0])
     )
     merged = [_merge(optimizer, g, m, log) for g, m in zip(groups, matches, strict=True)]
-    states: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    states = WatchedStates(dict)
     used = set()
     for group, options, match in zip(groups, merged, matches, strict=True):
         for p, entry in zip(group["params"], match.params, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from statecodec.optim.watched import Watched
+from statecodec.optim.watched import Watched, WatchedStates
 
 KEPT, NEW = [1], [1]  # equal, and not the same
 
@@ -73,3 +73,14 @@ def test_copies_are_watched(copied: Callable[[Watched], Watched]) -> None:
     assert type(again) is Watched
     assert again == {"a": KEPT}
     assert changed(lambda state: state.update(a=NEW), again)
+
+
+def test_the_states_of_all_parameters_are_a_defaultdict_that_is_watched() -> None:
+    states = WatchedStates(dict)
+    assert changed(lambda states: states["p"].update(a=KEPT), states)
+    assert states == {"p": {"a": KEPT}}
+    assert changed(lambda states: states.__setitem__("p", dict(states["p"])), states)
+    again = [copy.copy(states), copy.deepcopy(states), pickle.loads(pickle.dumps(states))]
+    assert all(type(other) is WatchedStates and other == states for other in again)
+    assert all(changed(lambda states: states.pop("p"), other) for other in again)
+    assert not changed(lambda states: states.get("q"), states)

@@ -7,6 +7,8 @@
 #   make format   let ruff rewrite the sources
 #   make campaign the long versions of the tests that damage files and kill writers, and all tests with new examples
 #   make sm90     compile every Triton kernel for A100, H100 and B200 under the oldest and the newest triton: needs no GPU
+#   make oldest   the tests of kernels, optimizers, codecs and verbs under the oldest supported torch and its triton; fetches
+#                 7 GB into .torch, less with TORCH='torch --index-url URL'
 #   make torchtitan  fetch torchtitan into .torchtitan, 300 MB, and train with it on CPUs (examples/torchtitan_train.py)
 #   make gpu      with $(GPU_PYTHON), a Python that has a CUDA build of torch: the GPU tests, then the benchmarks, in
 #                 less than eight minutes; make gpu-rehearsal does the same in small without a GPU, and make gpu-packages
@@ -32,9 +34,10 @@ GPU_PYTHON ?= $(PYTHON)
 GPU_VERSION ?= 3.12
 GPU_EXTRAS ?= flashoptim
 OLDEST_TRITON := .triton/3.6.0
+OLDEST_TORCH := .torch/2.10.0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint style types types-of-scripts contracts check format campaign sm90 torchtitan gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
+.PHONY: help venv demo test lint style types types-of-scripts contracts check format campaign sm90 oldest torchtitan gpu gpu-rehearsal gpu-packages serve page faults load docs site wheel clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -93,6 +96,17 @@ sm90: $(STAMP) $(OLDEST_TRITON)
 $(OLDEST_TRITON):
 	@rm -rf $@.part
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$(notdir $@)
+	@mv $@.part $@
+
+oldest: $(STAMP) $(OLDEST_TORCH)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(OLDEST_TORCH) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+	    tests/kernels tests/optim tests/codecs tests/choose tests/format tests/verbs
+
+# Beside the environment, which has the torch of constraints.txt.
+$(OLDEST_TORCH):
+	@rm -rf $@.part
+	PIP_CONSTRAINT= $(BIN)/python -m pip install --quiet --target $@.part \
+	    torch==$(notdir $@) $(wordlist 2,9,$(TORCH)) triton==$(notdir $(OLDEST_TRITON))
 	@mv $@.part $@
 
 torchtitan: $(STAMP) .torchtitan

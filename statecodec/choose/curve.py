@@ -76,16 +76,17 @@ def measure_curve(src: str | Path, *, threads: int | None = None, progress: Prog
         named: list[tuple[Budget, str | None]] = [(preset.budget, name) for name, preset in PRESETS.items()]
         budgets = [(Budget(fraction, fraction), None) for fraction in _FRACTIONS] + [(b, n) for b, n in named if b]
         meter = Meter(progress, len(budgets) * source.nbytes, "estimating sizes")
-        points = []
+        points, counted = [], False
         for budget, name in budgets:
             choices = by_budget(source, by_rules(source, Policy(()), "lossless"), budget, threads or default_threads())
-            if not any(isinstance(choice.codec, _GRIDS) for choice in choices.values()):
-                raise UsageError(
-                    f"{src}: no large tensor here has an error that is counted in optimizer steps; such are moments of "
-                    "Adam and its kin, momenta, and the weights that either trains"
-                )
+            counted |= any(isinstance(choice.codec, _GRIDS) for choice in choices.values())
             points.append(_point(source, choices, budget, name))
             meter.add(source.nbytes)
+        if not counted:
+            raise UsageError(
+                f"{src}: no large tensor here has an error that is counted in optimizer steps; such are moments of "
+                "Adam and its kin, momenta, and the weights that either trains"
+            )
         return points
 
 

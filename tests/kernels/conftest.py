@@ -42,6 +42,13 @@ if not CUDA:
     InterpretedFunction.__call__ = _call
 
 
+@pytest.fixture
+def interpreter() -> None:
+    """Needs Triton's interpreter, and one whose results count."""
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
+        pytest.skip("needs triton 3.9: earlier interpreters round a fused multiply-add twice")
+
+
 @pytest.fixture(
     params=[pytest.param("cpu", id="interpreter"), pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)],
 )
@@ -49,8 +56,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """The device whose tensors the Triton kernels take in this process."""
     if (request.param == "cuda") != CUDA:
         pytest.skip("needs a CUDA device" if request.param == "cuda" else "this process compiles for the GPU")
-    if request.param == "cpu" and tuple(map(int, version("triton").split(".")[:2])) < (3, 9):
-        pytest.skip("needs triton 3.9: earlier interpreters round a fused multiply-add twice")
+    if request.param == "cpu":
+        request.getfixturevalue("interpreter")
     return torch.device(request.param)
 
 

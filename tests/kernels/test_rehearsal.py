@@ -26,6 +26,7 @@ def gpu() -> ModuleType:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("interpreter")
 def test_every_stage_runs_in_small() -> None:
     """The tests that need a card are found, kernels and steps are timed once their bits are right, GPTs are trained.
 

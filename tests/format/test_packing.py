@@ -116,6 +116,16 @@ def test_a_prediction_leaves_the_noise_and_the_factors(rank: int) -> None:
     assert predicted < 0.8 * plain
 
 
+def test_rows_that_nothing_predicts_do_not_speak_for_the_others() -> None:
+    """What a prediction saves is told by rows of the whole matrix, not by its first, middle or last ones."""
+    codes = low_rank(400, 300, 2, 1.0)
+    for start, stop in ((0, 100), (160, 240), (300, 400)):
+        codes[start:stop] = torch.randn(stop - start, 300, generator=torch.Generator().manual_seed(start))
+    plain, predicted, method = lengths(codes.round().to(torch.int32))
+    assert method == PREDICTED
+    assert predicted < 0.8 * plain
+
+
 def test_a_prediction_is_taken_out_beside_row_and_column_terms() -> None:
     """Of second moments, with dead rows and columns."""
     generator = torch.Generator().manual_seed(4)

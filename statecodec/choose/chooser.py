@@ -29,7 +29,7 @@ from statecodec.choose.averages import followed
 from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import is_small
-from statecodec.choose.step_size import StepSize, quantised_moments, size, stored_moments
+from statecodec.choose.step_size import StepSize, quantised_moments, size, step_sizes, update_size
 from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
@@ -68,17 +68,16 @@ def by_budget(
     """
     _require_something(source, budget)
     chooser = _Chooser(source, choices, budget)
-    measured = [
-        m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight))
-    ]
-    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in measured), "measuring the step")
-    with ordered_map(chooser.parameter, measured, threads) as parameters:
-        for moments, chosen in parameters:
+    asked = (m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight)))
+    pairs = [m for m in asked if chooser.measures(m)]
+    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in pairs), "measuring the step")
+    units = list(step_sizes(source, pairs, threads, meter))
+    with ordered_map(chooser.parameter, zip(pairs, units, strict=True), threads) as parameters:
+        for chosen in parameters:
             chooser.chosen.update(chosen)
-            meter.add(2 * source.tensors[moments.exp_avg].nbytes)
     beside = [m for m in source.quantised if only is None or m.weight in only]
     with ordered_map(chooser.beside_quantised, beside, threads) as weights:
-        for _, chosen in weights:
+        for chosen in weights:
             chooser.chosen.update(chosen)
     largest = _largest(source.momenta)
     for single in source.momenta:
@@ -116,19 +115,22 @@ class _Chooser:
         self._coarser: set[str] = set()
         """Names of weights whose 24 bits are coarser than what was asked for."""
 
-    def parameter(self, moments: Moments) -> tuple[Moments, dict[str, Choice]]:
-        """The choices for one parameter's moments and its weight."""
+    def measures(self, moments: Moments) -> bool:
+        """Whether anything depends on the step of a parameter."""
         first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
-        weight = self._item(moments.weight) if moments.weight else None
-        if first.shape != second.shape or not any(self._open(item) for item in (first, second, weight or first)):
-            return moments, {}
-        unit = StepSize.measured(stored_moments(self.source, first, second), moments)
+        weight = self._item(moments.weight) if moments.weight else first
+        return first.shape == second.shape and any(self._open(item) for item in (first, second, weight))
+
+    def parameter(self, measured: tuple[Moments, StepSize | None]) -> dict[str, Choice]:
+        """The choices for one parameter's moments and its weight, by its step."""
+        moments, unit = measured
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
+            first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)
             chosen = self._pair(first, second, unit, self.budget.moments)
-        if weight is not None and unit is not None:
-            chosen.update(self._trained(weight, moments, unit))
-        return moments, chosen
+        if moments.weight and unit is not None:
+            chosen.update(self._trained(self._item(moments.weight), moments, unit))
+        return chosen
 
     def _pair(self, first: SourceItem, second: SourceItem, unit: StepSize | None, fraction: float) -> dict[str, Choice]:
         """The choices for a pair of moments."""
@@ -143,16 +145,18 @@ class _Chooser:
             chosen[first.name] = self._first_moment(first, unit, fraction, second)
         return chosen
 
-    def beside_quantised(self, moments: QuantisedMoments) -> tuple[QuantisedMoments, dict[str, Choice]]:
+    def beside_quantised(self, moments: QuantisedMoments) -> dict[str, Choice]:
         """The choice for a weight whose moments another package keeps quantised: they are kept, and tell its step."""
         weight = self._item(moments.weight)
         if not self._open(weight) or weight.shape != moments.exp_avg.shape or self.budget.weights is None:
-            return moments, {}
+            return {}
         try:
-            unit = StepSize.measured(quantised_moments(self.source, moments), moments)
+            unit = StepSize.of(
+                (update_size(m, v, moments) for m, v in quantised_moments(self.source, moments)), moments
+            )
         except MalformedCheckpoint:  # what cannot be decoded is kept all the same
             unit = None
-        return moments, {} if unit is None else self._trained(weight, moments, unit)
+        return {} if unit is None else self._trained(weight, moments, unit)
 
     def _trained(self, weight: SourceItem, settings: AdamSettings, unit: StepSize) -> dict[str, Choice]:
         """The choice for a weight that Adam trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,9 @@ from statecodec.elementwise import as_fp32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import UpdateSize
-from statecodec.layouts import AdamSettings, QuantisedMoments, QuantisedState
+from statecodec.layouts import AdamSettings, Moments, QuantisedMoments, QuantisedState
+from statecodec.parallel import ordered_map
+from statecodec.progress import Meter
 from statecodec.quantised import Blocks
 
 if TYPE_CHECKING:
@@ -38,18 +40,43 @@ class StepSize:
     eps: float
 
     @classmethod
-    def measured(cls, values: Iterable[tuple[Tensor, Tensor]], moments: AdamSettings) -> StepSize | None:
-        """Measure it on all elements of both moments, which come piece by piece; None where nothing moves.
+    def of(cls, pieces: Iterable[UpdateSize], moments: AdamSettings) -> StepSize | None:
+        """Put it together from the sums over all elements of both moments, piece by piece; None where nothing moves.
 
         Rows that are rarely trained would make a sample misleading.
         """
-        correction1, correction2 = corrections(moments)
-        eps = min(max(moments.eps * math.sqrt(correction2), MIN_STEP), 1.0)
-        measured = _update_size(values, eps)
-        direction = math.sqrt(measured.sum_sq / measured.numel) if measured.numel else 0.0
+        numel, sum_sq = 0, 0.0
+        for piece in pieces:
+            numel, sum_sq = numel + piece.numel, sum_sq + piece.sum_sq
+        direction = math.sqrt(sum_sq / numel) if numel else 0.0
         if not direction or not math.isfinite(direction):
             return None
-        return cls(direction * math.sqrt(correction2) / correction1, direction, eps)
+        correction1, correction2 = corrections(moments)
+        return cls(direction * math.sqrt(correction2) / correction1, direction, stored_eps(moments))
+
+
+def step_sizes(
+    source: SourceCheckpoint, moments: Sequence[Moments], threads: int, meter: Meter
+) -> Iterator[StepSize | None]:
+    """The steps of these parameters, in order, measured on several threads, which share large parameters."""
+
+    def measured(piece: tuple[Moments, Chunk]) -> tuple[Moments, Chunk, UpdateSize]:
+        of, chunk = piece
+        first, second = (source.items[source.tensors[name].index] for name in (of.exp_avg, of.exp_avg_sq))
+        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
+        return of, chunk, update_size(m, v, of)
+
+    shapes = ((of, source.items[source.tensors[of.exp_avg].index]) for of in moments)
+    pieces = ((of, chunk) for of, item in shapes for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
+    sums = list[UpdateSize]()
+    with ordered_map(measured, pieces, threads) as results:
+        for of, chunk, size_of_piece in results:
+            item = source.items[source.tensors[of.exp_avg].index]
+            sums.append(size_of_piece)
+            meter.add(2 * (chunk.stop - chunk.start) * item.dtype.itemsize)
+            if chunk.stop == item.numel:
+                yield StepSize.of(sums, of)
+                sums = []
 
 
 def size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
@@ -71,12 +98,6 @@ def _spread(source: SourceCheckpoint, item: SourceItem, pieces: int) -> Iterator
         return
     starts = [(item.numel - _SMALL) * i // (pieces - 1) for i in range(pieces)]
     yield source.sample(item, starts, _SMALL, _first)
-
-
-def stored_moments(source: SourceCheckpoint, first: SourceItem, second: SourceItem) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both moments of a parameter, piece by piece, in scratch memory."""
-    for chunk in iterate(Raw(), first.shape, first.dtype, _PIECE):
-        yield source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
 
 
 def quantised_moments(source: SourceCheckpoint, moments: QuantisedMoments) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,12 +130,14 @@ def _dequantised(source: SourceCheckpoint, state: QuantisedState) -> Iterator[Te
         yield blocks.decode(codes.name, part(codes, start // in_a_byte, stop // in_a_byte), own, meaning)
 
 
-def _update_size(values: Iterable[tuple[Tensor, Tensor]], eps: float) -> UpdateSize:
-    numel, sum_sq = 0, 0.0
-    for m, v in values:
-        part = kernels.host().update_size(as_fp32(m.reshape(-1)), as_fp32(v.reshape(-1)), eps=eps)
-        numel, sum_sq = numel + part.numel, sum_sq + part.sum_sq
-    return UpdateSize(numel, sum_sq)
+def update_size(m: Tensor, v: Tensor, moments: AdamSettings) -> UpdateSize:
+    """The sums over a piece of both moments that `StepSize.of` puts together."""
+    return kernels.host().update_size(as_fp32(m.reshape(-1)), as_fp32(v.reshape(-1)), eps=stored_eps(moments))
+
+
+def stored_eps(moments: AdamSettings) -> float:
+    """Adam's eps beside the root of the stored second moment, which lacks its bias correction."""
+    return min(max(moments.eps * math.sqrt(corrections(moments)[1]), MIN_STEP), 1.0)
 
 
 def update_settings(moments: AdamSettings) -> dict[str, float]:

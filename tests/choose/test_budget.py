@@ -18,6 +18,8 @@ from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.codecs import Codec, Uniform, chunking
 from statecodec.errors import UsageError, VerificationFailed
 from statecodec.kernels.reference.statistics import Comparison
+from statecodec.progress import Meter
+from statecodec.verbs.compress import open_source
 
 FRACTIONS = (0.003, 0.01, 0.1, 0.3)
 LR, BETAS, EPS = 1e-3, (0.9, 0.95), 1e-8
@@ -597,3 +599,17 @@ def test_a_finer_grid_is_found_in_a_few_tries(size: float) -> None:
     assert size * last.step / 2 <= most
     assert tries <= 8
     assert last.step > 1.8 * most
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_large_parameter_is_measured_in_pieces(threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_size, "_PIECE", 1000)
+    with open_source(trained(tmp_path / "ckpt.pt")) as source:
+        states = torch.load(source.path, weights_only=True)["optimizer"]["state"]
+        pairs, nbytes = list(source.moments), sum(2 * source.tensors[m.exp_avg].nbytes for m in source.moments)
+        meter = Meter(None, nbytes, "measuring the step")
+        sizes = list(step_size.step_sizes(source, pairs, threads, meter))
+    for size, state in zip(sizes, states.values(), strict=True):
+        assert size is not None
+        assert size.update == pytest.approx(rms(update(state)), rel=1e-6)
+    assert meter.done == nbytes

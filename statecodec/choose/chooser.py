@@ -13,15 +13,13 @@ tensor, U, is the unit of that tensor:
 A uniform quantiser before an entropy coder is the best there is at these rates, and among the moments, as among the
 weights, the same fraction everywhere is the optimal allocation: nothing is searched. That the fraction is kept is not
 left to the formula: encoding sums the error that it makes, and a tensor whose values do not spread over the grid's
-cells is encoded again on a finer one (`finer`).
+cells is encoded again on a finer one (`widths.finer`).
 Where there is no step to count in, `_Chooser` says what is done instead.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import replace
 
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
@@ -29,23 +27,24 @@ from statecodec.choose.averages import followed
 from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.presets import is_small
-from statecodec.choose.step_size import StepSize, quantised_moments, size, step_sizes, update_size
-from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
+from statecodec.choose.step_size import (
+    StepSize,
+    quantised_moments,
+    root_mean_squares,
+    sampled_size,
+    step_sizes,
+    update_size,
+)
+from statecodec.choose.widths import ROUNDED, SQRT12, legal, narrow, width_for
+from statecodec.codecs import Direction, Dropped, Encoding, Logarithmic, Split, Uniform
 from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import MalformedCheckpoint, UsageError
-from statecodec.kernels.grids import MAX_STEP, MIN_STEP
-from statecodec.kernels.reference.statistics import Comparison
 from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
-from statecodec.lazy import torch
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import MOMENT_ROLES, family
 
-_SQRT12 = math.sqrt(12.0)  # an error that is uniform over a step has an rms of step / sqrt(12)
-_SPREAD = 2.0  # 4.5 standard deviations of the error of values that spread over the cells, times sqrt(numel)
-_NARROW = 0.2  # relative rms error of rounding to a dtype, in its eps
-_ROUNDED = math.sqrt(0.5)  # share of an error that rounding to a dtype may have; beyond it a tensor is kept exact
 _SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
 _FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
 _ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
@@ -70,8 +69,11 @@ def by_budget(
     chooser = _Chooser(source, choices, budget)
     asked = (m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight)))
     pairs = [m for m in asked if chooser.measures(m)]
-    meter = Meter(progress, sum(2 * source.tensors[m.exp_avg].nbytes for m in pairs), "measuring the step")
+    alone = chooser.momenta(only)
+    nbytes = sum(2 * source.tensors[m.exp_avg].nbytes for m in pairs) + sum(item.nbytes for item in alone)
+    meter = Meter(progress, nbytes, "measuring the step")
     units = list(step_sizes(source, pairs, threads, meter))
+    chooser.rms = dict(zip((m.name for m in alone), root_mean_squares(source, alone, threads, meter), strict=True))
     with ordered_map(chooser.parameter, zip(pairs, units, strict=True), threads) as parameters:
         for chosen in parameters:
             chooser.chosen.update(chosen)
@@ -106,6 +108,8 @@ class _Chooser:
     def __init__(self, source: SourceCheckpoint, choices: Choices, budget: Budget) -> None:
         self.source, self.choices, self.budget = source, choices, budget
         self.chosen: dict[str, Choice] = {}
+        self.rms: dict[str, float] = {}
+        """Of momenta, by name."""
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
         self._momenta = {m.momentum: m for m in source.momenta}
         self._largest_rate = _largest((*source.moments, *source.quantised))
@@ -134,7 +138,7 @@ class _Chooser:
 
     def _pair(self, first: SourceItem, second: SourceItem, unit: StepSize | None, fraction: float) -> dict[str, Choice]:
         """The choices for a pair of moments."""
-        if unit is not None and _narrow(first, 1.0) > fraction * _ROUNDED:
+        if unit is not None and narrow(first, 1.0) > fraction * ROUNDED:
             reason = f"exact: {first.dtype} is hardly finer than {fraction:.4g} of a step"
             return {i.name: Choice(self.choices[i.name].encoding, reason) for i in (first, second) if self._open(i)}
         chosen: dict[str, Choice] = {}
@@ -167,22 +171,35 @@ class _Chooser:
         choice = self._weight(weight, one_step, self.budget.weights)
         return {} if choice is None else {weight.name: choice}
 
+    def momenta(self, only: Container[str] | None) -> list[SourceItem]:
+        """The momenta whose size is a step, or the unit of their own error."""
+        asked = [m for m in self.source.momenta if only is None or m.weight in only]
+        names = {m.momentum for m in asked if m.update is None and self._has_own_step(self._item(m.weight))}
+        if self.budget.moments is not None:
+            items = (i for i in self.source.items if only is None or i.name in only)
+            names |= {i.name for i in items if self._is_alone(i) and self._open(i)}
+        return [i for i in self.source.items if i.name in names]
+
+    def _has_own_step(self, weight: SourceItem) -> bool:
+        return self.budget.weights is not None and weight.dtype == FLOAT32 and self._open(weight)
+
+    def _is_alone(self, item: SourceItem) -> bool:
+        return _is_momentum(item) and item.name not in self._paired
+
     def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
         """The choice for a weight that is trained by a momentum without a second moment."""
-        item = self._item(single.weight)
-        if self.budget.weights is None or item.dtype != FLOAT32 or not self._open(item):
+        item, fraction = self._item(single.weight), self.budget.weights
+        if fraction is None or not self._has_own_step(item):
             return {}
-        update = single.update
-        if update is None:
-            update, _ = size(self.source, self._item(single.momentum))
+        update = self.rms[single.momentum] if single.update is None else single.update
         one_step = _rate(single.lr, largest_rate) * update
         self._one_step[item.name] = one_step
-        choice = self._weight(item, one_step, self.budget.weights)
+        choice = self._weight(item, one_step, fraction)
         return {} if choice is None else {item.name: choice}
 
     def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
-        codec = Direction(_grid(most, first, unit.direction), unit.eps)
+        codec = Direction(width_for(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
         companions = {"exp_avg_sq": second.name}
         return Choice(Encoding(codec), reason, unit=unit.update / unit.direction, most=most, companions=companions)
@@ -195,14 +212,14 @@ class _Chooser:
         """A grid as fine as a fraction of the step that trains the weight; 24 bits where that is finer, or unknown."""
         if item.dtype != FLOAT32 or not self._open(item):
             return None
-        rms, largest = size(self.source, item, _SOME)  # only for bounds: the step comes from the moments
+        rms, largest = sampled_size(self.source, item, _SOME)  # only for bounds: the step comes from the moments
         if not rms:
             return None
-        finest, coarsest = _legal(_FINEST * rms), _legal(max(_COARSEST * largest, _FINEST * rms))
+        finest, coarsest = legal(_FINEST * rms), legal(max(_COARSEST * largest, _FINEST * rms))
         most = fraction * one_step
-        step = min(max(_grid(most, item, rms), finest), coarsest)
+        step = min(max(width_for(most, item, rms), finest), coarsest)
         if step == finest:
-            if 0 < most < finest / _SQRT12:
+            if 0 < most < finest / SQRT12:
                 self._coarser.add(item.name)
             return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
         reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
@@ -212,7 +229,7 @@ class _Chooser:
         """The choices for tensors that belong to no pair of moments."""
         # Weights without moments: trained by moments whose parameter is not known, or not trained at all.
         trained = self.source.trained
-        alone = (i.name for i in self.source.items if _is_momentum(i) and i.name not in self._paired)
+        alone = (i.name for i in self.source.items if self._is_alone(i))
         unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
         for item in self.source.items:
             if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
@@ -234,13 +251,13 @@ class _Chooser:
             return None
         if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
             return self._second_moment(fraction)
-        if _is_momentum(item) and item.name not in self._paired:
+        if self._is_alone(item):
             single = self._momenta.get(item.name)
             if single is not None and single.orthogonal:
                 fraction *= _ORTHOGONAL
-            rms, _ = size(self.source, item)
+            rms = self.rms[item.name]
             most = fraction * rms
-            encoding = Encoding(Uniform(_grid(most, item, rms)))
+            encoding = Encoding(Uniform(width_for(most, item, rms)))
             return Choice(encoding, f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
 
@@ -272,31 +289,3 @@ def _largest(trained: Iterable[AdamSettings | Momentum]) -> float:
 def _rate(lr: float | None, largest: float) -> float:
     """A learning rate; the file's largest where it is 0 or not known."""
     return lr if lr is not None and lr > 0 else largest
-
-
-def _grid(most: float, item: SourceItem, rms: float) -> float:
-    """The step of a grid with a rounding error of rms `most`, for values of that rms that spread over its cells."""
-    error = math.sqrt(max(most**2 - _narrow(item, rms) ** 2, (most * _ROUNDED) ** 2))
-    return _legal(error * _SQRT12 * (1.0 - min(_SPREAD / math.sqrt(item.numel), 0.1)))
-
-
-def finer(codec: Codec, most: float, sums: Comparison, numel: int) -> Codec | None:
-    """The codec to encode a tensor with again that came out with an rms error above `most`; None if it did not.
-
-    A few tries come near; then follows a step that is certain, as no rounding error is larger than half of it.
-    """
-    rms = math.sqrt(sums.sum_sq_diff / numel) if numel else 0.0
-    certain = 2 * 0.999 * most
-    if not isinstance(codec, Uniform | Following | Direction) or rms <= most or codec.step <= certain:
-        return None
-    near = 0.97 * codec.step * most / rms
-    return replace(codec, step=_legal(near if codec.step > 1.5 * certain else min(near, certain)))
-
-
-def _legal(step: float) -> float:
-    return min(max(step, MIN_STEP), MAX_STEP)
-
-
-def _narrow(item: SourceItem, rms: float) -> float:
-    """The rms error of rounding decoded values of that rms to the tensor's dtype."""
-    return _NARROW * torch.finfo(item.dtype.torch).eps * rms

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from statecodec import kernels
 from statecodec.buffers import ThreadScratch
@@ -16,7 +16,7 @@ from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.elementwise import as_fp32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
-from statecodec.kernels.reference.statistics import UpdateSize
+from statecodec.kernels.reference.statistics import Size, UpdateSize
 from statecodec.layouts import AdamSettings, Moments, QuantisedMoments, QuantisedState
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _PIECE = 1 << 19  # elements that are measured at once: smaller ones cost more calls, larger ones more memory
 _SMALL = 1 << 12  # elements of a sampled piece
 _TABLE = 1 << 16  # most entries of what codes stand for
-_first, _second = ThreadScratch(), ThreadScratch()
+_scratch = ThreadScratch()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class StepSize:
         numel, sum_sq = 0, 0.0
         for piece in pieces:
             numel, sum_sq = numel + piece.numel, sum_sq + piece.sum_sq
-        direction = math.sqrt(sum_sq / numel) if numel else 0.0
+        direction = _rms(sum_sq, numel)
         if not direction or not math.isfinite(direction):
             return None
         correction1, correction2 = corrections(moments)
@@ -58,46 +59,67 @@ class StepSize:
 def step_sizes(
     source: SourceCheckpoint, moments: Sequence[Moments], threads: int, meter: Meter
 ) -> Iterator[StepSize | None]:
-    """The steps of these parameters, in order, measured on several threads, which share large parameters."""
+    """The steps of these parameters, in order."""
+    pairs = [tuple(source.items[source.tensors[name].index] for name in (m.exp_avg, m.exp_avg_sq)) for m in moments]
+    sums = _in_pieces(source, pairs, lambda k, pair: update_size(pair[0], pair[1], moments[k]), threads, meter)
+    for of, pieces in zip(moments, sums, strict=True):
+        yield StepSize.of(pieces, of)
 
-    def measured(piece: tuple[Moments, Chunk]) -> tuple[Moments, Chunk, UpdateSize]:
-        of, chunk = piece
-        first, second = (source.items[source.tensors[name].index] for name in (of.exp_avg, of.exp_avg_sq))
-        m, v = source.chunk(first, chunk, _first), source.chunk(second, chunk, _second)
-        return of, chunk, update_size(m, v, of)
 
-    shapes = ((of, source.items[source.tensors[of.exp_avg].index]) for of in moments)
-    pieces = ((of, chunk) for of, item in shapes for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
-    sums = list[UpdateSize]()
+def root_mean_squares(
+    source: SourceCheckpoint, items: Sequence[SourceItem], threads: int, meter: Meter
+) -> Iterator[float]:
+    """The rms of all finite values of these tensors, in order."""
+    sums = _in_pieces(source, [(item,) for item in items], lambda _, values: _size(values[0]), threads, meter)
+    for item, pieces in zip(items, sums, strict=True):
+        yield _rms(sum(piece.sum_sq for piece in pieces), item.numel)
+
+
+def _in_pieces(
+    source: SourceCheckpoint,
+    groups: Sequence[tuple[SourceItem, ...]],
+    measure: Callable[[int, list[Tensor]], T],
+    threads: int,
+    meter: Meter,
+) -> Iterator[list[T]]:
+    """What `measure` finds in the pieces of every group of tensors of one shape, group by group.
+
+    Pieces are measured on several threads, which so share large tensors; `measure` is told the number of the group.
+    """
+
+    def measured(piece: tuple[int, Chunk]) -> tuple[int, Chunk, T]:
+        group, chunk = piece
+        values = [source.chunk(item, chunk, _scratch, str(k)) for k, item in enumerate(groups[group])]
+        return group, chunk, measure(group, values)
+
+    firsts = ((number, group[0]) for number, group in enumerate(groups))
+    pieces = ((number, chunk) for number, item in firsts for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
+    found = list[T]()
     with ordered_map(measured, pieces, threads) as results:
-        for of, chunk, size_of_piece in results:
-            item = source.items[source.tensors[of.exp_avg].index]
-            sums.append(size_of_piece)
-            meter.add(2 * (chunk.stop - chunk.start) * item.dtype.itemsize)
-            if chunk.stop == item.numel:
-                yield StepSize.of(sums, of)
-                sums = []
+        for number, chunk, result in results:
+            found.append(result)
+            meter.add((chunk.stop - chunk.start) * sum(item.dtype.itemsize for item in groups[number]))
+            if chunk.stop == groups[number][0].numel:
+                yield found
+                found = []
 
 
-def size(source: SourceCheckpoint, item: SourceItem, pieces: int = 0) -> tuple[float, float]:
-    """The rms and the largest magnitude of all finite values, or of so many pieces of them, evenly spread."""
-    numel, sum_sq, largest = 0, 0.0, 0.0
-    for values in _spread(source, item, pieces) if pieces else _everything(source, item):
-        part = kernels.host().size(as_fp32(values.reshape(-1)))
-        numel, sum_sq, largest = numel + values.numel(), sum_sq + part.sum_sq, max(largest, part.largest)
-    return (math.sqrt(sum_sq / numel) if numel else 0.0), largest
+def sampled_size(source: SourceCheckpoint, item: SourceItem, pieces: int) -> tuple[float, float]:
+    """The rms and the largest magnitude of the finite values in so many pieces of a tensor, evenly spread."""
+    starts, numel = [0], item.numel
+    if item.numel > pieces * _SMALL:
+        starts, numel = [(item.numel - _SMALL) * i // (pieces - 1) for i in range(pieces)], _SMALL
+    values = source.sample(item, starts, numel, _scratch)
+    sums = _size(values)
+    return _rms(sums.sum_sq, values.numel()), sums.largest
 
 
-def _everything(source: SourceCheckpoint, item: SourceItem) -> Iterator[Tensor]:
-    return (source.chunk(item, chunk, _first) for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
+def _size(values: Tensor) -> Size:
+    return kernels.host().size(as_fp32(values.reshape(-1)))
 
 
-def _spread(source: SourceCheckpoint, item: SourceItem, pieces: int) -> Iterator[Tensor]:
-    if item.numel <= pieces * _SMALL:
-        yield from _everything(source, item)
-        return
-    starts = [(item.numel - _SMALL) * i // (pieces - 1) for i in range(pieces)]
-    yield source.sample(item, starts, _SMALL, _first)
+def _rms(sum_sq: float, numel: int) -> float:
+    return math.sqrt(sum_sq / numel) if numel else 0.0
 
 
 def quantised_moments(source: SourceCheckpoint, moments: QuantisedMoments) -> Iterator[tuple[Tensor, Tensor]]:

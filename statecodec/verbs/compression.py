@@ -21,8 +21,8 @@ from statecodec.checkpoint.source_crcs import SourceCrcs
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.checkpoint.stored import StoredCheckpoint
 from statecodec.choose.choices import Choices
-from statecodec.choose.chooser import finer
 from statecodec.choose.low_rank import is_low_rank
+from statecodec.choose.widths import finer
 from statecodec.codecs import Change, Codec, Encoding
 from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import statecodec
-from statecodec.choose import chooser as choosing
-from statecodec.choose import step_size
+from statecodec.choose import step_size, widths
 from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.codecs import Codec, Uniform, chunking
 from statecodec.errors import UsageError, VerificationFailed
@@ -594,7 +593,7 @@ def test_a_finer_grid_is_found_in_a_few_tries(size: float) -> None:
     while codec is not None:
         assert isinstance(codec, Uniform)
         last, error = codec, size * codec.step / 2
-        codec = choosing.finer(codec, most, Comparison(1.0, 50 * error**2, error, 0), 50)
+        codec = widths.finer(codec, most, Comparison(1.0, 50 * error**2, error, 0), 50)
         tries += 1
     assert size * last.step / 2 <= most
     assert tries <= 8

@@ -14,10 +14,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import zstandard
+from numpy.typing import NDArray
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.codecs import PartSpec, rows_cols
@@ -33,8 +34,7 @@ from statecodec.format.planes import (
     pack_plane,
     unpack_plane,
 )  # fmt: skip
-from statecodec.kernels.reference.planes import plane_layout
-from statecodec.lazy import torch
+from statecodec.format.words import Planes, Words, words_of
 from statecodec.limits import MAX_WINDOW
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 NARROWED, WITHIN, PREDICTED = 5, 6, 7  # a part of codes: its first row, its others, its first row
 ROW = struct.Struct("<BI")
 Row: TypeAlias = tuple[int, int]  # method, length
+Codes: TypeAlias = "NDArray[Any]"  # int16 or int32
 Methods: TypeAlias = tuple[int, ...]  # of whole parts, those that a record may hold
-P = TypeVar("P", "Tensor", PartSpec)
 _ANY, _AFTER_PREDICTION, _AFTER_NARROWING = (NARROWED, PREDICTED), (NARROWED,), ()
 _METHODS = ("none", "auto", "zstd", "predicted")
 _EXPECTED = "none, or auto, zstd or predicted, each with or without :LEVEL"
@@ -130,70 +130,80 @@ class Packing:
 def encode_record(parts: Sequence[Tensor], packing: Packing, pool: Pool) -> tuple[Bytes, int]:
     """Pack contiguous CPU tensors into a pooled buffer; returns it and the record's length."""
     methods = _ANY if packing.method == "predicted" else _AFTER_PREDICTION
-    buffer = pool.take(_room(parts, methods))
-    return buffer, _write_record(parts, buffer, packing, pool, methods)
+    words = [words_of(part) for part in parts]
+    buffer = pool.take(_room(words, methods))
+    return buffer, _write_record(words, buffer, packing, pool, methods)
 
 
-def _room(parts: Sequence[Tensor], methods: Methods) -> int:
+def _room(parts: Sequence[Words], methods: Methods) -> int:
     """Bytes that are enough to make a record in. A code can take three bytes until its part turns out not to narrow."""
-    rows = sum(ROW.size * plane_layout(p.dtype)[0] for p in parts)
-    factors = sum(predicted.slack(p) for p in parts) if PREDICTED in methods else 0
-    return rows + factors + sum(p.nbytes + narrowed.slack(p) for p in parts)
+    total = 0
+    for part in parts:
+        total += ROW.size * part.array.itemsize + part.array.nbytes + narrowed.slack(part)
+        if PREDICTED in methods:
+            total += predicted.slack(part)
+    return total
 
 
-def _write_record(parts: Sequence[Tensor], out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> int:
+def _write_record(parts: Sequence[Words], out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> int:
     """Write a record and return its length."""
-    table, position = list[Row](), ROW.size * sum(plane_layout(p.dtype)[0] for p in parts)
-    compressor, view = packing.compressor(), out.data
+    table, position = list[Row](), 0
+    for part in parts:
+        position += ROW.size * part.array.itemsize
+    compressor = packing.compressor()
     for part in parts:
         rest = out[position:]
         rows = _pack_codes(part, rest, packing, pool, methods) or _pack_planes(part, rest, compressor, pool)
         position += _length(rows)
         table += rows
+    view = out.data
     for number, row in enumerate(table):
         ROW.pack_into(view, number * ROW.size, *row)
     return position
 
 
-def _pack_planes(part: Tensor, out: Bytes, compressor: Any, pool: Pool) -> list[Row]:
+def _pack_planes(part: Words, out: Bytes, compressor: Any, pool: Pool) -> list[Row]:
     """Write a part's planes, one after the other; returns their rows."""
-    width = plane_layout(part.dtype)[0]
-    n = part.nbytes // width
+    array, kernels = part.array, cpu_kernels().planes
+    width, n = array.itemsize, array.size
     if not n:
         return [(STORED, 0)] * width
-    matrix, content = _matrix(part, n), part.view(-1).view(torch.uint8)
-    zero = width > 1 and n > 1 and cpu_kernels().constant_byte(content) == 0
-    planes = content.numpy().reshape(1, n) if width == 1 else out[: part.nbytes].reshape(width, n)
-    if width > 1 and not zero:
-        cpu_kernels().split_planes(part, torch.from_numpy(planes))
-    rows, position, view = [], 0, out.data
+    if width == 1:
+        planes = array.reshape(1, n)
+    else:
+        if n > 1 and kernels.constant(array.view(np.uint8)) == 0:
+            out[:width] = 0
+            return [(CONSTANT, 1)] * width
+        planes = out[: array.nbytes].reshape(width, n)
+        kernels.split_words(part.unsigned, planes, part.rotate)
+    matrix, rows, position = part.matrix, [], 0
     for plane in planes:
-        method, payload = (CONSTANT, b"\0") if zero else pack_plane(plane.reshape(matrix), compressor, pool)
-        data = plane.data if payload is None else payload
-        if payload is not None or width > 1 or content.data_ptr() != _address(out):
-            view[position : position + len(data)] = data
-        rows.append((method, len(data)))
-        position += len(data)
+        method, payload = pack_plane(plane.reshape(matrix), compressor, pool)
+        data = plane if payload is None else np.frombuffer(payload, np.uint8)
+        if payload is not None or width > 1 or _address(plane) != _address(out):
+            out[position : position + data.size] = data
+        rows.append((method, data.size))
+        position += data.size
     return rows
 
 
-def _pack_codes(part: Tensor, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
+def _pack_codes(part: Words, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
     """Write a part as narrowed codes if nearly all of them are small, or predicted where that is less; its rows."""
-    if not methods or not narrowed.takes(part):
+    if not methods or not part.planes.codes:
         return None
-    matrix = part.view(rows_cols(tuple(part.shape)))
+    matrix = part.array.reshape(rows_cols(part.shape))
     form = cpu_kernels().form_of(matrix)
     if form is None:
         return None
     method, length = PREDICTED, _write_predicted(matrix, form, out, packing, pool) if PREDICTED in methods else None
     if length is None:
-        method, length = NARROWED, _write_narrowed(part, form.narrowing, out, packing, pool)
-    if length is None or length >= part.nbytes:
+        method, length = NARROWED, _write_narrowed(part.array, form.narrowing, out, packing, pool)
+    if length is None or length >= part.array.nbytes:
         return None
-    return [(method, length), *[(WITHIN, 0)] * (part.element_size() - 1)]
+    return [(method, length), *[(WITHIN, 0)] * (part.array.itemsize - 1)]
 
 
-def _write_predicted(matrix: Tensor, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
+def _write_predicted(matrix: Codes, form: narrowed.Form, out: Bytes, packing: Packing, pool: Pool) -> int | None:
     """Write the payload of codes after a prediction and return its length; None where that would save too little."""
     with predicted.split(matrix, form, pool) as found:
         if found is None:
@@ -204,12 +214,11 @@ def _write_predicted(matrix: Tensor, form: narrowed.Form, out: Bytes, packing: P
 
 
 def _write_narrowed(
-    part: Tensor, narrowing: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool
+    codes: Codes, narrowing: narrowed.Narrowing, out: Bytes, packing: Packing, pool: Pool
 ) -> int | None:
-    """Write the payload of a part in this form and return its length; None if it does not fit the form."""
+    """Write the payload of codes in this form and return its length; None if they do not fit the form."""
     head = narrowed.HEADER.size
-    rows = part.element_size() + sum(plane_layout(dtype)[0] for dtype, _ in narrowing.sizes(0).values())
-    with narrowed.split(part, narrowing, pool, out[head + ROW.size * rows :]) as narrow:
+    with narrowed.split(codes, narrowing, pool, out[head + ROW.size * narrowed.planes(codes.itemsize) :]) as narrow:
         if narrow is None:
             return None
         header, parts = narrow
@@ -222,52 +231,48 @@ def _address(buffer: Bytes) -> int:
     return address
 
 
-def _matrix(part: Tensor, n: int) -> tuple[int, int]:
-    """A plane of n bytes as rows along the part's last dimension (a complex element is two bytes of a row)."""
-    cols = part.shape[-1] if part.ndim else 1
-    rows = max(part.numel() // max(cols, 1), 1)
-    return rows, n // rows
-
-
-def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool, methods: Methods = _ANY) -> None:
+def decode_record(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> None:
     """Unpack a record into contiguous CPU tensors, in a few times the memory that they take. Raises FormatError."""
-    for out, rows, payload in _split(record, outs, methods):
+    _unpack_record(record, [words_of(out) for out in outs], pool, _ANY)
+
+
+def _unpack_record(record: Bytes, outs: Sequence[Words], pool: Pool, methods: Methods) -> None:
+    for out, (rows, payload) in zip(outs, _split(record, [out.planes for out in outs], methods), strict=True):
         if rows[0][0] == NARROWED:
-            narrowed.join(payload, out, pool, lambda rest, parts: _unpack_narrowed(rest, parts, pool))
+            narrowed.join(payload, out.array, pool, lambda rest, parts: _unpack_narrowed(rest, parts, pool))
         elif rows[0][0] == PREDICTED:
-            predicted.join(payload, out, lambda rest, parts: decode_record(rest, parts, pool, _AFTER_PREDICTION))
+            predicted.join(payload, out, lambda rest, parts: _unpack_record(rest, parts, pool, _AFTER_PREDICTION))
         else:
             _unpack_planes(payload, rows, out, pool)
 
 
-def _unpack_narrowed(record: Bytes, outs: Sequence[Tensor], pool: Pool) -> list[Tensor]:
+def _unpack_narrowed(record: Bytes, outs: Sequence[Words], pool: Pool) -> list[NDArray[Any]]:
     """Unpack the record within narrowed codes; bytes that are stored uncompressed are not copied."""
     vectors = []
-    for out, rows, payload in _split(record, outs, _AFTER_NARROWING):
-        if out.dtype == torch.uint8 and rows[0][0] == STORED:
-            vectors.append(torch.from_numpy(payload))
+    for out, (rows, payload) in zip(outs, _split(record, [out.planes for out in outs], _AFTER_NARROWING), strict=True):
+        if out.array.itemsize == 1 and rows[0][0] == STORED:
+            vectors.append(payload)
         else:
             _unpack_planes(payload, rows, out, pool)
-            vectors.append(out)
+            vectors.append(out.array)
     return vectors
 
 
 def decode_bytes(record: Bytes, specs: Sequence[PartSpec], part: int, pool: Pool) -> Bytes:
     """Unpack one vector of uint8 among the parts of a record, for which torch is not needed. Raises FormatError."""
-    _, ((method, length),), payload = next(islice(_split(record, specs, _ANY), part, None))
+    ((method, length),), payload = next(islice(_split(record, [Planes.of(spec) for spec in specs], _ANY), part, None))
     plane = np.empty(specs[part].nbytes, np.uint8)
     if length:
         unpack_plane(method, payload, plane.reshape(1, -1), pool)
     return plane
 
 
-def _split(record: Bytes, outs: Sequence[P], methods: Methods) -> Iterator[tuple[P, list[Row], Bytes]]:
-    """Each part with its rows and its payload."""
-    table = _rows(record, outs, methods)
-    position = ROW.size * sum(map(len, table))
-    for out, rows in zip(outs, table, strict=True):
+def _split(record: Bytes, outs: Sequence[Planes], methods: Methods) -> Iterator[tuple[list[Row], Bytes]]:
+    """Each part's rows and its payload."""
+    position = ROW.size * sum(out.width for out in outs)
+    for rows in _rows(record, outs, methods):
         stop = position + _length(rows)
-        yield out, rows, record[position:stop]
+        yield rows, record[position:stop]
         position = stop
 
 
@@ -279,14 +284,11 @@ def _length(rows: Sequence[Row]) -> int:
     return total
 
 
-def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool) -> None:
-    width = len(rows)
-    n = out.nbytes // width
+def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Words, pool: Pool) -> None:
+    width, n, matrix = len(rows), out.array.size, out.matrix
     if not n:
         return
-    matrix = _matrix(out, n)
-    target = out.view(-1).view(torch.uint8).numpy()
-    scratch = pool.take(width * n) if width > 1 else target
+    scratch = pool.take(width * n) if width > 1 else out.array
     planes, position = [], 0
     for k, (method, length) in enumerate(rows):
         plane = scratch[k * n : (k + 1) * n]
@@ -295,29 +297,28 @@ def _unpack_planes(payloads: Bytes, rows: Sequence[Row], out: Tensor, pool: Pool
             plane = payload  # not copied
         else:
             unpack_plane(method, payload, plane.reshape(matrix), pool)
-        planes.append(torch.from_numpy(plane))
+        planes.append(plane)
         position += length
     if width > 1:
-        cpu_kernels().merge_planes(planes, out)
+        cpu_kernels().planes.merge_words(planes, out.unsigned, out.rotate)
         pool.give(scratch)
 
 
-def _rows(record: Bytes, outs: Sequence[P], methods: Methods) -> list[list[Row]]:
+def _rows(record: Bytes, outs: Sequence[Planes], methods: Methods) -> list[list[Row]]:
     """The table's rows, part by part, checked against the record and what the parts are."""
-    widths = [plane_layout(out.dtype)[0] for out in outs]
-    table = ROW.size * sum(widths)
+    table = ROW.size * sum(out.width for out in outs)
     if record.size < table:
         raise FormatError(f"chunk record of {record.size} bytes: its table alone takes {table}")
     fields = list(ROW.iter_unpack(record[:table].data))
     rows, first, total = list[list[Row]](), 0, table
-    for out, width in zip(outs, widths, strict=True):
+    for width, nbytes, codes in outs:
         part_rows: list[Row] = fields[first : first + width]
-        if part_rows[0][0] in methods and narrowed.takes(out):
-            if not 0 < part_rows[0][1] < out.nbytes or part_rows[1:] != [(WITHIN, 0)] * (width - 1):
-                raise FormatError(f"chunk record: rows {part_rows} of codes of {out.nbytes} bytes")
+        if part_rows[0][0] in methods and codes:
+            if not 0 < part_rows[0][1] < nbytes or part_rows[1:] != [(WITHIN, 0)] * (width - 1):
+                raise FormatError(f"chunk record: rows {part_rows} of codes of {nbytes} bytes")
         else:
             for method, length in part_rows:
-                _check_plane(method, length, out.nbytes // width)
+                _check_plane(method, length, nbytes // width)
         rows.append(part_rows)
         first, total = first + width, total + _length(part_rows)
     if total != record.size:

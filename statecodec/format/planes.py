@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from statecodec.buffers import Bytes, Pool
 from statecodec.format.frames import decompress
-from statecodec.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STORED, ZSTD, CONSTANT, CENTRED, CENTRED_NIBBLES = range(5)
 WORTH = 0.97  # a plane is compressed only below this share of its size
@@ -34,7 +30,7 @@ def pack_plane(matrix: Bytes, compressor: Any, pool: Pool) -> tuple[int, bytes |
     n = plane.size
     if n < 2:
         return STORED, None
-    if plane[0] == plane[-1] and cpu_kernels().constant_byte(torch.from_numpy(plane)) >= 0:
+    if plane[0] == plane[-1] and cpu_kernels().planes.constant(plane) >= 0:
         return CONSTANT, plane[:1].tobytes()
     if n >= 8 * SAMPLE:
         pieces = [plane[at : at + SAMPLE] for at in range(0, n - SAMPLE + 1, (n - SAMPLE) // 3)]
@@ -50,34 +46,32 @@ def form(matrix: Bytes) -> int:
     """ZSTD, CENTRED or CENTRED_NIBBLES: whichever leaves a sample of the rows with the least entropy."""
     if min(matrix.shape) < CENTRE_FROM:
         return ZSTD
-    sample = torch.from_numpy(np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE]))
-    columns, lines, rest = (
-        torch.empty(n, dtype=torch.uint8, device="cpu") for n in (sample.shape[1], sample.shape[0], sample.numel())
-    )
+    sample = np.ascontiguousarray(matrix[:: -(-matrix.shape[0] // 64), :CENTRE_SAMPLE])
+    columns, lines, rest = (np.empty(n, np.uint8) for n in (sample.shape[1], sample.shape[0], sample.size))
     best, least = ZSTD, CENTRE_WORTH * _entropy(sample)
     for method in (CENTRED, CENTRED_NIBBLES):
-        cpu_kernels().centre(sample, columns, lines, rest.view(sample.shape), nibbles=method == CENTRED_NIBBLES)
+        cpu_kernels().centre(sample, columns, lines, rest.reshape(sample.shape), nibbles=method == CENTRED_NIBBLES)
         entropy = _entropy(rest)
         if entropy < least:
             best, least = method, entropy
     return best
 
 
-def _entropy(sample: Tensor) -> float:
+def _entropy(sample: Bytes) -> float:
     """Order-0 entropy in bits per byte."""
-    counts = cpu_kernels().byte_counts(sample)
-    share = counts[counts > 0].double() / sample.numel()
-    return -float((share * share.log2()).sum())
+    counts = cpu_kernels().byte_counts(sample).numpy()
+    share = counts[counts > 0] / sample.size
+    return -float((share * np.log2(share)).sum())
 
 
 def _compress_centred(matrix: Bytes, method: int, compressor: Any, pool: Pool) -> bytes:
     rows, cols = matrix.shape
     buffer = pool.take(cols + rows + matrix.size)
-    content = torch.from_numpy(buffer[: cols + rows + matrix.size])
-    columns, lines, residual = content.split_with_sizes([cols, rows, matrix.size])
+    content = buffer[: cols + rows + matrix.size]
+    columns, lines, residual = np.split(content, [cols, cols + rows])
     nibbles = method == CENTRED_NIBBLES
-    cpu_kernels().centre(torch.from_numpy(matrix), columns, lines, residual.view(rows, cols), nibbles=nibbles)
-    frame: bytes = compressor.compress(content.numpy())
+    cpu_kernels().centre(matrix, columns, lines, residual.reshape(rows, cols), nibbles=nibbles)
+    frame: bytes = compressor.compress(content)
     pool.give(buffer)
     return frame
 
@@ -96,15 +90,14 @@ def unpack_plane(method: int, payload: Bytes, matrix: Bytes, pool: Pool) -> None
         buffer = pool.take(cols + rows + plane.size)
         content = buffer[: cols + rows + plane.size]
         decompress(payload, content)
-        columns, lines, residual = torch.from_numpy(content).split_with_sizes([cols, rows, plane.size])
+        columns, lines, residual = np.split(content, [cols, cols + rows])
         nibbles = method == CENTRED_NIBBLES
-        cpu_kernels().uncentre(residual.view(rows, cols), columns, lines, torch.from_numpy(matrix), nibbles=nibbles)
+        cpu_kernels().uncentre(residual.reshape(rows, cols), columns, lines, matrix, nibbles=nibbles)
         pool.give(buffer)
 
 
 @cache
 def cpu_kernels() -> ModuleType:
-    # Imported on first use: numba takes a while, and looking into a file does not need it.
     """The kernels for CPUs, imported on first use: numba takes a while, and looking into a file does not need it."""
     from statecodec.kernels import cpu
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from statecodec.buffers import Pool
 from statecodec.format.packing import Packing, _room, _write_narrowed
+from statecodec.format.words import words_of
 from statecodec.kernels.cpu import forms as cpu
 from statecodec.kernels.reference import forms as reference
 from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
@@ -27,9 +28,9 @@ def form_of(codes: Tensor) -> Narrowing | None:
 def sizes(codes: Tensor, cols: int) -> dict[Narrowing, int]:
     """Bytes of every form that takes the codes."""
     pool, found = Pool(), {}
-    buffer = pool.take(2 * _room([codes], ()))
+    buffer = pool.take(2 * _room([words_of(codes)], ()))
     for form in (Narrowing(cols, low, nibbles) for low in LOW_BITS for nibbles in (False, True)):
-        length = _write_narrowed(codes, form, buffer, Packing(), pool)
+        length = _write_narrowed(codes.view(-1).numpy(), form, buffer, Packing(), pool)
         if length is not None:
             found[form] = length
     return found

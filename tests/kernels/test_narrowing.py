@@ -16,6 +16,7 @@ from statecodec.kernels.reference import narrowing as reference
 from statecodec.kernels.reference.narrowing import LOW_BITS, Narrowing
 
 BACKENDS = (reference, cpu)
+DTYPES = {1: torch.uint8, 2: torch.int16}  # of parts, by the bytes of an element
 
 
 def normal(n: int, scale: float, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -37,7 +38,7 @@ def narrow(
     backend: ModuleType, codes: Tensor, form: Narrowing, room: int | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """(parts, exceptions); the exceptions are None where the form does not fit."""
-    parts = {name: torch.full((n,), 85, dtype=dtype) for name, (dtype, n) in form.sizes(len(codes)).items()}
+    parts = {name: torch.full((n,), 85, dtype=DTYPES[size]) for name, (size, n) in form.sizes(len(codes)).items()}
     exceptions = torch.full((len(codes) if room is None else room,), 85, dtype=codes.dtype)
     count = backend.narrow(codes.reshape(-1), form, parts, exceptions)
     return parts, exceptions[:count] if count >= 0 else None  # type: ignore[return-value]
@@ -152,7 +153,7 @@ def test_any_bytes_widen_alike(data: st.DataObject, n: int, low: int, nibbles: b
         raw = data.draw(st.binary(min_size=size * kind.itemsize, max_size=size * kind.itemsize))
         return torch.frombuffer(bytearray(raw), dtype=kind) if raw else torch.empty(0, dtype=kind)
 
-    parts = {name: anything(kind, size) for name, (kind, size) in form.sizes(n).items()}
+    parts = {name: anything(DTYPES[size], length) for name, (size, length) in form.sizes(n).items()}
     symbols = parts["symbols"]
     listed = torch.stack((symbols & 15, symbols >> 4), -1).view(-1)[:n] if nibbles else symbols
     exceptions = anything(dtype, int((listed == form.escape).sum()))

@@ -9,22 +9,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from statecodec.kernels.cpu.views import array_of, kernel
+from statecodec.kernels.cpu.views import Memory, array_of, kernel
 
 
-def centre(plane: Tensor, columns: Tensor, lines: Tensor, residual: Tensor, *, nibbles: bool) -> None:
+def centre(plane: Memory, columns: Memory, lines: Memory, residual: Memory, *, nibbles: bool) -> None:
     """See `reference.centring.centre`."""
     arrays = (array_of(plane), array_of(columns), array_of(lines), array_of(residual))
     (_centre_nibbles if nibbles else _centre)(*arrays)
 
 
-def uncentre(residual: Tensor, columns: Tensor, lines: Tensor, plane: Tensor, *, nibbles: bool) -> None:
+def uncentre(residual: Memory, columns: Memory, lines: Memory, plane: Memory, *, nibbles: bool) -> None:
     """See `reference.centring.uncentre`."""
     arrays = (array_of(residual), array_of(columns), array_of(lines), array_of(plane))
     (_uncentre_nibbles if nibbles else _uncentre)(*arrays)
 
 
-def byte_counts(plane: Tensor) -> Tensor:
+def byte_counts(plane: Memory) -> Tensor:
     """See `reference.centring.byte_counts`."""
     return torch.from_numpy(_byte_counts(array_of(plane).reshape(-1)))
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from statecodec.kernels.cpu.terms import centre_terms, zigzag
-from statecodec.kernels.cpu.views import array_of, kernel
+from statecodec.kernels.cpu.views import Memory, array_of, kernel
 from statecodec.kernels.reference.forms import (
     CENTRE_FROM,
     CENTRE_WORTH,
@@ -31,7 +30,7 @@ _BIAS = 1 / (2 * math.log(2))
 _NOTHING = np.empty((0, 0), np.int16)
 
 
-def form_of(codes: Tensor) -> Form | None:
+def form_of(codes: Memory) -> Form | None:
     """See `reference.forms.form_of`."""
     array = array_of(codes)
     top, left, height, width = sample(*array.shape)

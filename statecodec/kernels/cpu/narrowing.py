@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from statecodec.kernels.cpu.terms import centre_terms, uncentre_terms
-from statecodec.kernels.cpu.views import array_of, kernel
+from statecodec.kernels.cpu.views import Memory, array_of, kernel
 from statecodec.kernels.reference.narrowing import Narrowing
 
 _SPAN = 4096  # a multiple of what the bits and nibbles of a byte belong to
@@ -22,7 +21,7 @@ _BLOCK = 512  # symbols that are looked through at once for an exception
 _UNSIGNED = {2: np.uint16, 4: np.uint32}
 
 
-def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exceptions: Tensor) -> int:
+def narrow(codes: Memory, narrowing: Narrowing, parts: Mapping[str, Memory], exceptions: Memory) -> int:
     """See `reference.narrowing.narrow`."""
     source, centred = array_of(codes), narrowing.cols > 0
     if centred:
@@ -31,15 +30,15 @@ def narrow(codes: Tensor, narrowing: Narrowing, parts: Mapping[str, Tensor], exc
         if folded is None:
             return -1
         source = folded
-    extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
+    extra = array_of(exceptions).view(_UNSIGNED[source.itemsize])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
     return int(_narrow(source, whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, 0 if centred else 1))
 
 
-def widen(parts: Mapping[str, Tensor], exceptions: Tensor, narrowing: Narrowing, codes: Tensor) -> bool:
+def widen(parts: Mapping[str, Memory], exceptions: Memory, narrowing: Narrowing, codes: Memory) -> bool:
     """See `reference.narrowing.widen`."""
     target, centred = array_of(codes), narrowing.cols > 0
-    extra = array_of(exceptions).view(_UNSIGNED[codes.element_size()])
+    extra = array_of(exceptions).view(_UNSIGNED[target.itemsize])
     whole, bits, symbols = (array_of(parts[name]) for name in ("bytes", "bits", "symbols"))
     if not _widen(whole, bits, symbols, extra, narrowing.low, narrowing.nibbles, 0 if centred else 1, target):
         return False

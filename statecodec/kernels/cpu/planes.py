@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -94,39 +93,49 @@ def _constant(x: Array) -> int:
     return int(first)
 
 
-SPLIT = {width: _splitter(width) for width in (2, 4, 8)}
-MERGE: dict[int, Any] = {2: _merge2, 4: _merge4, 8: _merge8}
+_SPLIT = {width: _splitter(width) for width in (2, 4, 8)}
+_MERGE: dict[int, Any] = {2: _merge2, 4: _merge4, 8: _merge8}
 
 
-def _flat(x: Tensor, width: int) -> Array:
-    return x.view(-1).view(SIGNED[width].torch).numpy().view(UNSIGNED[width])
+def split_words(words: Array, planes: Array, rotate: bool) -> None:
+    """Split unsigned words of two bytes and more (flat) into `planes` (uint8, width x n)."""
+    _SPLIT[words.itemsize](words, planes, rotate)
 
 
-def _bytes(x: Tensor) -> Array:
-    array: Array = x.view(-1).view(torch.uint8).numpy()
-    return array
+def merge_words(planes: Sequence[Array], words: Array, rotate: bool) -> None:
+    """The inverse. Raises ValueError if a plane has another length: kernels do not look."""
+    if any(plane.size != words.size for plane in planes):
+        raise ValueError("every plane holds one byte per element")
+    _MERGE[words.itemsize](*planes, words, rotate)
+
+
+def constant(x: Array) -> int:
+    """The value of every byte (uint8, flat, not empty) if they are all the same, else -1."""
+    return int(_constant(x))
 
 
 def split_planes(x: Tensor, planes: Tensor) -> None:
-    """Split `x` (contiguous, any shape and dtype) into `planes` (uint8, width x n, rows contiguous)."""
+    """See `reference.planes.split_planes`."""
     width, rotate = plane_layout(x.dtype)
     if width == 1:
-        np.copyto(planes.view(-1).numpy(), _bytes(x))  # not by torch, whose own threads get in the callers' way
+        np.copyto(planes.view(-1).numpy(), _words(x, width))  # not by torch, whose own threads get in the callers' way
     else:
-        SPLIT[width](_flat(x, width), planes.numpy(), rotate)
+        split_words(_words(x, width), planes.numpy(), rotate)
 
 
 def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
-    """The inverse: merge `width` planes (uint8, n each) into `out` (contiguous)."""
+    """See `reference.planes.merge_planes`."""
     width, rotate = plane_layout(out.dtype)
     if width == 1:
-        np.copyto(_bytes(out), planes[0].numpy())
-        return
-    if any(len(plane) != out.numel() * (2 if out.dtype.is_complex else 1) for plane in planes):
-        raise ValueError("every plane holds one byte per element")
-    MERGE[width](*(plane.numpy() for plane in planes), _flat(out, width), rotate)
+        np.copyto(_words(out, width), planes[0].numpy())
+    else:
+        merge_words([plane.numpy() for plane in planes], _words(out, width), rotate)
 
 
 def constant_byte(x: Tensor) -> int:
-    """The value of every byte of `x` (uint8, not empty) if they are all the same, else -1."""
-    return int(_constant(x.numpy()))
+    """See `reference.planes.constant_byte`."""
+    return constant(x.numpy())
+
+
+def _words(x: Tensor, width: int) -> Array:
+    return x.view(-1).view(SIGNED[width].torch).numpy().view(UNSIGNED[width])

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from statecodec.kernels.cpu.views import array_of, kernel, summing_kernel
+from statecodec.kernels.cpu.views import Memory, array_of, kernel, summing_kernel
 from statecodec.kernels.factors import ABSENT, Array, Factors, Matrix, Passes, find
 
 _TILE = 512  # columns: so much of all factors stays in the first-level cache
@@ -23,12 +22,12 @@ _PRECISION, _SWEEPS = 1e-13, 30  # of the whole energy beside the diagonal; swee
 _ZERO, _HALF = np.float32(0.0), np.float32(0.5)
 
 
-def factors_of(codes: Tensor) -> Factors | None:
+def factors_of(codes: Memory) -> Factors | None:
     """See `reference.prediction.factors_of`."""
     return find(array_of(codes), Passes(project, mix, orthonormal, principal, combine))
 
 
-def add_prediction(codes: Tensor, factors: Factors, *, sign: int) -> None:
+def add_prediction(codes: Memory, factors: Factors, *, sign: int) -> None:
     """See `reference.prediction.add_prediction`."""
     left, right = np.ascontiguousarray(_padded(factors.left).T), _padded(factors.right)
     _add_prediction(array_of(codes), left, right, np.float32(2.0**-factors.shift), np.int32(sign))

@@ -60,7 +60,7 @@ def sample(rows: int, cols: int) -> tuple[int, int, int, int]:
 def _residuals(sampled: Tensor) -> Tensor:
     """Folded residuals plus 1 of a matrix, all of them 0xFFFF where one does not fit."""
     sizes = Narrowing(sampled.shape[1]).sizes(sampled.numel()).items()
-    parts = {name: sampled.new_empty(n, dtype=dtype) for name, (dtype, n) in sizes}
+    parts = {name: sampled.new_empty(n, dtype=torch.int16 if size == 2 else torch.uint8) for name, (size, n) in sizes}
     residuals = centred(sampled.to(torch.int64), parts)
     if residuals is None:
         residuals = torch.full(sampled.shape, 0xFFFF, dtype=torch.int64, device=sampled.device)

@@ -34,15 +34,15 @@ class Narrowing:
         """The symbol of an exception."""
         return 15 if self.nibbles else 255
 
-    def sizes(self, n: int) -> dict[str, tuple[torch.dtype, int]]:
-        """dtype and length of every part of n narrowed codes but the exceptions, in order; absent ones have none."""
+    def sizes(self, n: int) -> dict[str, tuple[int, int]]:
+        """The parts of n narrowed codes but the exceptions, in order: bytes of an element, 1 or 2, and elements."""
         rows = n // self.cols if self.cols else 0
         return {
-            "columns": (torch.int16, -(-rows // BLOCK_ROWS) * self.cols),
-            "lines": (torch.int16, rows),
-            "bytes": (torch.uint8, n if self.low >= 8 else 0),
-            "bits": (torch.uint8, -(-n * (self.low % 8) // 8)),
-            "symbols": (torch.uint8, -(-n // 2) if self.nibbles else n),
+            "columns": (2, -(-rows // BLOCK_ROWS) * self.cols),
+            "lines": (2, rows),
+            "bytes": (1, n if self.low >= 8 else 0),
+            "bits": (1, -(-n * (self.low % 8) // 8)),
+            "symbols": (1, -(-n // 2) if self.nibbles else n),
         }
 
 

@@ -52,7 +52,7 @@ class ThreadScratch(threading.local):
         self._pinned = pinned
         self._beside: ThreadScratch | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._last: dict[tuple[str, str], Tensor] = {}
+        self._last: dict[tuple[str, str], tuple[Tensor, memoryview]] = {}
 
     @property
     def beside(self) -> ThreadScratch:
@@ -66,8 +66,14 @@ class ThreadScratch(threading.local):
 
         `name` tells apart the tensors of one use, such as the parts of a codec, whatever they are called.
         """
+        return self.take_with_memory(use, dtype, shape, name)[0]
+
+    def take_with_memory(
+        self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = ""
+    ) -> tuple[Tensor, memoryview]:
+        """The same, and its `memory`."""
         last = self._last.get((use, name))
-        if last is not None and last.dtype == dtype and last.shape == shape:  # most chunks of a tensor are alike
+        if last is not None and last[0].dtype == dtype and last[0].shape == shape:  # most chunks of a tensor are alike
             return last
         nbytes = math.prod(shape) * dtype.itemsize
         held = self._buffers.get((use, name))
@@ -75,9 +81,10 @@ class ThreadScratch(threading.local):
             pinned = self._pinned and nbytes <= _SCRATCH_LIMIT and torch.cuda.is_available()
             held = torch.empty(max(nbytes, 1), dtype=torch.uint8, device="cpu", pin_memory=pinned)
             if nbytes > _SCRATCH_LIMIT:
-                return held.view(dtype).view(shape)
+                return held.view(dtype).view(shape), memory(held)
             self._buffers[use, name] = held
-        self._last[use, name] = taken = held[:nbytes].view(dtype).view(shape)
+        taken = held[:nbytes].view(dtype).view(shape), memory(held[:nbytes])
+        self._last[use, name] = taken
         return taken
 
 

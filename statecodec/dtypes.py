@@ -7,6 +7,7 @@ have in rules, in safetensors headers, and as storage classes in torch files are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Final, Literal, TypeAlias
 
 from statecodec.lazy import torch
@@ -158,6 +159,7 @@ def name_of(dtype: DType | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def of(dtype: torch.dtype) -> DType:
     """The description of torch's dtype. Raises KeyError for one that is not known here."""
     return TORCH[name_of(dtype)]

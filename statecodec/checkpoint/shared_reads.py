@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
 
-from statecodec.buffers import ThreadScratch, memory
+from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.codecs.chunking import Chunk
@@ -62,14 +62,14 @@ class SharedReads:
         """A descriptor of a file, for what is not lent. Raises LayoutError if it is not the file that was located."""
         return self._source.files.open(file)
 
-    def read(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch) -> Tensor:
-        """Elements of an item as `SourceCheckpoint.chunk` gives them; they must not be changed."""
+    def chunk_with_memory(self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch) -> tuple[Tensor, memoryview]:
+        """Elements of an item as `SourceCheckpoint` gives them; they must not be changed."""
         if item.region is None:
-            return self._source.chunk(item, chunk, scratch)
+            return self._source.chunk_with_memory(item, chunk, scratch)
         slots = self._slots.loans
         free = next((k for k, loan in enumerate(slots) if loan is None or loan.returned), None)
-        values = self._source.chunk(item, chunk, scratch, "" if free is None else f"lent {free}")
-        loan = Loan(item.region.offset + chunk.start * item.dtype.itemsize, memory(values))
+        values, data = self._source.chunk_with_memory(item, chunk, scratch, "" if free is None else f"lent {free}")
+        loan = Loan(item.region.offset + chunk.start * item.dtype.itemsize, data)
         if free is None:  # only noted: the hasher will read it again
             loan.returned, loan.data = True, memoryview(b"")
         else:
@@ -78,7 +78,7 @@ class SharedReads:
             heappush(self._waiting, (item.file, loan.start, next(self._numbers), loan))
             self._furthest = max(self._furthest, (item.file, loan.stop))
             self._changed.notify_all()
-        return values
+        return values, data
 
     def take(self, file: int, offset: int) -> Loan | int:
         """What was lent of a file from `offset` on; where nothing was, the byte up to which the caller must read.

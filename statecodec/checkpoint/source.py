@@ -184,12 +184,20 @@ class SourceCheckpoint(Checkpoint):
         Returns:
             The elements in the chunk's shape, in scratch memory if there is any.
         """
+        return self.chunk_with_memory(item, chunk, scratch, name)[0]
+
+    def chunk_with_memory(
+        self, item: SourceItem, chunk: Chunk, scratch: ThreadScratch | None = None, name: str = ""
+    ) -> tuple[Tensor, memoryview]:
+        """The same, and the memory that the elements lie in."""
         shape, dtype = tuple(chunk.shape), item.dtype.torch
-        values = (
-            scratch.take("source", dtype, shape, name) if scratch else torch.empty(shape, dtype=dtype, device="cpu")
-        )
-        self._read(item, chunk.start, memory(values))
-        return values
+        if scratch is not None:
+            values, data = scratch.take_with_memory("source", dtype, shape, name)
+        else:
+            values = torch.empty(shape, dtype=dtype, device="cpu")
+            data = memory(values)
+        self._read(item, chunk.start, data)
+        return values, data
 
     def sample(self, item: SourceItem, starts: Sequence[int], numel: int, scratch: ThreadScratch) -> Tensor:
         """Read elements of an item from several places. Thread-safe.

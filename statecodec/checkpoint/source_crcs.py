@@ -5,11 +5,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from zlib_ng import zlib_ng
 
-from statecodec.buffers import memory
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_files import check_crc
 from statecodec.checkpoint.source_items import SourceItem
@@ -17,9 +15,6 @@ from statecodec.checkpoint.span_crcs import SpanCrcs
 from statecodec.codecs.chunking import Chunk
 from statecodec.files import read_exactly
 from statecodec.layouts import Crc32
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SourceCrcs:
@@ -35,11 +30,10 @@ class SourceCrcs:
             for number, spans in _records(source, items)
         }
 
-    def add(self, item: SourceItem, chunk: Chunk, values: Tensor) -> None:
+    def add(self, item: SourceItem, chunk: Chunk, data: memoryview) -> None:
         """These elements of an item have been read."""
         crcs = self._files.get(item.file)
         if crcs is not None and item.region is not None:
-            data = memory(values)
             crcs.add(item.region.offset + chunk.start * item.dtype.itemsize, len(data), zlib_ng.crc32(data))
 
     def finish(self) -> None:

@@ -7,8 +7,7 @@ import struct
 import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from zlib_ng import zlib_ng
@@ -35,23 +34,22 @@ class SourceFiles:
         """The path of a file."""
         return self._paths[file]
 
-    @contextmanager
-    def open(self, file: int) -> Iterator[int]:
+    def open(self, file: int) -> AbstractContextManager[int]:
         """A descriptor of a file for a `with` block. Raises LayoutError if it is not the file that was located."""
         with self._lock:
             held = self._fds.get(file)
             if held is None:
-                held = self._fds[file] = _Descriptor(self._opened(file))
+                held = self._fds[file] = _Descriptor(self._opened(file), self._lock)
             self._fds.move_to_end(file)
             held.users += 1
-            idle = [f for f, d in self._fds.items() if not d.users][: max(len(self._fds) - _OPEN_FILES, 0)]
-            for f in idle:
-                os.close(self._fds.pop(f).fd)
-        try:
-            yield held.fd
-        finally:
-            with self._lock:
-                held.users -= 1
+            if len(self._fds) > _OPEN_FILES:
+                self._close_idle()
+        return held
+
+    def _close_idle(self) -> None:
+        idle = [file for file, held in self._fds.items() if not held.users]
+        for file in idle[: len(self._fds) - _OPEN_FILES]:
+            os.close(self._fds.pop(file).fd)
 
     def _opened(self, file: int) -> int:
         path = self.path(file)
@@ -83,8 +81,17 @@ class SourceFiles:
 
 
 class _Descriptor:
-    def __init__(self, fd: int) -> None:
-        self.fd, self.users = fd, 0
+    """In use from `SourceFiles.open` until the `with` block ends."""
+
+    def __init__(self, fd: int, lock: threading.Lock) -> None:
+        self.fd, self.users, self._lock = fd, 0, lock
+
+    def __enter__(self) -> int:
+        return self.fd
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.users -= 1
 
 
 def _changed(path: Path) -> LayoutError:

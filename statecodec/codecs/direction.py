@@ -10,7 +10,7 @@ from statecodec import kernels
 from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.on_grid import OnGrid, grid_bound
-from statecodec.codecs.rows import as_rows
+from statecodec.elementwise import as_fp32
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
@@ -60,7 +60,7 @@ class Direction(OnGrid):
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
         v, codes = self.companion(companions, x), parts["codes"].view(-1)
-        flags, sums = backend.encode_direction(as_rows(x).view(-1), v, codes, grid=self.grid, eps=self.eps)
+        flags, sums = backend.encode_direction(as_fp32(x).view(-1), v, codes, grid=self.grid, eps=self.eps)
         self.refuse(flags)
         return sums if x.dtype == torch.float32 else None
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from statecodec import kernels
 from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, renamed
 from statecodec.codecs.fp32 import fp32_like, rounding, store
-from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import INT16, DType
+from statecodec.elementwise import as_fp32
 from statecodec.kernels.grids import MAX_PER_OCTAVE, LogGrid
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
@@ -65,7 +65,7 @@ class Logarithmic(Codec):
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
-        values = as_rows(x).view(-1)
+        values = as_fp32(x).view(-1)
         if x.dtype == torch.float64:  # below fp32's range: its smallest number, not 0
             values = torch.where((x.view(-1) > 0) & (values == 0), 2.0**-149, values)
         flags, sums = backend.encode_logarithmic(values, parts["codes"].view(-1), grid=self.grid)

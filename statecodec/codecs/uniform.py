@@ -10,7 +10,7 @@ from statecodec import kernels
 from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.on_grid import OnGrid, grid_bound
-from statecodec.codecs.rows import as_rows
+from statecodec.elementwise import as_fp32
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.lazy import torch
 
@@ -40,7 +40,7 @@ class Uniform(OnGrid):
     def encode_into(
         self, x: Tensor, parts: Mapping[str, Tensor], backend: kernels.Backend, companions: Companions = NO_COMPANIONS
     ) -> Comparison | None:
-        flags, sums = backend.encode_uniform(as_rows(x).view(-1), parts["codes"].view(-1), grid=self.grid)
+        flags, sums = backend.encode_uniform(as_fp32(x).view(-1), parts["codes"].view(-1), grid=self.grid)
         self.refuse(flags)
         return sums if x.dtype == torch.float32 else None
 

@@ -148,9 +148,9 @@ class Compression:
     def encode(self, index: int, encoding: Encoding, chunk: Chunk) -> EncodedChunk:
         """A chunk of an item of the source."""
         item, codec = self.source.items[index], encoding.codec
-        x = (self.shared.read if self.shared else self.source.chunk)(item, chunk, self.processor.scratch)
+        x, data = (self.shared or self.source).chunk_with_memory(item, chunk, self.processor.scratch)
         if self.crcs is not None:
-            self.crcs.add(item, chunk, x)
+            self.crcs.add(item, chunk, data)
         if encoding.change is None:
             return self._encoded(item, codec, x, chunk)
         assert self.base is not None  # `linked` chose the change

@@ -62,7 +62,7 @@ def test_what_was_read_in_order_is_not_read_again(source: Path, monkeypatch: pyt
         hashes.start()
         for item in checkpoint.items:
             for chunk in iterate(Raw(), item.shape, item.dtype):
-                shared.read(item, chunk, scratch)
+                shared.chunk_with_memory(item, chunk, scratch)
                 while any(not loan.returned for *_, loan in list(shared._waiting)):
                     time.sleep(0.001)
         assert hashes.digests() == [hashlib.sha256(source.read_bytes()).hexdigest()]
@@ -80,12 +80,12 @@ def test_an_encoder_that_was_too_fast_lends_again(ahead: int, tmp_path: Path, mo
         hashes = FileHashes([FileToHash(path, path.stat().st_size)], shared=shared)
         jobs = [(item, c) for item in checkpoint.items[1:] for c in iterate(Raw(), item.shape, item.dtype)]
         for item, chunk in jobs[:ahead]:
-            shared.read(item, chunk, scratch)
+            shared.chunk_with_memory(item, chunk, scratch)
         hashes.start()
         for item, chunk in jobs[ahead:]:
             while any(not loan.returned for *_, loan in list(shared._waiting)):
                 time.sleep(0.001)
-            shared.read(item, chunk, scratch)
+            shared.chunk_with_memory(item, chunk, scratch)
         assert hashes.digests() == [hashlib.sha256(path.read_bytes()).hexdigest()]
         assert counts["bytes"] == checkpoint.items[0].nbytes + (ahead - 3) * 4 * 4096
 
@@ -98,8 +98,8 @@ def test_what_is_read_twice_or_late_is_given_back(tmp_path: Path) -> None:
         shared, scratch = SharedReads(checkpoint), ThreadScratch()
         first, second = (item for item in checkpoint.items if item.shape == (4096,))
         (chunk,) = iterate(Raw(), first.shape, first.dtype)
-        shared.read(first, chunk, scratch)
-        shared.read(first, chunk, scratch)
+        shared.chunk_with_memory(first, chunk, scratch)
+        shared.chunk_with_memory(first, chunk, scratch)
         loans = [loan for *_, loan in shared._waiting]
         assert second.region is not None
         shared.take(second.file, second.region.offset - 1)
@@ -119,8 +119,8 @@ def test_reads_in_any_order_give_the_same_digest(order: list[int], left: int, so
         hashes.start()
         for number in order[:left]:
             item, chunk = jobs[number + 1]
-            found, expected = shared.read(item, chunk, scratch), checkpoint.chunk(item, chunk)
-            assert memory(found) == memory(expected)
+            found, expected = shared.chunk_with_memory(item, chunk, scratch), checkpoint.chunk(item, chunk)
+            assert memory(found) == data == memory(expected)
         assert hashes.digests() == [hashlib.sha256(source.read_bytes()).hexdigest()]
 
 

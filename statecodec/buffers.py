@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Bytes: TypeAlias = NDArray[np.uint8]
 
 _SCRATCH_LIMIT = 16 << 20
+_VIEWS = 64  # shapes in which a buffer is kept at hand
 
 
 class Pool:
@@ -52,7 +53,7 @@ class ThreadScratch(threading.local):
         self._pinned = pinned
         self._beside: ThreadScratch | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._last: dict[tuple[str, str], tuple[Tensor, memoryview]] = {}
+        self._views: dict[tuple[str, str], dict[tuple[torch.dtype, tuple[int, ...]], tuple[Tensor, memoryview]]] = {}
 
     @property
     def beside(self) -> ThreadScratch:
@@ -72,9 +73,10 @@ class ThreadScratch(threading.local):
         self, use: str, dtype: torch.dtype, shape: tuple[int, ...], name: str = ""
     ) -> tuple[Tensor, memoryview]:
         """The same, and its `memory`."""
-        last = self._last.get((use, name))
-        if last is not None and last[0].dtype == dtype and last[0].shape == shape:  # most chunks of a tensor are alike
-            return last
+        views = self._views.setdefault((use, name), {})
+        taken = views.get((dtype, shape))
+        if taken is not None:  # most chunks are alike
+            return taken
         nbytes = math.prod(shape) * dtype.itemsize
         held = self._buffers.get((use, name))
         if held is None or held.numel() < nbytes:
@@ -83,8 +85,10 @@ class ThreadScratch(threading.local):
             if nbytes > _SCRATCH_LIMIT:
                 return held.view(dtype).view(shape), memory(held)
             self._buffers[use, name] = held
-        taken = held[:nbytes].view(dtype).view(shape), memory(held[:nbytes])
-        self._last[use, name] = taken
+            views.clear()
+        if len(views) == _VIEWS:
+            views.clear()
+        taken = views[dtype, shape] = held[:nbytes].view(dtype).view(shape), memory(held[:nbytes])
         return taken
 
 

@@ -13,7 +13,7 @@ import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, starmap
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -156,9 +156,8 @@ def _write_record(parts: Sequence[Words], out: Bytes, packing: Packing, pool: Po
         rows = _pack_codes(part, rest, packing, pool, methods) or _pack_planes(part, rest, compressor, pool)
         position += _length(rows)
         table += rows
-    view = out.data
-    for number, row in enumerate(table):
-        ROW.pack_into(view, number * ROW.size, *row)
+    rows_packed = b"".join(starmap(ROW.pack, table))
+    out.data[: len(rows_packed)] = rows_packed
     return position
 
 

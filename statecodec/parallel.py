@@ -6,12 +6,14 @@ Everything heavy (numba kernels, zstd, hashing, file reads) releases the GIL, so
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager, nullcontext
-from typing import TypeVar
+from contextlib import closing, contextmanager, nullcontext, suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
+_NOBODY = 0  # the identity of no thread
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -29,32 +31,107 @@ class Workers:
     """
 
     def __init__(self, threads: int) -> None:
-        """With one thread no thread is started."""
+        """With one thread, or before the block has begun, no other thread is there."""
         self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="statecodec") if threads > 1 else None
+        self._waiting: SimpleQueue[_Piece | None] = SimpleQueue()
+        self._others: list[threading.Thread] = []
 
     def results(self, function: Callable[[T], R], work: Iterable[T]) -> Generator[R, None, None]:
         """See `ordered_map`; closing the generator waits for what is running."""
-        if self._pool is None:
+        if not self._others:
             yield from map(function, work)
             return
-        window: deque[tuple[T, Future[R]]] = deque()
+        window: deque[_Piece] = deque()
         try:
-            for piece in work:
-                window.append((piece, self._pool.submit(function, piece)))
+            for argument in work:
+                window.append(_Piece(function, argument))
+                self._waiting.put(window[-1])
                 if len(window) >= 2 * self.threads:
-                    yield _oldest(function, window)
+                    yield self._oldest(window)
             while window:
-                yield _oldest(function, window)
+                yield self._oldest(window)
         finally:
-            wait([future for _, future in window if not future.cancel()])
+            for piece in window:
+                if piece.owner(_NOBODY) not in (_NOBODY, threading.get_ident()):
+                    piece.wait()
+
+    def _oldest(self, window: deque[_Piece]) -> Any:
+        """The result of the oldest piece. Until it is there, this thread works on what no other has begun."""
+        with suppress(Empty):
+            while not window[0].done:
+                piece = self._waiting.get_nowait()
+                if piece is not None:
+                    piece.run()
+        return window.popleft().result()
+
+    def _serve(self) -> None:
+        while (piece := self._waiting.get()) is not None:
+            piece.run()
+            del piece  # nothing of it lives on while this thread waits
 
     def __enter__(self) -> Workers:
+        try:
+            for number in range(1, self.threads):
+                thread = threading.Thread(target=self._serve, name=f"statecodec_{number}")
+                thread.start()
+                self._others.append(thread)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        for _other in self._others:
+            self._waiting.put(None)
+        while self._others:
+            self._others.pop().join()
+
+
+class _Piece:
+    """A function and its argument, called once, on whatever thread. Lighter than a Future of the standard library."""
+
+    __slots__ = ("_call", "_done", "_error", "_owner", "_value", "done")
+
+    def __init__(self, function: Callable[[Any], Any], argument: Any) -> None:
+        self._call = function, argument
+        self._owner: dict[str, int] = {}
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self.done = False
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def owner(self, thread: int) -> int:
+        """Which thread runs it: the first that asks. Nobody does once nobody has asked.
+
+        One call in C, so that an interrupt leaves no piece that others wait for in vain.
+        """
+        return self._owner.setdefault("thread", thread)
+
+    def run(self) -> None:
+        """Call it, unless it is another thread's. What it raises is raised where its result is asked for."""
+        me = threading.get_ident()
+        if self.owner(me) != me:
+            return
+        function, argument = self._call
+        try:
+            self._value = function(argument)
+        except BaseException as error:
+            self._error = error
+        self.done = True
+        self._done.release()
+
+    def wait(self) -> None:
+        """Wait until it has run."""
+        with self._done:
+            pass
+
+    def result(self) -> Any:
+        """What it returned, once it has run; raises what it raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 @contextmanager
@@ -72,18 +149,3 @@ def ordered_map(function: Callable[[T], R], work: Iterable[T], threads: int | Wo
         closing(workers.results(function, work)) as results,
     ):
         yield results
-
-
-def _oldest(function: Callable[[T], R], window: deque[tuple[T, Future[R]]]) -> R:
-    """The result of the oldest piece. Until it is there, this thread works on what no other has begun."""
-    while not window[0][1].done():
-        taken = next((k for k, (_, future) in enumerate(window) if future.cancel()), None)
-        if taken is None:
-            break
-        piece, done = window[taken][0], Future[R]()
-        try:
-            done.set_result(function(piece))
-        except Exception as error:  # it is raised when it is the piece's turn
-            done.set_exception(error)
-        window[taken] = piece, done
-    return window.popleft()[1].result()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from statecodec import parallel
 from statecodec.parallel import Workers, ordered_map
 
 
@@ -110,3 +111,49 @@ def test_threads_that_go_on_do_not_work_for_a_block_that_has_ended() -> None:
             with pytest.raises(KeyboardInterrupt):
                 run(workers)
             assert work.running == 0
+
+
+def test_what_an_error_leaves_undone_is_never_done() -> None:
+    workers, called = Workers(2), list[int]()
+    workers._others.append(threading.current_thread())  # no other takes anything
+
+    def failing(piece: int) -> int:
+        called.append(piece)
+        raise ValueError(piece)
+
+    with pytest.raises(ValueError, match="0"), ordered_map(failing, range(10), workers) as results:
+        list(results)
+    with ordered_map(str, range(3), workers) as results:
+        assert list(results) == ["0", "1", "2"]
+    assert called == [0]
+
+
+def test_an_interrupted_thread_does_not_wait_for_what_it_has_begun_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C just before the function is called."""
+    run, interrupted = parallel._Piece.run, threading.Event()
+
+    def run_or_interrupt(piece: parallel._Piece) -> None:
+        if threading.current_thread() is threading.main_thread():
+            piece.owner(threading.get_ident())
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(timeout=60)
+        run(piece)
+
+    monkeypatch.setattr(parallel._Piece, "run", run_or_interrupt)
+    with pytest.raises(KeyboardInterrupt), ordered_map(str, range(10), 2) as results:
+        list(results)
+
+
+def test_threads_that_cannot_all_be_started_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start = threading.active_count(), threading.Thread.start
+
+    def failing(thread: threading.Thread) -> None:
+        if thread.name.endswith("_3"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="new thread"), ordered_map(str, range(10), 4):
+        pass
+    assert threading.active_count() == before

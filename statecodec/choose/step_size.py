@@ -11,8 +11,7 @@ from statecodec import kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
-from statecodec.codecs import Raw
-from statecodec.codecs.chunking import Chunk, iterate
+from statecodec.codecs.chunking import Chunk
 from statecodec.elementwise import as_fp32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
@@ -93,7 +92,7 @@ def _in_pieces(
         return group, chunk, measure(group, values)
 
     firsts = ((number, group[0]) for number, group in enumerate(groups))
-    pieces = ((number, chunk) for number, item in firsts for chunk in iterate(Raw(), item.shape, item.dtype, _PIECE))
+    pieces = ((number, chunk) for number, item in firsts for chunk in _flat_pieces(item.numel))
     found = list[T]()
     with ordered_map(measured, pieces, threads) as results:
         for number, chunk, result in results:
@@ -102,6 +101,12 @@ def _in_pieces(
             if chunk.stop == groups[number][0].numel:
                 yield found
                 found = []
+
+
+def _flat_pieces(numel: int) -> Iterator[Chunk]:
+    for start in range(0, max(numel, 1), _PIECE):
+        stop = min(start + _PIECE, numel)
+        yield Chunk(start, stop, (stop - start,))
 
 
 def sampled_size(source: SourceCheckpoint, item: SourceItem, pieces: int) -> tuple[float, float]:
@@ -154,7 +159,7 @@ def _dequantised(source: SourceCheckpoint, state: QuantisedState) -> Iterator[Te
 
 def update_size(m: Tensor, v: Tensor, moments: AdamSettings) -> UpdateSize:
     """The sums over a piece of both moments that `StepSize.of` puts together."""
-    return kernels.host().update_size(as_fp32(m.reshape(-1)), as_fp32(v.reshape(-1)), eps=stored_eps(moments))
+    return kernels.host().update_size(as_fp32(m), as_fp32(v), eps=stored_eps(moments))
 
 
 def stored_eps(moments: AdamSettings) -> float:

@@ -40,7 +40,7 @@ def compare_updates(
 
 def update_size(m: Tensor, v: Tensor, *, eps: float) -> UpdateSize:
     """See `reference.statistics.update_size`."""
-    numel, sum_sq = _update_size(array_of(m), array_of(v), eps)
+    numel, sum_sq = _update_size(array_of(m).reshape(-1), array_of(v).reshape(-1), eps)
     return UpdateSize(int(numel), sum_sq)
 
 

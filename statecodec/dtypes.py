@@ -37,8 +37,7 @@ class DType:
     @property
     def torch(self) -> TorchDType:
         """torch's own dtype object."""
-        dtype: TorchDType = getattr(torch, self.name)
-        return dtype
+        return _of_torch(self.name)
 
     def __str__(self) -> str:
         return self.name
@@ -152,6 +151,12 @@ _STORAGES: Final[dict[str, DType]] = {
 }
 _UNTYPED: Final = frozenset({"UntypedStorage", "_UntypedStorage"})
 _STORAGE_MODULES: Final = frozenset({"torch", "torch.storage", "torch.cuda"})
+
+
+@cache
+def _of_torch(name: str) -> TorchDType:
+    dtype: TorchDType = getattr(torch, name)
+    return dtype
 
 
 def name_of(dtype: DType | torch.dtype) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
 from statecodec.buffers import Bytes, Pool
@@ -13,7 +14,7 @@ from statecodec.format import part_tensors
 from statecodec.format.items import PACKED, PLAIN
 from statecodec.format.packing import Packing, encode_record
 from statecodec.format.placement import PlannedItem
-from statecodec.lazy import torch
+from statecodec.format.words import words_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ def pack_chunk(
     """
     specs = planned.item.encoding.parts(planned.chunks[number[1]].shape, planned.item.dtype)
     named = part_tensors.matching(parts, specs, f"item {planned.item.name!r}: its chunk")
-    tensors = [part.detach().contiguous() for part in named.values()]
+    tensors = [part if part.is_contiguous() else part.contiguous() for part in named.values()]
     if planned.storage == PACKED:
         buffer, size = encode_record(tensors, packing, pool)
         return PackedChunk(*number, buffer, (size,), (xxhash.xxh3_64_hexdigest(buffer[:size].data),))
@@ -80,7 +81,7 @@ def pack_chunk(
     checksums, position = [], 0
     for tensor, length in zip(tensors, lengths, strict=True):
         target = buffer[position : position + length]
-        target[:] = tensor.view(-1).view(torch.uint8).numpy()
+        target[:] = words_of(tensor).array.view(np.uint8)
         if planned.storage == PLAIN:
             checksums.append(xxhash.xxh3_64_hexdigest(target.data))
         position += length

@@ -152,8 +152,11 @@ def _write_record(parts: Sequence[Words], out: Bytes, packing: Packing, pool: Po
         position += ROW.size * part.array.itemsize
     compressor = packing.compressor()
     for part in parts:
-        rest = out[position:]
-        rows = _pack_codes(part, rest, packing, pool, methods) or _pack_planes(part, rest, compressor, pool)
+        rest, rows = out[position:], None
+        if methods and part.planes.codes:
+            rows = _pack_codes(part, rest, packing, pool, methods)
+        if rows is None:
+            rows = _pack_planes(part, rest, compressor, pool)
         position += _length(rows)
         table += rows
     rows_packed = b"".join(starmap(ROW.pack, table))
@@ -188,8 +191,6 @@ def _pack_planes(part: Words, out: Bytes, compressor: Any, pool: Pool) -> list[R
 
 def _pack_codes(part: Words, out: Bytes, packing: Packing, pool: Pool, methods: Methods) -> list[Row] | None:
     """Write a part as narrowed codes if nearly all of them are small, or predicted where that is less; its rows."""
-    if not methods or not part.planes.codes:
-        return None
     matrix = part.array.reshape(rows_cols(part.shape))
     form = cpu_kernels().form_of(matrix)
     if form is None:

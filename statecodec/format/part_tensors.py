@@ -21,9 +21,13 @@ def empty(specs: Mapping[str, PartSpec]) -> dict[str, Tensor]:
 
 def matching(parts: Mapping[str, Tensor], specs: Mapping[str, PartSpec], label: str) -> dict[str, Tensor]:
     """The parts in the order of `specs`. Raises UsageError if names, shapes or dtypes are others, or the device is."""
-    shapes = {name: PartSpec(dtypes.of(part.dtype), tuple(part.shape)) for name, part in parts.items()}
-    if shapes != dict(specs):
-        raise UsageError(f"{label} should have parts {dict(specs)}, found {shapes}")
-    if any(part.device.type != "cpu" for part in parts.values()):
+    if parts.keys() != specs.keys() or not all(_is(parts[name], spec) for name, spec in specs.items()):
+        found = {name: PartSpec(dtypes.of(part.dtype), tuple(part.shape)) for name, part in parts.items()}
+        raise UsageError(f"{label} should have parts {dict(specs)}, found {found}")
+    if not all(part.is_cpu for part in parts.values()):
         raise UsageError(f"{label} should have its parts on the CPU: move them there")
     return {name: parts[name] for name in specs}
+
+
+def _is(part: Tensor, spec: PartSpec) -> bool:
+    return part.shape == spec.shape and dtypes.of(part.dtype) is spec.dtype

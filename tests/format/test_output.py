@@ -270,3 +270,12 @@ def test_a_living_writer_s_files_are_not_swept(tmp_path: Path) -> None:
         with pytest.raises(OutputExists):
             slow.close({})
     assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("packing", ["zstd", "none"])
+def test_parts_may_be_parameters_that_are_trained(packing: str, tmp_path: Path) -> None:
+    x = torch.randn(100, 100, requires_grad=True)
+    with Writer(tmp_path / "x", [ItemSpec("x", Encoding(Raw()), (100, 100), FLOAT32)], packing=packing) as writer:
+        writer.append(writer.pack(0, writer.chunks(0)[0], {"data": x}))
+        writer.close()
+    assert torch.equal(contents(tmp_path / "x")["x"], x.detach())

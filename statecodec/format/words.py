@@ -80,7 +80,7 @@ class Words(NamedTuple):
 def words_of(tensor: Tensor) -> Words:
     """The memory of a contiguous CPU tensor."""
     rotate, kind, unsigned = _memory(tensor.dtype)
-    array = tensor.detach().view(-1).view(kind).numpy()
+    array = tensor.view(-1).view(kind).numpy()
     return Words(array if unsigned is None else array.view(unsigned), tuple(tensor.shape), rotate)
 
 

@@ -9,8 +9,8 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -207,6 +207,14 @@ def _fill(fd: int, offset: int, target: memoryview) -> None:
         if count == 0:
             raise EOFError(offset)
         target, offset = target[count:], offset + count
+
+
+def will_need(fd: int, offsets: Iterable[int], nbytes: int) -> None:
+    """Have the disk fetch pieces of a file all at once, which are read one by one then; nothing where it cannot."""
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):
+            for offset in offsets:
+                os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def write_exactly(fd: int, offset: int, data: memoryview) -> None:

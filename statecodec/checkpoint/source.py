@@ -23,7 +23,7 @@ from statecodec.checkpoint.stored_files import StoredFile
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.codecs.chunking import Chunk, iterate
 from statecodec.errors import UsageError
-from statecodec.files import FileBytes, read_exactly
+from statecodec.files import FileBytes, read_exactly, will_need
 from statecodec.layouts import (
     Box,
     ListedFile,
@@ -211,10 +211,13 @@ class SourceCheckpoint(Checkpoint):
         Returns:
             The pieces, one a row.
         """
-        values = scratch.take("source", item.dtype.torch, (len(starts), numel))
-        view, nbytes = memory(values), numel * item.dtype.itemsize
+        values, data = scratch.take_with_memory("source", item.dtype.torch, (len(starts), numel))
+        nbytes = numel * item.dtype.itemsize
+        if item.region is not None:
+            with self.files.open(item.file) as fd:
+                will_need(fd, [item.region.offset + start * item.dtype.itemsize for start in starts], nbytes)
         for row, start in enumerate(starts):
-            self._read(item, start, view[row * nbytes : (row + 1) * nbytes])
+            self._read(item, start, data[row * nbytes : (row + 1) * nbytes])
         return values
 
     def _read(self, item: SourceItem, start: int, view: memoryview) -> None:

@@ -74,9 +74,8 @@ def by_budget(
     meter = Meter(progress, nbytes, "measuring the step")
     units = list(step_sizes(source, pairs, threads, meter))
     chooser.rms = dict(zip((m.name for m in alone), root_mean_squares(source, alone, threads, meter), strict=True))
-    with ordered_map(chooser.parameter, zip(pairs, units, strict=True), threads) as parameters:
-        for chosen in parameters:
-            chooser.chosen.update(chosen)
+    for moments, unit in zip(pairs, units, strict=True):  # several threads would only wait for each other
+        chooser.chosen.update(chooser.parameter(moments, unit))
     beside = [m for m in source.quantised if only is None or m.weight in only]
     with ordered_map(chooser.beside_quantised, beside, threads) as weights:
         for chosen in weights:
@@ -125,9 +124,8 @@ class _Chooser:
         weight = self._item(moments.weight) if moments.weight else first
         return first.shape == second.shape and any(self._open(item) for item in (first, second, weight))
 
-    def parameter(self, measured: tuple[Moments, StepSize | None]) -> dict[str, Choice]:
+    def parameter(self, moments: Moments, unit: StepSize | None) -> dict[str, Choice]:
         """The choices for one parameter's moments and its weight, by its step."""
-        moments, unit = measured
         chosen: dict[str, Choice] = {}
         if self.budget.moments is not None:
             first, second = self._item(moments.exp_avg), self._item(moments.exp_avg_sq)

@@ -8,7 +8,7 @@ from typing import Final
 
 from statecodec.layouts.pickle.machine import Machine
 
-_SHORT: Final = 1 << 16  # bytes of a stream that is as quickly read again
+_SHORT: Final = 1 << 12  # bytes of a stream that is as quickly read again as its hash is made
 _MOST_NAMES: Final = 1000
 _MOST_NAME_CHARS: Final = 1 << 16
 _STREAMS: Final = 16

@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 _NOBODY = 0  # the identity of no thread
+_IN_FLIGHT = 4  # pieces for each thread: some are so small that two are done while another thread works on one
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -46,7 +47,7 @@ class Workers:
             for argument in work:
                 window.append(_Piece(function, argument))
                 self._waiting.put(window[-1])
-                if len(window) >= 2 * self.threads:
+                if len(window) >= _IN_FLIGHT * self.threads:
                     yield self._oldest(window)
             while window:
                 yield self._oldest(window)
@@ -136,7 +137,7 @@ class _Piece:
 
 @contextmanager
 def ordered_map(function: Callable[[T], R], work: Iterable[T], threads: int | Workers) -> Iterator[Iterator[R]]:
-    """Results of `function` over `work`, in order, computed on so many threads, two pieces in flight for each.
+    """Results of `function` over `work`, in order, computed on so many threads, four pieces in flight for each.
 
         with ordered_map(function, work, threads) as results:
             for result in results: ...

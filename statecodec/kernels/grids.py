@@ -33,17 +33,17 @@ class Grid:
 
     step: float
 
-    @property
+    @cached_property
     def width(self) -> float:
         """The step as used."""
         return float(np.float32(self.step))
 
-    @property
+    @cached_property
     def per_unit(self) -> float:
         """Its reciprocal as used."""
         return float(np.float32(1.0) / np.float32(self.step))
 
-    @property
+    @cached_property
     def threshold(self) -> int:
         """fp32 bits of LIMIT cells, from where values are exact."""
         return int(np.float32(LIMIT * np.float32(self.step)).view(np.int32))

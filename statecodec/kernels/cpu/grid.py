@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from statecodec.kernels import INF, NAN, NEGATIVE
-from statecodec.kernels.cpu.views import array_of, bits_of, kernel, summing_kernel
+from statecodec.kernels.cpu.views import array_of, kernel, summing_kernel
 from statecodec.kernels.grids import LARGEST_BITS, LIMIT, Grid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
 
@@ -25,8 +25,10 @@ _HALF, _ZERO = np.float32(0.5), np.float32(0.0)
 
 def encode_uniform(x: Tensor, codes: Tensor, *, grid: Grid) -> tuple[int, Comparison]:
     """See `reference.grid.encode_uniform`."""
-    sums = _encode_uniform(array_of(x), bits_of(x), array_of(codes), *_numbers(grid))
-    return _result(sums, nonfinite_flags(bits_of(x)) if sums[3] else 0)
+    values = array_of(x)
+    bits = values.view(np.int32)
+    sums = _encode_uniform(values, bits, array_of(codes), *_numbers(grid))
+    return _result(sums, nonfinite_flags(bits) if sums[3] else 0)
 
 
 def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
@@ -37,12 +39,12 @@ def decode_uniform(codes: Tensor, out: Tensor, *, grid: Grid) -> None:
 
 def encode_direction(m: Tensor, v: Tensor, codes: Tensor, *, grid: Grid, eps: float) -> tuple[int, Comparison]:
     """See `reference.grid.encode_direction`."""
-    sums = _encode_direction(
-        array_of(m), array_of(v), bits_of(v), array_of(codes), np.float32(eps), *_numbers(grid)
-    )  # fmt: skip
+    first, second = array_of(m), array_of(v)
+    bits = second.view(np.int32)
+    sums = _encode_direction(first, second, bits, array_of(codes), np.float32(eps), *_numbers(grid))
     flags = 0
     if sums[3]:
-        flags = nonfinite_flags(bits_of(m)) | nonfinite_flags(bits_of(v)) | NEGATIVE * has_negative(bits_of(v))
+        flags = nonfinite_flags(first.view(np.int32)) | nonfinite_flags(bits) | NEGATIVE * has_negative(bits)
         flags = flags or INF  # finite moments whose ratio is not
     return _result(sums, flags)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from statecodec.kernels import NEGATIVE
 from statecodec.kernels.cpu.grid import SPAN, furthest, has_negative, nonfinite_flags, sums
-from statecodec.kernels.cpu.views import array_of, bits_of, kernel
+from statecodec.kernels.cpu.views import array_of, kernel
 from statecodec.kernels.curves import LOG2
 from statecodec.kernels.grids import LOWEST, LogGrid
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison
@@ -23,8 +23,9 @@ _FIRST = np.int32(127 + LOWEST)
 
 def encode_logarithmic(x: Tensor, codes: Tensor, *, grid: LogGrid) -> tuple[int, Comparison]:
     """See `reference.logarithm.encode_logarithmic`."""
-    bits = bits_of(x)
-    sum_sq, sum_sq_diff, largest, bad = _encode(array_of(x), bits, _unsigned(codes), grid.every_code, grid.per_octave)
+    values = array_of(x)
+    bits = values.view(np.int32)
+    sum_sq, sum_sq_diff, largest, bad = _encode(values, bits, _unsigned(codes), grid.every_code, grid.per_octave)
     flags = nonfinite_flags(bits) | NEGATIVE * has_negative(bits) if bad else 0
     if flags:
         return flags, NO_DIFFERENCE

@@ -84,16 +84,20 @@ def quality(r: Result) -> list[str]:
 def speed(r: Result) -> list[str]:
     """Rates of all contenders, on the large file and on the small one."""
     lines = [*_rates(r), "", *_rates(r["small"])]
-    contenders = r["contenders"]
-    (two,) = (name for name in contenders if name.endswith(", two threads"))
-    one = two.removesuffix(", two threads")
-    compress, restore = (contenders[one][f"{v}_wall"] / contenders[two][f"{v}_wall"] for v in ("compress", "restore"))
     return [
         *lines, "",
-        "`copy` reads and writes every byte; only a tool that writes or reads fewer of them can pass it. With two "
-        f"threads `{one.removeprefix('statecodec ')}` takes {compress:.2f} of the wall time of one to compress, and "
-        f"{restore:.2f} to restore.",
+        "`copy` reads and writes every byte; only a tool that writes or reads fewer of them can pass it.", "",
+        "| `resume` with two threads: share of the wall time of one | compress | restore |", "| --- " * 3 + "|",
+        *(_two_threads(of) for of in (r["small"], r, r["larger"])),
     ]  # fmt: skip
+
+
+def _two_threads(r: Result) -> str:
+    contenders = r["contenders"]
+    (two,) = (name for name in contenders if name.endswith(", two threads"))
+    one = contenders[two.removesuffix(", two threads")]
+    shares = (one[f"{verb}_wall"] / contenders[two][f"{verb}_wall"] for verb in ("compress", "restore"))
+    return "| " + " | ".join((f"{r['bytes'] / 1e9:.2f} GB", *(f"{share:.2f}" for share in shares))) + " |"
 
 
 def _rates(r: Result) -> list[str]:

@@ -59,7 +59,10 @@ class Receiver:
         if not right:
             await run_sync(self._spool.roll_back)
         length = self._row["length"]
-        await self._save(whole=right and (ended if length is None else self._spool.end == length))
+        whole = right and (ended if length is None else self._spool.end == length)
+        await self._save(whole=whole)
+        if whole:  # also where the end of the body did not come after its last byte, or the request was stopped there
+            return
         if ended and not right:
             raise HTTPProblem(460, "upload.checksum", "The body does not match its Upload-Checksum; nothing was kept.")
         if not ended and self._stop.is_set():

@@ -220,6 +220,23 @@ def test_an_interrupted_checksummed_body_keeps_nothing(service, client):
     assert offset(client, path) == 0
 
 
+def test_a_request_that_is_stopped_behind_its_last_byte_has_uploaded_everything(client, service):
+    """The end of a chunked body does not come, and somebody else asks for the offset."""
+    path = create(client)
+    with socket.create_connection(("127.0.0.1", service.port)) as connection:
+        head = (
+            f"PATCH {path} HTTP/1.1\r\nHost: 127.0.0.1:{service.port}\r\nAuthorization: Bearer {service.token}\r\n"
+            "Tus-Resumable: 1.0.0\r\nUpload-Offset: 0\r\nContent-Type: application/offset+octet-stream\r\n"
+            f"Transfer-Encoding: chunked\r\n\r\n{len(DATA):x}\r\n"
+        )
+        connection.sendall(head.encode() + DATA + b"\r\n")
+        time.sleep(0.5)
+        while offset(client, path) < len(DATA):
+            time.sleep(0.1)
+        assert connection.recv(100).startswith(b"HTTP/1.1 204")
+    assert client.get(path).json()["sha256"] == SHA256
+
+
 def test_many_clients_on_one_upload_leave_it_right(client, service):
     path = create(client)
 

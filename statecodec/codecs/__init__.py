@@ -3,7 +3,7 @@
 To add one: write its file beside `raw.py`, add a line to `CODECS` in `spec.py`, a section to docs/codecs.md.
 """
 
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, EncodedTensor, PartSpec
+from statecodec.codecs.base import Codec, EncodedTensor
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.changes import Change
 from statecodec.codecs.companded import Companded
@@ -14,6 +14,7 @@ from statecodec.codecs.folded import Folded
 from statecodec.codecs.following import Following
 from statecodec.codecs.logarithmic import Logarithmic
 from statecodec.codecs.lowrank import LowRank
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.rows import rows_cols
 from statecodec.codecs.same import Same

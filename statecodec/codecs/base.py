@@ -12,14 +12,13 @@ parts concatenated: the result equals encoding it whole. A codec whose `align()`
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import dtypes, kernels
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.codecs.rows import FIRST, LAST, rows_cols
 from statecodec.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, DType
 from statecodec.elementwise import as_fp32
@@ -38,40 +37,7 @@ _FLAG_TEXTS = {
     kernels.OUT_OF_RANGE: "values beyond fp16's range",
 }
 
-Companions: TypeAlias = "Mapping[str, Tensor]"
-"""Companions of a tensor: role -> the values of the same elements, in a shape of as many."""
-
-NO_COMPANIONS: Companions = MappingProxyType({})
-
 FLOATS = (FLOAT32, FLOAT16, BFLOAT16, FLOAT64)
-
-
-@dataclass(frozen=True)
-class PartSpec:
-    """Dtype and shape of one stored part.
-
-    Args:
-        dtype: Its dtype.
-        shape: Its shape.
-    """
-
-    dtype: DType
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes, before packing."""
-        return self.numel * self.dtype.itemsize
-
-
-def inner_parts(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The parts of a nested codec, which are stored under `prefix.`."""
-    return {k.removeprefix(prefix + "."): t for k, t in parts.items() if k.startswith(prefix + ".")}
 
 
 def renamed(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

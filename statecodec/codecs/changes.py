@@ -11,8 +11,9 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from statecodec import kernels
-from statecodec.codecs.base import Codec, PartSpec, inner_parts
+from statecodec.codecs.base import Codec
 from statecodec.codecs.fp32 import store
+from statecodec.codecs.parts import PartSpec, inner_parts
 from statecodec.dtypes import INT16, INT32, INT64, UINT8
 from statecodec.lazy import torch
 

@@ -9,8 +9,9 @@ from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, renamed
+from statecodec.codecs.base import Codec, renamed
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.codecs.rows import FIRST, LAST, along_the_last, as_rows, in_rows, rows_cols
 from statecodec.dtypes import BFLOAT16, INT8, UINT8, DType
 from statecodec.kernels.curves import DEFAULT_PER_OCTAVE, KINDS, LINEAR, LOG, SOFTSIGN, Curve

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Companions
 from statecodec.codecs.fp32 import fp32_like, rounding, store
 from statecodec.codecs.on_grid import OnGrid, grid_bound
+from statecodec.codecs.parts import NO_COMPANIONS, Companions
 from statecodec.elementwise import as_fp32
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import Comparison

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import Codec
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.dtypes import DType
 from statecodec.lazy import torch
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from statecodec.codecs.base import FLOATS, Codec, PartSpec
+from statecodec.codecs.base import FLOATS, Codec
 from statecodec.codecs.cast import Cast
 from statecodec.codecs.changes import Change, changed_specs
 from statecodec.codecs.companded import Companded
 from statecodec.codecs.logarithmic import Logarithmic
+from statecodec.codecs.parts import PartSpec
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.spec import format_codec, from_config, parse
 from statecodec.codecs.split import Split

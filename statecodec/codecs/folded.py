@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, inner_parts
+from statecodec.codecs.base import Codec
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec, inner_parts
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.rows import FIRST, LAST, along_the_last, as_rows, in_rows, rows_cols
 from statecodec.dtypes import FLOAT32, DType

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, renamed
+from statecodec.codecs.base import Codec, renamed
 from statecodec.codecs.fp32 import fp32_like, rounding, store
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.dtypes import INT16, DType
 from statecodec.elementwise import as_fp32
 from statecodec.kernels.grids import MAX_PER_OCTAVE, LogGrid

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import Codec
 from statecodec.codecs.chunking import PIECE_ELEMENTS, iterate
 from statecodec.codecs.fp32 import rounding, store
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.codecs.raw import Raw
 from statecodec.codecs.rows import FIRST, LAST, along_the_last, rows_cols
 from statecodec.dtypes import FLOAT32, DType, of

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from statecodec.codecs.base import Codec, PartSpec
+from statecodec.codecs.base import Codec
+from statecodec.codecs.parts import PartSpec
 from statecodec.dtypes import INT32, DType
 from statecodec.kernels.grids import LIMIT, MAX_STEP, MIN_STEP, Grid
 from statecodec.lazy import torch

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec, inner_parts
+from statecodec.codecs.base import Codec
 from statecodec.codecs.fp32 import rounding, store
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec, inner_parts
 from statecodec.codecs.raw import Raw
 from statecodec.dtypes import FLOAT32, DType
 from statecodec.errors import UnsupportedTensor

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from statecodec import kernels
-from statecodec.codecs.base import NO_COMPANIONS, Codec, Companions, PartSpec
+from statecodec.codecs.base import Codec
 from statecodec.codecs.fp32 import fp32_like, rounding
+from statecodec.codecs.parts import NO_COMPANIONS, Companions, PartSpec
 from statecodec.codecs.rows import as_rows
 from statecodec.dtypes import BFLOAT16, FLOAT16, INT8, INT16, DType
 from statecodec.lazy import torch

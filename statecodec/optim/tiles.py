@@ -16,7 +16,7 @@ from torch import Tensor
 
 from statecodec import dtypes, kernels
 from statecodec.codecs import Codec, EncodedTensor, Folded, Raw, rows_cols
-from statecodec.codecs.base import inner_parts
+from statecodec.codecs.parts import inner_parts
 
 # Elements of one tile: weight, gradient and two moments in fp32 stay within a core's second-level cache or just
 # outside.

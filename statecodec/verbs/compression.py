@@ -24,9 +24,9 @@ from statecodec.choose.choices import Choices
 from statecodec.choose.low_rank import is_low_rank
 from statecodec.choose.widths import finer
 from statecodec.codecs import Change, Codec, Encoding
-from statecodec.codecs.base import Companions
 from statecodec.codecs.changes import subtract_parts, subtract_values
 from statecodec.codecs.chunking import Chunk
+from statecodec.codecs.parts import Companions
 from statecodec.dtypes import FLOAT32
 from statecodec.format import ItemSpec
 from statecodec.kernels.reference.statistics import Comparison

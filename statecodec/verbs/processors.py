@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from statecodec import codecs, dtypes, kernels
 from statecodec.buffers import ThreadScratch
 from statecodec.codecs import Codec
-from statecodec.codecs.base import Companions
+from statecodec.codecs.parts import Companions
 from statecodec.elementwise import as_fp32, pieces, root
 from statecodec.errors import BackendUnavailable, UsageError
 from statecodec.kernels.reference.statistics import NO_DIFFERENCE, Comparison

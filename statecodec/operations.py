@@ -206,7 +206,7 @@ _RULES = Option(
 _PACK = Option(
     "pack",
     "text",
-    "Entropy packing: none, zstd[:LEVEL], predicted (smaller, takes longer), auto (that for 16-bit moments).",
+    "Entropy packing: none, zstd[:LEVEL], predicted (smaller, slower), auto (that for 16-bit moments and momenta).",
     "auto",
     pattern=r"none|(auto|zstd|predicted)(:-?[0-9]{1,2})?",
     example="zstd:9",

@@ -1,7 +1,7 @@
-"""Which tensors are worth a low-rank prediction by default (`--pack auto`): moments in 16 bits.
+"""Which tensors are worth a low-rank prediction by default (`--pack auto`): moments in 16 bits, and momenta.
 
-Optimizers keep their moments in 16 bits where the weights that they train are in 16 bits, too. These are exact, so
-their moments are all that there is to make smaller (docs/decisions/0028-predictions-by-default-in-16-bits.md).
+They are all that an optimizer keeps beside weights which are exact, or hardly smaller than they were
+(docs/decisions/0028-predictions-by-default-in-16-bits.md, 0030-momenta-are-predicted.md).
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ from statecodec.roles import MOMENT_ROLES
 
 def is_low_rank(item: TensorInfo) -> bool:
     """Whether `--pack auto` predicts the tensor's codes."""
-    return item.role in MOMENT_ROLES and item.dtype in (BFLOAT16, FLOAT16)
+    return item.role == "momentum" or (item.role in MOMENT_ROLES and item.dtype in (BFLOAT16, FLOAT16))

@@ -70,7 +70,7 @@ def compress(
         rules_file: A JSON file of rules, as `analyze` writes them.
         strict: Refuse a rule that matches no tensor. Otherwise the notes name it.
         pack: `none`; `zstd`; `predicted`, which is smaller and takes longer; `auto`, which is `predicted` for
-            moments in 16 bits and `zstd` for the rest. All but `none` take a `:LEVEL`.
+            moments in 16 bits and for momenta, and `zstd` for the rest. All but `none` take a `:LEVEL`.
         device: `cpu`, `cuda`, or `auto`: the CPU unless a card is there and was measured to be faster.
         max_shard_size: Largest size of one output file, in bytes or as text such as `5GB`; None for a single file.
         verify: Read the result back and compare it with the source before it gets its name.

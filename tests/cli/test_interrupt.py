@@ -24,10 +24,12 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def interrupt_when_writing(verb: str, source: Path, output: Path, number: signal.Signals) -> tuple[int, str]:
+def interrupt_when_writing(
+    verb: str, source: Path, output: Path, number: signal.Signals, *options: str
+) -> tuple[int, str]:
     """Start the verb, send the signal once something appears beside `output`, and return the exit code and stderr."""
     before = set(output.parent.iterdir())
-    child = process(verb, source, "-o", output, "--threads", "1")
+    child = process(verb, source, "-o", output, "--threads", "1", *options)
     deadline = time.monotonic() + 60
     while set(output.parent.iterdir()) == before and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -56,7 +58,8 @@ def test_an_interruption_where_exceptions_are_ignored_comes_again() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_compress_leaves_nothing(big: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
-    returned, err = interrupt_when_writing("compress", big, tmp_path / "out.sc.safetensors", number)
+    slowly = ("--pack", "zstd:12")
+    returned, err = interrupt_when_writing("compress", big, tmp_path / "out.sc.safetensors", number, *slowly)
     assert returned == code, err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Without `--pack`: codes of 16-bit moments are predicted, in every way into a file, and no others are."""
+"""Without `--pack`: codes of 16-bit moments and momenta are predicted, in every way into a file, and no others are."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def state(dtype: torch.dtype, noise: int = 1) -> dict[str, Any]:
     group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": [0]}
     weight = torch.randn(300, 200, generator=generator).to(dtype)
     return {"model": {"w": weight}, "optimizer": {"state": {0: moments}, "param_groups": [group]}}
+
+
+def with_momentum(dtype: torch.dtype) -> dict[str, Any]:
+    """The same weight as SGD with momentum keeps it."""
+    saved = state(dtype)
+    momentum = saved["optimizer"]["state"][0]["exp_avg"]
+    group = {"lr": 1e-2, "momentum": 0.9, "dampening": 0, "weight_decay": 0.0, "nesterov": False, "params": [0]}
+    saved["optimizer"] = {"state": {0: {"momentum_buffer": momentum}}, "param_groups": [group]}
+    return saved
 
 
 def methods(path: Path) -> dict[str, set[int]]:
@@ -84,6 +93,15 @@ def test_moments_in_fp32_are_not(way: Callable[[Path, Path], Path], tmp_path: Pa
     torch.save(state(torch.float32), tmp_path / "x.pt")
     made = methods(way(tmp_path / "x.pt", tmp_path / "made.sc.safetensors"))
     assert PREDICTED not in set().union(*made.values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_momenta_are_predicted(dtype: torch.dtype, way: Callable[[Path, Path], Path], tmp_path: Path) -> None:
+    torch.save(with_momentum(dtype), tmp_path / "x.pt")
+    made = methods(way(tmp_path / "x.pt", tmp_path / "made.sc.safetensors"))
+    assert made["momentum"] == {PREDICTED}
+    assert PREDICTED not in made["weight"]
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -39,7 +39,7 @@ def run(
         typer.Option(
             "--pack",
             metavar="auto|none|zstd|predicted",
-            help="Entropy packing. predicted is smaller and takes longer, auto is that for 16-bit moments. "
+            help="Entropy packing. predicted is smaller and takes longer, auto is that for 16-bit moments and momenta. "
             "zstd:LEVEL sets its level.",
         ),
     ] = "auto",

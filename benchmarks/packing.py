@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from statecodec.buffers import Pool
 from statecodec.format.packing import Packing, decode_record, encode_record
-from statecodec.kernels import cpu
-from statecodec.kernels.reference.planes import plane_layout
+from statecodec.format.words import Words, words_of
+from statecodec.kernels.cpu.planes import merge_words, split_words
 
 N = 1 << 20
 
@@ -63,19 +64,31 @@ def measure(x: torch.Tensor) -> dict[str, float]:
     decode_record(record, [out], pool)
     if not torch.equal(out.view(torch.uint8), x.view(torch.uint8)):
         raise SystemExit("a chunk came back changed")
-    width = plane_layout(x.dtype)[0]
-    planes = torch.empty(width, x.nbytes // width, dtype=torch.uint8)
-    cpu.split_planes(x, planes)
-    top, compressor = planes[-1].numpy(), packing.compressor()
+    words, compressor = words_of(x), packing.compressor()
+    planes, split, merge = plane_kernels(words)
     return {
         "ratio": x.nbytes / size,
         "pack": rate(x.nbytes, pack),
         "unpack": rate(x.nbytes, lambda: decode_record(record, [out], pool)),
         "copy": rate(x.nbytes, lambda: out.copy_(x)),
-        "split": rate(x.nbytes, lambda: cpu.split_planes(x, planes)),
-        "merge": rate(x.nbytes, lambda: cpu.merge_planes(list(planes), out)),
-        "zstd of the top plane": rate(x.nbytes, lambda: compressor.compress(top)),
+        "split": rate(x.nbytes, split),
+        "merge": rate(x.nbytes, merge),
+        "zstd of the top plane": rate(x.nbytes, lambda: compressor.compress(planes[-1])),
     }
+
+
+def plane_kernels(words: Words) -> tuple[np.ndarray, Callable[[], object], Callable[[], object]]:
+    """The planes of a part, and what splits it into them and merges them; bytes are their one plane."""
+    source = words.unsigned
+    if source.itemsize == 1:
+        return source.reshape(1, -1), lambda: None, lambda: None
+    planes, back = np.empty((source.itemsize, source.size), np.uint8), np.empty_like(source)
+    split_words(source, planes, words.rotate)
+    return (
+        planes,
+        lambda: split_words(source, planes, words.rotate),
+        lambda: merge_words(list(planes), back, words.rotate),
+    )
 
 
 def main() -> None:

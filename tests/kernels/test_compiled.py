@@ -11,10 +11,9 @@ import pytest
 import statecodec
 
 USE = """
-import torch
-from statecodec.kernels import cpu
+import numpy as np
 from statecodec.kernels.cpu import planes
-print(cpu.constant_byte(torch.zeros(10_000, dtype=torch.uint8)))
+print(planes.constant(np.zeros(10_000, np.uint8)))
 stats = planes._constant.stats
 print("hits", sum(stats.cache_hits.values()), "misses", sum(stats.cache_misses.values()))
 """

@@ -1,4 +1,4 @@
-"""Byte planes against a bytes-level oracle, on both CPU backends."""
+"""Byte planes, as packing makes them, against a bytes-level oracle."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from statecodec import kernels
+from statecodec.format.words import words_of
+from statecodec.kernels.cpu import planes
 
 DTYPES = [
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.complex128, torch.bool,
@@ -25,33 +26,33 @@ def oracle(data: bytes, width: int, rotate: bool) -> list[bytes]:
     return [bytes((w >> (8 * k)) & 0xFF for w in words) for k in range(width)]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 7, 4095, 4097])
-def test_split_and_merge(backend: str, dtype: torch.dtype, n: int) -> None:
+def test_split_and_merge(dtype: torch.dtype, n: int) -> None:
     data = np.random.default_rng(n).integers(0, 2 if dtype is torch.bool else 256, n * dtype.itemsize, np.uint8)
-    x = torch.from_numpy(data).view(dtype) if n else torch.empty(0, dtype=dtype)
+    words = words_of(torch.from_numpy(data).view(dtype) if n else torch.empty(0, dtype=dtype))
     width = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+    assert (words.array.itemsize, words.rotate) == (width, dtype in ROTATED)
+    if width == 1:  # packed as they are
+        assert words.array.tobytes() == data.tobytes()
+        return
     count = data.size // width
-    buffer = torch.full((width * count + 8,), 0x7F, dtype=torch.uint8)
-    planes = buffer[: width * count].view(width, count)
-    kernel = kernels.get(backend)
-    kernel.split_planes(x, planes)
-    assert [bytes(p.numpy()) for p in planes] == oracle(data.tobytes(), width, dtype in ROTATED)
+    buffer = np.full(width * count + 8, 0x7F, np.uint8)
+    split = buffer[: width * count].reshape(width, count)
+    planes.split_words(words.unsigned, split, words.rotate)
+    assert [plane.tobytes() for plane in split] == oracle(data.tobytes(), width, words.rotate)
     assert (buffer[width * count :] == 0x7F).all(), "wrote past the planes"
-    out = torch.empty_like(x)
-    kernel.merge_planes(list(planes), out)
-    assert bytes(out.view(torch.uint8).numpy() if n else b"") == data.tobytes()
+    merged = np.empty_like(words.unsigned)
+    planes.merge_words(list(split), merged, words.rotate)
+    assert merged.tobytes() == data.tobytes()
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_constant_byte(backend: str) -> None:
-    kernel = kernels.get(backend)
+def test_constant() -> None:
     for n in (1, 100, 4096, 10_000):
-        x = torch.full((n,), 200, dtype=torch.uint8)
-        assert kernel.constant_byte(x) == 200
+        x = np.full(n, 200, np.uint8)
+        assert planes.constant(x) == 200
         if n > 1:
             for at in (0, n // 2, n - 1):
-                y = x.clone()
+                y = x.copy()
                 y[at] = 201
-                assert kernel.constant_byte(y) == -1
+                assert planes.constant(y) == -1

@@ -4,6 +4,7 @@ They compile on first use (a second or two each, cached on disk) and need no com
 same bits as `statecodec.kernels.reference`.
 """
 
+from statecodec.kernels.cpu import planes
 from statecodec.kernels.cpu.centring import byte_counts, centre, uncentre
 from statecodec.kernels.cpu.companding import decode_companded, encode_companded
 from statecodec.kernels.cpu.folding import fold_mean, unfold
@@ -11,7 +12,6 @@ from statecodec.kernels.cpu.forms import form_of
 from statecodec.kernels.cpu.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.cpu.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.cpu.narrowing import narrow, widen
-from statecodec.kernels.cpu.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.cpu.prediction import add_prediction, factors_of
 from statecodec.kernels.cpu.splitting import decode_split, encode_split
 from statecodec.kernels.cpu.statistics import compare, compare_updates, size, update_size
@@ -22,7 +22,6 @@ __all__ = [
     "centre",
     "compare",
     "compare_updates",
-    "constant_byte",
     "decode_companded",
     "decode_direction",
     "decode_logarithmic",
@@ -36,10 +35,9 @@ __all__ = [
     "factors_of",
     "fold_mean",
     "form_of",
-    "merge_planes",
     "narrow",
+    "planes",
     "size",
-    "split_planes",
     "uncentre",
     "unfold",
     "update_size",

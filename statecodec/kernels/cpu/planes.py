@@ -1,4 +1,4 @@
-"""Byte planes in numba: split a tensor into one array per byte of its elements, and merge them again.
+"""Byte planes in numba: split words into one array per byte, and merge them again (`format.words`).
 
 `split` works on blocks that stay in the first-level cache and writes one plane per loop: LLVM vectorises a loop with
 one output, but gives up on four at once (too many alias checks). `merge` has one output and vectorises as it is.
@@ -11,26 +11,24 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from statecodec.kernels.cpu.compiled import compiled
-from statecodec.kernels.reference.planes import SIGNED, plane_layout
 
 Array = NDArray[Any]
-UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-BLOCK = 4096
+_UNSIGNED: dict[int, Any] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_BLOCK = 4096
 
 
 def _splitter(width: int) -> Any:
     """The split loop for one element width: a constant, so that the shifts are constants and stay narrow."""
-    word = UNSIGNED[width]
+    word = _UNSIGNED[width]
     top = 8 * width - 1
 
     @compiled
     def split(x: Array, planes: Array, rotate: bool) -> None:
-        rotated = np.empty(BLOCK, x.dtype)
-        for start in range(0, x.size, BLOCK):
-            n = min(BLOCK, x.size - start)
+        rotated = np.empty(_BLOCK, x.dtype)
+        for start in range(0, x.size, _BLOCK):
+            n = min(_BLOCK, x.size - start)
             source = x[start : start + n]
             if rotate:
                 for i in range(n):
@@ -83,8 +81,8 @@ def _merge8(
 @compiled
 def _constant(x: Array) -> int:
     first = x[0]
-    for start in range(0, x.size, BLOCK):
-        block = x[start : start + BLOCK]
+    for start in range(0, x.size, _BLOCK):
+        block = x[start : start + _BLOCK]
         different = np.uint8(0)
         for i in range(block.size):
             different |= block[i] ^ first
@@ -112,30 +110,3 @@ def merge_words(planes: Sequence[Array], words: Array, rotate: bool) -> None:
 def constant(x: Array) -> int:
     """The value of every byte (uint8, flat, not empty) if they are all the same, else -1."""
     return int(_constant(x))
-
-
-def split_planes(x: Tensor, planes: Tensor) -> None:
-    """See `reference.planes.split_planes`."""
-    width, rotate = plane_layout(x.dtype)
-    if width == 1:
-        np.copyto(planes.view(-1).numpy(), _words(x, width))  # not by torch, whose own threads get in the callers' way
-    else:
-        split_words(_words(x, width), planes.numpy(), rotate)
-
-
-def merge_planes(planes: Sequence[Tensor], out: Tensor) -> None:
-    """See `reference.planes.merge_planes`."""
-    width, rotate = plane_layout(out.dtype)
-    if width == 1:
-        np.copyto(_words(out, width), planes[0].numpy())
-    else:
-        merge_words([plane.numpy() for plane in planes], _words(out, width), rotate)
-
-
-def constant_byte(x: Tensor) -> int:
-    """See `reference.planes.constant_byte`."""
-    return constant(x.numpy())
-
-
-def _words(x: Tensor, width: int) -> Array:
-    return x.view(-1).view(SIGNED[width].torch).numpy().view(UNSIGNED[width])

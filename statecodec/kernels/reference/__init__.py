@@ -7,7 +7,6 @@ from statecodec.kernels.reference.forms import form_of
 from statecodec.kernels.reference.grid import decode_direction, decode_uniform, encode_direction, encode_uniform
 from statecodec.kernels.reference.logarithm import decode_logarithmic, encode_logarithmic
 from statecodec.kernels.reference.narrowing import narrow, widen
-from statecodec.kernels.reference.planes import constant_byte, merge_planes, split_planes
 from statecodec.kernels.reference.prediction import add_prediction, factors_of
 from statecodec.kernels.reference.splitting import decode_split, encode_split
 from statecodec.kernels.reference.statistics import compare, compare_updates, size, update_size
@@ -18,7 +17,6 @@ __all__ = [
     "centre",
     "compare",
     "compare_updates",
-    "constant_byte",
     "decode_companded",
     "decode_direction",
     "decode_logarithmic",
@@ -32,10 +30,8 @@ __all__ = [
     "factors_of",
     "fold_mean",
     "form_of",
-    "merge_planes",
     "narrow",
     "size",
-    "split_planes",
     "uncentre",
     "unfold",
     "update_size",

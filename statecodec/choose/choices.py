@@ -18,6 +18,7 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, unmatched_notes
+from statecodec.choose.step_size import StepSize
 from statecodec.codecs import Codec, Encoding
 from statecodec.errors import UnsupportedTensor
 from statecodec.roles import MOMENT_ROLES, family
@@ -31,8 +32,9 @@ class Choice:
 
     `encoding`: the codec, and whether its parts are stored or what changed of them since a base. `settled`: later
     stages leave it alone. `unit`: one optimizer step in the unit of the codec's error sums, where that is known.
-    `most`: the largest rms error in that unit, where one is promised. `companions`: role -> name of the tensor that the
-    codec needs. `otherwise`: the codec for values that this one refuses; raw for those that it refuses too.
+    `step`: of a first moment that is stored as a direction, the update that it belongs to. `most`: the largest rms
+    error in the unit of the codec's error sums, where one is promised. `companions`: role -> name of the tensor that
+    the codec needs. `otherwise`: the codec for values that this one refuses; raw for those that it refuses too.
     """
 
     encoding: Encoding
@@ -40,6 +42,7 @@ class Choice:
     settled: bool = False
     unit: float | None = None
     most: float | None = None
+    step: StepSize | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
     otherwise: Codec = field(default_factory=codecs.Raw)
 

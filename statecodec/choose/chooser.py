@@ -48,6 +48,7 @@ from statecodec.roles import MOMENT_ROLES, family
 _SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
 _FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
 _ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
+_SOUND = 15 / 16  # share of elements that have an update, below which moments are kept as they are
 _COARSEST = 2.0**-7  # coarsest grid, in the largest weight: as coarse as bf16 there
 
 
@@ -115,6 +116,8 @@ class _Chooser:
         self._followed = followed(source)
         self._one_step: dict[str, float] = {}
         """Of weights, by name."""
+        self._underflowed: list[str] = []
+        """Names of first moments beside which too many second moments are 0."""
         self._coarser: set[str] = set()
         """Names of weights whose 24 bits are coarser than what was asked for."""
 
@@ -136,9 +139,14 @@ class _Chooser:
 
     def _pair(self, first: SourceItem, second: SourceItem, unit: StepSize | None, fraction: float) -> dict[str, Choice]:
         """The choices for a pair of moments."""
+        exactly = None
         if unit is not None and narrow(first, 1.0) > fraction * ROUNDED:
-            reason = f"exact: {first.dtype} is hardly finer than {fraction:.4g} of a step"
-            return {i.name: Choice(self.choices[i.name].encoding, reason) for i in (first, second) if self._open(i)}
+            exactly = f"exact: {first.dtype} is hardly finer than {fraction:.4g} of a step"
+        elif unit is not None and unit.numel < _SOUND * first.numel:
+            self._underflowed.append(first.name)
+            exactly = f"exact: {first.numel - unit.numel} of {first.numel} elements have no update, as v is 0 there"
+        if exactly:
+            return {i.name: Choice(self.choices[i.name].encoding, exactly) for i in (first, second) if self._open(i)}
         chosen: dict[str, Choice] = {}
         if self._open(second):
             chosen[second.name] = self._second_moment(fraction)
@@ -200,7 +208,7 @@ class _Chooser:
         codec = Direction(width_for(most, first, unit.direction), unit.eps)
         reason = f"{fraction:.4g} of the update's rms"
         companions = {"exp_avg_sq": second.name}
-        return Choice(Encoding(codec), reason, unit=unit.update / unit.direction, most=most, companions=companions)
+        return Choice(Encoding(codec), reason, unit=unit.direction, most=most, step=unit, companions=companions)
 
     def _second_moment(self, fraction: float) -> Choice:
         per_octave = codes_per_octave(fraction)
@@ -260,7 +268,12 @@ class _Chooser:
         return None
 
     def notes(self) -> Iterator[str]:
-        """What is not as near as was asked for."""
+        """What is not as near as was asked for, or nearer."""
+        if self._underflowed:
+            yield (
+                f"moments kept exact, because exp_avg_sq is 0 where exp_avg is not: {len(self._underflowed)}, such as "
+                f"{self._underflowed[0]}; such parameters make steps of exp_avg / eps"
+            )
         if self._coarser:
             yield (
                 f"weights off by more than {self.budget.weights:.4g} of a step, because their steps are small beside "

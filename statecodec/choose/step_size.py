@@ -33,11 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StepSize:
-    """One parameter's step: the rms of its update, and that of the stored direction, which lacks bias corrections."""
+    """One parameter's step.
+
+    `update`: the rms of its update. `direction`: that of the stored direction, which lacks bias corrections. `eps`: of
+    the direction. `numel`: how many elements have an update.
+    """
 
     update: float
     direction: float
     eps: float
+    numel: int
 
     @classmethod
     def of(cls, pieces: Iterable[UpdateSize], moments: AdamSettings) -> StepSize | None:
@@ -52,7 +57,7 @@ class StepSize:
         if not direction or not math.isfinite(direction):
             return None
         correction1, correction2 = corrections(moments)
-        return cls(direction * math.sqrt(correction2) / correction1, direction, stored_eps(moments))
+        return cls(direction * math.sqrt(correction2) / correction1, direction, stored_eps(moments), numel)
 
 
 def step_sizes(

@@ -42,7 +42,7 @@ class Moments(AdamSettings):
         weight_decay: Per unit of lr; None where the file does not say.
         step: Number of steps done; None where the file does not say.
         exp_avg: Name of the first moment.
-        exp_avg_sq: Name of the second moment.
+        exp_avg_sq: Name of the second moment by whose root the update is divided (amsgrad's is max_exp_avg_sq).
         weight: Name of the weight; None where it is not among the tensors.
     """
 

@@ -199,10 +199,15 @@ class Compression:
     def figures(self, index: int, c: Comparison) -> dict[str, float]:
         """The error of one tensor: of its values, or, if it is stored as a direction, of the update alone."""
         item = self.source.items[index]
-        unit, relative = self.choices[item.name].unit, math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
-        if "exp_avg_sq" in self.choices[item.name].companions:
-            scale = (unit or 1.0) ** 2
-            self.totals.add("u_rms", c.sum_sq_diff * scale, c.sum_sq * scale)
+        choice, relative = self.choices[item.name], math.sqrt(c.sum_sq_diff / c.sum_sq) if c.sum_sq else 0.0
+        unit, step = choice.unit, choice.step
+        if step is not None:  # not in units of the sum of squares: m / eps where v is 0 would drown all others
+            size = step.numel * step.update**2
+            error = c.sum_sq_diff * (step.update / step.direction) ** 2
+            self.totals.add("u_rms", error, size)
+            return {"step_error": math.sqrt(error / size)}
+        if "exp_avg_sq" in choice.companions:
+            self.totals.add("u_rms", c.sum_sq_diff, c.sum_sq)
             return {"step_error": relative}
         rms = math.sqrt(c.sum_sq_diff / max(item.numel, 1))
         figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}

@@ -103,10 +103,16 @@ def _compare_updates(
                 u[i], w[i] = 0.0, 0.0
                 nonfinite += 1
         for i in range(stop - start):
+            difference = np.float64(w[i]) - np.float64(u[i])
+            part_diff += difference * difference
+        second = v[start:stop]
+        for i in range(stop - start):
+            if not (second[i] > 0 or abs(u[i]) < _ONE):
+                u[i], w[i] = 0.0, 0.0
+        for i in range(stop - start):
             x, y = np.float64(u[i]), np.float64(w[i])
             part += x * x
             part_other += y * y
-            part_diff += (y - x) * (y - x)
             part_dot += x * y
         for i in range(stop - start):
             largest = max(largest, np.float32(abs(u[i])).view(np.int32))

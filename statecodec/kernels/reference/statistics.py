@@ -32,7 +32,10 @@ class Comparison(NamedTuple):
 
 
 class UpdateComparison(NamedTuple):
-    """Of two Adam update directions u (original) and w: sums over all elements where both are finite."""
+    """Of two Adam update directions u (original) and w: sums over all elements where both are finite.
+
+    All but `sum_sq_diff` leave out what is no update, as `UpdateSize` does.
+    """
 
     sum_sq: float
     sum_sq_other: float
@@ -105,7 +108,7 @@ def compare_updates(
         eps: What is added to the root.
 
     Returns:
-        Sums in fp64.
+        Sums in fp64. m / eps from 1 on where v is 0 counts in `sum_sq_diff` alone: it may drown all others.
     """
 
     def update(first: Tensor, second: Tensor) -> Tensor:
@@ -114,10 +117,13 @@ def compare_updates(
     u, w = update(m, v), update(m_other, v_other)
     finite = u.isfinite() & w.isfinite()
     nonfinite = int((~finite).sum())
-    u, w = u[finite], w[finite]
+    u, w, root = u[finite], w[finite], v[finite]
+    sum_sq_diff = float(((w - u) ** 2).sum())
+    sound = (root > 0) | (u.abs() < 1)
+    u, w = u[sound], w[sound]
     if not u.numel():
-        return NO_UPDATE._replace(nonfinite=nonfinite)
-    squares = (float((u * u).sum()), float((w * w).sum()), float(((w - u) ** 2).sum()), float((u * w).sum()))
+        return NO_UPDATE._replace(sum_sq_diff=sum_sq_diff, nonfinite=nonfinite)
+    squares = (float((u * u).sum()), float((w * w).sum()), sum_sq_diff, float((u * w).sum()))
     return UpdateComparison(*squares, float(u.abs().max()), float(w.abs().max()), nonfinite)
 
 

@@ -13,6 +13,7 @@ from statecodec.layouts.graph import contiguous
 from statecodec.layouts.moments import AdamSettings
 from statecodec.layouts.pickle.nodes import DictNode, TensorNode
 
+_LARGEST: Final = ("max_exp_avg_sq", "max_exp_avg_sqs")  # torch's name, and that of older code
 _SCALARS: Final[dict[DType, str]] = {
     FLOAT32: "<f", FLOAT64: "<d", FLOAT16: "<e",
     INT64: "<q", INT32: "<i", INT16: "<h", UINT8: "<B", INT8: "<b",
@@ -27,7 +28,7 @@ def adam_nodes(
     weight: WeightNode | None,
 ) -> AdamNodes | None:
     """The moments of one parameter's Adam state; None if it has not both, or the settings are not Adam's."""
-    m, v = state.get("exp_avg"), state.get("exp_avg_sq")
+    m, v = state.get("exp_avg"), _divisor(state, group)
     if type(m) is not TensorNode or type(v) is not TensorNode or (m.shape, m.stride) != (v.shape, v.stride):
         return None
     settings = _adam_settings(file, state, group, name)
@@ -36,6 +37,12 @@ def adam_nodes(
     if weight is not None and (weight[1].shape, weight[1].stride) != (m.shape, m.stride):
         weight = None
     return AdamNodes(**vars(settings), exp_avg=m, exp_avg_sq=v, weight=weight)
+
+
+def _divisor(state: dict[str, Any], group: dict[str, Any]) -> Any:
+    """The second moment by whose root the update is divided: under amsgrad its largest value so far."""
+    largest = next((state[key] for key in _LARGEST if key in state), None)
+    return state.get("exp_avg_sq") if largest is None or group.get("amsgrad") is False else largest
 
 
 def quantised_nodes(

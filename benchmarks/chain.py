@@ -22,10 +22,12 @@ import statecodec
 TASK = Task("gpt", partial(gpt, 4, 192), partial(adamw, 1e-3, 0.95), partial(text, 4), "GPT, AdamW")
 FOLDER = CACHE / "chain"
 PACKED = FOLDER / "packed"
-EARLY, LATE = 250, 400  # the learning rate is at its middle, and at its lowest
+STAGES = 60, 250, 400  # the learning rate has just come to its highest, is at its middle, and at its lowest
+LATE = STAGES[-1]
 DISTANCES = (1, 10, 50, 200)
 EVERY = tuple(range(50, LATE + 1, 50))
-SAVED = sorted({*EVERY, *(at - distance for at in (EARLY, LATE) for distance in (0, *DISTANCES))})
+LINKS = [(at, distance) for at in STAGES for distance in DISTANCES if distance < at]
+SAVED = sorted({*EVERY, *STAGES, *(at - distance for at, distance in LINKS)})
 FRACTIONS = (0.01, 0.1, 0.3, 1.0)
 RESUMED, ORDERS = 50, 2
 
@@ -40,9 +42,9 @@ def main() -> None:
         {
             "params": statecodec.inspect(checkpoint(LATE)).num_params,
             "resumed_steps": RESUMED,
-            "links": [link(at, distance, f) for at in (EARLY, LATE) for distance in DISTANCES for f in FRACTIONS],
+            "links": [link(at, distance, f) for at, distance in LINKS for f in FRACTIONS],
             "chains": [chain(f) for f in FRACTIONS],
-            "gaps": [gap(at, f) for at in (EARLY, LATE) for f in FRACTIONS],
+            "gaps": [gap(at, f) for at in STAGES for f in FRACTIONS],
         },
     )
 

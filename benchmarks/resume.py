@@ -4,7 +4,8 @@ Resume from restored checkpoints, under every preset and at step errors from 0.3
 checkpoint, under several data orders. Every task (tasks.py) is trained once and saved. The checkpoint is compressed and
 restored in each way, and each restored one is trained on in the same data order as the exact one. Two yardsticks: the
 spread of exact resumes over data orders, and what one ulp does, a checkpoint whose weights were all moved to a
-neighbouring fp32 number.
+neighbouring fp32 number. Presets are also measured on GPTs that began with other weights and saw other data, one data
+order each.
 
 What is there already is not measured again: results are written after each run, and a second start goes on.
 
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 from common import CACHE, RESULTS, keep
-from tasks import TASKS, TRAINED, Task, TaskRun
+from tasks import SEEDED, TASKS, TRAINED, Task, TaskRun
 
 import statecodec
 
-VARIANTS = ("resume", "small", "tiny", "0.01", "0.1", "0.3", "1.0", "0.003", "0.03")  # in the order of their importance
+PRESETS = ("resume", "small", "tiny")
+VARIANTS = (*PRESETS, "0.01", "0.1", "0.3", "1.0", "0.003", "0.03")  # in the order of their importance
 ULP = "one ulp"
 BEFORE, AFTER = 200, (8, 200)  # steps before the checkpoint is saved; steps after it at which to look
 FOLDER = CACHE / "resume"
@@ -36,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--orders", type=int, default=3)
     parser.add_argument("--variants", nargs="*", default=VARIANTS)
-    parser.add_argument("tasks", nargs="*", default=[task.name for task in TASKS])
+    parser.add_argument("tasks", nargs="*", default=[task.name for task in (*TASKS, *SEEDED)])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,9 @@ def main() -> None:
     for order in range(arguments.orders):
         for task in tasks:
             one_order(task, order, arguments.variants)
+    for task in SEEDED:
+        if task.name in arguments.tasks:
+            one_order(task, task.seed, [variant for variant in PRESETS if variant in arguments.variants])
 
 
 def one_order(task: Task, order: int, variants: Sequence[str]) -> None:
@@ -66,7 +71,7 @@ def saved(task: Task) -> Path:
     path = FOLDER / f"{task.name}.pt"
     if not path.exists():
         run = TaskRun(task)
-        losses = run.train(BEFORE, TRAINED)
+        losses = run.train(BEFORE, TRAINED + task.seed)
         print(f"{task.name}: trained to {losses[-1]:.3f}", flush=True)
         run.save(path)
     return path

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,13 +36,15 @@ class Task:
     optimizers: Callable[[nn.Module], list[Optimizer]]
     batch: Callable[[int | None, int], Batch]
     about: str
+    seed: int = 0
+    """Of the weights that training begins with."""
 
 
 class TaskRun:
     """A task's model and optimizers, and how far they have come."""
 
     def __init__(self, task: Task) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(task.seed)
         self.task, self.model, self.step = task, task.net(), 0
         self.optimizers = task.optimizers(self.model)
         self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -225,3 +227,9 @@ TASKS = (
     Task("gpt-lion", partial(gpt, 4, 192), lion, partial(text, 4), "GPT, Lion"),
     Task("conv-adamw", conv, partial(adamw, 1e-3, 0.999), stripes, "conv net, AdamW"),
 )
+SEEDED = tuple(
+    replace(task, name=f"{task.name}-seed-{seed}", about=f"{task.about}, other weights {seed}", seed=seed)
+    for task in GPTS
+    for seed in (1, 2)
+)
+"""The same from other weights and in other data orders, for presets alone."""

@@ -213,7 +213,7 @@ class Source:
         files: Sorted by path.
         tensors: Sorted by file and offset of their first piece. Every region belongs to exactly one of them.
         moments: The pairs of Adam's moments.
-        momenta: The momenta without a second moment.
+        momenta: The momenta from which alone a weight's step follows.
         quantised: The pairs of Adam's moments that another package keeps quantised.
         folders: The directory itself and all subdirectories, sorted by path, empty ones included; empty for a single
             file.

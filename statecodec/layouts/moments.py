@@ -53,7 +53,7 @@ class Moments(AdamSettings):
 
 @dataclass(frozen=True)
 class MomentumSettings:
-    """How one step moves a weight that is trained by a momentum alone.
+    """How one step moves a weight, where that follows from a momentum alone.
 
     Args:
         lr: Learning rate; None where the file does not say.
@@ -69,7 +69,7 @@ class MomentumSettings:
 
 @dataclass(frozen=True)
 class Momentum(MomentumSettings):
-    """A momentum that trains a weight without a second moment: SGD's, Lion's, Muon's.
+    """A momentum from which alone a weight's step follows: that of SGD, Lion, Muon, and of RMSprop where it has one.
 
     Args:
         lr: Learning rate; None where the file does not say.

@@ -281,8 +281,10 @@ class Lion(torch.optim.Optimizer):
         lambda p: Lion(p, lr=1e-4),
         lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0.0),
         lambda p: torch.optim.Muon(p, lr=1e-3, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9),
+        lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     ],
-    ids=["sgd", "lion", "muon", "muon like adamw"],
+    ids=["sgd", "lion", "muon", "muon like adamw", "rmsprop", "rmsprop, centred"],
 )
 @pytest.mark.parametrize("lr", [None, 0.0], ids=["lr", "lr is 0"])
 def test_weights_of_momenta_are_off_by_a_fraction_of_the_step_that_is_taken_next(

@@ -18,6 +18,7 @@ _SCALARS: Final[dict[DType, str]] = {
     FLOAT32: "<f", FLOAT64: "<d", FLOAT16: "<e",
     INT64: "<q", INT32: "<i", INT16: "<h", UINT8: "<B", INT8: "<b",
 }  # fmt: skip
+_DIVISORS: Final = ("square_avg", "grad_avg")  # of RMSprop: what gradients are divided by before its momentum
 
 
 def adam_nodes(
@@ -77,11 +78,10 @@ def _adam_settings(
 def momentum_nodes(
     file: FileRoles, state: dict[str, Any], group: dict[str, Any], weight: WeightNode | None
 ) -> MomentumNodes | None:
-    """SGD's and Muon's `momentum_buffer`, or Lion's `exp_avg`, where it is the whole state.
-
-    A step then follows from it alone.
-    """
+    """SGD's, Muon's and RMSprop's `momentum_buffer`, or Lion's `exp_avg`, where a step follows from it alone."""
     keys = [key for key, value in state.items() if type(value) is TensorNode and key != "step"]
+    if "momentum_buffer" in keys and not group.get("lr_in_momentum"):  # as TensorFlow's RMSprop has it
+        keys = [key for key in keys if key not in _DIVISORS]
     if len(keys) != 1 or keys[0] not in ("momentum_buffer", "exp_avg") or weight is None:
         return None
     m, lr = state[keys[0]], _rate(file, group)

@@ -88,3 +88,22 @@ def loss_gaps(r: Result) -> list[str]:
         cells = [f"{median(gaps[part]) * 1e6:.0f} ({max(gaps[part]) * 1e6:.0f})" for part in parts]
         lines.append(f"| {tokens} | {' | '.join(cells)} |")
     return lines
+
+
+def curve(r: Result) -> list[str]:
+    """Sizes that `analyze --curve` says, beside those of files; errors of weights at the finest step error."""
+    cases = r["cases"]
+    fractions = list(next(iter(cases.values()))["fractions"])
+    shown = " | ".join(f"{float(f) * 100:g} %" for f in fractions)
+    finest = f"weights at {float(fractions[0]) * 100:g} %"
+    lines = [
+        f"| checkpoint | {shown} | {finest}, of a step: curve, file | CPU s of the curve |",
+        "| --- " * (3 + len(fractions)) + "|",
+    ]
+    for name, case in cases.items():
+        points = case["fractions"]
+        sizes = " | ".join(f"{p['made'] / 1e6:.2f} ({p['estimated'] / p['made'] - 1:+.1%})" for p in points.values())
+        errors = [points[fractions[0]][f"{kind}_weight_error"] or 0.0 for kind in ("estimated", "made")]
+        weights = ", ".join(f"{100 * error:.3f} %" for error in errors) if any(errors) else "exact"
+        lines.append(f"| {name} | {sizes} | {weights} | {case['seconds']:.1f} |")
+    return [*lines, "", "MB of all tensors in the file, and by how much the curve is off."]

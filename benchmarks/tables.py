@@ -302,7 +302,7 @@ TABLES: dict[str, Callable[[Result], list[str]]] = {
     "memory": memory, "resume": resume, "chain": chain,
     "memory_layouts": checkpoint_tables.memory_layouts, "averages": checkpoint_tables.averages,
     "resume_zero": checkpoint_tables.resume_zero, "loss_gaps": checkpoint_tables.loss_gaps,
-    "checkpoints": checkpoint_tables.checkpoints, "predicted": predicted,
+    "checkpoints": checkpoint_tables.checkpoints, "curve": checkpoint_tables.curve, "predicted": predicted,
     "distributed_table": distributed_table, "startup": startup,
     "convergence": convergence, "optim_memory": optim_memory, "step_budget": step_budget,
     "scaling": scale_model.planning_table,

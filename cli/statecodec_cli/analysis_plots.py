@@ -1,4 +1,4 @@
-"""What `analyze` draws: a heat map of SNRs per layer and dimension, what cutoffs save, size against update error."""
+"""What `analyze` draws: a heat map of SNRs per layer and dimension, what cutoffs save, size against step error."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _curve(axes: Axes, curve: Sequence[Document]) -> None:
     axes.set_ylabel("bytes per parameter")
     axes.set_ylim(bottom=0)
     axes.grid(axis="both", color=GRID)
-    axes.set_title("Size against step error, weights off by as much (points: presets)")
+    axes.set_title("Size against step error, asked of weights too (points: presets)")
 
 
 def _number(value: Any) -> float:

@@ -3,8 +3,9 @@
 forced                      bytes that are no tensor, and storage that several views share: bit for bit
 the caller's rules          the first that matches decides, and no later stage touches the tensor
 the preset                  the first of its rules that matches
-fitting                     where the preset's codes do not suit a moment
-budgets                     the tensors that a budget is about
+the budget                  weights and moments, each by its own optimizer step (`chooser`)
+a base                      tensors that are smaller as what changed since it (`since_base`)
+other tensors               what is smaller beside another tensor (`derived`), and what is equal to one (`copies`)
 """
 
 from __future__ import annotations

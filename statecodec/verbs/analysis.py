@@ -1,4 +1,4 @@
-"""The result of `analyze`: SNRs of the second moments, rules that follow from them, and size against update error."""
+"""The result of `analyze`: SNRs of the second moments, rules that follow from them, and size against step error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much each tensor can be compressed: SNR per tensor and dimension, rules, and size against update error."""
+"""How much each tensor can be compressed: SNR per tensor and dimension, rules, and size against step error."""
 
 from __future__ import annotations
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import statecodec
+from statecodec.choose.curve import CurvePoint
 from statecodec.errors import UsageError
 from statecodec.optim import SlimAdam
 
@@ -111,56 +115,107 @@ def test_curve_and_presets(run: list[Path]) -> None:
     assert {p.label for p in found.curve if p.label} == {"resume", "small", "tiny"}
 
 
+CURVE_SIZE, CURVE_ERROR = 0.02, 0.03  # how far, relatively, the curve may be from the file that compress makes
+
+
+def assert_is_made(path: Path, fraction: float | str) -> tuple[CurvePoint, statecodec.Report]:
+    """A point of the curve against the file of `compress` at the same step error, or of the same preset."""
+    curve = statecodec.analyze(path, snr=False, curve=True).curve
+    (point,) = (p for p in curve if fraction in (p.label, None if p.label else p.step_error))
+    options: dict[str, Any] = {"preset": fraction} if isinstance(fraction, str) else {"max_step_error": fraction}
+    made = statecodec.compress(path, path.with_suffix(".sc.safetensors"), force=True, **options)
+    assert point.nbytes == pytest.approx(sum(t.bytes_after for t in made.tensors), rel=CURVE_SIZE)
+    assert point.bytes_per_param == pytest.approx(point.nbytes / made.num_params, rel=1e-3)
+    if point.weight_step_error:
+        assert made.total is not None
+        assert point.weight_step_error == pytest.approx(made.total["weight_step_error"], rel=CURVE_ERROR)
+    else:
+        assert "weight_step_error" not in (made.total or {})
+    return point, made
+
+
 @pytest.mark.parametrize("name", ["resume", "small", "tiny"])
-def test_the_curve_is_what_encoding_gives(run: list[Path], name: str, tmp_path: Path) -> None:
-    points = {p.label: p for p in statecodec.analyze(run[-1], snr=False, curve=True).curve if p.label}
-    made = statecodec.compress(run[-1], tmp_path / "made.sc.safetensors", preset=name)
-    assert points[name].nbytes == pytest.approx(sum(t.bytes_after for t in made.tensors), rel=0.15)
+def test_the_curve_is_what_encoding_gives(run: list[Path], name: str) -> None:
+    assert_is_made(run[-1], name)
 
 
-@pytest.mark.parametrize("preset", ["resume", "tiny"])
-@pytest.mark.parametrize("optimizer", ["SGD", "Muon", "RMSprop"])
-def test_the_curve_of_other_optimizers(optimizer: str, preset: str, tmp_path: Path) -> None:
-    """Momenta count in fractions of their own rms; weights without a known step keep 24 bits."""
+def trained(path: Path, make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype = torch.float32) -> Path:
+    """A net with a matrix of three pieces, after 20 steps."""
     torch.manual_seed(0)
-    options = {"SGD": {"lr": 0.1, "momentum": 0.9}, "Muon": {"lr": 1e-3}, "RMSprop": {"lr": 1e-3}}
-    model = torch.nn.Sequential(
-        torch.nn.Linear(96, 80, bias=False), torch.nn.Tanh(), torch.nn.Linear(80, 96, bias=False)
-    )
-    trained = getattr(torch.optim, optimizer)(model.parameters(), **options[optimizer])
+    layers = (torch.nn.Linear(640, 520, bias=False), torch.nn.Tanh(), torch.nn.Linear(520, 96))
+    model = torch.nn.Sequential(*layers).to(dtype)
+    optimizer = make(model.parameters())
     for _ in range(20):
-        model(torch.randn(16, 96)).square().mean().backward()
-        trained.step()
-        trained.zero_grad()
-    torch.save({"model": model.state_dict(), "optimizer": trained.state_dict()}, tmp_path / "x.pt")
-    points = {p.label: p for p in statecodec.analyze(tmp_path / "x.pt", snr=False, curve=True).curve}
-    made = statecodec.compress(tmp_path / "x.pt", preset=preset)
-    assert points[preset].nbytes == pytest.approx(sum(t.bytes_after for t in made.tensors), rel=0.15)
-    assert points[preset].bytes_per_param == pytest.approx(points[preset].nbytes / made.num_params, rel=1e-3)
+        optimizer.zero_grad()
+        model(torch.randn(16, 640).to(dtype)).square().mean().backward()
+        optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    return path
 
 
-def test_the_curve_counts_the_predictions_of_moments_in_16_bits(tmp_path: Path) -> None:
-    """They halve the first moment here; what is exact counts as 0.83 of its bytes."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(n, 4, generator=generator) for n in (400, 300))
-    m = left @ right.T + 0.02 * torch.randn(400, 300, generator=generator)
-    moments = {
-        "step": torch.tensor(9.0),
-        "exp_avg": (m * 1e-3).bfloat16(),
-        "exp_avg_sq": torch.full_like(m, 1e-6).bfloat16(),
-    }
-    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": [0]}
-    weight = torch.randn(400, 300, generator=generator).bfloat16()
-    saved = {"model": {"w": weight}, "optimizer": {"state": {0: moments}, "param_groups": [group]}}
-    torch.save(saved, tmp_path / "x.pt")
-    points = {p.label: p for p in statecodec.analyze(tmp_path / "x.pt", snr=False, curve=True).curve if p.label}
-    sizes = {}
-    for pack in ("auto", "zstd"):
-        made = statecodec.compress(tmp_path / "x.pt", tmp_path / "made.sc.safetensors", pack=pack, force=True)
-        sizes[pack] = sum(t.bytes_after for t in made.tensors if t.role in ("exp_avg", "exp_avg_sq"))
-        exact = sum(t.bytes_before for t in made.tensors if t.role not in ("exp_avg", "exp_avg_sq"))
-    assert points["resume"].nbytes - 0.83 * exact == pytest.approx(sizes["auto"], rel=0.1)
-    assert sizes["auto"] < 0.8 * sizes["zstd"]
+def lion(params: Any, lr: float = 1e-3) -> torch.optim.Optimizer:
+    """SGD whose checkpoint is one of Lion."""
+    optimizer = torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+    def renamed(_: object, state: dict[str, Any]) -> dict[str, Any]:
+        moments = {i: {"exp_avg": s["momentum_buffer"]} for i, s in state["state"].items()}
+        groups = [{"lr": g["lr"], "betas": (0.9, 0.99), "params": g["params"]} for g in state["param_groups"]]
+        return {"state": moments, "param_groups": groups}
+
+    optimizer.register_state_dict_post_hook(renamed)
+    return optimizer
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, "tiny"])
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [
+        (torch.optim.AdamW, torch.float32),
+        (torch.optim.AdamW, torch.bfloat16),
+        (lambda p: torch.optim.AdamW(p, eps=1e-4), torch.float16),
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.float32),
+        (lion, torch.float32),
+        (lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=1e-3), torch.float32),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3), torch.float32),
+        (lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9), torch.float32),
+    ],
+    ids=["adamw", "bf16", "fp16", "sgd", "lion", "muon", "rmsprop", "rmsprop with momentum"],
+)
+def test_the_curve_of_every_optimizer(
+    make: Callable[[Any], torch.optim.Optimizer], dtype: torch.dtype, fraction: float | str, tmp_path: Path
+) -> None:
+    """Exact tensors count as what they pack to, whatever their dtype, and predicted codes as predicted."""
+    assert_is_made(trained(tmp_path / "x.pt", make, dtype), fraction)
+
+
+@pytest.mark.parametrize(("lr", "fraction"), [(3e-6, 0.01), (1e-1, 1.0)], ids=["24 bits", "bf16"])
+def test_the_curve_gives_the_error_that_weights_will_have(lr: float, fraction: float, tmp_path: Path) -> None:
+    """Where the finest or the coarsest grid binds, that is not the one that was asked for."""
+    point, _ = assert_is_made(trained(tmp_path / "x.pt", lambda p: lion(p, lr)), fraction)
+    assert point.weight_step_error is not None
+    assert abs(math.log(point.weight_step_error / fraction)) > 0.5
+    assert point.step_error == fraction
+
+
+def test_the_curve_says_where_weights_are_exact_or_have_no_step(tmp_path: Path) -> None:
+    exact, _ = assert_is_made(trained(tmp_path / "x.pt", torch.optim.AdamW, torch.bfloat16), 0.1)
+    unknown, _ = assert_is_made(trained(tmp_path / "x.pt", torch.optim.RMSprop), 0.1)
+    assert (exact.weight_step_error, unknown.weight_step_error) == (0.0, None)
+
+
+def test_the_curve_counts_what_follows_from_other_tensors(tmp_path: Path) -> None:
+    """bf16 weights beside their masters, an average, and a copy: `compress` stores the first two as a distance."""
+    path = trained(tmp_path / "x.pt", torch.optim.AdamW)
+    saved = torch.load(path, weights_only=True)
+    masters = [{"master_param": w.clone()} for w in saved["model"].values()]
+    for index, state in enumerate(masters):
+        saved["optimizer"]["state"][index].update(state)
+    saved["ema"] = {name: w * 0.999 for name, w in saved["model"].items()}
+    saved["model"] = {name: w.bfloat16() for name, w in saved["model"].items()}
+    saved["copy"] = {name: w.clone() for name, w in saved["model"].items()}
+    torch.save(saved, path)
+    _, made = assert_is_made(path, 0.1)
+    assert {"ulps", "same"} <= {t.codec.split("(")[0] for t in made.tensors}
 
 
 def test_tables_are_taken_like_checkpoints() -> None:

@@ -22,7 +22,7 @@ def run(
         bool, typer.Option("--snr", help="Measure the SNR (the default unless --curve is given alone).")
     ] = False,
     curve: Annotated[
-        bool, typer.Option("--curve", help="Size against update error of the last checkpoint, with the presets on it.")
+        bool, typer.Option("--curve", help="Size of the last checkpoint against step error, with the presets on it.")
     ] = False,
     output: Annotated[
         Path | None,

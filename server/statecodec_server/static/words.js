@@ -31,7 +31,7 @@ const OPTIONS = {
   max_shard_size: ["Largest file of the output", "5GB"],
   sha256: ["Store the original's SHA-256 (Lossless always does)"],
   snr: ["Signal-to-noise ratio of the second moments"],
-  curve: ["Size against error of the update"],
+  curve: ["Size against step error"],
   cutoff: ["Share only above this ratio", "1"],
 };
 

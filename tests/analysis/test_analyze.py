@@ -147,7 +147,8 @@ def trained(path: Path, make: Callable[[Any], torch.optim.Optimizer], dtype: tor
     optimizer = make(model.parameters())
     for _ in range(20):
         optimizer.zero_grad()
-        model(torch.randn(16, 640).to(dtype)).square().mean().backward()
+        loss = model(torch.randn(16, 640).to(dtype)).square().mean()
+        (loss * (1000 if dtype == torch.float16 else 1)).backward()  # or its second moments would be 0
         optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)
     return path
@@ -172,7 +173,7 @@ def lion(params: Any, lr: float = 1e-3) -> torch.optim.Optimizer:
     [
         (torch.optim.AdamW, torch.float32),
         (torch.optim.AdamW, torch.bfloat16),
-        (lambda p: torch.optim.AdamW(p, eps=1e-4), torch.float16),
+        (lambda p: torch.optim.AdamW(p, betas=(0.9, 0.9), eps=1e-4), torch.float16),
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.float32),
         (lion, torch.float32),
         (lambda p: torch.optim.Muon([x for x in p if x.ndim == 2], lr=1e-3), torch.float32),

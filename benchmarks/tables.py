@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aims
 import checkpoint_tables
 import scale_model
 
@@ -47,7 +48,8 @@ def table(name: str) -> str:
     if name in COMPUTED:
         sources, compute = COMPUTED[name]
         lines = compute(*map(_result, sources))
-        return "\n".join(lines) + f"\n\nComputed by `benchmarks/scale_model.py` from {' and '.join(sources)}.\n"
+        script = (compute.func if isinstance(compute, partial) else compute).__module__
+        return "\n".join(lines) + f"\n\nComputed by `benchmarks/{script}.py` from {' and '.join(sources)}.\n"
     result = _result(name)
     machine = result["machine"]
     where = f"\n{machine['cores']} cores of {machine['cpu']}, torch {machine['torch']}, {machine['date']}."
@@ -294,6 +296,7 @@ def step_budget(r: Result) -> list[str]:
 
 
 COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
+    "aims": (("resume", "loss_gaps", "quality", "predicted", "speed", "memory"), aims.table),
     "scaling_save": (("quality", "speed"), partial(scale_model.save_table, "resume")),
     "scaling_offline": (("quality", "speed"), partial(scale_model.offline_table, "resume")),
 }

@@ -18,12 +18,13 @@ from typing import Any
 
 import aims
 import checkpoint_tables
+import readme_table
 import scale_model
 
 from statecodec.choose import PRESETS
 
 ROOT = Path(__file__).resolve().parent
-DOCUMENTS = sorted((ROOT.parent / "docs").glob("*.md"))
+DOCUMENTS = [ROOT.parent / "README.md", *sorted((ROOT.parent / "docs").glob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Result = dict[str, Any]
@@ -297,6 +298,7 @@ def step_budget(r: Result) -> list[str]:
 
 COMPUTED: dict[str, tuple[tuple[str, ...], Callable[..., list[str]]]] = {
     "aims": (("resume", "loss_gaps", "quality", "predicted", "speed", "memory"), aims.table),
+    "presets": (("resume", "quality"), readme_table.table),
     "scaling_save": (("quality", "speed"), partial(scale_model.save_table, "resume")),
     "scaling_offline": (("quality", "speed"), partial(scale_model.offline_table, "resume")),
 }

@@ -8,6 +8,13 @@ from typing import Any
 
 from statecodec.roles import family
 
+_STEP_ERRORS = (
+    ("update", "u_rms", "u_rms"),
+    ("momenta", "momentum_step_error", "u_rms"),
+    ("weights", "weight_step_error", "weight_step_error"),
+)
+"""What is off, and the names of its error in a report's `total` and in `asked`."""
+
 
 def size(nbytes: float) -> str:
     """Decimal units, three significant figures: 999 B, 12.3 kB, 4.56 GB."""
@@ -53,6 +60,39 @@ def error(value: Any) -> str:
     return f"{number:#.3g}".rstrip(".") if 1e-3 <= abs(number) < 1e3 else f"{number:.1e}"
 
 
+def percent(value: Any) -> str:
+    """A fraction of an optimizer step, as it is written everywhere: `exact` for zero, else per cent.
+
+    >>> percent(0.00993), percent(0.5), percent(0.0)
+    ('0.993 %', '50 %', 'exact')
+    """
+    if value is None:
+        return ""
+    number = 100 * float(value)
+    if not math.isfinite(number):
+        return str(number)
+    if number == 0:
+        return "exact"
+    return f"{number:.0f} %" if 999.5 <= abs(number) < 1e6 else f"{number:.3g} %"
+
+
+def step_errors(
+    total: Mapping[str, Any] | None, asked: Mapping[str, float] | None = None
+) -> list[tuple[str, str, str]]:
+    """The errors over all tensors in optimizer steps: what is off, by how much, and by how much it may be.
+
+    >>> step_errors({"u_rms": 0.0098, "weight_step_error": 0.0199, "cosine": 1.0}, {"u_rms": 0.01})
+    [('update', '0.98 %', '(asked 1 %)'), ('weights', '1.99 %', '')]
+    """
+    measured, promised = total or {}, asked or {}
+    found = []
+    for name, key, bound in _STEP_ERRORS:
+        if measured.get(key) is not None:
+            most = promised.get(bound)
+            found.append((name, percent(measured[key]), f"(asked {percent(most)})" if most else ""))
+    return found
+
+
 def asked(preset: str | None, errors: Mapping[str, float] | None, weights_at: float | None = None) -> str:
     """The errors that a file was made to keep to (see `Report.asked`), in words; "" where they are not known.
 
@@ -71,9 +111,9 @@ def asked(preset: str | None, errors: Mapping[str, float] | None, weights_at: fl
         return ""
     update, weights = errors.get("u_rms"), errors.get("weight_step_error")
     halves = [("errors", update)] if update == weights else [("updates off by", update), ("weights off by", weights)]
-    words = [f"{label} up to {100 * most:.3g} % of a step" for label, most in halves if most]
+    words = [f"{label} up to {percent(most)} of a step" for label, most in halves if most]
     if weights and weights_at and weights_at > 1.01 * weights:
-        words.append(f"but weights in 24 bits up to {100 * weights_at:.3g} %")
+        words.append(f"but weights in 24 bits up to {percent(weights_at)}")
     return ", ".join([*([f"preset {preset}"] if preset else []), *words])
 
 

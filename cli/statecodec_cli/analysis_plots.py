@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from statecodec_cli import console
 from statecodec_cli.plots import GRID, INK, PAPER, QUIET, STYLE
 
 if TYPE_CHECKING:
@@ -86,6 +87,8 @@ def _saved(axes: Axes, document: Document) -> None:
 
 def _curve(axes: Axes, curve: Sequence[Document]) -> None:
     """Estimated size against step error, and the presets, whose weights may be off by more, as labelled points."""
+    from matplotlib.ticker import FuncFormatter
+
     line = [p for p in curve if p["label"] is None]
     axes.plot([p["step_error"] for p in line], [p["bytes_per_param"] for p in line], color=INK)
     for point in (p for p in curve if p["label"] is not None):
@@ -93,7 +96,8 @@ def _curve(axes: Axes, curve: Sequence[Document]) -> None:
         axes.scatter([position[0]], [position[1]], s=32, color="#0072b2", zorder=3)
         axes.annotate(point["label"], position, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set_xscale("log")
-    axes.set_xlabel("error of the update, as a fraction of one optimizer step")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: console.percent(value)))
+    axes.set_xlabel("error of the update, of one optimizer step")
     axes.set_ylabel("bytes per parameter")
     axes.set_ylim(bottom=0)
     axes.grid(axis="both", color=GRID)

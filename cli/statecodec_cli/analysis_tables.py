@@ -15,7 +15,7 @@ from statecodec_cli.grid import Column, TextRow, TextTable
 Document = Mapping[str, Any]
 _WORST = "_worst_relative_rms"
 _SAVED = "what rules would save of the second moments"
-_PRICE = f"{_SAVED}, and how far off the Adam update would be (preset resume: 0.01 of it)"
+_PRICE = f"{_SAVED}, and how far off the Adam update would be (preset resume: 1 %)"
 
 
 def analyzed(document: Document, *, every: bool = False) -> list[RenderableType]:
@@ -45,7 +45,7 @@ def converted(document: Document, *, every: bool = False) -> list[RenderableType
     worst = [f"{state} {console.error(v)}" for state, v in states.items()]
     parts += [Text("lost at worst: " + ", ".join(worst) + " (rel. rms)")] if worst else []
     update = total.get("worst_update_error")
-    return [*parts, *([Text(f"Adam update  u-rms {console.error(update)} at worst")] if update is not None else [])]
+    return [*parts, *([Text(f"step error: update {console.percent(update)} at worst")] if update is not None else [])]
 
 
 def _heading(document: Document) -> TextRow:
@@ -121,10 +121,10 @@ def _saved(document: Document) -> TextTable:
     rules = (("layer", "by layer"), ("type", "by layer type"), ("table", "the paper's table"))
     errors = document.get("update_error") or {}
     heads = [Column(f"rules at SNR > {document['cutoff']:g}", text=True), Column("saved")]
-    heads += [Column("update u-rms")] if errors else []
+    heads += [Column("update, of a step")] if errors else []
     rows = []
     for basis, name in rules:
-        error = [console.error(errors[basis])] if errors else []
+        error = [console.percent(errors[basis])] if errors else []
         rows.append((name, f"{100 * float(document['saved'][basis]):.1f} %", *error))
     return TextTable(heads, rows)
 
@@ -132,6 +132,6 @@ def _saved(document: Document) -> TextTable:
 def _curve(curve: Sequence[Document]) -> RenderableType:
     """The estimated size at some step errors, and at those of the presets."""
     errors = ("step_error", "weight_step_error")
-    rows = [(*(console.error(p[k]) for k in errors), f"{p['bytes_per_param']:.3f}", p["label"] or "") for p in curve]
+    rows = [(*(console.percent(p[k]) for k in errors), f"{p['bytes_per_param']:.3f}", p["label"] or "") for p in curve]
     heads = [Column("update, of a step"), Column("weights, of a step"), Column("B/param"), Column("preset", text=True)]
     return TextTable(heads, rows)

@@ -9,14 +9,14 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
-from statecodec.figures import asked, error, figures, ratio, seconds, size, worst_weight
+from statecodec.figures import asked, error, figures, percent, ratio, seconds, size, step_errors, worst_weight
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 __all__ = [
-    "asked", "emit", "error", "fail", "figures", "printable", "ratio", "say", "seconds", "show", "size", "stderr",
-    "worst_weight",
+    "asked", "emit", "error", "fail", "figures", "percent", "printable", "ratio", "say", "seconds", "show", "size",
+    "stderr", "step_errors", "worst_weight",
 ]  # fmt: skip
 
 _SPACE = re.compile("(?<! ) (?! )")  # where text may be wrapped

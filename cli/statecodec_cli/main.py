@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from statecodec.operations import OPERATIONS
 from statecodec_cli import console
 from statecodec_cli.verbs import (
     analyze,
@@ -35,6 +36,8 @@ from statecodec_cli.verbs import (
     verify,
     worker,
 )
+
+_KEYWORD = re.compile(r"\A[a-z_]+(?=[:=])")  # that a message of the library begins with
 
 VERBS: dict[str, Callable[..., None]] = {
     "compress": compress.run,
@@ -131,8 +134,16 @@ def _deliberate(error: Exception, *, as_json: bool) -> int:
 
     if not isinstance(error, StatecodecError):
         raise error
-    console.fail(error.code, str(error), as_json=as_json)
-    return 2 if isinstance(error, UsageError) else 1
+    usage = isinstance(error, UsageError)
+    message = _KEYWORD.sub(_option, str(error)) if usage else str(error)
+    console.fail(error.code, message, as_json=as_json)
+    return 2 if usage else 1
+
+
+def _option(keyword: re.Match[str]) -> str:
+    """The option that a keyword of the library is on the command line; what is none stays as it is."""
+    names = {option.name for operation in OPERATIONS.values() for option in operation.options}
+    return f"--{keyword[0].replace('_', '-')}" if keyword[0] in names else keyword[0]
 
 
 def _describe(error: OSError) -> str:

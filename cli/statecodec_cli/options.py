@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,6 +28,25 @@ def _existing(text: str) -> Path:
 def source(explanation: str, name: str = "SRC") -> Any:
     """An argument that is a checkpoint, or several."""
     return typer.Argument(metavar=name, parser=_existing, show_default=False, help=explanation)
+
+
+def _fraction(text: str) -> float:
+    """A fraction of an optimizer step: 0.01 or 1%."""
+    number = text.strip()
+    try:
+        value = float(Decimal(number[:-1].rstrip()).scaleb(-2) if number.endswith("%") else Decimal(number))
+    except (ArithmeticError, ValueError):
+        value = 0.0
+    if not 0 < value <= 1:
+        raise typer.BadParameter(
+            f"{text!r} is not a fraction of an optimizer step above 0 and up to 1, such as 0.01 or 1%"
+        )
+    return value
+
+
+def fraction(name: str, explanation: str) -> Any:
+    """An option that is a fraction of an optimizer step."""
+    return typer.Option(name, metavar="F", parser=_fraction, show_default=False, help=explanation)
 
 
 def _output(places: str) -> Any:

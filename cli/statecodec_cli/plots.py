@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Document = Mapping[str, Any]
 
+_RELATIVE = "Relative rms error, one dot per tensor"
+_IN_STEPS = "Error in optimizer steps, one dot per tensor"
 INK, QUIET, GRID, PAPER = "#1f2933", "#7b8794", "#e4e7eb", "#ffffff"
 BEFORE = "#cbd2d9"
 ROLES = {  # one colour a role, told apart by every common kind of colour vision (after Okabe and Ito)
@@ -63,14 +65,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def report(document: Document) -> Figure:
-    """Sizes by role and codec, before and after; below it the relative error of every tensor not kept exactly."""
+    """Sizes by role and codec, before and after; below it the errors of every tensor not kept exactly."""
     from matplotlib import rc_context
 
     packed = document.get("format_version") is not None
     rows = _size_rows(document["tensors"], packed=packed)
-    errors = _error_points(document["tensors"]) if packed else {}
+    errors = _errors(document["tensors"]) if packed else {}
     with rc_context(STYLE):
-        figure, axes = _canvas(max(1.6, 0.42 * len(rows) + 0.9), 0.42 * len(errors) + 1.1 if errors else 0.0)
+        figure, axes = _canvas(max(1.6, 0.42 * len(rows) + 0.9), *(0.42 * len(e) + 1.1 for e in errors.values()))
         _sizes(axes[0], rows, packed=packed)
         source = document["source"]
         title = f"{source.get('name') or document.get('path')}: {console.size(source['bytes'])}"
@@ -79,27 +81,23 @@ def report(document: Document) -> Figure:
         if document.get("bytes_per_param"):
             title += f", {document['bytes_per_param']:.2f} bytes per parameter"
         _heading(figure, title)
-        if errors:
-            _strip(axes[1], errors, "Relative rms error, one dot per tensor")
+        for panel, (name, points) in zip(axes[1:], errors.items(), strict=True):
+            _strip(panel, points, name)
     return figure
 
 
 def difference(document: Document) -> Figure:
-    """Relative error of every tensor by role, and of the Adam update of every parameter."""
+    """The errors of every tensor by role."""
     from matplotlib import rc_context
 
-    errors = _error_points(document["tensors"])
-    updates = [u["u_rms"] for u in document.get("updates") or [] if _positive(u.get("u_rms"))]
-    if updates:
-        errors["Adam update"] = updates
+    errors = _errors(document["tensors"]) or {_RELATIVE: {}}
     with rc_context(STYLE):
-        figure, axes = _canvas(max(1.8, 0.5 * len(errors) + 1.1), 0.0)
-        total = document.get("total") or {}
+        figure, axes = _canvas(*(max(1.8, 0.5 * len(points) + 1.1) for points in errors.values()))
         heading = f"{len(document['tensors']):,} tensors compared"
-        if total.get("u_rms") is not None:
-            heading += f"; update error {float(total['u_rms']):.1e} rms, max |u| {float(total['max_u']):.3g}"
-        _heading(figure, heading)
-        _strip(axes[0], errors, "Relative rms error, one dot per tensor")
+        errors_in_steps = [f"{what} {value}" for what, value, _ in console.step_errors(document.get("total"))]
+        _heading(figure, "; step error: ".join(filter(None, [heading, ", ".join(errors_in_steps)])))
+        for panel, (name, points) in zip(axes, errors.items(), strict=True):
+            _strip(panel, points, name)
     return figure
 
 
@@ -109,7 +107,7 @@ def losses(curves: Mapping[str, Sequence[tuple[int, float]]], heading: str) -> F
 
     colours = ("#7b8794", "#0072b2", "#d55e00", "#009e73")
     with rc_context(STYLE):
-        figure, axes = _canvas(3.2, 0.0)
+        figure, axes = _canvas(3.2)
         for i, ((name, points), colour) in enumerate(zip(curves.items(), colours, strict=False)):
             steps, values = [p[0] for p in points], [p[1] for p in points]
             axes[0].plot(steps, values, color=colour, linewidth=1.4 if i else 4.5, alpha=1.0 if i else 0.45, label=name)
@@ -121,16 +119,14 @@ def losses(curves: Mapping[str, Sequence[tuple[int, float]]], heading: str) -> F
     return figure
 
 
-def _canvas(first: float, second: float) -> tuple[Figure, list[Axes]]:
-    """A figure with one panel, or two above each other, of these heights in inches."""
+def _canvas(*heights: float) -> tuple[Figure, list[Axes]]:
+    """A figure with panels above each other, of these heights in inches."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12)
-    figure = Figure(figsize=(8.0, first + second + 0.55), facecolor=PAPER, layout=layout)
-    if not second:
-        return figure, [figure.subplots()]
-    return figure, list(figure.subplots(2, 1, height_ratios=[first, second]))
+    figure = Figure(figsize=(8.0, sum(heights) + 0.55), facecolor=PAPER, layout=layout)
+    return figure, list(figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
 
 
 def _heading(figure: Figure, text: str) -> None:
@@ -172,6 +168,8 @@ def _sizes(axes: Axes, rows: Sequence[tuple[str, str, int, int]], *, packed: boo
 
 def _strip(axes: Axes, groups: Mapping[str, Sequence[float]], title: str) -> None:
     """One row per group, one dot per tensor on a logarithmic axis, spread so that dots do not hide each other."""
+    from matplotlib.ticker import FuncFormatter
+
     for y, (role, values) in enumerate(groups.items()):
         ordered = sorted(values)
         spread = 0.3 if len(ordered) > 1 else 0.0
@@ -183,17 +181,25 @@ def _strip(axes: Axes, groups: Mapping[str, Sequence[float]], title: str) -> Non
     axes.set_ylim(max(len(groups), 1) - 0.4, -0.6)
     if groups:
         axes.set_xscale("log")
+        if title == _IN_STEPS:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: console.percent(value)))
     else:
         axes.text(0.5, 0.5, "no difference", transform=axes.transAxes, ha="center", va="center", color=QUIET)
         axes.set_xticks([])
     axes.set_title(title + (" (bar: median)" if groups else ""))
 
 
-def _error_points(tensors: Sequence[Document]) -> dict[str, list[float]]:
-    """role -> relative rms errors above zero: exact tensors have no place on a logarithmic axis."""
+def _errors(tensors: Sequence[Document]) -> dict[str, dict[str, list[float]]]:
+    """The panels that have points: those of the relative errors and of those in optimizer steps."""
+    panels = {_RELATIVE: _error_points(tensors, "relative_rms"), _IN_STEPS: _error_points(tensors, "step_error")}
+    return {name: points for name, points in panels.items() if points}
+
+
+def _error_points(tensors: Sequence[Document], figure: str) -> dict[str, list[float]]:
+    """role -> errors above zero: exact tensors have no place on a logarithmic axis."""
     points: dict[str, list[float]] = {}
     for tensor in tensors:
-        value: Any = (tensor.get("error", tensor) or {}).get("relative_rms")
+        value: Any = (tensor.get("error", tensor) or {}).get(figure)
         if _positive(value):
             points.setdefault(tensor["role"], []).append(value)
     return {role: points[role] for role in ROLES if role in points}

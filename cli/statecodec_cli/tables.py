@@ -22,6 +22,7 @@ from statecodec_cli.tensor_tables import (
     NO_TENSORS,
     ROLE,
     SHAPE,
+    STEP_ERROR,
     body,
     groups,
     is_of_compressed,
@@ -35,7 +36,12 @@ _MANY_NOTES = 12
 _MANY_VALUES = 12
 _LAYOUTS = {"torch_zip": "torch.save file", "safetensors": "safetensors file", "native": "saved by statecodec.save"}
 
-_UPDATE = (Column("u-rms"), Column("max |u|"), Column("exact max |u|", drop=2), Column("cosine", drop=1))
+_Rows = list[tuple[tuple[str, ...], list[Document]]]  # leading cells, and the tensors whose errors follow
+_DISTANCES = {
+    "relative_rms": ERROR, "max_abs": Column("largest"), "step_error": STEP_ERROR,
+    "differing": Column("elements that differ"),
+}  # fmt: skip
+_UPDATE = (STEP_ERROR, Column("max |u|"), Column("exact max |u|", drop=2), Column("cosine", drop=1))
 
 
 def compressed(document: Document, *, every: bool = False) -> list[RenderableType]:
@@ -138,23 +144,22 @@ def verified(document: Document, *, against: bool) -> list[RenderableType]:
 
 
 def difference(document: Document, *, every: bool = False) -> list[RenderableType]:
-    """Errors by role (or by tensor), then the error of the Adam update, and what is equal or different otherwise."""
+    """Errors by role (or by tensor), then those of the Adam updates, and what is equal or different otherwise."""
     tensors = document["tensors"]
     columns: tuple[Column, ...] = (ROLE, Column("tensors", drop=2), Column("values", drop=1))
     if every:
         columns = (NAME, replace(ROLE, drop=1), SHAPE, DTYPE)
-        rows: list[tuple[str, ...]] = [(t["name"], t["role"], shape(t), t["dtype"], *_distance([t])) for t in tensors]
+        rows: _Rows = [((t["name"], t["role"], shape(t), t["dtype"]), [t]) for t in tensors]
     else:
         rows = [
-            (role, f"{len(group):,}", f"{sum(map(numel, group)):,}", *_distance(group))
+            ((role, f"{len(group):,}", f"{sum(map(numel, group)):,}"), group)
             for (role,), group in groups(tensors, lambda t: (t["role"],))
         ]
-    columns = (*columns, ERROR, Column("largest"))
-    if any(t.get("differing") for t in tensors):
-        columns = (*columns, Column("elements that differ"))
-    else:
-        rows = [row[:-1] for row in rows]
-    parts: list[RenderableType] = [TextTable(columns, rows)] if rows else []
+    shown = {name: column for name, column in _DISTANCES.items() if any(t.get(name) is not None for t in tensors)}
+    if not any(t.get("differing") for t in tensors):
+        shown.pop("differing", None)
+    cells = [(*head, *(_distance(group, name) for name in shown)) for head, group in rows]
+    parts: list[RenderableType] = [TextTable((*columns, *shown.values()), cells)] if rows else []
     updates = document.get("updates") or []
     if updates and every:
         names = (Column("Adam update of", text=True, gives="middle"), *_UPDATE)
@@ -163,17 +168,13 @@ def difference(document: Document, *, every: bool = False) -> list[RenderableTyp
             *_notes(document)]  # fmt: skip
 
 
-def _distance(group: Sequence[Document]) -> tuple[str, str, str]:
-    """Relative rms, largest difference and number of elements that differ; for integers only the last."""
+def _distance(group: Sequence[Document], figure: str) -> str:
+    """One figure of how far apart tensors are; integers have nothing but the number of elements that differ."""
+    if figure == "differing":
+        differing = sum(t.get(figure) or 0 for t in group)
+        return f"{differing:,}" if differing else ""
     numbers = [t for t in group if not t.get("differing")]
-    differing = sum(t.get("differing") or 0 for t in group)
-    if not numbers:
-        return "", "", f"{differing:,}"
-    return (
-        worst(numbers, "relative_rms"),
-        worst(numbers, "max_abs"),
-        f"{differing:,}" if differing else "",
-    )
+    return worst(numbers, figure) if numbers else ""
 
 
 def _one_sided(document: Document) -> list[Text]:
@@ -220,10 +221,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def update_cells(update: Document) -> tuple[str, str, str, str]:
-    """u-rms, max |u|, exact max |u| and cosine of one Adam update, as text."""
+    """The step error of one Adam update (its u-rms), max |u|, exact max |u| and cosine, as text."""
     cosine = update.get("cosine")
     return (
-        console.error(update.get("u_rms")),
+        console.percent(update.get("u_rms")),
         _number(update.get("max_u")),
         _number(update.get("max_u_exact")),
         "" if cosine is None else f"{float(cosine):.6f}",
@@ -231,40 +232,27 @@ def update_cells(update: Document) -> tuple[str, str, str, str]:
 
 
 def _updates(document: Document) -> list[TextRow]:
-    """The errors of the Adam update and of the weights in total, where the document states them."""
-    total, asked = document.get("total") or {}, document.get("asked") or {}
-    update, weights = total.get("u_rms"), total.get("weight_step_error")
-    if update is None and weights is None:
-        return []
+    """The step errors in total and what else is known of the Adam updates, where the document states them."""
+    total, lines = document.get("total") or {}, []
+    errors = console.step_errors(total, document.get("asked"))
+    if errors:
+        words = [
+            Text.assemble(f"{what} ", (error, "bold"), f" {asked}" if asked else "") for what, error, asked in errors
+        ]
+        lines.append(TextRow("step error:", *(word.append(",") for word in words[:-1]), words[-1], gap=1))
     _, largest, exact, cosine = update_cells(total)
-    count = len(document.get("updates") or ())
-    line = TextRow(
-        Text.assemble("Adam update  u-rms ", (console.error(update), "bold"), _asked(asked.get("u_rms")))
-        if update is not None
-        else "",
-        Text.assemble(
-            "weights ",
-            (console.error(weights), "bold"),
-            " of a step" if weights else "",
-            _asked(asked.get("weight_step_error")),
-        )
-        if weights is not None
-        else "",
-        Text.assemble("max |u| ", (largest, "bold"), f" (exact {exact})") if largest else "",
-        f"cosine {cosine}" if cosine else "",
-        Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim"),
-    )
-    return [line]
+    if largest:
+        count = len(document.get("updates") or ())
+        more = Text(f"over {count:,} parameter{'s' if count > 1 else ''}" if count else "", style="dim")
+        bold = Text.assemble("Adam update: max |u| ", (largest, "bold"), f" (exact {exact})")
+        lines.append(TextRow(bold, f"cosine {cosine}" if cosine else "", more))
+    return lines
 
 
 def _promise(document: Document) -> str:
     """The errors that the file was made to keep to, in words; "" where they are not known."""
     worst = console.worst_weight((t["role"], t.get("error")) for t in document["tensors"])
     return console.asked(document.get("preset"), document.get("asked"), worst)
-
-
-def _asked(fraction: float | None) -> str:
-    return "" if fraction is None else f" (asked {fraction:g})"
 
 
 def _imports(document: Document, *, harmless: bool = True) -> list[Text]:

@@ -29,7 +29,7 @@ ROLE, SHAPE, DTYPE = (
 )
 _CODEC = Column("codec", text=True, gives="fold")
 _BEFORE, _AFTER, _RATIO = Column("before", drop=2), Column("after"), Column("ratio")
-ERROR = Column("rel. rms")
+ERROR, STEP_ERROR = Column("rel. rms"), Column("step error")
 
 
 def body(document: Document, *, every: bool) -> TextTable:
@@ -85,7 +85,7 @@ def _summary(tensors: Sequence[Document], *, packed: bool) -> TextTable:
 def _with_errors(head: Sequence[Column], rows: Sequence[tuple[str, ...]], tensors: Sequence[Document]) -> TextTable:
     """A table whose last two columns are the relative error and that in optimizer steps, where any is known."""
     if any("step_error" in (t.get("error") or {}) for t in tensors):
-        return TextTable((*head, replace(ERROR, drop=1), Column("in steps")), rows)
+        return TextTable((*head, replace(ERROR, drop=1), STEP_ERROR), rows)
     return TextTable((*head, ERROR), [row[:-1] for row in rows])
 
 
@@ -141,7 +141,8 @@ def worst(group: Sequence[Document], figure: str) -> str:
     values = [float(e[figure]) for t in group if (e := t.get("error", t)) and e.get(figure) is not None]
     if not values:
         return "exact" if all(t.get("codec") == "raw" or t.get("exact") for t in group) else ""
-    return console.error(math.nan if any(math.isnan(v) for v in values) else max(values))
+    written = console.percent if figure == "step_error" else console.error
+    return written(math.nan if any(math.isnan(v) for v in values) else max(values))
 
 
 def shown(role: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from statecodec.checkpoint.states import EncodedState
-from statecodec.figures import asked, error, ratio, size, table, worst_weight
+from statecodec.figures import asked, error, percent, ratio, size, step_errors, table, worst_weight
 
 _T = TypeVar("_T")
 _NOTES = 10  # printed at most
@@ -288,11 +288,16 @@ def _report_text(report: Report) -> str:
     rows = []
     for (role, codec), group in _grouped(report.tensors, lambda t: (t.role, t.codec.partition("(")[0])):
         sizes = sum(t.bytes_before for t in group), sum(t.bytes_after for t in group)
-        errors = [_worst(t.error.get(figure) for t in group if t.error) for figure in ("relative_rms", "step_error")]
-        rows.append(
-            [role, codec, f"{len(group):,}", *map(size, sizes), "exact" if codec == "raw" else errors[0], errors[1]]
+        relative, steps = (
+            _worst(t.error.get(figure) for t in group if t.error) for figure in ("relative_rms", "step_error")
         )
-    head = ["role", "codec", "tensors", "before", "after", "rel. rms", "in steps"]
+        rows.append(
+            [
+                role, codec, f"{len(group):,}", *map(size, sizes),
+                "exact" if codec == "raw" else error(relative), percent(steps),
+            ]
+        )  # fmt: skip
+    head = ["role", "codec", "tensors", "before", "after", "rel. rms", "step error"]
     return _joined(", ".join(line), table(head, rows, 2), report)
 
 
@@ -301,26 +306,29 @@ def _diff_text(report: DiffReport) -> str:
     line = f"{report.b} against {report.a}: " + ("identical" if report.identical else "different")
     rows = []
     for (role,), group in _grouped(report.tensors, lambda t: (t.role,)):
-        figures = (_worst(getattr(t, name) for t in group) for name in ("relative_rms", "max_abs"))
-        rows.append([role, f"{len(group):,}", *figures])
-    text = _joined(line, table(["role", "tensors", "rel. rms", "largest"], rows), report)
+        relative, largest, steps = (
+            _worst(getattr(t, name) for t in group) for name in ("relative_rms", "max_abs", "step_error")
+        )
+        rows.append([role, f"{len(group):,}", error(relative), error(largest), percent(steps)])
+    text = _joined(line, table(["role", "tensors", "rel. rms", "largest", "step error"], rows), report)
     rest = ", ".join(report.rest_differs[:5])
     values = [f"{v.name}: {v.a} in A, {v.b} in B" for v in report.values[:_NOTES]]
     return "\n".join([text, *([f"not tensors, and different: {rest}"] if rest else []), *values])
 
 
-def _worst(values: Iterable[float | None]) -> str:
+def _worst(values: Iterable[float | None]) -> float | None:
     """The largest of the errors that are known; NaN, should there be any, wins."""
     errors = [value for value in values if value is not None]
-    return error(max(errors, key=lambda v: math.inf if math.isnan(v) else v)) if errors else ""
+    return max(errors, key=lambda v: math.inf if math.isnan(v) else v, default=None)
 
 
 def _joined(line: str, rows: str, report: Report | DiffReport) -> str:
-    total = report.total or {}
-    update = [f"Adam update: u-rms {error(total['u_rms'])}"] if total.get("u_rms") is not None else []
+    promised = report.asked if isinstance(report, Report) else None
+    errors = [" ".join(filter(None, words)) for words in step_errors(report.total, promised)]
+    total = [f"step error: {', '.join(errors)}"] if errors else []
     notes = [f"note: {note}" for note in report.notes[:_NOTES]]
     more = [f"and {len(report.notes) - _NOTES} more notes"] if len(report.notes) > _NOTES else []
-    return "\n".join([line, "", rows, "", *update, *notes, *more])
+    return "\n".join([line, "", rows, "", *total, *notes, *more])
 
 
 def _grouped(tensors: Iterable[_T], key: Callable[[_T], tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[_T]]]:

@@ -12,7 +12,7 @@ from statecodec.choose.curve import CurvePoint
 from statecodec.choose.snr import LayerSNR, Ratios, saved
 from statecodec.choose.snr_rules import BASIS, chosen, rules_document, saved_curve, write_rules
 from statecodec.errors import UsageError
-from statecodec.figures import error, table
+from statecodec.figures import percent, table
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ class Analysis:
             lines.append(table(["tensor", "kind", *over, "share"], rows, 2))
             lines += [
                 f"rules by {basis}: {100 * share:.1f} % saved"
-                + (f", Adam update: u-rms {error(self.update_error[basis])}" if basis in self.update_error else "")
+                + (f", step error: update {percent(self.update_error[basis])}" if basis in self.update_error else "")
                 for basis, share in self.saved.items()
             ]
         if self.curve:
             points = [
-                [error(p.step_error), error(p.weight_step_error), f"{p.bytes_per_param:.3f}", p.label or ""]
+                [percent(p.step_error), percent(p.weight_step_error), f"{p.bytes_per_param:.3f}", p.label or ""]
                 for p in self.curve
             ]
             lines.append(table(["update, of a step", "weights, of a step", "B/param", "preset"], points, 0))

@@ -35,10 +35,20 @@ def test_png(tmp_path: Path, make: object) -> None:
     assert target.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_difference_shows_the_update(tmp_path: Path) -> None:
+def test_errors_in_optimizer_steps_have_a_panel_of_their_own(tmp_path: Path) -> None:
     target = tmp_path / "diff.svg"
-    plots.save(plots.difference(documents.difference()), target)
-    assert "Adam update" in " ".join(ElementTree.parse(target).getroot().itertext())
+    document = documents.difference()
+    document["tensors"][0]["step_error"], document["tensors"][3]["step_error"] = 0.02, 0.0091
+    plots.save(plots.difference(document), target)
+    words = " ".join(ElementTree.parse(target).getroot().itertext())
+    assert "step error: update 0.91 %" in words
+    assert "Error in optimizer steps" in words
+    assert "1 %" in words.split("Relative rms error")[1]
+    document = documents.report()
+    document["tensors"][3]["error"] = {"step_error": 0.0091}
+    plots.save(plots.report(document), target)
+    words = " ".join(ElementTree.parse(target).getroot().itertext())
+    assert words.index("Relative rms error") < words.index("Error in optimizer steps"), "below it"
 
 
 def test_difference_of_equals_says_so(tmp_path: Path) -> None:

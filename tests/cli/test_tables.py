@@ -41,7 +41,7 @@ def test_compress_summarises_by_role_and_codec() -> None:
     ]
     assert row(printed, "weight", "raw")[-1] == "exact"
     assert row(printed, "step", "raw")[-2:] == ["4.00", "exact"]
-    assert "Adam update  u-rms 0.00910   max |u| 1.25 (exact 1.03)   cosine 0.999960" in printed
+    assert "\nstep error: update 0.91 %\nAdam update: max |u| 1.25 (exact 1.03)   cosine 0.999960   over 1" in printed
     assert "note: something to know" in printed
 
 
@@ -57,8 +57,8 @@ def test_codecs_fitted_to_each_tensor_are_one_row_and_rounded_by_name() -> None:
         tensor |= {"codec": f"uniform(step={step},bits=8)", "error": {"step_error": 0.00998}}
     printed = text(tables.compressed(document))
     assert row(printed, "weight", "uniform(bits=8)")[2] == "2"
-    assert row(printed, "weight", "uniform(bits=8)")[-1] == "0.00998"
-    assert "in steps" in printed
+    assert row(printed, "weight", "uniform(bits=8)")[-2:] == ["0.998", "%"]
+    assert "  step error\n" in printed
     every = text(tables.compressed(document, every=True))
     assert "uniform(step=2e-05,bits=8)" in every
     assert "uniform(step=0.0993,bits=8)" in every
@@ -66,11 +66,17 @@ def test_codecs_fitted_to_each_tensor_are_one_row_and_rounded_by_name() -> None:
 
 def test_the_error_in_steps_is_said() -> None:
     document = documents.report() | {"total": {"u_rms": 0.00998, "weight_step_error": 0.0}, "updates": []}
-    assert "Adam update  u-rms 0.00998   weights exact\n" in text(tables.compressed(document))
-    document |= {"total": {"weight_step_error": 0.0498}, "asked": {"u_rms": 0.05, "weight_step_error": 0.05}}
-    assert "\nweights 0.0498 of a step (asked 0.05)\n" in text(tables.compressed(document)), "SGD has no u"
-    document["total"]["u_rms"] = 0.0499
-    assert "\nAdam update  u-rms 0.0499 (asked 0.05)   weights 0.0498 of a step" in text(tables.compressed(document))
+    assert "\nstep error: update 0.998 %, weights exact\n" in text(tables.compressed(document))
+    document |= {"total": {"weight_step_error": 0.0498}, "asked": {"u_rms": 0.05, "weight_step_error": 0.06}}
+    assert "\nstep error: weights 4.98 % (asked 6 %)\n" in text(tables.compressed(document)), "SGD has no u"
+    document["total"]["momentum_step_error"] = 0.0499
+    line = "\nstep error: momenta 4.99 % (asked 5 %), weights 4.98 % (asked 6 %)\n"
+    assert line in text(tables.compressed(document))
+    document["total"]["u_rms"] = 0.047
+    assert "\nstep error: update 4.7 % (asked 5 %), momenta 4.99 %" in text(tables.compressed(document))
+    assert "\nstep error: update 4.7 % (asked 5 %), mom" in text(tables.verified(document, against=True))
+    compared = documents.difference() | {"total": document["total"]}
+    assert "\nstep error: update 4.7 %, momenta 4.99 %, weights 4.98 %\n" in text(tables.difference(compared))
 
 
 def test_many_notes_are_cut() -> None:
@@ -89,7 +95,8 @@ def test_roles_come_in_the_order_people_think_in() -> None:
     document = documents.report()
     document["tensors"].reverse()
     lines = text(tables.compressed(document)).splitlines()
-    roles = [line.split()[0] for line in lines if line.strip() and line.split()[0] in tensor_tables._ROLES]
+    table = [line.split()[0] for line in lines if line.strip() and not line.startswith("step error:")]
+    roles = [word for word in table if word in tensor_tables._ROLES]
     assert roles == ["weight", "weight", "exp_avg", "exp_avg_sq", "step"]
 
 
@@ -137,7 +144,21 @@ def test_diff_states_update_error_and_what_has_no_counterpart() -> None:
     assert "only in b.pt: extra" in printed
     assert "identical" not in printed
     every = text(tables.difference(documents.difference(), every=True))
-    assert row(every, "w.0") == ["w.0", "0.00910", "1.25", "1.03", "0.999960"]
+    assert row(every, "w.0") == ["w.0", "0.91", "%", "1.25", "1.03", "0.999960"]
+
+
+def test_diff_shows_the_error_in_steps_of_every_tensor() -> None:
+    document = documents.difference()
+    assert "step error  max |u|" not in text(tables.difference(document)), "of no tensor it is known"
+    first, second = document["tensors"][:2]
+    first["step_error"], second["step_error"] = 0.0123, 0.0199
+    printed = text(tables.difference(document))
+    assert row(printed, "weight")[-2:] == ["1.99", "%"], "the worst of them"
+    assert row(printed, "exp_avg_sq")[-1] == "0.0270"
+    every = text(tables.difference(document, every=True))
+    assert row(every, "model.w.0")[-2:] == ["1.23", "%"]
+    second["step_error"] = "inf"
+    assert row(text(tables.difference(document)), "weight")[-1] == "inf"
 
 
 def test_mismatched_elements_are_shouted() -> None:

@@ -45,6 +45,32 @@ def test_compress_reports_what_it_did(cli: Cli, ckpt: Path) -> None:
     assert document["total"]["u_rms"] <= 0.01
 
 
+@pytest.mark.parametrize(("words", "value"), [("0.023", 0.023), ("2.3%", 0.023), (" 2.3 %", 0.023), ("1e-1%", 0.001)])
+def test_a_fraction_may_be_a_percentage(cli: Cli, ckpt: Path, words: str, value: float) -> None:
+    options = ("--max-update-error", words, "--max-weight-error", words)
+    assert cli("compress", ckpt, *options, "--json").json()["asked"] == {"u_rms": value, "weight_step_error": value}
+    assert cli("compress", ckpt, "-f", "--max-step-error", words, "--json").json()["asked"]["u_rms"] == value
+
+
+@pytest.mark.parametrize("option", ["--max-step-error", "--max-update-error", "--max-weight-error"])
+@pytest.mark.parametrize(
+    "value", ["0", "-1%", "3", "101%", "nan", "inf%", "1 pct", "%", "", "0,01", "1%%", "1e99999999"]
+)
+def test_a_wrong_fraction_is_refused_by_the_name_of_its_option(cli: Cli, ckpt: Path, option: str, value: str) -> None:
+    done = cli("compress", ckpt, f"{option}={value}")
+    assert done.code == 2
+    assert f"'{option}': {value!r} is not a fraction of an optimizer step" in done.err
+    assert "such as 0.01 or 1%" in done.err
+
+
+def test_what_the_library_says_of_a_keyword_names_the_option(cli: Cli, tmp_path: Path) -> None:
+    torch.save({"codes": torch.arange(8192)}, tmp_path / "max_step_error: x.pt")
+    done = cli("compress", tmp_path / "max_step_error: x.pt", "--max-weight-error", "1%")
+    assert done.code == 2
+    assert "error: --max-weight-error: no weights are known in " in done.err
+    assert "max_step_error: x.pt" in done.err, "a path stays as it is"
+
+
 def test_the_table_goes_to_stdout_and_nothing_else_does(ckpt: Path) -> None:
     for words in ((), ("--quiet",)):
         done = finished("compress", ckpt, "--force", *words)

@@ -134,7 +134,7 @@ def test_a_finished_job(real, page, keep, tmp_path):
     keep("done")
     svg = card.locator(".plot svg").first
     assert 0.97 < drawn_width(card) < 1.03, "a letter of the plot is as large as it says"
-    error = card.locator("th", has_text="error").bounding_box()
+    error = card.locator("th", has_text="step error").bounding_box()
     assert error["x"] + error["width"] <= page.width
     cell = card.locator("td", has_text="weight").first
     expect(cell).to_contain_text("\u2026")

@@ -110,7 +110,7 @@ def summary(document: Mapping[str, Any]) -> list[RenderableType]:
     )
     columns = (
         Column("preset", text=True),
-        Column("size"), Column("ratio"), Column("B/param", drop=1), Column("update u-rms"),
+        Column("size"), Column("ratio"), Column("B/param", drop=1), Column("update, of a step"),
         Column("max |u|", drop=1), Column("exact max |u|", drop=2),
     )  # fmt: skip
     rows = [

@@ -36,20 +36,15 @@ def run(
     strict: options.Strict = False,
     max_step_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-step-error",
-            metavar="F",
-            show_default=False,
-            help="The error of weights and moments, as a fraction of one optimizer step (0.01: 1 %).",
+        options.fraction(
+            "--max-step-error", "The error of weights and moments, as a fraction of one optimizer step: 0.01 or 1%."
         ),
     ] = None,
     max_update_error: Annotated[
-        float | None,
-        typer.Option("--max-update-error", metavar="F", show_default=False, help="The same for the moments alone."),
+        float | None, options.fraction("--max-update-error", "The same for the moments alone.")
     ] = None,
     max_weight_error: Annotated[
-        float | None,
-        typer.Option("--max-weight-error", metavar="F", show_default=False, help="The same for the weights alone."),
+        float | None, options.fraction("--max-weight-error", "The same for the weights alone.")
     ] = None,
     base: Annotated[
         Path | None,

@@ -37,6 +37,8 @@ def _declared(option: Option, names: Iterable[str]) -> inspect.Parameter:
     words = f"{option.help} ({', '.join(names)})"
     metavar = {"number": "X", "text": "TEXT", "texts": "TEXT"}.get(option.kind)
     told = typer.Option(spelled, metavar=metavar, show_default=False, help=words)
+    if (option.kind, option.at_most) == ("number", 1.0):
+        told = options.fraction(spelled, words)
     return inspect.Parameter(
         option.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, told]
     )

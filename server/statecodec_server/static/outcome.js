@@ -7,10 +7,14 @@ function figure(label, value, unit = "") {
 }
 
 // The errors in total, as shares of one optimizer step, beside the largest that were asked for.
-const errors = (report) => [["error of the next step", "u_rms"], ["error of the weights", "weight_step_error"]]
+const STEP_ERRORS = [
+  ["step error, update", "u_rms", "u_rms"], ["step error, momenta", "momentum_step_error", "u_rms"],
+  ["step error, weights", "weight_step_error", "weight_step_error"],
+];
+const errors = (report) => STEP_ERRORS
   .filter(([, name]) => Number.isFinite(report.total?.[name]))
-  .map(([label, name]) => {
-    const asked = report.asked?.[name], unit = asked ? `of a step, asked ${percent(asked)}` : "of a step";
+  .map(([label, name, bound]) => {
+    const asked = report.asked?.[bound], unit = asked ? `of a step, asked ${percent(asked)}` : "of a step";
     return figure(label, percent(report.total[name]), report.total[name] ? unit : "");
   });
 
@@ -27,7 +31,9 @@ const FIGURES = {
   ],
   restore: (job) => [figure("restored", size(job.bytes_out), job.files[0]?.name || "")],
   convert: (job) => [figure("converted", size(job.bytes_out), `from ${size(job.bytes_in)}`)],
-  verify: (job, report) => [figure("intact", size(report.bytes ?? job.bytes_in), "checked"), ...promises(report)],
+  verify: (job, report) => [
+    figure("intact", size(report.bytes ?? job.bytes_in), "checked"), ...(report.total ? errors(report) : promises(report)),
+  ],
   diff: (job, report) => [
     ...(report.identical !== undefined ? [figure("the two are", report.identical ? "identical" : "different")] : []),
     ...errors(report),

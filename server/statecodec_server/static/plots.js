@@ -12,7 +12,8 @@ export function size(bytes) {
   return `${units[0] === "B" ? Math.round(value) : value.toPrecision(3)} ${units[0]}`;
 }
 
-export const percent = (value) => (value === 0 ? "exact" : `${(100 * value).toPrecision(2)} %`);
+// A share as the command line writes it: three figures, without zeros at the end.
+export const percent = (value) => (value === 0 ? "exact" : `${Number((100 * value).toPrecision(3))} %`);
 
 export function el(name, attributes = {}, ...children) {
   const node = document.createElement(name);
@@ -107,7 +108,7 @@ export function updates(report, width) {
   const more = all.length > shown.length ? ` The ${shown.length} largest of ${all.length}.` : "";
   const about = `Largest: ${worst.param} with ${percent(worst.u_rms)}.${more}`;
   return plot("What it did to the update direction",
-    `Relative error of the optimizer's next step, per parameter.${more}`,
+    `Step error of the update, per parameter: how far the optimizer's next step is off.${more}`,
     figure("What it did to the update direction", about, width, bottom + 22, ...shapes));
 }
 
@@ -118,11 +119,12 @@ function plot(title, hint, picture, ...rest) {
 // Everything the figures show, and more, as a table; what people look for stands before what may be scrolled to.
 export function table(report, width) {
   const letters = width < 480 ? 16 : 44;
-  const head = ["tensor", "error", "before", "after", "role", "codec"];
-  const numeric = (index) => (index > 0 && index < 4 ? { class: "n" } : {});
+  const head = ["tensor", "step error", "before", "after", "relative error", "role", "codec"];
+  const numeric = (index) => (index > 0 && index < 5 ? { class: "n" } : {});
+  const share = (value) => (value === undefined ? "" : percent(Number(value)));
   const rows = report.tensors.slice(0, 2000).map((tensor) => el("tr", {}, ...[
-    tensor.name, tensor.error ? percent(Number(tensor.error.relative_rms)) : "", size(tensor.bytes_before), size(tensor.bytes_after),
-    tensor.role, tensor.codec,
+    tensor.name, share(tensor.error?.step_error), size(tensor.bytes_before), size(tensor.bytes_after),
+    share(tensor.error?.relative_rms), tensor.role, tensor.codec,
   ].map((text, index) => el("td", { ...numeric(index), ...(index ? {} : { title: text }) }, index ? text : middle(text, letters)))));
   const caption = `${report.tensors.length} stored tensors${report.tensors.length > rows.length ? `, the first ${rows.length}` : ""}`;
   return el("details", { class: "table" }, el("summary", {}, caption),

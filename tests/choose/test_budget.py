@@ -451,6 +451,18 @@ def test_a_first_moment_of_factored_second_ones_is_no_step(tmp_path: Path) -> No
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("momentum", [True, False], ids=["timm's", "no momentum"])
+def test_rmsprop_whose_step_is_not_known(momentum: bool, tmp_path: Path) -> None:
+    """TensorFlow's way, as in timm, has the learning rate in the momentum; without one the gradient would be needed."""
+    state = {"step": 5, "square_avg": torch.rand(96, 96)} | (
+        {"momentum_buffer": torch.randn(96, 96)} if momentum else {}
+    )
+    optimizer = {"state": {0: state}, "param_groups": [{"lr": 0.1, "lr_in_momentum": True, "params": [0]}]}
+    torch.save({"model": {"w": torch.randn(96, 96)}, "optimizer": optimizer}, tmp_path / "ckpt.pt")
+    report, _ = restored(tmp_path / "ckpt.pt", max_step_error=0.1)
+    assert _codecs(report)["model.w"] == "split"
+
+
 def test_weights_that_nothing_trains_are_exact_and_unknown_ones_keep_24_bits(tmp_path: Path) -> None:
     path = trained(tmp_path / "ckpt.pt")
     content = torch.load(path, weights_only=True)

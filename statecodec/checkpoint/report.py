@@ -100,8 +100,8 @@ class Report:
         rules: The texts of the rules that were used.
         updates: What encoding did to each parameter's Adam update, where that was measured.
         total: Errors over all tensors.
-        asked: The largest errors that a preset or option asked for, in optimizer steps, under their names in `total`;
-            empty if none did, None where the file does not say.
+        asked: The largest errors that a preset or option asked for and some tensor is bounded by, in optimizer steps,
+            under their names in `total`; None where the file does not say.
         notes: What was left out or done otherwise, and why.
         files: Paths of all files of a compressed checkpoint.
         unmet: What the preset stands for and found no tensors for.

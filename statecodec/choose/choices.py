@@ -19,6 +19,7 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose import presets
 from statecodec.choose.rules import Policy, Rule, unmatched_notes
+from statecodec.choose.shortfalls import Kept, Shortfall
 from statecodec.choose.step_size import StepSize
 from statecodec.codecs import Codec, Encoding
 from statecodec.errors import UnsupportedTensor
@@ -36,6 +37,7 @@ class Choice:
     `step`: of a first moment that is stored as a direction, the update that it belongs to. `most`: the largest rms
     error in the unit of the codec's error sums, where one is promised. `companions`: role -> name of the tensor that
     the codec needs. `otherwise`: the codec for values that this one refuses; raw for those that it refuses too.
+    `shortfall`: why a budget does not bound it, where it is about the tensor.
     """
 
     encoding: Encoding
@@ -46,6 +48,7 @@ class Choice:
     step: StepSize | None = None
     companions: Mapping[str, str] = field(default_factory=dict)
     otherwise: Codec = field(default_factory=codecs.Raw)
+    shortfall: Shortfall | None = None
 
     @property
     def codec(self) -> Codec:
@@ -62,12 +65,13 @@ class Choice:
 class Choices(Mapping[str, Choice]):
     """A choice for every item of a checkpoint, by name; `notes` are for the report.
 
-    `unmet` says what a preset stands for and could not do here.
+    `unmet` says what a preset stands for and could not do here, `kept` what the promise of a budget came to.
     """
 
     by_name: Mapping[str, Choice]
     notes: tuple[str, ...] = ()
     unmet: tuple[str, ...] = ()
+    kept: Kept = field(default_factory=Kept)
 
     def __getitem__(self, name: str) -> Choice:
         return self.by_name[name]
@@ -87,10 +91,10 @@ class Choices(Mapping[str, Choice]):
         """The same choices with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 
-    def updated(self, choices: Mapping[str, Choice], notes: tuple[str, ...] = ()) -> Choices:
+    def updated(self, choices: Mapping[str, Choice]) -> Choices:
         """The same choices with those of some tensors replaced; tensors that are settled stay as they are."""
         open_ones = {name: c for name, c in choices.items() if not self.by_name[name].settled}
-        return replace(self, by_name={**self.by_name, **open_ones}, notes=(*self.notes, *notes))
+        return replace(self, by_name={**self.by_name, **open_ones})
 
 
 def by_rules(source: SourceCheckpoint, caller_policy: Policy, preset: str, *, strict: bool = False) -> Choices:

@@ -19,14 +19,16 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
+from dataclasses import replace
 
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
+from statecodec.choose.bounded import has_grid, is_open, require_something
 from statecodec.choose.budget import Budget, codes_per_octave
 from statecodec.choose.choices import Choice, Choices
-from statecodec.choose.presets import is_small
+from statecodec.choose.shortfalls import Shortfall, Why
 from statecodec.choose.step_size import (
     StepSize,
     quantised_moments,
@@ -37,9 +39,8 @@ from statecodec.choose.step_size import (
 )
 from statecodec.choose.widths import ROUNDED, SQRT12, legal, narrow, width_for
 from statecodec.codecs import Direction, Dropped, Encoding, Logarithmic, Split, Uniform
-from statecodec.codecs.base import FLOATS
 from statecodec.dtypes import FLOAT32
-from statecodec.errors import MalformedCheckpoint, UsageError
+from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -66,7 +67,7 @@ def by_budget(
 
     Raises UsageError if an option of the budget finds no tensor to bound.
     """
-    _require_something(source, budget)
+    require_something(source, choices, budget)
     chooser = _Chooser(source, choices, budget)
     asked = (m for m in source.moments if only is None or any(n in only for n in (m.exp_avg, m.exp_avg_sq, m.weight)))
     pairs = [m for m in asked if chooser.measures(m)]
@@ -86,20 +87,7 @@ def by_budget(
         if only is None or single.weight in only:
             chooser.chosen.update(chooser.single(single, largest))
     chooser.rest(only)
-    return choices.updated(chooser.chosen, tuple(chooser.notes()))
-
-
-def _require_something(source: SourceCheckpoint, budget: Budget) -> None:
-    bounds = {
-        "max_update_error": ("optimizer states", MOMENT_ROLES),
-        "max_weight_error": ("weights", ("weight",)),
-        "max_step_error": ("weights and no optimizer states", ("weight", *MOMENT_ROLES)),
-    }
-    roles = {family(item.role) for item in source.items if item.dtype in FLOATS}
-    for name in budget.asked:
-        tensors, needed = bounds[name]
-        if roles.isdisjoint(needed):
-            raise UsageError(f"{name}: no {tensors} are known in {source.path}, so there is nothing to bound")
+    return choices.updated(chooser.chosen)
 
 
 class _Chooser:
@@ -111,15 +99,12 @@ class _Chooser:
         self.rms: dict[str, float] = {}
         """Of momenta, by name."""
         self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
+        self._amsgrad = any(item.role == "max_exp_avg_sq" for item in source.items)
         self._momenta = {m.momentum: m for m in source.momenta}
         self._largest_rate = _largest((*source.moments, *source.quantised))
         self._followed = followed(source)
         self._one_step: dict[str, float] = {}
         """Of weights, by name."""
-        self._underflowed: list[str] = []
-        """Names of first moments beside which too many second moments are 0."""
-        self._coarser: set[str] = set()
-        """Names of weights whose 24 bits are coarser than what was asked for."""
 
     def measures(self, moments: Moments) -> bool:
         """Whether anything depends on the step of a parameter."""
@@ -139,14 +124,15 @@ class _Chooser:
 
     def _pair(self, first: SourceItem, second: SourceItem, unit: StepSize | None, fraction: float) -> dict[str, Choice]:
         """The choices for a pair of moments."""
-        exactly = None
+        exactly = underflowed = None
         if unit is not None and narrow(first, 1.0) > fraction * ROUNDED:
             exactly = f"exact: {first.dtype} is hardly finer than {fraction:.4g} of a step"
         elif unit is not None and unit.numel < _SOUND * first.numel:
-            self._underflowed.append(first.name)
+            underflowed = Shortfall(Why.UNDERFLOWED)
             exactly = f"exact: {first.numel - unit.numel} of {first.numel} elements have no update, as v is 0 there"
         if exactly:
-            return {i.name: Choice(self.choices[i.name].encoding, exactly) for i in (first, second) if self._open(i)}
+            kept = {i.name: self.choices[i.name].encoding for i in (first, second) if self._open(i)}
+            return {name: Choice(encoding, exactly, shortfall=underflowed) for name, encoding in kept.items()}
         chosen: dict[str, Choice] = {}
         if self._open(second):
             chosen[second.name] = self._second_moment(fraction)
@@ -172,9 +158,18 @@ class _Chooser:
         """The choice for a weight that Adam trains."""
         if self.budget.weights is None:
             return {}
-        one_step = _rate(settings.lr, self._largest_rate) * unit.update
-        self._one_step[weight.name] = one_step
-        choice = self._weight(weight, one_step, self.budget.weights)
+        return self._moved(weight, settings.lr, self._largest_rate, unit.update, self.budget.weights)
+
+    def _moved(
+        self, weight: SourceItem, lr: float | None, largest_rate: float, update: float, fraction: float
+    ) -> dict[str, Choice]:
+        """The choice for a weight that is moved by a learning rate times an update."""
+        rate = _rate(lr, largest_rate)
+        choice = self._weight(weight, rate * update, fraction)
+        if rate:
+            self._one_step[weight.name] = rate * update
+        elif choice is not None:
+            choice = replace(choice, shortfall=Shortfall(Why.NO_RATE if lr is None else Why.RATE_IS_ZERO))
         return {} if choice is None else {weight.name: choice}
 
     def momenta(self, only: Container[str] | None) -> list[SourceItem]:
@@ -198,10 +193,7 @@ class _Chooser:
         if fraction is None or not self._has_own_step(item):
             return {}
         update = self.rms[single.momentum] if single.update is None else single.update
-        one_step = _rate(single.lr, largest_rate) * update
-        self._one_step[item.name] = one_step
-        choice = self._weight(item, one_step, fraction)
-        return {} if choice is None else {item.name: choice}
+        return self._moved(item, single.lr, largest_rate, update, fraction) if update else {}
 
     def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
@@ -225,68 +217,69 @@ class _Chooser:
         most = fraction * one_step
         step = min(max(width_for(most, item, rms), finest), coarsest)
         if step == finest:
-            if 0 < most < finest / SQRT12:
-                self._coarser.add(item.name)
-            return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None)
+            error = finest / SQRT12
+            coarse = Shortfall(Why.COARSE, error / one_step) if 0 < most < error else None
+            return Choice(Encoding(Uniform(step)), "24 bits", unit=one_step or None, shortfall=coarse)
         reason = "bf16" if step == coarsest else f"{fraction:.4g} of a step"
         return Choice(Encoding(Uniform(step)), reason, unit=one_step, most=most)
 
     def rest(self, only: Container[str] | None) -> None:
         """The choices for tensors that belong to no pair of moments."""
-        # Weights without moments: trained by moments whose parameter is not known, or not trained at all.
-        trained = self.source.trained
-        alone = (i.name for i in self.source.items if self._is_alone(i))
-        unnamed = None in trained or not trained or any(name not in self._momenta for name in alone)
+        untold = self._untold()
         for item in self.source.items:
             if item.name in self.chosen or not self._open(item) or (only is not None and item.name not in only):
                 continue
-            choice = self._without_step(item, unnamed)
+            choice = self._without_step(item, untold)
             if choice is not None:
                 self.chosen[item.name] = choice
 
-    def _without_step(self, item: SourceItem, unnamed: bool) -> Choice | None:
+    def _untold(self) -> Why | None:
+        """Why a weight without moments may be trained all the same; None if such weights are not trained."""
+        trained, items = self.source.trained, self.source.items
+        alone = [i for i in items if self._is_alone(i) and i.name not in self._momenta]
+        if None in trained or any(i.param is None for i in alone):
+            return Why.UNMATCHED
+        if trained and not alone:
+            return None
+        states = any(i.role in (*MOMENT_ROLES, "step") or ".state." in f".{i.name}" for i in items)
+        return Why.NO_UPDATE if states else Why.NO_MOMENTS
+
+    def _without_step(self, item: SourceItem, untold: Why | None) -> Choice | None:
         if family(item.role) == "weight" and self.budget.weights is not None and item.dtype == FLOAT32:
             weight = self._followed.get(item.name)
             if weight is not None and weight in self._one_step:
                 return self._weight(item, self._one_step[weight], self.budget.weights)
-            if not unnamed or item.role == "ema":
-                return Choice(self.choices[item.name].encoding, "exact: it has no moments, so no step trains it")
-            return Choice(Encoding(Split(high="bf16", low_bits=8)), "24 bits: the step that trains it is not known")
+            exact = self.choices[item.name].encoding
+            if item.name in self.source.trained:
+                return Choice(exact, "exact: its moments tell no step")
+            if untold is None or item.role == "ema":
+                return Choice(exact, "exact: it has no moments, so no step trains it")
+            encoding = Encoding(Split(high="bf16", low_bits=8))
+            return Choice(encoding, "24 bits: the step that trains it is not known", shortfall=Shortfall(untold))
         fraction = self.budget.moments
         if fraction is None:
             return None
         if item.role in ("exp_avg_sq", "max_exp_avg_sq"):
-            return self._second_moment(fraction)
+            alone = item.role == "exp_avg_sq" and not self._amsgrad
+            choice = self._second_moment(fraction)
+            return replace(choice, shortfall=Shortfall(Why.SECOND_ALONE)) if alone else choice
         if self._is_alone(item):
             single = self._momenta.get(item.name)
             if single is not None and single.orthogonal:
                 fraction *= _ORTHOGONAL
             rms = self.rms[item.name]
+            if not rms:  # all zeros stay exact
+                return None
             most = fraction * rms
             encoding = Encoding(Uniform(width_for(most, item, rms)))
             return Choice(encoding, f"{fraction:.4g} of its rms", unit=rms, most=most)
         return None
 
-    def notes(self) -> Iterator[str]:
-        """What is not as near as was asked for, or nearer."""
-        if self._underflowed:
-            yield (
-                f"moments kept exact, because exp_avg_sq is 0 where exp_avg is not: {len(self._underflowed)}, such as "
-                f"{self._underflowed[0]}; such parameters make steps of exp_avg / eps"
-            )
-        if self._coarser:
-            yield (
-                f"weights off by more than {self.budget.weights:.4g} of a step, because their steps are small beside "
-                f"their values: {len(self._coarser)}; 24 bits are the finest that is stored, lossless aside"
-            )
-
     def _item(self, name: str) -> SourceItem:
         return self.source.items[self.source.tensors[name].index]
 
     def _open(self, item: SourceItem) -> bool:
-        choice = self.choices[item.name]
-        has_grid = item.dtype in FLOATS and not item.bytes_only and not is_small(item.shape)
-        return has_grid and not choice.settled and not isinstance(choice.codec, Dropped)
+        return has_grid(item) and is_open(self.choices[item.name])
 
 
 def _is_momentum(item: SourceItem) -> bool:

@@ -245,10 +245,10 @@ class Compression:
             },
             files=source.stored_files(every),
             folders=located.folders,
-            notes=(*self.choices.notes, *refused),
+            notes=(*self.choices.notes, *self.choices.kept.notes(self.settings.budget), *refused),
             base=self.base.file if self.base else None,
             tensors=tuple(source.joined.values()),
-            asked=self.settings.promised.figures,
+            asked=self.choices.kept.figures(self.settings.promised),
         )
         return documents.to_json(described, source.items)
 

@@ -15,6 +15,7 @@ from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.report import Report
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.choices import Choice, Choices, by_rules
+from statecodec.choose.shortfalls import Kept
 from statecodec.choose.since_base import standing_alone
 from statecodec.codecs import Encoding
 from statecodec.codecs.chunking import Chunk
@@ -160,6 +161,8 @@ class _Joined:
                 for share in shares
                 for name, config in share.document["announced"].items()
             }
+            index = {item.name: item.index for item in source.items}
+            self.kept = Kept.joined([share.document["kept"] for share in shares], index)
             self.digests = {int(k): str(v) for share in shares for k, v in share.document["digests"].items()}
             for share in shares:
                 for name, (error, size) in share.document["sums"].items():
@@ -168,12 +171,12 @@ class _Joined:
             raise CorruptFile(f"the shares of {source.path} are damaged: make them again") from error
 
     def choices(self, choices: Choices) -> Choices:
-        """The same choices with the codecs that the shares have."""
+        """The same choices with the codecs that the shares have, and what these kept of the promise."""
         by_name = dict(choices.by_name)
         for item, place in zip(self.source.items, self._places, strict=True):
             stored = place.share.items[place.index]
             by_name[item.name] = Choice(stored.encoding, "as its share has it", companions=stored.companions)
-        return replace(choices, by_name=by_name)
+        return replace(choices, by_name=by_name, kept=self.kept)
 
     def items(self, work: Compression) -> list[ItemSpec]:
         """What will be written, with the attributes that the shares have."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from statecodec import choose
 from statecodec.checkpoint.chain import BaseCheckpoint
 from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose import Policy, Rule, load_rules, parse_rule
+from statecodec.choose.bounded import kept
 from statecodec.choose.budget import Budget
 from statecodec.choose.choices import Choices, by_rules
 from statecodec.choose.chooser import by_budget
@@ -139,7 +140,8 @@ class CompressSettings:
             choices = by_budget(source, choices, self.budget, threads, progress, only)
         choices = linked(source, choices, base, self.packing, only)
         choices = derived(source, choices, base, self.packing, only)
-        return repeated(source, choices, self.packing, only)
+        choices = repeated(source, choices, self.packing, only)
+        return replace(choices, kept=kept(source, choices, only)) if self.budget else choices
 
 
 def _rule(rule: str | Rule) -> Rule:

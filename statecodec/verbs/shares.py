@@ -208,6 +208,7 @@ def _write(
             announced = {item.name: item.announced.config() for item in writer.items if item.announced is not None}
             results = {
                 "refusals": dict(refusals), "announced": announced, "sums": dict(work.totals.sums), "digests": digests,
+                "kept": work.choices.kept.to_json(),
             }  # fmt: skip
             return writer.finish({"share": header, **results}).publish().nbytes
 

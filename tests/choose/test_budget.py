@@ -220,7 +220,7 @@ def test_at_the_end_of_a_schedule_the_rate_counts_that_it_began_with(tmp_path: P
 def test_weights_whose_steps_are_finer_than_24_bits_are_said_to_be_off_by_more(tmp_path: Path) -> None:
     """A promise that is not kept is not printed as if it were."""
     report, _ = restored(trained(tmp_path / "ckpt.pt", lr=1e-6), max_step_error=0.01)
-    assert any("off by more than 0.01 of a step" in note for note in report.notes)
+    assert any("off by more than 1 % of a step" in note for note in report.notes)
     verified = statecodec.verify(report.path)
     assert "but weights in 24 bits up to" in str(verified)
     near, _ = restored(trained(tmp_path / "ckpt.pt"), max_step_error=0.1)

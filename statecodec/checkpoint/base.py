@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from statecodec.checkpoint.report import Report
 from statecodec.codecs import EncodedTensor, Encoding
 from statecodec.dtypes import DType
 from statecodec.errors import UsageError
-from statecodec.layouts import Moments, View
+from statecodec.layouts import Moments, Momentum, QuantisedMoments, View
 from statecodec.layouts.objects import window
 from statecodec.lazy import torch
 
@@ -89,10 +90,27 @@ class Checkpoint(ABC):
     def moments(self) -> tuple[Moments, ...]:
         """The pairs of exp_avg and exp_avg_sq, by name, with the settings of their optimizer."""
 
+    @property
+    def momenta(self) -> tuple[Momentum, ...]:
+        """The momenta from which alone a weight's step follows; a compressed checkpoint does not say."""
+        return ()
+
+    @property
+    def quantised(self) -> tuple[QuantisedMoments, ...]:
+        """The pairs of Adam's moments that another package keeps quantised; a compressed checkpoint does not say."""
+        return ()
+
     @cached_property
     def trained(self) -> frozenset[str | None]:
         """The weights that states of an optimizer train, with None if the weight of any is not known."""
-        return frozenset(moments.weight for moments in self.moments)
+        of_states = (self.moments, self.momenta, self.quantised)
+        return frozenset(chain.from_iterable((state.weight for state in states) for states in of_states))
+
+    @cached_property
+    def lone_momenta(self) -> frozenset[str]:
+        """Names of the first moments without a second one: momenta of SGD, Lion, Muon and Adafactor."""
+        paired = {moments.exp_avg for moments in self.moments}
+        return frozenset(i.name for i in self.items if i.role in ("momentum", "exp_avg") and i.name not in paired)
 
     @property
     @abstractmethod

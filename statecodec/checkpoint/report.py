@@ -53,7 +53,7 @@ class UpdateReport:
         param: The parameter, if it is known.
         exp_avg: Name of the first moment: files of one directory may have parameters of one name.
         numel: Number of elements.
-        u_rms: ||u' - u|| / ||u||, where u' is the update after decoding.
+        u_rms: ||u' - u|| / ||u||, where u' is the update after decoding: the update's part of the step error.
         max_u: Largest |u'|.
         max_u_exact: Largest |u|.
         cosine: Cosine between u' and u.
@@ -99,7 +99,8 @@ class Report:
         preset: The preset, if there was one.
         rules: The texts of the rules that were used.
         updates: What encoding did to each parameter's Adam update, where that was measured.
-        total: Errors over all tensors.
+        total: Errors over all tensors; in optimizer steps `u_rms` (of the Adam updates), `momentum_step_error` (of
+            momenta without second moments, each in its own rms) and `weight_step_error`.
         asked: The largest errors that a preset or option asked for and some tensor is bounded by, in optimizer steps,
             under their names in `total`; None where the file does not say.
         notes: What was left out or done otherwise, and why.
@@ -178,7 +179,9 @@ class TensorDiff:
         differing: Elements that differ, of a tensor that is not compared as numbers (integers, booleans, complex
             numbers, 8-bit floats).
         identical: Whether all bits are the same.
-        step_error: `rms` as a fraction of the optimizer step that trains it; None where that is not known.
+        step_error: Of a weight, `rms` as a fraction of the optimizer step that trains it; of Adam's first moment, the
+            `u_rms` of its update; of a momentum without a second moment, `rms` as a fraction of its own. None where
+            no such unit is known.
     """
 
     name: str

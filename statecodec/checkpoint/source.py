@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +139,6 @@ class SourceCheckpoint(Checkpoint):
 
     @cached_property
     def momenta(self) -> tuple[Momentum, ...]:
-        """The momenta that train weights without second moments: once for each piece, where both are cut alike."""
         return tuple(
             replace(single, momentum=m, weight=w)
             for single in self.located.momenta
@@ -150,13 +148,7 @@ class SourceCheckpoint(Checkpoint):
 
     @cached_property
     def quantised(self) -> tuple[QuantisedMoments, ...]:
-        """The pairs of Adam's moments that another package keeps quantised; tensors have the names of items."""
         return tuple(m.renamed(lambda name: self._stored[name][0][1]) for m in self.located.quantised)
-
-    @cached_property
-    def trained(self) -> frozenset[str | None]:
-        weights = ([update.weight for update in of] for of in (self.moments, self.momenta, self.quantised))
-        return frozenset(chain.from_iterable(weights))
 
     @property
     def listing(self) -> tuple[str, ...]:

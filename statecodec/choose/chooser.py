@@ -19,7 +19,7 @@ Where there is no step to count in, `_Chooser` says what is done instead.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from dataclasses import replace
 
 from statecodec.checkpoint.source import SourceCheckpoint
@@ -31,14 +31,17 @@ from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.shortfalls import Shortfall, Why
 from statecodec.choose.step_size import (
     StepSize,
+    largest_rate,
+    momentum_update,
     quantised_moments,
+    rate,
     root_mean_squares,
     sampled_size,
     step_sizes,
     update_size,
 )
 from statecodec.choose.widths import ROUNDED, SQRT12, legal, narrow, width_for
-from statecodec.codecs import Direction, Dropped, Encoding, Logarithmic, Split, Uniform
+from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.dtypes import FLOAT32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
@@ -50,6 +53,7 @@ _SOME = 16  # pieces of a tensor that are sampled where no promise depends on it
 _FINEST = 2.0**-16  # finest grid, in the rms of the weights: as fine as the 24 bits of `split`
 _ORTHOGONAL = 0.3  # share of the fraction for Muon's momenta, whose small values its update amplifies
 _SOUND = 15 / 16  # share of elements that have an update, below which moments are kept as they are
+_SPLIT24 = Split(high="bf16", low_bits=8)
 _COARSEST = 2.0**-7  # coarsest grid, in the largest weight: as coarse as bf16 there
 
 
@@ -82,7 +86,7 @@ def by_budget(
     with ordered_map(chooser.beside_quantised, beside, threads) as weights:
         for chosen in weights:
             chooser.chosen.update(chosen)
-    largest = _largest(source.momenta)
+    largest = largest_rate(source.momenta)
     for single in source.momenta:
         if only is None or single.weight in only:
             chooser.chosen.update(chooser.single(single, largest))
@@ -98,10 +102,9 @@ class _Chooser:
         self.chosen: dict[str, Choice] = {}
         self.rms: dict[str, float] = {}
         """Of momenta, by name."""
-        self._paired = {name for m in source.moments for name in (m.exp_avg, m.exp_avg_sq)}
         self._amsgrad = any(item.role == "max_exp_avg_sq" for item in source.items)
         self._momenta = {m.momentum: m for m in source.momenta}
-        self._largest_rate = _largest((*source.moments, *source.quantised))
+        self._largest_rate = largest_rate((*source.moments, *source.quantised))
         self._followed = followed(source)
         self._one_step: dict[str, float] = {}
         """Of weights, by name."""
@@ -161,13 +164,13 @@ class _Chooser:
         return self._moved(weight, settings.lr, self._largest_rate, unit.update, self.budget.weights)
 
     def _moved(
-        self, weight: SourceItem, lr: float | None, largest_rate: float, update: float, fraction: float
+        self, weight: SourceItem, lr: float | None, largest: float, update: float, fraction: float
     ) -> dict[str, Choice]:
         """The choice for a weight that is moved by a learning rate times an update."""
-        rate = _rate(lr, largest_rate)
-        choice = self._weight(weight, rate * update, fraction)
-        if rate:
-            self._one_step[weight.name] = rate * update
+        one_step = rate(lr, largest) * update
+        choice = self._weight(weight, one_step, fraction)
+        if one_step:
+            self._one_step[weight.name] = one_step
         elif choice is not None:
             choice = replace(choice, shortfall=Shortfall(Why.NO_RATE if lr is None else Why.RATE_IS_ZERO))
         return {} if choice is None else {weight.name: choice}
@@ -185,15 +188,15 @@ class _Chooser:
         return self.budget.weights is not None and weight.dtype == FLOAT32 and self._open(weight)
 
     def _is_alone(self, item: SourceItem) -> bool:
-        return _is_momentum(item) and item.name not in self._paired
+        return item.name in self.source.lone_momenta
 
-    def single(self, single: Momentum, largest_rate: float) -> dict[str, Choice]:
+    def single(self, single: Momentum, largest: float) -> dict[str, Choice]:
         """The choice for a weight that is trained by a momentum without a second moment."""
         item, fraction = self._item(single.weight), self.budget.weights
         if fraction is None or not self._has_own_step(item):
             return {}
-        update = self.rms[single.momentum] if single.update is None else single.update
-        return self._moved(item, single.lr, largest_rate, update, fraction) if update else {}
+        update = momentum_update(single, self.rms.get(single.momentum, 0.0))
+        return self._moved(item, single.lr, largest, update, fraction) if update else {}
 
     def _first_moment(self, first: SourceItem, unit: StepSize, fraction: float, second: SourceItem) -> Choice:
         most = fraction * unit.direction
@@ -213,7 +216,7 @@ class _Chooser:
         rms, largest = sampled_size(self.source, item, _SOME)  # only for bounds: the step comes from the moments
         if not rms:
             return None
-        finest, coarsest = legal(_FINEST * rms), legal(max(_COARSEST * largest, _FINEST * rms))
+        finest, coarsest = _finest(rms), legal(max(_COARSEST * largest, _FINEST * rms))
         most = fraction * one_step
         step = min(max(width_for(most, item, rms), finest), coarsest)
         if step == finest:
@@ -254,8 +257,8 @@ class _Chooser:
                 return Choice(exact, "exact: its moments tell no step")
             if untold is None or item.role == "ema":
                 return Choice(exact, "exact: it has no moments, so no step trains it")
-            encoding = Encoding(Split(high="bf16", low_bits=8))
-            return Choice(encoding, "24 bits: the step that trains it is not known", shortfall=Shortfall(untold))
+            reason = "24 bits: the step that trains it is not known"
+            return Choice(Encoding(_SPLIT24), reason, shortfall=Shortfall(untold))
         fraction = self.budget.moments
         if fraction is None:
             return None
@@ -282,14 +285,13 @@ class _Chooser:
         return has_grid(item) and is_open(self.choices[item.name])
 
 
-def _is_momentum(item: SourceItem) -> bool:
-    return item.role in ("momentum", "exp_avg")
+def is_finest(source: SourceCheckpoint, item: SourceItem, codec: Codec) -> bool:
+    """Whether a weight is stored in 24 bits, which no budget makes finer."""
+    if isinstance(codec, Uniform | Following):
+        rms, _ = sampled_size(source, item, _SOME)
+        return codec.step <= _finest(rms) * (1 + 1e-6)
+    return codec == _SPLIT24
 
 
-def _largest(trained: Iterable[AdamSettings | Momentum]) -> float:
-    return max((_rate(m.lr, 0.0) for m in trained), default=0.0)
-
-
-def _rate(lr: float | None, largest: float) -> float:
-    """A learning rate; the file's largest where it is 0 or not known."""
-    return lr if lr is not None and lr > 0 else largest
+def _finest(rms: float) -> float:
+    return legal(_FINEST * rms)

@@ -16,7 +16,7 @@ from statecodec.elementwise import as_fp32
 from statecodec.errors import MalformedCheckpoint
 from statecodec.kernels.grids import MIN_STEP
 from statecodec.kernels.reference.statistics import Size, UpdateSize
-from statecodec.layouts import AdamSettings, Moments, QuantisedMoments, QuantisedState
+from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments, QuantisedState
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter
 from statecodec.quantised import Blocks
@@ -165,6 +165,21 @@ def _dequantised(source: SourceCheckpoint, state: QuantisedState) -> Iterator[Te
 def update_size(m: Tensor, v: Tensor, moments: AdamSettings) -> UpdateSize:
     """The sums over a piece of both moments that `StepSize.of` puts together."""
     return kernels.host().update_size(as_fp32(m), as_fp32(v), eps=stored_eps(moments))
+
+
+def momentum_update(single: Momentum, rms: float) -> float:
+    """The rms of the update that a momentum of that rms makes: times the learning rate it is a step of its weight."""
+    return rms if single.update is None else single.update
+
+
+def largest_rate(trained: Iterable[AdamSettings | Momentum]) -> float:
+    """The largest learning rate that is known; 0 if none is."""
+    return max((rate(m.lr, 0.0) for m in trained), default=0.0)
+
+
+def rate(lr: float | None, largest: float) -> float:
+    """A learning rate; the file's largest where it is 0 or not known."""
+    return lr if lr is not None and lr > 0 else largest
 
 
 def stored_eps(moments: AdamSettings) -> float:

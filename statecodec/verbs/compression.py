@@ -34,29 +34,12 @@ from statecodec.verbs.appending import EncodedChunk, ErrorRules, WriteOptions
 from statecodec.verbs.paths import named
 from statecodec.verbs.processors import Processor, compared
 from statecodec.verbs.settings import CompressSettings
+from statecodec.verbs.step_errors import TRAINED_ROLES, StepErrors
 from statecodec.verbs.verify import check_intact, report_against
 from statecodec.verbs.writing import Verification, write
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-class StepErrors:
-    """Errors over all tensors, in optimizer steps, added up as tensors are encoded."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, tuple[float, float]] = {}
-        """Squared error and squared size, by name."""
-
-    def add(self, name: str, error: float, size: float) -> None:
-        """Add the squared error and the squared size of one tensor."""
-        before = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = before[0] + error, before[1] + size
-
-    def figures(self) -> dict[str, float] | None:
-        """Relative errors by name; None if there are none."""
-        errors = {name: math.sqrt(error / size) for name, (error, size) in self.sums.items() if size}
-        return errors or None
 
 
 @dataclass(frozen=True)
@@ -213,8 +196,10 @@ class Compression:
         figures = {"rms": rms, "relative_rms": relative, "max_abs": c.max_abs_diff}
         if unit is not None:
             figures["step_error"] = rms / unit
-            if item.role in ("weight", "master"):  # those that a step trains
+            if item.role in TRAINED_ROLES:
                 self.totals.add("weight_step_error", c.sum_sq_diff / unit**2, item.numel)
+            elif item.name in self.source.lone_momenta:
+                self.totals.add("momentum_step_error", c.sum_sq_diff / unit**2, item.numel)
         return figures
 
     def finer(self, index: int, codec: Codec, sums: Comparison) -> Codec | None:

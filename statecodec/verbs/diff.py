@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,16 +12,16 @@ from statecodec import kernels
 from statecodec.checkpoint.base import Checkpoint, Elements, TensorInfo
 from statecodec.checkpoint.open import loaded, open_checkpoint
 from statecodec.checkpoint.report import DiffReport, TensorDiff, UpdateReport, ValueDiff
-from statecodec.choose.averages import followed
-from statecodec.choose.step_size import update_settings
+from statecodec.choose.step_size import StepSize, update_settings, update_size
 from statecodec.errors import StatecodecError
-from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison
+from statecodec.kernels.reference.statistics import NO_DIFFERENCE, NO_UPDATE, Comparison, UpdateComparison, UpdateSize
 from statecodec.layouts import Moments
 from statecodec.lazy import torch
 from statecodec.parallel import default_threads, ordered_map
 from statecodec.progress import Meter, Progress
 from statecodec.roles import SKELETON_ROLES, family
 from statecodec.verbs.rest_diff import without_checksums
+from statecodec.verbs.step_errors import MeasuredSteps
 from statecodec.verbs.value_diff import value_diffs
 
 if TYPE_CHECKING:
@@ -83,27 +81,28 @@ def compare(
     def compare(tensor: TensorInfo) -> tuple[TensorInfo, _Compared]:
         return tensor, _compare_tensors(a, tensor, b, b.tensors[tensor.name])
 
-    tensors, sums, rest = [], _Totals(), _one_sided_rest(a, b)
+    tensors, sums, rest, steps = [], _Totals(), _one_sided_rest(a, b), MeasuredSteps(a)
     with ordered_map(compare, shared, threads) as compared:
         for tensor, result in compared:
             meter.add(math.prod(tensor.shape))
             if tensor.role not in SKELETON_ROLES:
                 tensors.append(_tensor_diff(tensor, result))
                 sums.add_tensor(family(tensor.role), result.numbers)
+                steps.add_tensor(tensor, result.numbers)
             elif result.differing and (checksums or _rest_differs(a, b, tensor)):
                 rest.add(_file(a, tensor))
 
-    def update(m: Moments) -> tuple[Moments, UpdateComparison]:
-        return m, _compare_update(a, b, m)
+    def update(m: Moments) -> tuple[Moments, UpdateComparison, StepSize | None]:
+        return m, *_compare_update(a, b, m)
 
-    updates, units = [], _Units(a)
+    updates = []
     with ordered_map(update, pairs, threads) as changes:
-        for moments, change in changes:
+        for moments, change, unit in changes:
             numel = math.prod(a.tensors[moments.exp_avg].shape)
             meter.add(2 * numel)
             updates.append(_update_report(moments, numel, change))
             sums.add_update(change)
-            units.add(moments, change, numel)
+            steps.add_update(moments, unit, updates[-1].u_rms)
             if change.nonfinite:
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
     values = _values(a, b) if rest else None
@@ -112,9 +111,9 @@ def compare(
     return DiffReport(
         a=str(a.path),
         b=str(b.path),
-        tensors=units.counted(tensors),
+        tensors=steps.counted(tensors),
         updates=tuple(updates),
-        total={**sums.total(), **units.total()},
+        total={**sums.total(), **steps.total()},
         only_in_a=_missing(a, b),
         only_in_b=_missing(b, a),
         not_comparable=tuple(t.name for t, _ in unlike),
@@ -131,46 +130,6 @@ def _values(a: Checkpoint, b: Checkpoint) -> tuple[ValueDiff, ...] | None:
         return value_diffs(*(loaded(side, torch.device("meta")) for side in (a, b)))
     except StatecodecError:
         return None
-
-
-class _Units:
-    """The size of one optimizer step of every weight: lr times the rms of its exact update.
-
-    A running average has the one of the weight that it follows.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._rate = max((m.lr for m in checkpoint.moments if m.lr is not None), default=0.0)
-        self._averages: dict[str, list[str]] = defaultdict(list)
-        for average, weight in followed(checkpoint, small=True).items():
-            self._averages[weight].append(average)
-        self._step_sizes: dict[str, float] = {}
-        self._error = self._numel = 0.0
-        self._others_differ = False
-
-    def add(self, m: Moments, c: UpdateComparison, numel: int) -> None:
-        """Add one parameter's update. Where its learning rate is 0 or not known, the largest of the file counts."""
-        step = (m.lr or self._rate) * math.sqrt(c.sum_sq / max(numel - c.nonfinite, 1))
-        if m.weight is not None and step > 0:
-            self._step_sizes.update(dict.fromkeys((m.weight, *self._averages.get(m.weight, ())), step))
-
-    def counted(self, tensors: Iterable[TensorDiff]) -> tuple[TensorDiff, ...]:
-        """The same tensors, with the errors of weights and averages in steps."""
-        return tuple(self._counted(tensor) for tensor in tensors)
-
-    def _counted(self, tensor: TensorDiff) -> TensorDiff:
-        step = self._step_sizes.get(tensor.name)
-        if step is None:
-            self._others_differ |= family(tensor.role) == "weight" and tensor.role != "ema" and tensor.rms != 0
-            return tensor
-        numel = 0 if tensor.role == "ema" else math.prod(tensor.shape)  # nothing is trained by it
-        self._error, self._numel = self._error + numel * (tensor.rms / step) ** 2, self._numel + numel
-        return replace(tensor, step_error=tensor.rms / step)
-
-    def total(self) -> dict[str, float]:
-        """The error of all weights that have a step, in optimizer steps; nothing where only others differ."""
-        known = self._numel and (self._error or not self._others_differ)
-        return {"weight_step_error": math.sqrt(self._error / self._numel)} if known else {}
 
 
 class _Compared(NamedTuple):
@@ -202,15 +161,17 @@ def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view({4: torch.int32, 8: torch.int64}[x.dtype.itemsize])
 
 
-def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> UpdateComparison:
+def _compare_update(a: Checkpoint, b: Checkpoint, m: Moments) -> tuple[UpdateComparison, StepSize | None]:
+    """Compare an update of A with that of B; with it its size in A."""
     names = (m.exp_avg, m.exp_avg_sq)
     streams = [Elements(s.stream(s.tensors[name])) for s in (a, b) for name in names]
-    total = NO_UPDATE
+    total, sizes = NO_UPDATE, list[UpdateSize]()
     for count in _pieces(math.prod(a.tensors[m.exp_avg].shape)):
         first, second, other_first, other_second = (s.take(count).to(torch.float32) for s in streams)
         comparison = kernels.host().compare_updates(first, second, other_first, other_second, **update_settings(m))
         total = total.merged(comparison)
-    return total
+        sizes.append(update_size(first, second, m))
+    return total, StepSize.of(sizes, m)
 
 
 def _rest_differs(a: Checkpoint, b: Checkpoint, skeleton: TensorInfo) -> bool:

@@ -25,10 +25,11 @@ from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.appending import EncodedChunk
 from statecodec.verbs.compress import open_source, output_of
-from statecodec.verbs.compression import Compression, StepErrors, verification_of
+from statecodec.verbs.compression import Compression, verification_of
 from statecodec.verbs.processors import Cpu
 from statecodec.verbs.settings import CompressSettings
 from statecodec.verbs.shares import MAX_SHARES, Share, header_of
+from statecodec.verbs.step_errors import StepErrors
 from statecodec.verbs.writing import write
 
 _SHOWN = 8

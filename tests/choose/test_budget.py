@@ -579,9 +579,9 @@ def test_a_promise_that_was_missed_is_an_error(tmp_path: Path, monkeypatch: pyte
     path, target = trained(tmp_path / "ckpt.pt", steps=2), tmp_path / "c.sc.safetensors"
     monkeypatch.setattr(Budget, "figures", {"u_rms": 0.005})  # while 0.01 is what tensors are encoded with
     statecodec.compress(path, target, max_update_error=0.01)
-    with pytest.raises(VerificationFailed, match=r"is above the 0\.005 that was asked for"):
+    with pytest.raises(VerificationFailed, match=r"is above the 0\.5 % that was asked for"):
         statecodec.verify(target, path)
-    with pytest.raises(VerificationFailed, match=r"is above the 0\.005 that was asked for"):
+    with pytest.raises(VerificationFailed, match=r"is above the 0\.5 % that was asked for"):
         statecodec.compress(path, tmp_path / "d.sc.safetensors", max_update_error=0.01, verify=True)
     assert not (tmp_path / "d.sc.safetensors").exists()
 

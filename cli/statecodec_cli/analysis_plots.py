@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from statecodec_cli import console
-from statecodec_cli.plots import GRID, INK, PAPER, QUIET, STYLE
+from statecodec_cli.plots import GRID, INK, PAPER, QUIET, STYLE, in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,8 +86,6 @@ def _saved(axes: Axes, document: Document) -> None:
 
 def _curve(axes: Axes, curve: Sequence[Document]) -> None:
     """Estimated size against step error, and the presets, whose weights may be off by more, as labelled points."""
-    from matplotlib.ticker import FuncFormatter
-
     line = [p for p in curve if p["label"] is None]
     axes.plot([p["step_error"] for p in line], [p["bytes_per_param"] for p in line], color=INK)
     for point in (p for p in curve if p["label"] is not None):
@@ -96,7 +93,7 @@ def _curve(axes: Axes, curve: Sequence[Document]) -> None:
         axes.scatter([position[0]], [position[1]], s=32, color="#0072b2", zorder=3)
         axes.annotate(point["label"], position, xytext=(6, 5), textcoords="offset points", fontsize=8.5, color=INK)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: console.percent(value)))
+    in_percent(axes)
     axes.set_xlabel("error of the update, of one optimizer step")
     axes.set_ylabel("bytes per parameter")
     axes.set_ylim(bottom=0)

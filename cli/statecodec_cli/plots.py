@@ -168,8 +168,6 @@ def _sizes(axes: Axes, rows: Sequence[tuple[str, str, int, int]], *, packed: boo
 
 def _strip(axes: Axes, groups: Mapping[str, Sequence[float]], title: str) -> None:
     """One row per group, one dot per tensor on a logarithmic axis, spread so that dots do not hide each other."""
-    from matplotlib.ticker import FuncFormatter
-
     for y, (role, values) in enumerate(groups.items()):
         ordered = sorted(values)
         spread = 0.3 if len(ordered) > 1 else 0.0
@@ -182,11 +180,23 @@ def _strip(axes: Axes, groups: Mapping[str, Sequence[float]], title: str) -> Non
     if groups:
         axes.set_xscale("log")
         if title == _IN_STEPS:
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: console.percent(value)))
+            in_percent(axes)
     else:
         axes.text(0.5, 0.5, "no difference", transform=axes.transAxes, ha="center", va="center", color=QUIET)
         axes.set_xticks([])
     axes.set_title(title + (" (bar: median)" if groups else ""))
+
+
+def in_percent(axes: Axes) -> None:
+    """Write the logarithmic x axis in per cent."""
+    from matplotlib.ticker import LogFormatter
+
+    class Percent(LogFormatter):
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return console.percent(value) if super().__call__(value, place) else ""
+
+    axes.xaxis.set_major_formatter(Percent())
+    axes.xaxis.set_minor_formatter(Percent(labelOnlyBase=False))
 
 
 def _errors(tensors: Sequence[Document]) -> dict[str, dict[str, list[float]]]:

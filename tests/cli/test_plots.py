@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_errors_in_optimizer_steps_have_a_panel_of_their_own(tmp_path: Path) -> 
     words = " ".join(ElementTree.parse(target).getroot().itertext())
     assert "step error: update 0.91 %" in words
     assert "Error in optimizer steps" in words
-    assert "1 %" in words.split("Relative rms error")[1]
+    assert {"1 %", "2 %"} <= set(re.findall(r"\d+ %", words.split("Relative rms error")[1]))
     document = documents.report()
     document["tensors"][3]["error"] = {"step_error": 0.0091}
     plots.save(plots.report(document), target)

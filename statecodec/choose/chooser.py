@@ -33,17 +33,15 @@ from statecodec.choose.step_size import (
     StepSize,
     largest_rate,
     momentum_update,
-    quantised_moments,
+    quantised_step,
     rate,
     root_mean_squares,
     sampled_size,
     step_sizes,
-    update_size,
 )
 from statecodec.choose.widths import ROUNDED, SQRT12, legal, narrow, width_for
 from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
 from statecodec.dtypes import FLOAT32
-from statecodec.errors import MalformedCheckpoint
 from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -147,14 +145,9 @@ class _Chooser:
     def beside_quantised(self, moments: QuantisedMoments) -> dict[str, Choice]:
         """The choice for a weight whose moments another package keeps quantised: they are kept, and tell its step."""
         weight = self._item(moments.weight)
-        if not self._open(weight) or weight.shape != moments.exp_avg.shape or self.budget.weights is None:
+        if not self._open(weight) or self.budget.weights is None:
             return {}
-        try:
-            unit = StepSize.of(
-                (update_size(m, v, moments) for m, v in quantised_moments(self.source, moments)), moments
-            )
-        except MalformedCheckpoint:  # what cannot be decoded is kept all the same
-            unit = None
+        unit = quantised_step(self.source, moments)
         return {} if unit is None else self._trained(weight, moments, unit)
 
     def _trained(self, weight: SourceItem, settings: AdamSettings, unit: StepSize) -> dict[str, Choice]:

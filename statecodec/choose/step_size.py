@@ -132,6 +132,16 @@ def _rms(sum_sq: float, numel: int) -> float:
     return math.sqrt(sum_sq / numel) if numel else 0.0
 
 
+def quantised_step(source: SourceCheckpoint, moments: QuantisedMoments) -> StepSize | None:
+    """The step of a weight whose moments another package keeps quantised; None where they do not fit or decode."""
+    if source.tensors[moments.weight].shape != moments.exp_avg.shape:
+        return None
+    try:
+        return StepSize.of((update_size(m, v, moments) for m, v in quantised_moments(source, moments)), moments)
+    except MalformedCheckpoint:  # it is kept all the same
+        return None
+
+
 def quantised_moments(source: SourceCheckpoint, moments: QuantisedMoments) -> Iterator[tuple[Tensor, Tensor]]:
     """The same of moments that another package keeps quantised. Raises MalformedCheckpoint if they do not decode."""
     return zip(*(_dequantised(source, state) for state in (moments.exp_avg, moments.exp_avg_sq)), strict=True)

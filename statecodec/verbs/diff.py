@@ -105,6 +105,7 @@ def compare(
             steps.add_update(moments, unit, updates[-1].u_rms)
             if change.nonfinite:
                 notes.append(f"{moments.param or moments.exp_avg}: {change.nonfinite} update elements are not finite")
+    steps.add_quantised(threads)
     values = _values(a, b) if rest else None
     if values == ():
         notes.append("outside tensors every value is the same; it is only written differently")

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 from statecodec.checkpoint.base import Checkpoint, TensorInfo
 from statecodec.checkpoint.report import TensorDiff
+from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.choose.averages import followed
-from statecodec.choose.step_size import StepSize, largest_rate, momentum_update, rate
+from statecodec.choose.step_size import StepSize, largest_rate, momentum_update, quantised_step, rate
 from statecodec.kernels.reference.statistics import Comparison
 from statecodec.layouts import Moments
+from statecodec.parallel import ordered_map
 
 TRAINED_ROLES = ("weight", "master")
 """Of what a step trains; averages only follow it."""
@@ -68,6 +70,15 @@ class MeasuredSteps:
         self._of_updates[moments.exp_avg] = error
         if moments.weight is not None and unit is not None:
             self._trains(moments.weight, rate(moments.lr, self._adam_rate) * unit.update)
+
+    def add_quantised(self, threads: int) -> None:
+        """Learn the steps of weights whose moments another package keeps quantised."""
+        exact = self._exact
+        if isinstance(exact, SourceCheckpoint):
+            with ordered_map(lambda m: (m, quantised_step(exact, m)), exact.quantised, threads) as units:
+                for moments, unit in units:
+                    if unit is not None:
+                        self._trains(moments.weight, rate(moments.lr, self._adam_rate) * unit.update)
 
     def _trains(self, weight: str, step: float) -> None:
         if step > 0:

@@ -88,6 +88,12 @@ def test_weights_beside_them_are_off_by_two_hundredths_of_their_step(quantised: 
     errors = [t.error["step_error"] for t in made.tensors if t.role == "weight" and t.error]
     assert len(errors) == 2
     assert max(errors) <= 0.0201
+    compared = statecodec.diff(quantised.path, made.path)
+    assert [t.step_error for t in compared.tensors if t.role == "weight" and t.step_error] == pytest.approx(errors)
+    assert 0.01 < compared.total["weight_step_error"] <= 0.0201
+    total = statecodec.verify(made.path, quantised.path).total
+    assert total is not None
+    assert total["weight_step_error"] == compared.total["weight_step_error"]
 
 
 def test_they_become_dense_states_of_torch(quantised: Quantised, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from statecodec.choose import Rule
 from statecodec.choose.budget import codes_per_octave
 from statecodec.choose.since_base import standing_alone
 from statecodec.errors import UsageError
+from statecodec.figures import percent
 from statecodec.parallel import default_threads
 from statecodec.progress import Progress
 from statecodec.verbs.compression import Compression, verification_of
@@ -162,8 +163,8 @@ def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
     elif most is not None and u_rms > _FAR * most:
         yield (
-            f"the rules cost {100 * u_rms:.3g} % in the Adam update, preset {settings.preset} alone stands for "
-            f"{100 * most:g} %"
+            f"the rules put the update off by {percent(u_rms)} of a step, preset {settings.preset} alone stands for "
+            f"{percent(most)}"
         )
     errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
     usual = 0.0 if most is None else 0.2 / codes_per_octave(most)

@@ -61,6 +61,8 @@ def test_a_wrong_fraction_is_refused_by_the_name_of_its_option(cli: Cli, ckpt: P
     assert done.code == 2
     assert f"'{option}': {value!r} is not a fraction of an optimizer step" in done.err
     assert "such as 0.01 or 1%" in done.err
+    remote = cli("remote", "compress", ckpt, "--server", "http://127.0.0.1:9", f"{option}={value}")
+    assert (remote.code, remote.err) == (2, done.err)
 
 
 def test_what_the_library_says_of_a_keyword_names_the_option(cli: Cli, tmp_path: Path) -> None:

@@ -163,8 +163,8 @@ def _price(report: Report, settings: CompressSettings) -> Iterator[str]:
             yield "with rules of your own for moments the error of the Adam update is measured by --verify only"
     elif most is not None and u_rms > _FAR * most:
         yield (
-            f"the rules put the update off by {percent(u_rms)} of a step, preset {settings.preset} alone stands for "
-            f"{percent(most)}"
+            f"the rules put the Adam update off by {percent(u_rms)} of a step, preset {settings.preset} alone stands "
+            f"for {percent(most)}"
         )
     errors = [(t.error or {}).get("relative_rms", 0.0) for t in report.tensors if t.role == "exp_avg_sq"]
     usual = 0.0 if most is None else 0.2 / codes_per_octave(most)

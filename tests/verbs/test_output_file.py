@@ -194,7 +194,8 @@ def test_rules_that_cost_far_more_than_the_preset_say_so(checkpoint: Path, tmp_p
         return [note for note in report.notes if "Adam update" in note]
 
     (dear,) = notes("exp_avg=companded(bits=4,group=32)", verify=True)
-    assert re.fullmatch(r"the rules put the update off by [\d.]+ % of a step, preset resume alone stands for 1 %", dear)
+    words = "the rules put the Adam update off by .* % of a step, preset resume alone stands for 1 %"
+    assert re.fullmatch(words.replace(".*", r"[\d.]+"), dear)
     (unmeasured,) = notes("exp_avg=companded(bits=4,group=32)", verify=False)
     assert "--verify" in unmeasured
     report = statecodec.compress(checkpoint, target, rules=["exp_avg_sq:ndim>=2=shared(dims=[1])"], force=True)

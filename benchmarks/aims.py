@@ -26,9 +26,10 @@ def table(
 
 
 def _presets(resume: Result) -> Iterator[Row]:
-    """Of both GPTs with AdamW the worse figure, over all data orders."""
+    """Of both GPTs with AdamW the worst figure, over all data orders and weights that training began with."""
+    tasks = [task for name, task in resume["tasks"].items() if name.startswith(GPTS)]
     for preset, ratio, steps, gap in PRESETS:
-        runs = [order[preset] for name in GPTS for order in resume["tasks"][name]["orders"].values()]
+        runs = [order[preset] for task in tasks for order in task["orders"].values()]
         least = min(run["ratio"] for run in runs)
         largest = max(abs(run["held_out_minus_exact"][str(steps)]) for run in runs)
         yield f"fp32 GPT with AdamW, `{preset}`: ratio", f"{ratio:g}", f"{least:.2f}", least >= ratio

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from statecodec.errors import UsageError
 
+_SAFE = 1.05  # values do not spread evenly over the codes
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -63,3 +65,11 @@ class Budget:
 def codes_per_octave(fraction: float) -> int:
     """Of `logarithmic`, for a step error: 8 at 1 %, 3 at 10 %, 2 at 30 %, 1 at a whole step."""
     return max(1, math.ceil(0.8 / math.sqrt(fraction) - 1e-9))
+
+
+def codes_for_the_root(fraction: float) -> int:
+    """Of `logarithmic`, for a root whose relative error is the fraction: 11 at 1 %, 2 at 10 %.
+
+    Codes 1 / n of an octave apart are off by 1 / (n * sqrt(12)) octaves, and roots by half of that times ln 2.
+    """
+    return max(1, math.ceil(_SAFE * math.log(2) / (2 * math.sqrt(12) * fraction)))

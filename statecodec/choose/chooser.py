@@ -26,7 +26,7 @@ from statecodec.checkpoint.source import SourceCheckpoint
 from statecodec.checkpoint.source_items import SourceItem
 from statecodec.choose.averages import followed
 from statecodec.choose.bounded import has_grid, is_open, require_something
-from statecodec.choose.budget import Budget, codes_per_octave
+from statecodec.choose.budget import Budget, codes_for_the_root, codes_per_octave
 from statecodec.choose.choices import Choice, Choices
 from statecodec.choose.shortfalls import Shortfall, Why
 from statecodec.choose.step_size import (
@@ -40,8 +40,9 @@ from statecodec.choose.step_size import (
     step_sizes,
 )
 from statecodec.choose.widths import ROUNDED, SQRT12, legal, narrow, width_for
-from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Split, Uniform
+from statecodec.codecs import Codec, Direction, Dropped, Encoding, Following, Logarithmic, Raw, Split, Uniform
 from statecodec.dtypes import FLOAT32
+from statecodec.kernels.grids import MAX_PER_OCTAVE
 from statecodec.layouts import AdamSettings, Moments, Momentum, QuantisedMoments
 from statecodec.parallel import ordered_map
 from statecodec.progress import Meter, Progress
@@ -136,7 +137,8 @@ class _Chooser:
             return {name: Choice(encoding, exactly, shortfall=underflowed) for name, encoding in kept.items()}
         chosen: dict[str, Choice] = {}
         if self._open(second):
-            chosen[second.name] = self._second_moment(fraction)
+            by_rule = unit is not None and self.choices[first.name].settled
+            chosen[second.name] = self._second_beside(fraction) if by_rule else self._second_moment(fraction)
         # A direction decodes to the same update whatever a caller's rule did to the second moment.
         if unit is not None and self._open(first) and not isinstance(self.choices[second.name].codec, Dropped):
             chosen[first.name] = self._first_moment(first, unit, fraction, second)
@@ -201,6 +203,15 @@ class _Chooser:
     def _second_moment(self, fraction: float) -> Choice:
         per_octave = codes_per_octave(fraction)
         return Choice(Encoding(Logarithmic(per_octave)), f"{per_octave} codes an octave, for {fraction:.4g} of a step")
+
+    def _second_beside(self, fraction: float) -> Choice:
+        """For a second moment beside a first one that is no direction: the update has all of its root's error."""
+        per_octave = codes_for_the_root(fraction)
+        if per_octave > MAX_PER_OCTAVE:
+            return Choice(Encoding(Raw()), f"exact: {fraction:.4g} of a step is finer than its codes")
+        return Choice(
+            Encoding(Logarithmic(per_octave)), f"{per_octave} codes an octave: a root within {fraction:.4g} of a step"
+        )
 
     def _weight(self, item: SourceItem, one_step: float, fraction: float) -> Choice | None:
         """A grid as fine as a fraction of the step that trains the weight; 24 bits where that is finer, or unknown."""

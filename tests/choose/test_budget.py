@@ -185,6 +185,17 @@ def test_own_rules_go_first(tmp_path: Path) -> None:
     assert kept["optimizer.state.0.exp_avg"].startswith("direction")
 
 
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.1])
+def test_beside_a_first_moment_of_ones_own_the_second_has_all_of_the_error(fraction: float, tmp_path: Path) -> None:
+    path = trained(tmp_path / "ckpt.pt")
+    report, back = restored(path, rules=["exp_avg=raw"], max_update_error=fraction, preset="lossless", verify=True)
+    largest = max(of_update for of_update, _ in errors(path, back).values())
+    assert largest <= fraction
+    assert largest > 0.5 * fraction or fraction == 0.001
+    assert report.total is not None
+    assert (report.total["u_rms"] == 0.0) == (fraction == 0.001)
+
+
 @pytest.mark.parametrize("lr", [0.0, 1e-12])
 def test_at_the_end_of_a_schedule_weights_keep_24_bits(lr: float, tmp_path: Path) -> None:
     path = trained(tmp_path / "ckpt.pt", lr=lr)

@@ -8,7 +8,8 @@ from tests.cli.run import Cli, checkpoint
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    monkeypatch.delenv("COLUMNS", raising=False)  # lines are as wide as there, whoever runs the tests
     return Cli(capsys)
 
 

@@ -151,6 +151,15 @@ def _describe(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
+def _ignores_exceptions(frame: FrameType | None) -> bool:
+    """Whether an exception may disappear here: Python ignores those of `__del__`, and imports of C extensions may."""
+    while frame is not None and frame.f_code is not main.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib") or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
 def _terminable() -> Iterator[list[int]]:
     """Make SIGTERM unwind the stack like Ctrl-C, so that half-written files are removed; yields what was received."""
@@ -159,8 +168,7 @@ def _terminable() -> Iterator[list[int]]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if frame is not None and frame.f_code.co_filename.startswith("<frozen importlib"):
-            # It has callbacks in which Python ignores exceptions: the same signal again, a little later.
+        if _ignores_exceptions(frame):  # the same signal again, a little later
             again.append(threading.Timer(0.01, os.kill, (os.getpid(), number)))
             again[-1].start()
             return

@@ -46,9 +46,21 @@ def test_an_interruption_while_importing_is_no_traceback(tmp_path: Path) -> None
     assert (done.code, done.out, done.err) == (130, "", "")
 
 
-def test_an_interruption_where_exceptions_are_ignored_comes_again() -> None:
-    """In callbacks of the import system."""
-    inside = SimpleNamespace(f_code=SimpleNamespace(co_filename="<frozen importlib._bootstrap>"))
+def frame(file: str, name: str, back: SimpleNamespace | None = None) -> SimpleNamespace:
+    return SimpleNamespace(f_code=SimpleNamespace(co_filename=file, co_name=name), f_back=back)
+
+
+IMPORTING = frame("<frozen importlib._bootstrap>", "_find_and_load")
+CASES = {
+    "import system": IMPORTING,
+    "module that is imported": frame("<frozen abc>", "register", IMPORTING),
+    "finalizer": frame("ffi.py", "close", frame("ffi.py", "__del__")),
+}
+
+
+@pytest.mark.parametrize("inside", CASES.values(), ids=CASES)
+def test_an_interruption_where_exceptions_are_ignored_comes_again(inside: SimpleNamespace) -> None:
+    """The handler does not raise there, but where the signal finds the program next."""
     with _terminable() as received:
         signal.getsignal(signal.SIGTERM)(signal.SIGTERM, inside)
         with pytest.raises(KeyboardInterrupt):
